@@ -1,0 +1,51 @@
+//! The two ways a datagram can travel, behind one trait.
+//!
+//! - [`kernel`]: the TC program of `bpf/`, its maps and its attachment.
+//! - [`user`]: the listener's sockets and the worker threads behind them.
+//!
+//! Both are told what to do by the same [`Plan`] value and report in the same counters, so that a test can hold
+//! them equal. The event loop owns both; the kernel datapath is absent where the host cannot run it.
+
+pub mod kernel;
+pub mod user;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use crate::model::{DownstreamCounters, ListenerCounters, ListenerId, Mode};
+use crate::plan::Plan;
+
+/// A consistent reading of one datapath's counters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Per listener that the datapath serves.
+    pub listeners: BTreeMap<ListenerId, ListenerCounters>,
+    /// Per downstream that the current plan names; those of removed downstreams are forgotten.
+    pub downstreams: BTreeMap<(ListenerId, SocketAddr), DownstreamCounters>,
+}
+
+/// Something that moves datagrams as a [`Plan`] says.
+pub trait Datapath {
+    /// The value of the `mode` label on what this datapath counts.
+    fn mode(&self) -> Mode;
+
+    /// Makes the plan effective. What has not changed since the last plan is not touched; a listener's table
+    /// changes atomically: each datagram sees the old table or the new one.
+    ///
+    /// # Errors
+    /// Names the listener and the step that failed. Listeners before it follow the new plan, it and those after it the
+    /// old one; calling again is safe.
+    fn apply(&mut self, plan: &Plan) -> anyhow::Result<()>;
+
+    /// Reads all counters. They never decrease while the listener exists.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read a map.
+    fn counters(&mut self) -> anyhow::Result<Counters>;
+
+    /// Stops taking datagrams, finishes those already taken, removes everything this datapath has put on the host.
+    ///
+    /// # Errors
+    /// Names what could not be removed; the rest has been.
+    fn shutdown(&mut self) -> anyhow::Result<()>;
+}

@@ -1,0 +1,1 @@
+//! The TC program of `bpf/`: loading, attaching, its maps and counters.

@@ -1,0 +1,1 @@
+//! The userspace datapath: sockets and worker threads.

@@ -1,0 +1,16 @@
+//! udp-fanout: takes UDP datagrams that arrive at a host and hands each to one of several downstream receivers, inside
+//! the kernel, keeping the sender's address.
+//!
+//! ```text
+//! config file ──► config::file ──► Config ─────┐
+//! EndpointSlices ──► DownstreamSet ────────────┼──► controller ──► Plan ──► Datapath::apply
+//! netlink ──► HostFacts ───────────────────────┘    (pure)         (data)   (kernel | user)
+//! ```
+//!
+//! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
+
+pub mod config;
+pub mod datapath;
+pub mod host;
+pub mod model;
+pub mod plan;

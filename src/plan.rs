@@ -1,0 +1,77 @@
+//! The plan: what every datapath must do, as a value.
+//!
+//! Compiled by pure code from the configuration, the downstream sets and the host's facts. Policy ends here: a
+//! listener's policy has become a table, and a datapath only computes an index into it.
+
+pub mod table;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::config::Settings;
+use crate::model::{Downstream, ListenerId, Mode, Policy};
+
+/// What all datapaths must do.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Plan {
+    /// Ordered by id.
+    pub listeners: Vec<ListenerPlan>,
+}
+
+/// What to do with one listener's datagrams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ListenerPlan {
+    /// The listener's number.
+    pub id: ListenerId,
+    /// Its name, for logs.
+    pub name: Arc<str>,
+    /// Which datapath carries it. The userspace datapath serves both modes.
+    pub mode: Mode,
+    /// The address of the listener's ordinary socket.
+    pub bind: SocketAddr,
+    /// The addresses the TC program matches: `bind`, or the host's addresses where that is a wildcard.
+    /// Empty in userspace mode.
+    pub match_addresses: Vec<IpAddr>,
+    /// Indices of the interfaces the TC program must be attached to. Empty in userspace mode.
+    pub links: Vec<u32>,
+    /// How the index into the table is computed.
+    pub policy: Policy,
+    /// Why the TC program must leave all of this listener's datagrams to the socket, if it must.
+    pub socket_only: Option<String>,
+    /// The downstreams, each once.
+    pub targets: Vec<Target>,
+    /// Indices into `targets` in the order of the round. Empty exactly if `targets` is.
+    pub table: Vec<u32>,
+    /// Settings of the userspace datapath.
+    pub settings: Settings,
+}
+
+/// A downstream, and how the TC program gets a datagram there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Target {
+    /// Who.
+    pub downstream: Downstream,
+    /// How.
+    pub delivery: Delivery,
+}
+
+/// How the TC program gets a datagram to a downstream. The userspace datapath ignores this: its sockets route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Delivery {
+    /// Up this host's own stack, to a socket on it.
+    Local,
+    /// To a neighbour on a link.
+    Neighbour {
+        /// Index of the outgoing interface.
+        link: u32,
+        /// The neighbour's address.
+        next_hop: IpAddr,
+        /// The largest IP packet that may go this way, in bytes.
+        mtu: u32,
+    },
+    /// Not at all, for lack of a route: its datagrams are dropped and counted.
+    Unreachable,
+}
