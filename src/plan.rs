@@ -34,8 +34,8 @@ pub struct ListenerPlan {
     /// The addresses the TC program matches: `bind`, or the host's addresses where that is a wildcard.
     /// Empty in userspace mode.
     pub match_addresses: Vec<IpAddr>,
-    /// Indices of the interfaces the TC program must be attached to. Empty in userspace mode.
-    pub links: Vec<u32>,
+    /// The interfaces the TC program must be attached to. Empty in userspace mode.
+    pub links: Vec<LinkRef>,
     /// How the index into the table is computed.
     pub policy: Policy,
     /// Why the TC program must leave all of this listener's datagrams to the socket, if it must.
@@ -46,6 +46,15 @@ pub struct ListenerPlan {
     pub table: Vec<u32>,
     /// Settings of the userspace datapath.
     pub settings: Settings,
+}
+
+/// An interface: the kernel's number for it, and the name for people.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct LinkRef {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
 }
 
 /// A downstream, and how the TC program gets a datagram there.

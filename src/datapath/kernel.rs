@@ -1,1 +1,217 @@
-//! The TC program of `bpf/`: loading, attaching, its maps and counters.
+//! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
+//!
+//! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
+//! - `table`: one listener's table and downstreams. `attach`: interfaces. `quiet`: libbpf's messages.
+//!
+//! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
+//! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
+//! then attachment: the program never sees a listener without its table.
+
+pub mod arena;
+pub mod attach;
+pub mod maps;
+mod quiet;
+pub mod skel;
+mod table;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapFlags};
+
+use self::attach::Attachment;
+use self::maps::{bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
+use self::table::Tables;
+use super::{Counters, Datapath};
+use crate::config::Limits;
+use crate::model::{DownstreamCounters, DropReason, ListenerCounters, ListenerId, Mode};
+use crate::plan::{LinkRef, ListenerPlan, Plan};
+
+/// The kernel datapath. Dropping it detaches the program everywhere and frees it.
+#[derive(Debug)]
+pub struct KernelDatapath {
+    // Fields are dropped in this order: off the interfaces first.
+    attachments: Vec<Attachment>,
+    tables: Tables,
+    /// Destination keys in the kernel, with the listener and flags behind each.
+    keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
+    loaded: Loaded,
+    /// What each listener was last programmed with.
+    programmed: BTreeMap<ListenerId, ListenerPlan>,
+}
+
+impl KernelDatapath {
+    /// Loads the program and creates its maps. Attaches nothing yet.
+    ///
+    /// # Errors
+    /// With the kernel's reason: no privilege, a missing feature, no memory.
+    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
+        let sizes = Sizes::of(limits);
+        let loaded = skel::load(sizes)?;
+        let tables = Tables::new(&loaded, sizes)?;
+        Ok(KernelDatapath {
+            attachments: Vec::new(),
+            tables,
+            keys: BTreeMap::new(),
+            loaded,
+            programmed: BTreeMap::new(),
+        })
+    }
+
+    /// The loaded program, for tests that feed it packets.
+    #[must_use]
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.loaded.program.as_fd()
+    }
+
+    /// True while the program is on every interface it was attached to.
+    #[must_use]
+    pub fn attached_everywhere(&self) -> bool {
+        self.attachments.iter().all(Attachment::in_place)
+    }
+
+    /// The raw `STATS` entry of a listener, summed over CPUs: received, forwarded, dropped, passed, bytes received,
+    /// bytes forwarded.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read it.
+    pub fn raw_stats(&self, id: ListenerId) -> Result<[u64; 6]> {
+        sum_over_cpus(&self.loaded.stats, id.0)
+    }
+
+    /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
+    /// address that moves between listeners is never without an owner.
+    fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+        let mut wanted = BTreeMap::new();
+        for listener in plan {
+            let flags = if listener.socket_only.is_some() { LISTENER_SOCKET_ONLY } else { 0 };
+            for &address in &listener.match_addresses {
+                wanted.insert(SocketAddr::new(address, listener.bind.port()), (listener.id, flags));
+            }
+        }
+        for (&address, &owner) in &wanted {
+            if self.keys.get(&address) == Some(&owner) {
+                continue;
+            }
+            let value = types::fanout_listener { id: owner.0.0, flags: owner.1 };
+            self.loaded
+                .listeners
+                .update(bytes_of(&listener_key(address)), bytes_of(&value), MapFlags::ANY)
+                .with_context(|| format!("cannot tell the TC program about {address}"))?;
+            self.keys.insert(address, owner);
+        }
+        let gone: Vec<SocketAddr> = self.keys.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        for address in gone {
+            self.loaded
+                .listeners
+                .delete(bytes_of(&listener_key(address)))
+                .with_context(|| format!("cannot make the TC program forget {address}"))?;
+            self.keys.remove(&address);
+        }
+        Ok(())
+    }
+
+    /// Attaches where the plan says and is not attached, detaches where it no longer says.
+    fn apply_links(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+        let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
+        let (keep, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
+            .into_iter()
+            .partition(|attachment| wanted.contains(attachment.link()) && attachment.in_place());
+        self.attachments = keep;
+        for attachment in gone {
+            attachment.detach()?;
+        }
+        for link in wanted {
+            if !self.attachments.iter().any(|attachment| attachment.link() == link) {
+                self.attachments.push(Attachment::new(self.loaded.program.as_fd(), link)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a listener whose destination keys have gone. Its number may be another listener's later, so its counters
+    /// are cleared, once no CPU is still counting.
+    fn forget(&mut self, id: ListenerId) -> Result<()> {
+        self.tables.remove(id);
+        wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
+        zero_on_all_cpus(&self.loaded.stats, id.0)?;
+        for offset in 0..DROP_REASONS {
+            zero_on_all_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
+        }
+        self.programmed.remove(&id);
+        Ok(())
+    }
+
+    fn listener_counters(&self, id: ListenerId) -> Result<ListenerCounters> {
+        let [_, packets_forwarded, _, packets_passed, bytes_received, bytes_forwarded] = self.raw_stats(id)?;
+        let mut counters = ListenerCounters {
+            packets_forwarded,
+            packets_passed,
+            bytes_received,
+            bytes_forwarded,
+            ..Default::default()
+        };
+        for (offset, &reason) in (0..DROP_REASONS).zip(&DropReason::ALL) {
+            let [dropped] = sum_over_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
+            counters.dropped.add(reason, dropped);
+        }
+        // While packets flow, the maps cannot be read at one instant. The parts are taken as they are and the sum made
+        // from them, so that every reading balances; at rest it equals pkts_received, which a test checks.
+        counters.packets_received = counters.packets_forwarded + counters.packets_passed + counters.dropped.total();
+        Ok(counters)
+    }
+}
+
+impl Datapath for KernelDatapath {
+    fn mode(&self) -> Mode {
+        Mode::TcEbpf
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Result<()> {
+        let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
+        for &listener in &ours {
+            if self.programmed.get(&listener.id) != Some(listener) {
+                self.tables
+                    .publish(&self.loaded, listener)
+                    .with_context(|| format!("listener {:?}: cannot update its table", listener.name))?;
+            }
+        }
+        self.apply_keys(&ours)?;
+        self.apply_links(&ours)?;
+        let gone: Vec<ListenerId> =
+            self.programmed.keys().filter(|id| ours.iter().all(|listener| listener.id != **id)).copied().collect();
+        for id in gone {
+            self.forget(id)?;
+        }
+        for listener in ours {
+            self.programmed.insert(listener.id, listener.clone());
+        }
+        Ok(())
+    }
+
+    fn counters(&mut self) -> Result<Counters> {
+        let mut counters = Counters::default();
+        for &id in self.programmed.keys() {
+            counters.listeners.insert(id, self.listener_counters(id)?);
+        }
+        for (key, [packets, bytes]) in self.tables.counters(&self.loaded)? {
+            counters.downstreams.insert(key, DownstreamCounters { packets, bytes });
+        }
+        Ok(counters)
+    }
+
+    fn shutdown(&mut self) -> Result<()> {
+        let mut first_error = Ok(());
+        for attachment in self.attachments.drain(..) {
+            if let Err(error) = attachment.detach()
+                && first_error.is_ok()
+            {
+                first_error = Err(error);
+            }
+        }
+        first_error
+    }
+}

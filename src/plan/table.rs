@@ -1,16 +1,17 @@
 //! From weights to the order of a round.
 //!
 //! A listener's downstreams with weights w₁ … wₙ become a table in which downstream i stands wᵢ times (after dividing
-//! by the greatest common divisor), spread as evenly as possible: the k-th of its places is due at (k + ½) / wᵢ of the
-//! round, and places are handed out in the order they are due (earliest deadline first). Any stretch of the table then
-//! holds each downstream close to its share, so that a heavy downstream never gets a burst.
+//! by the greatest common divisor), spread as evenly as possible: the k-th of its places is due at (k + φᵢ) / wᵢ of the
+//! round, and places are handed out in the order they are due (earliest deadline first). The j-th of m downstreams of
+//! one weight has the phase φ = (j + ½) / m, so that they take turns. Any stretch of the table then holds each
+//! downstream close to its share: a heavy one never gets a burst, light ones do not stand side by side.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 
 /// Longest table built from weights. A round longer than this is scaled down, which changes each share by less than
 /// one place in the table; every downstream keeps at least one place.
-pub const MAX_SLOTS: u64 = 65_536;
+pub const MAX_SLOTS: u64 = 8_192;
 
 /// The order of one round: indices into `weights`, each index as often as its share demands.
 ///
@@ -19,8 +20,16 @@ pub const MAX_SLOTS: u64 = 65_536;
 pub fn interleave(weights: &[u32]) -> Vec<u32> {
     let shares = shares(weights);
     let total: u64 = shares.iter().sum();
-    let mut due: BinaryHeap<Reverse<Place>> =
-        shares.iter().zip(0..).map(|(&share, index)| Reverse(Place { index, nth: 0, share })).collect();
+    let mut alike: BTreeMap<u64, Peers> = BTreeMap::new();
+    for &share in &shares {
+        alike.entry(share).or_default().count += 1;
+    }
+    let mut due = BinaryHeap::with_capacity(shares.len());
+    for (&share, index) in shares.iter().zip(0..) {
+        let peers = alike.entry(share).or_default();
+        due.push(Reverse(Place { index, nth: 0, share, rank: peers.seen, peers: peers.count }));
+        peers.seen += 1;
+    }
     let mut table = Vec::with_capacity(usize::try_from(total).unwrap_or_default());
     while let Some(Reverse(place)) = due.pop() {
         table.push(place.index);
@@ -50,20 +59,38 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The nth place of a downstream, ordered by when it is due: (2·nth + 1) / (2·share), ties by index.
+/// Downstreams of one share.
+#[derive(Default)]
+struct Peers {
+    count: u64,
+    seen: u64,
+}
+
+/// The nth place of the downstream that is `rank`-th among `peers` of its share; ordered by when it is due, ties by index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     index: u32,
     nth: u64,
     share: u64,
+    rank: u64,
+    peers: u64,
+}
+
+impl Place {
+    /// (nth + (rank + ½) / peers) / share, as numerator and denominator.
+    fn due(&self) -> (u64, u64) {
+        (2 * (self.nth * self.peers + self.rank) + 1, 2 * self.peers * self.share)
+    }
 }
 
 impl Ord for Place {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // Cross-multiplied to stay exact: shares and positions are below 2³², so the products fit.
-        let mine = (2 * self.nth + 1) * other.share;
-        let theirs = (2 * other.nth + 1) * self.share;
-        mine.cmp(&theirs).then(self.index.cmp(&other.index))
+        let (mine, my_unit) = self.due();
+        let (theirs, their_unit) = other.due();
+        // Cross-multiplied in 128 bits, to stay exact whatever the limits become.
+        let left = u128::from(mine) * u128::from(their_unit);
+        let right = u128::from(theirs) * u128::from(my_unit);
+        left.cmp(&right).then(self.index.cmp(&other.index))
     }
 }
 
@@ -87,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_heavy_downstream_does_not_burst() {
-        assert_eq!(interleave(&[5, 1, 1]), [0, 0, 1, 0, 2, 0, 0]);
+        assert_eq!(interleave(&[5, 1, 1]), [0, 1, 0, 0, 0, 2, 0]);
     }
 
     proptest! {

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The books. Each datagram that is ours passes through exactly one of these three, and each keeps
+ * received = forwarded + dropped + passed. Plain additions: a TC program is not interrupted by itself on one CPU.
+ */
+#ifndef FANOUT_COUNT_H
+#define FANOUT_COUNT_H
+
+static __always_inline struct stats *count_received(__u32 listener_id, const struct packet *pkt)
+{
+	struct stats *stats = bpf_map_lookup_elem(&STATS, &listener_id);
+
+	if (stats) {
+		stats->pkts_received += pkt->datagrams;
+		stats->bytes_received += pkt->payload;
+	}
+	return stats;
+}
+
+static __always_inline void count_forwarded(__u32 listener_id, __u32 downstream_id,
+					    const struct packet *pkt)
+{
+	struct downstream_stats *to = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &downstream_id);
+	struct stats *stats = count_received(listener_id, pkt);
+
+	if (stats) {
+		stats->pkts_forwarded += pkt->datagrams;
+		stats->bytes_forwarded += pkt->payload;
+	}
+	if (to) {
+		to->pkts += pkt->datagrams;
+		to->bytes += pkt->payload;
+	}
+}
+
+static __always_inline void count_passed(__u32 listener_id, const struct packet *pkt)
+{
+	struct stats *stats = count_received(listener_id, pkt);
+
+	if (stats)
+		stats->pkts_passed += pkt->datagrams;
+}
+
+static __always_inline void count_dropped(__u32 listener_id, enum drop_reason reason,
+					  const struct packet *pkt)
+{
+	__u32 index = listener_id * DROP_REASONS + reason;
+	__u64 *drops = bpf_map_lookup_elem(&DROPS, &index);
+	struct stats *stats = count_received(listener_id, pkt);
+
+	if (stats)
+		stats->pkts_dropped += pkt->datagrams;
+	if (drops)
+		*drops += pkt->datagrams;
+}
+
+#endif

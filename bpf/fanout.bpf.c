@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The path of one datagram, top to bottom: parse, match, select, rewrite, deliver. One header a stage.
+ *
+ * Attached at TC ingress (clsact) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
+ * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
+ * where TC_ACT_OK would end their turn.
+ */
+#include "vmlinux.h"
+
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_core_read.h>
+
+#include "fanout_abi.h"
+#include "maps.h"
+#include "parse.h"
+#include "select.h"
+#include "rewrite.h"
+#include "deliver.h"
+#include "count.h"
+
+#define TC_ACT_UNSPEC (-1)
+#define TC_ACT_SHOT 2
+#define TC_ACT_REDIRECT 7
+
+char LICENSE[] SEC("license") = "GPL";
+
+static __always_inline int pass(const struct fanout_listener *listener, const struct packet *pkt)
+{
+	count_passed(listener->id, pkt);
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int drop(const struct fanout_listener *listener, enum drop_reason reason,
+				const struct packet *pkt)
+{
+	count_dropped(listener->id, reason, pkt);
+	return TC_ACT_SHOT;
+}
+
+/* To a socket on this host: the journey ends here, so the TTL is not touched. */
+static __always_inline int forward_local(struct __sk_buff *skb, const struct fanout_listener *listener,
+					 const struct packet *pkt, const struct downstream *to,
+					 __u32 to_id)
+{
+	if (rewrite_destination(skb, pkt, to))
+		return drop(listener, DROP_REWRITE_FAILED, pkt);
+	count_forwarded(listener->id, to_id, pkt);
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int forward_out(struct __sk_buff *skb, const struct fanout_listener *listener,
+				       const struct packet *pkt, const struct downstream *to,
+				       __u32 to_id)
+{
+	if (pkt->ttl <= 1)
+		return drop(listener, DROP_TTL_EXPIRED, pkt);
+	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
+	if (pkt->ip_len > to->mtu)
+		return pass(listener, pkt);
+	if (rewrite_destination(skb, pkt, to) || decrement_ttl(skb, pkt))
+		return drop(listener, DROP_REWRITE_FAILED, pkt);
+	if (deliver_to_neighbour(to) != TC_ACT_REDIRECT)
+		return drop(listener, DROP_REDIRECT_FAILED, pkt);
+	count_forwarded(listener->id, to_id, pkt);
+	return TC_ACT_REDIRECT;
+}
+
+SEC("tc")
+int udp_fanout(struct __sk_buff *skb)
+{
+	const struct downstream *to;
+	const struct fanout_listener *listener;
+	struct packet pkt;
+	__u32 to_id = 0;
+
+	if (parse(skb, &pkt) != PARSE_OK)
+		return TC_ACT_UNSPEC;
+	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
+	if (!listener)
+		return TC_ACT_UNSPEC;
+	if (pkt.exotic || listener->flags & LISTENER_SOCKET_ONLY)
+		return pass(listener, &pkt);
+	to = select_downstream(listener->id, &to_id);
+	if (!to)
+		return drop(listener, DROP_NO_DOWNSTREAM, &pkt);
+	if (to->delivery == DELIVER_NEIGHBOUR)
+		return forward_out(skb, listener, &pkt, to, to_id);
+	if (to->delivery == DELIVER_LOCAL)
+		return forward_local(skb, listener, &pkt, to, to_id);
+	return drop(listener, DROP_NO_ROUTE, &pkt);
+}

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What the kernel program and user space agree on: the only structs and enums that both see.
+ *
+ * Fixed widths, explicit padding, network-order fields end in _be. User space reads these types out of the
+ * program's BTF; src/datapath/kernel/skel.rs asserts their sizes and offsets.
+ */
+#ifndef FANOUT_ABI_H
+#define FANOUT_ABI_H
+
+/* Destination of a datagram; the key of `listeners`. IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2). */
+struct listener_key {
+	__be32 addr_be[4];
+	__be16 port_be;
+	__u16 pad;
+};
+
+enum listener_flag {
+	/* Leave every datagram to the listener's socket. */
+	LISTENER_SOCKET_ONLY = 1,
+};
+
+struct fanout_listener {
+	__u32 id; /* index into STATS, DROPS, listener_states, cursors */
+	__u32 flags; /* enum listener_flag */
+};
+
+/*
+ * A listener's current table: first slot << 32 | number of slots. One aligned 64-bit store by user space
+ * publishes a new table; one load here sees the old or the new one, never a mixture.
+ */
+struct listener_state {
+	__u64 table;
+};
+
+enum delivery {
+	DELIVER_NOWHERE = 0, /* no route: drop and count */
+	DELIVER_LOCAL = 1, /* up this host's own stack */
+	DELIVER_NEIGHBOUR = 2, /* to next_hop on ifindex */
+};
+
+/*
+ * A receiver. Never changed while a table names it: a change takes a new id, so that no packet sees half of one.
+ */
+struct downstream {
+	__be32 addr_be[4]; /* like listener_key's */
+	__be32 next_hop_be[4]; /* an IPv4 next hop is in the first word */
+	__be16 port_be;
+	__u8 delivery; /* enum delivery */
+	__u8 next_hop_family; /* AF_INET or AF_INET6 of this kernel's numbering */
+	__u32 ifindex; /* of the outgoing link */
+	__u32 mtu; /* largest IP packet on the way out, bytes */
+	__u32 pad;
+};
+
+/*
+ * Counters of one listener on one CPU. pkts_received = pkts_forwarded + pkts_dropped + pkts_passed after every
+ * packet. Packets are datagrams: a GRO super-packet counts as those it holds. Bytes are UDP payload.
+ */
+struct stats {
+	__u64 pkts_received;
+	__u64 pkts_forwarded;
+	__u64 pkts_dropped;
+	__u64 pkts_passed; /* left to the listener's socket */
+	__u64 bytes_received;
+	__u64 bytes_forwarded;
+};
+
+struct downstream_stats {
+	__u64 pkts;
+	__u64 bytes;
+};
+
+/* Why a datagram of ours was dropped. The numbers of DropReason in src/model.rs; a test compares the two. */
+enum drop_reason {
+	DROP_NO_DOWNSTREAM = 0,
+	DROP_TTL_EXPIRED = 1,
+	DROP_NO_ROUTE = 2,
+	DROP_REWRITE_FAILED = 3,
+	DROP_REDIRECT_FAILED = 4,
+	DROP_REASONS = 5,
+};
+
+#endif

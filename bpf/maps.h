@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Every map: what it is for and who writes it. Sizes marked "set at load" come from the configuration's limits
+ * (src/datapath/kernel/skel.rs). Names have at most 15 characters, the kernel's limit.
+ */
+#ifndef FANOUT_MAPS_H
+#define FANOUT_MAPS_H
+
+/* Which destinations are ours. Written by user space when listeners or the host's addresses change. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct listener_key);
+	__type(value, struct fanout_listener);
+} listeners SEC(".maps");
+
+/* Listener id -> its current table. Written by user space through a mapping, one atomic store a table. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct listener_state);
+} listener_states SEC(".maps");
+
+/* The slots of all tables: downstream ids. Written by user space before a table over them is published. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, __u32);
+} table_slots SEC(".maps");
+
+/* Downstream id -> receiver. Written by user space before a table names the id. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct downstream);
+} downstreams SEC(".maps");
+
+/* Listener id -> next place in the round on this CPU, 0 before the first datagram. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, __u32);
+} cursors SEC(".maps");
+
+/* Listener id -> counters. Written by the program. The name is part of the user interface (`bpftool map dump`). */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct stats);
+} STATS SEC(".maps");
+
+/* Listener id * DROP_REASONS + reason -> datagrams dropped. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, __u64);
+} DROPS SEC(".maps");
+
+/* Downstream id -> what was handed to it. Written by the program; zeroed by user space when an id is reused. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct downstream_stats);
+} DOWNSTREAM_STAT SEC(".maps");
+
+/*
+ * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
+ * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,
+ * maybe_wait_bpf_programs).
+ */
+struct barrier_inner {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} barrier_inner SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct barrier_inner);
+} rcu_barrier SEC(".maps") = {
+	.values = { &barrier_inner },
+};
+
+#endif

@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * From bytes to struct packet. Whatever is not a whole, well-formed UDP datagram over Ethernet is not ours: it is
+ * left to the stack, which knows better how to refuse it.
+ */
+#ifndef FANOUT_PARSE_H
+#define FANOUT_PARSE_H
+
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86DD
+#define PACKET_HOST 0
+#define IP_FRAGMENT_MASK 0x3fff /* more fragments, or an offset */
+#define AF_INET 2
+#define AF_INET6 10
+
+#define L3_OFF ((__u32)sizeof(struct ethhdr))
+
+enum parse_result {
+	PARSE_FOREIGN = 0, /* not a datagram this program may touch */
+	PARSE_OK = 1,
+};
+
+struct packet {
+	struct listener_key dst;
+	__u32 l4_off; /* from the start of the frame */
+	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
+	__u32 payload; /* UDP payload, bytes, of all of them */
+	__u32 ip_len; /* the longest IP packet that will leave, bytes */
+	__u8 ttl;
+	bool v6;
+	bool exotic; /* ours, but only the socket can do it justice */
+};
+
+/* Makes the first `need` bytes of the frame directly readable. False if the frame is shorter. */
+static __always_inline bool pull(struct __sk_buff *skb, __u32 need)
+{
+	if (skb->data + need <= skb->data_end)
+		return true;
+	return skb->len >= need && bpf_skb_pull_data(skb, need) == 0;
+}
+
+/* RFC 1071 over an option-less IPv4 header: 0xffff when it is intact. */
+static __always_inline __u32 ipv4_header_sum(const struct iphdr *ip)
+{
+	const __u16 *word = (const __u16 *)ip;
+	__u32 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < 10; i++)
+		sum += word[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* Sources that the stack refuses as martians (RFC 1812, 5.3.7): 0/8, 127/8, multicast, broadcast. */
+static __always_inline bool ipv4_martian(__be32 addr_be)
+{
+	__u8 first = bpf_ntohl(addr_be) >> 24;
+
+	return first == 0 || first == 127 || first >= 224;
+}
+
+static __always_inline bool ipv6_martian(const struct in6_addr *addr)
+{
+	const __be32 *word = addr->in6_u.u6_addr32;
+	bool low = !word[0] && !word[1] && !word[2] && bpf_ntohl(word[3]) <= 1; /* :: and ::1 */
+
+	return low || addr->in6_u.u6_addr8[0] == 0xff;
+}
+
+/* The UDP header at `udp`, of which `room` bytes may belong to this packet. Fills ports and lengths. */
+static __always_inline enum parse_result parse_udp(struct __sk_buff *skb, struct packet *pkt,
+						   const struct udphdr *udp, __u32 room)
+{
+	__u32 udp_len = bpf_ntohs(udp->len);
+	__u32 gso_size = skb->gso_size;
+	__u32 headers = pkt->l4_off - L3_OFF + sizeof(*udp);
+
+	if (udp_len < sizeof(*udp) || udp_len > room)
+		return PARSE_FOREIGN;
+	pkt->dst.port_be = udp->dest;
+	pkt->payload = udp_len - sizeof(*udp);
+	pkt->datagrams = 1;
+	pkt->ip_len = headers + pkt->payload;
+	if (gso_size) {
+		/* Packets from an untrusted source (a VM's virtio device) carry no count: derive it. */
+		pkt->datagrams = skb->gso_segs ?: (pkt->payload + gso_size - 1) / gso_size;
+		pkt->datagrams = pkt->datagrams ?: 1;
+		if (gso_size < pkt->payload)
+			pkt->ip_len = headers + gso_size;
+	}
+	return PARSE_OK;
+}
+
+static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struct packet *pkt)
+{
+	void *data, *data_end;
+	struct udphdr *udp;
+	struct iphdr *ip;
+	__u32 ihl, total;
+
+	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
+		return PARSE_FOREIGN;
+	data = (void *)(long)skb->data;
+	data_end = (void *)(long)skb->data_end;
+	ip = data + L3_OFF;
+	if ((void *)(ip + 1) + sizeof(*udp) > data_end)
+		return PARSE_FOREIGN;
+	if (ip->version != 4 || ip->protocol != IPPROTO_UDP)
+		return PARSE_FOREIGN;
+	ihl = ip->ihl * 4;
+	total = bpf_ntohs(ip->tot_len);
+	if (ihl < sizeof(*ip) || total < ihl + sizeof(*udp) || L3_OFF + total > skb->len)
+		return PARSE_FOREIGN;
+	if (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK) || ipv4_martian(ip->saddr))
+		return PARSE_FOREIGN;
+	/* The stack interprets options (source routes, router alert) and checks a header that has them. */
+	pkt->exotic = ihl != sizeof(*ip);
+	if (!pkt->exotic && ipv4_header_sum(ip) != 0xffff)
+		return PARSE_FOREIGN;
+	pkt->v6 = false;
+	pkt->ttl = ip->ttl;
+	pkt->dst.addr_be[0] = 0;
+	pkt->dst.addr_be[1] = 0;
+	pkt->dst.addr_be[2] = bpf_htonl(0xffff);
+	pkt->dst.addr_be[3] = ip->daddr;
+	pkt->l4_off = L3_OFF + ihl;
+
+	if (pkt->exotic) {
+		if (!pull(skb, pkt->l4_off + sizeof(*udp)))
+			return PARSE_FOREIGN;
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+	}
+	udp = data + pkt->l4_off;
+	if ((void *)(udp + 1) > data_end)
+		return PARSE_FOREIGN;
+	return parse_udp(skb, pkt, udp, total - ihl);
+}
+
+/* Packets with extension headers are left to the stack, and so reach the listener's socket. */
+static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struct packet *pkt)
+{
+	void *data, *data_end;
+	struct udphdr *udp;
+	struct ipv6hdr *ip;
+	__u32 length;
+
+	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
+		return PARSE_FOREIGN;
+	data = (void *)(long)skb->data;
+	data_end = (void *)(long)skb->data_end;
+	ip = data + L3_OFF;
+	udp = (void *)(ip + 1);
+	if ((void *)(udp + 1) > data_end)
+		return PARSE_FOREIGN;
+	length = bpf_ntohs(ip->payload_len);
+	if (ip->version != 6 || ip->nexthdr != IPPROTO_UDP || length < sizeof(*udp) ||
+	    L3_OFF + sizeof(*ip) + length > skb->len || ipv6_martian(&ip->saddr))
+		return PARSE_FOREIGN;
+	/* RFC 8200, 8.1: UDP over IPv6 must carry a checksum; the stack discards those that do not. */
+	if (!udp->check)
+		return PARSE_FOREIGN;
+	pkt->v6 = true;
+	pkt->exotic = false;
+	pkt->ttl = ip->hop_limit;
+	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
+	pkt->l4_off = L3_OFF + sizeof(*ip);
+	return parse_udp(skb, pkt, udp, length);
+}
+
+static __always_inline enum parse_result parse(struct __sk_buff *skb, struct packet *pkt)
+{
+	/* Frames for other hosts that a promiscuous device lets in, and tagged ones, which a VLAN device will untag. */
+	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+		return PARSE_FOREIGN;
+	pkt->dst.pad = 0;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return parse_ipv4(skb, pkt);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return parse_ipv6(skb, pkt);
+	return PARSE_FOREIGN;
+}
+
+#endif

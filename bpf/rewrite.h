@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Gives a datagram its new destination. The kernel's checksum helpers are used throughout because they are right
+ * for every state an skb's checksum can be in (CHECKSUM_PARTIAL, CHECKSUM_COMPLETE, none yet verified).
+ */
+#ifndef FANOUT_REWRITE_H
+#define FANOUT_REWRITE_H
+
+#define L4_CSUM_OFF (offsetof(struct udphdr, check))
+#define IPV4_OFF(field) (L3_OFF + offsetof(struct iphdr, field))
+#define IPV6_OFF(field) (L3_OFF + offsetof(struct ipv6hdr, field))
+
+/* A UDP checksum of zero means "none" and stays zero; one that becomes zero is written as 0xffff (RFC 768). */
+#define UDP_CSUM BPF_F_MARK_MANGLED_0
+
+static __always_inline int rewrite_port(struct __sk_buff *skb, const struct packet *pkt,
+					__be16 port_be)
+{
+	if (port_be == pkt->dst.port_be)
+		return 0;
+	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, pkt->dst.port_be, port_be,
+				   UDP_CSUM | sizeof(port_be)) ?:
+		       bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest), &port_be,
+					   sizeof(port_be), 0);
+}
+
+static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
+					__be32 addr_be)
+{
+	__be32 old_be = pkt->dst.addr_be[3];
+
+	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, old_be, addr_be,
+				   BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(addr_be)) ?:
+	       bpf_l3_csum_replace(skb, IPV4_OFF(check), old_be, addr_be, sizeof(addr_be)) ?:
+	       bpf_skb_store_bytes(skb, IPV4_OFF(daddr), &addr_be, sizeof(addr_be), 0);
+}
+
+/*
+ * In IPv6 the address is covered by the UDP checksum alone. For CHECKSUM_COMPLETE the two changes cancel out in the
+ * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the store must for the address.
+ */
+static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
+					const __be32 *addr_be)
+{
+	__s64 diff = bpf_csum_diff((__be32 *)pkt->dst.addr_be, 16, (__be32 *)addr_be, 16, 0);
+
+	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, 0, diff,
+				   BPF_F_PSEUDO_HDR | UDP_CSUM) ?:
+		       bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16,
+					   BPF_F_RECOMPUTE_CSUM);
+}
+
+/* Writes the downstream's address and port. On an error the packet may be half changed and must be dropped. */
+static __always_inline int rewrite_destination(struct __sk_buff *skb, const struct packet *pkt,
+					       const struct downstream *to)
+{
+	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be) :
+			    rewrite_ipv4(skb, pkt, to->addr_be[3]);
+
+	return err ?: rewrite_port(skb, pkt, to->port_be);
+}
+
+/* One hop less to live, as any router would (RFC 1812, 5.3.1). The caller has seen that it is above 1. */
+static __always_inline int decrement_ttl(struct __sk_buff *skb, const struct packet *pkt)
+{
+	__u8 ttl = pkt->ttl - 1;
+
+	if (pkt->v6)
+		return bpf_skb_store_bytes(skb, IPV6_OFF(hop_limit), &ttl, sizeof(ttl),
+					   BPF_F_RECOMPUTE_CSUM);
+	/* The checksum works on 16-bit words: TTL is the high byte of the one it shares with the protocol. */
+	return bpf_l3_csum_replace(skb, IPV4_OFF(check), bpf_htons(pkt->ttl << 8 | IPPROTO_UDP),
+				   bpf_htons(ttl << 8 | IPPROTO_UDP), sizeof(__u16)) ?:
+	       bpf_skb_store_bytes(skb, IPV4_OFF(ttl), &ttl, sizeof(ttl), 0);
+}
+
+#endif

@@ -1,0 +1,202 @@
+//! Typed access to the program's maps: the mapped arrays, the destination keys, and waiting for the program.
+
+use std::marker::PhantomData;
+use std::mem::size_of;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
+
+use super::skel::types;
+use crate::plan::{Delivery, Target};
+
+/// Types that the program and we see as the same plain bytes.
+///
+/// # Safety
+/// Only for `repr(C)` types of integers without implicit padding, for which every bit pattern is valid.
+pub unsafe trait Plain: Copy {}
+// SAFETY: four and one and one integers, 20 bytes, no holes (asserted in `skel`).
+unsafe impl Plain for types::listener_key {}
+// SAFETY: two u32.
+unsafe impl Plain for types::fanout_listener {}
+// SAFETY: integers only, explicit padding, 48 bytes (asserted in `skel`).
+unsafe impl Plain for types::downstream {}
+// SAFETY: an integer.
+unsafe impl Plain for u32 {}
+// SAFETY: an integer.
+unsafe impl Plain for u64 {}
+
+/// The value's bytes, as the kernel wants them.
+pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
+    // SAFETY: `Plain` types have no padding, so all their bytes are initialised; the lifetime is the borrow's.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// An array map (`BPF_F_MMAPABLE`) in our address space. The kernel strides entries by multiples of 8 bytes.
+#[derive(Debug)]
+pub struct MappedArray<T> {
+    memory: NonNull<u8>,
+    length: NonZeroUsize,
+    entries: u32,
+    of: PhantomData<T>,
+}
+
+// SAFETY: the mapping belongs to this value alone and is not tied to a thread.
+unsafe impl<T> Send for MappedArray<T> {}
+
+impl<T: Plain> MappedArray<T> {
+    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
+
+    /// Maps the whole array.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the map's values are not `T`s.
+    pub fn new(map: &MapHandle) -> Result<Self> {
+        let name = map.name().to_string_lossy();
+        ensure!(map.value_size() as usize == size_of::<T>(), "map {name} has values of another size than expected");
+        let length = NonZeroUsize::new(map.max_entries() as usize * Self::STRIDE)
+            .with_context(|| format!("map {name} has no entries"))?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let memory = unsafe {
+            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MmapFlags::MAP_SHARED, map.as_fd(), 0)
+        }
+        .with_context(|| format!("cannot map the array {name} into memory"))?;
+        Ok(Self { memory: memory.cast(), length, entries: map.max_entries(), of: PhantomData })
+    }
+
+    fn entry(&self, index: u32) -> NonNull<u8> {
+        assert!(index < self.entries, "entry {index} of an array of {}", self.entries);
+        // SAFETY: within the mapping, by the assertion above.
+        unsafe { self.memory.add(index as usize * Self::STRIDE) }
+    }
+
+    /// Writes an entry that the program does not read yet.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub fn write(&mut self, index: u32, value: T) {
+        // SAFETY: `entry` is in bounds and aligned to 8, and `T` is at most 8-aligned. The program may read any entry
+        // at any time, but what it reads here it does not use before a table names it.
+        unsafe { self.entry(index).cast::<T>().as_ptr().write_volatile(value) }
+    }
+}
+
+impl MappedArray<u64> {
+    /// Publishes a value that the program may be reading: it sees the old one or the new one, and with the new one
+    /// everything that was written before.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub fn publish(&mut self, index: u32, value: u64) {
+        // SAFETY: in bounds, aligned to 8, and mapped for as long as `self` lives.
+        unsafe { AtomicU64::from_ptr(self.entry(index).cast().as_ptr()) }.store(value, Ordering::Release);
+    }
+}
+
+impl<T> Drop for MappedArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length; no reference into it outlives `self`. An error would leak memory
+        // at worst, and there is nobody to tell.
+        let _ = unsafe { munmap(self.memory.cast(), self.length.get()) };
+    }
+}
+
+/// Waits until no CPU runs the program with tables or downstreams it read before this call.
+///
+/// # Errors
+/// When the kernel refuses the update that does the waiting.
+pub fn wait_for_readers(rcu_barrier: &MapHandle, inner: &MapHandle) -> Result<()> {
+    let fd = u32::try_from(inner.as_fd().as_raw_fd()).context("a file descriptor is negative")?;
+    rcu_barrier
+        .update(bytes_of(&0u32), bytes_of(&fd), MapFlags::ANY)
+        .context("cannot wait for the TC program to finish with an old table")
+}
+
+/// Sums a per-CPU entry of `N` 64-bit words over all CPUs.
+///
+/// # Errors
+/// When the kernel refuses to read it.
+pub fn sum_over_cpus<const N: usize>(map: &MapHandle, index: u32) -> Result<[u64; N]> {
+    let values = map
+        .lookup_percpu(bytes_of(&index), MapFlags::ANY)
+        .and_then(|found| found.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOENT).into()))
+        .with_context(|| format!("cannot read entry {index} of map {}", map.name().to_string_lossy()))?;
+    let mut sum = [0u64; N];
+    for cpu in values {
+        for (total, word) in sum.iter_mut().zip(cpu.chunks_exact(8)) {
+            *total += word.try_into().map_or(0, u64::from_ne_bytes);
+        }
+    }
+    Ok(sum)
+}
+
+/// Sets a per-CPU entry to zero on all CPUs.
+///
+/// # Errors
+/// When the kernel refuses to write it.
+pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
+    let cpus = libbpf_rs::num_possible_cpus().context("cannot count CPUs")?;
+    let zeros = vec![vec![0u8; map.value_size() as usize]; cpus];
+    map.update_percpu(bytes_of(&index), &zeros, MapFlags::ANY)
+        .with_context(|| format!("cannot clear entry {index} of map {}", map.name().to_string_lossy()))
+}
+
+/// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
+fn mapped_words(address: IpAddr) -> [u32; 4] {
+    let octets = match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    words(octets)
+}
+
+fn words(octets: [u8; 16]) -> [u32; 4] {
+    let mut words = [0; 4];
+    for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(4)) {
+        *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    words
+}
+
+/// The key under which datagrams to this address and port are found.
+#[must_use]
+pub fn listener_key(address: SocketAddr) -> types::listener_key {
+    types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), pad: 0 }
+}
+
+/// A downstream as the program sees it.
+#[must_use]
+pub fn downstream_entry(target: &Target) -> types::downstream {
+    let address = target.downstream.address;
+    let mut entry = types::downstream {
+        addr_be: mapped_words(address.ip()),
+        port_be: address.port().to_be(),
+        delivery: super::skel::DELIVER_NOWHERE,
+        ..Default::default()
+    };
+    match target.delivery {
+        Delivery::Unreachable => {}
+        Delivery::Local => entry.delivery = super::skel::DELIVER_LOCAL,
+        Delivery::Neighbour { link, next_hop, mtu } => {
+            entry.delivery = super::skel::DELIVER_NEIGHBOUR;
+            entry.ifindex = link;
+            entry.mtu = mtu;
+            match next_hop {
+                IpAddr::V4(v4) => {
+                    entry.next_hop_family = libc::AF_INET as u8;
+                    entry.next_hop_be[0] = u32::from_ne_bytes(v4.octets());
+                }
+                IpAddr::V6(v6) => {
+                    entry.next_hop_family = libc::AF_INET6 as u8;
+                    entry.next_hop_be = words(v6.octets());
+                }
+            }
+        }
+    }
+    entry
+}

@@ -1,0 +1,207 @@
+//! Listeners' tables and downstreams in the kernel's flat arrays.
+//!
+//! A downstream entry never changes while a table names it; whatever changes takes a new id. Ids and slots that a new
+//! table no longer names are retired: their counters still count, and they are reused only after an RCU grace period.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+
+use super::arena::{Arena, Region};
+use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use super::skel::{Loaded, Sizes, types};
+use crate::model::ListenerId;
+use crate::plan::{ListenerPlan, Target};
+
+/// A downstream of a listener, as counters are kept.
+type Endpoint = (ListenerId, SocketAddr);
+
+/// All tables in the kernel.
+#[derive(Debug)]
+pub struct Tables {
+    states: MappedArray<u64>,
+    slots: MappedArray<u32>,
+    downstreams: MappedArray<types::downstream>,
+    slot_arena: Arena,
+    id_arena: Arena,
+    current: BTreeMap<ListenerId, Table>,
+    /// Ids that no table names any more, with whom they counted for.
+    retired: Vec<(u32, Endpoint)>,
+    /// Counts of ids that have been reused since.
+    settled: BTreeMap<Endpoint, [u64; 2]>,
+}
+
+/// One listener's table.
+#[derive(Debug, Default)]
+struct Table {
+    region: Region,
+    /// The slots' content, to see whether a new table differs.
+    slots: Vec<u32>,
+    targets: Vec<(Target, u32)>,
+}
+
+impl Tables {
+    /// Maps the arrays; all entries are free.
+    ///
+    /// # Errors
+    /// When the kernel refuses to map them.
+    pub fn new(loaded: &Loaded, sizes: Sizes) -> Result<Tables> {
+        Ok(Tables {
+            states: MappedArray::new(&loaded.listener_states)?,
+            slots: MappedArray::new(&loaded.table_slots)?,
+            downstreams: MappedArray::new(&loaded.downstreams)?,
+            slot_arena: Arena::new(sizes.slots),
+            id_arena: Arena::new(sizes.downstreams),
+            current: BTreeMap::new(),
+            retired: Vec::new(),
+            settled: BTreeMap::new(),
+        })
+    }
+
+    /// Makes the plan's table the listener's, atomically. Downstreams that stay as they are keep their ids.
+    ///
+    /// # Errors
+    /// When there is no room; the old table then stays in force.
+    pub fn publish(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<()> {
+        let id = plan.id;
+        let targets = self.assign_ids(loaded, plan)?;
+        let slots: Vec<u32> = plan.table.iter().map(|&index| targets[index as usize].1).collect();
+        let unchanged = self.current.get(&id).is_some_and(|old| old.slots == slots);
+        if !unchanged {
+            let region = match self.take_slots(loaded, slots.len()) {
+                Ok(region) => region,
+                Err(error) => {
+                    let kept = self.current.get(&id).map(|old| old.targets.clone()).unwrap_or_default();
+                    self.retire_ids(id, &targets, &kept);
+                    return Err(error);
+                }
+            };
+            for (place, &downstream) in (region.start..).zip(&slots) {
+                self.slots.write(place, downstream);
+            }
+            self.states.publish(id.0, u64::from(region.start) << 32 | u64::from(region.len));
+            tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
+            let old = self.current.insert(id, Table { region, slots, targets: Vec::new() }).unwrap_or_default();
+            self.slot_arena.give_back(old.region);
+            self.retire_ids(id, &old.targets, &targets);
+        }
+        self.settled.retain(|(listener, address), _| {
+            *listener != id || targets.iter().any(|(target, _)| target.downstream.address == *address)
+        });
+        if let Some(table) = self.current.get_mut(&id) {
+            table.targets = targets;
+        }
+        Ok(())
+    }
+
+    /// Empties a listener's table. Its counters are forgotten.
+    pub fn remove(&mut self, id: ListenerId) {
+        if let Some(table) = self.current.remove(&id) {
+            self.states.publish(id.0, 0);
+            self.slot_arena.give_back(table.region);
+            self.retire_ids(id, &table.targets, &[]);
+        }
+        self.settled.retain(|(listener, _), _| *listener != id);
+    }
+
+    /// Datagrams and bytes handed to each downstream that a table names.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read a counter.
+    pub fn counters(&self, loaded: &Loaded) -> Result<BTreeMap<Endpoint, [u64; 2]>> {
+        let mut sums = BTreeMap::new();
+        for (&id, table) in &self.current {
+            for (target, number) in &table.targets {
+                let key = (id, target.downstream.address);
+                let sum = sums.entry(key).or_insert_with(|| self.settled.get(&key).copied().unwrap_or_default());
+                add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+            }
+        }
+        for (number, key) in &self.retired {
+            if let Some(sum) = sums.get_mut(key) {
+                add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+            }
+        }
+        Ok(sums)
+    }
+
+    /// The plan's targets with their ids: the old id where nothing has changed, else a new one, written but not yet
+    /// named by any table.
+    fn assign_ids(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<Vec<(Target, u32)>> {
+        let old: BTreeMap<SocketAddr, (Target, u32)> = self
+            .current
+            .get(&plan.id)
+            .map(|table| table.targets.iter().map(|(t, n)| (t.downstream.address, (t.clone(), *n))).collect())
+            .unwrap_or_default();
+        let mut targets: Vec<(Target, u32)> = Vec::with_capacity(plan.targets.len());
+        for target in &plan.targets {
+            let known = old.get(&target.downstream.address).filter(|(was, _)| was.delivery == target.delivery);
+            let number = match known {
+                Some((_, number)) => *number,
+                None => match self.take_id(loaded) {
+                    Ok(number) => {
+                        self.downstreams.write(number, downstream_entry(target));
+                        number
+                    }
+                    Err(error) => {
+                        let keep: Vec<_> = old.into_values().collect();
+                        self.retire_ids(plan.id, &targets, &keep);
+                        return Err(error);
+                    }
+                },
+            };
+            targets.push((target.clone(), number));
+        }
+        Ok(targets)
+    }
+
+    /// Retires the ids of `left` that `kept` does not have.
+    fn retire_ids(&mut self, id: ListenerId, left: &[(Target, u32)], kept: &[(Target, u32)]) {
+        let kept: std::collections::HashSet<u32> = kept.iter().map(|(_, number)| *number).collect();
+        for (target, number) in left.iter().filter(|(_, number)| !kept.contains(number)) {
+            self.retired.push((*number, (id, target.downstream.address)));
+            self.id_arena.give_back(Region { start: *number, len: 1 });
+        }
+    }
+
+    fn take_id(&mut self, loaded: &Loaded) -> Result<u32> {
+        if let Some(region) = self.id_arena.take(1) {
+            return Ok(region.start);
+        }
+        self.reclaim(loaded)?;
+        let room = self.id_arena.take(1);
+        Ok(room.context("no room for another downstream: raise limits.max_downstreams and restart")?.start)
+    }
+
+    fn take_slots(&mut self, loaded: &Loaded, len: usize) -> Result<Region> {
+        let len = u32::try_from(len).context("a table is too long")?;
+        if let Some(region) = self.slot_arena.take(len) {
+            return Ok(region);
+        }
+        self.reclaim(loaded)?;
+        self.slot_arena
+            .take(len)
+            .with_context(|| format!("no room for a table of {len} slots: raise limits.max_downstreams and restart"))
+    }
+
+    /// Waits until nothing reads what has been retired, settles its counters and frees it.
+    fn reclaim(&mut self, loaded: &Loaded) -> Result<()> {
+        wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        while let Some(&(number, key)) = self.retired.last() {
+            let counted = sum_over_cpus(&loaded.downstream_stats, number)?;
+            zero_on_all_cpus(&loaded.downstream_stats, number)?;
+            add(self.settled.entry(key).or_default(), counted);
+            self.retired.pop();
+        }
+        self.slot_arena.release();
+        self.id_arena.release();
+        Ok(())
+    }
+}
+
+fn add(sum: &mut [u64; 2], more: [u64; 2]) {
+    for (total, n) in sum.iter_mut().zip(more) {
+        *total += n;
+    }
+}
