@@ -10,6 +10,7 @@
 //! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
 
 pub mod config;
+pub mod controller;
 pub mod datapath;
 pub mod host;
 pub mod model;

@@ -3,6 +3,7 @@
 //! Compiled by pure code from the configuration, the downstream sets and the host's facts. Policy ends here: a
 //! listener's policy has become a table, and a datapath only computes an index into it.
 
+pub mod compile;
 pub mod table;
 
 use std::net::{IpAddr, SocketAddr};

@@ -1,0 +1,249 @@
+//! The core: all state and all policy, no I/O.
+//!
+//! [`Controller::handle`] takes one [`Event`] and answers with the [`Action`]s that follow from it. It opens nothing,
+//! reads no clock and spawns nothing, so that a test can drive it through any history. The event loop turns what
+//! happens into events and carries the actions out.
+
+pub mod mode;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+
+pub use self::mode::ModeChoice;
+use crate::config::{Config, ListenerConfig, Source};
+use crate::host::HostFacts;
+use crate::model::{DownstreamSet, ListenerId};
+use crate::plan::compile::compile;
+use crate::plan::{Delivery, Plan};
+
+/// How long after a plan could not be applied it is tried again.
+pub const RETRY: Duration = Duration::from_secs(1);
+
+/// Something that has happened. Times are durations since the daemon started.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The host has been looked at, including the routes last asked for.
+    Host(HostFacts),
+    /// A source has a new set of downstreams for a listener.
+    Downstreams {
+        /// Whose.
+        listener: ListenerId,
+        /// All of them.
+        set: DownstreamSet,
+    },
+    /// The last plan is in force on every datapath.
+    Applied,
+    /// The last plan could not be applied, for this reason.
+    ApplyFailed(String),
+    /// Something has disturbed what was applied, such as a filter taken off by someone else.
+    Disturbed(String),
+    /// The time asked for with [`Action::WakeAt`] has come.
+    Tick,
+}
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Look at the host again, with the routes to these addresses, and report [`Event::Host`].
+    LookAtHost(BTreeSet<IpAddr>),
+    /// Put this plan in force and report [`Event::Applied`] or [`Event::ApplyFailed`].
+    Apply(Plan),
+    /// Report [`Event::Tick`] at this time or later.
+    WakeAt(Duration),
+    /// Tell the operator.
+    Warn(String),
+}
+
+/// All state of the daemon that is not a file descriptor.
+#[derive(Debug)]
+pub struct Controller {
+    listeners: Vec<Listener>,
+    facts: HostFacts,
+    /// The plan last handed out, and whether it is in force.
+    plan: Plan,
+    applied: Result<(), String>,
+    /// What the operator has been warned about and still holds, so that it is said once.
+    warned: BTreeSet<String>,
+}
+
+#[derive(Debug)]
+struct Listener {
+    config: ListenerConfig,
+    choice: ModeChoice,
+    set: Option<DownstreamSet>,
+}
+
+impl Controller {
+    /// Decides each listener's mode from what the host allows. Nothing is applied yet: report [`Event::Host`] next.
+    ///
+    /// `tc_support` says whether the TC program can be used here, and if not, what is missing and the fix.
+    ///
+    /// # Errors
+    /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
+    /// not exist.
+    pub fn new(config: Config, tc_support: &Result<(), String>, facts: HostFacts) -> Result<Controller> {
+        let listeners = config
+            .listeners
+            .into_iter()
+            .map(|listener| {
+                let choice = mode::choose(&listener, tc_support, &facts)?;
+                let set = match &listener.source {
+                    Source::Static(downstreams) => {
+                        Some(DownstreamSet { generation: 1, downstreams: downstreams.clone() })
+                    }
+                    Source::Kubernetes(_) => None,
+                };
+                Ok(Listener { config: listener, choice, set })
+            })
+            .collect::<Result<Vec<Listener>>>()?;
+        Ok(Controller {
+            listeners,
+            facts,
+            plan: Plan::default(),
+            applied: Err("not applied yet".to_owned()),
+            warned: BTreeSet::new(),
+        })
+    }
+
+    /// Each listener's mode and why it was chosen.
+    pub fn modes(&self) -> impl Iterator<Item = (&ListenerConfig, &ModeChoice)> {
+        self.listeners.iter().map(|listener| (&listener.config, &listener.choice))
+    }
+
+    /// The addresses whose routes the plan depends on.
+    #[must_use]
+    pub fn route_addresses(&self) -> BTreeSet<IpAddr> {
+        self.listeners
+            .iter()
+            .filter_map(|listener| listener.set.as_ref())
+            .flat_map(|set| &set.downstreams)
+            .map(|downstream| downstream.address.ip())
+            .collect()
+    }
+
+    /// The plan last handed out.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Each listener's name, and what it still waits for, if anything.
+    #[must_use]
+    pub fn readiness(&self) -> Vec<(String, Result<(), String>)> {
+        self.listeners
+            .iter()
+            .map(|listener| {
+                let state = if listener.set.is_none() {
+                    Err("waiting for its first set of downstreams".to_owned())
+                } else if let Err(reason) = &self.applied {
+                    Err(reason.clone())
+                } else {
+                    self.missing_interface(listener)
+                };
+                (listener.config.name.clone(), state)
+            })
+            .collect()
+    }
+
+    fn missing_interface(&self, listener: &Listener) -> Result<(), String> {
+        if listener.choice.mode == crate::model::Mode::Userspace {
+            return Ok(());
+        }
+        mode::interfaces_present(&listener.config.interfaces, &self.facts)
+    }
+
+    /// Takes an event in and says what is to be done, in order. `now` is the time since the daemon started.
+    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Action> {
+        match event {
+            Event::Host(facts) => {
+                self.facts = facts;
+                self.replan(false)
+            }
+            Event::Downstreams { listener, set } => self.take_set(listener, set),
+            Event::Applied => {
+                self.applied = Ok(());
+                Vec::new()
+            }
+            Event::ApplyFailed(reason) => {
+                self.applied = Err(reason.clone());
+                vec![Action::Warn(reason), Action::WakeAt(now + RETRY)]
+            }
+            Event::Disturbed(reason) => {
+                let mut actions = vec![Action::Warn(reason)];
+                actions.extend(self.replan(true));
+                actions
+            }
+            // Looking at the host leads to a new plan, or to the same one again since it is not in force.
+            Event::Tick if self.applied.is_err() => vec![Action::LookAtHost(self.route_addresses())],
+            Event::Tick => Vec::new(),
+        }
+    }
+
+    fn take_set(&mut self, id: ListenerId, set: DownstreamSet) -> Vec<Action> {
+        let Some(listener) = self.listeners.iter_mut().find(|listener| listener.config.id == id) else {
+            return Vec::new();
+        };
+        if listener.set.as_ref().is_some_and(|old| old.generation >= set.generation) {
+            return Vec::new();
+        }
+        listener.set = Some(set);
+        // The plan follows when the routes are known.
+        vec![Action::LookAtHost(self.route_addresses())]
+    }
+
+    /// Compiles the plan anew and hands it out if it differs from the last, or if `force`.
+    fn replan(&mut self, force: bool) -> Vec<Action> {
+        let plan = Plan {
+            listeners: self
+                .listeners
+                .iter()
+                .filter_map(|listener| {
+                    let set = listener.set.as_ref()?;
+                    Some(compile(&listener.config, set, listener.choice.mode, &self.facts))
+                })
+                .collect(),
+        };
+        let mut actions: Vec<Action> = self.new_warnings(&plan).into_iter().map(Action::Warn).collect();
+        if force || plan != self.plan || self.applied.is_err() {
+            self.plan = plan.clone();
+            actions.push(Action::Apply(plan));
+        }
+        actions
+    }
+
+    /// What is wrong now and was not the last time.
+    fn new_warnings(&mut self, plan: &Plan) -> Vec<String> {
+        let holding: BTreeSet<String> = self.warnings(plan).into_iter().collect();
+        let new = holding.difference(&self.warned).cloned().collect();
+        self.warned = holding;
+        new
+    }
+
+    fn warnings(&self, plan: &Plan) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let choices: BTreeMap<ListenerId, &Listener> =
+            self.listeners.iter().map(|listener| (listener.config.id, listener)).collect();
+        for listener in &plan.listeners {
+            let name = &listener.name;
+            if listener.targets.is_empty() {
+                warnings.push(format!("listener {name:?} has no downstreams: its datagrams are dropped and counted"));
+            }
+            if let Some(reason) = &listener.socket_only {
+                warnings.push(format!("listener {name:?}: its socket forwards everything, because {reason}"));
+            }
+            if let Some(Err(missing)) = choices.get(&listener.id).map(|listener| self.missing_interface(listener)) {
+                warnings.push(format!("listener {name:?}: {missing}; attaching when it appears"));
+            }
+            if listener.mode == crate::model::Mode::Userspace {
+                continue;
+            }
+            for target in listener.targets.iter().filter(|target| target.delivery == Delivery::Unreachable) {
+                warnings.push(format!("listener {name:?}: no route to downstream {}", target.downstream.address));
+            }
+        }
+        warnings
+    }
+}

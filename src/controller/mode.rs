@@ -1,0 +1,85 @@
+//! Which datapath a listener gets, and why. Pure.
+
+use anyhow::{Result, anyhow};
+
+use crate::config::{Interfaces, ListenerConfig, RequestedMode};
+use crate::host::HostFacts;
+use crate::model::Mode;
+
+/// A decision and its reason, which is logged and exported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModeChoice {
+    /// The datapath.
+    pub mode: Mode,
+    /// Why, as a clause.
+    pub reason: String,
+}
+
+/// Chooses a listener's datapath.
+///
+/// # Errors
+/// When `mode = "tc_ebpf"` is demanded and something stands in the way; the error names it and the fix.
+pub fn choose(listener: &ListenerConfig, tc_support: &Result<(), String>, facts: &HostFacts) -> Result<ModeChoice> {
+    let obstacle = tc_support.clone().and_then(|()| interfaces_fit(&listener.interfaces, facts));
+    let name = &listener.name;
+    match (listener.mode, obstacle) {
+        (RequestedMode::Userspace, _) => {
+            Ok(ModeChoice { mode: Mode::Userspace, reason: "the configuration says so".into() })
+        }
+        (RequestedMode::TcEbpf, Ok(())) => {
+            Ok(ModeChoice { mode: Mode::TcEbpf, reason: "the configuration says so".into() })
+        }
+        (RequestedMode::TcEbpf, Err(obstacle)) => Err(anyhow!("listener {name:?}: {obstacle}")),
+        // Datagrams to a loopback address never come in through an interface.
+        (RequestedMode::Auto, Ok(())) if listener.bind.ip().is_loopback() => {
+            Ok(ModeChoice { mode: Mode::Userspace, reason: format!("{} is a loopback address", listener.bind.ip()) })
+        }
+        (RequestedMode::Auto, Ok(())) => {
+            Ok(ModeChoice { mode: Mode::TcEbpf, reason: "the kernel and our privileges allow it".into() })
+        }
+        (RequestedMode::Auto, Err(obstacle)) => Ok(ModeChoice { mode: Mode::Userspace, reason: obstacle }),
+    }
+}
+
+/// Whether the interfaces a listener names exist.
+///
+/// # Errors
+/// Names the missing ones and those there are.
+pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<(), String> {
+    let candidates = || {
+        let names: Vec<&str> =
+            facts.links.iter().filter(|link| !link.loopback).map(|link| link.name.as_str()).collect();
+        if names.is_empty() {
+            "this host has none but loopback".to_owned()
+        } else {
+            format!("this host has {}", names.join(", "))
+        }
+    };
+    match interfaces {
+        Interfaces::Auto if facts.default_route_links.is_empty() => Err(format!(
+            "no interface carries a default route, so interface = \"auto\" finds none ({}); name one",
+            candidates()
+        )),
+        Interfaces::Auto => Ok(()),
+        Interfaces::Named(names) => match names.iter().find(|name| facts.link_named(name).is_none()) {
+            Some(missing) => Err(format!("interface not found: {missing} ({})", candidates())),
+            None => Ok(()),
+        },
+    }
+}
+
+/// Whether the TC program can work on the interfaces: they exist and carry Ethernet frames.
+fn interfaces_fit(interfaces: &Interfaces, facts: &HostFacts) -> Result<(), String> {
+    interfaces_present(interfaces, facts)?;
+    let links = match interfaces {
+        Interfaces::Auto => facts.default_route_links.iter().filter_map(|&index| facts.link(index)).collect(),
+        Interfaces::Named(names) => names.iter().filter_map(|name| facts.link_named(name)).collect::<Vec<_>>(),
+    };
+    match links.iter().find(|link| !link.ethernet) {
+        Some(link) => Err(format!(
+            "interface {} carries no Ethernet frames, which tc_ebpf needs; use mode = \"userspace\" for it",
+            link.name
+        )),
+        None => Ok(()),
+    }
+}

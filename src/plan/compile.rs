@@ -1,0 +1,204 @@
+//! From configuration, downstreams and host facts to one listener's part of the plan. Pure.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::{Delivery, LinkRef, ListenerPlan, Target, table};
+use crate::config::{Interfaces, ListenerConfig};
+use crate::host::{HostFacts, Link, Route};
+use crate::model::{DownstreamSet, Mode};
+
+/// What both datapaths must do for one listener.
+///
+/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable.
+#[must_use]
+pub fn compile(listener: &ListenerConfig, set: &DownstreamSet, mode: Mode, facts: &HostFacts) -> ListenerPlan {
+    let targets: Vec<Target> = set
+        .downstreams
+        .iter()
+        .map(|downstream| Target {
+            downstream: downstream.clone(),
+            delivery: delivery(facts.routes.get(&downstream.address.ip())),
+        })
+        .collect();
+    let weights: Vec<u32> = set.downstreams.iter().map(|downstream| downstream.weight).collect();
+    let kernel = mode == Mode::TcEbpf;
+    ListenerPlan {
+        id: listener.id,
+        name: listener.name.as_str().into(),
+        mode,
+        bind: listener.bind,
+        match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
+        links: if kernel { links(&listener.interfaces, facts) } else { Vec::new() },
+        policy: listener.policy,
+        socket_only: if kernel { socket_only(set, facts) } else { None },
+        targets,
+        table: table::interleave(&weights),
+        settings: listener.settings.clone(),
+    }
+}
+
+fn delivery(route: Option<&Route>) -> Delivery {
+    match route {
+        Some(Route::Local { .. }) => Delivery::Local,
+        Some(&Route::Via { link, next_hop, mtu }) => Delivery::Neighbour { link, next_hop, mtu },
+        Some(Route::Unreachable { .. }) | None => Delivery::Unreachable,
+    }
+}
+
+/// The addresses at which the TC program meets this listener's datagrams. A wildcard stands for all of the host's
+/// addresses of its family but the loopback ones: what is sent to those never comes in through an interface.
+fn match_addresses(bind: IpAddr, facts: &HostFacts) -> Vec<IpAddr> {
+    if !bind.is_unspecified() {
+        return vec![bind];
+    }
+    let ours: BTreeSet<IpAddr> = facts
+        .addresses
+        .iter()
+        .map(|address| address.address)
+        .filter(|address| address.is_ipv4() == bind.is_ipv4() && !address.is_loopback())
+        .collect();
+    ours.into_iter().collect()
+}
+
+/// The interfaces that exist at the moment, of those the listener wants.
+fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
+    let found: Vec<&Link> = match interfaces {
+        Interfaces::Auto => facts.default_route_links.iter().filter_map(|&index| facts.link(index)).collect(),
+        Interfaces::Named(names) => names.iter().filter_map(|name| facts.link_named(name)).collect(),
+    };
+    let mut links: Vec<LinkRef> =
+        found.into_iter().map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect();
+    links.sort();
+    links.dedup();
+    links
+}
+
+/// A packet from outside cannot be sent on to a loopback address: the stack drops it as a martian. Were only that
+/// downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and the shares
+/// would be wrong; so the socket takes all.
+fn socket_only(set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
+    let loopback = |ip: &IpAddr| matches!(facts.routes.get(ip), Some(Route::Local { loopback: true }));
+    set.downstreams
+        .iter()
+        .find(|downstream| loopback(&downstream.address.ip()))
+        .map(|downstream| format!("downstream {} is on the loopback interface", downstream.address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RequestedMode, Settings, Source};
+    use crate::host::Address;
+    use crate::model::{Downstream, ListenerId, Policy};
+
+    fn facts() -> HostFacts {
+        let link = |index, name: &str| Link {
+            index,
+            name: name.into(),
+            kind: None,
+            up: true,
+            ethernet: index != 1,
+            loopback: index == 1,
+            mtu: 1500,
+        };
+        let address = |link, address: &str| Address { link, address: address.parse().unwrap() };
+        HostFacts {
+            links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1")],
+            addresses: vec![
+                address(1, "127.0.0.1"),
+                address(2, "192.0.2.1"),
+                address(2, "2001:db8::1"),
+                address(3, "198.51.100.1"),
+                address(3, "192.0.2.1"),
+            ],
+            default_route_links: vec![2],
+            routes: [
+                ("192.0.2.9", Route::Via { link: 2, next_hop: "192.0.2.9".parse().unwrap(), mtu: 1500 }),
+                ("203.0.113.9", Route::Via { link: 3, next_hop: "198.51.100.254".parse().unwrap(), mtu: 1400 }),
+                ("192.0.2.1", Route::Local { loopback: false }),
+                ("127.0.0.1", Route::Local { loopback: true }),
+                ("10.0.0.1", Route::Unreachable { reason: "Network is unreachable".into() }),
+            ]
+            .into_iter()
+            .map(|(ip, route)| (ip.parse().unwrap(), route))
+            .collect(),
+        }
+    }
+
+    fn listener(bind: &str, interfaces: Interfaces) -> ListenerConfig {
+        ListenerConfig {
+            id: ListenerId(0),
+            name: "syslog".into(),
+            bind: bind.parse().unwrap(),
+            interfaces,
+            mode: RequestedMode::TcEbpf,
+            policy: Policy::RoundRobin,
+            source: Source::Static(Vec::new()),
+            settings: Settings {
+                workers: 0,
+                batch_size: 64,
+                pin_cpus: false,
+                recv_buf_size: None,
+                max_packet_size: 65_507,
+            },
+        }
+    }
+
+    fn set(addresses: &[&str]) -> DownstreamSet {
+        let downstreams = addresses
+            .iter()
+            .map(|address| Downstream { name: (*address).into(), address: address.parse().unwrap(), weight: 1 })
+            .collect();
+        DownstreamSet { generation: 1, downstreams }
+    }
+
+    #[test]
+    fn a_wildcard_matches_the_hosts_addresses_of_its_family_once_each() {
+        let plan = compile(&listener("0.0.0.0:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts());
+        let expected: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "198.51.100.1".parse().unwrap()];
+        assert_eq!(plan.match_addresses, expected);
+        assert_eq!(plan.links, [LinkRef { index: 2, name: "eth0".into() }]);
+        let plan = compile(&listener("[::]:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts());
+        assert_eq!(plan.match_addresses, ["2001:db8::1".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn interfaces_that_are_missing_are_left_out() {
+        let named = Interfaces::Named(vec!["eth1".into(), "eth9".into()]);
+        let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts());
+        assert_eq!(plan.links, [LinkRef { index: 3, name: "eth1".into() }]);
+        assert_eq!(plan.match_addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn each_route_becomes_its_delivery() {
+        let set = set(&["192.0.2.9:1", "203.0.113.9:1", "192.0.2.1:1", "10.0.0.1:1", "10.0.0.2:1"]);
+        let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts());
+        let deliveries: Vec<Delivery> = plan.targets.iter().map(|target| target.delivery).collect();
+        let neighbour =
+            |link, next_hop: &str, mtu| Delivery::Neighbour { link, next_hop: next_hop.parse().unwrap(), mtu };
+        assert_eq!(
+            deliveries,
+            [
+                neighbour(2, "192.0.2.9", 1500),
+                neighbour(3, "198.51.100.254", 1400),
+                Delivery::Local,
+                Delivery::Unreachable,
+                Delivery::Unreachable
+            ]
+        );
+        assert_eq!(plan.table, [0, 1, 2, 3, 4]);
+        assert_eq!(plan.socket_only, None);
+    }
+
+    #[test]
+    fn one_loopback_downstream_leaves_all_to_the_socket() {
+        let set = set(&["192.0.2.9:1", "127.0.0.1:1"]);
+        let listener = listener("192.0.2.1:514", Interfaces::Auto);
+        let plan = compile(&listener, &set, Mode::TcEbpf, &facts());
+        assert_eq!(plan.socket_only.as_deref(), Some("downstream 127.0.0.1:1 is on the loopback interface"));
+        let plan = compile(&listener, &set, Mode::Userspace, &facts());
+        assert_eq!((plan.socket_only, plan.links.len(), plan.match_addresses.len()), (None, 0, 0));
+    }
+}
