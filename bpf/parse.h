@@ -31,10 +31,33 @@ struct packet {
 	bool exotic; /* ours, but only the socket can do it justice */
 };
 
+/*
+ * Where the frame's directly readable bytes begin and end. In assembly, because the verifier wants these two loads at
+ * constant offsets from the unmodified context pointer, and clang would merge those of different branches.
+ */
+#define CTX_POINTER(skb, field)                                              \
+	({                                                                   \
+		void *pointer;                                               \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                        \
+			     : "=r"(pointer)                                 \
+			     : "r"(skb), "i"(offsetof(struct __sk_buff, field)), "m"(*(skb))); \
+		pointer;                                                     \
+	})
+
+static __always_inline void *frame_start(struct __sk_buff *skb)
+{
+	return CTX_POINTER(skb, data);
+}
+
+static __always_inline void *frame_end(struct __sk_buff *skb)
+{
+	return CTX_POINTER(skb, data_end);
+}
+
 /* Makes the first `need` bytes of the frame directly readable. False if the frame is shorter. */
 static __always_inline bool pull(struct __sk_buff *skb, __u32 need)
 {
-	if (skb->data + need <= skb->data_end)
+	if (frame_start(skb) + need <= frame_end(skb))
 		return true;
 	return skb->len >= need && bpf_skb_pull_data(skb, need) == 0;
 }
@@ -101,8 +124,8 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 
 	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
 		return PARSE_FOREIGN;
-	data = (void *)(long)skb->data;
-	data_end = (void *)(long)skb->data_end;
+	data = frame_start(skb);
+	data_end = frame_end(skb);
 	ip = data + L3_OFF;
 	if ((void *)(ip + 1) + sizeof(*udp) > data_end)
 		return PARSE_FOREIGN;
@@ -129,8 +152,8 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	if (pkt->exotic) {
 		if (!pull(skb, pkt->l4_off + sizeof(*udp)))
 			return PARSE_FOREIGN;
-		data = (void *)(long)skb->data;
-		data_end = (void *)(long)skb->data_end;
+		data = frame_start(skb);
+		data_end = frame_end(skb);
 	}
 	udp = data + pkt->l4_off;
 	if ((void *)(udp + 1) > data_end)
@@ -148,8 +171,8 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 
 	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
 		return PARSE_FOREIGN;
-	data = (void *)(long)skb->data;
-	data_end = (void *)(long)skb->data_end;
+	data = frame_start(skb);
+	data_end = frame_end(skb);
 	ip = data + L3_OFF;
 	udp = (void *)(ip + 1);
 	if ((void *)(udp + 1) > data_end)

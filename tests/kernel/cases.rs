@@ -1,0 +1,262 @@
+//! Hand-written packets, one rule each: the expected bytes, verdict and counters.
+
+use udp_fanout::model::ListenerId;
+use udp_fanout::plan::{Delivery, ListenerPlan};
+
+use crate::oracle::{REDIRECT, SHOT, UNSPEC};
+use crate::packet::{Checksum, Frame};
+use crate::run::{Gso, Program, Ran, listener, target, via};
+
+const SENDER: &str = "203.0.113.5:40000";
+const SENDER6: &str = "[2001:db8:5::5]:40000";
+
+fn plan() -> Vec<ListenerPlan> {
+    let mut socket_only = listener(4, "192.0.2.1:5004", vec![target("127.0.0.1:9000", Delivery::Local)]);
+    socket_only.socket_only = Some("test".into());
+    vec![
+        listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]),
+        listener(1, "192.0.2.1:5001", vec![target("192.0.2.1:6001", Delivery::Local)]),
+        listener(2, "192.0.2.1:5002", vec![target("198.51.100.8:5002", Delivery::Unreachable)]),
+        listener(3, "192.0.2.1:5003", vec![]),
+        socket_only,
+        listener(5, "[2001:db8::1]:5000", vec![target("[2001:db8:9::7]:6000", via("fe80::1", 1500))]),
+        listener(6, "192.0.2.1:5006", vec![target("198.51.100.7:5006", via("198.51.100.254", 1500))]),
+    ]
+}
+
+fn check(frame: &Frame, gso: Gso, verdict: i32, expected: &Frame, id: u32, stats: [u64; 6]) {
+    let program = Program::load(plan());
+    let ran = program.run(&frame.bytes(), gso);
+    assert_eq!(ran, Ran { verdict, packet: expected.bytes() });
+    assert_eq!(program.stats(id), stats);
+    for other in (0..7).filter(|other| *other != id) {
+        assert_eq!(program.stats(other), [0; 6], "listener {other} counted");
+    }
+}
+
+/// Untouched and uncounted.
+fn check_foreign(bytes: &[u8]) {
+    let program = Program::load(plan());
+    let ran = program.run(bytes, Gso::default());
+    assert_eq!(ran, Ran { verdict: UNSPEC, packet: bytes.to_vec() });
+    for id in 0..7 {
+        assert_eq!(program.stats(id), [0; 6], "listener {id} counted a foreign packet");
+    }
+}
+
+#[test]
+fn root_a_datagram_is_rewritten_and_redirected() {
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", b"hello");
+    out.ttl = 63;
+    check(&frame, Gso::default(), REDIRECT, &out, 0, [1, 1, 0, 0, 5, 5]);
+}
+
+#[test]
+fn root_the_port_may_stay_the_same() {
+    let frame = Frame::new(SENDER, "192.0.2.1:5006", b"hello");
+    let mut out = Frame::new(SENDER, "198.51.100.7:5006", b"hello");
+    out.ttl = 63;
+    check(&frame, Gso::default(), REDIRECT, &out, 6, [1, 1, 0, 0, 5, 5]);
+}
+
+#[test]
+fn root_an_empty_datagram_is_a_datagram() {
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"");
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", b"");
+    out.ttl = 63;
+    check(&frame, Gso::default(), REDIRECT, &out, 0, [1, 1, 0, 0, 0, 0]);
+}
+
+#[test]
+fn root_a_zero_udp_checksum_stays_zero() {
+    let mut frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
+    frame.udp_checksum = Checksum::Zero;
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", b"hello");
+    (out.ttl, out.udp_checksum) = (63, Checksum::Zero);
+    check(&frame, Gso::default(), REDIRECT, &out, 0, [1, 1, 0, 0, 5, 5]);
+}
+
+#[test]
+fn root_a_checksum_that_becomes_zero_is_written_as_ffff() {
+    // Two payload bytes are chosen so that the outgoing datagram's checksum computes to zero.
+    let right = Frame::new(SENDER, "198.51.100.7:6000", &[0, 0]).bytes();
+    let check_of_zeros = u16::from_be_bytes([right[40], right[41]]);
+    let payload = check_of_zeros.to_be_bytes();
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", &payload);
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", &payload);
+    out.ttl = 63;
+    assert_eq!(out.bytes()[40..42], [0xff, 0xff]);
+    check(&frame, Gso::default(), REDIRECT, &out, 0, [1, 1, 0, 0, 2, 2]);
+}
+
+#[test]
+fn root_a_local_receiver_gets_it_up_the_stack_with_its_ttl() {
+    let mut frame = Frame::new(SENDER, "192.0.2.1:5001", b"hello");
+    frame.ttl = 1;
+    let mut out = Frame::new(SENDER, "192.0.2.1:6001", b"hello");
+    out.ttl = 1;
+    check(&frame, Gso::default(), UNSPEC, &out, 1, [1, 1, 0, 0, 5, 5]);
+}
+
+#[test]
+fn root_ipv6_is_rewritten_and_redirected() {
+    let frame = Frame::new(SENDER6, "[2001:db8::1]:5000", b"hello");
+    let mut out = Frame::new(SENDER6, "[2001:db8:9::7]:6000", b"hello");
+    out.ttl = 63;
+    check(&frame, Gso::default(), REDIRECT, &out, 5, [1, 1, 0, 0, 5, 5]);
+}
+
+#[test]
+fn root_a_super_packet_counts_as_its_datagrams() {
+    let payload = vec![7; 2500];
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", &payload);
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", &payload);
+    out.ttl = 63;
+    check(&frame, Gso { size: 1000, segments: 3 }, REDIRECT, &out, 0, [3, 3, 0, 0, 2500, 2500]);
+    check(&frame, Gso { size: 1000, segments: 0 }, REDIRECT, &out, 0, [3, 3, 0, 0, 2500, 2500]);
+}
+
+#[test]
+fn root_too_long_for_the_way_out_is_left_to_the_socket() {
+    let fits = Frame::new(SENDER, "192.0.2.1:5000", &[7; 1472]);
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", &[7; 1472]);
+    out.ttl = 63;
+    check(&fits, Gso::default(), REDIRECT, &out, 0, [1, 1, 0, 0, 1472, 1472]);
+    let over = Frame::new(SENDER, "192.0.2.1:5000", &[7; 1473]);
+    check(&over, Gso::default(), UNSPEC, &over, 0, [1, 0, 0, 1, 1473, 0]);
+    check(&over, Gso { size: 1473, segments: 1 }, UNSPEC, &over, 0, [1, 0, 0, 1, 1473, 0]);
+}
+
+#[test]
+fn root_options_are_left_to_the_socket() {
+    let mut frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
+    frame.options = vec![1, 1, 1, 0];
+    check(&frame, Gso::default(), UNSPEC, &frame, 0, [1, 0, 0, 1, 5, 0]);
+}
+
+#[test]
+fn root_a_socket_only_listener_passes_everything() {
+    let frame = Frame::new(SENDER, "192.0.2.1:5004", b"hello");
+    check(&frame, Gso::default(), UNSPEC, &frame, 4, [1, 0, 0, 1, 5, 0]);
+}
+
+#[test]
+fn root_every_drop_has_its_reason() {
+    let mut expired = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
+    expired.ttl = 1;
+    let unreachable = Frame::new(SENDER, "192.0.2.1:5002", b"hello");
+    let nobody = Frame::new(SENDER, "192.0.2.1:5003", b"hello");
+    for (frame, id, reason) in [(expired, 0, "ttl_expired"), (unreachable, 2, "no_route"), (nobody, 3, "no_downstream")]
+    {
+        let mut program = Program::load(plan());
+        assert_eq!(program.run(&frame.bytes(), Gso::default()).verdict, SHOT, "{reason}");
+        assert_eq!(program.stats(id), [1, 0, 1, 0, 5, 0], "{reason}");
+        assert_eq!(program.drops(id), [(reason, 1)].into_iter().collect());
+    }
+}
+
+#[test]
+fn root_foreign_packets_pass_untouched() {
+    let ours = || Frame::new(SENDER, "192.0.2.1:5000", b"hello");
+    let mut frames = vec![
+        ("another port", Frame::new(SENDER, "192.0.2.1:5999", b"hello")),
+        ("another address", Frame::new(SENDER, "192.0.2.2:5000", b"hello")),
+        ("a martian source", Frame::new("127.0.0.1:1", "192.0.2.1:5000", b"hello")),
+        ("a multicast source", Frame::new("224.0.0.1:1", "192.0.2.1:5000", b"hello")),
+        ("the other family", Frame::new(SENDER6, "[2001:db8::2]:5000", b"hello")),
+    ];
+    let mut change = |what, edit: fn(&mut Frame)| {
+        let mut frame = ours();
+        edit(&mut frame);
+        frames.push((what, frame));
+    };
+    change("another host's MAC", |frame| frame.destination_mac = [2, 0, 0, 0, 0, 1]);
+    change("TCP", |frame| frame.protocol = 6);
+    change("a first fragment", |frame| frame.fragment = 0x2000);
+    change("a last fragment", |frame| frame.fragment = 185);
+    change("a bad header checksum", |frame| frame.ip_checksum = Checksum::Wrong);
+    for (what, frame) in frames {
+        println!("{what}");
+        check_foreign(&frame.bytes());
+    }
+}
+
+#[test]
+fn root_malformed_packets_pass_untouched() {
+    let whole = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
+    let whole6 = Frame::new(SENDER6, "[2001:db8::1]:5000", b"hello").bytes();
+    for length in 34..whole.len() {
+        check_truncated(&whole, length);
+    }
+    for length in 54..whole6.len() {
+        check_truncated(&whole6, length);
+    }
+    let mut short_udp = whole.clone();
+    short_udp[39] = 7;
+    check_foreign(&short_udp);
+    let mut long_udp = whole.clone();
+    long_udp[39] = 14;
+    check_foreign(&long_udp);
+    let mut no_checksum = whole6;
+    no_checksum[60..62].fill(0);
+    check_foreign(&no_checksum);
+    let mut tagged = whole;
+    tagged.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
+    check_foreign(&tagged);
+}
+
+fn check_truncated(whole: &[u8], length: usize) {
+    check_foreign(&whole[..length]);
+}
+
+#[test]
+fn root_a_round_gives_each_downstream_its_share() {
+    let hosts = ["198.51.100.1:6000", "198.51.100.2:6000", "198.51.100.3:6000"];
+    let mut spread =
+        listener(0, "192.0.2.1:5000", hosts.iter().map(|host| target(host, via("198.51.100.1", 1500))).collect());
+    spread.table = vec![0, 1, 0, 2];
+    let mut program = Program::load(vec![spread]);
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    for _ in 0..400 {
+        assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
+    }
+    let counters = program.datapath_counters();
+    let packets: Vec<u64> =
+        hosts.iter().map(|host| counters[&(ListenerId(0), host.parse().unwrap())].packets).collect();
+    assert_eq!(packets, [200, 100, 100]);
+}
+
+#[test]
+fn root_a_thousand_tables_lose_nothing_and_counters_never_fall() {
+    let one = |n: u32| {
+        let hosts: Vec<String> = (0..1 + n % 5).map(|i| format!("198.51.100.{}:6000", 1 + (n * 7 + i) % 200)).collect();
+        vec![listener(0, "192.0.2.1:5000", hosts.iter().map(|host| target(host, via("198.51.100.1", 1500))).collect())]
+    };
+    let mut program = Program::load(one(0));
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    for n in 1..=1000 {
+        assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
+        program.apply(one(n));
+        assert_eq!(program.stats(0), [u64::from(n), u64::from(n), 0, 0, u64::from(n), u64::from(n)]);
+    }
+}
+
+#[test]
+fn root_a_downstream_that_stays_keeps_its_count_while_ids_are_reused() {
+    let with = |other: u32| {
+        let moving = format!("198.51.100.{}:6000", 2 + other % 100);
+        let hosts = ["198.51.100.1:6000", &moving];
+        let delivery = if other.is_multiple_of(2) { via("198.51.100.1", 1500) } else { via("198.51.100.254", 1500) };
+        vec![listener(0, "192.0.2.1:5000", hosts.iter().map(|host| target(host, delivery)).collect())]
+    };
+    let mut program = Program::load(with(0));
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    for n in 1..=500u64 {
+        program.run(&frame, Gso::default());
+        program.run(&frame, Gso::default());
+        program.apply(with(n as u32));
+        let counters = program.datapath_counters();
+        assert_eq!(counters[&(ListenerId(0), "198.51.100.1:6000".parse().unwrap())].packets, n);
+    }
+}

@@ -1,0 +1,125 @@
+//! Loads the production program with listeners of every kind and runs packets through it.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
+
+use libbpf_rs::libbpf_sys;
+use udp_fanout::config::{Limits, Settings};
+use udp_fanout::datapath::Datapath;
+use udp_fanout::datapath::kernel::KernelDatapath;
+use udp_fanout::datapath::kernel::skel::types::__sk_buff;
+use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
+
+/// The production datapath, attached nowhere.
+pub struct Program {
+    pub datapath: KernelDatapath,
+    pub plan: Plan,
+}
+
+/// What the program made of a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ran {
+    pub verdict: i32,
+    pub packet: Vec<u8>,
+}
+
+/// Offload fields of the skb.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Gso {
+    pub size: u32,
+    pub segments: u32,
+}
+
+impl Program {
+    pub fn load(listeners: Vec<ListenerPlan>) -> Program {
+        // The cursor is per CPU, so one history needs one CPU.
+        let mut here = nix::sched::CpuSet::new();
+        here.set(0).unwrap();
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
+        let mut datapath = KernelDatapath::new(&Limits { max_listeners: 16, max_downstreams: 64 })
+            .expect("cannot load the TC program: these tests need root");
+        let plan = Plan { listeners };
+        datapath.apply(&plan).unwrap();
+        Program { datapath, plan }
+    }
+
+    pub fn apply(&mut self, listeners: Vec<ListenerPlan>) {
+        self.plan = Plan { listeners };
+        self.datapath.apply(&self.plan).unwrap();
+    }
+
+    pub fn run(&self, packet: &[u8], gso: Gso) -> Ran {
+        // SAFETY: a C struct of integers and pointers. The kernel wants every byte but those set to be zero, padding too.
+        let mut context: __sk_buff = unsafe { std::mem::zeroed() };
+        (context.gso_size, context.gso_segs) = (gso.size, gso.segments);
+        let mut out = vec![0u8; packet.len() + 64];
+        // SAFETY: a C struct of integers and pointers, for which zero means "not given".
+        let mut opts: libbpf_sys::bpf_test_run_opts = unsafe { std::mem::zeroed() };
+        opts.sz = size_of_val(&opts) as _;
+        opts.data_in = packet.as_ptr().cast();
+        opts.data_size_in = packet.len() as u32;
+        opts.data_out = out.as_mut_ptr().cast();
+        opts.data_size_out = out.len() as u32;
+        opts.ctx_in = std::ptr::from_mut(&mut context).cast();
+        opts.ctx_size_in = size_of_val(&context) as u32;
+        opts.repeat = 1;
+        // SAFETY: all buffers live across the call and have the sizes given.
+        let err = unsafe { libbpf_sys::bpf_prog_test_run_opts(self.datapath.program().as_raw_fd(), &mut opts) };
+        assert_eq!(err, 0, "test run failed: {}", std::io::Error::from_raw_os_error(-err));
+        out.truncate(opts.data_size_out as usize);
+        Ran { verdict: opts.retval as i32, packet: out }
+    }
+
+    /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
+    pub fn stats(&self, id: u32) -> [u64; 6] {
+        self.datapath.raw_stats(ListenerId(id)).unwrap()
+    }
+
+    /// Drops of a listener by reason, zeros left out.
+    pub fn drops(&mut self, id: u32) -> BTreeMap<&'static str, u64> {
+        let counters = self.datapath.counters().unwrap();
+        let dropped = counters.listeners[&ListenerId(id)].dropped;
+        dropped.iter().filter(|(_, n)| *n > 0).map(|(reason, n)| (reason.label(), n)).collect()
+    }
+}
+
+/// A listener in tc_ebpf mode, attached nowhere, with its targets in the order of the round.
+pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
+    let bind: SocketAddr = bind.parse().unwrap();
+    ListenerPlan {
+        id: ListenerId(id),
+        name: format!("listener-{id}").into(),
+        mode: Mode::TcEbpf,
+        bind,
+        match_addresses: vec![bind.ip()],
+        links: Vec::new(),
+        policy: Policy::RoundRobin,
+        socket_only: None,
+        table: (0..targets.len() as u32).collect(),
+        targets,
+        settings: Settings {
+            workers: 0,
+            batch_size: 64,
+            pin_cpus: false,
+            recv_buf_size: None,
+            max_packet_size: 65_507,
+        },
+    }
+}
+
+pub fn target(address: &str, delivery: Delivery) -> Target {
+    Target { downstream: Downstream { name: address.into(), address: address.parse().unwrap(), weight: 1 }, delivery }
+}
+
+/// Over link 77, which need not exist: a test run does not carry redirects out.
+pub fn via(next_hop: &str, mtu: u32) -> Delivery {
+    Delivery::Neighbour { link: 77, next_hop: next_hop.parse::<IpAddr>().unwrap(), mtu }
+}
+
+impl Program {
+    pub fn datapath_counters(&mut self) -> BTreeMap<(ListenerId, SocketAddr), udp_fanout::model::DownstreamCounters> {
+        self.datapath.counters().unwrap().downstreams
+    }
+}

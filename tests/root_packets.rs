@@ -1,0 +1,14 @@
+//! Whole packets through the production TC program (`BPF_PROG_TEST_RUN`), against a plain-Rust oracle.
+//!
+//! Needs root. `cases` asserts hand-written packets byte by byte; `random` feeds a million random and mutated ones.
+
+#[path = "kernel/cases.rs"]
+mod cases;
+#[path = "kernel/oracle.rs"]
+mod oracle;
+#[path = "kernel/packet.rs"]
+mod packet;
+#[path = "kernel/random.rs"]
+mod random;
+#[path = "kernel/run.rs"]
+mod run;
