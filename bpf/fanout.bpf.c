@@ -12,6 +12,10 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_core_read.h>
 
+#define TC_ACT_UNSPEC (-1)
+#define TC_ACT_SHOT 2
+#define TC_ACT_REDIRECT 7
+
 #include "fanout_abi.h"
 #include "maps.h"
 #include "parse.h"
@@ -19,10 +23,6 @@
 #include "rewrite.h"
 #include "deliver.h"
 #include "count.h"
-
-#define TC_ACT_UNSPEC (-1)
-#define TC_ACT_SHOT 2
-#define TC_ACT_REDIRECT 7
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -61,7 +61,7 @@ static __always_inline int forward_out(struct __sk_buff *skb, const struct fanou
 		return pass(listener, pkt);
 	if (rewrite_destination(skb, pkt, to) || decrement_ttl(skb, pkt))
 		return drop(listener, DROP_REWRITE_FAILED, pkt);
-	if (deliver_to_neighbour(to) != TC_ACT_REDIRECT)
+	if (deliver_out(skb, pkt, to, to_id) != TC_ACT_REDIRECT)
 		return drop(listener, DROP_REDIRECT_FAILED, pkt);
 	count_forwarded(listener->id, to_id, pkt);
 	return TC_ACT_REDIRECT;

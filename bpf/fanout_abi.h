@@ -39,6 +39,11 @@ enum delivery {
 	DELIVER_NEIGHBOUR = 2, /* to next_hop on ifindex */
 };
 
+enum downstream_flag {
+	/* ifindex is the host's end of a pair whose other end is in a pod, and nothing on this end wants to see packets. */
+	DOWNSTREAM_PEER = 1,
+};
+
 /*
  * A receiver. Never changed while a table names it: a change takes a new id, so that no packet sees half of one.
  */
@@ -50,7 +55,7 @@ struct downstream {
 	__u8 next_hop_family; /* AF_INET or AF_INET6 of this kernel's numbering */
 	__u32 ifindex; /* of the outgoing link */
 	__u32 mtu; /* largest IP packet on the way out, bytes */
-	__u32 pad;
+	__u32 flags; /* enum downstream_flag */
 };
 
 /*
@@ -64,6 +69,15 @@ struct stats {
 	__u64 pkts_passed; /* left to the listener's socket */
 	__u64 bytes_received;
 	__u64 bytes_forwarded;
+};
+
+/*
+ * Where one CPU last found a downstream's neighbour. Good for a moment only, see deliver.h.
+ */
+struct next_hop {
+	__u64 found; /* jiffies */
+	__u32 ifindex; /* 0: nothing found yet */
+	__u8 macs[12]; /* destination, source: the start of the frame */
 };
 
 struct downstream_stats {

@@ -74,6 +74,14 @@ struct {
 	__type(value, struct downstream_stats);
 } DOWNSTREAM_STAT SEC(".maps");
 
+/* Downstream id -> where its neighbour was found, a few milliseconds ago. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct next_hop);
+} next_hops SEC(".maps");
+
 /*
  * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
  * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,

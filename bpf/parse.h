@@ -22,6 +22,8 @@ enum parse_result {
 
 struct packet {
 	struct listener_key dst;
+	__be32 src_be[4]; /* like dst.addr_be */
+	__be16 sport_be;
 	__u32 l4_off; /* from the start of the frame */
 	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
 	__u32 payload; /* UDP payload, bytes, of all of them */
@@ -101,6 +103,7 @@ static __always_inline enum parse_result parse_udp(struct __sk_buff *skb, struct
 
 	if (udp_len < sizeof(*udp) || udp_len > room)
 		return PARSE_FOREIGN;
+	pkt->sport_be = udp->source;
 	pkt->dst.port_be = udp->dest;
 	pkt->payload = udp_len - sizeof(*udp);
 	pkt->datagrams = 1;
@@ -147,6 +150,8 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	pkt->dst.addr_be[1] = 0;
 	pkt->dst.addr_be[2] = bpf_htonl(0xffff);
 	pkt->dst.addr_be[3] = ip->daddr;
+	__builtin_memcpy(pkt->src_be, pkt->dst.addr_be, 12);
+	pkt->src_be[3] = ip->saddr;
 	pkt->l4_off = L3_OFF + ihl;
 
 	if (pkt->exotic) {
@@ -188,6 +193,7 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	pkt->exotic = false;
 	pkt->ttl = ip->hop_limit;
 	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
+	__builtin_memcpy(pkt->src_be, &ip->saddr, sizeof(pkt->src_be));
 	pkt->l4_off = L3_OFF + sizeof(*ip);
 	return parse_udp(skb, pkt, udp, length);
 }

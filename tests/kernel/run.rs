@@ -38,6 +38,8 @@ impl Program {
         let mut here = nix::sched::CpuSet::new();
         here.set(0).unwrap();
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
+        // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         let mut datapath = KernelDatapath::new(&Limits { max_listeners: 16, max_downstreams: 64 })
             .expect("cannot load the TC program: these tests need root");
         let plan = Plan { listeners };

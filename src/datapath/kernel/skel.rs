@@ -43,6 +43,8 @@ const _: () = {
     assert!(offset_of!(types::downstream, next_hop_family) == 35);
     assert!(offset_of!(types::downstream, ifindex) == 36);
     assert!(offset_of!(types::downstream, mtu) == 40);
+    assert!(offset_of!(types::downstream, flags) == 44);
+    assert!(size_of::<types::next_hop>() == 24);
     assert!(size_of::<types::stats>() == 6 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
     assert!(size_of::<types::downstream_stats>() == 2 * 8);
@@ -67,6 +69,8 @@ pub struct Loaded {
     pub drops: MapHandle,
     /// Downstream id to counters.
     pub downstream_stats: MapHandle,
+    /// Downstream id to where its neighbour was last found.
+    pub next_hops: MapHandle,
     /// Updated to wait for an RCU grace period.
     pub rcu_barrier: MapHandle,
     /// What is put into `rcu_barrier`.
@@ -118,6 +122,7 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         (&mut maps.table_slots, sizes.slots),
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
+        (&mut maps.next_hops, sizes.downstreams),
     ] {
         let name = map.name().to_string_lossy().into_owned();
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
@@ -139,6 +144,7 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         stats: handle(&maps.STATS)?,
         drops: handle(&maps.DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
+        next_hops: handle(&maps.next_hops)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,
         barrier_inner: handle(&maps.barrier_inner)?,
     })

@@ -191,6 +191,7 @@ impl Tables {
         while let Some(&(number, key)) = self.retired.last() {
             let counted = sum_over_cpus(&loaded.downstream_stats, number)?;
             zero_on_all_cpus(&loaded.downstream_stats, number)?;
+            zero_on_all_cpus(&loaded.next_hops, number)?;
             add(self.settled.entry(key).or_default(), counted);
             self.retired.pop();
         }
