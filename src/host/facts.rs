@@ -51,6 +51,12 @@ pub enum Route {
         /// The largest IP packet the route carries, in bytes.
         mtu: u32,
     },
+    /// Out of an interface, wrapped into another header on the way (MPLS, SRv6, an IP tunnel of the route's own).
+    /// Only the host's stack can do that.
+    Encapsulated {
+        /// The interface's index.
+        link: u32,
+    },
     /// The kernel has no route, or one that refuses.
     Unreachable {
         /// The kernel's words, such as `Network is unreachable (os error 101)`.

@@ -1,0 +1,150 @@
+//! The host's network interfaces.
+
+use anyhow::Result;
+use netlink_packet_core::{Emitable, parse_u32};
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkLayerType, LinkMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::facts::Link;
+use super::netlink::{Connection, after_header, attributes};
+
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+
+/// All interfaces, ordered by index.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub(super) fn list(connection: &mut Connection) -> Result<Vec<Link>> {
+    let mut request = LinkMessage::default();
+    // Counters make up most of what the kernel would write about a link.
+    request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    let mut links = connection.dump("interfaces", &RouteNetlinkMessage::GetLink(request), read)?;
+    links.sort_unstable_by_key(|link| link.index);
+    Ok(links)
+}
+
+/// Reads the payload of `RTM_NEWLINK` or `RTM_DELLINK`. None where the message does not describe a link: one about a
+/// link's role in a bridge uses the same types, so that a port's leaving its bridge looks like the link's end, and one
+/// about a wireless event names no more than the index.
+///
+/// # Errors
+/// When the message is malformed.
+pub(super) fn read(payload: &[u8]) -> Result<Option<Link>> {
+    let header = LinkHeader::parse(payload)?;
+    if header.interface_family != AddressFamily::Unspec {
+        return Ok(None);
+    }
+    let mut link = Link {
+        index: header.index,
+        name: String::new(),
+        kind: None,
+        up: header.flags.contains(LinkFlags::Up),
+        ethernet: header.link_layer_type == LinkLayerType::Ether,
+        loopback: header.flags.contains(LinkFlags::Loopback),
+        mtu: 0,
+    };
+    for attribute in attributes(after_header(payload, header.buffer_len())?) {
+        let (kind, value) = attribute?;
+        match kind {
+            IFLA_IFNAME => link.name = text(value),
+            IFLA_MTU => link.mtu = parse_u32(value)?,
+            IFLA_LINKINFO => {
+                for attribute in attributes(value) {
+                    let (kind, value) = attribute?;
+                    if kind == IFLA_INFO_KIND {
+                        link.kind = Some(text(value));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok((!link.name.is_empty()).then_some(link))
+}
+
+/// A string up to its NUL. Linux takes any bytes but `/` and white space as an interface's name, UTF-8 or not.
+fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|&byte| byte == 0).unwrap_or(value.len());
+    String::from_utf8_lossy(&value[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use netlink_packet_core::DefaultNla;
+    use netlink_packet_route::link::{InfoKind, LinkInfo};
+
+    fn bytes(message: &LinkMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    fn veth() -> LinkMessage {
+        let mut message = LinkMessage::default();
+        message.header.index = 4;
+        message.header.link_layer_type = LinkLayerType::Ether;
+        message.header.flags = LinkFlags::Up | LinkFlags::LowerUp;
+        message.attributes = vec![
+            LinkAttribute::IfName("eth0".into()),
+            LinkAttribute::Mtu(1450),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]),
+        ];
+        message
+    }
+
+    #[test]
+    fn a_link_is_read_with_its_kind() {
+        let expected = Link {
+            index: 4,
+            name: "eth0".into(),
+            kind: Some("veth".into()),
+            up: true,
+            ethernet: true,
+            loopback: false,
+            mtu: 1450,
+        };
+        assert_eq!(read(&bytes(&veth())).unwrap(), Some(expected));
+    }
+
+    #[test]
+    fn attributes_that_nobody_has_seen_before_do_no_harm() {
+        let mut message = veth();
+        let expected = read(&bytes(&message)).unwrap();
+        // A VF list and a type from the future, both filled with nonsense.
+        message.attributes.push(LinkAttribute::Other(DefaultNla::new(22, vec![0xff; 7])));
+        message.attributes.push(LinkAttribute::Other(DefaultNla::new(999, vec![1])));
+        assert_eq!(read(&bytes(&message)).unwrap(), expected);
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_shown_as_well_as_they_can_be() {
+        let mut message = veth();
+        message.attributes[0] = LinkAttribute::Other(DefaultNla::new(IFLA_IFNAME, b"e\xfft\0".to_vec()));
+        assert_eq!(read(&bytes(&message)).unwrap().unwrap().name, "e\u{fffd}t");
+    }
+
+    #[test]
+    fn bridge_port_messages_are_not_about_links() {
+        let mut message = veth();
+        message.header.interface_family = AddressFamily::Bridge;
+        assert_eq!(read(&bytes(&message)).unwrap(), None);
+    }
+
+    #[test]
+    fn wireless_events_are_not_about_links() {
+        let mut message = veth();
+        message.attributes = vec![LinkAttribute::Other(DefaultNla::new(11, vec![0; 12]))];
+        assert_eq!(read(&bytes(&message)).unwrap(), None);
+    }
+
+    #[test]
+    fn a_message_cut_short_is_refused() {
+        let whole = bytes(&veth());
+        assert!(read(&whole[..15]).is_err());
+        assert!(read(&whole[..whole.len() - 2]).is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! Notices that the host has changed.
+//!
+//! Only *that* it has: the facts are then taken anew and whole by [`Host`](super::Host), so that nothing depends on
+//! having seen every message, and a burst that overruns the socket is a change like any other.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use anyhow::{Context, Result};
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use netlink_sys::Socket;
+
+use super::facts::Link;
+use super::netlink::{BUFFER_SIZE, Frame, frames, open_socket};
+use super::{addresses, links, routes};
+
+/// What is listened to. Rules and next-hop objects change where the kernel sends to as much as routes do.
+const GROUPS: [(u32, &str); 8] = [
+    (libc::RTNLGRP_LINK, "interfaces"),
+    (libc::RTNLGRP_IPV4_IFADDR, "IPv4 addresses"),
+    (libc::RTNLGRP_IPV6_IFADDR, "IPv6 addresses"),
+    (libc::RTNLGRP_IPV4_ROUTE, "IPv4 routes"),
+    (libc::RTNLGRP_IPV6_ROUTE, "IPv6 routes"),
+    (libc::RTNLGRP_IPV4_RULE, "IPv4 routing rules"),
+    (libc::RTNLGRP_IPV6_RULE, "IPv6 routing rules"),
+    (libc::RTNLGRP_NEXTHOP, "next hops"),
+];
+
+const RTM_NEWLINK: u16 = libc::RTM_NEWLINK;
+const RTM_DELLINK: u16 = libc::RTM_DELLINK;
+const RTM_NEWADDR: u16 = libc::RTM_NEWADDR;
+const RTM_DELADDR: u16 = libc::RTM_DELADDR;
+const RTM_NEWROUTE: u16 = libc::RTM_NEWROUTE;
+const RTM_DELROUTE: u16 = libc::RTM_DELROUTE;
+
+/// Bytes of receive buffer to ask for; the kernel gives what `net.core.rmem_max` allows. Enough for a few hundred
+/// messages between two turns of the event loop, beyond which an overrun tells as much.
+const RECEIVE_BUFFER: usize = 1024 * 1024;
+
+/// A subscription to the kernel's messages about interfaces, addresses and routes. A [`mio::event::Source`].
+///
+/// Open it before the facts are first taken, so that no change falls between the two.
+pub struct Monitor {
+    socket: Socket,
+    buffer: Vec<u8>,
+    memory: Memory,
+}
+
+/// What the last message about each interface and address said, to recognise one that says the same again: the kernel
+/// also speaks up about things that are no facts of ours (an alias, a wireless event, a renewed address lifetime).
+#[derive(Default)]
+struct Memory {
+    links: BTreeMap<u32, Link>,
+    addresses: HashMap<(u32, IpAddr), bool>,
+}
+
+impl Monitor {
+    /// Subscribes, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel refuses the socket or a subscription.
+    pub fn open() -> Result<Self> {
+        let socket = open_socket()?;
+        socket.set_non_blocking(true).context("cannot make a netlink socket non-blocking")?;
+        socket.set_rx_buf_sz(RECEIVE_BUFFER as libc::c_int).context("cannot set a netlink socket's buffer size")?;
+        for (group, what) in GROUPS {
+            match socket.add_membership(group) {
+                Ok(()) => {}
+                // Linux before 5.3 has no next-hop objects, a kernel built without IPv6 none of its groups.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot watch the host's {what}")),
+            }
+        }
+        Ok(Self { socket, buffer: vec![0; BUFFER_SIZE], memory: Memory::default() })
+    }
+
+    /// Reads everything pending. True if the host's facts may have changed: then take them anew. Does not block.
+    ///
+    /// # Errors
+    /// When the socket can no longer be read.
+    pub fn drain(&mut self) -> Result<bool> {
+        let mut changed = false;
+        let mut lost = false;
+        loop {
+            // With MSG_TRUNC the kernel tells the datagram's length even where the buffer is shorter.
+            match self.socket.recv(&mut &mut self.buffer[..], libc::MSG_TRUNC) {
+                Ok(length) if length > self.buffer.len() => {
+                    self.buffer.resize(length.next_power_of_two(), 0);
+                    lost = true;
+                }
+                Ok(length) => {
+                    for frame in frames(&self.buffer[..length]) {
+                        // A message that cannot be understood may well be about a change.
+                        changed |= frame.and_then(|frame| self.memory.learn(&frame)).unwrap_or(true);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if lost {
+                        // What was lost is newer than what was still queued, so none of it may be remembered.
+                        self.memory = Memory::default();
+                    }
+                    return Ok(changed || lost);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => lost = true,
+                Err(error) => return Err(error).context("cannot read the netlink socket that watches the host"),
+            }
+        }
+    }
+}
+
+impl Memory {
+    /// True if the message says something that the messages before it have not.
+    fn learn(&mut self, frame: &Frame<'_>) -> Result<bool> {
+        let payload = frame.payload;
+        Ok(match frame.kind {
+            RTM_NEWLINK => match links::read(payload)? {
+                Some(link) => self.links.insert(link.index, link.clone()).as_ref() != Some(&link),
+                None => false,
+            },
+            RTM_DELLINK => match links::read(payload)? {
+                Some(link) => {
+                    self.links.remove(&link.index);
+                    self.addresses.retain(|(index, _), _| *index != link.index);
+                    true
+                }
+                None => false,
+            },
+            RTM_NEWADDR => match addresses::read(payload)? {
+                Some(seen) => {
+                    let key = (seen.address.link, seen.address.address);
+                    self.addresses.insert(key, seen.usable) != Some(seen.usable)
+                }
+                None => false,
+            },
+            RTM_DELADDR => match addresses::read(payload)? {
+                Some(seen) => {
+                    self.addresses.remove(&(seen.address.link, seen.address.address));
+                    true
+                }
+                None => false,
+            },
+            RTM_NEWROUTE | RTM_DELROUTE => !routes::is_cached(payload),
+            // Rules and next hops, and whatever else the groups may bring one day.
+            _ => true,
+        })
+    }
+}
+
+impl AsFd for Monitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Monitor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl mio::event::Source for Monitor {
+    fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).register(registry, token, interests)
+    }
+
+    fn reregister(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).reregister(registry, token, interests)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).deregister(registry)
+    }
+}

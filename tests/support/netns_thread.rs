@@ -1,0 +1,46 @@
+//! A network namespace for the length of one test: it belongs to a thread, has no name, and vanishes with the thread
+//! however the test ends.
+
+use std::panic;
+use std::process::Command;
+use std::thread;
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+
+/// Runs `test` on a thread of its own in a new network namespace, in which only `lo` exists, and is up.
+///
+/// # Panics
+/// When `test` does, and when the namespace cannot be made, which takes root.
+pub fn in_new_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    let name = thread::current().name().unwrap_or("netns").to_owned();
+    thread::scope(|scope| {
+        let handle = thread::Builder::new()
+            .name(name)
+            .spawn_scoped(scope, || {
+                match unshare(CloneFlags::CLONE_NEWNET) {
+                    Ok(()) => {}
+                    Err(Errno::EPERM) => panic!("this test makes network namespaces: run it as root"),
+                    Err(errno) => panic!("cannot make a network namespace: {errno}"),
+                }
+                ip("link set lo up");
+                test()
+            })
+            .expect("cannot start a thread");
+        handle.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
+    })
+}
+
+/// Runs `ip` in the namespace of the calling thread and returns what it prints.
+///
+/// # Panics
+/// When `ip` is missing or fails.
+pub fn ip(arguments: &str) -> String {
+    let output = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run `ip {arguments}` (package iproute2): {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "`ip {arguments}` failed: {errors}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
