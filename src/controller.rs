@@ -15,6 +15,7 @@ use anyhow::Result;
 pub use self::mode::ModeChoice;
 use crate::config::{Config, ListenerConfig, Source};
 use crate::host::HostFacts;
+use crate::host::probe::Obstacle;
 use crate::model::{DownstreamSet, ListenerId};
 use crate::plan::compile::compile;
 use crate::plan::{Delivery, Plan};
@@ -57,6 +58,15 @@ pub enum Action {
     Warn(String),
 }
 
+/// What a listener waits for before it takes part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotReady {
+    /// No set of downstreams has come yet.
+    NoDownstreamSet,
+    /// Its datapath is not in place, for this reason.
+    NotAttached(String),
+}
+
 /// All state of the daemon that is not a file descriptor.
 #[derive(Debug)]
 pub struct Controller {
@@ -84,7 +94,7 @@ impl Controller {
     /// # Errors
     /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
     /// not exist.
-    pub fn new(config: Config, tc_support: &Result<(), String>, facts: HostFacts) -> Result<Controller> {
+    pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
         let listeners = config
             .listeners
             .into_iter()
@@ -132,16 +142,15 @@ impl Controller {
 
     /// Each listener's name, and what it still waits for, if anything.
     #[must_use]
-    pub fn readiness(&self) -> Vec<(String, Result<(), String>)> {
+    pub fn readiness(&self) -> Vec<(String, Result<(), NotReady>)> {
         self.listeners
             .iter()
             .map(|listener| {
                 let state = if listener.set.is_none() {
-                    Err("waiting for its first set of downstreams".to_owned())
-                } else if let Err(reason) = &self.applied {
-                    Err(reason.clone())
+                    Err(NotReady::NoDownstreamSet)
                 } else {
-                    self.missing_interface(listener)
+                    let attached = self.applied.clone().and_then(|()| self.missing_interface(listener));
+                    attached.map_err(NotReady::NotAttached)
                 };
                 (listener.config.name.clone(), state)
             })

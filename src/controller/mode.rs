@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 
 use crate::config::{Interfaces, ListenerConfig, RequestedMode};
 use crate::host::HostFacts;
+use crate::host::probe::Obstacle;
 use crate::model::Mode;
 
 /// A decision and its reason, which is logged and exported.
@@ -19,25 +20,23 @@ pub struct ModeChoice {
 ///
 /// # Errors
 /// When `mode = "tc_ebpf"` is demanded and something stands in the way; the error names it and the fix.
-pub fn choose(listener: &ListenerConfig, tc_support: &Result<(), String>, facts: &HostFacts) -> Result<ModeChoice> {
-    let obstacle = tc_support.clone().and_then(|()| interfaces_fit(&listener.interfaces, facts));
-    let name = &listener.name;
-    match (listener.mode, obstacle) {
-        (RequestedMode::Userspace, _) => {
-            Ok(ModeChoice { mode: Mode::Userspace, reason: "the configuration says so".into() })
+pub fn choose(listener: &ListenerConfig, tc_support: &Result<(), Obstacle>, facts: &HostFacts) -> Result<ModeChoice> {
+    let interfaces = interfaces_fit(&listener.interfaces, facts);
+    let chosen = |mode, reason: &str| Ok(ModeChoice { mode, reason: reason.to_owned() });
+    match listener.mode {
+        RequestedMode::Userspace => chosen(Mode::Userspace, "configured"),
+        RequestedMode::TcEbpf => {
+            let name = &listener.name;
+            tc_support.as_ref().map_err(|obstacle| anyhow!("listener {name:?}: {}", obstacle.refusal()))?;
+            interfaces.map_err(|obstacle| anyhow!("listener {name:?}: {obstacle}"))?;
+            chosen(Mode::TcEbpf, "configured")
         }
-        (RequestedMode::TcEbpf, Ok(())) => {
-            Ok(ModeChoice { mode: Mode::TcEbpf, reason: "the configuration says so".into() })
-        }
-        (RequestedMode::TcEbpf, Err(obstacle)) => Err(anyhow!("listener {name:?}: {obstacle}")),
-        // Datagrams to a loopback address never come in through an interface.
-        (RequestedMode::Auto, Ok(())) if listener.bind.ip().is_loopback() => {
-            Ok(ModeChoice { mode: Mode::Userspace, reason: format!("{} is a loopback address", listener.bind.ip()) })
-        }
-        (RequestedMode::Auto, Ok(())) => {
-            Ok(ModeChoice { mode: Mode::TcEbpf, reason: "the kernel and our privileges allow it".into() })
-        }
-        (RequestedMode::Auto, Err(obstacle)) => Ok(ModeChoice { mode: Mode::Userspace, reason: obstacle }),
+        RequestedMode::Auto => match tc_support.as_ref().map_err(ToString::to_string).and(interfaces) {
+            // Datagrams to a loopback address never come in through an interface.
+            _ if listener.bind.ip().is_loopback() => chosen(Mode::Userspace, "bound to a loopback address"),
+            Ok(()) => chosen(Mode::TcEbpf, "supported by this host"),
+            Err(obstacle) => chosen(Mode::Userspace, &obstacle),
+        },
     }
 }
 

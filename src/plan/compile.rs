@@ -42,7 +42,8 @@ fn delivery(route: Option<&Route>) -> Delivery {
     match route {
         Some(Route::Local { .. }) => Delivery::Local,
         Some(&Route::Via { link, next_hop, mtu }) => Delivery::Neighbour { link, next_hop, mtu },
-        Some(Route::Unreachable { .. }) | None => Delivery::Unreachable,
+        // An encapsulating route is the socket's business, see `socket_only`.
+        Some(Route::Encapsulated { .. } | Route::Unreachable { .. }) | None => Delivery::Unreachable,
     }
 }
 
@@ -74,15 +75,19 @@ fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
     links
 }
 
-/// A packet from outside cannot be sent on to a loopback address: the stack drops it as a martian. Were only that
-/// downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and the shares
-/// would be wrong; so the socket takes all.
+/// Why the socket must forward everything, if it must: a downstream that the TC program cannot reach but the host's stack
+/// can. A packet from outside cannot be sent on to a loopback address (a martian), nor wrapped by a tunnelling route.
+/// Were only that downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and
+/// the shares would be wrong; so the socket takes all.
 fn socket_only(set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
-    let loopback = |ip: &IpAddr| matches!(facts.routes.get(ip), Some(Route::Local { loopback: true }));
-    set.downstreams
-        .iter()
-        .find(|downstream| loopback(&downstream.address.ip()))
-        .map(|downstream| format!("downstream {} is on the loopback interface", downstream.address))
+    set.downstreams.iter().find_map(|downstream| {
+        let obstacle = match facts.routes.get(&downstream.address.ip())? {
+            Route::Local { loopback: true } => "is on the loopback interface",
+            Route::Encapsulated { .. } => "is behind a route that encapsulates",
+            Route::Local { loopback: false } | Route::Via { .. } | Route::Unreachable { .. } => return None,
+        };
+        Some(format!("downstream {} {obstacle}", downstream.address))
+    })
 }
 
 #[cfg(test)]
