@@ -19,6 +19,7 @@
 #include "fanout_abi.h"
 #include "maps.h"
 #include "parse.h"
+#include "hash.h"
 #include "select.h"
 #include "rewrite.h"
 #include "deliver.h"
@@ -82,7 +83,7 @@ int udp_fanout(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (pkt.exotic || listener->flags & LISTENER_SOCKET_ONLY)
 		return pass(listener, &pkt);
-	to = select_downstream(listener->id, &to_id);
+	to = select_downstream(skb, &pkt, listener->id, &to_id);
 	if (!to)
 		return drop(listener, DROP_NO_DOWNSTREAM, &pkt);
 	if (to->delivery == DELIVER_NEIGHBOUR)

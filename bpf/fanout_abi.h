@@ -25,12 +25,24 @@ struct fanout_listener {
 	__u32 flags; /* enum listener_flag */
 };
 
+/* How the place in a listener's table is computed. */
+enum policy {
+	POLICY_ROUND_ROBIN = 0,
+	POLICY_HASH_SOURCE_IP = 1,
+	POLICY_HASH_SOURCE = 2,
+	POLICY_HASH_FLOW = 3,
+	POLICY_GELF_MESSAGE = 4, /* chunks by message ID, the rest round robin */
+};
+
 /*
  * A listener's current table: first slot << 32 | number of slots. One aligned 64-bit store by user space
- * publishes a new table; one load here sees the old or the new one, never a mixture.
+ * publishes a new table; one load here sees the old or the new one, never a mixture. Any policy works with any table,
+ * so the two need not change together.
  */
 struct listener_state {
 	__u64 table;
+	__u32 policy; /* enum policy */
+	__u32 pad;
 };
 
 enum delivery {

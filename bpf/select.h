@@ -18,8 +18,64 @@ static __always_inline __u32 round_robin(__u32 *cursor, __u32 slots)
 	return next;
 }
 
-/* The downstream whose turn it is and its id; NULL if the listener has none. */
-static __always_inline struct downstream *select_downstream(__u32 listener_id, __u32 *downstream_id)
+/* A GELF chunk starts with these two bytes and its message's ID (Graylog, "GELF via UDP"). */
+#define GELF_CHUNK_MAGIC 0x1e0f
+
+struct gelf_chunk {
+	__be16 magic_be;
+	__u8 message_id[8];
+} __attribute__((packed));
+
+/* Spreads hashes evenly over the places of a table. */
+static __always_inline __u32 place_of(__u32 hash, __u32 slots)
+{
+	return (__u64)hash * slots >> 32;
+}
+
+static __always_inline __u32 hash_of_flow(const struct packet *pkt, __u32 policy)
+{
+	__u32 hash = hash_words4(0, pkt->src_be);
+
+	if (policy == POLICY_HASH_SOURCE_IP)
+		return hash_end(hash, 16);
+	if (policy == POLICY_HASH_SOURCE)
+		return hash_end(hash_word(hash, pkt->sport_be), 20);
+	hash = hash_words4(hash, pkt->dst.addr_be);
+	return hash_end(hash_word(hash, (__u32)pkt->sport_be << 16 | pkt->dst.port_be), 36);
+}
+
+/* True if the datagram is a GELF chunk; its message's hash is stored. A super-packet is placed by its first datagram. */
+static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const struct packet *pkt, __u32 *hash)
+{
+	struct gelf_chunk chunk;
+	__u32 words[2];
+
+	if (pkt->payload < sizeof(chunk) ||
+	    bpf_skb_load_bytes(skb, pkt->l4_off + sizeof(struct udphdr), &chunk, sizeof(chunk)) ||
+	    chunk.magic_be != bpf_htons(GELF_CHUNK_MAGIC))
+		return false;
+	__builtin_memcpy(words, chunk.message_id, sizeof(words));
+	*hash = hash_end(hash_word(hash_word(0, words[0]), words[1]), 8);
+	return true;
+}
+
+static __always_inline __u32 place(const struct __sk_buff *skb, const struct packet *pkt, __u32 policy, __u32 *cursor,
+				   __u32 slots)
+{
+	__u32 hash;
+
+	if (policy == POLICY_ROUND_ROBIN)
+		return round_robin(cursor, slots);
+	if (policy != POLICY_GELF_MESSAGE)
+		return place_of(hash_of_flow(pkt, policy), slots);
+	if (gelf_message_hash(skb, pkt, &hash))
+		return place_of(hash, slots);
+	return round_robin(cursor, slots);
+}
+
+/* The downstream that the listener's policy chooses and its id; NULL if the listener has none. */
+static __always_inline struct downstream *select_downstream(const struct __sk_buff *skb, const struct packet *pkt,
+							    __u32 listener_id, __u32 *downstream_id)
 {
 	struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
 	__u32 *cursor = bpf_map_lookup_elem(&cursors, &listener_id);
@@ -32,7 +88,7 @@ static __always_inline struct downstream *select_downstream(__u32 listener_id, _
 	slots = (__u32)table;
 	if (!slots)
 		return NULL;
-	index = (__u32)(table >> 32) + round_robin(cursor, slots);
+	index = (__u32)(table >> 32) + place(skb, pkt, state->policy, cursor, slots);
 	slot = bpf_map_lookup_elem(&table_slots, &index);
 	if (!slot)
 		return NULL;

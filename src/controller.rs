@@ -211,7 +211,8 @@ impl Controller {
                 .iter()
                 .filter_map(|listener| {
                     let set = listener.set.as_ref()?;
-                    Some(compile(&listener.config, set, listener.choice.mode, &self.facts))
+                    let slots = self.slots_in_force(listener.config.id);
+                    Some(compile(&listener.config, set, listener.choice.mode, &self.facts, slots))
                 })
                 .collect(),
         };
@@ -221,6 +222,10 @@ impl Controller {
             actions.push(Action::Apply(plan));
         }
         actions
+    }
+
+    fn slots_in_force(&self, id: ListenerId) -> usize {
+        self.plan.listeners.iter().find(|listener| listener.id == id).map_or(0, |listener| listener.table.len())
     }
 
     /// What is wrong now and was not the last time.

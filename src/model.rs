@@ -54,6 +54,23 @@ pub enum Policy {
     /// Each datagram goes to the next downstream in turn; weights interleave smoothly.
     #[default]
     RoundRobin,
+    /// What is hashed decides, so that the same sender stays with the same downstream.
+    Hash(HashOn),
+    /// The chunks of one GELF message follow its message ID; whole messages go round.
+    GelfMessage,
+}
+
+/// What a hashing listener hashes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HashOn {
+    /// The sender's address.
+    #[default]
+    SourceIp,
+    /// The sender's address and port.
+    Source,
+    /// Both addresses and both ports.
+    Flow,
 }
 
 impl Policy {
@@ -62,6 +79,7 @@ impl Policy {
     pub fn keeps_sender_order(self) -> bool {
         match self {
             Policy::RoundRobin => false,
+            Policy::Hash(_) | Policy::GelfMessage => true,
         }
     }
 }

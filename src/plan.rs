@@ -4,6 +4,8 @@
 //! listener's policy has become a table, and a datapath only computes an index into it.
 
 pub mod compile;
+pub mod hash;
+pub mod maglev;
 pub mod table;
 
 use std::net::{IpAddr, SocketAddr};

@@ -3,16 +3,23 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Delivery, LinkRef, ListenerPlan, Target, table};
+use super::{Delivery, LinkRef, ListenerPlan, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
-use crate::model::{DownstreamSet, Mode};
+use crate::model::{Downstream, DownstreamSet, Mode, Policy};
 
 /// What both datapaths must do for one listener.
 ///
-/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable.
+/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable. `slots_before` is
+/// the length of the listener's table so far, 0 if it has none.
 #[must_use]
-pub fn compile(listener: &ListenerConfig, set: &DownstreamSet, mode: Mode, facts: &HostFacts) -> ListenerPlan {
+pub fn compile(
+    listener: &ListenerConfig,
+    set: &DownstreamSet,
+    mode: Mode,
+    facts: &HostFacts,
+    slots_before: usize,
+) -> ListenerPlan {
     let targets: Vec<Target> = set
         .downstreams
         .iter()
@@ -21,7 +28,6 @@ pub fn compile(listener: &ListenerConfig, set: &DownstreamSet, mode: Mode, facts
             delivery: delivery(facts.routes.get(&downstream.address.ip())),
         })
         .collect();
-    let weights: Vec<u32> = set.downstreams.iter().map(|downstream| downstream.weight).collect();
     let kernel = mode == Mode::TcEbpf;
     ListenerPlan {
         id: listener.id,
@@ -33,8 +39,20 @@ pub fn compile(listener: &ListenerConfig, set: &DownstreamSet, mode: Mode, facts
         policy: listener.policy,
         socket_only: if kernel { socket_only(set, facts) } else { None },
         targets,
-        table: table::interleave(&weights),
+        table: fill_table(listener.policy, &set.downstreams, slots_before),
         settings: listener.settings.clone(),
+    }
+}
+
+fn fill_table(policy: Policy, downstreams: &[Downstream], slots_before: usize) -> Vec<u32> {
+    match policy {
+        Policy::RoundRobin | Policy::GelfMessage => {
+            table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>())
+        }
+        Policy::Hash(_) => {
+            let weighted: Vec<_> = downstreams.iter().map(|to| (to.address, to.weight)).collect();
+            maglev::table(&weighted, slots_before)
+        }
     }
 }
 
@@ -95,7 +113,7 @@ mod tests {
     use super::*;
     use crate::config::{RequestedMode, Settings, Source};
     use crate::host::Address;
-    use crate::model::{Downstream, ListenerId, Policy};
+    use crate::model::ListenerId;
 
     fn facts() -> HostFacts {
         let link = |index, name: &str| Link {
@@ -160,18 +178,18 @@ mod tests {
 
     #[test]
     fn a_wildcard_matches_the_hosts_addresses_of_its_family_once_each() {
-        let plan = compile(&listener("0.0.0.0:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts());
+        let plan = compile(&listener("0.0.0.0:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), 0);
         let expected: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "198.51.100.1".parse().unwrap()];
         assert_eq!(plan.match_addresses, expected);
         assert_eq!(plan.links, [LinkRef { index: 2, name: "eth0".into() }]);
-        let plan = compile(&listener("[::]:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts());
+        let plan = compile(&listener("[::]:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), 0);
         assert_eq!(plan.match_addresses, ["2001:db8::1".parse::<IpAddr>().unwrap()]);
     }
 
     #[test]
     fn interfaces_that_are_missing_are_left_out() {
         let named = Interfaces::Named(vec!["eth1".into(), "eth9".into()]);
-        let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts());
+        let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts(), 0);
         assert_eq!(plan.links, [LinkRef { index: 3, name: "eth1".into() }]);
         assert_eq!(plan.match_addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
     }
@@ -179,7 +197,7 @@ mod tests {
     #[test]
     fn each_route_becomes_its_delivery() {
         let set = set(&["192.0.2.9:1", "203.0.113.9:1", "192.0.2.1:1", "10.0.0.1:1", "10.0.0.2:1"]);
-        let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts());
+        let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts(), 0);
         let deliveries: Vec<Delivery> = plan.targets.iter().map(|target| target.delivery).collect();
         let neighbour =
             |link, next_hop: &str, mtu| Delivery::Neighbour { link, next_hop: next_hop.parse().unwrap(), mtu };
@@ -201,9 +219,9 @@ mod tests {
     fn one_loopback_downstream_leaves_all_to_the_socket() {
         let set = set(&["192.0.2.9:1", "127.0.0.1:1"]);
         let listener = listener("192.0.2.1:514", Interfaces::Auto);
-        let plan = compile(&listener, &set, Mode::TcEbpf, &facts());
+        let plan = compile(&listener, &set, Mode::TcEbpf, &facts(), 0);
         assert_eq!(plan.socket_only.as_deref(), Some("downstream 127.0.0.1:1 is on the loopback interface"));
-        let plan = compile(&listener, &set, Mode::Userspace, &facts());
+        let plan = compile(&listener, &set, Mode::Userspace, &facts(), 0);
         assert_eq!((plan.socket_only, plan.links.len(), plan.match_addresses.len()), (None, 0, 0));
     }
 }

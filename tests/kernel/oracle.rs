@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
+use udp_fanout::model::Policy;
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan, hash};
 
 use crate::packet::{pseudo_sum, sum};
 use crate::run::Gso;
@@ -57,9 +58,21 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
     if listener.table.is_empty() {
         return dropped("no_downstream");
     }
-    let place = rounds.0.entry(id).or_default();
-    let target = &listener.targets[listener.table[*place % listener.table.len()] as usize];
-    *place = (*place + 1) % listener.table.len();
+    let slots = listener.table.len();
+    let mut turn = || {
+        let place = rounds.0.entry(id).or_default();
+        std::mem::replace(place, (*place + 1) % slots)
+    };
+    let hashed = |hash| hash::place(hash, slots as u32) as usize;
+    let place = match listener.policy {
+        Policy::RoundRobin => turn(),
+        Policy::Hash(on) => hashed(hash::flow_hash(on, datagram.source, datagram.destination)),
+        Policy::GelfMessage => match gelf_message(&frame[datagram.l4 + 8..][..datagram.payload]) {
+            Some(message) => hashed(hash::message_hash(message)),
+            None => turn(),
+        },
+    };
+    let target = &listener.targets[listener.table[place] as usize];
     let to = target.downstream.address;
     let (verdict, hop) = match target.delivery {
         Delivery::Unreachable => return dropped("no_route"),
@@ -77,6 +90,11 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
     };
     let packet = rewritten(frame, &datagram, to, hop);
     Fate::Forwarded { listener: id, datagrams, bytes, to, verdict, packet }
+}
+
+/// The message ID of a GELF chunk.
+fn gelf_message(payload: &[u8]) -> Option<[u8; 8]> {
+    payload.strip_prefix(&[0x1e, 0x0f])?.first_chunk().copied()
 }
 
 fn matches(listener: &ListenerPlan, destination: SocketAddr) -> bool {

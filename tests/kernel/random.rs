@@ -2,6 +2,7 @@
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use udp_fanout::model::{HashOn, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan};
 
 use crate::oracle::{Fate, Rounds, SHOT, UNSPEC, fate};
@@ -34,19 +35,52 @@ fn plan() -> Vec<ListenerPlan> {
         listener(2, "192.0.2.1:5002", vec![]),
         socket_only,
         listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", via("198.51.100.254", 9000))]),
+        hashing(5, "192.0.2.3:5000", Policy::Hash(HashOn::SourceIp)),
+        hashing(6, "192.0.2.3:5001", Policy::Hash(HashOn::Source)),
+        hashing(7, "192.0.2.3:5002", Policy::Hash(HashOn::Flow)),
+        hashing(8, "[2001:db8::3]:5000", Policy::Hash(HashOn::Flow)),
+        hashing(9, "192.0.2.3:5003", Policy::GelfMessage),
     ]
 }
+
+/// A listener whose table is long and has no pattern a wrong index could hide in.
+fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
+    let address =
+        |i: u32| if bind.starts_with('[') { format!("[2001:db8:9::{i:x}]:7000") } else { format!("10.9.0.{i}:7000") };
+    let next_hop = if bind.starts_with('[') { "fe80::1" } else { "198.51.100.1" };
+    let mut plan = listener(id, bind, (1..=31).map(|i| target(&address(i), via(next_hop, 1500))).collect());
+    // A round must show by its first datagram where it started, so each downstream stands in it once.
+    let places = if policy == Policy::GelfMessage { 31 } else { 997 };
+    plan.table = (0..places).map(|i| if places == 31 { i } else { i * i % 31 }).collect();
+    plan.policy = policy;
+    plan
+}
+
+/// Listeners of the plan above.
+const LISTENERS: usize = 10;
 
 fn frame(rng: &mut SmallRng) -> Vec<u8> {
     let v6 = rng.random_bool(0.3);
     let pick = |rng: &mut SmallRng, from: &[&str]| from[rng.random_range(0..from.len())].to_owned();
     let (source, destination) = if v6 {
         let source = pick(rng, &["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"]);
-        (source, pick(rng, &["[2001:db8::1]:5000", "[2001:db8::1]:5000", "[2001:db8::2]:5000", "[2001:db8::1]:1"]))
+        let ours =
+            ["[2001:db8::1]:5000", "[2001:db8::1]:5000", "[2001:db8::3]:5000", "[2001:db8::2]:5000", "[2001:db8::1]:1"];
+        (source, pick(rng, &ours))
     } else {
         let source = pick(rng, &["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"]);
-        let ports =
-            ["192.0.2.1:5000", "192.0.2.1:5000", "192.0.2.1:5002", "192.0.2.1:5003", "192.0.2.2:5000", "8.8.8.8:53"];
+        let ports = [
+            "192.0.2.1:5000",
+            "192.0.2.1:5000",
+            "192.0.2.1:5002",
+            "192.0.2.1:5003",
+            "192.0.2.2:5000",
+            "8.8.8.8:53",
+            "192.0.2.3:5000",
+            "192.0.2.3:5001",
+            "192.0.2.3:5002",
+            "192.0.2.3:5003",
+        ];
         (source, pick(rng, &ports))
     };
     let length = match rng.random_range(0..10) {
@@ -55,8 +89,12 @@ fn frame(rng: &mut SmallRng) -> Vec<u8> {
         2 => rng.random_range(1200..1600),
         _ => rng.random_range(0..64),
     };
-    let payload: Vec<u8> = (0..length).map(|_| rng.random()).collect();
+    let mut payload: Vec<u8> = (0..length).map(|_| rng.random()).collect();
+    if rng.random_bool(0.2) && length >= 2 {
+        payload[..2].copy_from_slice(&[0x1e, 0x0f]);
+    }
     let mut frame = Frame::new(&source, &destination, &payload);
+    frame.source.set_port(rng.random());
     frame.ttl = if rng.random_bool(0.1) { rng.random_range(0..3) } else { rng.random() };
     let checksum = |rng: &mut SmallRng| match rng.random_range(0..12) {
         0 => Checksum::Zero,
@@ -128,8 +166,8 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
     let setting = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let mut program = Program::load(plan());
     let mut rounds = settle_rounds(&program);
-    let mut expected = [[0u64; 6]; 5];
-    for id in 0..5 {
+    let mut expected = [[0u64; 6]; LISTENERS];
+    for id in 0..LISTENERS as u32 {
         expected[id as usize] = program.stats(id);
     }
     let seeds: Vec<u64> = match setting("ORACLE_SEED") {
@@ -151,7 +189,7 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
         assert!(agree, "ORACLE_SEED={seed}\nframe    {bytes:02x?} {gso:?}\nexpected {fate:02x?}\ngot      {ran:02x?}");
         book(&mut expected, &fate);
     }
-    for id in 0..5 {
+    for id in 0..LISTENERS as u32 {
         assert_eq!(program.stats(id), expected[id as usize], "counters of listener {id}");
     }
     assert!(program.datapath_counters().values().map(|to| to.packets).sum::<u64>() > 0);
@@ -164,6 +202,7 @@ const BASE: u64 = 0x0fa0_0000;
 fn settle_rounds(program: &Program) -> Rounds {
     let mut rounds = Rounds::default();
     let probes = [
+        (9, Frame::new("203.0.113.5:4", "192.0.2.3:5003", b"x")),
         (0, Frame::new("203.0.113.5:4", "192.0.2.1:5000", b"x")),
         (1, Frame::new("[2001:db8:5::5]:4", "[2001:db8::1]:5000", b"x")),
     ];
@@ -185,7 +224,7 @@ fn settle_rounds(program: &Program) -> Rounds {
     rounds
 }
 
-fn book(counters: &mut [[u64; 6]; 5], fate: &Fate) {
+fn book(counters: &mut [[u64; 6]; LISTENERS], fate: &Fate) {
     let (id, row) = match *fate {
         Fate::Foreign => return,
         Fate::Passed { listener, datagrams, bytes } => (listener, [datagrams, 0, 0, datagrams, bytes, 0]),

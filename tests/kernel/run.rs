@@ -40,7 +40,7 @@ impl Program {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let mut datapath = KernelDatapath::new(&Limits { max_listeners: 16, max_downstreams: 64 })
+        let mut datapath = KernelDatapath::new(&Limits { max_listeners: 16, max_downstreams: 256 })
             .expect("cannot load the TC program: these tests need root");
         let plan = Plan { listeners };
         datapath.apply(&plan).unwrap();

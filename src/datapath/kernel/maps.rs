@@ -1,17 +1,18 @@
 //! Typed access to the program's maps: the mapped arrays, the destination keys, and waiting for the program.
 
 use std::marker::PhantomData;
-use std::mem::size_of;
+use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 
+use super::arena::Region;
 use super::skel::types;
 use crate::plan::{Delivery, Target};
 
@@ -28,8 +29,8 @@ unsafe impl Plain for types::fanout_listener {}
 unsafe impl Plain for types::downstream {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
-// SAFETY: an integer.
-unsafe impl Plain for u64 {}
+// SAFETY: integers only, explicit padding, 16 bytes (asserted in `skel`).
+unsafe impl Plain for types::listener_state {}
 
 /// The value's bytes, as the kernel wants them.
 pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
@@ -86,15 +87,27 @@ impl<T: Plain> MappedArray<T> {
     }
 }
 
-impl MappedArray<u64> {
-    /// Publishes a value that the program may be reading: it sees the old one or the new one, and with the new one
-    /// everything that was written before.
+impl MappedArray<types::listener_state> {
+    /// Sets a listener's policy. Any policy works with any table, so this need not be atomic with the table.
     ///
     /// # Panics
     /// If `index` is past the array's end.
-    pub fn publish(&mut self, index: u32, value: u64) {
-        // SAFETY: in bounds, aligned to 8, and mapped for as long as `self` lives.
-        unsafe { AtomicU64::from_ptr(self.entry(index).cast().as_ptr()) }.store(value, Ordering::Release);
+    pub fn set_policy(&mut self, index: u32, policy: u32) {
+        // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
+        let word = unsafe { self.entry(index).add(offset_of!(types::listener_state, policy)).cast::<u32>() };
+        // SAFETY: as above; the kernel reads it as one 32-bit word.
+        unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(policy, Ordering::Release);
+    }
+
+    /// Publishes a listener's table: the program sees the old one or the new one, and with the new one everything that
+    /// was written before.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub fn publish(&mut self, index: u32, region: Region) {
+        let table = u64::from(region.start) << 32 | u64::from(region.len);
+        // SAFETY: in bounds, aligned to 8, `table` is the entry's first field, and mapped for as long as `self` lives.
+        unsafe { AtomicU64::from_ptr(self.entry(index).cast().as_ptr()) }.store(table, Ordering::Release);
     }
 }
 

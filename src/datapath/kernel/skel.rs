@@ -10,6 +10,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapHandle, OpenObject};
 
 use crate::config::Limits;
+use crate::model::{HashOn, Policy};
 use crate::plan::table::MAX_SLOTS;
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, missing_docs, dead_code)]
@@ -30,12 +31,25 @@ pub const DELIVER_LOCAL: u8 = 1;
 /// `DELIVER_NEIGHBOUR`.
 pub const DELIVER_NEIGHBOUR: u8 = 2;
 
+/// `enum policy`: how the program computes the place in a table.
+#[must_use]
+pub fn policy_number(policy: Policy) -> u32 {
+    match policy {
+        Policy::RoundRobin => 0,
+        Policy::Hash(HashOn::SourceIp) => 1,
+        Policy::Hash(HashOn::Source) => 2,
+        Policy::Hash(HashOn::Flow) => 3,
+        Policy::GelfMessage => 4,
+    }
+}
+
 // The ABI, held from this side too: a change in the header that moves a field stops the build here.
 const _: () = {
     assert!(size_of::<types::listener_key>() == 20);
     assert!(offset_of!(types::listener_key, port_be) == 16);
     assert!(size_of::<types::fanout_listener>() == 8);
-    assert!(size_of::<types::listener_state>() == 8);
+    assert!(size_of::<types::listener_state>() == 16);
+    assert!(offset_of!(types::listener_state, policy) == 8);
     assert!(size_of::<types::downstream>() == 48);
     assert!(offset_of!(types::downstream, next_hop_be) == 16);
     assert!(offset_of!(types::downstream, port_be) == 32);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::arena::{Arena, Region};
 use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
-use super::skel::{Loaded, Sizes, types};
+use super::skel::{Loaded, Sizes, policy_number, types};
 use crate::model::ListenerId;
 use crate::plan::{ListenerPlan, Target};
 
@@ -20,7 +20,7 @@ type Endpoint = (ListenerId, SocketAddr);
 /// All tables in the kernel.
 #[derive(Debug)]
 pub struct Tables {
-    states: MappedArray<u64>,
+    states: MappedArray<types::listener_state>,
     slots: MappedArray<u32>,
     downstreams: MappedArray<types::downstream>,
     slot_arena: Arena,
@@ -67,6 +67,7 @@ impl Tables {
         let id = plan.id;
         let targets = self.assign_ids(loaded, plan)?;
         let slots: Vec<u32> = plan.table.iter().map(|&index| targets[index as usize].1).collect();
+        self.states.set_policy(id.0, policy_number(plan.policy));
         let unchanged = self.current.get(&id).is_some_and(|old| old.slots == slots);
         if !unchanged {
             let region = match self.take_slots(loaded, slots.len()) {
@@ -80,7 +81,7 @@ impl Tables {
             for (place, &downstream) in (region.start..).zip(&slots) {
                 self.slots.write(place, downstream);
             }
-            self.states.publish(id.0, u64::from(region.start) << 32 | u64::from(region.len));
+            self.states.publish(id.0, region);
             tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
             let old = self.current.insert(id, Table { region, slots, targets: Vec::new() }).unwrap_or_default();
             self.slot_arena.give_back(old.region);
@@ -98,7 +99,7 @@ impl Tables {
     /// Empties a listener's table. Its counters are forgotten.
     pub fn remove(&mut self, id: ListenerId) {
         if let Some(table) = self.current.remove(&id) {
-            self.states.publish(id.0, 0);
+            self.states.publish(id.0, Region::default());
             self.slot_arena.give_back(table.region);
             self.retire_ids(id, &table.targets, &[]);
         }

@@ -1,0 +1,167 @@
+//! Maglev hashing (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016): a table
+//! in which each downstream has its share of places, and in which few places change hands when the set changes.
+//!
+//! Every downstream has its own permutation of the places, derived from its address, and downstreams take turns at
+//! claiming the first place in their permutation that is still free. A downstream of weight w gets w turns for every
+//! turn of one of weight 1. Turns go in the order of the addresses, so the order in the configuration does not matter.
+
+use std::net::SocketAddr;
+
+/// Sizes of tables: primes, each about four times the one before.
+const SIZES: [usize; 5] = [4_099, 16_411, 65_537, 262_147, 1_048_583];
+/// A table has at least this many places per downstream: the more, the closer each share is to its weight, and the fewer
+/// senders move needlessly.
+const PLACES_EACH: usize = 100;
+
+/// The table for downstreams and their weights: for each place, an index into `downstreams`. Empty for no downstreams.
+///
+/// Tables of different sizes have little in common, so a set that shrinks keeps its table's size: `at_least` is the
+/// length of the table before, 0 if there was none.
+#[must_use]
+pub fn table(downstreams: &[(SocketAddr, u32)], at_least: usize) -> Vec<u32> {
+    if downstreams.is_empty() {
+        return Vec::new();
+    }
+    let wanted = at_least.max(downstreams.len() * PLACES_EACH);
+    let places = SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1]);
+    let heaviest = downstreams.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1).max(1);
+    let mut claimants: Vec<Claimant> = downstreams
+        .iter()
+        .zip(0..)
+        .map(|(&(address, weight), index)| Claimant::new(address, weight, index, places))
+        .collect();
+    claimants.sort_by_key(|claimant| claimant.address);
+    let mut table = vec![u32::MAX; places];
+    let mut free = places;
+    loop {
+        for claimant in &mut claimants {
+            claimant.credit += claimant.weight;
+            if claimant.credit < heaviest {
+                continue;
+            }
+            claimant.credit -= heaviest;
+            claimant.claim(&mut table);
+            free -= 1;
+            if free == 0 {
+                return table;
+            }
+        }
+    }
+}
+
+struct Claimant {
+    address: SocketAddr,
+    index: u32,
+    weight: u64,
+    credit: u64,
+    next: usize,
+    skip: usize,
+}
+
+impl Claimant {
+    fn new(address: SocketAddr, weight: u32, index: u32, places: usize) -> Claimant {
+        let seed = identity(address);
+        let offset = mix(seed ^ 0x9e37_79b9_7f4a_7c15) % places as u64;
+        let skip = mix(seed ^ 0xd1b5_4a32_d192_ed03) % (places as u64 - 1) + 1;
+        let weight = u64::from(weight.max(1));
+        Claimant { address, index, weight, credit: 0, next: offset as usize, skip: skip as usize }
+    }
+
+    /// Takes the first free place of its permutation. There is one: the caller counts.
+    fn claim(&mut self, table: &mut [u32]) {
+        while table[self.next] != u32::MAX {
+            self.next = (self.next + self.skip) % table.len();
+        }
+        table[self.next] = self.index;
+    }
+}
+
+/// A number that depends on address and port alone, the same in every run and on every host.
+fn identity(address: SocketAddr) -> u64 {
+    let octets = match address {
+        SocketAddr::V4(v4) => v4.ip().to_ipv6_mapped().octets(),
+        SocketAddr::V6(v6) => v6.ip().octets(),
+    };
+    let whole = u128::from_be_bytes(octets);
+    mix(mix(mix((whole >> 64) as u64) ^ whole as u64) ^ u64::from(address.port()))
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ value >> 31
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn downstreams(n: usize) -> Vec<(SocketAddr, u32)> {
+        (0..n).map(|i| (SocketAddr::from(([10, 1, (i >> 8) as u8, i as u8], 514)), 1)).collect()
+    }
+
+    fn shares(table: &[u32], n: usize) -> Vec<usize> {
+        let mut shares = vec![0; n];
+        table.iter().for_each(|&index| shares[index as usize] += 1);
+        shares
+    }
+
+    #[test]
+    fn shares_are_even() {
+        for n in [1, 2, 3, 10, 100, 1000] {
+            let table = table(&downstreams(n), 0);
+            let fair = table.len() as f64 / n as f64;
+            for share in shares(&table, n) {
+                assert!((share as f64 - fair).abs() <= 1.0 + fair * 0.01, "{share} of {fair} with {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_are_respected() {
+        let mut set = downstreams(3);
+        set[1].1 = 2;
+        set[2].1 = 5;
+        let table = table(&set, 0);
+        let shares = shares(&table, 3);
+        for (share, weight) in shares.iter().zip([1.0, 2.0, 5.0]) {
+            let fair = table.len() as f64 * weight / 8.0;
+            assert!((*share as f64 - fair).abs() < 2.0 + fair * 0.01, "{share} of {fair}");
+        }
+    }
+
+    #[test]
+    fn when_one_leaves_only_about_its_share_moves() {
+        for n in [2, 3, 5, 10, 50, 200] {
+            let before = downstreams(n);
+            let old = table(&before, 0);
+            for gone in [0, n / 2, n - 1] {
+                let mut after = before.clone();
+                after.remove(gone);
+                let new = table(&after, old.len());
+                // Places stand for equal ranges of hashes, so compare along the hash space, not place by place.
+                let samples = 100_000u64;
+                let at = |table: &[u32], set: &[(SocketAddr, u32)], i: u64| {
+                    set[table[(i * table.len() as u64 / samples) as usize] as usize].0
+                };
+                let moved = (0..samples).filter(|&i| at(&old, &before, i) != at(&new, &after, i)).count();
+                let moved = moved as f64 / samples as f64;
+                assert!(moved <= 1.0 / n as f64 + 0.02, "{moved} moved when one of {n} left");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn order_does_not_matter(n in 1usize..40, rotate in 0usize..40) {
+            let set = downstreams(n);
+            let mut turned = set.clone();
+            turned.rotate_left(rotate % n);
+            let by_address = |set: &[(SocketAddr, u32)]| -> Vec<SocketAddr> { table(set, 0).iter().map(|&i| set[i as usize].0).collect() };
+            prop_assert_eq!(by_address(&set), by_address(&turned));
+        }
+    }
+}
