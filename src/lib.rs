@@ -12,5 +12,7 @@
 pub mod config;
 pub mod datapath;
 pub mod host;
+pub mod metrics;
 pub mod model;
 pub mod plan;
+pub mod version;
