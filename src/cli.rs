@@ -1,7 +1,7 @@
 //! The command line: what can be asked of the program, as clap definitions, and nothing of how it is done.
 //!
 //! `run` is the command when none is named, so its options are accepted before the command's name as well as after
-//! it. [`Invocation`] is what comes of it all; help, shell completions and the manual page ([`man`](mod@man)) are made
+//! it. [`Invocation`] is what comes of it all; help, shell completions and the manual page (`man`) are made
 //! from the same definitions and the same prose (`prose`).
 
 mod man;
