@@ -9,9 +9,13 @@
 //!
 //! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
 
+pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod datapath;
 pub mod host;
+pub mod logging;
+pub mod metrics;
 pub mod model;
 pub mod plan;
+pub mod version;

@@ -1,0 +1,214 @@
+//! The command line: what can be asked of the program, as clap definitions, and nothing of how it is done.
+//!
+//! `run` is the command when none is named, so its options are accepted before the command's name as well as after
+//! it. [`Invocation`] is what comes of it all; help, shell completions and the manual page (`man`) are made
+//! from the same definitions and the same prose (`prose`).
+
+mod man;
+mod prose;
+
+use std::ffi::OsString;
+use std::io::{ErrorKind as IoErrorKind, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+pub use man::man;
+
+use crate::{logging, version};
+
+/// The configuration file that is read when none is named.
+pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
+
+const NAME: &str = "udp-fanout";
+
+/// What the program is asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Invocation {
+    /// Be the daemon.
+    Run {
+        /// The configuration file.
+        config: PathBuf,
+        /// What to log, and how.
+        log: logging::Options,
+    },
+    /// Say whether a configuration is right, and what it amounts to.
+    Check {
+        /// The configuration file.
+        config: PathBuf,
+    },
+    /// Print a completion script; see [`completions`].
+    Completions(Shell),
+    /// Print the manual page; see [`man`](fn@man).
+    Man,
+}
+
+#[derive(Debug, Parser)]
+#[command(
+    name = NAME,
+    version = version::long(),
+    override_usage = prose::USAGE,
+    about = prose::ABOUT,
+    long_about = prose::long_about(),
+    after_help = "`udp-fanout --help` tells more, and `udp-fanout man | man -l -` shows it as a manual page.",
+    after_long_help = prose::sections_as_text(),
+    max_term_width = 100,
+)]
+struct Cli {
+    #[command(flatten)]
+    before: RunArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon; this is what happens if no command is named
+    Run(RunArgs),
+    /// Check a configuration file and print what it amounts to
+    ///
+    /// Makes every check that can be made without looking at the host, and changes nothing. Prints the effective
+    /// configuration, with every default filled in, and exits with 0; or prints what is wrong, where, and how to put
+    /// it right, and exits with 1.
+    Check(CheckArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell to print it for
+        shell: Shell,
+    },
+    /// Print the manual page in roff
+    Man,
+}
+
+#[derive(Debug, Default, Args)]
+struct ConfigArg {
+    /// Configuration file: TOML, or YAML if its name ends in .yaml or .yml [default: /etc/udp-fanout/config.toml]
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// Least severe messages to log; RUST_LOG, if set, wins [default: info]
+    #[arg(short, long, value_name = "LEVEL", value_enum, ignore_case = true)]
+    log_level: Option<logging::Level>,
+    /// How to write them to standard error [default: text]
+    #[arg(long, value_name = "FORMAT", value_enum, ignore_case = true)]
+    log_format: Option<logging::Format>,
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+}
+
+/// What the process's own command line asks for. Ends the process, in clap's manner, after `--help`, `--version` or
+/// a mistake (exit code 2).
+#[must_use]
+pub fn parse() -> Invocation {
+    try_parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+}
+
+/// What a command line asks for, the program's name first.
+///
+/// # Errors
+/// Also for `--help` and `--version`, as is clap's way.
+pub fn try_parse_from<I, T>(arguments: I) -> Result<Invocation, clap::Error>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    let Cli { before, command } = Cli::try_parse_from(arguments)?;
+    Ok(match command {
+        None => run(before),
+        Some(Command::Run(after)) => run(RunArgs {
+            file: ConfigArg { config: once("--config <FILE>", before.file.config, after.file.config)? },
+            log_level: once("--log-level <LEVEL>", before.log_level, after.log_level)?,
+            log_format: once("--log-format <FORMAT>", before.log_format, after.log_format)?,
+        }),
+        Some(Command::Check(after)) => {
+            not_with("check", "--log-level <LEVEL>", before.log_level.is_some())?;
+            not_with("check", "--log-format <FORMAT>", before.log_format.is_some())?;
+            let config = once("--config <FILE>", before.file.config, after.file.config)?;
+            Invocation::Check { config: or_default(config) }
+        }
+        Some(Command::Completions { shell }) => {
+            no_options("completions", &before)?;
+            Invocation::Completions(shell)
+        }
+        Some(Command::Man) => {
+            no_options("man", &before)?;
+            Invocation::Man
+        }
+    })
+}
+
+fn run(args: RunArgs) -> Invocation {
+    let log =
+        logging::Options { level: args.log_level.unwrap_or_default(), format: args.log_format.unwrap_or_default() };
+    Invocation::Run { config: or_default(args.file.config), log }
+}
+
+fn or_default(config: Option<PathBuf>) -> PathBuf {
+    config.unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG))
+}
+
+/// An option given before or after the command's name, but not both: clap sees two options there.
+fn once<T>(option: &str, before: Option<T>, after: Option<T>) -> Result<Option<T>, clap::Error> {
+    if before.is_some() && after.is_some() {
+        return Err(conflict(&format!("the argument '{option}' cannot be used multiple times")));
+    }
+    Ok(after.or(before))
+}
+
+fn no_options(command: &str, before: &RunArgs) -> Result<(), clap::Error> {
+    not_with(command, "--config <FILE>", before.file.config.is_some())?;
+    not_with(command, "--log-level <LEVEL>", before.log_level.is_some())?;
+    not_with(command, "--log-format <FORMAT>", before.log_format.is_some())
+}
+
+fn not_with(command: &str, option: &str, given: bool) -> Result<(), clap::Error> {
+    if given {
+        return Err(conflict(&format!("the argument '{option}' cannot be used with '{command}'")));
+    }
+    Ok(())
+}
+
+fn conflict(message: &str) -> clap::Error {
+    command().error(ErrorKind::ArgumentConflict, message)
+}
+
+/// The definitions themselves.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// A shell's completion script.
+#[must_use]
+pub fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command(), NAME, &mut script);
+    script
+}
+
+/// Writes to standard output. That nobody reads it to the end is no error.
+///
+/// # Errors
+/// When standard output refuses, a full disk for example.
+pub fn print(text: &[u8]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == IoErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to standard output"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

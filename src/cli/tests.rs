@@ -1,0 +1,171 @@
+use super::*;
+use crate::logging::{Format, Level, Options};
+
+fn parsed(line: &str) -> Invocation {
+    try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+fn refused(line: &str) -> clap::Error {
+    match try_parse_from(line.split(' ')) {
+        Ok(invocation) => panic!("{line}: {invocation:?}"),
+        Err(error) => error,
+    }
+}
+
+fn help(flag: &str) -> String {
+    refused(&format!("udp-fanout {flag}")).to_string()
+}
+
+#[test]
+fn the_definitions_are_sound() {
+    command().debug_assert();
+}
+
+#[test]
+fn command_lines_mean_what_they_say() {
+    let run = |config: &str, level, format| Invocation::Run { config: config.into(), log: Options { level, format } };
+    let default = "/etc/udp-fanout/config.toml";
+    let cases = [
+        ("udp-fanout", run(default, Level::Info, Format::Text)),
+        ("udp-fanout run", run(default, Level::Info, Format::Text)),
+        ("udp-fanout -c a.toml", run("a.toml", Level::Info, Format::Text)),
+        ("udp-fanout --config a.toml", run("a.toml", Level::Info, Format::Text)),
+        ("udp-fanout --config=a.toml", run("a.toml", Level::Info, Format::Text)),
+        ("udp-fanout -c a.toml run", run("a.toml", Level::Info, Format::Text)),
+        ("udp-fanout run -c a.toml", run("a.toml", Level::Info, Format::Text)),
+        ("udp-fanout -c run", run("run", Level::Info, Format::Text)),
+        ("udp-fanout -l debug", run(default, Level::Debug, Format::Text)),
+        ("udp-fanout --log-level TRACE", run(default, Level::Trace, Format::Text)),
+        ("udp-fanout --log-format json", run(default, Level::Info, Format::Json)),
+        ("udp-fanout -l off -c a run --log-format json", run("a", Level::Off, Format::Json)),
+        ("udp-fanout --log-format text run -l warn -c b", run("b", Level::Warn, Format::Text)),
+        ("udp-fanout check", Invocation::Check { config: default.into() }),
+        ("udp-fanout check --config a.yaml", Invocation::Check { config: "a.yaml".into() }),
+        ("udp-fanout -c a.yaml check", Invocation::Check { config: "a.yaml".into() }),
+        ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
+        ("udp-fanout man", Invocation::Man),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(parsed(line), expected, "{line}");
+    }
+}
+
+#[test]
+fn mistakes_are_refused_with_what_is_wrong() {
+    let cases = [
+        ("udp-fanout -l verbose", ["'verbose'", "--log-level", "off, error, warn, info, debug, trace"]),
+        ("udp-fanout --log-format xml", ["'xml'", "--log-format", "text, json"]),
+        ("udp-fanout chek", ["'chek'", "similar", "'check'"]),
+        ("udp-fanout --confg a", ["'--confg'", "similar", "'--config'"]),
+        ("udp-fanout -c", ["--config <FILE>", "value", "none was supplied"]),
+        ("udp-fanout -c a -c b", ["'--config <FILE>'", "cannot be used", "multiple times"]),
+        ("udp-fanout -c a run -c b", ["'--config <FILE>'", "cannot be used", "multiple times"]),
+        ("udp-fanout -l info run -l info", ["'--log-level <LEVEL>'", "cannot be used", "multiple times"]),
+        ("udp-fanout -c a check -c b", ["'--config <FILE>'", "cannot be used", "multiple times"]),
+        ("udp-fanout -l info check", ["'--log-level <LEVEL>'", "cannot be used", "'check'"]),
+        ("udp-fanout check -l info", ["'-l'", "unexpected", "argument"]),
+        ("udp-fanout -c a man", ["'--config <FILE>'", "cannot be used", "'man'"]),
+        ("udp-fanout --log-format json completions bash", ["'--log-format <FORMAT>'", "cannot", "'completions'"]),
+        ("udp-fanout completions", ["<SHELL>", "required", "not provided"]),
+        ("udp-fanout completions dos", ["'dos'", "bash", "zsh"]),
+        ("udp-fanout run a.toml", ["'a.toml'", "unexpected", "argument"]),
+    ];
+    for (line, words) in cases {
+        let error = refused(line);
+        assert_eq!(error.exit_code(), 2, "{line}");
+        let text = error.to_string();
+        for word in words {
+            assert!(text.contains(word), "{line}: no {word:?} in\n{text}");
+        }
+    }
+}
+
+#[test]
+fn every_form_of_the_usage_is_accepted() {
+    let forms = prose::USAGE.lines().map(str::trim);
+    for form in forms.clone() {
+        let with_options = form.replace(['[', ']'], "").replace("LEVEL", "warn").replace("FORMAT", "json");
+        parsed(&with_options.replace("SHELL", "bash"));
+    }
+    for sub in command().get_subcommands() {
+        let mut forms = forms.clone().map(|form| form.replace(['[', ']'], ""));
+        let start = format!("udp-fanout {}", sub.get_name());
+        assert!(forms.any(|form| form.starts_with(&start)), "{start}");
+    }
+}
+
+#[test]
+fn examples_in_the_help_are_accepted() {
+    let examples = prose::SECTIONS.iter().find(|section| section.title == "Examples").expect("examples");
+    let of_ours = examples.entries.iter().filter_map(|(line, _)| Some(&line[line.find("udp-fanout")?..]));
+    let mut seen = 0;
+    for line in of_ours.filter(|line| !line.contains("://")) {
+        parsed(line.split(" >").next().expect("a command"));
+        seen += 1;
+    }
+    assert!(seen >= 5);
+}
+
+#[test]
+fn help_names_every_command_option_and_section() {
+    for text in [help("-h"), help("--help")] {
+        for sub in command().get_subcommands() {
+            assert!(text.contains(&format!("\n  {} ", sub.get_name())), "{}", sub.get_name());
+        }
+        for option in ["-c, --config <FILE>", "-l, --log-level <LEVEL>", "--log-format <FORMAT>", "-V, --version"] {
+            assert!(text.contains(option), "{option}");
+        }
+        assert!(text.contains(DEFAULT_CONFIG), "the default in the help differs from the default");
+        assert!(text.contains("udp-fanout [run] [-c FILE]"));
+    }
+    let long = help("--help");
+    for section in prose::SECTIONS {
+        assert!(long.contains(&format!("\n{}:\n", section.title)), "{}", section.title);
+    }
+    assert!(long.contains("SIGTERM") && long.contains("RUST_LOG"));
+}
+
+#[test]
+fn defaults_named_in_the_help_are_the_defaults() {
+    let text = help("--help");
+    let Invocation::Run { log, .. } = parsed("udp-fanout") else { panic!("run is the default") };
+    assert_eq!(log, Options { level: Level::Info, format: Format::Text });
+    assert!(text.contains("[default: info]") && text.contains("[default: text]"));
+}
+
+#[test]
+fn version_has_the_revision() {
+    let expected = format!("udp-fanout {} ({})\n", version::PACKAGE, version::REVISION);
+    assert_eq!(help("--version"), expected);
+    assert_eq!(help("-V"), expected);
+    assert!(!version::REVISION.is_empty());
+}
+
+#[test]
+fn every_shell_has_completions() {
+    use clap::ValueEnum;
+    for shell in Shell::value_variants() {
+        let script = String::from_utf8(completions(*shell)).expect("UTF-8");
+        for word in ["udp-fanout", "check", "log-level", "log-format"] {
+            assert!(script.contains(word), "{shell}: no {word}");
+        }
+    }
+}
+
+#[test]
+fn the_manual_page_has_every_command_option_and_section() {
+    let page = String::from_utf8(man().expect("a page")).expect("UTF-8");
+    assert!(page.contains("\n.TH udp-fanout 8 "), "{page}");
+    let plain = page.replace("\\-", "-").replace("\\fB", "").replace("\\fR", "");
+    for sub in command().get_subcommands() {
+        assert!(plain.contains(&format!("\n.SS {}\n", sub.get_name())), "{}", sub.get_name());
+        assert!(plain.contains(&sub.get_about().expect("a description").to_string()), "{}", sub.get_name());
+    }
+    for text in ["-c, --config", "-l, --log-level", "--log-format", DEFAULT_CONFIG, "udp-fanout check [-c FILE]"] {
+        assert!(plain.contains(text), "{text}");
+    }
+    for title in ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "COMMANDS", "EXAMPLES", "SIGNALS", "\"EXIT STATUS\""] {
+        assert_eq!(page.matches(&format!("\n.SH {title}\n")).count(), 1, "{title}");
+    }
+    assert_eq!(page.matches(".ds Aq").count(), 2, "an apostrophe is defined once, for either case");
+}

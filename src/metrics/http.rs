@@ -1,0 +1,247 @@
+//! The HTTP endpoint: metrics, liveness, readiness.
+//!
+//! One thread, `fo-http`, runs a small tokio runtime and hyper. It holds no state of the daemon: for every request it
+//! sends a [`Request`] through a channel, wakes the event loop, and waits for the answer a limited time. So a page is
+//! always current, and `/healthz` answers 200 only while the event loop really turns.
+//!
+//! - [`Bound`] takes the port, so that a port in use is an error at start and not a line in a log.
+//! - `serve` accepts connections and keeps slow clients from crowding out others.
+//! - `answer` turns one HTTP request into one response.
+
+mod answer;
+mod serve;
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use mio::Waker;
+use tokio::sync::oneshot;
+
+use super::Snapshot;
+use crate::config::MetricsConfig;
+
+/// Path of the liveness probe.
+pub const HEALTH_PATH: &str = "/healthz";
+/// Path of the readiness probe.
+pub const READY_PATH: &str = "/readyz";
+
+/// What the HTTP thread asks of the event loop. A dropped sender is answered with 503, as is silence.
+#[derive(Debug)]
+pub enum Request {
+    /// For the metrics page; an error goes to the client as it is, with 503.
+    Scrape(oneshot::Sender<anyhow::Result<Snapshot>>),
+    /// For liveness, where any answer will do, and readiness.
+    Health(oneshot::Sender<Health>),
+}
+
+impl Request {
+    /// True if nobody waits for the answer any more, so that it need not be computed.
+    #[must_use]
+    pub fn abandoned(&self) -> bool {
+        match self {
+            Request::Scrape(reply) => reply.is_closed(),
+            Request::Health(reply) => reply.is_closed(),
+        }
+    }
+}
+
+/// How far the daemon has got.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Health {
+    /// Every configured listener.
+    pub listeners: Vec<ListenerHealth>,
+}
+
+/// How far one listener has got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerHealth {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Whether it takes part.
+    pub readiness: Readiness,
+}
+
+/// Whether a listener can do its work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// Attached, and has had its first downstream set.
+    Ready,
+    /// Its datapath is not in place, for this reason.
+    NotAttached(String),
+    /// No downstream set has come yet.
+    NoDownstreamSet,
+}
+
+/// How long the endpoint waits, and for how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// How long the event loop may take to answer before it counts as stalled.
+    pub answer: Duration,
+    /// How long a client may take to send its request.
+    pub headers: Duration,
+    /// How long a connection may last altogether, which is what ends a client that does not read its response.
+    pub connection: Duration,
+    /// Connections open at one time, at least 1. One more closes the oldest that waits for its client.
+    pub connections: usize,
+    /// How long a new connection is safe from being closed for another's sake: time for its request to arrive.
+    pub grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            answer: Duration::from_secs(2),
+            headers: Duration::from_secs(5),
+            connection: Duration::from_secs(30),
+            connections: 64,
+            grace: Duration::from_millis(100),
+        }
+    }
+}
+
+/// A port taken, not served yet.
+#[derive(Debug)]
+pub struct Bound {
+    listener: TcpListener,
+    address: SocketAddr,
+    path: String,
+}
+
+impl Bound {
+    /// Takes the configured address and port.
+    ///
+    /// # Errors
+    /// When the port is in use, the address is not this host's, privileges are missing, or `metrics.path` is one of
+    /// the probes' paths.
+    pub fn new(config: &MetricsConfig) -> anyhow::Result<Self> {
+        if config.path == HEALTH_PATH || config.path == READY_PATH {
+            bail!("metrics.path `{}` is the path of a probe; choose another, such as `/metrics`", config.path);
+        }
+        let listener = TcpListener::bind(config.bind).map_err(|e| bind_error(config.bind, &e))?;
+        listener.set_nonblocking(true).context("cannot make the metrics socket non-blocking")?;
+        let address = listener.local_addr().context("cannot read the metrics socket's address")?;
+        Ok(Bound { listener, address, path: config.path.clone() })
+    }
+
+    /// The address and port taken: the configured one, with the kernel's choice in place of port 0.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Starts the thread. What it asks arrives at the returned receiver, each time after a wake-up; the event loop
+    /// takes all that has arrived at each wake-up, since several may share one.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread or an epoll instance.
+    pub fn serve(self, waker: Arc<Waker>, limits: Limits) -> anyhow::Result<(Server, Receiver<Request>)> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .context("cannot set up the HTTP endpoint")?;
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::TcpListener::from_std(self.listener).context("cannot set up the HTTP endpoint")?
+        };
+        // Each connection has at most one request under way, so a full channel means a stalled event loop.
+        let (requests, receiver) = mpsc::sync_channel(limits.connections.max(1));
+        let main_loop = answer::MainLoop { requests, waker, patience: limits.answer };
+        let site = Arc::new(answer::Site { main_loop, metrics_path: self.path });
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (ended, done) = mpsc::channel::<()>();
+        let thread = std::thread::Builder::new()
+            .name("fo-http".to_owned())
+            .spawn(move || {
+                let _ended = ended;
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = stopped => {}
+                        () = serve::accept(listener, site, limits) => {}
+                    }
+                });
+                // Open connections end with the runtime.
+                drop(runtime);
+            })
+            .context("cannot start the HTTP thread")?;
+        Ok((Server { address: self.address, running: Some(Running { stop, done, thread }) }, receiver))
+    }
+}
+
+fn bind_error(address: SocketAddr, error: &std::io::Error) -> anyhow::Error {
+    let (what, fix) = match error.kind() {
+        ErrorKind::AddrInUse => (
+            "address already in use".to_owned(),
+            format!(
+                "stop the program that has it (`ss -ltnp sport = :{}` shows it) or change metrics.bind",
+                address.port()
+            ),
+        ),
+        ErrorKind::AddrNotAvailable => (
+            "this host has no such address".to_owned(),
+            "set metrics.bind to one that `ip address` shows, or to 0.0.0.0".to_owned(),
+        ),
+        ErrorKind::PermissionDenied => (
+            "permission denied".to_owned(),
+            "ports below 1024 need CAP_NET_BIND_SERVICE; grant it or change the port in metrics.bind".to_owned(),
+        ),
+        _ => (error.to_string(), "check metrics.bind".to_owned()),
+    };
+    anyhow!("cannot serve metrics on {address}: {what}; {fix}")
+}
+
+/// The running endpoint. Dropping it shuts it down.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    stop: oneshot::Sender<()>,
+    /// Disconnected once the thread is through.
+    done: Receiver<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Server {
+    /// How long a shutdown waits for the thread. It can only be late by rendering a page for very many downstreams.
+    const SHUTDOWN: Duration = Duration::from_millis(100);
+
+    /// The address and port it serves.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Closes the port and all connections and ends the thread, within 100 ms.
+    pub fn shutdown(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
+        let Some(Running { stop, done, thread }) = self.running.take() else { return };
+        // An error means that the thread has ended already.
+        let _ = stop.send(());
+        match done.recv_timeout(Self::SHUTDOWN) {
+            Err(RecvTimeoutError::Timeout) => tracing::warn!("the HTTP thread is busy; leaving it behind"),
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
+                if thread.join().is_err() {
+                    tracing::error!("the HTTP thread had panicked");
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

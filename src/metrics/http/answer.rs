@@ -1,0 +1,162 @@
+//! One HTTP request in, one response out, with the event loop's help.
+
+use std::fmt::{self, Write as _};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Response, StatusCode};
+use mio::Waker;
+use tokio::sync::oneshot;
+
+use super::{HEALTH_PATH, Health, READY_PATH, Readiness, Request};
+use crate::metrics::render;
+use crate::version;
+
+type Page = Response<Full<Bytes>>;
+
+/// All that is served.
+pub(super) struct Site {
+    pub(super) main_loop: MainLoop,
+    pub(super) metrics_path: String,
+}
+
+/// The way to the event loop.
+pub(super) struct MainLoop {
+    pub(super) requests: SyncSender<Request>,
+    pub(super) waker: Arc<Waker>,
+    pub(super) patience: Duration,
+}
+
+/// Why the event loop gave no answer.
+enum Silence {
+    Stalled(Duration),
+    Ended,
+    Dropped,
+    NotWoken(std::io::Error),
+}
+
+impl fmt::Display for Silence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Silence::Stalled(patience) => write!(f, "the main loop has not answered for {patience:?}"),
+            Silence::Ended => f.write_str("the main loop has ended"),
+            Silence::Dropped => f.write_str("the main loop has dropped the question"),
+            Silence::NotWoken(error) => write!(f, "the main loop cannot be woken: {error}"),
+        }
+    }
+}
+
+impl MainLoop {
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Silence> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.try_send(request(reply)).map_err(|error| match error {
+            TrySendError::Full(_) => Silence::Stalled(self.patience),
+            TrySendError::Disconnected(_) => Silence::Ended,
+        })?;
+        self.waker.wake().map_err(Silence::NotWoken)?;
+        match tokio::time::timeout(self.patience, answer).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(Silence::Dropped),
+            Err(_) => Err(Silence::Stalled(self.patience)),
+        }
+    }
+}
+
+impl Site {
+    pub(super) async fn answer(&self, method: &Method, path: &str) -> Page {
+        let known = [self.metrics_path.as_str(), HEALTH_PATH, READY_PATH, "/"].contains(&path);
+        if !known {
+            return text(StatusCode::NOT_FOUND, format!("no such page; there are:\n{}", self.index()));
+        }
+        if !matches!(*method, Method::GET | Method::HEAD) {
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".to_owned());
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        // The configured path comes first: it may be `/`.
+        match path {
+            _ if path == self.metrics_path => self.metrics().await,
+            HEALTH_PATH => self.healthz().await,
+            READY_PATH => self.readyz().await,
+            _ => text(StatusCode::OK, format!("udp-fanout {}\n{}", version::long(), self.index())),
+        }
+    }
+
+    fn index(&self) -> String {
+        let pages = [
+            (self.metrics_path.as_str(), "metrics in Prometheus' text format"),
+            (HEALTH_PATH, "200 while the main loop turns"),
+            (READY_PATH, "200 once every listener is attached and has had its first downstream set"),
+        ];
+        let mut index = String::new();
+        for (path, what) in pages {
+            // Writing to a String cannot fail.
+            let _ = writeln!(index, "{path:<12} {what}");
+        }
+        index
+    }
+
+    async fn metrics(&self) -> Page {
+        match self.main_loop.ask(Request::Scrape).await {
+            Ok(Ok(snapshot)) => {
+                page(StatusCode::OK, HeaderValue::from_static(render::CONTENT_TYPE), render::render(&snapshot))
+            }
+            Ok(Err(error)) => unavailable(format!("{error:#}")),
+            Err(silence) => unavailable(silence),
+        }
+    }
+
+    async fn healthz(&self) -> Page {
+        match self.main_loop.ask(Request::Health).await {
+            Ok(_) => text(StatusCode::OK, "ok\n".to_owned()),
+            Err(silence) => unavailable(silence),
+        }
+    }
+
+    async fn readyz(&self) -> Page {
+        match self.main_loop.ask(Request::Health).await {
+            Ok(health) => readiness(&health),
+            Err(silence) => unavailable(silence),
+        }
+    }
+}
+
+fn readiness(health: &Health) -> Page {
+    let mut missing = String::new();
+    for listener in &health.listeners {
+        // Writing to a String cannot fail.
+        let _ = match &listener.readiness {
+            Readiness::Ready => Ok(()),
+            Readiness::NotAttached(reason) => writeln!(missing, "listener {}: not attached: {reason}", listener.name),
+            Readiness::NoDownstreamSet => {
+                writeln!(missing, "listener {}: waiting for its first downstream set", listener.name)
+            }
+        };
+    }
+    if missing.is_empty() {
+        text(StatusCode::OK, "ready\n".to_owned())
+    } else {
+        text(StatusCode::SERVICE_UNAVAILABLE, missing)
+    }
+}
+
+fn unavailable(reason: impl fmt::Display) -> Page {
+    text(StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n"))
+}
+
+fn text(status: StatusCode, body: String) -> Page {
+    page(status, HeaderValue::from_static("text/plain; charset=utf-8"), body)
+}
+
+fn page(status: StatusCode, content_type: HeaderValue, body: String) -> Page {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    // A cached answer would be a wrong one.
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

@@ -1,0 +1,149 @@
+//! Accepting connections, and keeping them few.
+//!
+//! Every connection carries one request, so that none lingers. A connection waits either for its client (to send a
+//! request, to read a response) or for the event loop. The latter ends by itself within [`Limits::answer`]; of the
+//! former, the oldest gives way when a new connection finds all places taken and the oldest has had its
+//! [`Limits::grace`]. So a scrape gets through however many idle connections someone holds open. While nobody can give
+//! way, new connections wait in the kernel's queue.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::{debug, warn};
+
+use super::Limits;
+use super::answer::Site;
+
+/// Pause after a refused `accept`, which would otherwise be refused again at once: mostly for lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest request line and headers, in bytes; the least that hyper allows.
+const MAX_REQUEST: usize = 8192;
+
+/// Serves connections for ever.
+pub(super) async fn accept(listener: TcpListener, site: Arc<Site>, limits: Limits) {
+    let mut connections = Connections { open: VecDeque::new(), progress: Arc::new(Notify::new()), limits };
+    let mut failing = false;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                failing = false;
+                connections.make_room().await;
+                connections.add(stream, Arc::clone(&site));
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(%error, "cannot accept a connection for metrics; trying again");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The open connections, oldest first.
+struct Connections {
+    open: VecDeque<Connection>,
+    /// Told whenever a connection stops waiting for the event loop, and when it ends.
+    progress: Arc<Notify>,
+    limits: Limits,
+}
+
+struct Connection {
+    task: AbortHandle,
+    since: Instant,
+    /// Set while the response is being made: the client is not to blame for the wait.
+    working: Arc<AtomicBool>,
+}
+
+impl Connections {
+    async fn make_room(&mut self) {
+        loop {
+            self.open.retain(|connection| !connection.task.is_finished());
+            if self.open.len() < self.limits.connections.max(1) {
+                return;
+            }
+            let idle = self.open.iter().position(|connection| !connection.working.load(Ordering::Relaxed));
+            let Some(oldest) = idle else {
+                self.progress.notified().await;
+                continue;
+            };
+            let grace = self.limits.grace.saturating_sub(self.open[oldest].since.elapsed());
+            if grace.is_zero() {
+                self.open[oldest].task.abort();
+                self.open.remove(oldest);
+            } else {
+                // Whether it was progress or the time that has passed, the next look finds out.
+                let _ = tokio::time::timeout(grace, self.progress.notified()).await;
+            }
+        }
+    }
+
+    fn add(&mut self, stream: TcpStream, site: Arc<Site>) {
+        let working = Arc::new(AtomicBool::new(false));
+        let work = Work { working: Arc::clone(&working), progress: Arc::clone(&self.progress) };
+        let task = tokio::spawn(serve(stream, site, work, self.limits)).abort_handle();
+        self.open.push_back(Connection { task, since: Instant::now(), working });
+    }
+}
+
+/// A connection's way of telling whether it is working on a response.
+struct Work {
+    working: Arc<AtomicBool>,
+    progress: Arc<Notify>,
+}
+
+impl Work {
+    /// Working until the returned value is dropped, however that comes about.
+    fn begin(&self) -> Working<'_> {
+        self.working.store(true, Ordering::Relaxed);
+        Working(self)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.progress.notify_one();
+    }
+}
+
+struct Working<'a>(&'a Work);
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        self.0.working.store(false, Ordering::Relaxed);
+        self.0.progress.notify_one();
+    }
+}
+
+/// Serves one connection to its end.
+async fn serve(stream: TcpStream, site: Arc<Site>, work: Work, limits: Limits) {
+    let service = service_fn(async |request: hyper::Request<Incoming>| {
+        let _working = work.begin();
+        Ok::<_, Infallible>(site.answer(request.method(), request.uri().path()).await)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.headers)
+        .keep_alive(false)
+        // A client may close its sending side once it has asked, as `nc -N` does.
+        .half_close(true)
+        .max_buf_size(MAX_REQUEST)
+        .serve_connection(TokioIo::new(stream), service);
+    match tokio::time::timeout(limits.connection, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "a connection to the metrics port failed"),
+        Err(_) => debug!("a connection to the metrics port took too long"),
+    }
+}

@@ -1,0 +1,179 @@
+//! Every metric the daemon exports: its name, type, help text and labels, each once.
+//!
+//! [`render`](mod@super::render) exports nothing that isn't in [`ALL`], and the documentation's table is tested
+//! against it.
+
+/// How a metric's value behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows, until the daemon starts anew.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+}
+
+impl Kind {
+    /// Its name in the text format's `# TYPE` line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+        }
+    }
+}
+
+/// One metric.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// Its full name.
+    pub name: &'static str,
+    /// Its type.
+    pub kind: Kind,
+    /// What it says, in one line.
+    pub help: &'static str,
+    /// The names of its labels, in the order in which the renderer is given their values.
+    pub labels: &'static [&'static str],
+}
+
+const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
+    Metric { name, kind: Kind::Counter, help, labels }
+}
+
+const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
+    Metric { name, kind: Kind::Gauge, help, labels }
+}
+
+/// `udp_fanout_packets_received_total`
+pub const PACKETS_RECEIVED: Metric = counter(
+    "udp_fanout_packets_received_total",
+    &["listener", "mode"],
+    "Datagrams that were the listener's. Always the sum of forwarded, dropped and passed.",
+);
+
+/// `udp_fanout_packets_forwarded_total`
+pub const PACKETS_FORWARDED: Metric =
+    counter("udp_fanout_packets_forwarded_total", &["listener", "mode"], "Datagrams handed to a downstream.");
+
+/// `udp_fanout_packets_dropped_total`
+pub const PACKETS_DROPPED: Metric =
+    counter("udp_fanout_packets_dropped_total", &["listener", "mode", "reason"], "Datagrams not forwarded, by reason.");
+
+/// `udp_fanout_packets_passed_total`
+pub const PACKETS_PASSED: Metric = counter(
+    "udp_fanout_packets_passed_total",
+    &["listener", "mode"],
+    "Datagrams the TC program left to the listener's socket, which counts them again under mode userspace.",
+);
+
+/// `udp_fanout_bytes_received_total`
+pub const BYTES_RECEIVED: Metric =
+    counter("udp_fanout_bytes_received_total", &["listener", "mode"], "Bytes of UDP payload received.");
+
+/// `udp_fanout_bytes_forwarded_total`
+pub const BYTES_FORWARDED: Metric =
+    counter("udp_fanout_bytes_forwarded_total", &["listener", "mode"], "Bytes of UDP payload handed to downstreams.");
+
+/// `udp_fanout_downstream_active`
+pub const DOWNSTREAM_ACTIVE: Metric =
+    gauge("udp_fanout_downstream_active", &["listener"], "Downstreams that take part in the listener's round now.");
+
+/// `udp_fanout_downstream_packets_total`
+pub const DOWNSTREAM_PACKETS: Metric = counter(
+    "udp_fanout_downstream_packets_total",
+    &["listener", "endpoint"],
+    "Datagrams handed to the downstream, by both datapaths together.",
+);
+
+/// `udp_fanout_downstream_bytes_total`
+pub const DOWNSTREAM_BYTES: Metric = counter(
+    "udp_fanout_downstream_bytes_total",
+    &["listener", "endpoint"],
+    "Bytes of UDP payload handed to the downstream, by both datapaths together.",
+);
+
+/// `udp_fanout_listener_mode_info`
+pub const LISTENER_MODE: Metric = gauge(
+    "udp_fanout_listener_mode_info",
+    &["listener", "mode", "reason"],
+    "The datapath that carries the listener, and why it was chosen; always 1.",
+);
+
+/// `udp_fanout_plan_apply_total`
+pub const PLAN_APPLY: Metric = counter(
+    "udp_fanout_plan_apply_total",
+    &["result"],
+    "Times a changed plan was given to the datapaths, by result: success or error.",
+);
+
+/// `udp_fanout_build_info`
+pub const BUILD_INFO: Metric =
+    gauge("udp_fanout_build_info", &["version", "revision", "arch"], "The build that is running; always 1.");
+
+/// `udp_fanout_start_time_seconds`
+pub const START_TIME: Metric =
+    gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
+
+/// Every metric, in the order in which the page shows them.
+pub const ALL: [&Metric; 13] = [
+    &PACKETS_RECEIVED,
+    &PACKETS_FORWARDED,
+    &PACKETS_DROPPED,
+    &PACKETS_PASSED,
+    &BYTES_RECEIVED,
+    &BYTES_FORWARDED,
+    &DOWNSTREAM_ACTIVE,
+    &DOWNSTREAM_PACKETS,
+    &DOWNSTREAM_BYTES,
+    &LISTENER_MODE,
+    &PLAN_APPLY,
+    &BUILD_INFO,
+    &START_TIME,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn is_name(text: &str) -> bool {
+        !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+    }
+
+    #[test]
+    fn names_follow_the_conventions_of_prometheus() {
+        for metric in ALL {
+            assert!(is_name(metric.name) && metric.name.starts_with("udp_fanout_"), "{}", metric.name);
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
+            assert!(metric.help.ends_with('.'), "{}", metric.name);
+            assert!(!metric.help.contains(['\n', '\\']), "{}", metric.name);
+            assert!(metric.labels.iter().all(|label| is_name(label) && *label != "le"), "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn names_and_labels_are_distinct() {
+        let names: HashSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for metric in ALL {
+            let labels: HashSet<_> = metric.labels.iter().collect();
+            assert_eq!(labels.len(), metric.labels.len(), "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn the_names_promised_to_users_exist() {
+        for name in [
+            "udp_fanout_packets_received_total",
+            "udp_fanout_packets_forwarded_total",
+            "udp_fanout_packets_dropped_total",
+            "udp_fanout_bytes_received_total",
+            "udp_fanout_bytes_forwarded_total",
+            "udp_fanout_downstream_active",
+            "udp_fanout_downstream_packets_total",
+            "udp_fanout_build_info",
+        ] {
+            assert!(ALL.iter().any(|metric| metric.name == name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A [`Snapshot`] becomes a page in Prometheus' text format (version 0.0.4).
+//!
+//! Every page has a recorder of its own, filled with absolute values and thrown away: nothing is left over of a
+//! downstream that is gone, and no value is older than the snapshot. The recorder is spoken to directly rather than
+//! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values.
+
+use std::time::UNIX_EPOCH;
+
+use metrics::{Key, KeyName, Label, Level, Metadata, Recorder, SharedString};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
+
+use super::names::{self, Kind, Metric};
+use super::snapshot::{ListenerSnapshot, Snapshot};
+use crate::version;
+
+/// The page's media type.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Renders the page. Metrics come in the order of [`names::ALL`], series in alphabetic order, so that two pages can be
+/// compared line by line.
+#[must_use]
+pub fn render(snapshot: &Snapshot) -> String {
+    let page = Page::new();
+    for listener in &snapshot.listeners {
+        page.listener(listener);
+    }
+    let applies = snapshot.plan_applies;
+    page.counter(&names::PLAN_APPLY, [SharedString::const_str("success")], applies.success);
+    page.counter(&names::PLAN_APPLY, [SharedString::const_str("error")], applies.error);
+    let build = [version::PACKAGE, version::REVISION, std::env::consts::ARCH];
+    page.gauge(&names::BUILD_INFO, build.map(SharedString::const_str), 1.0);
+    let started = snapshot.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+    page.gauge(&names::START_TIME, [], started.as_secs_f64());
+    in_order(&page.recorder.handle().render())
+}
+
+struct Page {
+    recorder: PrometheusRecorder,
+}
+
+impl Page {
+    fn new() -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        for metric in names::ALL {
+            let (name, help) = (KeyName::from_const_str(metric.name), SharedString::const_str(metric.help));
+            match metric.kind {
+                Kind::Counter => recorder.describe_counter(name, None, help),
+                Kind::Gauge => recorder.describe_gauge(name, None, help),
+            }
+        }
+        Page { recorder }
+    }
+
+    fn listener(&self, listener: &ListenerSnapshot) {
+        let name = || SharedString::from_shared(listener.name.clone());
+        for &(mode, counters) in &listener.counters {
+            let labels = || [name(), SharedString::const_str(mode.name())];
+            self.counter(&names::PACKETS_RECEIVED, labels(), counters.packets_received);
+            self.counter(&names::PACKETS_FORWARDED, labels(), counters.packets_forwarded);
+            self.counter(&names::PACKETS_PASSED, labels(), counters.packets_passed);
+            self.counter(&names::BYTES_RECEIVED, labels(), counters.bytes_received);
+            self.counter(&names::BYTES_FORWARDED, labels(), counters.bytes_forwarded);
+            for (reason, packets) in counters.dropped.iter() {
+                let [listener, mode] = labels();
+                let reason = SharedString::const_str(reason.label());
+                self.counter(&names::PACKETS_DROPPED, [listener, mode, reason], packets);
+            }
+        }
+        for downstream in &listener.downstreams {
+            let endpoint = SharedString::from_owned(downstream.endpoint.to_string());
+            let labels = || [name(), endpoint.clone()];
+            self.counter(&names::DOWNSTREAM_PACKETS, labels(), downstream.counters.packets);
+            self.counter(&names::DOWNSTREAM_BYTES, labels(), downstream.counters.bytes);
+        }
+        #[expect(clippy::cast_precision_loss, reason = "exact up to 2^53 downstreams")]
+        self.gauge(&names::DOWNSTREAM_ACTIVE, [name()], listener.active as f64);
+        let mode = SharedString::const_str(listener.mode.name());
+        let reason = SharedString::from_shared(listener.mode_reason.clone());
+        self.gauge(&names::LISTENER_MODE, [name(), mode, reason], 1.0);
+    }
+
+    fn counter<const N: usize>(&self, metric: &'static Metric, labels: [SharedString; N], value: u64) {
+        self.recorder.register_counter(&key(metric, labels), &METADATA).absolute(value);
+    }
+
+    fn gauge<const N: usize>(&self, metric: &'static Metric, labels: [SharedString; N], value: f64) {
+        self.recorder.register_gauge(&key(metric, labels), &METADATA).set(value);
+    }
+}
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
+
+fn key<const N: usize>(metric: &'static Metric, values: [SharedString; N]) -> Key {
+    debug_assert_eq!(metric.labels.len(), N, "{}", metric.name);
+    let labels: Vec<Label> = metric
+        .labels
+        .iter()
+        .zip(values)
+        .map(|(&name, value)| Label::new(SharedString::const_str(name), value))
+        .collect();
+    Key::from_parts(KeyName::from_const_str(metric.name), labels)
+}
+
+/// The exporter keeps its series in hash maps and prints them in an order that differs from page to page. It parts
+/// metrics by an empty line, which cannot occur within one: line feeds in label values are escaped.
+fn in_order(page: &str) -> String {
+    let mut metrics: Vec<(usize, &str)> = page
+        .split("\n\n")
+        .filter_map(|text| {
+            let name = text.trim_start().strip_prefix("# HELP ")?.split(' ').next()?;
+            Some((names::ALL.iter().position(|metric| metric.name == name)?, text))
+        })
+        .collect();
+    metrics.sort_unstable_by_key(|&(position, _)| position);
+    let mut sorted = String::with_capacity(page.len());
+    for (_, text) in metrics {
+        let (head, mut series): (Vec<&str>, Vec<&str>) =
+            text.lines().filter(|line| !line.is_empty()).partition(|line| line.starts_with('#'));
+        series.sort_unstable();
+        for line in head.into_iter().chain(series) {
+            sorted.push_str(line);
+            sorted.push('\n');
+        }
+    }
+    sorted
+}
+
+#[cfg(test)]
+mod tests;

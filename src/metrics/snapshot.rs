@@ -1,0 +1,155 @@
+//! The values a scrape shows, as the event loop found them at one moment.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::datapath::Counters;
+use crate::model::{DownstreamCounters, ListenerCounters, Mode};
+use crate::plan::ListenerPlan;
+
+/// Everything one scrape shows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// When the daemon started.
+    pub started: SystemTime,
+    /// How the plans given to the datapaths have fared.
+    pub plan_applies: PlanApplies,
+    /// In the configuration's order.
+    pub listeners: Vec<ListenerSnapshot>,
+}
+
+/// How often a changed plan was given to the datapaths since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PlanApplies {
+    /// Every datapath took it.
+    pub success: u64,
+    /// A datapath refused a part of it.
+    pub error: u64,
+}
+
+/// One listener in a scrape.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerSnapshot {
+    /// Its name; unique in a [`Snapshot`].
+    pub name: Arc<str>,
+    /// The datapath that carries it.
+    pub mode: Mode,
+    /// Why that one, in a few fixed words: the text is a label, so it must not change while the mode stays.
+    pub mode_reason: Arc<str>,
+    /// How many downstreams its table holds.
+    pub active: usize,
+    /// What each datapath that serves it has counted.
+    pub counters: Vec<(Mode, ListenerCounters)>,
+    /// Its downstreams, each once.
+    pub downstreams: Vec<DownstreamSnapshot>,
+}
+
+/// One downstream of one listener in a scrape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DownstreamSnapshot {
+    /// Its address.
+    pub endpoint: SocketAddr,
+    /// What all datapaths together have handed to it.
+    pub counters: DownstreamCounters,
+}
+
+impl ListenerSnapshot {
+    /// Puts together what the datapaths have counted of one listener. A datapath that doesn't serve the listener adds
+    /// nothing; of the downstreams, only those that the plan names are shown.
+    #[must_use]
+    pub fn collect(plan: &ListenerPlan, mode_reason: Arc<str>, readings: &[(Mode, &Counters)]) -> Self {
+        let of_listener = |&(mode, counters): &(Mode, &Counters)| Some((mode, *counters.listeners.get(&plan.id)?));
+        let sum = |endpoint: SocketAddr| {
+            let mut sum = DownstreamCounters::default();
+            for (_, counters) in readings {
+                if let Some(counted) = counters.downstreams.get(&(plan.id, endpoint)) {
+                    sum.packets += counted.packets;
+                    sum.bytes += counted.bytes;
+                }
+            }
+            sum
+        };
+        let endpoints = plan.targets.iter().map(|target| target.downstream.address);
+        ListenerSnapshot {
+            name: Arc::clone(&plan.name),
+            mode: plan.mode,
+            mode_reason,
+            active: plan.targets.len(),
+            counters: readings.iter().filter_map(of_listener).collect(),
+            downstreams: endpoints.map(|endpoint| DownstreamSnapshot { endpoint, counters: sum(endpoint) }).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use crate::model::{Downstream, ListenerId, Policy};
+    use crate::plan::{Delivery, Target};
+
+    fn endpoint(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], 514))
+    }
+
+    fn plan(id: u32, endpoints: &[u8]) -> ListenerPlan {
+        let target = |&last| Target {
+            downstream: Downstream { name: "d".into(), address: endpoint(last), weight: 1 },
+            delivery: Delivery::Local,
+        };
+        ListenerPlan {
+            id: ListenerId(id),
+            name: "syslog".into(),
+            mode: Mode::TcEbpf,
+            bind: SocketAddr::from(([0, 0, 0, 0], 514)),
+            match_addresses: vec![],
+            links: vec![],
+            policy: Policy::RoundRobin,
+            socket_only: None,
+            targets: endpoints.iter().map(target).collect(),
+            table: (0..).take(endpoints.len()).collect(),
+            settings: Settings { workers: 1, batch_size: 1, pin_cpus: false, recv_buf_size: None, max_packet_size: 1 },
+        }
+    }
+
+    fn reading(id: u32, received: u64, downstreams: &[(u8, u64)]) -> Counters {
+        let counted = ListenerCounters { packets_received: received, ..Default::default() };
+        let handed = |&(last, n)| ((ListenerId(id), endpoint(last)), DownstreamCounters { packets: n, bytes: n * 100 });
+        Counters {
+            listeners: [(ListenerId(id), counted)].into(),
+            downstreams: downstreams.iter().map(handed).collect(),
+        }
+    }
+
+    #[test]
+    fn downstreams_are_summed_and_listeners_kept_apart() {
+        let kernel = reading(3, 10, &[(1, 6), (2, 4)]);
+        let user = reading(3, 1, &[(2, 1)]);
+        let seen = ListenerSnapshot::collect(
+            &plan(3, &[2, 1, 9]),
+            "configured".into(),
+            &[(Mode::TcEbpf, &kernel), (Mode::Userspace, &user)],
+        );
+        assert_eq!(seen.active, 3);
+        let received: Vec<_> = seen.counters.iter().map(|(mode, c)| (*mode, c.packets_received)).collect();
+        assert_eq!(received, [(Mode::TcEbpf, 10), (Mode::Userspace, 1)]);
+        let handed: Vec<_> =
+            seen.downstreams.iter().map(|d| (d.endpoint, d.counters.packets, d.counters.bytes)).collect();
+        assert_eq!(handed, [(endpoint(2), 5, 500), (endpoint(1), 6, 600), (endpoint(9), 0, 0)]);
+    }
+
+    #[test]
+    fn a_datapath_that_does_not_serve_the_listener_adds_nothing() {
+        let kernel = reading(0, 10, &[(1, 10)]);
+        let user = reading(3, 1, &[(1, 1)]);
+        let seen = ListenerSnapshot::collect(
+            &plan(3, &[1]),
+            "configured".into(),
+            &[(Mode::TcEbpf, &kernel), (Mode::Userspace, &user)],
+        );
+        assert_eq!(seen.counters.len(), 1);
+        assert_eq!(seen.counters[0].0, Mode::Userspace);
+        assert_eq!(seen.downstreams[0].counters.packets, 1);
+    }
+}
