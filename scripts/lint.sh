@@ -39,12 +39,6 @@ check_units() {
     }
 }
 
-# Licences and sources of the dependencies, against deny.toml; from what is on disk if that is enough.
-check_dependencies() {
-    "$cargo" deny --locked --offline check --hide-inclusion-graph bans licenses sources ||
-        "$cargo" deny --locked check bans licenses sources
-}
-
 mapfile -t sh < <(shell_scripts | sort --unique)
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format)
 mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h')
@@ -58,7 +52,7 @@ if command -v systemd-analyze >/dev/null; then
     check 'systemd units' check_units
 fi
 if "$cargo" deny --version >/dev/null 2>&1; then
-    check 'cargo-deny' check_dependencies
+    check cargo-deny "$cargo" deny --locked check --hide-inclusion-graph bans licenses sources
 else
     echo "== cargo-deny: not installed, so the dependencies' licences are not checked here"
 fi
