@@ -1,0 +1,70 @@
+# Everything a person or CI does with this project. `make` alone lists it.
+
+CARGO      ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+BIN        := $(TARGET_DIR)/release/udp-fanout
+
+# make demo
+MODE  ?= tc_ebpf
+COUNT ?= 30000
+# make run
+CONFIG ?= config/udp-fanout.toml
+# make install
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+DESTDIR    ?=
+# make vmlinux
+BTF ?= /sys/kernel/btf/vmlinux
+
+export CARGO
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build run demo test lint fmt bench install clean vmlinux
+
+help: ## List the targets
+	@echo 'udp-fanout: make TARGET [NAME=value ...]'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+deps: ## Install the Debian packages that are missing (as root or through sudo) and check the Rust toolchain
+	@scripts/deps.sh build run test lint
+
+build: ## Build the daemon: target/release/udp-fanout
+	@scripts/deps.sh build
+	$(CARGO) build --release --locked
+
+run: ## Run the daemon on config/udp-fanout.toml, or on CONFIG=file
+	@scripts/deps.sh build
+	$(CARGO) run --release --locked -- run --config $(CONFIG)
+
+demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or userspace, COUNT=30000
+	@scripts/deps.sh build run
+	$(CARGO) build --release --locked --bin udp-fanout --example demo
+	@scripts/as-root.sh 'make demo' $(TARGET_DIR)/release/examples/demo --daemon $(BIN) --mode $(MODE) --count $(COUNT)
+
+test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, or it fails
+	@scripts/deps.sh build run test
+	@scripts/test.sh $(ARGS)
+
+lint: ## Check formatting, lints, scripts, YAML, the systemd unit and licences
+	@scripts/deps.sh build lint
+	@scripts/lint.sh
+
+fmt: ## Format the Rust and C sources
+	@scripts/deps.sh build lint
+	$(CARGO) fmt
+	clang-format -i bpf/*.c bpf/*.h
+
+bench: ## Run the benchmarks
+	@scripts/deps.sh build
+	$(CARGO) bench --locked
+
+install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
+	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
+
+clean: ## Remove what was built
+	$(CARGO) clean
+
+vmlinux: ## Regenerate vmlinux/vmlinux.h from BTF=/sys/kernel/btf/vmlinux
+	@scripts/deps.sh run
+	@scripts/vmlinux.sh '$(BTF)' vmlinux/vmlinux.h

@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Makes sure that what a task needs is on this machine.
+#
+# usage: scripts/deps.sh GROUP...        groups: build run test lint
+#
+# On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
+# said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# group | Debian package | how to tell without dpkg | what it is for
+readonly NEEDS='
+build | clang          | command:clang        | compiles the kernel program, bpf/fanout.bpf.c
+build | gcc            | command:cc           | compiles the bundled libbpf and links Rust programs
+build | libc6-dev      | header:stdio.h       | headers of the C library, for both
+build | make           | command:make         | builds the bundled libbpf
+build | pkg-config     | command:pkg-config   | finds libelf and zlib for the bundled libbpf
+build | libelf-dev     | library:libelf.a     | libelf, linked statically, which libbpf needs
+build | zlib1g-dev     | library:libz.a       | zlib, linked statically, which libelf needs
+run   | iproute2       | command:ip           | ip and tc: namespaces and networks of the demo and the tests
+run   | bpftool        | command:bpftool      | shows what the kernel has loaded; make vmlinux
+test  | ethtool        | command:ethtool      | switches checksum offload in network tests
+lint  | clang-format   | command:clang-format | format of bpf/
+lint  | shellcheck     | command:shellcheck   | lints shell scripts
+lint  | yamllint       | command:yamllint     | lints YAML
+'
+
+main() {
+    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint ..."
+    local missing=() group package probe purpose
+    local installed=''
+    if is_debian; then
+        installed=$(installed_packages)
+    fi
+    # $PATH of an ordinary user lacks the directories in which Debian keeps ip, tc and bpftool.
+    PATH=$PATH:/usr/sbin:/sbin
+    while IFS='|' read -r group package probe purpose; do
+        group=${group// /} package=${package// /} probe=${probe// /}
+        [[ -n $package && " $* " == *" $group "* ]] || continue
+        present "$package" "$probe" "$installed" || missing+=("$package|${purpose# }")
+    done <<<"$NEEDS"
+    if [[ ${#missing[@]} -gt 0 ]]; then
+        provide "${missing[@]}"
+    fi
+    case " $* " in
+        *' build '*) check_rust ;;
+    esac
+    case " $* " in
+        *' lint '*) check_rust_lints ;;
+    esac
+}
+
+die() {
+    printf 'deps: %s\n' "$@" >&2
+    exit 1
+}
+
+is_debian() {
+    command -v dpkg-query >/dev/null && command -v apt-get >/dev/null
+}
+
+# The names of all packages of the table that are installed, one a line.
+installed_packages() {
+    local packages
+    packages=$(awk -F ' *[|] *' 'NF == 4 { print $2 }' <<<"$NEEDS")
+    # It fails when one of them is unknown, which is no error here.
+    # shellcheck disable=SC2086 # one word for each package
+    dpkg-query --show --showformat '${db:Status-Abbrev}${Package}\n' $packages 2>/dev/null | sed -n 's/^ii *//p' || true
+}
+
+# Is it there? A tool that was not installed as a package counts too.
+present() {
+    local package=$1 probe=$2 installed=$3
+    if grep --quiet --line-regexp --fixed-strings "$package" <<<"$installed"; then
+        return 0
+    fi
+    case $probe in
+        command:*) command -v "${probe#*:}" >/dev/null ;;
+        library:*) command -v cc >/dev/null && [[ $(cc -print-file-name="${probe#*:}") == /* ]] ;;
+        header:*) command -v cc >/dev/null && cc -E -include "${probe#*:}" -x c /dev/null >/dev/null 2>&1 ;;
+    esac
+}
+
+# Installs what is missing, each "package|purpose", or says what to do.
+provide() {
+    local entry names=()
+    for entry in "$@"; do
+        names+=("${entry%%|*}")
+    done
+    echo "Missing on this machine:"
+    for entry in "$@"; do
+        printf '  %-14s %s\n' "${entry%%|*}" "${entry#*|}"
+    done
+    if ! is_debian; then
+        die "this is not Debian or Ubuntu: please install the above (the names are Debian's), then run it again"
+    fi
+    local sudo=()
+    if [[ $EUID -ne 0 ]]; then
+        command -v sudo >/dev/null || die "installing needs root and there is no sudo: run as root: apt-get install ${names[*]}"
+        sudo=(sudo)
+    fi
+    echo "Installing with apt-get${sudo[0]:+ through sudo}: ${names[*]}"
+    "${sudo[@]}" apt-get -q update </dev/null || die \
+        "apt-get update failed: is this machine online, and are its package sources right (/etc/apt/sources.list)?"
+    refuse_unknown "${names[@]}"
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q install --yes --no-install-recommends "${names[@]}" \
+        </dev/null || die "apt-get could not install: ${names[*]} (its reason is above)"
+}
+
+# Names the packages that the package sources do not have.
+refuse_unknown() {
+    local name unknown=()
+    for name in "$@"; do
+        apt-cache show --no-all-versions "$name" >/dev/null 2>&1 && continue
+        case $name in
+            bpftool) unknown+=("no package bpftool: on Ubuntu, apt-get install linux-tools-common linux-tools-$(uname -r)") ;;
+            *) unknown+=("no package $name in this machine's package sources: Debian 12's main section has it") ;;
+        esac
+    done
+    [[ ${#unknown[@]} -eq 0 ]] || die "${unknown[@]}"
+}
+
+check_rust() {
+    local cargo=${CARGO:-cargo} wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)
+    command -v "$cargo" >/dev/null || die "no Rust toolchain: Rust $wanted or newer is needed" \
+        "install it: curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+    found=$("$cargo" --version | awk '{ print $2 }')
+    printf '%s\n%s\n' "$wanted" "${found%%-*}" | sort --version-sort --check=quiet || die \
+        "Rust $found is too old: $wanted or newer is needed" "with rustup: rustup update stable"
+}
+
+check_rust_lints() {
+    local cargo=${CARGO:-cargo}
+    "$cargo" fmt --version >/dev/null 2>&1 || die "rustfmt is missing: rustup component add rustfmt"
+    "$cargo" clippy --version >/dev/null 2>&1 || die "clippy is missing: rustup component add clippy"
+}
+
+main "$@"

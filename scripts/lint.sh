@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Every check that needs no running program. Runs all of them and fails if any has found something.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo=${CARGO:-cargo}
+failed=()
+
+# check NAME COMMAND...: runs it and notes whether it failed.
+check() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+# Files that git tracks or would track, by pattern; what is ignored or built is not ours to lint.
+ours() {
+    git ls-files --cached --others --exclude-standard -- "$@"
+}
+
+shell_scripts() {
+    ours '*.sh'
+    ours .ci scripts | xargs grep --files-with-matches --no-messages '^#!.*sh$' || true
+}
+
+# systemd-analyze succeeds even if it finds fault: anything it prints is one. The program need not be installed for it.
+check_units() {
+    local directory unit complaints=''
+    directory=$(mktemp --directory)
+    for unit in systemd/*.service; do
+        sed 's,^\(ExecStart[A-Za-z]*\|ExecReload\)=[^ ]*,\1=/bin/true,' "$unit" >"$directory/${unit##*/}"
+        complaints+=$(systemd-analyze --man=no verify "$directory/${unit##*/}" 2>&1) || complaints+=" ($unit)"
+    done
+    rm --recursive "$directory"
+    [[ -z $complaints ]] || {
+        echo "$complaints"
+        return 1
+    }
+}
+
+mapfile -t sh < <(shell_scripts | sort --unique)
+mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format)
+mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h')
+
+check rustfmt "$cargo" fmt --check
+check clippy "$cargo" clippy --all-targets --locked -- -D warnings
+[[ ${#c[@]} -eq 0 ]] || check clang-format clang-format --dry-run -Werror "${c[@]}"
+check shellcheck shellcheck "${sh[@]}"
+check yamllint yamllint --strict "${yaml[@]}"
+if command -v systemd-analyze >/dev/null; then
+    check 'systemd units' check_units
+fi
+if "$cargo" deny --version >/dev/null 2>&1; then
+    check cargo-deny "$cargo" deny --locked check --hide-inclusion-graph bans licenses sources
+else
+    echo "== cargo-deny: not installed, so the dependencies' licences are not checked here"
+fi
+
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'lint: failed:' >&2
+    printf ' %s' "${failed[@]}" >&2
+    echo >&2
+    exit 1
+fi

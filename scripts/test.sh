@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Runs every test there is: cargo builds them as you, and they run as root, which the tiers root_* (BPF programs) and
+# netns_* (network namespaces) need. A tier that cannot run is a failure, not a skip.
+#
+# usage: scripts/test.sh [ARGUMENT OF cargo test]...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo=${CARGO:-cargo}
+# Where Debian keeps ip, tc and bpftool; the $PATH of an ordinary user lacks them.
+export PATH=$PATH:/usr/sbin:/sbin
+
+if [[ $EUID -ne 0 ]]; then
+    if ! command -v sudo >/dev/null; then
+        echo "The tests root_* (BPF programs) and netns_* (network namespaces) need root, and there is no sudo." >&2
+        echo "Run it as root; or, for the other tests: cargo test -- --skip root_ --skip netns_" >&2
+        exit 1
+    fi
+    triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    # Cargo itself must not run as root, or it would leave files behind that you cannot remove.
+    export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-as-root.sh"
+    echo "The test programs run through sudo: they make network namespaces and load BPF programs."
+fi
+
+exec "$cargo" test --locked "$@"

@@ -1,0 +1,303 @@
+//! The daemon's process in a lab's gateway: configured, started, ready, stopped, and never left running.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::cleanup;
+use super::lab::{INGRESS, Lab};
+use super::netns::{Namespace, spawn};
+use super::scrape::{self, Metrics};
+
+/// How long anything the daemon has to do may take before a test fails. Generous: nothing waits that long otherwise.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How often readiness is asked for while the daemon prints nothing.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// A configuration to be written as TOML.
+#[derive(Debug, Clone)]
+pub struct DaemonConfig {
+    /// At least one.
+    pub listeners: Vec<ListenerSpec>,
+    /// Where metrics and probes are served; none leaves the section out.
+    pub metrics: Option<SocketAddr>,
+    /// Lines of TOML to put in front of the first section.
+    pub head: String,
+}
+
+/// One listener of a [`DaemonConfig`].
+#[derive(Debug, Clone)]
+pub struct ListenerSpec {
+    /// Its name.
+    pub name: String,
+    /// Where it listens.
+    pub bind: String,
+    /// The interface of the TC program; none leaves the key out.
+    pub interface: Option<String>,
+    /// `tc_ebpf`, `userspace` or `auto`.
+    pub mode: String,
+    /// Name, address and weight of each downstream.
+    pub downstreams: Vec<(String, SocketAddr, u32)>,
+    /// Further lines of TOML for the listener itself, such as `policy = "…"`.
+    pub extra: String,
+    /// Lines of TOML for its `settings`.
+    pub settings: String,
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    lines: Receiver<String>,
+    log: String,
+    metrics: Option<SocketAddr>,
+    ended: Option<ExitStatus>,
+    directory: TempDir,
+}
+
+impl DaemonConfig {
+    /// One listener, named `lab`, on the lab's listener address, with all of the lab's receivers as downstreams, and
+    /// metrics on 127.0.0.1:9090 inside the gateway.
+    pub fn for_lab(lab: &Lab, mode: &str) -> Self {
+        let listener = ListenerSpec {
+            name: "lab".into(),
+            bind: lab.listener().to_string(),
+            interface: (mode != "userspace").then(|| INGRESS.to_owned()),
+            mode: mode.to_owned(),
+            downstreams: lab.sites.iter().map(|site| (site.name.clone(), site.address, 1)).collect(),
+            extra: String::new(),
+            settings: String::new(),
+        };
+        DaemonConfig {
+            listeners: vec![listener],
+            metrics: Some(SocketAddr::from(([127, 0, 0, 1], 9090))),
+            head: String::new(),
+        }
+    }
+
+    /// Gives the first listener these `settings`, as lines of TOML.
+    pub fn settings(mut self, lines: &str) -> Self {
+        if let Some(listener) = self.listeners.first_mut() {
+            lines.clone_into(&mut listener.settings);
+        }
+        self
+    }
+
+    /// The configuration file's text.
+    pub fn to_toml(&self) -> String {
+        let mut text = format!("{}\n", self.head);
+        for listener in &self.listeners {
+            listener.write(&mut text);
+        }
+        if let Some(bind) = self.metrics {
+            let _ = write!(text, "[metrics]\nenabled = true\nbind = \"{bind}\"\npath = \"/metrics\"\n");
+        }
+        text
+    }
+}
+
+impl ListenerSpec {
+    fn write(&self, text: &mut String) {
+        let ListenerSpec { name, bind, mode, extra, .. } = self;
+        let _ = write!(text, "[[listeners]]\nname = \"{name}\"\nbind = \"{bind}\"\nmode = \"{mode}\"\n{extra}\n");
+        if let Some(interface) = &self.interface {
+            let _ = writeln!(text, "interface = \"{interface}\"");
+        }
+        if !self.settings.is_empty() {
+            let _ = writeln!(text, "[listeners.settings]\n{}", self.settings);
+        }
+        for (name, address, weight) in &self.downstreams {
+            let _ = write!(
+                text,
+                "[[listeners.downstream]]\nname = \"{name}\"\naddress = \"{address}\"\nweight = {weight}\n"
+            );
+        }
+    }
+}
+
+impl Daemon {
+    /// Starts the daemon in a namespace and waits until it says it is ready.
+    ///
+    /// # Errors
+    /// When it ends instead, or is not ready in time; with everything it has logged.
+    pub fn start(namespace: &Namespace, binary: &Path, config: &DaemonConfig) -> Result<Self> {
+        let mut daemon = Self::spawn(namespace, binary, &config.to_toml())?;
+        daemon.metrics = config.metrics;
+        daemon.wait_until_ready(namespace, config.listeners.len())?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon in a namespace on a configuration that may be anything.
+    ///
+    /// # Errors
+    /// When the binary cannot be run.
+    pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("udp-fanout-lab-").tempdir()?;
+        let path: PathBuf = directory.path().join("config.toml");
+        fs::write(&path, config)?;
+        let mut command = namespace.command(binary);
+        command.args(["run", "--config"]).arg(&path).env_remove("RUST_LOG").env("NO_COLOR", "1");
+        // A group of its own: Ctrl-C reaches us, and we end it, in this order.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+        let mut registry = cleanup::registry();
+        let mut child = spawn(&mut command).with_context(|| format!("cannot run {}", binary.display()))?;
+        registry.add_child(pid_of(&child));
+        registry.add_directory(directory.path());
+        drop(registry);
+        let lines = read_lines(child.stderr.take());
+        Ok(Daemon { child, lines, log: String::new(), metrics: None, ended: None, directory })
+    }
+
+    /// Waits for a log line that contains `needle`, among those not read yet, and returns it.
+    ///
+    /// # Errors
+    /// When the daemon ends or a while passes without; with everything it has logged.
+    pub fn wait_for_line(&mut self, needle: &str) -> Result<String> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.next_line(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains(needle) => return Ok(line),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => bail!("no log line with {needle:?} so far:\n{}", self.log),
+                Err(RecvTimeoutError::Disconnected) => bail!("ended without logging {needle:?}:\n{}", self.log),
+            }
+        }
+    }
+
+    /// Everything logged so far.
+    pub fn log(&mut self) -> &str {
+        while self.next_line(Duration::ZERO).is_ok() {}
+        &self.log
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> Pid {
+        pid_of(&self.child)
+    }
+
+    /// Fetches the metrics.
+    ///
+    /// # Errors
+    /// When the configuration has no metrics section or the page cannot be fetched.
+    pub fn metrics(&self, namespace: &Namespace) -> Result<Metrics> {
+        let address = self.metrics.context("this daemon serves no metrics")?;
+        Metrics::scrape(namespace, address, "/metrics")
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When it has ended already.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(self.pid(), signal).with_context(|| format!("cannot send {signal} to the daemon"))
+    }
+
+    /// Asks the daemon to end (`SIGTERM`) and returns how it did, how long that took, and its whole log.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn stop(mut self) -> Result<(ExitStatus, Duration, String)> {
+        self.signal(Signal::SIGTERM)?;
+        let start = Instant::now();
+        let status = self.wait()?;
+        let took = start.elapsed();
+        Ok((status, took, std::mem::take(&mut self.log)))
+    }
+
+    /// Waits for the daemon to end by itself.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.ended {
+            return Ok(status);
+        }
+        let handle = cleanup::pidfd(self.pid()).context("cannot watch the daemon")?;
+        if !cleanup::wait_readable(&handle, LIMIT) {
+            bail!("the daemon has not ended; its log:\n{}", self.log());
+        }
+        let mut registry = cleanup::registry();
+        registry.forget_child(self.pid());
+        let status = self.child.wait()?;
+        drop(registry);
+        self.ended = Some(status);
+        // The pipe is closed now, so this ends.
+        while self.next_line(LIMIT).is_ok() {}
+        Ok(status)
+    }
+
+    /// Waits until `/readyz` answers 200, or, without metrics, until every listener has logged its downstreams.
+    fn wait_until_ready(&mut self, namespace: &Namespace, listeners: usize) -> Result<()> {
+        let Some(address) = self.metrics else {
+            for _ in 0..listeners {
+                self.wait_for_line("downstream set")?;
+            }
+            return Ok(());
+        };
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            // Each log line is a reason to ask again; a refused connection only says that it is too early.
+            if scrape::get(namespace, address, "/readyz").is_ok_and(|page| page.status == 200) {
+                self.log();
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the daemon is not ready; its log so far:\n{}", self.log());
+            }
+            if self.next_line(ASK_AGAIN) == Err(RecvTimeoutError::Disconnected) {
+                let status = self.wait()?;
+                bail!("the daemon ended with {status}:\n{}", self.log);
+            }
+        }
+    }
+
+    fn next_line(&mut self, limit: Duration) -> Result<String, RecvTimeoutError> {
+        let line = self.lines.recv_timeout(limit)?;
+        self.log += &line;
+        self.log.push('\n');
+        Ok(line)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let mut registry = cleanup::registry();
+        registry.forget_directory(self.directory.path());
+        if self.ended.is_none() {
+            registry.forget_child(self.pid());
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn pid_of(child: &Child) -> Pid {
+    Pid::from_raw(child.id().cast_signed())
+}
+
+/// Reads lines in a thread, so that waiting for one can have a limit and the pipe never fills up.
+fn read_lines(stderr: Option<impl Read + Send + 'static>) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    if let Some(stderr) = stderr {
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    receiver
+}

@@ -1,0 +1,263 @@
+//! One network namespace: made under a unique name, entered by threads and commands, removed when dropped.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::panic::resume_unwind;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sched::{CloneFlags, setns};
+use serde::Deserialize;
+
+use super::cleanup;
+
+/// A network namespace of our own.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+    handle: File,
+}
+
+/// An interface inside a namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct LinkInfo {
+    /// The kernel's number for it.
+    #[serde(rename = "ifindex")]
+    pub index: u32,
+    /// Its hardware address in the usual notation.
+    #[serde(rename = "address")]
+    pub mac: String,
+    /// The largest IP packet it carries, in bytes.
+    pub mtu: u32,
+    /// `UP`, `DOWN`, `LOWERLAYERDOWN` or `UNKNOWN`.
+    pub operstate: String,
+}
+
+/// One end of a veth pair.
+#[derive(Debug, Clone, Copy)]
+pub struct End<'a> {
+    /// The namespace it is in.
+    pub namespace: &'a Namespace,
+    /// The interface's name there.
+    pub device: &'a str,
+    /// Its address with prefix length, such as `10.0.0.1/24`; empty for none.
+    pub address: &'a str,
+}
+
+impl Namespace {
+    /// Makes a namespace with its loopback interface up. `label` only helps the reader of `ip netns list`.
+    ///
+    /// # Errors
+    /// When not root, or when the kernel refuses.
+    pub fn create(label: &str) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        cleanup::arm()?;
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{}{}-{number}-{label}", cleanup::PREFIX, std::process::id());
+        let mut registry = cleanup::registry();
+        registry.add_namespace(&name);
+        let made = run_command(Command::new("ip").args(["netns", "add", &name])).and_then(|_| {
+            let path = format!("/run/netns/{name}");
+            File::open(&path).with_context(|| format!("cannot open {path}"))
+        });
+        let handle = match made {
+            Ok(handle) => handle,
+            Err(error) => {
+                registry.remove_namespace(&name);
+                return Err(error.context(format!("cannot make the network namespace {name}")));
+            }
+        };
+        drop(registry);
+        let namespace = Namespace { name, handle };
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// The name that `ip netns` knows it by.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs `work` in a thread inside the namespace and returns what it returns; panics if it panics. Sockets opened
+    /// by it stay in the namespace and may be used from anywhere afterwards.
+    ///
+    /// # Errors
+    /// `work`'s own, or that the namespace could not be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let handle = self.handle.as_fd();
+        thread::scope(|scope| {
+            let inside = scope.spawn(move || {
+                setns(handle, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
+                work()
+            });
+            inside.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+        .with_context(|| format!("in network namespace {}", self.name))
+    }
+
+    /// A command that will run inside the namespace, with the host's file system and `/sys` as they are. (`ip netns
+    /// exec` would mount another `/sys`, without bpffs.) To be started with [`spawn`]; killed when the thread that
+    /// started it ends.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let fd = self.handle.as_raw_fd();
+        let enter = move || {
+            // SAFETY: the descriptor is the parent's, copied by fork and not yet closed by exec; if the namespace
+            // has been dropped before the command was started, setns refuses and the start fails.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            setns(fd, CloneFlags::CLONE_NEWNET)?;
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec only two system calls are made; nothing allocates or takes a lock.
+        unsafe { command.pre_exec(enter) };
+        command
+    }
+
+    /// Runs `ip` with these words inside the namespace and returns what it prints.
+    ///
+    /// # Errors
+    /// With the command and its complaint.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        self.tool("ip", words)
+    }
+
+    /// Runs `tc` with these words inside the namespace and returns what it prints.
+    ///
+    /// # Errors
+    /// With the command and its complaint.
+    pub fn tc(&self, words: &str) -> Result<String> {
+        self.tool("tc", words)
+    }
+
+    /// Runs `ethtool` with these words, for example `-K eth0 tx off`, so that checksums are filled in before the
+    /// wire instead of never.
+    ///
+    /// # Errors
+    /// With the command and its complaint.
+    pub fn ethtool(&self, words: &str) -> Result<String> {
+        self.tool("ethtool", words)
+    }
+
+    /// Runs any program with these words inside the namespace and returns what it prints.
+    ///
+    /// # Errors
+    /// With the command and its complaint.
+    pub fn tool(&self, program: &str, words: &str) -> Result<String> {
+        run_command(self.command(program).args(words.split_whitespace()))
+            .with_context(|| format!("in network namespace {}", self.name))
+    }
+
+    /// Runs many `ip` commands, one a line, in one process.
+    ///
+    /// # Errors
+    /// With `ip`'s complaint, which names the line.
+    pub fn ip_batch(&self, lines: &str) -> Result<()> {
+        let mut command = self.command("ip");
+        command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = spawn(&mut command).context("cannot run ip (Debian package iproute2)")?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(lines.as_bytes()).context("cannot write to ip")?;
+        }
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            bail!("ip -batch in {} failed: {}; the batch was:\n{lines}", self.name, complaint.trim());
+        }
+        Ok(())
+    }
+
+    /// Sets a kernel setting of the namespace, such as `net.ipv4.ip_forward`.
+    ///
+    /// # Errors
+    /// When there is none of that name or the value is refused.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/{}", key.replace('.', "/"));
+        self.run(|| fs::write(&path, value).with_context(|| format!("cannot set {key} to {value}")))
+    }
+
+    /// An interface's number and addresses.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn link(&self, device: &str) -> Result<LinkInfo> {
+        let text = self.ip(&format!("-json link show dev {device}"))?;
+        let links: Vec<LinkInfo> = serde_json::from_str(&text).context("cannot read what ip printed")?;
+        links.into_iter().next().ok_or_else(|| anyhow!("no interface {device} in {}", self.name))
+    }
+
+    /// True if nothing of that name is there any more.
+    pub fn is_gone(name: &str) -> bool {
+        !std::path::Path::new("/run/netns").join(name).exists()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        cleanup::registry().remove_namespace(&self.name);
+    }
+}
+
+/// Connects two namespaces by a veth pair, both ends up and addressed. The pair is never in the host's namespace.
+///
+/// # Errors
+/// With `ip`'s complaint.
+pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
+    a.namespace.ip(&format!(
+        "link add {} address {} type veth peer name {} address {} netns {}",
+        a.device,
+        next_mac(),
+        b.device,
+        next_mac(),
+        b.namespace.name
+    ))?;
+    for end in [a, b] {
+        let mut lines = String::new();
+        if !end.address.is_empty() {
+            lines += &format!("address add {} dev {}\n", end.address, end.device);
+        }
+        lines += &format!("link set {} up\n", end.device);
+        end.namespace.ip_batch(&lines)?;
+    }
+    Ok(())
+}
+
+/// Starts a command. A new process holds copies of all our sockets until it has become the other program, and a port
+/// is free only when the last copy is closed: whoever needs a port again calls [`no_spawn_under_way`] first.
+///
+/// # Errors
+/// When the program cannot be run.
+pub fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let _guard = no_spawn_under_way();
+    command.spawn()
+}
+
+/// Waits until no process is just being started, and keeps others from it while the guard lives.
+pub fn no_spawn_under_way() -> MutexGuard<'static, ()> {
+    static SPAWN: Mutex<()> = Mutex::new(());
+    SPAWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A locally administered hardware address, unique within the process and easy to spot in a capture.
+fn next_mac() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(1);
+    let [_, a, b, c] = COUNT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    format!("02:75:66:{a:02x}:{b:02x}:{c:02x}")
+}
+
+/// Runs a command to its end and returns what it printed.
+fn run_command(command: &mut Command) -> Result<String> {
+    let shown = format!("{command:?}").replace('"', "");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = spawn(command).with_context(|| format!("cannot run {shown}"))?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("{shown} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
