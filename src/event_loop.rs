@@ -1,0 +1,268 @@
+//! The main thread: turns what happens into events for the controller and carries out the actions it answers with.
+//!
+//! It owns every map write, the netlink sockets, the signals and the timers. Dispatch only: what to do is decided in
+//! `controller`, how to do it in `datapath` and `host`.
+
+mod answer;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result};
+use mio::{Events, Interest, Poll, Token, Waker};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook_mio::v1_0::Signals;
+
+use crate::config::{Config, RequestedMode};
+use crate::controller::{Action, Controller, Event};
+use crate::datapath::Datapath;
+use crate::datapath::kernel::KernelDatapath;
+use crate::datapath::user::UserDatapath;
+use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
+use crate::host::{Host, Monitor};
+use crate::metrics::PlanApplies;
+use crate::metrics::http::{self, Request};
+use crate::model::Mode;
+use crate::plan::Plan;
+
+const SIGNALS: Token = Token(0);
+const NETLINK: Token = Token(1);
+const REQUESTS: Token = Token(2);
+
+/// How often it is checked that the filters are still in place.
+const FILTER_CHECK: Duration = Duration::from_secs(5);
+/// Changes of the host that follow each other within this time are looked at together.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// Runs the daemon until a signal ends it.
+///
+/// # Errors
+/// When something in the configuration does not fit this host; nothing is left attached or bound then.
+pub fn run(config: Config) -> Result<()> {
+    let mut daemon = Daemon::start(config)?;
+    let result = daemon.turn_until_stopped();
+    let stopped = daemon.stop();
+    result.and(stopped)
+}
+
+struct Daemon {
+    poll: Poll,
+    signals: Signals,
+    host: Host,
+    monitor: Monitor,
+    controller: Controller,
+    user: UserDatapath,
+    kernel: Option<KernelDatapath>,
+    http: Option<(http::Server, Receiver<Request>)>,
+    plan_applies: PlanApplies,
+    started: Instant,
+    started_at: SystemTime,
+    /// Why the last plan could not be applied, until one can.
+    failure: Option<anyhow::Error>,
+    timers: Timers,
+}
+
+/// When something is due, if it is.
+#[derive(Debug, Default)]
+struct Timers {
+    tick: Option<Instant>,
+    look_at_host: Option<Instant>,
+    filter_check: Option<Instant>,
+}
+
+impl Timers {
+    fn next(&self) -> Option<Instant> {
+        [self.tick, self.look_at_host, self.filter_check].into_iter().flatten().min()
+    }
+}
+
+/// True once, when the time has come.
+fn take_due(timer: &mut Option<Instant>, now: Instant) -> bool {
+    timer.take_if(|due| *due <= now).is_some()
+}
+
+impl Daemon {
+    fn start(config: Config) -> Result<Daemon> {
+        let poll = Poll::new().context("cannot create an event queue (epoll)")?;
+        // Signals first: one that comes during the start must still end in a clean stop.
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
+        poll.registry().register(&mut signals, SIGNALS, Interest::READABLE).context("cannot watch signals")?;
+        let mut monitor = Monitor::open()?;
+        poll.registry().register(&mut monitor, NETLINK, Interest::READABLE).context("cannot watch netlink")?;
+        let mut host = Host::open()?;
+
+        let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
+        let (kernel, tc_support) = load_kernel(&config)?;
+        let facts = host.facts(&BTreeSet::new())?;
+        let controller = Controller::new(config, &tc_support, facts)?;
+        for (listener, choice) in controller.modes() {
+            tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
+        }
+        let kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
+
+        let now = Instant::now();
+        let mut daemon = Daemon {
+            signals,
+            host,
+            monitor,
+            controller,
+            user: UserDatapath::new(),
+            kernel,
+            http: None,
+            plan_applies: PlanApplies::default(),
+            started: now,
+            started_at: SystemTime::now(),
+            failure: None,
+            timers: Timers { filter_check: Some(now + FILTER_CHECK), ..Timers::default() },
+            poll,
+        };
+        daemon.look_at_host(&daemon.controller.route_addresses())?;
+        if let Some(error) = daemon.failure.take() {
+            return Err(error);
+        }
+        if let Some(page) = page {
+            let waker = Arc::new(Waker::new(daemon.poll.registry(), REQUESTS).context("cannot create a waker")?);
+            tracing::info!(address = %page.address(), "serving metrics");
+            daemon.http = Some(page.serve(waker, http::Limits::default())?);
+        }
+        Ok(daemon)
+    }
+
+    fn turn_until_stopped(&mut self) -> Result<()> {
+        let mut events = Events::with_capacity(64);
+        loop {
+            let timeout = self.timers.next().map(|due| due.saturating_duration_since(Instant::now()));
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                result => result.context("cannot wait for events")?,
+            }
+            for event in &events {
+                match event.token() {
+                    SIGNALS if self.told_to_stop() => return Ok(()),
+                    NETLINK => self.drain_netlink(),
+                    REQUESTS => self.answer_requests(),
+                    _ => {}
+                }
+            }
+            self.run_timers();
+        }
+    }
+
+    fn told_to_stop(&mut self) -> bool {
+        for signal in self.signals.pending() {
+            if signal == SIGHUP {
+                tracing::warn!("SIGHUP ignored: this version reads its configuration at start only; restart it instead");
+                continue;
+            }
+            let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
+            tracing::info!(signal = name, "stopping");
+            return true;
+        }
+        false
+    }
+
+    fn drain_netlink(&mut self) {
+        match self.monitor.drain() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.timers.look_at_host.get_or_insert_with(|| Instant::now() + SETTLE);
+            }
+            Err(error) => tracing::error!("{error:#}"),
+        }
+    }
+
+    fn run_timers(&mut self) {
+        let now = Instant::now();
+        if take_due(&mut self.timers.look_at_host, now)
+            && let Err(error) = self.look_at_host(&self.controller.route_addresses())
+        {
+            tracing::error!("{error:#}; trying again");
+            self.timers.look_at_host = Some(now + crate::controller::RETRY);
+        }
+        if take_due(&mut self.timers.tick, now) {
+            self.handle(Event::Tick);
+        }
+        if take_due(&mut self.timers.filter_check, now) {
+            self.timers.filter_check = Some(now + FILTER_CHECK);
+            if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
+                self.handle(Event::Disturbed("the TC filter has been taken off by someone else; attaching again".into()));
+            }
+        }
+    }
+
+    fn look_at_host(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<()> {
+        let facts = self.host.facts(addresses)?;
+        self.handle(Event::Host(facts));
+        Ok(())
+    }
+
+    /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.
+    fn handle(&mut self, event: Event) {
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            for action in self.controller.handle(event, self.started.elapsed()) {
+                match action {
+                    Action::Warn(text) => tracing::warn!("{text}"),
+                    Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
+                    Action::Apply(plan) => events.push(self.apply(&plan)),
+                    Action::LookAtHost(addresses) => match self.host.facts(&addresses) {
+                        Ok(facts) => events.push(Event::Host(facts)),
+                        Err(error) => {
+                            tracing::error!("{error:#}; trying again");
+                            self.timers.look_at_host = Some(Instant::now() + crate::controller::RETRY);
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    /// Sockets first: from the moment the TC program is attached, something must be there for what it passes up.
+    fn apply(&mut self, plan: &Plan) -> Event {
+        let user = self.user.apply(plan);
+        let kernel = self.kernel.as_mut().map_or(Ok(()), |kernel| kernel.apply(plan));
+        match user.and(kernel) {
+            Ok(()) => {
+                self.plan_applies.success += 1;
+                self.failure = None;
+                Event::Applied
+            }
+            Err(error) => {
+                self.plan_applies.error += 1;
+                let text = format!("{error:#}");
+                self.failure = Some(error);
+                Event::ApplyFailed(text)
+            }
+        }
+    }
+
+    /// Off the interfaces first, then the sockets finish what they hold.
+    fn stop(&mut self) -> Result<()> {
+        if let Some((server, _)) = self.http.take() {
+            server.shutdown();
+        }
+        let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
+        let user = self.user.shutdown();
+        kernel.and(user)
+    }
+}
+
+/// Finds out whether the TC program can be used by loading it, if any listener might want it.
+///
+/// # Errors
+/// When the host cannot be probed at all.
+fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Obstacle>)> {
+    if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
+        return Ok((None, Ok(())));
+    }
+    if let Err(obstacle) = tc_ebpf_support(&Ability::probe()?) {
+        return Ok((None, Err(obstacle)));
+    }
+    match KernelDatapath::new(&config.limits) {
+        Ok(kernel) => Ok((Some(kernel), Ok(()))),
+        Err(error) => Ok((None, Err(Obstacle::Kernel(format!("{error:#}"))))),
+    }
+}

@@ -1,0 +1,69 @@
+//! Answers what the HTTP thread asks.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::Daemon;
+use crate::controller::NotReady;
+use crate::datapath::{Counters, Datapath};
+use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
+use crate::metrics::{ListenerSnapshot, Snapshot};
+use crate::model::Mode;
+
+impl Daemon {
+    /// Answers all that has been asked. A client that has gone away in the meantime costs nothing.
+    pub(super) fn answer_requests(&mut self) {
+        let requests: Vec<Request> = match &self.http {
+            Some((_, requests)) => requests.try_iter().filter(|request| !request.abandoned()).collect(),
+            None => return,
+        };
+        for request in requests {
+            // Sending fails if the client left just now, which is no concern of ours.
+            match request {
+                Request::Scrape(reply) => drop(reply.send(self.snapshot())),
+                Request::Health(reply) => drop(reply.send(self.health())),
+            }
+        }
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        let kernel = self.kernel.as_mut().map(Datapath::counters).transpose()?;
+        let user = self.user.counters()?;
+        let mut readings: Vec<(Mode, &Counters)> = Vec::with_capacity(2);
+        readings.extend(kernel.as_ref().map(|counters| (Mode::TcEbpf, counters)));
+        readings.push((Mode::Userspace, &user));
+        let listeners = self
+            .controller
+            .plan()
+            .listeners
+            .iter()
+            .map(|plan| ListenerSnapshot::collect(plan, self.mode_reason(plan.id), &readings))
+            .collect();
+        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners })
+    }
+
+    fn mode_reason(&self, id: crate::model::ListenerId) -> Arc<str> {
+        self.controller
+            .modes()
+            .find(|(listener, _)| listener.id == id)
+            .map_or_else(|| "".into(), |(_, choice)| choice.reason.as_str().into())
+    }
+
+    fn health(&self) -> Health {
+        let listeners = self
+            .controller
+            .readiness()
+            .into_iter()
+            .map(|(name, state)| ListenerHealth {
+                name: name.into(),
+                readiness: match state {
+                    Ok(()) => Readiness::Ready,
+                    Err(NotReady::NoDownstreamSet) => Readiness::NoDownstreamSet,
+                    Err(NotReady::NotAttached(reason)) => Readiness::NotAttached(reason),
+                },
+            })
+            .collect();
+        Health { listeners }
+    }
+}
