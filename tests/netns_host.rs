@@ -194,6 +194,27 @@ fn netns_a_multicast_group_is_reached_directly() {
 }
 
 #[test]
+fn netns_a_route_that_encapsulates_is_told_from_a_plain_one() {
+    in_new_netns(|| {
+        cable();
+        ip("route add 10.3.0.0/16 encap ip id 1 dst 10.0.0.9 via 10.0.0.254 dev eth0");
+        assert_eq!(route("10.3.0.1"), Route::Encapsulated { link: link("eth0").index });
+    });
+}
+
+#[test]
+fn netns_next_hop_objects_are_followed() {
+    in_new_netns(|| {
+        cable();
+        ip("nexthop add id 7 via 10.0.0.254 dev eth0");
+        ip("route add 10.3.0.0/16 nhid 7");
+        ip("route add default nhid 7");
+        assert_eq!(route("10.3.0.1"), via("eth0", "10.0.0.254", 1500));
+        assert_eq!(facts(&[]).default_route_links, [link("eth0").index]);
+    });
+}
+
+#[test]
 fn netns_routing_rules_and_other_tables_count() {
     in_new_netns(|| {
         cable();

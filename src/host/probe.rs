@@ -49,12 +49,15 @@ pub enum Obstacle {
 }
 
 impl Obstacle {
-    /// The error message for a listener that demands `tc_ebpf`.
+    /// The error message for a listener that demands `tc_ebpf`. The text alone is for one that would rather have it, and
+    /// gets by without.
     #[must_use]
     pub fn refusal(&self) -> String {
         match self {
-            Obstacle::Privilege(what) => format!("failed to attach TC program: permission denied: {what}"),
-            Obstacle::Kernel(what) => format!("failed to attach TC program: {what}"),
+            Obstacle::Privilege(what) => {
+                format!("failed to attach TC program: permission denied: {what}, or set mode = \"userspace\"")
+            }
+            Obstacle::Kernel(what) => format!("failed to attach TC program: {what}, or set mode = \"userspace\""),
         }
     }
 }
@@ -78,7 +81,7 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
     if let Some(missing) = missing_capabilities(ability) {
         return Err(Obstacle::Privilege(format!(
             "{missing} missing: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: \
-             securityContext.capabilities.add), or set mode = \"userspace\""
+             securityContext.capabilities.add)"
         )));
     }
     match ability.load {
@@ -88,22 +91,21 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
         }
         Err(errno) => {
             return Err(Obstacle::Kernel(format!(
-                "kernel {} loads no TC program ({errno}): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, or set \
-                 mode = \"userspace\"",
+                "kernel {} loads no TC program ({errno}): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF",
                 ability.kernel_release
             )));
         }
     }
     if ability.redirect_neigh != Some(true) {
         return Err(Obstacle::Kernel(format!(
-            "kernel {} lacks the BPF helper bpf_redirect_neigh: use Linux 5.10 or later, or set mode = \"userspace\"",
+            "kernel {} lacks the BPF helper bpf_redirect_neigh: use Linux 5.10 or later",
             ability.kernel_release
         )));
     }
     if !ability.has_btf {
         return Err(Obstacle::Kernel(format!(
             "kernel {} does not offer its types at {KERNEL_BTF}: use a kernel built with CONFIG_DEBUG_INFO_BTF (or \
-             mount /sys), or set mode = \"userspace\"",
+             mount /sys)",
             ability.kernel_release
         )));
     }
@@ -143,7 +145,7 @@ fn refused_in_spite_of_capabilities(ability: &Ability) -> String {
     } else {
         ("a security module (SELinux, AppArmor) seems to forbid bpf(2)", "allow it in its policy")
     };
-    format!("{capability} is there, but {cause}: {fix}, or set mode = \"userspace\"")
+    format!("{capability} is there, but {cause}: {fix}")
 }
 
 impl Ability {
@@ -333,8 +335,12 @@ mod tests {
     fn check_wording(obstacle: &Obstacle, expected: &str) {
         let text = obstacle.to_string();
         assert!(text.contains(expected), "{text}");
-        assert!(text.ends_with("or set mode = \"userspace\""), "{text}");
         assert!(!text.contains('\n') && !text.contains("  "), "{text}");
+        assert!(
+            obstacle.refusal().ends_with(&format!("{text}, or set mode = \"userspace\"")),
+            "{}",
+            obstacle.refusal()
+        );
     }
 
     #[test]
