@@ -80,7 +80,7 @@ impl std::error::Error for Obstacle {}
 pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
     if let Some(missing) = missing_capabilities(ability) {
         return Err(Obstacle::Privilege(format!(
-            "{missing} missing: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: \
+            "{missing} missing: run as root, or add what is missing (systemd: AmbientCapabilities=, Kubernetes: \
              securityContext.capabilities.add)"
         )));
     }
@@ -112,27 +112,28 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
     Ok(())
 }
 
-/// The capabilities that are missing, as the start of a sentence, in the order in which the kernel asks for them.
+/// The capabilities that are missing, as the start of a sentence.
 ///
-/// `CAP_PERFMON` is not among them: the kernel asks for it only where a program reads kernel memory or prints to the
-/// trace, and without it guards the program against speculation, at a small price in speed.
+/// `CAP_PERFMON` is needed because the program adds a header's length, which varies, to a packet pointer. Without it,
+/// the verifier takes that for an invitation to speculate.
 fn missing_capabilities(ability: &Ability) -> Option<String> {
     let has = |capability| ability.effective_caps.contains(&capability);
     let mut missing = Vec::new();
     if !has(Capability::CAP_SYS_ADMIN) {
         if !ability.knows_cap_bpf {
             missing.push(format!("CAP_SYS_ADMIN (kernel {} does not know CAP_BPF yet)", ability.kernel_release));
-        } else if !has(Capability::CAP_BPF) {
-            missing.push("CAP_BPF".to_owned());
+        } else {
+            let needed = [Capability::CAP_BPF, Capability::CAP_PERFMON];
+            missing.extend(needed.into_iter().filter(|&capability| !has(capability)).map(|name| name.to_string()));
         }
     }
     if !has(Capability::CAP_NET_ADMIN) {
         missing.push("CAP_NET_ADMIN".to_owned());
     }
-    match missing.len() {
-        0 => None,
-        1 => Some(format!("{} is", missing.concat())),
-        _ => Some(format!("{} are", missing.join(" and "))),
+    match missing.as_slice() {
+        [] => None,
+        [one] => Some(format!("{one} is")),
+        [others @ .., last] => Some(format!("{} and {last} are", others.join(", "))),
     }
 }
 
@@ -248,7 +249,11 @@ mod tests {
     fn capable() -> Ability {
         Ability {
             kernel_release: "6.1.0".into(),
-            effective_caps: [Capability::CAP_BPF, Capability::CAP_NET_ADMIN].into_iter().collect(),
+            effective_caps: CapsHashSet::from([
+                Capability::CAP_BPF,
+                Capability::CAP_PERFMON,
+                Capability::CAP_NET_ADMIN,
+            ]),
             knows_cap_bpf: true,
             seccomp_filter: false,
             initial_user_namespace: true,
@@ -292,12 +297,14 @@ mod tests {
 
     #[test]
     fn a_lack_of_privilege_names_what_is_missing() {
-        use Capability::{CAP_BPF, CAP_NET_ADMIN};
+        use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON};
         let refused = Ability { load: Err(Errno::EPERM), redirect_neigh: None, ..capable() };
         let cases = [
             (without(&[CAP_BPF]), "CAP_BPF is missing"),
             (without(&[CAP_NET_ADMIN]), "CAP_NET_ADMIN is missing"),
+            (without(&[CAP_PERFMON]), "CAP_PERFMON is missing"),
             (without(&[CAP_BPF, CAP_NET_ADMIN]), "CAP_BPF and CAP_NET_ADMIN are missing"),
+            (without(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN]), "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing"),
             (old(&[CAP_NET_ADMIN]), "CAP_SYS_ADMIN (kernel 5.4.0 does not know CAP_BPF yet) is missing"),
             // CAP_SYS_ADMIN stands for CAP_BPF, but not for CAP_NET_ADMIN.
             (old(&[Capability::CAP_SYS_ADMIN]), "CAP_NET_ADMIN is missing"),

@@ -211,8 +211,7 @@ fn errno(error: &anyhow::Error) -> Option<i32> {
 /// True for the payload of a route message that says nothing about the tables: the kernel's notes to itself on one
 /// destination, such as a path MTU it has learnt.
 pub(super) fn is_cached(payload: &[u8]) -> bool {
-    RouteHeader::parse(payload)
-        .is_ok_and(|header| header.flags.contains(netlink_packet_route::route::RouteFlags::Cloned))
+    RouteHeader::parse(payload).is_ok_and(|header| header.flags.contains(RouteFlags::Cloned))
 }
 
 #[cfg(test)]
