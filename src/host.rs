@@ -49,6 +49,7 @@ impl Host {
         let own = addresses::list(&mut self.connection)?;
         let default_route_links = routes::default_links(&mut self.connection)?;
         let routes = routes::look_up(&mut self.connection, addresses, &links)?;
+        let links = links.into_iter().map(|seen| seen.link).collect();
         Ok(HostFacts { links, addresses: own, default_route_links, routes })
     }
 }

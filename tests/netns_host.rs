@@ -1,5 +1,7 @@
 //! The host's facts, read from real network namespaces and compared with what was set up there.
 
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a helper of a test fails like the test")]
+
 #[path = "support/netns_thread.rs"]
 mod netns_thread;
 
@@ -10,7 +12,12 @@ use std::time::Duration;
 use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
 use netns_thread::{in_new_netns, ip};
+use nix::errno::Errno;
+use udp_fanout::config::Limits;
+use udp_fanout::datapath::kernel::KernelDatapath;
+use udp_fanout::datapath::kernel::attach::Attachment;
 use udp_fanout::host::{Ability, Host, HostFacts, Link, Monitor, Obstacle, Route, tc_ebpf_support};
+use udp_fanout::plan::LinkRef;
 
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -48,6 +55,20 @@ fn cable() {
     ip("addr add fd00::1/64 dev eth0 nodad");
     ip("link set eth0 up");
     ip("link set eth1 up");
+    until(|| ip("-6 route show table local").contains("local fd00::1 "));
+}
+
+/// Waits until something holds that the kernel does in its own time, looking again whenever the host has changed.
+fn until(holds: impl Fn() -> bool) {
+    let mut monitor = Monitor::open().unwrap();
+    let mut poll = Poll::new().unwrap();
+    let mut events = Events::with_capacity(1);
+    poll.registry().register(&mut monitor, Token(0), Interest::READABLE).unwrap();
+    while !holds() {
+        poll.poll(&mut events, Some(Duration::from_secs(30))).unwrap();
+        assert!(!events.is_empty(), "nothing has changed for half a minute");
+        monitor.drain().unwrap();
+    }
 }
 
 #[test]
@@ -55,18 +76,35 @@ fn netns_links_are_listed_with_kind_state_and_mtu() {
     in_new_netns(|| {
         ip("link add eth0 type veth peer name eth1");
         ip("link set eth0 up mtu 1400");
+        assert!(facts(&[]).links.is_sorted_by_key(|link| link.index));
+        let (lo, eth0, eth1) = (link("lo"), link("eth0"), link("eth1"));
+        assert!(lo.loopback && lo.up && !lo.ethernet && lo.kind.is_none() && lo.mtu == 65536, "{lo:?}");
+        assert!(eth0.up && eth0.ethernet && !eth0.loopback && eth0.mtu == 1400, "{eth0:?}");
+        assert_eq!(eth0.kind.as_deref(), Some("veth"));
+        assert!(!eth1.up && eth1.ethernet && eth1.mtu == 1500, "{eth1:?}");
+    });
+}
+
+/// Apart from the others, since not every kernel they run on has these kinds.
+#[test]
+fn netns_links_of_other_kinds() {
+    in_new_netns(|| {
+        without_ipv6();
         ip("link add br0 type bridge");
         ip("tuntap add mode tun name tun0");
-        let links = facts(&[]).links;
-        assert!(links.is_sorted_by_key(|link| link.index));
-        assert_eq!(links.len(), 5);
-
-        let (lo, a, b, bridge, tun) = (link("lo"), link("eth0"), link("eth1"), link("br0"), link("tun0"));
-        assert!(lo.loopback && lo.up && !lo.ethernet && lo.kind.is_none() && lo.mtu == 65536, "{lo:?}");
-        assert!(a.up && a.ethernet && !a.loopback && a.mtu == 1400 && a.kind.as_deref() == Some("veth"), "{a:?}");
-        assert!(!b.up && b.ethernet && b.mtu == 1500, "{b:?}");
+        let (bridge, tun) = (link("br0"), link("tun0"));
         assert!(bridge.ethernet && bridge.kind.as_deref() == Some("bridge"), "{bridge:?}");
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
+
+        ip("link add eth0 type veth peer name eth1");
+        for name in ["eth0", "eth1", "br0"] {
+            ip(&format!("link set {name} up"));
+        }
+        let monitor = &mut caught_up();
+        ip("link set eth1 master br0");
+        ip("link set eth1 type bridge_slave priority 7");
+        ip("link set eth1 nomaster");
+        assert!(!monitor.drain().unwrap(), "what a bridge says of its ports is no fact");
     });
 }
 
@@ -106,7 +144,7 @@ fn netns_an_ipv6_address_that_is_still_being_checked_is_left_out() {
 fn netns_a_host_without_routes_reaches_nothing() {
     in_new_netns(|| {
         let seen = facts(&["192.0.2.1", "2001:db8::1"]);
-        assert_eq!(seen.default_route_links, []);
+        assert!(seen.default_route_links.is_empty());
         for route in seen.routes.values() {
             assert_eq!(refused(route), "Network is unreachable (os error 101)");
         }
@@ -190,6 +228,30 @@ fn netns_a_multicast_group_is_reached_directly() {
         cable();
         ip("route add 239.0.0.0/8 dev eth0");
         assert_eq!(route("239.1.2.3"), via("eth0", "239.1.2.3", 1500));
+    });
+}
+
+#[test]
+fn netns_a_route_that_encapsulates_is_told_from_a_plain_one() {
+    in_new_netns(|| {
+        cable();
+        ip("route add 10.3.0.0/16 encap ip id 1 dst 10.0.0.9 via 10.0.0.254 dev eth0");
+        // Linux 5.10 does not say so of a route that it has looked up.
+        if ip("route get 10.3.0.1").contains("encap") {
+            assert_eq!(route("10.3.0.1"), Route::Encapsulated { link: link("eth0").index });
+        }
+    });
+}
+
+#[test]
+fn netns_next_hop_objects_are_followed() {
+    in_new_netns(|| {
+        cable();
+        ip("nexthop add id 7 via 10.0.0.254 dev eth0");
+        ip("route add 10.3.0.0/16 nhid 7");
+        ip("route add default nhid 7");
+        assert_eq!(route("10.3.0.1"), via("eth0", "10.0.0.254", 1500));
+        assert_eq!(facts(&[]).default_route_links, [link("eth0").index]);
     });
 }
 
@@ -286,11 +348,14 @@ fn netns_a_listing_longer_than_one_datagram_is_whole() {
     });
 }
 
-/// A monitor that has seen everything so far.
+/// A monitor that has seen everything so far and knows each link, so that it overlooks what the kernel still says, in its
+/// own time, about carriers that have come or gone.
 fn caught_up() -> Monitor {
     let mut monitor = Monitor::open().unwrap();
-    monitor.drain().unwrap();
-    assert!(!monitor.drain().unwrap());
+    for link in facts(&[]).links {
+        ip(&format!("link set {} alias known", link.name));
+    }
+    assert!(monitor.drain().unwrap());
     monitor
 }
 
@@ -354,47 +419,33 @@ fn netns_a_link_deleted_and_made_again_is_noticed_though_it_looks_the_same() {
 #[test]
 fn netns_the_monitor_overlooks_what_is_no_fact() {
     in_new_netns(|| {
-        without_ipv6();
-        cable_v4();
-        ip("link add br0 type bridge");
+        ip("addr add 10.0.0.1/24 dev lo");
         let monitor = &mut caught_up();
-        // The first message about a link or an address is news to the monitor, whatever it says.
-        noticed(monitor, "link set eth0 alias news");
-        noticed(monitor, "addr change 10.0.0.1/24 dev eth0 valid_lft 3000 preferred_lft 2000");
+        // The first message about an address is news to the monitor, whatever it says.
+        noticed(monitor, "addr change 10.0.0.1/24 dev lo valid_lft 3000 preferred_lft 2000");
         for n in 0..50 {
-            ip(&format!("link set eth0 alias number{n}"));
-            ip(&format!("addr change 10.0.0.1/24 dev eth0 valid_lft {} preferred_lft 1000", 4000 + n));
+            ip(&format!("link set lo alias number{n}"));
+            ip(&format!("addr change 10.0.0.1/24 dev lo valid_lft {} preferred_lft 1000", 4000 + n));
         }
-        ip("link set eth0 txqueuelen 77");
-        ip("neigh add 10.0.0.9 lladdr 02:00:00:00:00:09 dev eth0");
+        ip("link set lo txqueuelen 77");
         assert!(!monitor.drain().unwrap());
     });
-}
-
-fn cable_v4() {
-    ip("link add eth0 type veth peer name eth1");
-    ip("addr add 10.0.0.1/24 dev eth0");
-    ip("link set eth0 up");
-    ip("link set eth1 up");
 }
 
 #[test]
 fn netns_an_overrun_counts_as_a_change() {
     in_new_netns(|| {
-        without_ipv6();
-        cable_v4();
         let monitor = &mut caught_up();
-        noticed(monitor, "link set eth0 alias news");
         socket2::SockRef::from(&*monitor).set_recv_buffer_size(1).unwrap();
         // Messages that would all be overlooked, had none been lost.
         for n in 0..50 {
-            ip(&format!("link set eth0 alias number{n}"));
+            ip(&format!("link set lo alias number{n}"));
         }
         assert!(monitor.drain().unwrap());
-        // From then on it works as before: the first message is news again, the second is not.
         assert!(!monitor.drain().unwrap());
-        noticed(monitor, "link set eth0 alias fresh");
-        ip("link set eth0 alias stale");
+        // From then on it works as before: the first message is news again, the second is not.
+        noticed(monitor, "link set lo alias fresh");
+        ip("link set lo alias stale");
         assert!(!monitor.drain().unwrap());
     });
 }
@@ -417,45 +468,76 @@ fn netns_the_monitor_wakes_a_mio_loop() {
     });
 }
 
-/// The ability of a thread that has given up these capabilities.
-fn ability_without(capabilities: &[Capability]) -> Ability {
+/// Runs `work` on a thread that has given up these capabilities, in the caller's network namespace.
+fn without<T: Send>(capabilities: &[Capability], work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
-        let probing = scope.spawn(|| {
+        let worker = scope.spawn(|| {
             for &capability in capabilities {
                 caps::drop(None, CapSet::Effective, capability).expect("cannot give up a capability");
             }
-            Ability::probe().unwrap()
+            work()
         });
-        probing.join().unwrap()
+        worker.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause))
     })
+}
+
+fn ability_without(capabilities: &[Capability]) -> Ability {
+    without(capabilities, || Ability::probe().unwrap())
+}
+
+/// All of this thread's capabilities but those that we tell users to grant.
+fn needless(ability: &Ability) -> Vec<Capability> {
+    let needed = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
+    ability.effective_caps.iter().copied().filter(|capability| !needed.contains(capability)).collect()
 }
 
 #[test]
 fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
     in_new_netns(|| {
-        use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN};
+        use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN};
         let full = ability_without(&[]);
         assert_eq!(full.load, Ok(()), "this test probes for TC programs: run it as root");
         assert_eq!(full.redirect_neigh, Some(true));
         assert_eq!(tc_ebpf_support(&full), Ok(()));
 
-        // Either of the two will do.
-        for spare in [CAP_SYS_ADMIN, CAP_BPF] {
-            assert_eq!(tc_ebpf_support(&ability_without(&[spare])), Ok(()), "without {spare}");
+        // CAP_SYS_ADMIN stands for the other two, and they for it.
+        for spare in [vec![CAP_SYS_ADMIN], vec![CAP_BPF, CAP_PERFMON]] {
+            assert_eq!(tc_ebpf_support(&ability_without(&spare)), Ok(()), "without {spare:?}");
         }
-        // Nothing else is needed: all that is left are the two capabilities that we ask for.
-        let others: Vec<_> =
-            full.effective_caps.iter().copied().filter(|c| ![CAP_BPF, CAP_NET_ADMIN].contains(c)).collect();
-        assert_eq!(tc_ebpf_support(&ability_without(&others)), Ok(()));
+        assert_eq!(tc_ebpf_support(&ability_without(&needless(&full))), Ok(()));
 
         for (lost, named) in [
             (vec![CAP_BPF, CAP_SYS_ADMIN], "CAP_BPF is missing"),
             (vec![CAP_NET_ADMIN, CAP_SYS_ADMIN], "CAP_NET_ADMIN is missing"),
         ] {
             let poor = ability_without(&lost);
-            assert!(poor.load.is_err(), "{lost:?}");
+            assert_eq!(poor.load, Err(Errno::EPERM), "{lost:?}");
             let obstacle = tc_ebpf_support(&poor).unwrap_err();
             assert!(matches!(&obstacle, Obstacle::Privilege(what) if what.starts_with(named)), "{obstacle:?}");
+        }
+    });
+}
+
+/// Loads the real program and puts it on `eth0`, on a thread that has given up these capabilities.
+fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
+    let eth0 = LinkRef { index: link("eth0").index, name: "eth0".into() };
+    without(capabilities, || {
+        let datapath = KernelDatapath::new(&Limits { max_listeners: 4, max_downstreams: 64 })?;
+        let attachment = Attachment::new(datapath.program(), &eth0)?;
+        assert!(attachment.in_place());
+        attachment.detach()
+    })
+}
+
+#[test]
+fn netns_the_program_needs_the_capabilities_we_ask_for_and_no_others() {
+    in_new_netns(|| {
+        cable();
+        let needless = needless(&ability_without(&[]));
+        load_and_attach_without(&needless).expect("what we ask for is not enough");
+        for needed in [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN] {
+            let lost = [needless.as_slice(), &[needed]].concat();
+            assert!(load_and_attach_without(&lost).is_err(), "{needed} is not needed after all");
         }
     });
 }

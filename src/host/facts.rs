@@ -51,8 +51,8 @@ pub enum Route {
         /// The largest IP packet the route carries, in bytes.
         mtu: u32,
     },
-    /// Out of an interface, wrapped into another header on the way (MPLS, SRv6, an IP tunnel of the route's own).
-    /// Only the host's stack can do that.
+    /// Out of an interface, wrapped into another header that the route fills in (MPLS, SRv6, a tunnel without a far end
+    /// of its own, as some CNIs use). Only the host's stack can do that.
     Encapsulated {
         /// The interface's index.
         link: u32,

@@ -8,21 +8,31 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::facts::Link;
 use super::netlink::{Connection, after_header, attributes};
 
+const IFLA_BROADCAST: u16 = 2;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 
+/// What netlink says of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Observed {
+    /// The interface.
+    pub(super) link: Link,
+    /// It is a tunnel without a far end of its own: the route says for each packet where the tunnel leads.
+    pub(super) routed_tunnel: bool,
+}
+
 /// All interfaces, ordered by index.
 ///
 /// # Errors
 /// When the kernel cannot be asked.
-pub(super) fn list(connection: &mut Connection) -> Result<Vec<Link>> {
+pub(super) fn list(connection: &mut Connection) -> Result<Vec<Observed>> {
     let mut request = LinkMessage::default();
     // Counters make up most of what the kernel would write about a link.
     request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     let mut links = connection.dump("interfaces", &RouteNetlinkMessage::GetLink(request), read)?;
-    links.sort_unstable_by_key(|link| link.index);
+    links.sort_unstable_by_key(|seen| seen.link.index);
     Ok(links)
 }
 
@@ -32,7 +42,7 @@ pub(super) fn list(connection: &mut Connection) -> Result<Vec<Link>> {
 ///
 /// # Errors
 /// When the message is malformed.
-pub(super) fn read(payload: &[u8]) -> Result<Option<Link>> {
+pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
     let header = LinkHeader::parse(payload)?;
     if header.interface_family != AddressFamily::Unspec {
         return Ok(None);
@@ -46,9 +56,13 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Link>> {
         loopback: header.flags.contains(LinkFlags::Loopback),
         mtu: 0,
     };
+    let tunnel = is_ip_tunnel(header.link_layer_type);
+    let mut routed_tunnel = false;
     for attribute in attributes(after_header(payload, header.buffer_len())?) {
         let (kind, value) = attribute?;
         match kind {
+            // A tunnel's broadcast address is its far end, all zeros if it has none.
+            IFLA_BROADCAST => routed_tunnel = tunnel && value.iter().all(|&byte| byte == 0),
             IFLA_IFNAME => link.name = text(value),
             IFLA_MTU => link.mtu = parse_u32(value)?,
             IFLA_LINKINFO => {
@@ -62,7 +76,19 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Link>> {
             _ => {}
         }
     }
-    Ok((!link.name.is_empty()).then_some(link))
+    Ok((!link.name.is_empty()).then_some(Observed { link, routed_tunnel }))
+}
+
+/// IP in IP, in both versions, and GRE, whose link-layer addresses are IP addresses.
+fn is_ip_tunnel(link_layer: LinkLayerType) -> bool {
+    matches!(
+        link_layer,
+        LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit
+            | LinkLayerType::Ipgre
+            | LinkLayerType::Ip6gre
+    )
 }
 
 /// A string up to its NUL. Linux takes any bytes but `/` and white space as an interface's name, UTF-8 or not.
@@ -107,7 +133,7 @@ mod tests {
             loopback: false,
             mtu: 1450,
         };
-        assert_eq!(read(&bytes(&veth())).unwrap(), Some(expected));
+        assert_eq!(read(&bytes(&veth())).unwrap(), Some(Observed { link: expected, routed_tunnel: false }));
     }
 
     #[test]
@@ -121,10 +147,25 @@ mod tests {
     }
 
     #[test]
+    fn a_tunnel_without_a_far_end_is_told_from_one_with() {
+        let routed = |link_layer, far_end: &[u8]| {
+            let mut message = veth();
+            message.header.link_layer_type = link_layer;
+            message.attributes.push(LinkAttribute::Broadcast(far_end.to_vec()));
+            read(&bytes(&message)).unwrap().unwrap().routed_tunnel
+        };
+        assert!(routed(LinkLayerType::Tunnel, &[0; 4]));
+        assert!(routed(LinkLayerType::Tunnel6, &[0; 16]));
+        assert!(!routed(LinkLayerType::Tunnel, &[192, 0, 2, 1]));
+        assert!(!routed(LinkLayerType::Ether, &[0xff; 6]));
+        assert!(!routed(LinkLayerType::Ether, &[0; 6]));
+    }
+
+    #[test]
     fn names_that_are_not_utf8_are_shown_as_well_as_they_can_be() {
         let mut message = veth();
         message.attributes[0] = LinkAttribute::Other(DefaultNla::new(IFLA_IFNAME, b"e\xfft\0".to_vec()));
-        assert_eq!(read(&bytes(&message)).unwrap().unwrap().name, "e\u{fffd}t");
+        assert_eq!(read(&bytes(&message)).unwrap().unwrap().link.name, "e\u{fffd}t");
     }
 
     #[test]

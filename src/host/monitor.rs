@@ -13,7 +13,6 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use netlink_sys::Socket;
 
-use super::facts::Link;
 use super::netlink::{BUFFER_SIZE, Frame, frames, open_socket};
 use super::{addresses, links, routes};
 
@@ -53,7 +52,7 @@ pub struct Monitor {
 /// also speaks up about things that are no facts of ours (an alias, a wireless event, a renewed address lifetime).
 #[derive(Default)]
 struct Memory {
-    links: BTreeMap<u32, Link>,
+    links: BTreeMap<u32, links::Observed>,
     addresses: HashMap<(u32, IpAddr), bool>,
 }
 
@@ -118,13 +117,13 @@ impl Memory {
         let payload = frame.payload;
         Ok(match frame.kind {
             RTM_NEWLINK => match links::read(payload)? {
-                Some(link) => self.links.insert(link.index, link.clone()).as_ref() != Some(&link),
+                Some(seen) => self.links.insert(seen.link.index, seen.clone()).as_ref() != Some(&seen),
                 None => false,
             },
             RTM_DELLINK => match links::read(payload)? {
-                Some(link) => {
-                    self.links.remove(&link.index);
-                    self.addresses.retain(|(index, _), _| *index != link.index);
+                Some(seen) => {
+                    self.links.remove(&seen.link.index);
+                    self.addresses.retain(|(link, _), _| *link != seen.link.index);
                     true
                 }
                 None => false,

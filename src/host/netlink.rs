@@ -332,7 +332,11 @@ pub(super) fn after_header(payload: &[u8], length: usize) -> Result<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::routes;
+    use netlink_packet_route::link::LinkMessage;
     use proptest::prelude::*;
+    use std::mem::MaybeUninit;
+    use std::os::fd::{FromRawFd, IntoRawFd};
 
     fn message(kind: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(16 + payload.len()).unwrap();
@@ -380,6 +384,131 @@ mod tests {
         );
         assert!(code(NLMSG_ERROR, &[1, 2]).is_err());
         assert!(code(NLMSG_ERROR, &i32::MIN.to_ne_bytes()).unwrap().is_some());
+    }
+
+    /// A connection to a kernel that is made up: to each request it answers with the datagrams that `answers` returns
+    /// for how many requests came before, for the number that `send` gave the first message, and for its flags.
+    fn connected_to(answers: impl Fn(usize, u32, u16) -> Vec<Vec<u8>> + Send + 'static) -> Connection {
+        let (ours, theirs) = socket2::Socket::pair(socket2::Domain::UNIX, socket2::Type::SEQPACKET, None).unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [MaybeUninit::uninit(); 8192];
+            for count in 0.. {
+                let length = theirs.recv(&mut buffer).unwrap();
+                // SAFETY: so many bytes have just been received into the buffer.
+                let request: Vec<u8> = buffer[..length].iter().map(|byte| unsafe { byte.assume_init() }).collect();
+                let Some(first) = frames(&request).next() else { return };
+                let first = first.unwrap();
+                for answer in answers(count, first.sequence, first.flags) {
+                    theirs.send(&answer).unwrap();
+                }
+            }
+        });
+        // SAFETY: `into_raw_fd` has just given up the descriptor, which is open and a socket.
+        let socket = unsafe { Socket::from_raw_fd(ours.into_raw_fd()) };
+        Connection { socket, buffer: vec![0; BUFFER_SIZE], sequence: u32::MAX - 1 }
+    }
+
+    fn dump(connection: &mut Connection) -> Result<Vec<u8>> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        connection.dump("things", &request, |payload| Ok(payload.first().copied()))
+    }
+
+    fn interrupted(mut message: Vec<u8>) -> Vec<u8> {
+        message[6..8].copy_from_slice(&NLM_F_DUMP_INTR.to_ne_bytes());
+        message
+    }
+
+    fn done(sequence: u32) -> Vec<u8> {
+        message(NLMSG_DONE, sequence, &0i32.to_ne_bytes())
+    }
+
+    #[test]
+    fn a_listing_during_which_the_host_changed_is_taken_again() {
+        let mut connection = connected_to(|count, sequence, flags| {
+            assert_eq!(flags, NLM_F_REQUEST | NLM_F_DUMP);
+            let second = message(16, sequence, b"b");
+            let second = if count == 0 { interrupted(second) } else { second };
+            vec![message(16, sequence, b"a"), second, done(sequence)]
+        });
+        assert_eq!(dump(&mut connection).unwrap(), b"ab");
+        assert_eq!(dump(&mut connection).unwrap(), b"ab");
+    }
+
+    #[test]
+    fn a_host_that_does_nothing_but_change_is_given_up_on() {
+        let mut connection = connected_to(|_, sequence, _| vec![interrupted(done(sequence))]);
+        let error = dump(&mut connection).unwrap_err().to_string();
+        assert_eq!(error, "cannot list the host's things: it changed while being listed, 20 times in a row");
+    }
+
+    #[test]
+    fn a_refusal_to_list_can_be_told_apart() {
+        let mut connection =
+            connected_to(|_, sequence, _| vec![message(NLMSG_DONE, sequence, &(-libc::ENOENT).to_ne_bytes())]);
+        let error = dump(&mut connection).unwrap_err();
+        assert_eq!(error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error), Some(libc::ENOENT));
+        assert!(error.to_string().contains("the host's things"), "{error}");
+    }
+
+    #[test]
+    fn an_answer_longer_than_the_buffer_makes_the_buffer_grow() {
+        let mut connection = connected_to(|_, sequence, _| vec![message(16, sequence, &[7; 5000]), done(sequence)]);
+        connection.buffer.truncate(64);
+        assert_eq!(dump(&mut connection).unwrap(), [7]);
+        assert!(connection.buffer.len() >= 5016);
+    }
+
+    #[test]
+    fn answers_to_abandoned_requests_are_not_taken_for_todays() {
+        let mut connection = connected_to(|_, sequence, _| {
+            let stale = sequence.wrapping_sub(1);
+            vec![message(16, stale, b"x"), done(stale), message(16, sequence, b"a"), done(sequence)]
+        });
+        assert_eq!(dump(&mut connection).unwrap(), b"a");
+    }
+
+    #[test]
+    fn nonsense_from_the_kernel_is_an_error() {
+        let mut connection = connected_to(|_, _, _| vec![vec![1, 2, 3]]);
+        assert!(format!("{:#}", dump(&mut connection).unwrap_err()).contains("cannot list the host's things"));
+    }
+
+    #[test]
+    fn answers_in_any_order_find_their_requests() {
+        let requests = vec![RouteNetlinkMessage::GetLink(LinkMessage::default()); 3];
+        let mut connection = connected_to(|_, first, _| {
+            let refused = (-libc::ENETUNREACH).to_ne_bytes();
+            vec![
+                message(16, first.wrapping_add(2), b"c"),
+                message(16, first.wrapping_add(9), b"x"),
+                message(16, first, b"a"),
+                message(NLMSG_ERROR, first.wrapping_add(1), &refused),
+            ]
+        });
+        let mut seen = vec![None; 3];
+        let record = |index: usize, reply: io::Result<&[u8]>| {
+            seen[index] = Some(reply.map(<[u8]>::to_vec).map_err(|error| error.raw_os_error()));
+            Ok(())
+        };
+        connection.ask(&requests, record).unwrap();
+        let expected = [Ok(b"a".to_vec()), Err(Some(libc::ENETUNREACH)), Ok(b"c".to_vec())];
+        assert_eq!(seen, expected.map(Some));
+    }
+
+    /// With the real kernel, which asks for no privilege to answer: so small a buffer takes only one or two answers.
+    #[test]
+    fn answers_that_overrun_the_socket_are_asked_for_again() {
+        let requests: Vec<_> = (0..200).map(|n| routes::request_for([127, 0, 0, n].into())).collect();
+        let mut connection = Connection::open().unwrap();
+        socket2::SockRef::from(&connection.socket).set_recv_buffer_size(1).unwrap();
+        let mut answers = vec![0; requests.len()];
+        let record = |index: usize, _: io::Result<&[u8]>| {
+            answers[index] += 1;
+            Ok(())
+        };
+        connection.ask(&requests, record).unwrap();
+        assert!(answers.iter().all(|&count| count > 0), "{answers:?}");
+        assert!(connection.sequence > 200, "the socket was never overrun: {} requests", connection.sequence);
     }
 
     proptest! {

@@ -49,12 +49,15 @@ pub enum Obstacle {
 }
 
 impl Obstacle {
-    /// The error message for a listener that demands `tc_ebpf`.
+    /// The error message for a listener that demands `tc_ebpf`. The text alone is for one that would rather have it, and
+    /// gets by without.
     #[must_use]
     pub fn refusal(&self) -> String {
         match self {
-            Obstacle::Privilege(what) => format!("failed to attach TC program: permission denied: {what}"),
-            Obstacle::Kernel(what) => format!("failed to attach TC program: {what}"),
+            Obstacle::Privilege(what) => {
+                format!("failed to attach TC program: permission denied: {what}, or set mode = \"userspace\"")
+            }
+            Obstacle::Kernel(what) => format!("failed to attach TC program: {what}, or set mode = \"userspace\""),
         }
     }
 }
@@ -77,8 +80,8 @@ impl std::error::Error for Obstacle {}
 pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
     if let Some(missing) = missing_capabilities(ability) {
         return Err(Obstacle::Privilege(format!(
-            "{missing} missing: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: \
-             securityContext.capabilities.add), or set mode = \"userspace\""
+            "{missing} missing: run as root, or add what is missing (systemd: AmbientCapabilities=, Kubernetes: \
+             securityContext.capabilities.add)"
         )));
     }
     match ability.load {
@@ -88,49 +91,49 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
         }
         Err(errno) => {
             return Err(Obstacle::Kernel(format!(
-                "kernel {} loads no TC program ({errno}): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, or set \
-                 mode = \"userspace\"",
+                "kernel {} loads no TC program ({errno}): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF",
                 ability.kernel_release
             )));
         }
     }
     if ability.redirect_neigh != Some(true) {
         return Err(Obstacle::Kernel(format!(
-            "kernel {} lacks the BPF helper bpf_redirect_neigh: use Linux 5.10 or later, or set mode = \"userspace\"",
+            "kernel {} lacks the BPF helper bpf_redirect_neigh: use Linux 5.10 or later",
             ability.kernel_release
         )));
     }
     if !ability.has_btf {
         return Err(Obstacle::Kernel(format!(
             "kernel {} does not offer its types at {KERNEL_BTF}: use a kernel built with CONFIG_DEBUG_INFO_BTF (or \
-             mount /sys), or set mode = \"userspace\"",
+             mount /sys)",
             ability.kernel_release
         )));
     }
     Ok(())
 }
 
-/// The capabilities that are missing, as the start of a sentence, in the order in which the kernel asks for them.
+/// The capabilities that are missing, as the start of a sentence.
 ///
-/// `CAP_PERFMON` is not among them: the kernel asks for it only where a program reads kernel memory or prints to the
-/// trace, and without it guards the program against speculation, at a small price in speed.
+/// `CAP_PERFMON` is needed because the program adds a header's length, which varies, to a packet pointer. Without it,
+/// the verifier takes that for an invitation to speculate.
 fn missing_capabilities(ability: &Ability) -> Option<String> {
     let has = |capability| ability.effective_caps.contains(&capability);
     let mut missing = Vec::new();
     if !has(Capability::CAP_SYS_ADMIN) {
         if !ability.knows_cap_bpf {
             missing.push(format!("CAP_SYS_ADMIN (kernel {} does not know CAP_BPF yet)", ability.kernel_release));
-        } else if !has(Capability::CAP_BPF) {
-            missing.push("CAP_BPF".to_owned());
+        } else {
+            let needed = [Capability::CAP_BPF, Capability::CAP_PERFMON];
+            missing.extend(needed.into_iter().filter(|&capability| !has(capability)).map(|name| name.to_string()));
         }
     }
     if !has(Capability::CAP_NET_ADMIN) {
         missing.push("CAP_NET_ADMIN".to_owned());
     }
-    match missing.len() {
-        0 => None,
-        1 => Some(format!("{} is", missing.concat())),
-        _ => Some(format!("{} are", missing.join(" and "))),
+    match missing.as_slice() {
+        [] => None,
+        [one] => Some(format!("{one} is")),
+        [others @ .., last] => Some(format!("{} and {last} are", others.join(", "))),
     }
 }
 
@@ -143,7 +146,7 @@ fn refused_in_spite_of_capabilities(ability: &Ability) -> String {
     } else {
         ("a security module (SELinux, AppArmor) seems to forbid bpf(2)", "allow it in its policy")
     };
-    format!("{capability} is there, but {cause}: {fix}, or set mode = \"userspace\"")
+    format!("{capability} is there, but {cause}: {fix}")
 }
 
 impl Ability {
@@ -246,7 +249,11 @@ mod tests {
     fn capable() -> Ability {
         Ability {
             kernel_release: "6.1.0".into(),
-            effective_caps: [Capability::CAP_BPF, Capability::CAP_NET_ADMIN].into_iter().collect(),
+            effective_caps: CapsHashSet::from([
+                Capability::CAP_BPF,
+                Capability::CAP_PERFMON,
+                Capability::CAP_NET_ADMIN,
+            ]),
             knows_cap_bpf: true,
             seccomp_filter: false,
             initial_user_namespace: true,
@@ -290,12 +297,14 @@ mod tests {
 
     #[test]
     fn a_lack_of_privilege_names_what_is_missing() {
-        use Capability::{CAP_BPF, CAP_NET_ADMIN};
+        use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON};
         let refused = Ability { load: Err(Errno::EPERM), redirect_neigh: None, ..capable() };
         let cases = [
             (without(&[CAP_BPF]), "CAP_BPF is missing"),
             (without(&[CAP_NET_ADMIN]), "CAP_NET_ADMIN is missing"),
+            (without(&[CAP_PERFMON]), "CAP_PERFMON is missing"),
             (without(&[CAP_BPF, CAP_NET_ADMIN]), "CAP_BPF and CAP_NET_ADMIN are missing"),
+            (without(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN]), "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing"),
             (old(&[CAP_NET_ADMIN]), "CAP_SYS_ADMIN (kernel 5.4.0 does not know CAP_BPF yet) is missing"),
             // CAP_SYS_ADMIN stands for CAP_BPF, but not for CAP_NET_ADMIN.
             (old(&[Capability::CAP_SYS_ADMIN]), "CAP_NET_ADMIN is missing"),
@@ -333,8 +342,12 @@ mod tests {
     fn check_wording(obstacle: &Obstacle, expected: &str) {
         let text = obstacle.to_string();
         assert!(text.contains(expected), "{text}");
-        assert!(text.ends_with("or set mode = \"userspace\""), "{text}");
         assert!(!text.contains('\n') && !text.contains("  "), "{text}");
+        assert!(
+            obstacle.refusal().ends_with(&format!("{text}, or set mode = \"userspace\"")),
+            "{}",
+            obstacle.refusal()
+        );
     }
 
     #[test]

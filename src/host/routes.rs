@@ -6,10 +6,11 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
 use netlink_packet_core::{Emitable, parse_ip, parse_u16, parse_u32};
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia};
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType, RouteVia};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::facts::{Link, Route};
+use super::facts::Route;
+use super::links;
 use super::netlink::{Connection, after_header, attributes};
 
 const RTA_OIF: u16 = 4;
@@ -33,6 +34,9 @@ struct DefaultRoute {
 }
 
 /// Indices of the interfaces that carry a default route of the main table, IPv4 or IPv6, best metric first, each once.
+///
+/// A default route whose next hop is an object named by number is one of these only while the kernel also spells it out
+/// (`net.ipv4.nexthop_compat_mode`, which is on unless someone has turned it off).
 ///
 /// # Errors
 /// When the kernel cannot be asked.
@@ -62,9 +66,9 @@ pub(super) fn default_links(connection: &mut Connection) -> Result<Vec<u32>> {
 pub(super) fn look_up(
     connection: &mut Connection,
     addresses: &BTreeSet<IpAddr>,
-    links: &[Link],
+    links: &[links::Observed],
 ) -> Result<BTreeMap<IpAddr, Route>> {
-    let mtus: BTreeMap<u32, u32> = links.iter().map(|link| (link.index, link.mtu)).collect();
+    let links: BTreeMap<u32, &links::Observed> = links.iter().map(|seen| (seen.link.index, seen)).collect();
     let mut routes = BTreeMap::new();
     let mut asked = Vec::with_capacity(addresses.len());
     for &address in addresses {
@@ -80,7 +84,7 @@ pub(super) fn look_up(
         .ask(&requests, |index, reply| {
             let address = asked[index];
             let route = match reply {
-                Ok(payload) => read_route(payload, address, &mtus)?,
+                Ok(payload) => read_route(payload, address, &links)?,
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS)) => bail!(error),
                 Err(error) => Route::Unreachable { reason: refusal(&error) },
             };
@@ -91,7 +95,8 @@ pub(super) fn look_up(
     Ok(routes)
 }
 
-fn request_for(address: IpAddr) -> RouteNetlinkMessage {
+/// The question where a packet to `address` would be sent.
+pub(super) fn request_for(address: IpAddr) -> RouteNetlinkMessage {
     let mut request = RouteMessage::default();
     (request.header.address_family, request.header.destination_prefix_length) = match address {
         IpAddr::V4(_) => (AddressFamily::Inet, 32),
@@ -111,7 +116,7 @@ fn refusal(error: &io::Error) -> String {
 }
 
 /// Reads the payload of the `RTM_NEWROUTE` that answers the question for `destination`.
-fn read_route(payload: &[u8], destination: IpAddr, mtus: &BTreeMap<u32, u32>) -> Result<Route> {
+fn read_route(payload: &[u8], destination: IpAddr, links: &BTreeMap<u32, &links::Observed>) -> Result<Route> {
     let header = RouteHeader::parse(payload)?;
     let (mut link, mut next_hop, mut mtu, mut encapsulated) = (None, destination, None, false);
     for attribute in attributes(after_header(payload, header.buffer_len())?) {
@@ -142,14 +147,14 @@ fn read_route(payload: &[u8], destination: IpAddr, mtus: &BTreeMap<u32, u32>) ->
     let Some(link) = link else {
         return unreachable("a route that names no interface");
     };
-    if encapsulated {
+    let Some(out) = links.get(&link) else {
+        // Made after the interfaces were listed: the monitor tells, and the facts are taken anew.
+        return Ok(Route::Unreachable { reason: format!("interface {link} has only just come") });
+    };
+    if encapsulated || out.routed_tunnel {
         return Ok(Route::Encapsulated { link });
     }
-    match mtu.or_else(|| mtus.get(&link).copied()) {
-        Some(mtu) => Ok(Route::Via { link, next_hop, mtu }),
-        // The interface was made after the interfaces were listed: the monitor tells, and the facts are taken anew.
-        None => Ok(Route::Unreachable { reason: format!("interface {link} has only just come") }),
-    }
+    Ok(Route::Via { link, next_hop, mtu: mtu.unwrap_or(out.link.mtu) })
 }
 
 fn metric_mtu(metrics: &[u8]) -> Result<Option<u32>> {
@@ -206,15 +211,15 @@ fn errno(error: &anyhow::Error) -> Option<i32> {
 /// True for the payload of a route message that says nothing about the tables: the kernel's notes to itself on one
 /// destination, such as a path MTU it has learnt.
 pub(super) fn is_cached(payload: &[u8]) -> bool {
-    RouteHeader::parse(payload)
-        .is_ok_and(|header| header.flags.contains(netlink_packet_route::route::RouteFlags::Cloned))
+    RouteHeader::parse(payload).is_ok_and(|header| header.flags.contains(RouteFlags::Cloned))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::facts::Link;
     use netlink_packet_core::DefaultNla;
-    use netlink_packet_route::route::{RouteFlags, RouteMetric, RouteNextHop};
+    use netlink_packet_route::route::{RouteMetric, RouteNextHop};
     use proptest::prelude::*;
 
     const DESTINATION: &str = "10.9.0.7";
@@ -234,9 +239,23 @@ mod tests {
         message
     }
 
+    /// Link 3 is an Ethernet, link 4 a tunnel without a far end.
     fn route(kind: RouteType, attributes: Vec<RouteAttribute>) -> Route {
-        let mtus = BTreeMap::from([(3, 1500)]);
-        read_route(&bytes(&message(kind, attributes)), DESTINATION.parse().unwrap(), &mtus).unwrap()
+        let link = |index| links::Observed {
+            link: Link {
+                index,
+                name: format!("link{index}"),
+                kind: None,
+                up: true,
+                ethernet: index == 3,
+                loopback: false,
+                mtu: 1500,
+            },
+            routed_tunnel: index == 4,
+        };
+        let (ethernet, tunnel) = (link(3), link(4));
+        let links = BTreeMap::from([(3, &ethernet), (4, &tunnel)]);
+        read_route(&bytes(&message(kind, attributes)), DESTINATION.parse().unwrap(), &links).unwrap()
     }
 
     fn via(next_hop: &str, mtu: u32) -> Route {
@@ -263,6 +282,7 @@ mod tests {
     fn an_encapsulating_route_is_not_one_to_a_neighbour() {
         let encap = RouteAttribute::Other(DefaultNla::new(RTA_ENCAP, vec![0; 8]));
         assert_eq!(route(RouteType::Unicast, vec![RouteAttribute::Oif(3), encap]), Route::Encapsulated { link: 3 });
+        assert_eq!(route(RouteType::Unicast, vec![RouteAttribute::Oif(4)]), Route::Encapsulated { link: 4 });
     }
 
     #[test]
