@@ -5,9 +5,9 @@
 //!          (lines)     (keys)   (defaults)                     (effective TOML)
 //! ```
 //!
-//! `document` reads TOML or YAML into one tree that knows its lines; `shape` checks it against the table of all [`keys`];
-//! `file` holds the serde types that mirror the file, with every default; `rules` checks the rest and makes a [`Config`].
-//! No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
+//! `document` reads TOML or YAML into one tree that knows its lines; `shape` checks it against the table of all
+//! [`keys`]; `file` holds the serde types that mirror the file, with every default; `rules` checks the rest and makes a
+//! [`Config`]. No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
 
 mod address;
 mod document;
@@ -206,13 +206,14 @@ impl Config {
     /// messages; nothing is read from there.
     ///
     /// # Errors
-    /// [`Problems`]: what is wrong in it. Where the notation is broken, the first place; else everything that is wrong with keys
-    /// and types; else everything that breaks a rule.
+    /// [`Problems`]: what is wrong in it. Where the notation is broken, the first place; else everything that is wrong
+    /// with keys and types; else everything that breaks a rule.
     pub fn parse(text: &str, path: &Path) -> anyhow::Result<Config> {
         Ok(parse(text, path)?)
     }
 
-    /// The effective configuration, every default written out, as TOML with the file's keys. Read again, it gives an equal configuration.
+    /// The effective configuration, every default written out, as TOML with the file's keys. Read again, it gives an
+    /// equal configuration.
     #[must_use]
     pub fn render(&self) -> String {
         toml::to_string(&render::file(self)).unwrap_or_else(|error| format!("# cannot be shown as TOML: {error}\n"))

@@ -1,7 +1,7 @@
 //! The configuration file as types: the same keys in the same tables, every default applied, nothing checked but types.
 //!
-//! Read from a [`Document`] that `shape` has found to be in order, checked and turned into [`super::Config`] by `rules`,
-//! made from it again by `render`. What each key means to a user is in `keys`; a test holds the two together.
+//! Read from a [`Document`] that `shape` has found to be in order, checked and turned into [`super::Config`] by
+//! `rules`, made from it again by `render`. What each key means to a user is in `keys`; a test holds the two together.
 
 use serde::{Deserialize, Serialize, Serializer};
 

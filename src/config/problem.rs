@@ -1,7 +1,7 @@
 //! What is wrong with a configuration, as text for the person who wrote it.
 //!
-//! One [`Problem`] is one line: `file:line: key: value, what is wrong with it; the fix`. Every stage of reading a file adds to one
-//! [`Problems`], so that all mistakes of a stage are shown at once.
+//! One [`Problem`] is one line: `file:line: key: value, what is wrong with it; the fix`. Every stage of reading a file
+//! adds to one [`Problems`], so that all mistakes of a stage are shown at once.
 
 use std::fmt;
 use std::path::Path;

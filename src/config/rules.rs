@@ -1,7 +1,7 @@
 //! The rules that make a file into a [`Config`]: everything that takes more than one key, or the inside of a text.
 //!
-//! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what breaks one
-//! is added to the problems with the key, the value and the fix.
+//! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
+//! breaks one is added to the problems with the key, the value and the fix.
 
 mod texts;
 

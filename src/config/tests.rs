@@ -136,6 +136,17 @@ listeners:
 }
 
 #[test]
+fn many_listeners_may_share_one_list() {
+    let mut text = String::from("listeners:\n- {name: a0, bind: 0.0.0.0:1000, downstream: &all [");
+    (1..=150).for_each(|n| text += &format!("{{name: r{n}, address: 10.0.0.{n}:1}}, "));
+    text += "]}\n";
+    (1..256).for_each(|n| text += &format!("- {{name: a{n}, bind: 0.0.0.0:{}, downstream: *all}}\n", 1_000 + n));
+    text += "limits: {max_downstreams: 100000}\n";
+    let config = Config::parse(&text, Path::new("c.yaml")).unwrap_or_else(|error| panic!("{error}"));
+    assert!(config.listeners.iter().all(|l| matches!(&l.source, Source::Static(all) if all.len() == 150)));
+}
+
+#[test]
 fn a_rendering_reads_well() {
     let text = ONE.replace("name", "interface = [\"eth0\", \"eth1\"]\nname")
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
