@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
 use super::{HealthProtocol, RequestedMode};
-use crate::model::Policy;
+use crate::model;
 
 /// A whole file.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -65,6 +65,31 @@ pub(super) enum Interface {
 impl Default for Interface {
     fn default() -> Interface {
         Interface::One("auto".to_owned())
+    }
+}
+
+/// `listeners[].policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Policy {
+    /// In turn.
+    #[default]
+    RoundRobin,
+}
+
+impl Policy {
+    const ALL: [Policy; 1] = [Policy::RoundRobin];
+
+    /// What it means to the rest of the program.
+    pub(super) fn meaning(self) -> model::Policy {
+        match self {
+            Policy::RoundRobin => model::Policy::RoundRobin,
+        }
+    }
+
+    /// The one that means this. Every policy of a `Config` has come from a file, so that there is one.
+    pub(super) fn that_means(policy: model::Policy) -> Policy {
+        Policy::ALL.into_iter().find(|one| one.meaning() == policy).unwrap_or_default()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::file::{Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Settings};
+use super::file::{Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Settings};
 use super::{Config, Interfaces, ListenerConfig, Source};
 
 /// The file that says all that the configuration says.
@@ -55,7 +55,7 @@ fn listener(listener: &ListenerConfig) -> Listener {
             Interfaces::Named(names) => Interface::List(names.clone()),
         },
         mode: listener.mode,
-        policy: listener.policy,
+        policy: Policy::that_means(listener.policy),
         downstream,
         kubernetes,
         settings: Settings {

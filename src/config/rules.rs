@@ -110,7 +110,7 @@ impl Rules<'_> {
             bind: bind?,
             interfaces: interfaces?,
             mode: listener.mode,
-            policy: listener.policy,
+            policy: listener.policy.meaning(),
             source: source?,
             settings: Settings {
                 workers: listener.settings.workers,
