@@ -1,15 +1,57 @@
 //! The validated configuration: what the rest of the program may rely on.
 //!
-//! Two stages. `file` holds the serde types that mirror the file, with every default and the key's documentation;
-//! this module holds what they are turned into once every rule has been checked. No other module sees `file`'s types.
+//! ```text
+//! text ──► document ──► shape ──► file ──► rules ──► Config ──► render
+//!          (lines)     (keys)   (defaults)                     (effective TOML)
+//! ```
+//!
+//! `document` reads TOML or YAML into one tree that knows its lines; `shape` checks it against the table of all
+//! [`keys`]; `file` holds the serde types that mirror the file, with every default; `rules` checks the rest and makes a
+//! [`Config`]. No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
 
+mod address;
+mod document;
+mod file;
+pub mod keys;
+mod problem;
+mod render;
+mod rules;
+mod shape;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+pub use problem::{Problem, Problems};
 
 use crate::model::{Downstream, ListenerId, Policy};
+
+/// Allowed `workers`.
+pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
+/// Allowed `batch_size`, in datagrams.
+pub const BATCH_SIZES: RangeInclusive<u32> = 1..=1_024;
+/// Allowed `recv_buf_size`, in bytes. The kernel keeps twice the number in a signed 32-bit one.
+pub const RECV_BUF_SIZES: RangeInclusive<u32> = 4_096..=1_073_741_823;
+/// Allowed `max_packet_size`, in bytes of payload; the upper end is the longest that IPv4 carries.
+pub const PACKET_SIZES: RangeInclusive<u32> = 1..=65_507;
+/// Allowed `weight`.
+pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
+/// Allowed `interval_secs` and `timeout_secs`.
+pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
+/// Allowed `max_listeners`.
+pub const MAX_LISTENERS: RangeInclusive<u32> = 1..=4_096;
+/// Allowed `max_downstreams`.
+pub const MAX_DOWNSTREAMS: RangeInclusive<u32> = 1..=1_000_000;
+
+/// Largest file read, in bytes: room for a million downstreams, and an end to `/dev/zero`.
+const MAX_FILE_SIZE: u64 = 128 << 20;
 
 /// A configuration that has passed every check that can be made without looking at the host.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -58,7 +100,7 @@ pub enum Interfaces {
 }
 
 /// The datapath a configuration asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RequestedMode {
     /// `tc_ebpf` where the kernel and our privileges allow, else `userspace`.
@@ -118,7 +160,7 @@ pub struct HealthConfig {
 }
 
 /// How a downstream is probed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HealthProtocol {
     /// ICMP echo.
@@ -143,4 +185,92 @@ pub struct Limits {
     pub max_listeners: u32,
     /// Most downstreams over all listeners, 1 to 1,000,000.
     pub max_downstreams: u32,
+}
+
+impl Config {
+    /// Reads and checks a configuration file: YAML if its name ends in `.yaml` or `.yml`, else TOML.
+    ///
+    /// # Errors
+    /// [`Problems`]: the file cannot be read, or what is wrong in it. Its `Display` has one line for each problem, with
+    /// the file, the line, the key, the value and the fix.
+    pub fn load(path: &Path) -> anyhow::Result<Config> {
+        let bytes = read(path).map_err(|message| Problems::one(path, None, message))?;
+        let text = std::str::from_utf8(&bytes).map_err(|error| {
+            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
+            Problems::one(path, Some(line), "not UTF-8 text; save the file as UTF-8")
+        })?;
+        Config::parse(text, path)
+    }
+
+    /// Checks a configuration file's text. `path` names the notation, as for [`Config::load`], and is shown in
+    /// messages; nothing is read from there.
+    ///
+    /// # Errors
+    /// [`Problems`]: what is wrong in it. Where the notation is broken, the first place; else everything that is wrong
+    /// with keys and types; else everything that breaks a rule.
+    pub fn parse(text: &str, path: &Path) -> anyhow::Result<Config> {
+        Ok(parse(text, path)?)
+    }
+
+    /// The effective configuration, every default written out, as TOML with the file's keys. Read again, it gives an
+    /// equal configuration.
+    #[must_use]
+    pub fn render(&self) -> String {
+        toml::to_string(&render::file(self)).unwrap_or_else(|error| format!("# cannot be shown as TOML: {error}\n"))
+    }
+
+    /// The listener of this number.
+    #[must_use]
+    pub fn listener(&self, id: ListenerId) -> Option<&ListenerConfig> {
+        self.listeners.get(id.0 as usize)
+    }
+}
+
+fn parse(text: &str, path: &Path) -> Result<Config, Problems> {
+    let document = document::Document::read(text, path)?;
+    let mut problems = Problems::new(path);
+    shape::check(&document, &mut problems);
+    if !problems.is_empty() {
+        return Err(problems.in_order());
+    }
+    let file = file::File::from_document(&document)
+        .map_err(|error| Problems::one(path, None, format!("cannot be understood: {}", error.message())))?;
+    rules::apply(file, path, &document, &mut problems).ok_or_else(|| problems.in_order())
+}
+
+/// The file's bytes, or what is wrong and the fix.
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|error| explain(&error))?;
+    file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes).map_err(|error| explain(&error))?;
+    if bytes.len() as u64 > MAX_FILE_SIZE {
+        return Err(format!("is larger than {} MiB; name a configuration file with --config", MAX_FILE_SIZE >> 20));
+    }
+    Ok(bytes)
+}
+
+/// Why a file cannot be read, and the fix.
+fn explain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "no such file; create it (config/reference.toml shows every key), or name another \
+                                    with --config"
+            .to_owned(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied; run as a user who may read it, or change its owner or mode".to_owned()
+        }
+        io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
+        _ => format!("cannot be read: {error}; name another with --config"),
+    }
+}
+
+impl RequestedMode {
+    /// The name in configuration files and log lines.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            RequestedMode::Auto => "auto",
+            RequestedMode::TcEbpf => "tc_ebpf",
+            RequestedMode::Userspace => "userspace",
+        }
+    }
 }

@@ -1,0 +1,112 @@
+//! `IP:port`, with an explanation when it is not.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use super::problem::quoted;
+
+/// Reads an address and port. The port is not 0; an IPv6 address is no IPv4 address in disguise and, if link-local,
+/// names its zone by number. `example` is shown where nothing better can be made of the text.
+///
+/// # Errors
+/// The value, what is wrong with it, and the fix.
+pub(super) fn parse(text: &str, example: &str) -> Result<SocketAddr, String> {
+    let shown = quoted(text);
+    let address: SocketAddr = text.parse().map_err(|_| explain(text, example))?;
+    if address.port() == 0 {
+        return Err(format!("{shown} has port 0; give a port from 1 to 65535"));
+    }
+    if let SocketAddr::V6(v6) = address {
+        if let Some(v4) = v6.ip().to_ipv4_mapped() {
+            return Err(format!("{shown} is an IPv4 address written as IPv6; write \"{v4}:{}\"", v6.port()));
+        }
+        if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 {
+            return Err(format!(
+                "{shown} is link-local and says not on which link; append the interface's number, as in \"[{}%2]:{}\"",
+                v6.ip(),
+                v6.port()
+            ));
+        }
+    }
+    Ok(address)
+}
+
+fn explain(text: &str, example: &str) -> String {
+    let shown = quoted(text);
+    let port = example.rsplit_once(':').map_or("5514", |(_, port)| port);
+    let inside_brackets = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    match inside_brackets.parse() {
+        Ok(IpAddr::V4(ip)) => return format!("{shown} has no port; write for example \"{ip}:{port}\""),
+        Ok(IpAddr::V6(ip)) => {
+            return format!("{shown} has no port; write it after brackets, for example \"[{ip}]:{port}\"");
+        }
+        Err(_) => {}
+    }
+    let only_port = text.strip_prefix(':').unwrap_or(text);
+    if let Some(port) = as_port(only_port) {
+        let ip = example.rsplit_once(':').map_or("0.0.0.0", |(ip, _)| ip);
+        return format!("{shown} has no IP address; write for example \"{ip}:{port}\"");
+    }
+    match text.rsplit_once(':') {
+        Some((ip, port)) if ip.parse::<Ipv4Addr>().is_ok() || ip.starts_with('[') && ip.ends_with(']') => {
+            if as_port(port).is_none() {
+                return format!("{shown} has no valid port; give a port from 1 to 65535 after the last colon");
+            }
+            format!("{shown} has no valid IPv6 address in its brackets; write for example \"[::1]:{port}\"")
+        }
+        Some((host, port)) if as_port(port).is_some() => {
+            let host = quoted(host);
+            format!(
+                "{shown}: {host} is not an IP address, and names are not looked up; write for example \"{example}\""
+            )
+        }
+        _ => format!("{shown} is not IP:port; write for example \"{example}\""),
+    }
+}
+
+fn as_port(text: &str) -> Option<u16> {
+    text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn good_addresses_are_read() {
+        for text in ["0.0.0.0:5514", "[::]:5514", "10.0.1.10:1", "[2001:db8::1]:65535", "[fe80::1%2]:53"] {
+            assert_eq!(parse(text, "0.0.0.0:5514").unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn bad_addresses_are_explained() {
+        for (text, message) in [
+            ("0.0.0.0", r#""0.0.0.0" has no port; write for example "0.0.0.0:5514""#),
+            ("::", r#""::" has no port; write it after brackets, for example "[::]:5514""#),
+            ("[::1]", r#""[::1]" has no port; write it after brackets, for example "[::1]:5514""#),
+            ("5514", r#""5514" has no IP address; write for example "0.0.0.0:5514""#),
+            (":514", r#"":514" has no IP address; write for example "0.0.0.0:514""#),
+            ("0.0.0.0:0", r#""0.0.0.0:0" has port 0; give a port from 1 to 65535"#),
+            ("0.0.0.0:", r#""0.0.0.0:" has no valid port; give a port from 1 to 65535 after the last colon"#),
+            ("0.0.0.0:65536", r#""0.0.0.0:65536" has no valid port; give a port from 1 to 65535 after the last colon"#),
+            ("[::]:x", r#""[::]:x" has no valid port; give a port from 1 to 65535 after the last colon"#),
+            ("[1.2.3.4]:5", r#""[1.2.3.4]:5" has no valid IPv6 address in its brackets; write for example "[::1]:5""#),
+            (
+                "localhost:5514",
+                r#""localhost:5514": "localhost" is not an IP address, and names are not looked up; write for example "0.0.0.0:5514""#,
+            ),
+            ("", r#""" is not IP:port; write for example "0.0.0.0:5514""#),
+            ("*:*", r#""*:*" is not IP:port; write for example "0.0.0.0:5514""#),
+            (
+                "[::ffff:10.0.0.1]:53",
+                r#""[::ffff:10.0.0.1]:53" is an IPv4 address written as IPv6; write "10.0.0.1:53""#,
+            ),
+            (
+                "[fe80::1]:53",
+                r#""[fe80::1]:53" is link-local and says not on which link; append the interface's number, as in "[fe80::1%2]:53""#,
+            ),
+        ] {
+            assert_eq!(parse(text, "0.0.0.0:5514").unwrap_err(), message);
+        }
+    }
+}

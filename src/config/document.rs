@@ -1,0 +1,234 @@
+//! A configuration file as a tree in which every value knows its line.
+//!
+//! [`toml`] and [`yaml`] make the same tree, so that everything after them, and every message, is the same for both
+//! formats. `shape` checks the tree against the table of keys, `file` takes it over into types.
+
+mod toml;
+mod yaml;
+
+use std::fmt;
+use std::path::Path;
+
+use super::problem::{Problems, quoted};
+
+/// The notation of a configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Toml,
+    Yaml,
+}
+
+impl Format {
+    /// By the file's name: YAML for `*.yaml` and `*.yml` in any case, TOML for every other.
+    pub(super) fn of(path: &Path) -> Format {
+        match path.extension() {
+            Some(end) if end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml") => Format::Yaml,
+            _ => Format::Toml,
+        }
+    }
+
+    /// `key` set to `value` in this notation.
+    pub(super) fn assignment(self, key: &str, value: &str) -> String {
+        match self {
+            Format::Toml => format!("{key} = {value}"),
+            Format::Yaml => format!("{key}: {value}"),
+        }
+    }
+}
+
+/// A file's content.
+#[derive(Debug)]
+pub(super) struct Document {
+    pub(super) format: Format,
+    pub(super) root: Node,
+}
+
+/// A value and the line, from 1, where it stands: for a table's entry, where its key does.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) line: usize,
+    pub(super) value: Value,
+}
+
+/// What both notations can say.
+#[derive(Debug)]
+pub(super) enum Value {
+    /// YAML's null: a key without a value.
+    Nothing,
+    Flag(bool),
+    Integer(i128),
+    Number(f64),
+    Text(String),
+    /// TOML's dates and times, for which no key has a use.
+    Date(String),
+    List(Vec<Node>),
+    /// In the file's order.
+    Table(Vec<(String, Node)>),
+}
+
+impl Document {
+    /// Reads a file's text in the notation its name says.
+    ///
+    /// # Errors
+    /// The first violation of the notation, with its line.
+    pub(super) fn read(text: &str, path: &Path) -> Result<Document, Problems> {
+        // Editors on some systems put a byte order mark first; it means nothing in UTF-8.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let format = Format::of(path);
+        let root = match format {
+            Format::Toml => toml::read(text, path)?,
+            Format::Yaml => yaml::read(text, path)?,
+        };
+        Ok(Document { format, root })
+    }
+
+    /// The line of a key, or of the nearest thing around it that is in the file.
+    pub(super) fn line(&self, key: &KeyPath) -> Option<usize> {
+        let mut node = &self.root;
+        let mut line = None;
+        for step in &key.0 {
+            let next = match (step, &node.value) {
+                (Step::Key(key), Value::Table(entries)) => {
+                    entries.iter().find(|(name, _)| name == key).map(|(_, node)| node)
+                }
+                (Step::Index(index), Value::List(items)) => items.get(*index),
+                _ => None,
+            };
+            let Some(next) = next else { break };
+            node = next;
+            line = Some(node.line);
+        }
+        line
+    }
+}
+
+/// The problem of a file that breaks its notation, with the line that does.
+fn invalid(path: &Path, line: Option<usize>, content: &str, message: &str) -> Problems {
+    match content {
+        "" => Problems::one(path, line, message),
+        _ => Problems::one(path, line, format!("{} is {message}", quoted(content))),
+    }
+}
+
+impl fmt::Display for Value {
+    /// The kind and the value, short enough for a message.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Nothing => f.write_str("nothing"),
+            Value::Flag(flag) => write!(f, "{flag}"),
+            Value::Integer(number) => write!(f, "the number {number}"),
+            Value::Number(number) => write!(f, "the number {number:?}"),
+            Value::Text(text) => write!(f, "the text {}", quoted(text)),
+            Value::Date(date) => write!(f, "the date {}", quoted(date)),
+            Value::List(items) => write!(f, "a list of {}", items.len()),
+            Value::Table(_) => f.write_str("a table"),
+        }
+    }
+}
+
+/// One step down the tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    Key(String),
+    Index(usize),
+}
+
+impl From<&str> for Step {
+    fn from(key: &str) -> Step {
+        Step::Key(key.to_owned())
+    }
+}
+
+impl From<usize> for Step {
+    fn from(index: usize) -> Step {
+        Step::Index(index)
+    }
+}
+
+/// Where a value stands. Shown as `listeners[0].downstream[2].address`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct KeyPath(pub(super) Vec<Step>);
+
+impl KeyPath {
+    /// This key's path with one more step.
+    pub(super) fn then(&self, step: impl Into<Step>) -> KeyPath {
+        let mut longer = self.clone();
+        longer.0.push(step.into());
+        longer
+    }
+}
+
+impl fmt::Display for KeyPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, step) in self.0.iter().enumerate() {
+            match step {
+                Step::Index(index) => write!(f, "[{index}]")?,
+                Step::Key(key) => {
+                    let dot = if n == 0 { "" } else { "." };
+                    let plain = key.len() <= 40 && key.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
+                    match plain && !key.is_empty() {
+                        true => write!(f, "{dot}{key}")?,
+                        false => write!(f, "{dot}{}", quoted(key))?,
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOML: &str = "\u{feff}# comment\nhealth.enabled = true\n\n[[listeners]]\nname = \"a\"\n\n  [[listeners.downstream]]\n  address = \"x\"\n[[listeners]]\nname = \"b\"\nsettings = { workers = 1_000 }\n";
+    const YAML: &str = "\u{feff}# comment\nhealth: {enabled: true}\n\nlisteners:\n- name: a\n\n  downstream:\n    - address: x\n-\n  name: b\n  settings:\n    workers: 1000\n";
+
+    fn lines(text: &str, file: &str) -> Vec<Option<usize>> {
+        let document = Document::read(text, Path::new(file)).unwrap();
+        let listeners = KeyPath::default().then("listeners");
+        let (first, second) = (listeners.then(0), listeners.then(1));
+        [
+            KeyPath::default().then("health").then("enabled"),
+            first.then("name"),
+            first.then("downstream").then(0),
+            first.then("downstream").then(0).then("address"),
+            // Not in the file: the nearest around it.
+            first.then("downstream").then(0).then("weight"),
+            second.then("name"),
+            second.then("settings").then("workers"),
+            KeyPath::default().then("metrics").then("bind"),
+        ]
+        .iter()
+        .map(|key| document.line(key))
+        .collect()
+    }
+
+    #[test]
+    fn every_value_knows_its_line() {
+        let all = [Some(2), Some(5), Some(7), Some(8), Some(7), Some(10), Some(11), None];
+        assert_eq!(lines(TOML, "c.toml"), all);
+        let all = [Some(2), Some(5), Some(8), Some(8), Some(8), Some(10), Some(12), None];
+        assert_eq!(lines(YAML, "c.yml"), all);
+    }
+
+    #[test]
+    fn the_name_decides_the_notation() {
+        for (name, format) in [
+            ("c.yaml", Format::Yaml),
+            ("c.YML", Format::Yaml),
+            ("c.toml", Format::Toml),
+            ("c", Format::Toml),
+            ("yaml", Format::Toml),
+            ("c.yaml.bak", Format::Toml),
+        ] {
+            assert_eq!(Format::of(Path::new(name)), format, "{name}");
+        }
+    }
+
+    #[test]
+    fn odd_keys_are_quoted_in_paths() {
+        let path = KeyPath::default().then("listeners").then(3).then("a b").then("bind");
+        assert_eq!(path.to_string(), "listeners[3].\"a b\".bind");
+    }
+}

@@ -1,0 +1,324 @@
+//! The configuration file as types: the same keys in the same tables, every default applied, nothing checked but types.
+//!
+//! Read from a [`Document`] that `shape` has found to be in order, checked and turned into [`super::Config`] by
+//! `rules`, made from it again by `render`. What each key means to a user is in `keys`; a test holds the two together.
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::document::{Document, Node, Value};
+use super::{HealthProtocol, RequestedMode};
+use crate::model;
+
+/// A whole file.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct File {
+    /// The listeners, in order.
+    pub(super) listeners: Vec<Listener>,
+    /// Health checks; disabled by default.
+    pub(super) health: Health,
+    /// The HTTP endpoint; absent means disabled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) metrics: Option<Metrics>,
+    /// Sizes of the kernel program's maps.
+    pub(super) limits: Limits,
+}
+
+/// One of `listeners`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Listener {
+    /// Unique; no default.
+    pub(super) name: String,
+    /// `IP:port`; no default.
+    pub(super) bind: String,
+    /// Where the kernel program is attached; `"auto"` by default.
+    #[serde(default)]
+    pub(super) interface: Interface,
+    /// The datapath; `auto` by default.
+    #[serde(default)]
+    pub(super) mode: RequestedMode,
+    /// How a downstream is chosen; round robin by default.
+    #[serde(default)]
+    pub(super) policy: Policy,
+    /// Receivers known beforehand; this or `kubernetes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) downstream: Option<Vec<Downstream>>,
+    /// The Service to follow; this or `downstream`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) kubernetes: Option<Kubernetes>,
+    /// The userspace datapath.
+    #[serde(default)]
+    pub(super) settings: Settings,
+}
+
+/// `listeners[].interface`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Interface {
+    /// A name, or `auto`.
+    One(String),
+    /// Names.
+    List(Vec<String>),
+}
+
+impl Default for Interface {
+    fn default() -> Interface {
+        Interface::One("auto".to_owned())
+    }
+}
+
+/// `listeners[].policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Policy {
+    /// In turn.
+    #[default]
+    RoundRobin,
+}
+
+impl Policy {
+    const ALL: [Policy; 1] = [Policy::RoundRobin];
+
+    /// What it means to the rest of the program.
+    pub(super) fn meaning(self) -> model::Policy {
+        match self {
+            Policy::RoundRobin => model::Policy::RoundRobin,
+        }
+    }
+
+    /// The one that means this. Every policy of a `Config` has come from a file, so that there is one.
+    pub(super) fn that_means(policy: model::Policy) -> Policy {
+        Policy::ALL.into_iter().find(|one| one.meaning() == policy).unwrap_or_default()
+    }
+}
+
+/// One of `listeners[].downstream`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Downstream {
+    /// Unique within the listener; its address by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) name: Option<String>,
+    /// `IP:port`, unique within the listener; no default.
+    pub(super) address: String,
+    /// Share relative to the others; 1 by default.
+    #[serde(default = "one")]
+    pub(super) weight: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// `listeners[].kubernetes`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Kubernetes {
+    /// The Service's; the daemon's own by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) namespace: Option<String>,
+    /// The Service's name; no default.
+    pub(super) service: String,
+    /// The receivers' port; no default.
+    pub(super) port: u16,
+}
+
+/// `listeners[].settings`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Settings {
+    /// Threads; 0, one per CPU, by default.
+    pub(super) workers: u32,
+    /// Datagrams per system call; 64 by default.
+    pub(super) batch_size: u32,
+    /// Keep worker n on CPU n; off by default.
+    pub(super) pin_cpus: bool,
+    /// Bytes of receive buffer; the host's default by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) recv_buf_size: Option<u32>,
+    /// Longest payload forwarded; 65,507, the longest there is, by default.
+    pub(super) max_packet_size: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { workers: 0, batch_size: 64, pin_cpus: false, recv_buf_size: None, max_packet_size: 65_507 }
+    }
+}
+
+/// `health`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Health {
+    /// Off by default.
+    pub(super) enabled: bool,
+    /// 5 by default.
+    #[serde(serialize_with = "seconds")]
+    pub(super) interval_secs: f64,
+    /// 2 by default.
+    #[serde(serialize_with = "seconds")]
+    pub(super) timeout_secs: f64,
+    /// ICMP by default.
+    pub(super) protocol: HealthProtocol,
+}
+
+impl Default for Health {
+    fn default() -> Health {
+        Health { enabled: false, interval_secs: 5.0, timeout_secs: 2.0, protocol: HealthProtocol::Icmp }
+    }
+}
+
+/// Whole seconds are written as people write them, without `.0`.
+#[expect(clippy::cast_possible_truncation, reason = "seconds are far below where an i64 ends")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn seconds<S: Serializer>(seconds: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if seconds.fract() == 0.0 { serializer.serialize_i64(*seconds as i64) } else { serializer.serialize_f64(*seconds) }
+}
+
+/// `metrics`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Metrics {
+    /// On by default, where the table is there at all.
+    pub(super) enabled: bool,
+    /// `IP:port` over TCP; all IPv4 addresses, port 9090, by default.
+    pub(super) bind: String,
+    /// `/metrics` by default.
+    pub(super) path: String,
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        Metrics { enabled: true, bind: "0.0.0.0:9090".to_owned(), path: "/metrics".to_owned() }
+    }
+}
+
+/// `limits`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Limits {
+    /// 256 by default.
+    pub(super) max_listeners: u32,
+    /// 16,384 by default.
+    pub(super) max_downstreams: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { max_listeners: 256, max_downstreams: 16_384 }
+    }
+}
+
+impl File {
+    /// Takes a document over into types.
+    ///
+    /// # Errors
+    /// When the document's shape is not the types'. `shape` has refused such a document before.
+    pub(super) fn from_document(document: &Document) -> Result<File, toml::de::Error> {
+        plain(&document.root).try_into()
+    }
+}
+
+/// The tree without its lines. What no key takes becomes text, which no such key takes either.
+fn plain(node: &Node) -> toml::Value {
+    match &node.value {
+        Value::Flag(flag) => toml::Value::Boolean(*flag),
+        Value::Integer(number) => {
+            i64::try_from(*number).map_or_else(|_| toml::Value::String(number.to_string()), toml::Value::Integer)
+        }
+        Value::Number(number) => toml::Value::Float(*number),
+        Value::Text(text) => toml::Value::String(text.clone()),
+        Value::Date(date) => toml::Value::String(date.clone()),
+        Value::Nothing => toml::Value::String(String::new()),
+        Value::List(items) => toml::Value::Array(items.iter().map(plain).collect()),
+        Value::Table(entries) => {
+            toml::Value::Table(entries.iter().map(|(key, node)| (key.clone(), plain(node))).collect())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::config::keys::{self, Kind};
+
+    /// Every field of every type, written out so that a new field does not compile until it is here.
+    fn every_field() -> File {
+        File {
+            listeners: vec![Listener {
+                name: "n".into(),
+                bind: "b".into(),
+                interface: Interface::default(),
+                mode: RequestedMode::Auto,
+                policy: Policy::RoundRobin,
+                downstream: Some(vec![Downstream { name: Some("n".into()), address: "a".into(), weight: 1 }]),
+                kubernetes: Some(Kubernetes { namespace: Some("n".into()), service: "s".into(), port: 1 }),
+                settings: Settings {
+                    workers: 1,
+                    batch_size: 1,
+                    pin_cpus: true,
+                    recv_buf_size: Some(1),
+                    max_packet_size: 1,
+                },
+            }],
+            health: Health { enabled: true, interval_secs: 1.0, timeout_secs: 0.5, protocol: HealthProtocol::Icmp },
+            metrics: Some(Metrics { enabled: true, bind: "b".into(), path: "p".into() }),
+            limits: Limits { max_listeners: 1, max_downstreams: 1 },
+        }
+    }
+
+    fn paths(prefix: &str, value: &toml::Value, out: &mut BTreeSet<String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let path = format!("{prefix}{key}");
+                    out.insert(path.clone());
+                    let list = if value.as_array().is_some_and(|a| a[0].is_table()) { "[]" } else { "" };
+                    paths(&format!("{path}{list}."), value, out);
+                }
+            }
+            toml::Value::Array(items) => items.iter().for_each(|item| paths(prefix, item, out)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_types_and_the_table_of_keys_have_the_same_keys() {
+        let mut in_types = BTreeSet::new();
+        paths("", &toml::Value::try_from(every_field()).unwrap(), &mut in_types);
+        let mut in_table = BTreeSet::new();
+        keys::walk(&mut |path, _| assert!(in_table.insert(path.to_owned()), "{path} is there twice"));
+        assert_eq!(in_types, in_table);
+    }
+
+    #[test]
+    fn every_choice_of_the_table_is_one_of_the_types_and_the_other_way_round() {
+        fn known<T: for<'de> Deserialize<'de> + Serialize>(choices: &[&str]) {
+            for choice in choices {
+                let value = toml::Value::String((*choice).to_owned());
+                let parsed: T = value.clone().try_into().unwrap_or_else(|e| panic!("{choice}: {e}"));
+                assert_eq!(toml::Value::try_from(parsed).unwrap(), value);
+            }
+            // serde names all variants when it refuses one.
+            let refusal = toml::Value::String("no such choice".into()).try_into::<T>().err().unwrap().to_string();
+            let expected = refusal.split_once("expected").unwrap().1;
+            assert_eq!(expected.matches('`').count(), 2 * choices.len(), "{refusal} but {choices:?}");
+        }
+        let mut seen = 0;
+        keys::walk(&mut |path, key| {
+            if let Kind::Choice(choices) = key.kind {
+                seen += 1;
+                match path {
+                    "listeners[].mode" => known::<RequestedMode>(choices),
+                    "listeners[].policy" => known::<Policy>(choices),
+                    "health.protocol" => known::<HealthProtocol>(choices),
+                    other => panic!("say here which type `{other}` is"),
+                }
+            }
+        });
+        assert_eq!(seen, 3);
+    }
+}

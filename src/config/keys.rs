@@ -1,0 +1,366 @@
+//! The table of every key a configuration file may hold: kind, default, range, meaning.
+//!
+//! It is the one place that says what a key is. `shape` checks files against it, the tests hold the serde types of
+//! `file`, `config/reference.toml` and `docs/CONFIGURATION.md` to it, and a key missing from either fails them.
+
+use std::ops::RangeInclusive;
+
+use super::{
+    BATCH_SIZES, MAX_DOWNSTREAMS, MAX_LISTENERS, PACKET_SIZES, RECV_BUF_SIZES, SECONDS, WEIGHTS, WORKER_COUNTS,
+};
+
+/// One key.
+#[derive(Debug)]
+pub struct Key {
+    /// Its name, without the tables it is in.
+    pub name: &'static str,
+    /// What it takes.
+    pub kind: Kind,
+    /// What happens without it.
+    pub absent: Absent,
+    /// A value that makes sense, as TOML. Empty for tables, whose keys have their own.
+    pub example: &'static str,
+    /// What it does, in a sentence or two.
+    pub meaning: &'static str,
+}
+
+/// What a key takes.
+#[derive(Debug)]
+pub enum Kind {
+    /// A table with these keys.
+    Table(&'static [Key]),
+    /// A list of tables with these keys.
+    Tables(&'static [Key]),
+    /// Text, which must be what the words here say.
+    Text(&'static str),
+    /// Text or a list of texts, which must be what the words here say.
+    Texts(&'static str),
+    /// One of these texts.
+    Choice(&'static [&'static str]),
+    /// `true` or `false`.
+    Flag,
+    /// A whole number within these bounds.
+    Integer(RangeInclusive<i64>),
+    /// A number of seconds within these bounds, which may have a fraction.
+    Seconds(RangeInclusive<f64>),
+}
+
+impl Kind {
+    /// The keys of a table or of a list's tables.
+    #[must_use]
+    pub fn children(&self) -> &'static [Key] {
+        match self {
+            Kind::Table(keys) | Kind::Tables(keys) => keys,
+            _ => &[],
+        }
+    }
+
+    /// The type in words, for tables of documentation.
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Kind::Table(_) => "table",
+            Kind::Tables(_) => "list of tables",
+            Kind::Text(_) | Kind::Choice(_) => "text",
+            Kind::Texts(_) => "text or list of texts",
+            Kind::Flag => "boolean",
+            Kind::Integer(_) => "integer",
+            Kind::Seconds(_) => "number",
+        }
+    }
+
+    /// The values it takes, in words that follow "expected".
+    #[must_use]
+    pub fn accepts(&self) -> String {
+        match self {
+            Kind::Table(_) => "a table".to_owned(),
+            Kind::Tables(_) => "a list of tables".to_owned(),
+            Kind::Text(form) | Kind::Texts(form) => (*form).to_owned(),
+            Kind::Choice(choices) => {
+                let quoted: Vec<String> = choices.iter().map(|choice| format!("\"{choice}\"")).collect();
+                quoted.join(" or ")
+            }
+            Kind::Flag => "true or false".to_owned(),
+            Kind::Integer(range) => format!("an integer from {} to {}", range.start(), range.end()),
+            Kind::Seconds(range) => format!("seconds from {} to {}", range.start(), range.end()),
+        }
+    }
+}
+
+/// What the absence of a key means.
+#[derive(Debug)]
+pub enum Absent {
+    /// The table that it belongs in is incomplete.
+    Refused,
+    /// This value, as TOML, is assumed.
+    Default(&'static str),
+    /// What the words say.
+    Means(&'static str),
+}
+
+const fn key(name: &'static str, kind: Kind, absent: Absent, example: &'static str, meaning: &'static str) -> Key {
+    Key { name, kind, absent, example, meaning }
+}
+
+const PORTS: RangeInclusive<i64> = 1..=65_535;
+
+const fn wide(range: RangeInclusive<u32>) -> RangeInclusive<i64> {
+    *range.start() as i64..=*range.end() as i64
+}
+
+/// The keys of the file itself.
+pub static FILE: &[Key] = &[
+    key(
+        "listeners",
+        Kind::Tables(LISTENER),
+        Absent::Refused,
+        "",
+        "The addresses that datagrams are sent to, and where each hands them on. At least one; a listener's position, from 0, is its `listener_id` in logs.",
+    ),
+    key(
+        "health",
+        Kind::Table(HEALTH),
+        Absent::Means("no health checks"),
+        "",
+        "Health checks of all downstreams of all listeners.",
+    ),
+    key(
+        "metrics",
+        Kind::Table(METRICS),
+        Absent::Means("no HTTP endpoint"),
+        "",
+        "The HTTP endpoint for Prometheus, `/healthz` and `/readyz`.",
+    ),
+    key(
+        "limits",
+        Kind::Table(LIMITS),
+        Absent::Means("the defaults of its keys"),
+        "",
+        "Sizes of the kernel program's maps. They cost kernel memory and stay as they are while the daemon runs.",
+    ),
+];
+
+/// The keys of one of `listeners`.
+pub static LISTENER: &[Key] = &[
+    key(
+        "name",
+        Kind::Text("1 to 63 of A-Z a-z 0-9 . _ -"),
+        Absent::Refused,
+        "\"syslog\"",
+        "Its name in logs and in the `listener` label of metrics. No two listeners share one.",
+    ),
+    key(
+        "bind",
+        Kind::Text("IP:port"),
+        Absent::Refused,
+        "\"0.0.0.0:5514\"",
+        "The address and port that senders send to. `0.0.0.0` stands for all IPv4 addresses of the host and `[::]` for all its IPv6 addresses, and only those. No two listeners share an address and port.",
+    ),
+    key(
+        "interface",
+        Kind::Texts("an interface name, a list of them, or \"auto\""),
+        Absent::Default("\"auto\""),
+        "[\"eth0\", \"eth1\"]",
+        "Where the kernel program is attached: the interfaces on which datagrams arrive. `\"auto\"` means those that carry a default route. Userspace mode ignores it.",
+    ),
+    key(
+        "mode",
+        Kind::Choice(&["auto", "tc_ebpf", "userspace"]),
+        Absent::Default("\"auto\""),
+        "\"tc_ebpf\"",
+        "The datapath: the kernel program (`tc_ebpf`), sockets (`userspace`), or the first where the kernel and the daemon's privileges allow it, else the second (`auto`). The log says which one `auto` took, and why.",
+    ),
+    key(
+        "policy",
+        Kind::Choice(&["round_robin"]),
+        Absent::Default("\"round_robin\""),
+        "\"round_robin\"",
+        "How a datagram's downstream is chosen: each datagram goes to the next one in turn, heavier ones more often.",
+    ),
+    key(
+        "downstream",
+        Kind::Tables(DOWNSTREAM),
+        Absent::Means("`kubernetes` must be there"),
+        "",
+        "The receivers, where they are known beforehand. Either this or `kubernetes`.",
+    ),
+    key(
+        "kubernetes",
+        Kind::Table(KUBERNETES),
+        Absent::Means("`downstream` must be there"),
+        "",
+        "The Service whose ready endpoints are the receivers. Either this or `downstream`.",
+    ),
+    key(
+        "settings",
+        Kind::Table(SETTINGS),
+        Absent::Means("the defaults of its keys"),
+        "",
+        "The listener's userspace datapath, which in `tc_ebpf` mode forwards what the kernel program leaves to it.",
+    ),
+];
+
+/// The keys of one of `listeners[].downstream`.
+pub static DOWNSTREAM: &[Key] = &[
+    key(
+        "name",
+        Kind::Text("1 to 253 printable ASCII characters without blanks, quotes and backslashes"),
+        Absent::Means("its address"),
+        "\"receiver-1\"",
+        "Its name in logs. No two downstreams of a listener share one.",
+    ),
+    key(
+        "address",
+        Kind::Text("IP:port"),
+        Absent::Refused,
+        "\"10.0.1.10:5514\"",
+        "Where its datagrams are sent: an address of one host, of the same IP version as the listener's `bind`. No two downstreams of a listener share one.",
+    ),
+    key(
+        "weight",
+        Kind::Integer(wide(WEIGHTS)),
+        Absent::Default("1"),
+        "2",
+        "Its share of the datagrams, relative to the listener's other downstreams.",
+    ),
+];
+
+/// The keys of `listeners[].kubernetes`.
+pub static KUBERNETES: &[Key] = &[
+    key(
+        "namespace",
+        Kind::Text("a namespace's name"),
+        Absent::Means("the daemon's own namespace"),
+        "\"logging\"",
+        "The Service's namespace.",
+    ),
+    key(
+        "service",
+        Kind::Text("a Service's name"),
+        Absent::Refused,
+        "\"vector-aggregators\"",
+        "The Service's name. A headless one is recommended.",
+    ),
+    key(
+        "port",
+        Kind::Integer(PORTS),
+        Absent::Refused,
+        "5514",
+        "The UDP port that the receivers listen on: the container's, not the Service's.",
+    ),
+];
+
+/// The keys of `listeners[].settings`.
+pub static SETTINGS: &[Key] = &[
+    key(
+        "workers",
+        Kind::Integer(wide(WORKER_COUNTS)),
+        Absent::Default("0"),
+        "4",
+        "Worker threads, each with its own socket; 0 means one for each CPU.",
+    ),
+    key(
+        "batch_size",
+        Kind::Integer(wide(BATCH_SIZES)),
+        Absent::Default("64"),
+        "128",
+        "Most datagrams taken from or given to the kernel in one system call.",
+    ),
+    key("pin_cpus", Kind::Flag, Absent::Default("false"), "true", "Keep each worker on a CPU of its own."),
+    key(
+        "recv_buf_size",
+        Kind::Integer(wide(RECV_BUF_SIZES)),
+        Absent::Means("the host's default"),
+        "16777216",
+        "Receive buffer of each worker's socket, in bytes: how much may wait while a worker is busy.",
+    ),
+    key(
+        "max_packet_size",
+        Kind::Integer(wide(PACKET_SIZES)),
+        Absent::Default("65507"),
+        "9000",
+        "Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`. Smaller values save memory.",
+    ),
+];
+
+/// The keys of `health`.
+pub static HEALTH: &[Key] = &[
+    key(
+        "enabled",
+        Kind::Flag,
+        Absent::Default("false"),
+        "true",
+        "Probe the downstreams, and send nothing to those that do not answer.",
+    ),
+    key(
+        "interval_secs",
+        Kind::Seconds(SECONDS),
+        Absent::Default("5"),
+        "2.5",
+        "Seconds from one probe of a downstream to the next.",
+    ),
+    key(
+        "timeout_secs",
+        Kind::Seconds(SECONDS),
+        Absent::Default("2"),
+        "0.5",
+        "Seconds that an answer may take. Not more than `interval_secs`.",
+    ),
+    key(
+        "protocol",
+        Kind::Choice(&["icmp", "udp_echo"]),
+        Absent::Default("\"icmp\""),
+        "\"udp_echo\"",
+        "What a probe is: an ICMP echo request (`icmp`), or a UDP datagram that the receiving application must send back unchanged (`udp_echo`).",
+    ),
+];
+
+/// The keys of `metrics`.
+pub static METRICS: &[Key] = &[
+    key(
+        "enabled",
+        Kind::Flag,
+        Absent::Default("true"),
+        "false",
+        "Serve the endpoint. Without the whole `metrics` table it is not served.",
+    ),
+    key(
+        "bind",
+        Kind::Text("IP:port"),
+        Absent::Default("\"0.0.0.0:9090\""),
+        "\"127.0.0.1:9090\"",
+        "The TCP address and port it is served on.",
+    ),
+    key(
+        "path",
+        Kind::Text("a path that starts with /"),
+        Absent::Default("\"/metrics\""),
+        "\"/metrics\"",
+        "The path of the Prometheus page. `/healthz` and `/readyz` have their own use.",
+    ),
+];
+
+/// The keys of `limits`.
+pub static LIMITS: &[Key] = &[
+    key("max_listeners", Kind::Integer(wide(MAX_LISTENERS)), Absent::Default("256"), "1024", "Most listeners."),
+    key(
+        "max_downstreams",
+        Kind::Integer(wide(MAX_DOWNSTREAMS)),
+        Absent::Default("16384"),
+        "100000",
+        "Most downstreams of all listeners together.",
+    ),
+];
+
+/// Calls `visit` with every key and its path, such as `listeners[].settings.workers`, tables before their keys.
+pub fn walk(visit: &mut dyn FnMut(&str, &'static Key)) {
+    fn down(prefix: &str, keys: &'static [Key], visit: &mut dyn FnMut(&str, &'static Key)) {
+        for key in keys {
+            let path = format!("{prefix}{}", key.name);
+            visit(&path, key);
+            let list = if matches!(key.kind, Kind::Tables(_)) { "[]" } else { "" };
+            down(&format!("{path}{list}."), key.kind.children(), visit);
+        }
+    }
+    down("", FILE, visit);
+}

@@ -1,0 +1,138 @@
+//! What is wrong with a configuration, as text for the person who wrote it.
+//!
+//! One [`Problem`] is one line: `file:line: key: value, what is wrong with it; the fix`. Every stage of reading a file
+//! adds to one [`Problems`], so that all mistakes of a stage are shown at once.
+
+use std::fmt;
+use std::path::Path;
+
+/// Most problems shown of one file; the rest is counted. More would scroll the first ones away.
+const MOST_SHOWN: usize = 20;
+/// Most characters shown of a value from the file.
+const MOST_QUOTED: usize = 60;
+
+/// One mistake in a configuration file. Its `Display` is one line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The file, as it was named.
+    pub file: String,
+    /// The line, from 1, if the mistake is on one.
+    pub line: Option<usize>,
+    /// The key, such as `listeners[0].bind`, if the mistake has one.
+    pub key: Option<String>,
+    /// The value, what is wrong with it, and the fix.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        f.write_str(": ")?;
+        if let Some(key) = &self.key {
+            write!(f, "{key}: ")?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+/// All mistakes found in one configuration file. Its `Display` is one line for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problems {
+    file: String,
+    shown: Vec<Problem>,
+    more: usize,
+}
+
+impl Problems {
+    /// None so far, in this file.
+    pub(super) fn new(path: &Path) -> Problems {
+        Problems { file: one_line(&path.display().to_string()), shown: Vec::new(), more: 0 }
+    }
+
+    /// Exactly one, which is about no particular key.
+    pub(super) fn one(path: &Path, line: Option<usize>, message: impl Into<String>) -> Problems {
+        let mut problems = Problems::new(path);
+        problems.add(line, None, message.into());
+        problems
+    }
+
+    pub(super) fn add(&mut self, line: Option<usize>, key: Option<String>, message: String) {
+        if self.shown.len() < MOST_SHOWN {
+            self.shown.push(Problem { file: self.file.clone(), line, key, message });
+        } else {
+            self.more += 1;
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.shown.is_empty()
+    }
+
+    /// Sorted by line; what is about no line comes first.
+    pub(super) fn in_order(mut self) -> Problems {
+        self.shown.sort_by_key(|problem| problem.line);
+        self
+    }
+
+    /// In the order of the file, as far as they are shown.
+    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.shown.iter()
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, problem) in self.shown.iter().enumerate() {
+            let line_break = if n == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{problem}")?;
+        }
+        match self.more {
+            0 => Ok(()),
+            more => write!(f, "\n{}: {more} more like these; fix the first {MOST_SHOWN} and run again", self.file),
+        }
+    }
+}
+
+impl std::error::Error for Problems {}
+
+/// The text in quotes, with whatever would break a line or a terminal escaped, cut where it is long.
+pub(super) fn quoted(text: &str) -> String {
+    let mut cut: String = text.chars().take(MOST_QUOTED).collect();
+    if cut.len() < text.len() {
+        cut.push('…');
+    }
+    format!("{cut:?}")
+}
+
+/// The text on one line, without control characters.
+pub(super) fn one_line(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().filter(|c| !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_is_one_line_whatever_the_value() {
+        let mut problems = Problems::new(Path::new("odd\nname.toml"));
+        problems.add(Some(3), Some("health".into()), format!("got {}", quoted("a\nb\u{1b}[31m")));
+        assert_eq!(problems.to_string(), r#"odd name.toml:3: health: got "a\nb\u{1b}[31m""#);
+    }
+
+    #[test]
+    fn long_values_and_long_lists_are_cut() {
+        assert_eq!(quoted(&"é".repeat(100)).chars().count(), MOST_QUOTED + 3);
+        let mut problems = Problems::new(Path::new("c.toml"));
+        for line in 1..=25 {
+            problems.add(Some(line), None, "wrong".into());
+        }
+        let text = problems.to_string();
+        assert_eq!(text.lines().count(), MOST_SHOWN + 1);
+        assert!(text.ends_with("c.toml: 5 more like these; fix the first 20 and run again"));
+    }
+}

@@ -1,0 +1,69 @@
+//! A [`Config`] as a file again, with every default written out.
+
+use std::time::Duration;
+
+use super::file::{Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Settings};
+use super::{Config, Interfaces, ListenerConfig, Source};
+
+/// The file that says all that the configuration says.
+pub(super) fn file(config: &Config) -> File {
+    let health = config.health.as_ref().map(|health| Health {
+        enabled: true,
+        interval_secs: seconds(health.interval),
+        timeout_secs: seconds(health.timeout),
+        protocol: health.protocol,
+    });
+    let metrics = config.metrics.as_ref().map(|metrics| Metrics {
+        enabled: true,
+        bind: metrics.bind.to_string(),
+        path: metrics.path.clone(),
+    });
+    File {
+        listeners: config.listeners.iter().map(listener).collect(),
+        health: health.unwrap_or_default(),
+        metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),
+        limits: Limits { max_listeners: config.limits.max_listeners, max_downstreams: config.limits.max_downstreams },
+    }
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+fn listener(listener: &ListenerConfig) -> Listener {
+    let (downstream, kubernetes) = match &listener.source {
+        Source::Static(downstreams) => {
+            let downstream = |d: &crate::model::Downstream| Downstream {
+                name: Some(d.name.to_string()),
+                address: d.address.to_string(),
+                weight: d.weight,
+            };
+            (Some(downstreams.iter().map(downstream).collect()), None)
+        }
+        Source::Kubernetes(source) => {
+            let kubernetes =
+                Kubernetes { namespace: source.namespace.clone(), service: source.service.clone(), port: source.port };
+            (None, Some(kubernetes))
+        }
+    };
+    Listener {
+        name: listener.name.clone(),
+        bind: listener.bind.to_string(),
+        interface: match &listener.interfaces {
+            Interfaces::Auto => Interface::default(),
+            Interfaces::Named(names) if names.len() == 1 => Interface::One(names[0].clone()),
+            Interfaces::Named(names) => Interface::List(names.clone()),
+        },
+        mode: listener.mode,
+        policy: Policy::that_means(listener.policy),
+        downstream,
+        kubernetes,
+        settings: Settings {
+            workers: listener.settings.workers,
+            batch_size: listener.settings.batch_size,
+            pin_cpus: listener.settings.pin_cpus,
+            recv_buf_size: listener.settings.recv_buf_size,
+            max_packet_size: listener.settings.max_packet_size,
+        },
+    }
+}

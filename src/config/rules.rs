@@ -1,0 +1,298 @@
+//! The rules that make a file into a [`Config`]: everything that takes more than one key, or the inside of a text.
+//!
+//! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
+//! breaks one is added to the problems with the key, the value and the fix.
+
+mod texts;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use super::document::{Document, KeyPath};
+use super::file::{self, File};
+use super::problem::{Problems, quoted};
+use super::{
+    Config, HealthConfig, Interfaces, KubernetesSource, Limits, ListenerConfig, MetricsConfig, Settings, Source,
+};
+use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, address};
+use crate::model::{Downstream, ListenerId};
+
+const BIND_EXAMPLE: &str = "0.0.0.0:5514";
+const DOWNSTREAM_EXAMPLE: &str = "10.0.1.10:5514";
+const METRICS_EXAMPLE: &str = "0.0.0.0:9090";
+
+/// Checks a file and makes it a configuration; none if `problems` has got any.
+pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut Problems) -> Option<Config> {
+    let mut rules = Rules { document, problems };
+    if !rules.counts(&file) {
+        return None;
+    }
+    let listeners: Vec<Option<ListenerConfig>> =
+        file.listeners.iter().zip(0..).map(|(listener, id)| rules.listener(listener, ListenerId(id))).collect();
+    rules.distinct_names(&file);
+    rules.distinct_binds(&file);
+    let health = rules.health(&file.health);
+    let metrics = rules.metrics(file.metrics.as_ref());
+    if !problems.is_empty() {
+        return None;
+    }
+    Some(Config {
+        path: path.to_owned(),
+        listeners: listeners.into_iter().collect::<Option<_>>()?,
+        health,
+        metrics,
+        limits: Limits { max_listeners: file.limits.max_listeners, max_downstreams: file.limits.max_downstreams },
+    })
+}
+
+struct Rules<'a> {
+    document: &'a Document,
+    problems: &'a mut Problems,
+}
+
+fn top(key: &str) -> KeyPath {
+    KeyPath::default().then(key)
+}
+
+fn listener_key(id: ListenerId) -> KeyPath {
+    top("listeners").then(id.0 as usize)
+}
+
+impl Rules<'_> {
+    fn fault(&mut self, key: &KeyPath, message: impl Into<String>) {
+        self.problems.add(self.document.line(key), Some(key.to_string()), message.into());
+    }
+
+    /// Passes a value on, or the message about it.
+    fn check<T>(&mut self, key: &KeyPath, value: Result<T, String>) -> Option<T> {
+        value.map_err(|message| self.fault(key, message)).ok()
+    }
+
+    /// How many there are. Where there are too many, nothing else is looked at: some rules compare all with all.
+    fn counts(&mut self, file: &File) -> bool {
+        let listeners = file.listeners.len();
+        let downstreams: usize = file.listeners.iter().filter_map(|l| l.downstream.as_ref()).map(Vec::len).sum();
+        let mut fits = true;
+        if listeners == 0 {
+            let fix = "add one with a name, a bind address and its downstreams (config/reference.toml shows every key)";
+            self.fault(&top("listeners"), format!("no listeners; {fix}"));
+            fits = false;
+        }
+        for (key, there, allowed, most) in [
+            ("max_listeners", listeners, file.limits.max_listeners, MAX_LISTENERS),
+            ("max_downstreams", downstreams, file.limits.max_downstreams, MAX_DOWNSTREAMS),
+        ] {
+            if there > allowed as usize {
+                let things = key.trim_start_matches("max_");
+                let fix = if there > *most.end() as usize {
+                    format!("{} is the most there may be, so split the file between several hosts", most.end())
+                } else {
+                    format!("raise it to {there} or more, or remove {things}")
+                };
+                self.fault(&top("limits").then(key), format!("{allowed}, but the file has {there} {things}; {fix}"));
+                fits = false;
+            }
+        }
+        fits
+    }
+
+    fn listener(&mut self, listener: &file::Listener, id: ListenerId) -> Option<ListenerConfig> {
+        let at = listener_key(id);
+        let name = self.check(&at.then("name"), texts::listener_name(&listener.name));
+        let bind = self.bind(&at.then("bind"), &listener.bind);
+        let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
+        let source = self.source(&at, listener, bind);
+        Some(ListenerConfig {
+            id,
+            name: name?.to_owned(),
+            bind: bind?,
+            interfaces: interfaces?,
+            mode: listener.mode,
+            policy: listener.policy.meaning(),
+            source: source?,
+            settings: Settings {
+                workers: listener.settings.workers,
+                batch_size: listener.settings.batch_size,
+                pin_cpus: listener.settings.pin_cpus,
+                recv_buf_size: listener.settings.recv_buf_size,
+                max_packet_size: listener.settings.max_packet_size,
+            },
+        })
+    }
+
+    fn bind(&mut self, at: &KeyPath, text: &str) -> Option<SocketAddr> {
+        let bind = address::parse(text, BIND_EXAMPLE).and_then(|bind| {
+            if bind.ip().is_multicast() {
+                return Err(format!("{text:?} is a multicast group; give an address of this host, or 0.0.0.0 for all"));
+            }
+            Ok(bind)
+        });
+        self.check(at, bind)
+    }
+
+    fn interfaces(&mut self, at: &KeyPath, interface: &file::Interface) -> Option<Interfaces> {
+        let names = match interface {
+            file::Interface::One(name) if name == "auto" => return Some(Interfaces::Auto),
+            file::Interface::One(name) => {
+                let name = self.check(at, texts::interface(name))?;
+                return Some(Interfaces::Named(vec![name.to_owned()]));
+            }
+            file::Interface::List(names) => names,
+        };
+        if names.is_empty() {
+            self.fault(at, "an empty list; name an interface, or write \"auto\"");
+            return None;
+        }
+        let mut good = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            let at = at.then(index);
+            if name == "auto" {
+                let alone = self.document.format.assignment("interface", "\"auto\"");
+                self.fault(&at, format!("\"auto\" stands alone; write {alone}, or only names"));
+            } else if good.contains(name) {
+                self.fault(&at, format!("{} is in the list twice; remove one", quoted(name)));
+            } else if let Some(name) = self.check(&at, texts::interface(name)) {
+                good.push(name.to_owned());
+            }
+        }
+        (good.len() == names.len()).then_some(Interfaces::Named(good))
+    }
+
+    fn source(&mut self, at: &KeyPath, listener: &file::Listener, bind: Option<SocketAddr>) -> Option<Source> {
+        match (&listener.downstream, &listener.kubernetes) {
+            (Some(_), Some(_)) => {
+                let message =
+                    format!("{} has both `downstream` and `kubernetes`; remove one of the two", quoted(&listener.name));
+                self.fault(&at.then("kubernetes"), message);
+                None
+            }
+            (None, None) => {
+                let message = format!("{} has no receivers; add `downstream` or `kubernetes`", quoted(&listener.name));
+                self.fault(at, message);
+                None
+            }
+            (Some(downstreams), None) if downstreams.is_empty() => {
+                let message = format!("{} has no downstreams; add one with an `address`", quoted(&listener.name));
+                self.fault(&at.then("downstream"), message);
+                None
+            }
+            (Some(downstreams), None) => {
+                self.downstreams(&at.then("downstream"), downstreams, bind).map(Source::Static)
+            }
+            (None, Some(service)) => self.kubernetes(&at.then("kubernetes"), service).map(Source::Kubernetes),
+        }
+    }
+
+    fn downstreams(
+        &mut self,
+        at: &KeyPath,
+        downstreams: &[file::Downstream],
+        bind: Option<SocketAddr>,
+    ) -> Option<Vec<Downstream>> {
+        let mut names: HashMap<String, usize> = HashMap::new();
+        let mut addresses: HashMap<SocketAddr, usize> = HashMap::new();
+        let mut good = Vec::with_capacity(downstreams.len());
+        for (index, downstream) in downstreams.iter().enumerate() {
+            let at = at.then(index);
+            let address = address::parse(&downstream.address, DOWNSTREAM_EXAMPLE)
+                .and_then(|address| texts::downstream(address, bind).map(|()| address));
+            let Some(address) = self.check(&at.then("address"), address) else { continue };
+            if let Some(first) = addresses.insert(address, index) {
+                let message =
+                    format!("\"{address}\" is downstream[{first}] already; remove one, or give it a `weight`");
+                self.fault(&at.then("address"), message);
+                continue;
+            }
+            let name = match &downstream.name {
+                Some(name) => self.check(&at.then("name"), texts::downstream_name(name)).map(str::to_owned),
+                None => Some(address.to_string()),
+            };
+            let Some(name) = name else { continue };
+            if let Some(first) = names.insert(name.clone(), index) {
+                let message = format!("{} is the name of downstream[{first}] already; rename one", quoted(&name));
+                self.fault(&at.then("name"), message);
+                continue;
+            }
+            good.push(Downstream { name: name.into(), address, weight: downstream.weight });
+        }
+        (good.len() == downstreams.len()).then_some(good)
+    }
+
+    fn kubernetes(&mut self, at: &KeyPath, source: &file::Kubernetes) -> Option<KubernetesSource> {
+        let service = self.check(&at.then("service"), texts::kubernetes_name(&source.service, "a Service"));
+        let namespace = match &source.namespace {
+            None => Some(None),
+            Some(name) => self
+                .check(&at.then("namespace"), texts::kubernetes_name(name, "a namespace"))
+                .map(|n| Some(n.to_owned())),
+        };
+        Some(KubernetesSource { namespace: namespace?, service: service?.to_owned(), port: source.port })
+    }
+
+    fn distinct_names(&mut self, file: &File) {
+        let mut names: HashMap<&str, usize> = HashMap::new();
+        for (index, listener) in file.listeners.iter().enumerate() {
+            if let Some(first) = names.insert(&listener.name, index) {
+                let message =
+                    format!("{} is the name of listeners[{first}] already; rename one", quoted(&listener.name));
+                self.fault(&top("listeners").then(index).then("name"), message);
+            }
+        }
+    }
+
+    /// Two sockets of one IP version can share a port only if their addresses differ and neither is the wildcard.
+    fn distinct_binds(&mut self, file: &File) {
+        let binds: Vec<Option<SocketAddr>> = file.listeners.iter().map(|l| l.bind.parse().ok()).collect();
+        for (index, bind) in binds.iter().enumerate() {
+            let Some(bind) = bind.filter(|bind| bind.port() != 0) else { continue };
+            let clash = binds[..index].iter().position(|other| {
+                other.is_some_and(|other| {
+                    let wildcard = bind.ip().is_unspecified() || other.ip().is_unspecified();
+                    let same_version = bind.is_ipv4() == other.is_ipv4();
+                    bind == other || (same_version && bind.port() == other.port() && wildcard)
+                })
+            });
+            let Some(first) = clash else { continue };
+            let other = &file.listeners[first];
+            let why = if binds[first] == Some(bind) { "is taken by" } else { "overlaps with" };
+            let message = format!(
+                "\"{bind}\" {why} listeners[{first}] ({}, \"{}\"); give one another port or address",
+                quoted(&other.name),
+                other.bind
+            );
+            self.fault(&top("listeners").then(index).then("bind"), message);
+        }
+    }
+
+    fn health(&mut self, health: &file::Health) -> Option<HealthConfig> {
+        if health.timeout_secs > health.interval_secs {
+            let message = format!(
+                "{} is longer than interval_secs, {}; make it at most that",
+                health.timeout_secs, health.interval_secs
+            );
+            self.fault(&top("health").then("timeout_secs"), message);
+        }
+        // `shape` has seen that both are within SECONDS, which every Duration can hold.
+        health.enabled.then_some(HealthConfig {
+            interval: Duration::try_from_secs_f64(health.interval_secs).unwrap_or_default(),
+            timeout: Duration::try_from_secs_f64(health.timeout_secs).unwrap_or_default(),
+            protocol: health.protocol,
+        })
+    }
+
+    fn metrics(&mut self, metrics: Option<&file::Metrics>) -> Option<MetricsConfig> {
+        let metrics = metrics?;
+        let at = top("metrics");
+        let bind = address::parse(&metrics.bind, METRICS_EXAMPLE).and_then(|bind| {
+            if bind.ip().is_multicast() {
+                return Err(format!("{:?} is a multicast group; give an address of this host", metrics.bind));
+            }
+            Ok(bind)
+        });
+        let bind = self.check(&at.then("bind"), bind);
+        let path = self.check(&at.then("path"), texts::metrics_path(&metrics.path));
+        metrics.enabled.then_some(MetricsConfig { bind: bind?, path: path?.to_owned() })
+    }
+}

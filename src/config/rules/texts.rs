@@ -1,0 +1,92 @@
+//! Rules about a single value. Each passes the value on, or says what it is, what is wrong with it, and the fix.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::config::problem::quoted;
+
+/// A listener's name becomes a metric label, a log field and part of file names.
+pub(super) fn listener_name(name: &str) -> Result<&str, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if (1..=63).contains(&name.len()) && name.chars().all(allowed) {
+        return Ok(name);
+    }
+    Err(format!("{} is not a listener's name; use 1 to 63 of A-Z a-z 0-9 . _ -", quoted(name)))
+}
+
+/// A downstream's name is shown in logs and tables, between blanks.
+pub(super) fn downstream_name(name: &str) -> Result<&str, String> {
+    let allowed = |c: char| c.is_ascii_graphic() && !"\"'`\\".contains(c);
+    if (1..=253).contains(&name.len()) && name.chars().all(allowed) {
+        return Ok(name);
+    }
+    let fix = "use 1 to 253 printable ASCII characters without blanks, quotes and backslashes";
+    Err(format!("{} is not a downstream's name; {fix}", quoted(name)))
+}
+
+/// What the kernel accepts as the name of an interface.
+pub(super) fn interface(name: &str) -> Result<&str, String> {
+    let allowed = |c: char| !c.is_whitespace() && !c.is_control() && c != '/' && c != ':';
+    if (1..=15).contains(&name.len()) && name.chars().all(allowed) && name != "." && name != ".." {
+        return Ok(name);
+    }
+    Err(format!("{} cannot be an interface's name; `ip link` shows those there are", quoted(name)))
+}
+
+/// Names of Services and namespaces are DNS labels.
+pub(super) fn kubernetes_name<'a>(name: &'a str, whose: &str) -> Result<&'a str, String> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let edges = !name.starts_with('-') && !name.ends_with('-');
+    if (1..=63).contains(&name.len()) && name.chars().all(allowed) && edges {
+        return Ok(name);
+    }
+    Err(format!("{} is not {whose}'s name; use 1 to 63 of a-z 0-9 - with no - at an end", quoted(name)))
+}
+
+/// The path of the Prometheus page.
+pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
+    let shown = quoted(path);
+    if !path.starts_with('/') {
+        return Err(format!("{shown} does not start with /; write for example \"/metrics\""));
+    }
+    if path == "/healthz" || path == "/readyz" {
+        return Err(format!("{shown} is taken by a probe; write for example \"/metrics\""));
+    }
+    if let Some(c) = path.chars().find(|&c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%".contains(c)) {
+        return Err(format!("{shown} holds {c:?}, which no URL's path does; write for example \"/metrics\""));
+    }
+    Ok(path)
+}
+
+/// A downstream is one host's address, of the listener's IP version, and not the listener itself.
+pub(super) fn downstream(address: SocketAddr, bind: Option<SocketAddr>) -> Result<(), String> {
+    let ip = address.ip();
+    if ip.is_unspecified() {
+        return Err(format!(
+            "\"{address}\" is no receiver's address; write its own, or a loopback one if it is on this host"
+        ));
+    }
+    if ip.is_multicast() {
+        return Err(format!("\"{address}\" is a multicast group; list the receivers one by one"));
+    }
+    if matches!(ip, IpAddr::V4(v4) if v4.is_broadcast()) {
+        return Err(format!("\"{address}\" is the broadcast address; list the receivers one by one"));
+    }
+    let Some(bind) = bind else { return Ok(()) };
+    if address.is_ipv4() != bind.is_ipv4() {
+        let version = |address: SocketAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        return Err(format!(
+            "\"{address}\" is {} but the listener's bind, \"{bind}\", is {}; give the receiver's {} address, or add a listener for {}",
+            version(address),
+            version(bind),
+            version(bind),
+            version(address)
+        ));
+    }
+    let own = address == bind || (bind.ip().is_unspecified() && ip.is_loopback() && address.port() == bind.port());
+    if own {
+        return Err(format!(
+            "\"{address}\" is the listener itself (bind \"{bind}\"), a loop; give the receiver another port or address"
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Tests of the whole way from a file's text to a [`Config`](super::Config) or to a message.
+
+mod bad_input;
+mod properties;
+
+use std::fs;
+use std::path::Path;
+
+use super::*;
+
+/// A file with one listener, without anything that need not be there.
+const ONE: &str = "[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:5514\"\ndownstream = [{ address = \"10.0.0.1:1\" }]\n";
+
+fn config(text: &str) -> Config {
+    Config::parse(text, Path::new("c.toml")).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+#[test]
+fn defaults_are_the_documented_ones() {
+    let config = config(ONE);
+    assert_eq!(config.health, None);
+    assert_eq!(config.metrics, None);
+    assert_eq!(config.limits, Limits { max_listeners: 256, max_downstreams: 16_384 });
+    let listener = config.listener(ListenerId(0)).unwrap();
+    assert_eq!(listener.interfaces, Interfaces::Auto);
+    assert_eq!(listener.mode, RequestedMode::Auto);
+    assert_eq!(listener.policy, Policy::RoundRobin);
+    let Source::Static(downstreams) = &listener.source else { panic!() };
+    assert_eq!(&*downstreams[0].name, "10.0.0.1:1", "its address");
+    assert_eq!(downstreams[0].weight, 1);
+    let settings =
+        Settings { workers: 0, batch_size: 64, pin_cpus: false, recv_buf_size: None, max_packet_size: 65_507 };
+    assert_eq!(listener.settings, settings);
+    assert_eq!(config.listener(ListenerId(1)), None);
+}
+
+#[test]
+fn a_metrics_table_enables_metrics_unless_it_says_otherwise() {
+    let metrics = |text: &str| config(&format!("{ONE}[metrics]\n{text}")).metrics;
+    let default = MetricsConfig { bind: "0.0.0.0:9090".parse().unwrap(), path: "/metrics".into() };
+    assert_eq!(metrics(""), Some(default));
+    assert_eq!(metrics("bind = \"[::1]:80\"\npath = \"/\"").unwrap().path, "/");
+    assert_eq!(metrics("enabled = false"), None);
+}
+
+#[test]
+fn a_health_table_must_enable_health_checks() {
+    let health = |text: &str| config(&format!("{ONE}[health]\n{text}")).health;
+    assert_eq!(health("interval_secs = 1.5\ntimeout_secs = 1"), None);
+    let enabled = health("enabled = true\ninterval_secs = 0.25\ntimeout_secs = 0.25").unwrap();
+    assert_eq!((enabled.interval, enabled.timeout), (Duration::from_millis(250), Duration::from_millis(250)));
+    assert_eq!(enabled.protocol, HealthProtocol::Icmp);
+}
+
+#[test]
+fn interfaces_are_a_name_a_list_or_auto() {
+    let interfaces = |value: &str| {
+        config(&ONE.replace("name", &format!("interface = {value}\nname"))).listeners.remove(0).interfaces
+    };
+    let named = |names: &[&str]| Interfaces::Named(names.iter().map(ToString::to_string).collect());
+    assert_eq!(interfaces("\"auto\""), Interfaces::Auto);
+    assert_eq!(interfaces("\"eth0\""), named(&["eth0"]));
+    assert_eq!(interfaces("[\"eth0\"]"), named(&["eth0"]));
+    assert_eq!(interfaces("[\"eth1\", \"eth0.100\"]"), named(&["eth1", "eth0.100"]));
+}
+
+#[test]
+fn numbers_may_be_written_as_each_notation_allows() {
+    let batch_size = |text: &str, file: &str| {
+        let config = Config::parse(text, Path::new(file)).unwrap_or_else(|error| panic!("{error}"));
+        config.listeners[0].settings.batch_size
+    };
+    for number in ["1_000", "+1000", "0x3e8", "0o1750", "0b11_1110_1000"] {
+        let text = format!("{ONE}[listeners.settings]\nbatch_size = {number}\n");
+        assert_eq!(batch_size(&text, "c.toml"), 1_000, "{number}");
+    }
+    for number in ["1000", "+1000", "0x3e8", "0o1750"] {
+        let text = format!(
+            "listeners:\n- {{name: a, bind: 0.0.0.0:1, downstream: [{{address: 10.0.0.1:1}}], settings: {{batch_size: {number}}}}}\n"
+        );
+        assert_eq!(batch_size(&text, "c.yaml"), 1_000, "{number}");
+    }
+}
+
+#[test]
+fn listeners_may_share_a_port_where_their_sockets_can() {
+    for [first, second] in [
+        ["127.0.0.1:53", "127.0.0.2:53"],
+        ["0.0.0.0:53", "[::]:53"],
+        ["0.0.0.0:53", "[::1]:53"],
+        ["0.0.0.0:53", "0.0.0.0:54"],
+    ] {
+        let receiver = |bind: &str| if bind.starts_with('[') { "[2001:db8::1]:1" } else { "10.0.0.1:1" };
+        let listener = |name: &str, bind: &str| {
+            let receiver = receiver(bind);
+            format!(
+                "[[listeners]]\nname = \"{name}\"\nbind = \"{bind}\"\ndownstream = [{{ address = \"{receiver}\" }}]\n"
+            )
+        };
+        assert_eq!(config(&(listener("a", first) + &listener("b", second))).listeners.len(), 2);
+    }
+}
+
+#[test]
+fn downstreams_may_be_near_the_listener_without_being_it() {
+    for (bind, address) in [
+        ("0.0.0.0:5514", "127.0.0.1:5515"),
+        ("0.0.0.0:5514", "10.0.0.1:5514"),
+        ("127.0.0.1:5514", "127.0.0.2:5514"),
+        ("[::]:5514", "[::1]:5515"),
+    ] {
+        config(&ONE.replace("0.0.0.0:5514", bind).replace("10.0.0.1:1", address));
+    }
+}
+
+#[test]
+fn yaml_anchors_and_merge_keys_work() {
+    let text = "
+listeners:
+  - &base
+    name: a
+    bind: 0.0.0.0:1
+    mode: userspace
+    downstream: &receivers
+      - address: 10.0.0.1:1
+  - <<: *base
+    name: b
+    bind: 0.0.0.0:2
+  - {name: c, bind: '0.0.0.0:3', downstream: *receivers}
+";
+    let config = Config::parse(text, Path::new("c.yaml")).unwrap();
+    let shown: Vec<_> = config.listeners.iter().map(|l| (l.name.as_str(), l.bind.port(), l.mode)).collect();
+    let (auto, user) = (RequestedMode::Auto, RequestedMode::Userspace);
+    assert_eq!(shown, [("a", 1, user), ("b", 2, user), ("c", 3, auto)]);
+    assert!(config.listeners.iter().all(|l| l.source == config.listeners[0].source));
+}
+
+#[test]
+fn many_listeners_may_share_one_list() {
+    let mut text = String::from("listeners:\n- {name: a0, bind: 0.0.0.0:1000, downstream: &all [");
+    (1..=150).for_each(|n| text += &format!("{{name: r{n}, address: 10.0.0.{n}:1}}, "));
+    text += "]}\n";
+    (1..256).for_each(|n| text += &format!("- {{name: a{n}, bind: 0.0.0.0:{}, downstream: *all}}\n", 1_000 + n));
+    text += "limits: {max_downstreams: 100000}\n";
+    let config = Config::parse(&text, Path::new("c.yaml")).unwrap_or_else(|error| panic!("{error}"));
+    assert!(config.listeners.iter().all(|l| matches!(&l.source, Source::Static(all) if all.len() == 150)));
+}
+
+#[test]
+fn a_rendering_reads_well() {
+    let text = ONE.replace("name", "interface = [\"eth0\", \"eth1\"]\nname")
+        + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
+    let expected = r#"[[listeners]]
+name = "a"
+bind = "0.0.0.0:5514"
+interface = ["eth0", "eth1"]
+mode = "auto"
+policy = "round_robin"
+
+[[listeners.downstream]]
+name = "10.0.0.1:1"
+address = "10.0.0.1:1"
+weight = 1
+
+[listeners.settings]
+workers = 0
+batch_size = 64
+pin_cpus = false
+max_packet_size = 65507
+
+[health]
+enabled = true
+interval_secs = 5
+timeout_secs = 0.5
+protocol = "icmp"
+
+[metrics]
+enabled = false
+bind = "0.0.0.0:9090"
+path = "/metrics"
+
+[limits]
+max_listeners = 256
+max_downstreams = 16384
+"#;
+    assert_eq!(config(&text).render(), expected);
+}
+
+#[test]
+fn files_are_loaded_and_those_that_cannot_be_are_named_with_the_fix() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let message = |name: &str| {
+        let error = Config::load(&path(name)).unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 1, "{error}");
+        error.strip_prefix(&format!("{}", path(name).display())).unwrap_or_else(|| panic!("{error}")).to_owned()
+    };
+
+    fs::write(path("good.toml"), ONE).unwrap();
+    let loaded = Config::load(&path("good.toml")).unwrap();
+    assert_eq!(loaded.path, path("good.toml"));
+
+    assert_eq!(
+        message("absent.toml"),
+        ": no such file; create it (config/reference.toml shows every key), or name another with --config"
+    );
+    fs::create_dir(path("directory")).unwrap();
+    assert_eq!(message("directory"), ": is a directory; name a file in it with --config");
+    fs::write(path("latin1.toml"), b"# ok\n# caf\xe9\n").unwrap();
+    assert_eq!(message("latin1.toml"), ":2: not UTF-8 text; save the file as UTF-8");
+    let endless = Config::load(Path::new("/dev/zero")).unwrap_err().to_string();
+    assert_eq!(endless, "/dev/zero: is larger than 128 MiB; name a configuration file with --config");
+}
+
+#[test]
+fn an_unreadable_file_is_explained() {
+    // Root may read everything, so that the kernel's refusal cannot be had in every test run.
+    let refused = io::Error::from(io::ErrorKind::PermissionDenied);
+    assert_eq!(explain(&refused), "permission denied; run as a user who may read it, or change its owner or mode");
+}
+
+#[test]
+fn a_large_file_is_read() {
+    let mut text =
+        String::from("limits:\n  max_downstreams: 1000000\nlisteners:\n- name: a\n  bind: 0.0.0.0:1\n  downstream:\n");
+    for n in 0..100_000u32 {
+        text += &format!("  - address: 10.{}.{}.{}:9\n", n >> 16, (n >> 8) & 255, n & 255);
+    }
+    let config = Config::parse(&text, Path::new("c.yaml")).unwrap();
+    assert!(matches!(&config.listeners[0].source, Source::Static(all) if all.len() == 100_000));
+}
