@@ -144,7 +144,8 @@ impl Daemon {
     /// # Errors
     /// When the binary cannot be run.
     pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("udp-fanout-lab-").tempdir()?;
+        let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir()?;
         let path: PathBuf = directory.path().join("config.toml");
         fs::write(&path, config)?;
         let mut command = namespace.command(binary);
