@@ -19,7 +19,7 @@ use anyhow::{Result, bail};
 use proptest::prelude::*;
 use support::daemon::{Daemon, DaemonConfig};
 use support::report::{RunTally, Tally};
-use support::traffic::{PATIENCE, Sender, decode, encode};
+use support::traffic::{PATIENCE, Sender, bind, decode, encode};
 use support::{Collectors, Expect, Lab, Metrics, Namespace, Place, Report, scrape};
 
 const RUN: u64 = 7;
@@ -185,7 +185,7 @@ struct StandIn {
 
 impl StandIn {
     fn start(lab: &Lab, fault: Fault) -> Result<Self> {
-        let socket = lab.gateway.run(|| Ok(UdpSocket::bind(lab.listener())?))?;
+        let socket = bind(&lab.gateway, lab.listener())?;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         let targets: Vec<_> = lab.sites.iter().map(|site| site.address).collect();
         let stop = Arc::new(AtomicBool::new(false));
@@ -238,7 +238,6 @@ impl Drop for StandIn {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let outcome = thread.join();
-            drop(support::netns::no_spawn_under_way());
             assert!(outcome.is_ok() || thread::panicking(), "the stand-in panicked");
         }
     }

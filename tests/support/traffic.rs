@@ -20,9 +20,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use nix::unistd::Pid;
+use socket2::{Domain, Socket, Type};
 
 use super::lab::Lab;
-use super::netns::{Namespace, no_spawn_under_way};
+use super::netns::Namespace;
 use super::report::{Expect, Report, RunId, Tally};
 
 /// Bytes of a datagram before the filling: run, number, length.
@@ -69,6 +70,20 @@ pub struct Sender {
     segments: u16,
     patience: Duration,
     buffer: Vec<u8>,
+}
+
+/// Opens a socket in a namespace. The address may be one that a socket of ours had a moment ago: a program that some
+/// other thread is just starting may still hold a copy of that one, and the newer socket gets the datagrams.
+///
+/// # Errors
+/// When the address is not the namespace's, or somebody else's.
+pub fn bind(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
+    namespace.run(|| {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into()).with_context(|| format!("cannot bind {address}"))?;
+        Ok(socket.into())
+    })
 }
 
 impl Progress {
@@ -138,8 +153,7 @@ impl Collectors {
     ) -> Result<Self> {
         let mut sockets = Vec::new();
         for (name, namespace, address) in places {
-            let open = || UdpSocket::bind(address).with_context(|| format!("cannot bind {address} for {name}"));
-            let socket = namespace.run(open)?;
+            let socket = bind(namespace, address).with_context(|| format!("for {name}"))?;
             socket.set_read_timeout(Some(SETTLE))?;
             sockets.push((socket, Tally::new(name, address)));
         }
@@ -172,7 +186,7 @@ impl Collectors {
         self.progress.wait_for(copies, patience)
     }
 
-    /// Waits for stragglers, stops, frees the ports and reckons up what these senders have sent.
+    /// Waits for stragglers, stops and reckons up what these senders have sent.
     ///
     /// # Errors
     /// When a collector could not receive.
@@ -183,7 +197,6 @@ impl Collectors {
         for thread in self.threads.drain(..) {
             tallies.push(thread.join().map_err(|_| anyhow!("a collector's thread panicked"))??);
         }
-        drop(no_spawn_under_way());
         Ok(Report::new(&sent, &tallies, self.progress.expect))
     }
 }
@@ -226,9 +239,7 @@ impl Sender {
     /// # Errors
     /// When the socket cannot be opened.
     pub fn open(namespace: &Namespace, source: impl Into<SocketAddr>, target: SocketAddr) -> Result<Self> {
-        let source = source.into();
-        let socket =
-            namespace.run(|| UdpSocket::bind(source).with_context(|| format!("cannot bind {source} to send from")))?;
+        let socket = bind(namespace, source.into())?;
         Ok(Sender {
             socket,
             target,
