@@ -7,7 +7,6 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -383,9 +382,12 @@ fn netns_commands_run_inside_and_leave_no_trace_outside() {
 /// A program that logs a line and then does as told, in place of the daemon.
 fn script(body: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("stand-in");
-    std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (text, path) = (directory.path().join("text"), directory.path().join("stand-in"));
+    std::fs::write(&text, format!("#!/bin/sh\n{body}\n")).unwrap();
+    // A file that this process has written cannot be run while a program that another thread is starting still holds
+    // a copy of the descriptor; one that another process has written can.
+    let installed = std::process::Command::new("install").arg("--mode=755").args([&text, &path]).status().unwrap();
+    assert!(installed.success());
     (directory, path)
 }
 
