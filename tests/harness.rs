@@ -7,7 +7,6 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use anyhow::{Result, bail};
 use proptest::prelude::*;
 use support::daemon::{Daemon, DaemonConfig};
 use support::report::{RunTally, Tally};
-use support::traffic::{PATIENCE, Sender, decode, encode};
+use support::traffic::{PATIENCE, Sender, bind, decode, encode};
 use support::{Collectors, Expect, Lab, Metrics, Namespace, Place, Report, scrape};
 
 const RUN: u64 = 7;
@@ -185,7 +184,7 @@ struct StandIn {
 
 impl StandIn {
     fn start(lab: &Lab, fault: Fault) -> Result<Self> {
-        let socket = lab.gateway.run(|| Ok(UdpSocket::bind(lab.listener())?))?;
+        let socket = bind(&lab.gateway, lab.listener())?;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         let targets: Vec<_> = lab.sites.iter().map(|site| site.address).collect();
         let stop = Arc::new(AtomicBool::new(false));
@@ -238,7 +237,6 @@ impl Drop for StandIn {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let outcome = thread.join();
-            drop(support::netns::no_spawn_under_way());
             assert!(outcome.is_ok() || thread::panicking(), "the stand-in panicked");
         }
     }
@@ -384,9 +382,12 @@ fn netns_commands_run_inside_and_leave_no_trace_outside() {
 /// A program that logs a line and then does as told, in place of the daemon.
 fn script(body: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("stand-in");
-    std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (text, path) = (directory.path().join("text"), directory.path().join("stand-in"));
+    std::fs::write(&text, format!("#!/bin/sh\n{body}\n")).unwrap();
+    // A file that this process has written cannot be run while a program that another thread is starting still holds
+    // a copy of the descriptor; one that another process has written can.
+    let installed = std::process::Command::new("install").arg("--mode=755").args([&text, &path]).status().unwrap();
+    assert!(installed.success());
     (directory, path)
 }
 

@@ -23,6 +23,8 @@ use signal_hook::iterator::Signals;
 
 /// Names of our namespaces are this, the process id, a number and a label: `uf-4711-0-gateway`.
 pub const PREFIX: &str = "uf-";
+/// Names of our directories below the system's temporary directory are this, the process id and something unique.
+pub const DIRECTORY_PREFIX: &str = "udp-fanout-lab-";
 /// Where `ip netns` keeps its names.
 const NAMES: &str = "/run/netns";
 /// How long a child may take to end once asked to.
@@ -154,22 +156,31 @@ pub fn pidfd(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Removes the namespaces of processes that no longer exist.
+/// Removes the namespaces and directories of processes that no longer exist.
 fn remove_stale() {
-    let Ok(entries) = fs::read_dir(NAMES) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if owner(name).is_some_and(|pid| kill(pid, None) == Err(Errno::ESRCH)) {
-            delete_namespace(name);
+    for name in names_in(Path::new(NAMES)) {
+        if owner_is_gone(&name, PREFIX) {
+            delete_namespace(&name);
+        }
+    }
+    let temporary = std::env::temp_dir();
+    for name in names_in(&temporary) {
+        if owner_is_gone(&name, DIRECTORY_PREFIX) {
+            let _ = fs::remove_dir_all(temporary.join(name));
         }
     }
 }
 
-/// The process that made the namespace of this name, if it is one of ours.
-fn owner(name: &str) -> Option<Pid> {
-    let pid = name.strip_prefix(PREFIX)?.split('-').next()?;
-    pid.parse().ok().map(Pid::from_raw)
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// True if the name is one of ours, `prefix`-PID-rest, and there is no such process.
+fn owner_is_gone(name: &str, prefix: &str) -> bool {
+    let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next());
+    let Some(pid) = pid.and_then(|pid| pid.parse().ok()) else { return false };
+    kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)
 }
 
 fn delete_namespace(name: &str) {

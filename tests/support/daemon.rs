@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use super::cleanup;
 use super::lab::{INGRESS, Lab};
-use super::netns::{Namespace, spawn};
+use super::netns::Namespace;
 use super::scrape::{self, Metrics};
 
 /// How long anything the daemon has to do may take before a test fails. Generous: nothing waits that long otherwise.
@@ -144,7 +144,8 @@ impl Daemon {
     /// # Errors
     /// When the binary cannot be run.
     pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("udp-fanout-lab-").tempdir()?;
+        let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir()?;
         let path: PathBuf = directory.path().join("config.toml");
         fs::write(&path, config)?;
         let mut command = namespace.command(binary);
@@ -152,7 +153,7 @@ impl Daemon {
         // A group of its own: Ctrl-C reaches us, and we end it, in this order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut registry = cleanup::registry();
-        let mut child = spawn(&mut command).with_context(|| format!("cannot run {}", binary.display()))?;
+        let mut child = command.spawn().with_context(|| format!("cannot run {}", binary.display()))?;
         registry.add_child(pid_of(&child));
         registry.add_directory(directory.path());
         drop(registry);

@@ -5,9 +5,8 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -101,8 +100,7 @@ impl Namespace {
     }
 
     /// A command that will run inside the namespace, with the host's file system and `/sys` as they are. (`ip netns
-    /// exec` would mount another `/sys`, without bpffs.) To be started with [`spawn`]; killed when the thread that
-    /// started it ends.
+    /// exec` would mount another `/sys`, without bpffs.) It is killed when the thread that started it ends.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let fd = self.handle.as_raw_fd();
@@ -160,7 +158,7 @@ impl Namespace {
     pub fn ip_batch(&self, lines: &str) -> Result<()> {
         let mut command = self.command("ip");
         command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = spawn(&mut command).context("cannot run ip (Debian package iproute2)")?;
+        let mut child = command.spawn().context("cannot run ip (Debian package iproute2)")?;
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(lines.as_bytes()).context("cannot write to ip")?;
         }
@@ -227,22 +225,6 @@ pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Starts a command. A new process holds copies of all our sockets until it has become the other program, and a port
-/// is free only when the last copy is closed: whoever needs a port again calls [`no_spawn_under_way`] first.
-///
-/// # Errors
-/// When the program cannot be run.
-pub fn spawn(command: &mut Command) -> std::io::Result<Child> {
-    let _guard = no_spawn_under_way();
-    command.spawn()
-}
-
-/// Waits until no process is just being started, and keeps others from it while the guard lives.
-pub fn no_spawn_under_way() -> MutexGuard<'static, ()> {
-    static SPAWN: Mutex<()> = Mutex::new(());
-    SPAWN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A locally administered hardware address, unique within the process and easy to spot in a capture.
 fn next_mac() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(1);
@@ -253,9 +235,7 @@ fn next_mac() -> String {
 /// Runs a command to its end and returns what it printed.
 fn run_command(command: &mut Command) -> Result<String> {
     let shown = format!("{command:?}").replace('"', "");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = spawn(command).with_context(|| format!("cannot run {shown}"))?;
-    let output = child.wait_with_output()?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {shown}"))?;
     if !output.status.success() {
         bail!("{shown} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }

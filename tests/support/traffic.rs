@@ -12,7 +12,7 @@ use std::io::{self, ErrorKind, IoSlice};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use nix::unistd::Pid;
+use socket2::{Domain, Socket, Type};
 
 use super::lab::Lab;
-use super::netns::{Namespace, no_spawn_under_way};
+use super::netns::Namespace;
 use super::report::{Expect, Report, RunId, Tally};
 
 /// Bytes of a datagram before the filling: run, number, length.
@@ -69,6 +70,20 @@ pub struct Sender {
     segments: u16,
     patience: Duration,
     buffer: Vec<u8>,
+}
+
+/// Opens a socket in a namespace. The address may be one that a socket of ours had a moment ago: a program that some
+/// other thread is just starting may still hold a copy of that one, and the newer socket gets the datagrams.
+///
+/// # Errors
+/// When the address is not the namespace's, or somebody else's.
+pub fn bind(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
+    namespace.run(|| {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into()).with_context(|| format!("cannot bind {address}"))?;
+        Ok(socket.into())
+    })
 }
 
 impl Progress {
@@ -138,8 +153,7 @@ impl Collectors {
     ) -> Result<Self> {
         let mut sockets = Vec::new();
         for (name, namespace, address) in places {
-            let open = || UdpSocket::bind(address).with_context(|| format!("cannot bind {address} for {name}"));
-            let socket = namespace.run(open)?;
+            let socket = bind(namespace, address).with_context(|| format!("for {name}"))?;
             socket.set_read_timeout(Some(SETTLE))?;
             sockets.push((socket, Tally::new(name, address)));
         }
@@ -172,7 +186,7 @@ impl Collectors {
         self.progress.wait_for(copies, patience)
     }
 
-    /// Waits for stragglers, stops, frees the ports and reckons up what these senders have sent.
+    /// Waits for stragglers, stops and reckons up what these senders have sent.
     ///
     /// # Errors
     /// When a collector could not receive.
@@ -183,7 +197,6 @@ impl Collectors {
         for thread in self.threads.drain(..) {
             tallies.push(thread.join().map_err(|_| anyhow!("a collector's thread panicked"))??);
         }
-        drop(no_spawn_under_way());
         Ok(Report::new(&sent, &tallies, self.progress.expect))
     }
 }
@@ -226,9 +239,7 @@ impl Sender {
     /// # Errors
     /// When the socket cannot be opened.
     pub fn open(namespace: &Namespace, source: impl Into<SocketAddr>, target: SocketAddr) -> Result<Self> {
-        let source = source.into();
-        let socket =
-            namespace.run(|| UdpSocket::bind(source).with_context(|| format!("cannot bind {source} to send from")))?;
+        let socket = bind(namespace, source.into())?;
         Ok(Sender {
             socket,
             target,
@@ -394,8 +405,8 @@ pub fn encode(buffer: &mut Vec<u8>, run: RunId, sequence: u64, payload: usize) {
     buffer.extend_from_slice(&run.to_be_bytes());
     buffer.extend_from_slice(&sequence.to_be_bytes());
     buffer.extend_from_slice(&u32::try_from(payload).unwrap_or(u32::MAX).to_be_bytes());
-    let filling = (buffer.len() - start..payload).map(|i| fill(sequence, i));
-    buffer.extend(filling);
+    let header = buffer.len() - start;
+    buffer.extend_from_slice(filling(sequence, payload - header));
 }
 
 /// Reads a datagram's run and number; an error says in words what is wrong with it.
@@ -408,14 +419,20 @@ pub fn decode(datagram: &[u8]) -> Result<(RunId, u64), String> {
     if length.map(|n| n as usize) != Some(datagram.len()) || sequence >= MAX_SEQUENCE {
         return Err(format!("{} bytes, sent as {length:?}, number {sequence}", datagram.len()));
     }
-    match (HEADER..datagram.len()).find(|&i| datagram[i] != fill(sequence, i)) {
-        Some(i) => Err(format!("number {sequence} of run {run:#x} is damaged at byte {i}")),
-        None => Ok((run, sequence)),
+    let (seen, sent) = (&datagram[HEADER..], filling(sequence, datagram.len() - HEADER));
+    if seen != sent {
+        let at = seen.iter().zip(sent).position(|(a, b)| a != b).unwrap_or(0) + HEADER;
+        return Err(format!("number {sequence} of run {run:#x} is damaged at byte {at}"));
     }
+    Ok((run, sequence))
 }
 
-fn fill(sequence: u64, position: usize) -> u8 {
-    (sequence as usize).wrapping_mul(31).wrapping_add(position) as u8
+/// What follows the header: bytes that count up from one that depends on the number. From a table, because test
+/// programs are not optimised and this is done for every datagram.
+fn filling(sequence: u64, length: usize) -> &'static [u8] {
+    static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| (0..=u8::MAX).cycle().take(256 + 65_536).collect());
+    let first = (sequence.wrapping_mul(31) & 0xff) as usize;
+    &BYTES[first..first + length]
 }
 
 /// A socket address of this IP with any port, for [`Sender::open`].
