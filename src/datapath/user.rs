@@ -1,1 +1,200 @@
-//! The userspace datapath: sockets and worker threads.
+//! The listeners' sockets and the worker threads behind them: the complete implementation of forwarding, of which the
+//! TC program is the accelerator.
+//!
+//! ```text
+//! UserDatapath ─► listener ─┬─► group, steer     the sockets, and which of them a datagram goes to
+//!   (main thread)           ├─► table            what the plan says, encoded for the workers
+//!                           ├─► count            cells the workers write and the main thread sums
+//!                           └─► worker ─► forward ─┬─► mmsg      receive and send, whole batches
+//!                                  (thread)        ├─► lane      what errors mean, whom they cost
+//!                                                  └─► standing  errors that come back later
+//! ```
+//!
+//! **A datagram** is taken from a worker's socket with up to `batch_size` others, given a position in the listener's
+//! round by one shared cursor (moved once per batch), and sent from the memory it was received into. The path takes no
+//! lock and allocates nothing. It is counted when its batch has been sent; whatever was received is either forwarded or
+//! dropped for a reason, in every reading.
+//!
+//! **A new table** goes to the workers through their channels. A worker looks there after it has taken a batch and before
+//! it chooses, so what is sent to the listener after [`Datapath::apply`] has returned follows the new table, and a
+//! batch follows one table whole.
+//!
+//! **Sockets outlive workers.** New settings mean new workers on the same sockets, so nothing is lost in between.
+//! Listeners are told apart by name: one that moves within the file keeps its sockets and its counts.
+
+mod count;
+mod forward;
+mod group;
+mod lane;
+mod listener;
+mod mmsg;
+mod standing;
+mod steer;
+mod table;
+mod worker;
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tracing::error;
+
+use self::listener::Listener;
+use super::{Counters, Datapath};
+use crate::model::{ListenerId, Mode};
+use crate::plan::{ListenerPlan, Plan};
+
+/// The userspace datapath. Dropping it forwards what is queued, stops the workers and closes the sockets.
+#[derive(Debug)]
+pub struct UserDatapath {
+    listeners: BTreeMap<Arc<str>, Listener>,
+    /// The last counts, after a shutdown.
+    finished: Counters,
+    cpus: usize,
+}
+
+impl UserDatapath {
+    /// A datapath without listeners.
+    #[must_use]
+    pub fn new() -> Self {
+        // Asked once, so that a plan means the same as long as this lives.
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        UserDatapath { listeners: BTreeMap::new(), finished: Counters::default(), cpus }
+    }
+
+    /// How many workers a listener runs; 0 if there is no such listener.
+    #[must_use]
+    pub fn workers(&self, id: ListenerId) -> usize {
+        self.listener(id).map_or(0, Listener::workers)
+    }
+
+    /// Datagrams that each of a listener's present workers has taken, by the worker's number.
+    #[must_use]
+    pub fn worker_packets(&self, id: ListenerId) -> Vec<u64> {
+        self.listener(id).map_or_else(Vec::new, Listener::per_worker)
+    }
+
+    /// The address a listener's sockets are bound to, also where the plan leaves the port to the kernel.
+    #[must_use]
+    pub fn local_address(&self, id: ListenerId) -> Option<SocketAddr> {
+        self.listener(id).map(Listener::address)
+    }
+
+    /// True while every worker runs. A worker ends on its own only when it can no longer wait or read, or panics;
+    /// the log has the reason. [`UserDatapath::tend`] replaces it.
+    #[must_use]
+    pub fn healthy(&self) -> bool {
+        !self.listeners.values().any(Listener::has_dead_worker)
+    }
+
+    /// Replaces workers that ended on their own; their sockets have kept what arrived. Cheap if there are none: meant to
+    /// be called every few seconds. Says how many listeners needed it.
+    ///
+    /// # Errors
+    /// Names the first listener that could not be helped.
+    pub fn tend(&mut self) -> Result<usize> {
+        let mut helped = 0;
+        for (name, listener) in &mut self.listeners {
+            if listener.has_dead_worker() {
+                let plan = listener.plan().clone();
+                listener.follow(&plan, self.cpus, false).with_context(|| format!("listener {name:?}"))?;
+                helped += 1;
+            }
+        }
+        Ok(helped)
+    }
+
+    fn listener(&self, id: ListenerId) -> Option<&Listener> {
+        self.listeners.values().find(|listener| listener.plan().id == id)
+    }
+
+    fn apply_listener(&mut self, plan: &ListenerPlan) -> Result<()> {
+        let moves = self.listeners.get(&plan.name).is_none_or(|listener| listener.plan().bind != plan.bind);
+        let beside_ours = moves && self.make_room(plan.bind)?;
+        match self.listeners.get_mut(&plan.name) {
+            Some(listener) => listener.follow(plan, self.cpus, beside_ours),
+            None => {
+                let listener = Listener::start(plan, self.cpus, beside_ours)?;
+                self.listeners.insert(Arc::clone(&plan.name), listener);
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets an address be bound that overlaps with one of ours: a listener that moves from a wildcard address to one
+    /// that it covers, or that takes the place of one which is to move. True if there is such an overlap.
+    fn make_room(&self, address: SocketAddr) -> Result<bool> {
+        let mut beside_ours = false;
+        for listener in self.listeners.values().filter(|listener| overlap(listener.address(), address)) {
+            listener.share()?;
+            beside_ours = true;
+        }
+        Ok(beside_ours)
+    }
+
+    /// Ends the listeners that fail the test: all stop at once, then each is waited for.
+    fn retain(&mut self, keep: impl Fn(&str) -> bool) -> Vec<Listener> {
+        let names: Vec<Arc<str>> = self.listeners.keys().filter(|name| !keep(name)).cloned().collect();
+        let mut gone: Vec<Listener> = names.iter().filter_map(|name| self.listeners.remove(name)).collect();
+        gone.iter_mut().for_each(Listener::stop);
+        gone.iter_mut().for_each(Listener::finish);
+        gone
+    }
+}
+
+impl Datapath for UserDatapath {
+    fn mode(&self) -> Mode {
+        Mode::Userspace
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Result<()> {
+        self.finished = Counters::default();
+        let names: HashSet<&str> = plan.listeners.iter().map(|listener| &*listener.name).collect();
+        // First, because a new listener may want an address that becomes free.
+        self.retain(|name| names.contains(name));
+        for listener in &plan.listeners {
+            self.apply_listener(listener).with_context(|| format!("listener {:?}", listener.name))?;
+        }
+        Ok(())
+    }
+
+    fn counters(&mut self) -> Result<Counters> {
+        let mut counters = self.finished.clone();
+        self.listeners.values_mut().for_each(|listener| add(&mut counters, listener));
+        Ok(counters)
+    }
+
+    fn shutdown(&mut self) -> Result<()> {
+        for mut listener in self.retain(|_| false) {
+            add(&mut self.finished, &mut listener);
+        }
+        Ok(())
+    }
+}
+
+impl Default for UserDatapath {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for UserDatapath {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown() {
+            error!("{error:#}");
+        }
+    }
+}
+
+fn add(counters: &mut Counters, listener: &mut Listener) {
+    let id = listener.plan().id;
+    counters.listeners.insert(id, listener.totals());
+    counters.downstreams.extend(listener.per_downstream().map(|(address, counts)| ((id, address), counts)));
+}
+
+/// True if sockets bound to the two addresses would be in each other's way.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let covers = |a: SocketAddr, b: SocketAddr| a.ip() == b.ip() || a.ip().is_unspecified();
+    a.port() == b.port() && a.is_ipv4() == b.is_ipv4() && (covers(a, b) || covers(b, a))
+}

@@ -1,0 +1,434 @@
+//! The raw system calls of the userspace datapath; its other modules hold no `unsafe`.
+//!
+//! [`Batch`] owns the memory that `recvmmsg` writes datagrams into and that `sendmmsg` reads them from, so that a
+//! datagram is never copied in between and nothing is allocated once a worker runs. What goes where is decided in
+//! `forward`; what an error means, in `lane`.
+
+use std::fmt;
+use std::io;
+use std::mem::{self, MaybeUninit};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// How many lists of outgoing datagrams a batch can hold at once, each for a sending socket of its own.
+pub const LANES: usize = 2;
+
+const CACHE_LINE: usize = 64;
+
+/// The address family of a sending socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `AF_INET`.
+    V4,
+    /// `AF_INET6`, which reaches IPv4 addresses in their mapped form.
+    V6,
+}
+
+/// An address with the port, as the kernel reports it: without scope and flow label.
+pub type Endpoint = (IpAddr, u16);
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+union Storage {
+    v4: libc::sockaddr_in,
+    v6: libc::sockaddr_in6,
+}
+
+/// A socket address in the form the kernel takes, encoded once per table rather than once per datagram.
+#[derive(Clone, Copy)]
+pub struct RawAddress {
+    storage: Storage,
+    length: libc::socklen_t,
+}
+
+impl RawAddress {
+    /// The address as a socket of this family wants it. An IPv6 address stays one for an IPv4 socket, whose sends to
+    /// it will fail.
+    #[must_use]
+    pub fn new(address: SocketAddr, family: Family) -> Self {
+        match (address, family) {
+            (SocketAddr::V4(v4), Family::V4) => {
+                let sin = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as libc::sa_family_t,
+                    sin_port: v4.port().to_be(),
+                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                    sin_zero: [0; 8],
+                };
+                RawAddress { storage: Storage { v4: sin }, length: size::<libc::sockaddr_in>() }
+            }
+            (SocketAddr::V4(v4), Family::V6) => Self::v6(v4.ip().to_ipv6_mapped(), v4.port(), 0),
+            (SocketAddr::V6(v6), _) => Self::v6(*v6.ip(), v6.port(), v6.scope_id()),
+        }
+    }
+
+    fn v6(ip: Ipv6Addr, port: u16, scope: u32) -> Self {
+        let sin6 = libc::sockaddr_in6 {
+            sin6_family: libc::AF_INET6 as libc::sa_family_t,
+            sin6_port: port.to_be(),
+            sin6_flowinfo: 0,
+            sin6_addr: libc::in6_addr { s6_addr: ip.octets() },
+            sin6_scope_id: scope,
+        };
+        RawAddress { storage: Storage { v6: sin6 }, length: size::<libc::sockaddr_in6>() }
+    }
+
+    fn zeroed() -> Self {
+        Self::v6(Ipv6Addr::UNSPECIFIED, 0, 0)
+    }
+
+    /// The address and port; IPv4 where it is an IPv4 address in mapped form.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        // SAFETY: every bit pattern is valid for both variants and both begin with the family, so either may be read.
+        unsafe {
+            if libc::c_int::from(self.storage.v4.sin_family) == libc::AF_INET {
+                let sin = self.storage.v4;
+                (IpAddr::V4(Ipv4Addr::from(sin.sin_addr.s_addr.to_ne_bytes())), u16::from_be(sin.sin_port))
+            } else {
+                let sin6 = self.storage.v6;
+                (Ipv6Addr::from(sin6.sin6_addr.s6_addr).to_canonical(), u16::from_be(sin6.sin6_port))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for RawAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.endpoint().fmt(f)
+    }
+}
+
+/// The size of a small C struct as the kernel wants to hear it.
+fn size<T>() -> libc::socklen_t {
+    mem::size_of::<T>() as libc::socklen_t
+}
+
+/// An anonymous mapping. Pages that no datagram has touched cost nothing.
+struct Memory {
+    start: NonNull<libc::c_void>,
+    length: usize,
+}
+
+impl Memory {
+    fn new(length: NonZeroUsize) -> io::Result<Self> {
+        // SAFETY: a fresh private mapping at an address of the kernel's choosing touches nothing that exists.
+        let start = unsafe {
+            mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)?
+        };
+        let memory = Memory { start, length: length.get() };
+        // Huge pages would make two megabytes resident for one small datagram. A kernel built without them answers
+        // EINVAL, which is as good.
+        // SAFETY: the range is the mapping just made, and the advice does not change its contents.
+        let _ = unsafe { madvise(start, memory.length, MmapAdvise::MADV_NOHUGEPAGE) };
+        Ok(memory)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, whole, and nothing points into it once its owner goes.
+        let _ = unsafe { munmap(self.start, self.length) };
+    }
+}
+
+/// Headers for one `recvmmsg` or `sendmmsg`. Each header points to the vector and the name of the same index; the
+/// vectors never grow or shrink, so the pointers stay good.
+struct Headers {
+    headers: Vec<libc::mmsghdr>,
+    vectors: Vec<libc::iovec>,
+    names: Vec<RawAddress>,
+}
+
+impl Headers {
+    fn new(count: usize, with_names: bool) -> Self {
+        // SAFETY: zero is a valid value for every field of both structs: integers and nullable pointers.
+        let (header, vector): (libc::mmsghdr, libc::iovec) = unsafe { (mem::zeroed(), mem::zeroed()) };
+        let mut new = Headers {
+            headers: vec![header; count],
+            vectors: vec![vector; count],
+            names: vec![RawAddress::zeroed(); if with_names { count } else { 0 }],
+        };
+        let (vectors, names) = (new.vectors.as_mut_ptr(), new.names.as_mut_ptr());
+        for (index, header) in new.headers.iter_mut().enumerate() {
+            header.msg_hdr.msg_iov = vectors.wrapping_add(index);
+            header.msg_hdr.msg_iovlen = 1;
+            if with_names {
+                header.msg_hdr.msg_name = names.wrapping_add(index).cast();
+            }
+        }
+        new
+    }
+}
+
+/// The memory and the message headers of one worker.
+pub struct Batch {
+    memory: Memory,
+    stride: usize,
+    max_length: usize,
+    incoming: Headers,
+    received: usize,
+    outgoing: [Headers; LANES],
+    queued: [usize; LANES],
+}
+
+// SAFETY: the raw pointers all point into memory that the batch itself owns, and every use of them goes through
+// `&mut self`; moving the batch to another thread moves the whole.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    /// Room for `count` datagrams of up to `max_length` bytes.
+    ///
+    /// # Errors
+    /// When the kernel has no memory for it.
+    pub fn new(count: usize, max_length: usize) -> io::Result<Self> {
+        // An odd number of cache lines apart, so that the datagrams' beginnings fall into different sets of the cache.
+        let stride = (max_length.div_ceil(CACHE_LINE) | 1) * CACHE_LINE;
+        let length = count.checked_mul(stride).and_then(NonZeroUsize::new);
+        let memory = Memory::new(length.ok_or(io::ErrorKind::InvalidInput)?)?;
+        let mut incoming = Headers::new(count, false);
+        for (slot, vector) in incoming.vectors.iter_mut().enumerate() {
+            vector.iov_base = memory.start.as_ptr().wrapping_byte_add(slot * stride);
+            vector.iov_len = max_length;
+        }
+        let outgoing = std::array::from_fn(|_| Headers::new(count, true));
+        Ok(Batch { memory, stride, max_length, incoming, received: 0, outgoing, queued: [0; LANES] })
+    }
+
+    /// Takes what the socket holds, up to the batch's size, without waiting; the slots from 0 then hold the datagrams.
+    /// What was queued for sending is forgotten.
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock` if the socket is empty.
+    pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        self.received = 0;
+        self.queued = [0; LANES];
+        let headers = &mut self.incoming.headers;
+        // MSG_TRUNC makes the kernel report a datagram's real length even where it did not fit.
+        // SAFETY: the headers point to vectors owned by `self`, each of which describes `max_length` bytes of its own
+        // slot within `self.memory`; no Rust reference to that memory ever exists.
+        let taken = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                headers.len() as _,
+                (libc::MSG_DONTWAIT | libc::MSG_TRUNC) as _,
+                ptr::null_mut(),
+            )
+        };
+        self.received = usize::try_from(taken).map_err(|_| io::Error::last_os_error())?;
+        Ok(self.received)
+    }
+
+    /// The length in bytes that the datagram of this slot was sent with, or none if it is longer than fits.
+    #[must_use]
+    pub fn whole(&self, slot: usize) -> Option<usize> {
+        let length = self.length(slot);
+        (length <= self.max_length).then_some(length)
+    }
+
+    /// The length in bytes that the datagram of this slot was sent with.
+    #[must_use]
+    pub fn length(&self, slot: usize) -> usize {
+        assert!(slot < self.received, "slot {slot} holds no datagram");
+        self.incoming.headers[slot].msg_len as usize
+    }
+
+    /// Appends the datagram of this slot, which must be whole, to a lane's list.
+    pub fn queue(&mut self, lane: usize, slot: usize, to: &RawAddress) {
+        let length = self.whole(slot);
+        let at = self.queued[lane];
+        let outgoing = &mut self.outgoing[lane];
+        let header = &mut outgoing.headers[at].msg_hdr;
+        header.msg_namelen = to.length;
+        outgoing.names[at] = *to;
+        outgoing.vectors[at] = libc::iovec {
+            iov_base: self.memory.start.as_ptr().wrapping_byte_add(slot * self.stride),
+            // Never more than the slot holds, whatever the caller has overlooked.
+            iov_len: length.unwrap_or(0),
+        };
+        self.queued[lane] = at + 1;
+    }
+
+    /// How many datagrams a lane's list holds.
+    #[must_use]
+    pub fn queued(&self, lane: usize) -> usize {
+        self.queued[lane]
+    }
+
+    /// Sends a lane's list from position `from`, which must be in it, and says how many were sent: at least one.
+    ///
+    /// # Errors
+    /// What kept the first of them from being sent.
+    pub fn send(&mut self, lane: usize, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let headers = &mut self.outgoing[lane].headers[from..self.queued[lane]];
+        // SAFETY: the headers in this range were filled by `queue`: they point to names and vectors owned by `self`,
+        // and the vectors to bytes within `self.memory`.
+        let sent = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                headers.len() as _,
+                (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("received", &self.received).field("queued", &self.queued).finish_non_exhaustive()
+    }
+}
+
+/// What came back for a datagram that was sent earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// Where the datagram had been sent to.
+    pub to: Endpoint,
+    /// The kernel's number for what was wrong, such as `ECONNREFUSED`.
+    pub errno: i32,
+}
+
+/// Takes the next report out of a socket's error queue, if there is one. The socket's pending error goes with the last.
+///
+/// What the kernel itself refused to send also leaves an entry there; `send` has reported it, so it is skipped.
+pub fn next_report(socket: BorrowedFd<'_>) -> Option<Report> {
+    loop {
+        let mut name = RawAddress::zeroed();
+        // Room for the extended error and the address of the host that sent it; u64 for the alignment of the headers.
+        let mut control = [0u64; 32];
+        // SAFETY: zero is a valid value for every field: integers and nullable pointers.
+        let mut header: libc::msghdr = unsafe { mem::zeroed() };
+        header.msg_name = (&raw mut name.storage).cast();
+        header.msg_namelen = size::<Storage>();
+        header.msg_control = control.as_mut_ptr().cast();
+        header.msg_controllen = mem::size_of_val(&control) as _;
+        // SAFETY: name and control are writable for the lengths given and outlive the call; there are no vectors.
+        let got =
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) };
+        if got < 0 {
+            return None;
+        }
+        // SAFETY: the kernel has just filled the header and the control buffer it points to, and both are still here.
+        if let Some(errno) = unsafe { remote_error(&header) } {
+            return Some(Report { to: name.endpoint(), errno });
+        }
+    }
+}
+
+/// The error in a message from the error queue, unless this host's own stack put it there.
+///
+/// # Safety
+/// The header must have been filled by a successful `recvmsg`, and its control buffer must still be there.
+unsafe fn remote_error(header: &libc::msghdr) -> Option<i32> {
+    // SAFETY: the caller's promise is exactly what the CMSG functions ask for.
+    let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !control.is_null() {
+        // SAFETY: the CMSG functions return headers within the control buffer, or null.
+        let (level, kind) = unsafe { ((*control).cmsg_level, (*control).cmsg_type) };
+        if matches!((level, kind), (libc::SOL_IP, libc::IP_RECVERR) | (libc::SOL_IPV6, libc::IPV6_RECVERR)) {
+            let mut error = MaybeUninit::<libc::sock_extended_err>::uninit();
+            // SAFETY: both message types begin with this struct; it is copied because it need not be aligned.
+            let error = unsafe {
+                ptr::copy_nonoverlapping(
+                    libc::CMSG_DATA(control),
+                    error.as_mut_ptr().cast(),
+                    mem::size_of::<libc::sock_extended_err>(),
+                );
+                error.assume_init()
+            };
+            return (error.ee_origin != libc::SO_EE_ORIGIN_LOCAL).then_some(error.ee_errno as i32);
+        }
+        // SAFETY: as above.
+        control = unsafe { libc::CMSG_NXTHDR(header, control) };
+    }
+    None
+}
+
+/// Waits until every CPU has finished what it was doing in the network stack when this was called.
+///
+/// A changed steering program or filter holds for datagrams that arrive later; one that was already past it may still
+/// be on its way into a socket. `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and the stack receives inside
+/// read-side critical sections. Where the kernel does not offer it (`nohz_full`), there is no wait.
+pub fn wait_for_network_stack() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes three integers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    fn socket() -> UdpSocket {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+    }
+
+    #[test]
+    fn addresses_keep_their_meaning_in_either_family() {
+        for text in ["192.0.2.7:514", "[2001:db8::1]:8125"] {
+            let address: SocketAddr = text.parse().unwrap();
+            assert_eq!(RawAddress::new(address, Family::V6).endpoint(), (address.ip(), address.port()));
+        }
+        let address: SocketAddr = "192.0.2.7:514".parse().unwrap();
+        assert_eq!(RawAddress::new(address, Family::V4).endpoint(), (address.ip(), 514));
+    }
+
+    #[test]
+    fn a_batch_takes_and_sends_datagrams_of_every_length() {
+        let (from, through, to) = (socket(), socket(), socket());
+        let target = RawAddress::new(to.local_addr().unwrap(), Family::V4);
+        let mut batch = Batch::new(4, 1000).unwrap();
+        assert_eq!(batch.receive(through.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        for length in [0, 1, 1000, 1001, 7] {
+            from.send_to(&vec![length as u8; length], through.local_addr().unwrap()).unwrap();
+        }
+        assert_eq!(batch.receive(through.as_fd()).unwrap(), 4);
+        let whole: Vec<_> = (0..4).map(|slot| batch.whole(slot)).collect();
+        assert_eq!(whole, [Some(0), Some(1), Some(1000), None]);
+        assert_eq!(batch.length(3), 1001);
+        for slot in 0..3 {
+            batch.queue(1, slot, &target);
+        }
+        assert_eq!((batch.queued(0), batch.queued(1)), (0, 3));
+        assert_eq!(batch.send(1, 1, through.as_fd()).unwrap(), 2);
+        let mut buffer = [0; 2000];
+        assert_eq!(to.recv(&mut buffer).unwrap(), 1);
+        assert_eq!(buffer[0], 1);
+        assert_eq!(to.recv(&mut buffer).unwrap(), 1000);
+        assert!(buffer[..1000].iter().all(|&byte| byte == 1000u32 as u8));
+        assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
+        assert_eq!((batch.whole(0), batch.queued(1)), (Some(7), 0));
+    }
+
+    #[test]
+    fn a_refusal_names_the_destination() {
+        // On an address where nothing else here binds, so that the port stays closed.
+        let closed = UdpSocket::bind("127.0.0.6:0").unwrap().local_addr().unwrap();
+        let sender = socket();
+        nix::sys::socket::setsockopt(&sender, nix::sys::socket::sockopt::Ipv4RecvErr, &true).unwrap();
+        assert_eq!(next_report(sender.as_fd()), None);
+        sender.send_to(b"?", closed).unwrap();
+        // Blocks until the refusal is back, because nothing else can arrive here.
+        let mut nothing = [0; 1];
+        assert_eq!(sender.recv(&mut nothing).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let expected = Report { to: (closed.ip(), closed.port()), errno: libc::ECONNREFUSED };
+        assert_eq!(next_report(sender.as_fd()), Some(expected));
+        assert_eq!(next_report(sender.as_fd()), None);
+    }
+
+    #[test]
+    fn waiting_for_the_stack_returns() {
+        wait_for_network_stack();
+    }
+}

@@ -1,0 +1,67 @@
+//! Which of a listener's sockets a datagram goes to: small classic BPF programs that any user may attach.
+//!
+//! Left to itself, the kernel hashes addresses and ports, so that a single sender never keeps more than one worker
+//! busy. Under a policy that promises no order, datagrams are spread at random instead.
+
+use std::os::fd::AsFd;
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{AttachReusePortCbpf, SetStruct};
+use socket2::{SockFilter, Socket};
+
+/// `SO_DETACH_REUSEPORT_BPF` of `asm-generic/socket.h`.
+const DETACH_REUSEPORT_BPF: libc::c_int = 68;
+
+/// Takes a group's program away.
+#[derive(Clone)]
+struct DetachReusePortBpf;
+
+nix::setsockopt_impl!(
+    DetachReusePortBpf,
+    libc::SOL_SOCKET,
+    DETACH_REUSEPORT_BPF,
+    libc::c_int,
+    SetStruct<'_, libc::c_int>
+);
+
+const fn instruction(code: u32, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt: 0, jf: 0, k }
+}
+
+/// Spreads the datagrams of the group at random over its first `sockets` sockets.
+///
+/// # Errors
+/// When the kernel refuses the program, or the socket is not in a group.
+pub fn spread(group_member: &impl AsFd, sockets: u32) -> anyhow::Result<()> {
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let mut program = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random),
+        instruction(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, sockets.max(1)),
+        instruction(libc::BPF_RET | libc::BPF_A, 0),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    setsockopt(group_member, AttachReusePortCbpf, &program)
+        .context("cannot attach the program that spreads datagrams over the workers")
+}
+
+/// Leaves the choice to the kernel's hash of addresses and ports, which keeps each sender on one socket.
+///
+/// # Errors
+/// When the kernel refuses; that there was no program, or no group, is none.
+pub fn by_sender(group_member: &impl AsFd) -> anyhow::Result<()> {
+    match setsockopt(group_member, DetachReusePortBpf, &0) {
+        Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => Ok(()),
+        Err(errno) => Err(errno).context("cannot detach the program that spreads datagrams over the workers"),
+    }
+}
+
+/// Makes the kernel turn away every datagram that arrives for this socket from now on. What is queued stays.
+///
+/// # Errors
+/// When the kernel refuses the program.
+pub fn refuse_all(socket: &Socket) -> anyhow::Result<()> {
+    let program = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
+    socket.attach_filter(&program).context("cannot attach the program that turns datagrams away")
+}

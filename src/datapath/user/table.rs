@@ -1,0 +1,189 @@
+//! A listener's table in the form its workers read: encoded addresses, and the order of the round.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+
+use super::count::DownstreamCells;
+use super::mmsg::{Endpoint, Family, RawAddress};
+use crate::model::Policy;
+use crate::plan::ListenerPlan;
+
+/// One listener's table; never changed, only replaced.
+#[derive(Debug)]
+pub struct Table {
+    policy: Policy,
+    addresses: Box<[SocketAddr]>,
+    encoded: Box<[RawAddress]>,
+    round: Box<[u32]>,
+    targets: HashMap<Endpoint, u32>,
+}
+
+impl Table {
+    /// The table of a plan.
+    ///
+    /// # Errors
+    /// When the plan's table names a downstream that is not there.
+    pub fn new(plan: &ListenerPlan, family: Family) -> Result<Self> {
+        let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
+        for &index in &plan.table {
+            let count = addresses.len();
+            ensure!((index as usize) < count, "the table names downstream {index}, but there are only {count}");
+        }
+        Ok(Table {
+            policy: plan.policy,
+            encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
+            round: plan.table.as_slice().into(),
+            targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
+            addresses,
+        })
+    }
+
+    /// True if datagrams would travel differently under the plan.
+    pub fn differs_from(&self, plan: &ListenerPlan) -> bool {
+        self.policy != plan.policy
+            || *self.round != *plan.table
+            || !self.addresses.iter().eq(plan.targets.iter().map(|target| &target.downstream.address))
+    }
+
+    /// How a position in the round is found.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// The downstreams, in the order of their indices.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// The encoded address of a downstream.
+    pub fn encoded(&self, target: u32) -> &RawAddress {
+        &self.encoded[target as usize]
+    }
+
+    /// The index of the downstream with this address.
+    pub fn target(&self, endpoint: &Endpoint) -> Option<u32> {
+        self.targets.get(endpoint).copied()
+    }
+
+    /// The downstreams of the datagrams from this position of the endless round on; none if there are no downstreams.
+    pub fn round_from(&self, position: u64) -> Option<Round<'_>> {
+        let length = u64::try_from(self.round.len()).ok().filter(|&length| length > 0)?;
+        Some(Round { round: &self.round, at: usize::try_from(position % length).ok()? })
+    }
+}
+
+/// A walk along the round.
+#[derive(Debug)]
+pub struct Round<'a> {
+    round: &'a [u32],
+    at: usize,
+}
+
+impl Round<'_> {
+    /// The index of the next downstream.
+    pub fn step(&mut self) -> u32 {
+        let target = self.round[self.at];
+        self.at += 1;
+        if self.at == self.round.len() {
+            self.at = 0;
+        }
+        target
+    }
+}
+
+/// A table, and the cells in which one worker counts for its downstreams, by index.
+#[derive(Debug, Clone)]
+pub struct WorkerTable {
+    /// The table, shared by all workers.
+    pub table: Arc<Table>,
+    /// This worker's cells.
+    pub cells: Box<[Arc<DownstreamCells>]>,
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use crate::model::{Downstream, ListenerId, Mode};
+    use crate::plan::table::interleave;
+    use crate::plan::{Delivery, Target};
+
+    /// A plan for tests, with downstreams of these addresses and weights.
+    pub fn plan(bind: SocketAddr, downstreams: &[(SocketAddr, u32)]) -> ListenerPlan {
+        let target = |&(address, weight): &(SocketAddr, u32)| Target {
+            downstream: Downstream { name: address.to_string().into(), address, weight },
+            delivery: Delivery::Unreachable,
+        };
+        ListenerPlan {
+            id: ListenerId(0),
+            name: "test".into(),
+            mode: Mode::Userspace,
+            bind,
+            match_addresses: Vec::new(),
+            links: Vec::new(),
+            policy: Policy::RoundRobin,
+            socket_only: None,
+            targets: downstreams.iter().map(target).collect(),
+            table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()),
+            settings: Settings {
+                workers: 1,
+                batch_size: 64,
+                pin_cpus: false,
+                recv_buf_size: None,
+                max_packet_size: 65_507,
+            },
+        }
+    }
+
+    fn address(port: u16) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], port))
+    }
+
+    #[test]
+    fn a_round_goes_on_from_any_position() {
+        let plan = plan(address(514), &[(address(1), 2), (address(2), 1)]);
+        let table = Table::new(&plan, Family::V4).unwrap();
+        assert_eq!(plan.table, [0, 1, 0]);
+        for start in 0..10u64 {
+            let mut round = table.round_from(start).unwrap();
+            for n in start..start + 7 {
+                assert_eq!(round.step(), plan.table[(n % 3) as usize]);
+            }
+        }
+        assert_eq!(table.target(&(address(2).ip(), 2)), Some(1));
+        assert_eq!(table.target(&(address(2).ip(), 3)), None);
+    }
+
+    #[test]
+    fn without_downstreams_there_is_no_round() {
+        let table = Table::new(&plan(address(514), &[]), Family::V4).unwrap();
+        assert!(table.round_from(7).is_none());
+    }
+
+    #[test]
+    fn a_table_that_names_nobody_is_refused() {
+        let mut plan = plan(address(514), &[(address(1), 1)]);
+        plan.table = vec![0, 1];
+        let error = Table::new(&plan, Family::V4).unwrap_err().to_string();
+        assert_eq!(error, "the table names downstream 1, but there are only 1");
+    }
+
+    #[test]
+    fn only_what_changes_the_way_of_a_datagram_is_a_difference() {
+        let plan = plan(address(514), &[(address(1), 1), (address(2), 1)]);
+        let table = Table::new(&plan, Family::V4).unwrap();
+        let mut renamed = plan.clone();
+        renamed.targets[0].downstream.name = "other".into();
+        renamed.targets[1].delivery = Delivery::Local;
+        assert!(!table.differs_from(&renamed));
+        let mut moved = plan.clone();
+        moved.targets[0].downstream.address.set_port(9);
+        assert!(table.differs_from(&moved));
+        let mut turned = plan.clone();
+        turned.table.reverse();
+        assert!(table.differs_from(&turned));
+    }
+}

@@ -1,0 +1,198 @@
+//! Numbered datagrams in a closed loop: never more on their way than the receivers' buffers hold, so that whatever is
+//! missing was lost by the program under test.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use udp_fanout::config::Settings;
+use udp_fanout::datapath::user::UserDatapath;
+use udp_fanout::datapath::{Counters, Datapath};
+use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
+use udp_fanout::plan::table::interleave;
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
+
+/// How long anything may take before a test fails. Nothing waits this long when all is well.
+pub const GUARD: Duration = Duration::from_secs(20);
+
+/// Datagrams on their way at once.
+const WINDOW: u64 = 48;
+
+pub const ID: ListenerId = ListenerId(0);
+
+/// A listener's plan with downstreams of these addresses and weights.
+pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32)]) -> ListenerPlan {
+    let weights: Vec<u32> = downstreams.iter().map(|&(_, weight)| weight).collect();
+    ListenerPlan {
+        id: ListenerId(id),
+        name: name.into(),
+        mode: Mode::Userspace,
+        bind: bind.parse().unwrap(),
+        match_addresses: Vec::new(),
+        links: Vec::new(),
+        policy: Policy::RoundRobin,
+        socket_only: None,
+        targets: downstreams
+            .iter()
+            .map(|&(address, weight)| Target {
+                downstream: Downstream { name: address.to_string().into(), address, weight },
+                delivery: Delivery::Unreachable,
+            })
+            .collect(),
+        table: interleave(&weights),
+        settings: Settings {
+            workers: 2,
+            batch_size: 16,
+            pin_cpus: false,
+            recv_buf_size: None,
+            max_packet_size: 65_507,
+        },
+    }
+}
+
+/// A plan of these listeners.
+pub fn plan(listeners: &[&ListenerPlan]) -> Plan {
+    Plan { listeners: listeners.iter().map(|&listener| listener.clone()).collect() }
+}
+
+/// Tries until it holds.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < GUARD, "never happened: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Receivers and a sender.
+pub struct Flow {
+    sender: UdpSocket,
+    sinks: Vec<UdpSocket>,
+    next: u64,
+    arrived: u64,
+    /// Which receiver got each number, how often.
+    pub seen: BTreeMap<u64, Vec<usize>>,
+}
+
+impl Flow {
+    /// This many receivers, all at this IP address.
+    pub fn new(ip: &str, receivers: usize) -> Flow {
+        let sinks: Vec<UdpSocket> = (0..receivers).map(|_| UdpSocket::bind((ip, 0)).unwrap()).collect();
+        sinks.iter().for_each(|sink| sink.set_nonblocking(true).unwrap());
+        let sender = UdpSocket::bind((ip, 0)).unwrap();
+        Flow { sender, sinks, next: 0, arrived: 0, seen: BTreeMap::new() }
+    }
+
+    /// The receivers' addresses, all with weight 1.
+    pub fn receivers(&self) -> Vec<(SocketAddr, u32)> {
+        self.sinks.iter().map(|sink| (sink.local_addr().unwrap(), 1)).collect()
+    }
+
+    /// Sends one numbered datagram of this many bytes without waiting for anything, and says its number.
+    pub fn send_one(&mut self, to: SocketAddr, bytes: usize) -> u64 {
+        let number = self.next;
+        let mut datagram = vec![number as u8; bytes.max(8)];
+        datagram[..8].copy_from_slice(&number.to_be_bytes());
+        self.sender.send_to(&datagram, to).unwrap();
+        self.next += 1;
+        number
+    }
+
+    /// Sends numbered datagrams, of which one in `every` comes to our receivers, and waits until all those have.
+    pub fn run(&mut self, to: SocketAddr, datagrams: u64, every: u64) {
+        let (first, before) = (self.next, self.arrived);
+        while self.next - first < datagrams {
+            self.send_one(to, 64);
+            while (self.next - first) / every > self.arrived - before + WINDOW / every {
+                self.receive();
+            }
+        }
+        while self.arrived - before < datagrams / every {
+            self.receive();
+        }
+    }
+
+    /// Takes whatever has arrived at any receiver; waits for the first.
+    pub fn receive(&mut self) {
+        let mut ready: Vec<PollFd> = self.sinks.iter().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)).collect();
+        let timeout = PollTimeout::try_from(GUARD).unwrap();
+        let count = poll(&mut ready, timeout).unwrap();
+        assert!(count > 0, "of {} datagrams sent, {} arrived and no more came", self.next, self.arrived);
+        self.collect();
+    }
+
+    /// Takes whatever has arrived.
+    pub fn collect(&mut self) {
+        let mut buffer = vec![0; 65_536];
+        for (index, sink) in self.sinks.iter().enumerate() {
+            while let Ok(length) = sink.recv(&mut buffer) {
+                let number = u64::from_be_bytes(buffer[..8].try_into().unwrap());
+                assert!(buffer[8..length].iter().all(|&byte| byte == number as u8), "datagram {number} was changed");
+                self.seen.entry(number).or_default().push(index);
+                self.arrived += 1;
+            }
+        }
+    }
+
+    /// How many datagrams have arrived.
+    pub fn arrived(&self) -> u64 {
+        self.arrived
+    }
+
+    /// How many have been sent.
+    pub fn sent(&self) -> u64 {
+        self.next
+    }
+
+    /// Datagrams per receiver. Fails if any came twice.
+    pub fn per_receiver(&self) -> Vec<u64> {
+        let mut counts = vec![0; self.sinks.len()];
+        for (number, receivers) in &self.seen {
+            assert_eq!(receivers.len(), 1, "datagram {number} came to receivers {receivers:?}");
+            counts[receivers[0]] += 1;
+        }
+        counts
+    }
+
+    /// Fails unless every datagram sent so far has arrived exactly once.
+    pub fn assert_each_exactly_once(&self) {
+        assert_eq!(self.per_receiver().iter().sum::<u64>(), self.next);
+    }
+}
+
+/// A datapath that serves these listeners.
+pub fn serving(listeners: &[&ListenerPlan]) -> UserDatapath {
+    let mut datapath = UserDatapath::new();
+    datapath.apply(&plan(listeners)).unwrap();
+    datapath
+}
+
+/// The counters after the end, when they are final.
+pub fn final_counters(datapath: &mut UserDatapath) -> Counters {
+    datapath.shutdown().unwrap();
+    let counters = datapath.counters().unwrap();
+    assert!(counters.listeners.values().all(|listener| listener.balanced()), "{counters:?}");
+    counters
+}
+
+/// Runs a test in a network namespace of its own, which goes when the test's threads and sockets have.
+///
+/// Needs CAP_SYS_ADMIN and the `ip` command.
+pub fn in_own_network(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a new network namespace needs CAP_SYS_ADMIN");
+        ip("link set lo up");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs the `ip` command in the calling thread's namespace.
+pub fn ip(arguments: &str) {
+    let status = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}: {status}");
+}
