@@ -154,7 +154,9 @@ impl Daemon {
     fn told_to_stop(&mut self) -> bool {
         for signal in self.signals.pending() {
             if signal == SIGHUP {
-                tracing::warn!("SIGHUP ignored: this version reads its configuration at start only; restart it instead");
+                tracing::warn!(
+                    "SIGHUP ignored: this version reads its configuration at start only; restart it instead"
+                );
                 continue;
             }
             let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
@@ -188,7 +190,9 @@ impl Daemon {
         if take_due(&mut self.timers.filter_check, now) {
             self.timers.filter_check = Some(now + FILTER_CHECK);
             if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
-                self.handle(Event::Disturbed("the TC filter has been taken off by someone else; attaching again".into()));
+                self.handle(Event::Disturbed(
+                    "the TC filter has been taken off by someone else; attaching again".into(),
+                ));
             }
         }
     }

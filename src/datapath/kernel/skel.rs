@@ -13,7 +13,16 @@ use crate::config::Limits;
 use crate::model::{HashOn, Policy};
 use crate::plan::table::MAX_SLOTS;
 
-#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, missing_docs, dead_code)]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::too_many_lines,
+    missing_docs,
+    dead_code
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/fanout.skel.rs"));
 }

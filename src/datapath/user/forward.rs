@@ -108,7 +108,9 @@ impl Forwarder {
         let table = &self.table.table;
         let position = match table.policy() {
             // One shared cursor, moved once per batch, keeps the round exact across all workers.
-            Policy::RoundRobin => self.cursor.fetch_add(whole, Ordering::Relaxed),
+            Policy::RoundRobin | Policy::Hash(_) | Policy::GelfMessage => {
+                self.cursor.fetch_add(whole, Ordering::Relaxed)
+            }
         };
         let Some(mut round) = table.round_from(position) else {
             outcome.dropped.add(DropReason::NoDownstream, whole);
