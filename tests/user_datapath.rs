@@ -5,10 +5,15 @@
 
 #[path = "user_datapath/flow.rs"]
 mod flow;
+#[path = "support/netns_thread.rs"]
+mod netns_thread;
+#[path = "user_datapath/policies.rs"]
+mod policies;
 
 use std::net::{SocketAddr, UdpSocket};
 
-use flow::{Flow, GUARD, ID, final_counters, in_own_network, ip, listener, plan, serving, until};
+use flow::{Flow, GUARD, ID, final_counters, listener, plan, serving, until};
+use netns_thread::{in_new_netns, ip};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::{DownstreamCounters, DropReason, ListenerId, Mode};
 
@@ -398,7 +403,7 @@ fn a_listener_moves_to_an_overlapping_address_and_keeps_its_counts() {
 
 #[test]
 fn netns_an_unreachable_network_costs_only_its_own_datagrams() {
-    in_own_network(|| {
+    in_new_netns(|| {
         let mut flow = Flow::new("127.0.0.1", 1);
         let downstreams = [("240.0.0.1:514".parse().unwrap(), 1), flow.receivers()[0]];
         let mut datapath = serving(&[&listener(0, "syslog", LOCALHOST, &downstreams)]);
@@ -413,7 +418,7 @@ fn netns_an_unreachable_network_costs_only_its_own_datagrams() {
 /// Neighbours that do not answer hold datagrams in the send buffer while the kernel asks for them.
 #[test]
 fn netns_dead_neighbours_stall_nobody_and_are_counted_once_the_kernel_knows() {
-    in_own_network(|| {
+    in_new_netns(|| {
         ip("link add fo0 type veth peer name fo1");
         ip("address add 10.77.0.1/24 dev fo0");
         ip("link set fo0 up");

@@ -10,9 +10,9 @@
 //!                                                  └─► standing  errors that come back later
 //! ```
 //!
-//! **A datagram** is taken from a worker's socket with up to `batch_size` others, given a position in the listener's
-//! round by one shared cursor (moved once per batch), and sent from the memory it was received into. The path takes no
-//! lock and allocates nothing. It is counted when its batch has been sent; whatever was received is either forwarded or
+//! **A datagram** is taken from a worker's socket with up to `batch_size` others, given a place in the listener's table
+//! (the next of the round, from one shared cursor moved once per batch; or the one that its hash names), and sent from the
+//! memory it was received into. The path takes no lock and allocates nothing. It is counted when its batch has been sent; whatever was received is either forwarded or
 //! dropped for a reason, in every reading.
 //!
 //! **A new table** goes to the workers through their channels. A worker looks there after it has taken a batch and before

@@ -74,6 +74,8 @@ pub struct Flow {
     arrived: u64,
     /// Which receiver got each number, how often.
     pub seen: BTreeMap<u64, Vec<usize>>,
+    /// Per receiver, the numbers in the order of their arrival.
+    pub order: Vec<Vec<u64>>,
 }
 
 impl Flow {
@@ -82,7 +84,7 @@ impl Flow {
         let sinks: Vec<UdpSocket> = (0..receivers).map(|_| UdpSocket::bind((ip, 0)).unwrap()).collect();
         sinks.iter().for_each(|sink| sink.set_nonblocking(true).unwrap());
         let sender = UdpSocket::bind((ip, 0)).unwrap();
-        Flow { sender, sinks, next: 0, arrived: 0, seen: BTreeMap::new() }
+        Flow { sender, sinks, next: 0, arrived: 0, seen: BTreeMap::new(), order: vec![Vec::new(); receivers] }
     }
 
     /// The receivers' addresses, all with weight 1.
@@ -131,6 +133,7 @@ impl Flow {
                 let number = u64::from_be_bytes(buffer[..8].try_into().unwrap());
                 assert!(buffer[8..length].iter().all(|&byte| byte == number as u8), "datagram {number} was changed");
                 self.seen.entry(number).or_default().push(index);
+                self.order[index].push(number);
                 self.arrived += 1;
             }
         }
@@ -175,24 +178,4 @@ pub fn final_counters(datapath: &mut UserDatapath) -> Counters {
     let counters = datapath.counters().unwrap();
     assert!(counters.listeners.values().all(|listener| listener.balanced()), "{counters:?}");
     counters
-}
-
-/// Runs a test in a network namespace of its own, which goes when the test's threads and sockets have.
-///
-/// Needs CAP_SYS_ADMIN and the `ip` command.
-pub fn in_own_network(test: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a new network namespace needs CAP_SYS_ADMIN");
-        ip("link set lo up");
-        test();
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// Runs the `ip` command in the calling thread's namespace.
-pub fn ip(arguments: &str) {
-    let status = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
-    assert!(status.success(), "ip {arguments}: {status}");
 }

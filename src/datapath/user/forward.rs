@@ -1,6 +1,7 @@
 //! The way of one batch: taken from the listener's socket, each datagram given a downstream, sent, accounted for.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use super::standing::Standing;
 use super::table::WorkerTable;
 use crate::config::Settings;
 use crate::model::{DropReason, ListenerCounters, Policy};
+use crate::plan::hash;
 
 /// Shortest time between two log lines about failed sends of one worker.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
@@ -27,6 +29,8 @@ pub struct Forwarder {
     listener: Arc<str>,
     batch: Batch,
     lanes: [Lane; LANES],
+    /// For each whole datagram of the batch, the hash that gives it its place, or none if the round does.
+    hashes: Vec<Option<u32>>,
     /// What each lane's list in `batch` holds, position by position.
     queued: [Vec<Queued>; LANES],
     table: WorkerTable,
@@ -52,18 +56,21 @@ impl Forwarder {
     pub fn new(
         listener: Arc<str>,
         settings: &Settings,
-        family: Family,
         table: WorkerTable,
         cursor: Arc<AtomicU64>,
         cells: Arc<WorkerCells>,
     ) -> Result<Self> {
         let count = settings.batch_size.max(1) as usize;
         let max_length = settings.max_packet_size.max(1) as usize;
+        let family = Family::of(table.table.listener());
+        let mut batch = Batch::new(count, max_length).with_context(|| {
+            format!("no memory for {count} datagrams of {max_length} bytes; lower batch_size or max_packet_size")
+        })?;
+        batch.want_addresses(needs_addresses(table.table.policy()));
         Ok(Forwarder {
             listener,
-            batch: Batch::new(count, max_length).with_context(|| {
-                format!("no memory for {count} datagrams of {max_length} bytes; lower batch_size or max_packet_size")
-            })?,
+            batch,
+            hashes: Vec::with_capacity(count),
             lanes: [Lane::open(MAIN, family)?, Lane::open(TROUBLED, family)?],
             queued: std::array::from_fn(|_| Vec::with_capacity(count)),
             standing: Standing::new(table.table.addresses().len()),
@@ -74,8 +81,9 @@ impl Forwarder {
         })
     }
 
-    /// Uses another table from the next batch on.
+    /// Uses another table for the batch at hand and all that follow.
     pub fn set_table(&mut self, table: WorkerTable) {
+        self.batch.want_addresses(needs_addresses(table.table.policy()));
         self.standing = self.standing.moved(&self.table.table, &table.table);
         self.table = table;
     }
@@ -102,27 +110,30 @@ impl Forwarder {
 
     /// Gives every datagram that can be forwarded a downstream and a lane.
     fn choose(&mut self, received: usize, outcome: &mut ListenerCounters) {
-        let whole = (0..received).filter(|&slot| self.batch.whole(slot).is_some()).count() as u64;
-        outcome.dropped.add(DropReason::Truncated, received as u64 - whole);
         outcome.bytes_received = (0..received).map(|slot| self.batch.length(slot) as u64).sum();
         let table = &self.table.table;
-        let position = match table.policy() {
-            // One shared cursor, moved once per batch, keeps the round exact across all workers.
-            Policy::RoundRobin | Policy::Hash(_) | Policy::GelfMessage => {
-                self.cursor.fetch_add(whole, Ordering::Relaxed)
-            }
-        };
+        self.hashes.clear();
+        for slot in (0..received).filter(|&slot| self.batch.whole(slot).is_some()) {
+            self.hashes.push(hash_of(&self.batch, slot, table.policy(), table.listener()));
+        }
+        let whole = self.hashes.len();
+        outcome.dropped.add(DropReason::Truncated, (received - whole) as u64);
+        // One shared cursor, moved once per batch, keeps the round exact across all workers.
+        let in_the_round = self.hashes.iter().filter(|hash| hash.is_none()).count();
+        let position = self.cursor.fetch_add(in_the_round as u64, Ordering::Relaxed);
         let Some(mut round) = table.round_from(position) else {
-            outcome.dropped.add(DropReason::NoDownstream, whole);
+            outcome.dropped.add(DropReason::NoDownstream, whole as u64);
             return;
         };
         let now = self.standing.any_trouble().then(Instant::now);
         if let Some(now) = now {
             self.standing.forgive(now);
         }
+        let mut hashes = self.hashes.iter();
         for slot in 0..received {
             let Some(bytes) = self.batch.whole(slot) else { continue };
-            let target = round.step();
+            let placed = hashes.next().copied().flatten().and_then(|hash| table.placed(hash));
+            let target = placed.unwrap_or_else(|| round.step());
             let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
             let lane = if troubled { TROUBLED } else { MAIN };
             self.batch.queue(lane, slot, table.encoded(target));
@@ -166,6 +177,30 @@ impl Forwarder {
                 }
             }
         }
+    }
+}
+
+/// True if the policy asks where datagrams come from or go to.
+fn needs_addresses(policy: Policy) -> bool {
+    matches!(policy, Policy::Hash(_))
+}
+
+/// The hash that gives a datagram its place in the table, or none if it is the round's turn: the same as in the TC
+/// program's `place`.
+fn hash_of(batch: &Batch, slot: usize, policy: Policy, listener: SocketAddr) -> Option<u32> {
+    match policy {
+        Policy::RoundRobin => None,
+        Policy::Hash(on) => {
+            // Taken before the policy changed, a batch has no addresses: it still goes round.
+            let source = batch.sender(slot)?;
+            let destination = batch.destination(slot).unwrap_or(listener.ip());
+            Some(hash::flow_hash(on, source.into(), SocketAddr::new(destination, listener.port())))
+        }
+        Policy::GelfMessage => match batch.first_bytes(slot)? {
+            // A chunk: two bytes of magic, then its message's ID.
+            [0x1e, 0x0f, a, b, c, d, e, f, g, h] => Some(hash::message_hash([a, b, c, d, e, f, g, h])),
+            _ => None,
+        },
     }
 }
 

@@ -9,14 +9,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use nix::sys::socket::sockopt::{GetStruct, RcvBufForce};
+use nix::sys::socket::sockopt::{GetStruct, Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce};
 use nix::sys::socket::{getsockopt, setsockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 use tracing::warn;
 
 use super::mmsg::wait_for_network_stack;
 use super::steer;
-use crate::model::Policy;
+use crate::model::{HashOn, Policy};
 
 /// `SO_MEMINFO` of `asm-generic/socket.h`.
 const MEMINFO: libc::c_int = 55;
@@ -131,11 +131,16 @@ impl Group {
         Ok(())
     }
 
-    /// Makes the kernel choose among the sockets as the policy demands.
+    /// Makes the kernel choose among the sockets as the policy demands, and say what the policy needs to know.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn steer(&self, policy: Policy) -> Result<()> {
+        if policy == Policy::Hash(HashOn::Flow) && self.address.ip().is_unspecified() {
+            for member in &self.members {
+                tell_destinations(&member.socket)?;
+            }
+        }
         let first = &*self.members[0].socket;
         if self.members.len() == 1 {
             return Ok(());
@@ -211,6 +216,14 @@ fn receive_buffer(socket: &Socket, bytes: usize) -> Result<usize> {
     }
     // The kernel doubles what it is asked for, to allow for its own overhead, and reports the double.
     Ok(socket.recv_buffer_size()? / 2)
+}
+
+/// Makes the kernel say with each datagram which of the host's addresses it was sent to.
+fn tell_destinations(socket: &Socket) -> Result<()> {
+    match socket.domain()? {
+        Domain::IPV4 => setsockopt(socket, Ipv4PacketInfo, &true).context("cannot set IP_PKTINFO"),
+        _ => setsockopt(socket, Ipv6RecvPacketInfo, &true).context("cannot set IPV6_RECVPKTINFO"),
+    }
 }
 
 fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {

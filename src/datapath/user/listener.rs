@@ -12,7 +12,6 @@ use tracing::{debug, info};
 use super::count::Ledger;
 use super::forward::Forwarder;
 use super::group::Group;
-use super::mmsg::Family;
 use super::table::{Table, WorkerTable};
 use super::worker::{Prepared, Stop, Worker};
 use crate::model::{DownstreamCounters, DropReason, ListenerCounters, Mode};
@@ -47,7 +46,7 @@ impl Listener {
 
     /// Starts the workers on sockets that are bound already.
     fn serve(plan: &ListenerPlan, cpus: usize, group: Group) -> Result<Self> {
-        let table = Arc::new(Table::new(plan, family(plan.bind))?);
+        let table = Arc::new(Table::new(plan, group.address())?);
         let mut listener = Listener {
             plan: plan.clone(),
             group,
@@ -132,7 +131,7 @@ impl Listener {
 
     /// Hands every worker the table of the plan.
     fn replace_table(&mut self, plan: &ListenerPlan) -> Result<()> {
-        let table = Arc::new(Table::new(plan, family(plan.bind))?);
+        let table = Arc::new(Table::new(plan, self.group.address())?);
         if plan.policy != self.plan.policy {
             self.group.steer(plan.policy)?;
         }
@@ -155,7 +154,7 @@ impl Listener {
     }
 
     fn try_restaff(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
-        let table = Arc::new(Table::new(plan, family(plan.bind))?);
+        let table = Arc::new(Table::new(plan, self.group.address())?);
         self.group.grow(count)?;
         let prepared = self.prepare(plan, &self.group.sockets()[..count], &table)?;
         if count < self.group.len() {
@@ -191,7 +190,7 @@ impl Listener {
             let downstreams = self.ledger.downstreams(key, table.addresses());
             let table = WorkerTable { table: Arc::clone(table), cells: downstreams };
             let (name, settings, cursor) = (Arc::clone(&plan.name), &plan.settings, Arc::clone(&self.cursor));
-            let forwarder = Forwarder::new(name, settings, family(plan.bind), table, cursor, cells)?;
+            let forwarder = Forwarder::new(name, settings, table, cursor, cells)?;
             Prepared::new(key, &plan.name, number, settings.pin_cpus, Arc::clone(socket), forwarder)
         };
         sockets.iter().enumerate().map(|(number, socket)| prepare(number, socket)).collect()
@@ -258,10 +257,6 @@ impl Listener {
             Mode::TcEbpf => debug!(listener_id, endpoints, "updated userspace downstream set"),
         }
     }
-}
-
-fn family(bind: SocketAddr) -> Family {
-    if bind.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
 /// How many workers the plan asks for. Where the TC program does the work, one is enough for what it passes up.

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::mem::{self, MaybeUninit};
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -28,6 +28,14 @@ pub enum Family {
     V6,
 }
 
+impl Family {
+    /// The family of the sockets that forward what arrives at this address.
+    #[must_use]
+    pub fn of(listener: SocketAddr) -> Self {
+        if listener.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+}
+
 /// An address with the port, as the kernel reports it: without scope and flow label.
 pub type Endpoint = (IpAddr, u16);
 
@@ -40,6 +48,7 @@ union Storage {
 
 /// A socket address in the form the kernel takes, encoded once per table rather than once per datagram.
 #[derive(Clone, Copy)]
+#[repr(C)] // the kernel is given the address of the whole, which must be that of the storage
 pub struct RawAddress {
     storage: Storage,
     length: libc::socklen_t,
@@ -144,25 +153,27 @@ struct Headers {
 }
 
 impl Headers {
-    fn new(count: usize, with_names: bool) -> Self {
+    fn new(count: usize) -> Self {
         // SAFETY: zero is a valid value for every field of both structs: integers and nullable pointers.
         let (header, vector): (libc::mmsghdr, libc::iovec) = unsafe { (mem::zeroed(), mem::zeroed()) };
         let mut new = Headers {
             headers: vec![header; count],
             vectors: vec![vector; count],
-            names: vec![RawAddress::zeroed(); if with_names { count } else { 0 }],
+            names: vec![RawAddress::zeroed(); count],
         };
         let (vectors, names) = (new.vectors.as_mut_ptr(), new.names.as_mut_ptr());
         for (index, header) in new.headers.iter_mut().enumerate() {
             header.msg_hdr.msg_iov = vectors.wrapping_add(index);
             header.msg_hdr.msg_iovlen = 1;
-            if with_names {
-                header.msg_hdr.msg_name = names.wrapping_add(index).cast();
-            }
+            header.msg_hdr.msg_name = names.wrapping_add(index).cast();
         }
         new
     }
 }
+
+/// Room for what the kernel says about one datagram besides its sender: the address that it was sent to. In u64 for the
+/// alignment of the headers.
+type Control = [u64; 8];
 
 /// The memory and the message headers of one worker.
 pub struct Batch {
@@ -170,6 +181,12 @@ pub struct Batch {
     stride: usize,
     max_length: usize,
     incoming: Headers,
+    /// One for each header of `incoming`, which points to it; never grows or shrinks.
+    controls: Vec<Control>,
+    /// Whether the next batch is to be taken with addresses.
+    want_addresses: bool,
+    /// Whether this one was.
+    with_addresses: bool,
     received: usize,
     outgoing: [Headers; LANES],
     queued: [usize; LANES],
@@ -189,13 +206,43 @@ impl Batch {
         let stride = (max_length.div_ceil(CACHE_LINE) | 1) * CACHE_LINE;
         let length = count.checked_mul(stride).and_then(NonZeroUsize::new);
         let memory = Memory::new(length.ok_or(io::ErrorKind::InvalidInput)?)?;
-        let mut incoming = Headers::new(count, false);
+        let mut incoming = Headers::new(count);
         for (slot, vector) in incoming.vectors.iter_mut().enumerate() {
             vector.iov_base = memory.start.as_ptr().wrapping_byte_add(slot * stride);
             vector.iov_len = max_length;
         }
-        let outgoing = std::array::from_fn(|_| Headers::new(count, true));
-        Ok(Batch { memory, stride, max_length, incoming, received: 0, outgoing, queued: [0; LANES] })
+        let mut controls = vec![Control::default(); count];
+        let first = controls.as_mut_ptr();
+        for (slot, header) in incoming.headers.iter_mut().enumerate() {
+            header.msg_hdr.msg_control = first.wrapping_add(slot).cast();
+        }
+        let outgoing = std::array::from_fn(|_| Headers::new(count));
+        Ok(Batch {
+            memory,
+            stride,
+            max_length,
+            incoming,
+            controls,
+            want_addresses: false,
+            with_addresses: false,
+            received: 0,
+            outgoing,
+            queued: [0; LANES],
+        })
+    }
+
+    /// Whether the batches to come say where each datagram came from and where it was sent to.
+    pub fn want_addresses(&mut self, wanted: bool) {
+        self.want_addresses = wanted;
+    }
+
+    /// Says anew in the first headers how much room there is; the kernel has written there how much it used.
+    fn make_room(&mut self, headers: usize) {
+        let (name, control) = if self.with_addresses { (size::<Storage>(), mem::size_of::<Control>()) } else { (0, 0) };
+        for header in &mut self.incoming.headers[..headers] {
+            header.msg_hdr.msg_namelen = name;
+            header.msg_hdr.msg_controllen = control as _;
+        }
     }
 
     /// Takes what the socket holds, up to the batch's size, without waiting; the slots from 0 then hold the datagrams.
@@ -204,12 +251,19 @@ impl Batch {
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        if self.want_addresses == self.with_addresses {
+            self.make_room(self.received);
+        } else {
+            self.with_addresses = self.want_addresses;
+            self.make_room(self.controls.len());
+        }
         self.received = 0;
         self.queued = [0; LANES];
         let headers = &mut self.incoming.headers;
         // MSG_TRUNC makes the kernel report a datagram's real length even where it did not fit.
-        // SAFETY: the headers point to vectors owned by `self`, each of which describes `max_length` bytes of its own
-        // slot within `self.memory`; no Rust reference to that memory ever exists.
+        // SAFETY: the headers point to names, control buffers and vectors owned by `self`, for no more than their sizes;
+        // each vector describes `max_length` bytes of its own slot within `self.memory`, to which no Rust reference ever
+        // exists.
         let taken = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -235,6 +289,44 @@ impl Batch {
     pub fn length(&self, slot: usize) -> usize {
         assert!(slot < self.received, "slot {slot} holds no datagram");
         self.incoming.headers[slot].msg_len as usize
+    }
+
+    /// The first bytes of the datagram of this slot, if it has as many.
+    #[must_use]
+    pub fn first_bytes<const N: usize>(&self, slot: usize) -> Option<[u8; N]> {
+        if self.length(slot) < N || self.max_length < N {
+            return None;
+        }
+        let mut bytes = [0; N];
+        let start = self.memory.start.as_ptr().wrapping_byte_add(slot * self.stride).cast::<u8>();
+        // SAFETY: the slot has `max_length` bytes, which is not less than N, and mapped memory is always initialised.
+        unsafe { ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), N) };
+        Some(bytes)
+    }
+
+    /// Who sent the datagram of this slot, if the batch was taken with addresses.
+    #[must_use]
+    pub fn sender(&self, slot: usize) -> Option<Endpoint> {
+        assert!(slot < self.received, "slot {slot} holds no datagram");
+        self.with_addresses.then(|| self.incoming.names[slot].endpoint())
+    }
+
+    /// The address that the datagram of this slot was sent to, if the batch was taken with addresses and the socket has
+    /// `IP_PKTINFO` or `IPV6_RECVPKTINFO` set.
+    #[must_use]
+    pub fn destination(&self, slot: usize) -> Option<IpAddr> {
+        assert!(slot < self.received, "slot {slot} holds no datagram");
+        let header = &self.incoming.headers[slot].msg_hdr;
+        // SAFETY: `recvmmsg` has filled the header of every slot below `received` and the control buffer it points to,
+        // whose used length it has written, zero if no room was given.
+        unsafe {
+            find::<libc::in_pktinfo>(header, libc::SOL_IP, libc::IP_PKTINFO)
+                .map(|info| Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()).into())
+                .or_else(|| {
+                    find::<libc::in6_pktinfo>(header, libc::SOL_IPV6, libc::IPV6_PKTINFO)
+                        .map(|info| Ipv6Addr::from(info.ipi6_addr.s6_addr).into())
+                })
+        }
     }
 
     /// Appends the datagram of this slot, which must be whole, to a lane's list.
@@ -324,25 +416,31 @@ pub fn next_report(socket: BorrowedFd<'_>) -> Option<Report> {
 /// The error in a message from the error queue, unless this host's own stack put it there.
 ///
 /// # Safety
-/// The header must have been filled by a successful `recvmsg`, and its control buffer must still be there.
+/// As for [`find`].
 unsafe fn remote_error(header: &libc::msghdr) -> Option<i32> {
+    // SAFETY: the caller promises what `find` asks for; both messages begin with this struct.
+    let error: libc::sock_extended_err = unsafe {
+        find(header, libc::SOL_IP, libc::IP_RECVERR).or_else(|| find(header, libc::SOL_IPV6, libc::IPV6_RECVERR))?
+    };
+    (error.ee_origin != libc::SO_EE_ORIGIN_LOCAL).then_some(error.ee_errno as i32)
+}
+
+/// The beginning of the control message of this kind, if there is one that long.
+///
+/// # Safety
+/// The header must have been filled by a successful `recvmsg`, its control buffer must still be there, and every bit
+/// pattern must be a valid `T`.
+unsafe fn find<T: Copy>(header: &libc::msghdr, level: libc::c_int, kind: libc::c_int) -> Option<T> {
     // SAFETY: the caller's promise is exactly what the CMSG functions ask for.
     let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !control.is_null() {
-        // SAFETY: the CMSG functions return headers within the control buffer, or null.
-        let (level, kind) = unsafe { ((*control).cmsg_level, (*control).cmsg_type) };
-        if matches!((level, kind), (libc::SOL_IP, libc::IP_RECVERR) | (libc::SOL_IPV6, libc::IPV6_RECVERR)) {
-            let mut error = MaybeUninit::<libc::sock_extended_err>::uninit();
-            // SAFETY: both message types begin with this struct; it is copied because it need not be aligned.
-            let error = unsafe {
-                ptr::copy_nonoverlapping(
-                    libc::CMSG_DATA(control),
-                    error.as_mut_ptr().cast(),
-                    mem::size_of::<libc::sock_extended_err>(),
-                );
-                error.assume_init()
-            };
-            return (error.ee_origin != libc::SO_EE_ORIGIN_LOCAL).then_some(error.ee_errno as i32);
+        // SAFETY: the CMSG functions return headers within the control buffer, or null; its start is aligned for them.
+        let found = unsafe { *control };
+        // SAFETY: computes a number.
+        let wanted_length = unsafe { libc::CMSG_LEN(size::<T>()) };
+        if found.cmsg_level == level && found.cmsg_type == kind && found.cmsg_len as usize >= wanted_length as usize {
+            // SAFETY: the message is long enough; it is copied because its data need not be aligned.
+            return Some(unsafe { libc::CMSG_DATA(control).cast::<T>().read_unaligned() });
         }
         // SAFETY: as above.
         control = unsafe { libc::CMSG_NXTHDR(header, control) };
@@ -409,6 +507,37 @@ mod tests {
         assert!(buffer[..1000].iter().all(|&byte| byte == 1000u32 as u8));
         assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
         assert_eq!((batch.whole(0), batch.queued(1)), (Some(7), 0));
+    }
+
+    #[test]
+    fn a_batch_tells_addresses_and_first_bytes_where_wanted() {
+        use nix::sys::socket::{setsockopt, sockopt::Ipv4PacketInfo, sockopt::Ipv6RecvPacketInfo};
+        let wildcard = UdpSocket::bind("0.0.0.0:0").unwrap();
+        setsockopt(&wildcard, Ipv4PacketInfo, &true).unwrap();
+        let wildcard6 = UdpSocket::bind("[::]:0").unwrap();
+        setsockopt(&wildcard6, Ipv6RecvPacketInfo, &true).unwrap();
+        let mut batch = Batch::new(4, 20).unwrap();
+        for (through, from, to) in [
+            (&wildcard, "127.0.0.1:0", "127.0.0.1"),
+            (&wildcard, "127.0.0.1:0", "127.3.2.1"),
+            (&wildcard6, "[::1]:0", "::1"),
+        ] {
+            through.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let from = UdpSocket::bind(from).unwrap();
+            let (sender, to): (SocketAddr, IpAddr) = (from.local_addr().unwrap(), to.parse().unwrap());
+            for wanted in [true, true, false, true] {
+                from.send_to(b"0123456789", (to, through.local_addr().unwrap().port())).unwrap();
+                through.peek(&mut [0; 1]).unwrap();
+                batch.want_addresses(wanted);
+                // Twice the same: the kernel has overwritten how much room there is.
+                assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
+                assert_eq!(batch.sender(0), wanted.then_some((sender.ip(), sender.port())));
+                assert_eq!(batch.destination(0), wanted.then_some(to));
+                assert_eq!(batch.first_bytes(0), Some(*b"0123456789"));
+                assert_eq!(batch.first_bytes::<11>(0), None);
+                assert_eq!(batch.first_bytes::<21>(0), None);
+            }
+        }
     }
 
     #[test]

@@ -101,7 +101,6 @@ impl Standing {
 
 #[cfg(test)]
 mod tests {
-    use super::super::mmsg::Family;
     use super::super::table::tests::plan;
     use super::*;
     use std::net::SocketAddr;
@@ -140,7 +139,7 @@ mod tests {
         let address = |port| SocketAddr::from(([192, 0, 2, 1], port));
         let table = |ports: &[u16]| {
             let downstreams: Vec<_> = ports.iter().map(|&port| (address(port), 1)).collect();
-            Table::new(&plan(address(514), &downstreams), Family::V4).unwrap()
+            Table::new(&plan(address(514), &downstreams), address(514)).unwrap()
         };
         let now = Instant::now();
         let mut standing = Standing::new(3);

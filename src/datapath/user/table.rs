@@ -9,12 +9,13 @@ use anyhow::{Result, ensure};
 use super::count::DownstreamCells;
 use super::mmsg::{Endpoint, Family, RawAddress};
 use crate::model::Policy;
-use crate::plan::ListenerPlan;
+use crate::plan::{ListenerPlan, hash};
 
 /// One listener's table; never changed, only replaced.
 #[derive(Debug)]
 pub struct Table {
     policy: Policy,
+    listener: SocketAddr,
     addresses: Box<[SocketAddr]>,
     encoded: Box<[RawAddress]>,
     round: Box<[u32]>,
@@ -22,11 +23,12 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table of a plan.
+    /// The table of a plan whose listener is bound to this address.
     ///
     /// # Errors
     /// When the plan's table names a downstream that is not there.
-    pub fn new(plan: &ListenerPlan, family: Family) -> Result<Self> {
+    pub fn new(plan: &ListenerPlan, listener: SocketAddr) -> Result<Self> {
+        let family = Family::of(listener);
         let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
         for &index in &plan.table {
             let count = addresses.len();
@@ -34,6 +36,7 @@ impl Table {
         }
         Ok(Table {
             policy: plan.policy,
+            listener,
             encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
             round: plan.table.as_slice().into(),
             targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
@@ -48,7 +51,12 @@ impl Table {
             || !self.addresses.iter().eq(plan.targets.iter().map(|target| &target.downstream.address))
     }
 
-    /// How a position in the round is found.
+    /// The address that the listener's sockets are bound to.
+    pub fn listener(&self) -> SocketAddr {
+        self.listener
+    }
+
+    /// How a datagram's place is found.
     pub fn policy(&self) -> Policy {
         self.policy
     }
@@ -66,6 +74,12 @@ impl Table {
     /// The index of the downstream with this address.
     pub fn target(&self, endpoint: &Endpoint) -> Option<u32> {
         self.targets.get(endpoint).copied()
+    }
+
+    /// The index of the downstream to whose place a hash belongs; none if there are no downstreams.
+    pub fn placed(&self, hash: u32) -> Option<u32> {
+        let slots = u32::try_from(self.round.len()).ok()?;
+        self.round.get(hash::place(hash, slots) as usize).copied()
     }
 
     /// The downstreams of the datagrams from this position of the endless round on; none if there are no downstreams.
@@ -145,7 +159,7 @@ pub mod tests {
     #[test]
     fn a_round_goes_on_from_any_position() {
         let plan = plan(address(514), &[(address(1), 2), (address(2), 1)]);
-        let table = Table::new(&plan, Family::V4).unwrap();
+        let table = Table::new(&plan, plan.bind).unwrap();
         assert_eq!(plan.table, [0, 1, 0]);
         for start in 0..10u64 {
             let mut round = table.round_from(start).unwrap();
@@ -159,7 +173,7 @@ pub mod tests {
 
     #[test]
     fn without_downstreams_there_is_no_round() {
-        let table = Table::new(&plan(address(514), &[]), Family::V4).unwrap();
+        let table = Table::new(&plan(address(514), &[]), address(514)).unwrap();
         assert!(table.round_from(7).is_none());
     }
 
@@ -167,14 +181,14 @@ pub mod tests {
     fn a_table_that_names_nobody_is_refused() {
         let mut plan = plan(address(514), &[(address(1), 1)]);
         plan.table = vec![0, 1];
-        let error = Table::new(&plan, Family::V4).unwrap_err().to_string();
+        let error = Table::new(&plan, plan.bind).unwrap_err().to_string();
         assert_eq!(error, "the table names downstream 1, but there are only 1");
     }
 
     #[test]
     fn only_what_changes_the_way_of_a_datagram_is_a_difference() {
         let plan = plan(address(514), &[(address(1), 1), (address(2), 1)]);
-        let table = Table::new(&plan, Family::V4).unwrap();
+        let table = Table::new(&plan, plan.bind).unwrap();
         let mut renamed = plan.clone();
         renamed.targets[0].downstream.name = "other".into();
         renamed.targets[1].delivery = Delivery::Local;

@@ -276,7 +276,6 @@ fn pin(name: &str, number: usize) {
 mod tests {
     use super::super::count::Ledger;
     use super::super::group::tests::queued;
-    use super::super::mmsg::Family;
     use super::super::table::{Table, tests::plan};
     use super::*;
     use std::net::UdpSocket;
@@ -297,12 +296,12 @@ mod tests {
         }
         let mut plan = plan("127.0.0.1:0".parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         plan.settings.batch_size = 4;
-        let table = Arc::new(Table::new(&plan, Family::V4).unwrap());
+        let table = Arc::new(Table::new(&plan, plan.bind).unwrap());
         let mut ledger = Ledger::default();
         let (key, cells) = ledger.open();
         let table = WorkerTable { cells: ledger.downstreams(key, table.addresses()), table };
         let settings = &plan.settings;
-        let forwarder = Forwarder::new(plan.name.clone(), settings, Family::V4, table, Arc::default(), cells).unwrap();
+        let forwarder = Forwarder::new(plan.name.clone(), settings, table, Arc::default(), cells).unwrap();
         socket.set_nonblocking(true).unwrap();
         let worker = Prepared::new(key, "test", 0, false, Arc::new(socket.into()), forwarder).unwrap();
         worker.commands.send(Command::Stop(how)).unwrap();
