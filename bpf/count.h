@@ -17,19 +17,33 @@ static __always_inline struct stats *count_received(__u32 listener_id, const str
 	return stats;
 }
 
-static __always_inline void count_forwarded(__u32 listener_id, __u32 downstream_id,
-					    const struct packet *pkt)
+static __always_inline void count_copy(__u32 downstream_id, const struct packet *pkt)
 {
 	struct downstream_stats *to = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &downstream_id);
+
+	if (to) {
+		to->pkts += pkt->datagrams;
+		to->bytes += pkt->payload;
+	}
+}
+
+static __always_inline void count_copy_dropped(__u32 listener_id, enum drop_reason reason,
+					       const struct packet *pkt)
+{
+	__u32 index = listener_id * DROP_REASONS + reason;
+	__u64 *drops = bpf_map_lookup_elem(&COPY_DROPS, &index);
+
+	if (drops)
+		*drops += pkt->datagrams;
+}
+
+static __always_inline void count_forwarded(__u32 listener_id, const struct packet *pkt)
+{
 	struct stats *stats = count_received(listener_id, pkt);
 
 	if (stats) {
 		stats->pkts_forwarded += pkt->datagrams;
 		stats->bytes_forwarded += pkt->payload;
-	}
-	if (to) {
-		to->pkts += pkt->datagrams;
-		to->bytes += pkt->payload;
 	}
 }
 

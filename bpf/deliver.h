@@ -17,7 +17,8 @@
 #define NEXT_HOP_TICKS 2
 
 /* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
-static __always_inline int redirect_to_neighbour(__u32 ifindex, __u8 family, const __be32 *next_hop_be)
+static __always_inline int redirect_to_neighbour(__u32 ifindex, __u8 family,
+						 const __be32 *next_hop_be)
 {
 	struct bpf_redir_neigh next_hop = { .nh_family = family };
 
@@ -57,6 +58,14 @@ static __always_inline void describe(const struct __sk_buff *skb, const struct p
 	}
 }
 
+static __always_inline void remember(struct next_hop *known, const struct bpf_fib_lookup *fib)
+{
+	__builtin_memcpy(known->macs, fib->dmac, 6);
+	__builtin_memcpy(known->macs + 6, fib->smac, 6);
+	known->found = bpf_jiffies64();
+	known->ifindex = fib->ifindex;
+}
+
 /* Asks the kernel for route and neighbour, remembers them, and lets the kernel deliver this one packet. */
 static __always_inline int look_up_and_redirect(struct __sk_buff *skb, const struct packet *pkt,
 						const struct downstream *to, struct next_hop *known)
@@ -69,12 +78,8 @@ static __always_inline int look_up_and_redirect(struct __sk_buff *skb, const str
 	known->ifindex = 0;
 	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
-	if (err == BPF_FIB_LKUP_RET_SUCCESS) {
-		__builtin_memcpy(known->macs, fib.dmac, 6);
-		__builtin_memcpy(known->macs + 6, fib.smac, 6);
-		known->found = bpf_jiffies64();
-		known->ifindex = fib.ifindex;
-	}
+	if (err == BPF_FIB_LKUP_RET_SUCCESS)
+		remember(known, &fib);
 	/* The lookup has put the next hop in place of the destination. */
 	return redirect_to_neighbour(fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
 }

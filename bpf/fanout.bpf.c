@@ -17,6 +17,7 @@
 #define TC_ACT_REDIRECT 7
 
 #include "fanout_abi.h"
+#include "packet.h"
 #include "maps.h"
 #include "parse.h"
 #include "hash.h"
@@ -24,6 +25,7 @@
 #include "rewrite.h"
 #include "deliver.h"
 #include "count.h"
+#include "replicate.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -41,17 +43,20 @@ static __always_inline int drop(const struct fanout_listener *listener, enum dro
 }
 
 /* To a socket on this host: the journey ends here, so the TTL is not touched. */
-static __always_inline int forward_local(struct __sk_buff *skb, const struct fanout_listener *listener,
+static __always_inline int forward_local(struct __sk_buff *skb,
+					 const struct fanout_listener *listener,
 					 const struct packet *pkt, const struct downstream *to,
 					 __u32 to_id)
 {
 	if (rewrite_destination(skb, pkt, to))
 		return drop(listener, DROP_REWRITE_FAILED, pkt);
-	count_forwarded(listener->id, to_id, pkt);
+	count_forwarded(listener->id, pkt);
+	count_copy(to_id, pkt);
 	return TC_ACT_UNSPEC;
 }
 
-static __always_inline int forward_out(struct __sk_buff *skb, const struct fanout_listener *listener,
+static __always_inline int forward_out(struct __sk_buff *skb,
+				       const struct fanout_listener *listener,
 				       const struct packet *pkt, const struct downstream *to,
 				       __u32 to_id)
 {
@@ -64,18 +69,40 @@ static __always_inline int forward_out(struct __sk_buff *skb, const struct fanou
 		return drop(listener, DROP_REWRITE_FAILED, pkt);
 	if (deliver_out(skb, pkt, to, to_id) != TC_ACT_REDIRECT)
 		return drop(listener, DROP_REDIRECT_FAILED, pkt);
-	count_forwarded(listener->id, to_id, pkt);
+	count_forwarded(listener->id, pkt);
+	count_copy(to_id, pkt);
 	return TC_ACT_REDIRECT;
+}
+
+/* To all downstreams. Every copy is one hop older, also one that stays on this host. */
+static __always_inline int replicate(struct __sk_buff *skb, const struct fanout_listener *listener,
+				     const struct packet *pkt, const struct table *table)
+{
+	int verdict = TC_ACT_SHOT;
+
+	if (pkt->ttl <= 1)
+		return drop(listener, DROP_TTL_EXPIRED, pkt);
+	if (pkt->ip_len > table->least_mtu)
+		return pass(listener, pkt);
+	if (decrement_ttl(skb, pkt))
+		return drop(listener, DROP_REWRITE_FAILED, pkt);
+	if (!send_copies(skb, pkt, listener->id, table, &verdict))
+		return drop(listener, DROP_NO_ROUTE, pkt);
+	count_forwarded(listener->id, pkt);
+	return verdict;
 }
 
 SEC("tc")
 int udp_fanout(struct __sk_buff *skb)
 {
-	const struct downstream *to;
 	const struct fanout_listener *listener;
-	struct packet pkt;
+	const struct downstream *to;
+	struct packet pkt = {};
+	struct table table;
 	__u32 to_id = 0;
 
+	if (came_around(skb))
+		return finish_round(skb);
 	if (parse(skb, &pkt) != PARSE_OK)
 		return TC_ACT_UNSPEC;
 	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
@@ -83,7 +110,11 @@ int udp_fanout(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (pkt.exotic || listener->flags & LISTENER_SOCKET_ONLY)
 		return pass(listener, &pkt);
-	to = select_downstream(skb, &pkt, listener->id, &to_id);
+	if (!read_table(listener->id, &table))
+		return drop(listener, DROP_NO_DOWNSTREAM, &pkt);
+	if (table.policy == POLICY_REPLICATE)
+		return replicate(skb, listener, &pkt, &table);
+	to = downstream_at(table.first + place(skb, &pkt, &table), &to_id);
 	if (!to)
 		return drop(listener, DROP_NO_DOWNSTREAM, &pkt);
 	if (to->delivery == DELIVER_NEIGHBOUR)

@@ -32,7 +32,11 @@ enum policy {
 	POLICY_HASH_SOURCE = 2,
 	POLICY_HASH_FLOW = 3,
 	POLICY_GELF_MESSAGE = 4, /* chunks by message ID, the rest round robin */
+	POLICY_REPLICATE = 5, /* a copy to every slot of the table */
 };
+
+/* Slots of a replicating listener's table that get copies; the configuration allows no more. */
+#define MAX_COPIES 64
 
 /*
  * A listener's current table: first slot << 32 | number of slots. One aligned 64-bit store by user space
@@ -42,7 +46,7 @@ enum policy {
 struct listener_state {
 	__u64 table;
 	__u32 policy; /* enum policy */
-	__u32 pad;
+	__u32 least_mtu; /* the smallest of the table's downstreams, bytes; for POLICY_REPLICATE */
 };
 
 enum delivery {
@@ -68,11 +72,15 @@ struct downstream {
 	__u32 ifindex; /* of the outgoing link */
 	__u32 mtu; /* largest IP packet on the way out, bytes */
 	__u32 flags; /* enum downstream_flag */
+	__u32 sample; /* under POLICY_REPLICATE, of 2^32 - 1 datagrams how many are copied here */
+	__u32 pad;
 };
 
 /*
  * Counters of one listener on one CPU. pkts_received = pkts_forwarded + pkts_dropped + pkts_passed after every
- * packet. Packets are datagrams: a GRO super-packet counts as those it holds. Bytes are UDP payload.
+ * packet. Packets are datagrams: a GRO super-packet counts as those it holds. Bytes are UDP payload. A datagram that is
+ * replicated is forwarded if at least one copy is on its way; the copies themselves are counted in DOWNSTREAM_STAT and
+ * COPY_DROPS.
  */
 struct stats {
 	__u64 pkts_received;

@@ -66,6 +66,14 @@ struct {
 	__type(value, __u64);
 } DROPS SEC(".maps");
 
+/* Listener id * DROP_REASONS + reason -> copies of replicated datagrams that failed. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, __u64);
+} COPY_DROPS SEC(".maps");
+
 /* Downstream id -> what was handed to it. Written by the program; zeroed by user space when an id is reused. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -81,6 +89,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct next_hop);
 } next_hops SEC(".maps");
+
+/* The packet that this CPU is replicating, for send_copy(). */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct packet);
+} copying SEC(".maps");
 
 /*
  * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel

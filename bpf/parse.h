@@ -20,30 +20,17 @@ enum parse_result {
 	PARSE_OK = 1,
 };
 
-struct packet {
-	struct listener_key dst;
-	__be32 src_be[4]; /* like dst.addr_be */
-	__be16 sport_be;
-	__u32 l4_off; /* from the start of the frame */
-	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
-	__u32 payload; /* UDP payload, bytes, of all of them */
-	__u32 ip_len; /* the longest IP packet that will leave, bytes */
-	__u8 ttl;
-	bool v6;
-	bool exotic; /* ours, but only the socket can do it justice */
-};
-
 /*
  * Where the frame's directly readable bytes begin and end. In assembly, because the verifier wants these two loads at
  * constant offsets from the unmodified context pointer, and clang would merge those of different branches.
  */
-#define CTX_POINTER(skb, field)                                              \
-	({                                                                   \
-		void *pointer;                                               \
-		asm volatile("%0 = *(u32 *)(%1 + %2)"                        \
-			     : "=r"(pointer)                                 \
+#define CTX_POINTER(skb, field)                                                                \
+	({                                                                                     \
+		void *pointer;                                                                 \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                          \
+			     : "=r"(pointer)                                                   \
 			     : "r"(skb), "i"(offsetof(struct __sk_buff, field)), "m"(*(skb))); \
-		pointer;                                                     \
+		pointer;                                                                       \
 	})
 
 static __always_inline void *frame_start(struct __sk_buff *skb)

@@ -19,9 +19,9 @@ static __always_inline int rewrite_port(struct __sk_buff *skb, const struct pack
 	if (port_be == pkt->dst.port_be)
 		return 0;
 	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, pkt->dst.port_be, port_be,
-				   UDP_CSUM | sizeof(port_be)) ?:
-		       bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest), &port_be,
-					   sizeof(port_be), 0);
+				   UDP_CSUM | sizeof(port_be))
+		       ?: bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest),
+					      &port_be, sizeof(port_be), 0);
 }
 
 static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
@@ -45,17 +45,17 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 	__s64 diff = bpf_csum_diff((__be32 *)pkt->dst.addr_be, 16, (__be32 *)addr_be, 16, 0);
 
 	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, 0, diff,
-				   BPF_F_PSEUDO_HDR | UDP_CSUM) ?:
-		       bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16,
-					   BPF_F_RECOMPUTE_CSUM);
+				   BPF_F_PSEUDO_HDR | UDP_CSUM)
+		       ?: bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16,
+					      BPF_F_RECOMPUTE_CSUM);
 }
 
 /* Writes the downstream's address and port. On an error the packet may be half changed and must be dropped. */
 static __always_inline int rewrite_destination(struct __sk_buff *skb, const struct packet *pkt,
 					       const struct downstream *to)
 {
-	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be) :
-			    rewrite_ipv4(skb, pkt, to->addr_be[3]);
+	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be)
+			  : rewrite_ipv4(skb, pkt, to->addr_be[3]);
 
 	return err ?: rewrite_port(skb, pkt, to->port_be);
 }
@@ -70,8 +70,8 @@ static __always_inline int decrement_ttl(struct __sk_buff *skb, const struct pac
 					   BPF_F_RECOMPUTE_CSUM);
 	/* The checksum works on 16-bit words: TTL is the high byte of the one it shares with the protocol. */
 	return bpf_l3_csum_replace(skb, IPV4_OFF(check), bpf_htons(pkt->ttl << 8 | IPPROTO_UDP),
-				   bpf_htons(ttl << 8 | IPPROTO_UDP), sizeof(__u16)) ?:
-	       bpf_skb_store_bytes(skb, IPV4_OFF(ttl), &ttl, sizeof(ttl), 0);
+				   bpf_htons(ttl << 8 | IPPROTO_UDP), sizeof(__u16))
+		       ?: bpf_skb_store_bytes(skb, IPV4_OFF(ttl), &ttl, sizeof(ttl), 0);
 }
 
 #endif

@@ -12,7 +12,8 @@ static __always_inline __u32 round_robin(__u32 *cursor, __u32 slots)
 
 	if (next == slots)
 		next = 0;
-	else if (next == 0 || next > slots) /* first datagram on this CPU, or the table became shorter */
+	else if (next == 0 ||
+		 next > slots) /* first datagram on this CPU, or the table became shorter */
 		next = bpf_get_prandom_u32() % slots;
 	*cursor = next + 1;
 	return next;
@@ -45,7 +46,8 @@ static __always_inline __u32 hash_of_flow(const struct packet *pkt, __u32 policy
 }
 
 /* True if the datagram is a GELF chunk; its message's hash is stored. A super-packet is placed by its first datagram. */
-static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const struct packet *pkt, __u32 *hash)
+static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const struct packet *pkt,
+					      __u32 *hash)
 {
 	struct gelf_chunk chunk;
 	__u32 words[2];
@@ -59,40 +61,55 @@ static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const
 	return true;
 }
 
-static __always_inline __u32 place(const struct __sk_buff *skb, const struct packet *pkt, __u32 policy, __u32 *cursor,
-				   __u32 slots)
+/* A listener's table as one packet sees it. */
+struct table {
+	__u32 first; /* slot */
+	__u32 slots;
+	__u32 policy;
+	__u32 least_mtu;
+	__u32 *cursor;
+};
+
+/* The place in the table that the listener's policy says. */
+static __always_inline __u32 place(const struct __sk_buff *skb, const struct packet *pkt,
+				   const struct table *table)
 {
 	__u32 hash;
 
-	if (policy == POLICY_ROUND_ROBIN)
-		return round_robin(cursor, slots);
-	if (policy != POLICY_GELF_MESSAGE)
-		return place_of(hash_of_flow(pkt, policy), slots);
+	if (table->policy == POLICY_ROUND_ROBIN)
+		return round_robin(table->cursor, table->slots);
+	if (table->policy != POLICY_GELF_MESSAGE)
+		return place_of(hash_of_flow(pkt, table->policy), table->slots);
 	if (gelf_message_hash(skb, pkt, &hash))
-		return place_of(hash, slots);
-	return round_robin(cursor, slots);
+		return place_of(hash, table->slots);
+	return round_robin(table->cursor, table->slots);
 }
 
-/* The downstream that the listener's policy chooses and its id; NULL if the listener has none. */
-static __always_inline struct downstream *select_downstream(const struct __sk_buff *skb, const struct packet *pkt,
-							    __u32 listener_id, __u32 *downstream_id)
+/* False if the listener has no downstream. */
+static __always_inline bool read_table(__u32 listener_id, struct table *table)
 {
 	struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
-	__u32 *cursor = bpf_map_lookup_elem(&cursors, &listener_id);
-	__u32 slots, index, *slot;
-	__u64 table;
+	__u64 place;
 
-	if (!state || !cursor)
+	table->cursor = bpf_map_lookup_elem(&cursors, &listener_id);
+	if (!state || !table->cursor)
+		return false;
+	place = *(volatile __u64 *)&state->table;
+	table->first = place >> 32;
+	table->slots = (__u32)place;
+	table->policy = state->policy;
+	table->least_mtu = state->least_mtu;
+	return table->slots != 0;
+}
+
+/* The downstream in a slot and its id. */
+static __always_inline struct downstream *downstream_at(__u32 slot, __u32 *downstream_id)
+{
+	__u32 *id = bpf_map_lookup_elem(&table_slots, &slot);
+
+	if (!id)
 		return NULL;
-	table = *(volatile __u64 *)&state->table;
-	slots = (__u32)table;
-	if (!slots)
-		return NULL;
-	index = (__u32)(table >> 32) + place(skb, pkt, state->policy, cursor, slots);
-	slot = bpf_map_lookup_elem(&table_slots, &index);
-	if (!slot)
-		return NULL;
-	*downstream_id = *slot;
+	*downstream_id = *id;
 	return bpf_map_lookup_elem(&downstreams, downstream_id);
 }
 

@@ -58,6 +58,8 @@ pub enum Policy {
     Hash(HashOn),
     /// The chunks of one GELF message follow its message ID; whole messages go round.
     GelfMessage,
+    /// Every datagram goes to every downstream, one copy each.
+    Replicate,
 }
 
 /// What a hashing listener hashes.
@@ -79,7 +81,7 @@ impl Policy {
     pub fn keeps_sender_order(self) -> bool {
         match self {
             Policy::RoundRobin => false,
-            Policy::Hash(_) | Policy::GelfMessage => true,
+            Policy::Hash(_) | Policy::GelfMessage | Policy::Replicate => true,
         }
     }
 }
@@ -93,6 +95,13 @@ pub struct Downstream {
     pub address: SocketAddr,
     /// Its share relative to the listener's other downstreams, from 1.
     pub weight: u32,
+    /// Under [`Policy::Replicate`], how many of 2³² − 1 datagrams are copied to it; [`Downstream::ALL`] for every one.
+    pub sample: u32,
+}
+
+impl Downstream {
+    /// The value of `sample` with which a downstream gets a copy of every datagram.
+    pub const ALL: u32 = u32::MAX;
 }
 
 /// All downstreams of one listener at one moment. A later set replaces an earlier one whole.
@@ -229,6 +238,9 @@ pub struct ListenerCounters {
     pub bytes_forwarded: u64,
     /// Datagrams dropped, by reason.
     pub dropped: Drops,
+    /// Under [`Policy::Replicate`], single copies that failed, by reason. A datagram of which at least one copy is on
+    /// its way counts as forwarded.
+    pub copies_dropped: Drops,
 }
 
 impl ListenerCounters {
@@ -246,6 +258,7 @@ impl ListenerCounters {
         self.bytes_received += other.bytes_received;
         self.bytes_forwarded += other.bytes_forwarded;
         self.dropped.merge(&other.dropped);
+        self.copies_dropped.merge(&other.copies_dropped);
     }
 }
 

@@ -215,7 +215,7 @@ impl Rules<'_> {
                 self.fault(&at.then("name"), message);
                 continue;
             }
-            good.push(Downstream { name: name.into(), address, weight: downstream.weight });
+            good.push(Downstream { name: name.into(), address, weight: downstream.weight, sample: Downstream::ALL });
         }
         (good.len() == downstreams.len()).then_some(good)
     }

@@ -140,6 +140,7 @@ impl KernelDatapath {
         zero_on_all_cpus(&self.loaded.stats, id.0)?;
         for offset in 0..DROP_REASONS {
             zero_on_all_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
+            zero_on_all_cpus(&self.loaded.copy_drops, id.0 * DROP_REASONS + offset)?;
         }
         self.programmed.remove(&id);
         Ok(())
@@ -157,6 +158,8 @@ impl KernelDatapath {
         for (offset, &reason) in (0..DROP_REASONS).zip(&DropReason::ALL) {
             let [dropped] = sum_over_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
             counters.dropped.add(reason, dropped);
+            let [copies] = sum_over_cpus(&self.loaded.copy_drops, id.0 * DROP_REASONS + offset)?;
+            counters.copies_dropped.add(reason, copies);
         }
         // While packets flow, the maps cannot be read at one instant. The parts are taken as they are and the sum made
         // from them, so that every reading balances; at rest it equals pkts_received, which a test checks.

@@ -95,7 +95,7 @@ mod tests {
 
     fn plan(id: u32, endpoints: &[u8]) -> ListenerPlan {
         let target = |&last| Target {
-            downstream: Downstream { name: "d".into(), address: endpoint(last), weight: 1 },
+            downstream: Downstream { name: "d".into(), address: endpoint(last), weight: 1, sample: Downstream::ALL },
             delivery: Delivery::Local,
         };
         ListenerPlan {

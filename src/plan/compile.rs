@@ -49,6 +49,8 @@ fn fill_table(policy: Policy, downstreams: &[Downstream], slots_before: usize) -
         Policy::RoundRobin | Policy::GelfMessage => {
             table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>())
         }
+        // Each once, whatever the weights: a copy is a copy.
+        Policy::Replicate => (0..).zip(downstreams).map(|(index, _)| index).collect(),
         Policy::Hash(_) => {
             let weighted: Vec<_> = downstreams.iter().map(|to| (to.address, to.weight)).collect();
             maglev::table(&weighted, slots_before)
@@ -171,7 +173,12 @@ mod tests {
     fn set(addresses: &[&str]) -> DownstreamSet {
         let downstreams = addresses
             .iter()
-            .map(|address| Downstream { name: (*address).into(), address: address.parse().unwrap(), weight: 1 })
+            .map(|address| Downstream {
+                name: (*address).into(),
+                address: address.parse().unwrap(),
+                weight: 1,
+                sample: Downstream::ALL,
+            })
             .collect();
         DownstreamSet { generation: 1, downstreams }
     }

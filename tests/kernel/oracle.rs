@@ -67,6 +67,8 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
     let place = match listener.policy {
         Policy::RoundRobin => turn(),
         Policy::Hash(on) => hashed(hash::flow_hash(on, datagram.source, datagram.destination)),
+        // Copies go out as clones, which a test run cannot show; namespaces test them.
+        Policy::Replicate => unreachable!("no replicating listener in these plans"),
         Policy::GelfMessage => match gelf_message(&frame[datagram.l4 + 8..][..datagram.payload]) {
             Some(message) => hashed(hash::message_hash(message)),
             None => turn(),

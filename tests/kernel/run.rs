@@ -112,7 +112,15 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
 }
 
 pub fn target(address: &str, delivery: Delivery) -> Target {
-    Target { downstream: Downstream { name: address.into(), address: address.parse().unwrap(), weight: 1 }, delivery }
+    Target {
+        downstream: Downstream {
+            name: address.into(),
+            address: address.parse().unwrap(),
+            weight: 1,
+            sample: Downstream::ALL,
+        },
+        delivery,
+    }
 }
 
 /// Over link 77, which need not exist: a test run does not carry redirects out.

@@ -37,7 +37,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
         targets: downstreams
             .iter()
             .map(|&(address, weight)| Target {
-                downstream: Downstream { name: address.to_string().into(), address, weight },
+                downstream: Downstream { name: address.to_string().into(), address, weight, sample: Downstream::ALL },
                 delivery: Delivery::Unreachable,
             })
             .collect(),

@@ -88,15 +88,22 @@ impl<T: Plain> MappedArray<T> {
 }
 
 impl MappedArray<types::listener_state> {
-    /// Sets a listener's policy. Any policy works with any table, so this need not be atomic with the table.
+    /// Sets a listener's policy and the smallest MTU on its ways out. Any policy works with any table, so this need not
+    /// be atomic with the table.
     ///
     /// # Panics
     /// If `index` is past the array's end.
-    pub fn set_policy(&mut self, index: u32, policy: u32) {
-        // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
-        let word = unsafe { self.entry(index).add(offset_of!(types::listener_state, policy)).cast::<u32>() };
-        // SAFETY: as above; the kernel reads it as one 32-bit word.
-        unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(policy, Ordering::Release);
+    pub fn set_policy(&mut self, index: u32, policy: u32, least_mtu: u32) {
+        let fields = [
+            (offset_of!(types::listener_state, policy), policy),
+            (offset_of!(types::listener_state, least_mtu), least_mtu),
+        ];
+        for (offset, value) in fields {
+            // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
+            let word = unsafe { self.entry(index).add(offset).cast::<u32>() };
+            // SAFETY: as above; the kernel reads it as one 32-bit word.
+            unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(value, Ordering::Release);
+        }
     }
 
     /// Publishes a listener's table: the program sees the old one or the new one, and with the new one everything that
@@ -190,6 +197,7 @@ pub fn downstream_entry(target: &Target) -> types::downstream {
         addr_be: mapped_words(address.ip()),
         port_be: address.port().to_be(),
         delivery: super::skel::DELIVER_NOWHERE,
+        sample: target.downstream.sample,
         ..Default::default()
     };
     match target.delivery {

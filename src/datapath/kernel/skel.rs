@@ -33,6 +33,8 @@ pub use generated::types;
 pub const DROP_REASONS: u32 = 5;
 /// `LISTENER_SOCKET_ONLY`.
 pub const LISTENER_SOCKET_ONLY: u32 = 1;
+/// `MAX_COPIES`: the longest table of a replicating listener.
+pub const MAX_COPIES: usize = 64;
 /// `DELIVER_NOWHERE`.
 pub const DELIVER_NOWHERE: u8 = 0;
 /// `DELIVER_LOCAL`.
@@ -49,6 +51,7 @@ pub fn policy_number(policy: Policy) -> u32 {
         Policy::Hash(HashOn::Source) => 2,
         Policy::Hash(HashOn::Flow) => 3,
         Policy::GelfMessage => 4,
+        Policy::Replicate => 5,
     }
 }
 
@@ -59,7 +62,8 @@ const _: () = {
     assert!(size_of::<types::fanout_listener>() == 8);
     assert!(size_of::<types::listener_state>() == 16);
     assert!(offset_of!(types::listener_state, policy) == 8);
-    assert!(size_of::<types::downstream>() == 48);
+    assert!(offset_of!(types::listener_state, least_mtu) == 12);
+    assert!(size_of::<types::downstream>() == 56);
     assert!(offset_of!(types::downstream, next_hop_be) == 16);
     assert!(offset_of!(types::downstream, port_be) == 32);
     assert!(offset_of!(types::downstream, delivery) == 34);
@@ -67,6 +71,7 @@ const _: () = {
     assert!(offset_of!(types::downstream, ifindex) == 36);
     assert!(offset_of!(types::downstream, mtu) == 40);
     assert!(offset_of!(types::downstream, flags) == 44);
+    assert!(offset_of!(types::downstream, sample) == 48);
     assert!(size_of::<types::next_hop>() == 24);
     assert!(size_of::<types::stats>() == 6 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
@@ -90,6 +95,8 @@ pub struct Loaded {
     pub stats: MapHandle,
     /// Listener id and reason to drops.
     pub drops: MapHandle,
+    /// Listener id and reason to copies dropped.
+    pub copy_drops: MapHandle,
     /// Downstream id to counters.
     pub downstream_stats: MapHandle,
     /// Downstream id to where its neighbour was last found.
@@ -142,6 +149,7 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         (&mut maps.cursors, sizes.listeners),
         (&mut maps.STATS, sizes.listeners),
         (&mut maps.DROPS, sizes.listeners * DROP_REASONS),
+        (&mut maps.COPY_DROPS, sizes.listeners * DROP_REASONS),
         (&mut maps.table_slots, sizes.slots),
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
@@ -166,6 +174,7 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         downstreams: handle(&maps.downstreams)?,
         stats: handle(&maps.STATS)?,
         drops: handle(&maps.DROPS)?,
+        copy_drops: handle(&maps.COPY_DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
         next_hops: handle(&maps.next_hops)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,

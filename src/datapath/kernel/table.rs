@@ -12,7 +12,7 @@ use super::arena::{Arena, Region};
 use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use super::skel::{Loaded, Sizes, policy_number, types};
 use crate::model::ListenerId;
-use crate::plan::{ListenerPlan, Target};
+use crate::plan::{Delivery, ListenerPlan, Target};
 
 /// A downstream of a listener, as counters are kept.
 type Endpoint = (ListenerId, SocketAddr);
@@ -67,7 +67,7 @@ impl Tables {
         let id = plan.id;
         let targets = self.assign_ids(loaded, plan)?;
         let slots: Vec<u32> = plan.table.iter().map(|&index| targets[index as usize].1).collect();
-        self.states.set_policy(id.0, policy_number(plan.policy));
+        self.states.set_policy(id.0, policy_number(plan.policy), least_mtu(plan));
         let unchanged = self.current.get(&id).is_some_and(|old| old.slots == slots);
         if !unchanged {
             let region = match self.take_slots(loaded, slots.len()) {
@@ -137,7 +137,9 @@ impl Tables {
             .unwrap_or_default();
         let mut targets: Vec<(Target, u32)> = Vec::with_capacity(plan.targets.len());
         for target in &plan.targets {
-            let known = old.get(&target.downstream.address).filter(|(was, _)| was.delivery == target.delivery);
+            let known = old.get(&target.downstream.address).filter(|(was, _)| {
+                was.delivery == target.delivery && was.downstream.sample == target.downstream.sample
+            });
             let number = match known {
                 Some((_, number)) => *number,
                 None => match self.take_id(loaded) {
@@ -200,6 +202,15 @@ impl Tables {
         self.id_arena.release();
         Ok(())
     }
+}
+
+/// The smallest MTU on the ways to the plan's downstreams; none if all are on this host.
+fn least_mtu(plan: &ListenerPlan) -> u32 {
+    let mtu = |target: &Target| match target.delivery {
+        Delivery::Neighbour { mtu, .. } => Some(mtu),
+        Delivery::Local | Delivery::Unreachable => None,
+    };
+    plan.targets.iter().filter_map(mtu).min().unwrap_or(u32::MAX)
 }
 
 fn add(sum: &mut [u64; 2], more: [u64; 2]) {

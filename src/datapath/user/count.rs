@@ -67,6 +67,7 @@ impl WorkerCells {
             bytes_received,
             bytes_forwarded,
             dropped,
+            copies_dropped: Drops::default(),
         }
     }
 }

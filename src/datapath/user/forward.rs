@@ -189,7 +189,7 @@ fn needs_addresses(policy: Policy) -> bool {
 /// program's `place`.
 fn hash_of(batch: &Batch, slot: usize, policy: Policy, listener: SocketAddr) -> Option<u32> {
     match policy {
-        Policy::RoundRobin => None,
+        Policy::RoundRobin | Policy::Replicate => None,
         Policy::Hash(on) => {
             // Taken before the policy changed, a batch has no addresses: it still goes round.
             let source = batch.sender(slot)?;

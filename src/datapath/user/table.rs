@@ -128,7 +128,7 @@ pub mod tests {
     /// A plan for tests, with downstreams of these addresses and weights.
     pub fn plan(bind: SocketAddr, downstreams: &[(SocketAddr, u32)]) -> ListenerPlan {
         let target = |&(address, weight): &(SocketAddr, u32)| Target {
-            downstream: Downstream { name: address.to_string().into(), address, weight },
+            downstream: Downstream { name: address.to_string().into(), address, weight, sample: Downstream::ALL },
             delivery: Delivery::Unreachable,
         };
         ListenerPlan {

@@ -85,6 +85,7 @@ fn listener(name: &str) -> ListenerSnapshot {
         bytes_received: 100_000,
         bytes_forwarded: 99_000,
         dropped,
+        copies_dropped: Drops::default(),
     };
     let endpoint = |last, packets| DownstreamSnapshot {
         endpoint: SocketAddr::from(([10, 0, 0, last], 514)),
@@ -226,6 +227,7 @@ proptest! {
             bytes_received: counts[3],
             bytes_forwarded: counts[4],
             dropped,
+            copies_dropped: Drops::default(),
         };
         let downstreams: Vec<_> = endpoints
             .iter()
