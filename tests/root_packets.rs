@@ -2,6 +2,8 @@
 //!
 //! Needs root. `cases` asserts hand-written packets byte by byte; `random` feeds a million random and mutated ones.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
 #[path = "kernel/cases.rs"]
 mod cases;
 #[path = "kernel/oracle.rs"]

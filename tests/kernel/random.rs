@@ -96,12 +96,11 @@ fn frame(rng: &mut SmallRng) -> Vec<u8> {
     let mut frame = Frame::new(&source, &destination, &payload);
     frame.source.set_port(rng.random());
     frame.ttl = if rng.random_bool(0.1) { rng.random_range(0..3) } else { rng.random() };
-    let checksum = |rng: &mut SmallRng| match rng.random_range(0..12) {
+    frame.udp_checksum = match rng.random_range(0..12) {
         0 => Checksum::Zero,
         1 => Checksum::Wrong,
         _ => Checksum::Right,
     };
-    frame.udp_checksum = checksum(rng);
     frame.ip_checksum = if rng.random_bool(0.05) { Checksum::Wrong } else { Checksum::Right };
     if rng.random_bool(0.05) {
         frame.options = vec![1; 4 * rng.random_range(1..=10)];
