@@ -12,6 +12,7 @@
 pub mod config;
 pub mod controller;
 pub mod datapath;
+pub mod discovery;
 pub mod host;
 pub mod model;
 pub mod plan;
