@@ -5,10 +5,10 @@
 
 mod answer;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
@@ -16,24 +16,26 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::config::{Config, RequestedMode};
+use crate::config::{Config, ListenerConfig, RequestedMode, Source};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
 use crate::datapath::kernel::KernelDatapath;
 use crate::datapath::user::UserDatapath;
+use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Host, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
-use crate::model::Mode;
+use crate::model::{DownstreamSet, ListenerId, Mode};
 use crate::plan::Plan;
 
 const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
-const REQUESTS: Token = Token(2);
+/// Another thread has something for us: an HTTP request or a set of downstreams.
+const WAKE: Token = Token(2);
 
-/// How often it is checked that the filters are still in place.
-const FILTER_CHECK: Duration = Duration::from_secs(5);
+/// How often it is checked that filters are still in place and workers still run.
+const UPKEEP: Duration = Duration::from_secs(5);
 /// Changes of the host that follow each other within this time are looked at together.
 const SETTLE: Duration = Duration::from_millis(50);
 
@@ -57,6 +59,7 @@ struct Daemon {
     user: UserDatapath,
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
+    discovery: Option<(Discovery, Receiver<Update>)>,
     plan_applies: PlanApplies,
     started: Instant,
     started_at: SystemTime,
@@ -70,12 +73,12 @@ struct Daemon {
 struct Timers {
     tick: Option<Instant>,
     look_at_host: Option<Instant>,
-    filter_check: Option<Instant>,
+    upkeep: Option<Instant>,
 }
 
 impl Timers {
     fn next(&self) -> Option<Instant> {
-        [self.tick, self.look_at_host, self.filter_check].into_iter().flatten().min()
+        [self.tick, self.look_at_host, self.upkeep].into_iter().flatten().min()
     }
 }
 
@@ -97,6 +100,7 @@ impl Daemon {
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
         let facts = host.facts(&BTreeSet::new())?;
+        let requests = discovery_requests(&config);
         let controller = Controller::new(config, &tc_support, facts)?;
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
@@ -112,19 +116,25 @@ impl Daemon {
             user: UserDatapath::new(),
             kernel,
             http: None,
+            discovery: None,
             plan_applies: PlanApplies::default(),
             started: now,
             started_at: SystemTime::now(),
             failure: None,
-            timers: Timers { filter_check: Some(now + FILTER_CHECK), ..Timers::default() },
+            timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
         daemon.look_at_host(&daemon.controller.route_addresses())?;
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
+        let waker = Arc::new(Waker::new(daemon.poll.registry(), WAKE).context("cannot create a waker")?);
+        if !requests.is_empty() {
+            let (sender, updates) = mpsc::channel();
+            let settings = discovery::Settings::from_env();
+            daemon.discovery = Some((Discovery::start(requests, settings, sender, Arc::clone(&waker))?, updates));
+        }
         if let Some(page) = page {
-            let waker = Arc::new(Waker::new(daemon.poll.registry(), REQUESTS).context("cannot create a waker")?);
             tracing::info!(address = %page.address(), "serving metrics");
             daemon.http = Some(page.serve(waker, http::Limits::default())?);
         }
@@ -143,7 +153,10 @@ impl Daemon {
                 match event.token() {
                     SIGNALS if self.told_to_stop() => return Ok(()),
                     NETLINK => self.drain_netlink(),
-                    REQUESTS => self.answer_requests(),
+                    WAKE => {
+                        self.take_updates();
+                        self.answer_requests();
+                    }
                     _ => {}
                 }
             }
@@ -176,6 +189,19 @@ impl Daemon {
         }
     }
 
+    fn take_updates(&mut self) {
+        let updates: Vec<Update> = match &self.discovery {
+            Some((_, updates)) => updates.try_iter().collect(),
+            None => return,
+        };
+        // Each set replaces the one before, so of several for one listener only the last matters.
+        let last: BTreeMap<ListenerId, DownstreamSet> =
+            updates.into_iter().map(|update| (update.listener, update.set)).collect();
+        for (listener, set) in last {
+            self.handle(Event::Downstreams { listener, set });
+        }
+    }
+
     fn run_timers(&mut self) {
         let now = Instant::now();
         if take_due(&mut self.timers.look_at_host, now)
@@ -187,8 +213,11 @@ impl Daemon {
         if take_due(&mut self.timers.tick, now) {
             self.handle(Event::Tick);
         }
-        if take_due(&mut self.timers.filter_check, now) {
-            self.timers.filter_check = Some(now + FILTER_CHECK);
+        if take_due(&mut self.timers.upkeep, now) {
+            self.timers.upkeep = Some(now + UPKEEP);
+            if let Err(error) = self.user.tend() {
+                tracing::error!("{error:#}");
+            }
             if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
                 self.handle(Event::Disturbed(
                     "the TC filter has been taken off by someone else; attaching again".into(),
@@ -248,10 +277,32 @@ impl Daemon {
         if let Some((server, _)) = self.http.take() {
             server.shutdown();
         }
+        if let Some((discovery, _)) = self.discovery.take() {
+            discovery.shutdown();
+        }
         let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
         let user = self.user.shutdown();
         kernel.and(user)
     }
+}
+
+/// What the listeners whose downstreams come from Kubernetes want to know.
+fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
+    let request = |listener: &ListenerConfig| match &listener.source {
+        Source::Static(_) => None,
+        Source::Kubernetes(source) => Some(discovery::Request {
+            listener: listener.id,
+            services: vec![ServiceRef {
+                namespace: source.namespace.clone(),
+                service: source.service.clone(),
+                port: PortRef::Number(source.port),
+            }],
+            family: Family::of(listener.bind.ip()),
+            locality: Locality::default(),
+            terminating: Terminating::default(),
+        }),
+    };
+    config.listeners.iter().filter_map(request).collect()
 }
 
 /// Finds out whether the TC program can be used by loading it, if any listener might want it.

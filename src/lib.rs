@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod datapath;
+pub mod discovery;
 pub mod event_loop;
 pub mod host;
 pub mod logging;

@@ -140,7 +140,8 @@ fn filter(level: Level, rust_log: Option<&str>) -> anyhow::Result<EnvFilter> {
         Some(directives) => EnvFilter::try_new(directives).map_err(|error| bad_rust_log(&error.to_string())),
         None => {
             let others = level.min(Level::Warn).name();
-            let directives = format!("{others},udp_fanout={}", level.name());
+            let silenced = crate::discovery::LOG_DIRECTIVES.join(",");
+            let directives = format!("{others},{silenced},udp_fanout={}", level.name());
             EnvFilter::try_new(directives).context("cannot set the log level")
         }
     }

@@ -1,0 +1,167 @@
+//! What the operator is told: the cause as far as it can be known, and the command that removes it. Pure text.
+
+use std::collections::BTreeSet;
+
+use super::hub::ServiceKey;
+use super::slices::{Rules, Tally};
+use super::wire::SERVICE_NAME_LABEL;
+use super::{Family, Locality, Terminating};
+
+/// Name of the objects that the commands in our advice create; not those of our manifests, so that the commands
+/// never meet objects that exist with other rules.
+const ROLE: &str = "udp-fanout-endpointslices";
+const NODE_ROLE: &str = "udp-fanout-node-zone";
+
+/// What a GET of something says about its existence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// It exists.
+    Exists,
+    /// It does not.
+    Missing,
+    /// RBAC does not allow looking, or the server did not answer.
+    Unknown,
+}
+
+/// Access to the EndpointSlices was refused. `message` is the API server's, which names the user.
+#[must_use]
+pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence) -> String {
+    let ns = &key.namespace;
+    let place = match namespace {
+        Presence::Missing => return format!("EndpointSlice not found: {}", missing_namespace(key)),
+        Presence::Exists => format!("in namespace {ns:?}"),
+        Presence::Unknown => format!("in namespace {ns:?} (if that namespace exists)"),
+    };
+    let user = user(message);
+    let who = user.unwrap_or("the daemon's user");
+    format!(
+        "EndpointSlice not found: {who} may not list and watch endpointslices {place}; missing rule: apiGroups \
+         [\"discovery.k8s.io\"], resources [\"endpointslices\"], verbs [\"list\", \"watch\"]; fix: kubectl create role \
+         {ROLE} --verb=list,watch --resource=endpointslices.discovery.k8s.io -n {ns} && kubectl create rolebinding \
+         {ROLE} --role={ROLE} {} -n {ns}; the last known endpoints stay in use",
+        subject(user)
+    )
+}
+
+/// The Node object could not be read, so that the zone is not known.
+#[must_use]
+pub fn zone_forbidden(node: &str, message: &str) -> String {
+    let user = user(message);
+    let who = user.unwrap_or("the daemon's user");
+    format!(
+        "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: {who} may \
+         not get node {node:?}; missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]; fix: kubectl create \
+         clusterrole {NODE_ROLE} --verb=get --resource=nodes && kubectl create clusterrolebinding {NODE_ROLE} \
+         --clusterrole={NODE_ROLE} {}",
+        subject(user)
+    )
+}
+
+/// The user in a message like `endpointslices… is forbidden: User "x" cannot list resource …`.
+fn user(message: &str) -> Option<&str> {
+    message.split_once("User \"")?.1.split_once('"').map(|(user, _)| user).filter(|user| !user.is_empty())
+}
+
+/// The option of `kubectl create rolebinding` that names the user.
+fn subject(user: Option<&str>) -> String {
+    let account = user.and_then(|user| user.strip_prefix("system:serviceaccount:"));
+    match (account, user) {
+        (Some(account), _) => format!("--serviceaccount={account}"),
+        (None, Some(user)) => format!("--user={user}"),
+        (None, None) => "--serviceaccount=NAMESPACE:NAME".to_owned(),
+    }
+}
+
+fn missing_namespace(key: &ServiceKey) -> String {
+    format!("namespace {:?} does not exist; check `namespace` in the configuration", key.namespace)
+}
+
+/// The list came back empty.
+#[must_use]
+pub fn absent(key: &ServiceKey, namespace: Presence, service: Presence) -> String {
+    let ServiceKey { namespace: ns, service: name } = key;
+    let cause = match (namespace, service) {
+        (Presence::Missing, _) => missing_namespace(key),
+        (_, Presence::Missing) => format!(
+            "service {name:?} does not exist in namespace {ns:?}; check `service` in the configuration, or create a \
+             headless Service for the receivers"
+        ),
+        (_, Presence::Exists) => format!(
+            "service {ns}/{name} exists but has no EndpointSlices; check that it has a selector, or label its own \
+             slices {SERVICE_NAME_LABEL}={name}"
+        ),
+        (_, Presence::Unknown) => format!(
+            "no slice in namespace {ns:?} has the label {SERVICE_NAME_LABEL}={name}; whether namespace and service \
+             exist cannot be told, because RBAC does not allow looking: see kubectl get service {name} -n {ns}"
+        ),
+    };
+    format!("EndpointSlice not found: {cause}; waiting for it to appear")
+}
+
+/// Why a listener has no downstreams, most likely cause first.
+#[must_use]
+pub fn empty(rules: &Rules, tally: &Tally, node: Option<&str>) -> String {
+    if tally.slices == 0 {
+        return "EndpointSlice not found: no slices for its services".to_owned();
+    }
+    let mut causes = Vec::new();
+    if tally.elsewhere {
+        let node = node.unwrap_or("(unknown)");
+        causes.push(format!("locality = {:?} and no usable endpoint is on node {node:?}", rules.locality.name()));
+    } else if tally.endpoints > 0 {
+        causes.push(unready(rules, tally));
+    }
+    if tally.without_port > 0 {
+        causes.push(missing_port(tally));
+    }
+    if tally.other_family > 0 {
+        let other = if rules.family == Family::V4 { Family::V6 } else { Family::V4 };
+        causes.push(format!("{} endpoints are {other} only and the listener is {}", tally.other_family, rules.family));
+    }
+    if tally.unreadable > 0 {
+        causes.push(format!("{} endpoints have no readable address", tally.unreadable));
+    }
+    causes.extend(tally.unusable_types.iter().map(|name| unusable_type(name)));
+    if causes.is_empty() {
+        causes.push("the services have no pods: check their selectors and the number of replicas".to_owned());
+    }
+    causes.join("; ")
+}
+
+fn unready(rules: &Rules, tally: &Tally) -> String {
+    let Tally { endpoints, terminating, .. } = tally;
+    if *terminating > 0 && rules.terminating == Terminating::Never {
+        format!("none of {endpoints} endpoints is ready, {terminating} are terminating and terminating = \"never\"")
+    } else {
+        format!("none of {endpoints} endpoints is ready: check the pods' readiness probes")
+    }
+}
+
+fn missing_port(tally: &Tally) -> String {
+    let quoted = |names: &BTreeSet<String>| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>();
+    let known = quoted(&tally.known_ports);
+    let known = if known.is_empty() { "no ports".to_owned() } else { known.join(", ") };
+    format!("no port {} in the slices, which have {known}: check `port`", quoted(&tally.missing_ports).join(" or "))
+}
+
+/// Slices of a type that datagrams cannot be sent to.
+#[must_use]
+pub fn unusable_type(name: &str) -> String {
+    format!("slices with addressType {name} are ignored: datagrams need IP addresses")
+}
+
+/// A port that was asked for by name carries something else.
+#[must_use]
+pub fn not_udp(port: &str) -> String {
+    format!("the Service port {port} is not UDP; datagrams are sent to it all the same: check `port`")
+}
+
+/// `prefer_node` without a node name.
+#[must_use]
+pub fn node_unknown(locality: Locality) -> String {
+    format!(
+        "locality = {:?} treats all endpoints alike: the node's name is not known; set the environment variable \
+         NODE_NAME, in a DaemonSet by the downward API (fieldPath: spec.nodeName)",
+        locality.name()
+    )
+}

@@ -1,0 +1,214 @@
+//! How the watches are doing, for metrics and readiness: counters that the discovery thread writes and anyone reads.
+//!
+//! Single values that stand for themselves, so plain atomics are enough; nothing is decided by them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::hub::ServiceKey;
+
+/// Why an exchange with the API server failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ErrorKind {
+    /// No connection, or it broke, or the server took too long to answer.
+    Connect,
+    /// The server's certificate was refused.
+    Tls,
+    /// Our token or certificate was refused (401).
+    Unauthorized,
+    /// A rule is missing (403).
+    Forbidden,
+    /// The server has no EndpointSlices (404).
+    NotServed,
+    /// The version to resume from is too old (410); a fresh list follows.
+    Expired,
+    /// The server asks for less (429).
+    Throttled,
+    /// The server is in trouble (5xx).
+    Server,
+    /// An open watch had been silent for too long.
+    Stalled,
+    /// An answer that makes no sense.
+    Protocol,
+    /// A fault of our own.
+    Internal,
+}
+
+impl ErrorKind {
+    /// Every kind, in numeric order.
+    pub const ALL: [ErrorKind; 11] = [
+        ErrorKind::Connect,
+        ErrorKind::Tls,
+        ErrorKind::Unauthorized,
+        ErrorKind::Forbidden,
+        ErrorKind::NotServed,
+        ErrorKind::Expired,
+        ErrorKind::Throttled,
+        ErrorKind::Server,
+        ErrorKind::Stalled,
+        ErrorKind::Protocol,
+        ErrorKind::Internal,
+    ];
+
+    /// The value of a label in metrics.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            ErrorKind::Connect => "connect",
+            ErrorKind::Tls => "tls",
+            ErrorKind::Unauthorized => "unauthorized",
+            ErrorKind::Forbidden => "forbidden",
+            ErrorKind::NotServed => "not_served",
+            ErrorKind::Expired => "expired",
+            ErrorKind::Throttled => "throttled",
+            ErrorKind::Server => "server",
+            ErrorKind::Stalled => "stalled",
+            ErrorKind::Protocol => "protocol",
+            ErrorKind::Internal => "internal",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// How one Service's watch is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceStatus {
+    /// The Service's namespace.
+    pub namespace: String,
+    /// The Service's name.
+    pub service: String,
+    /// True while a complete list is held and the watch that keeps it current is open.
+    pub synced: bool,
+    /// Since the watch last brought anything, an event or a bookmark; none if it never has.
+    pub last_event_age: Option<Duration>,
+    /// Watches opened after the first, for whatever reason; servers end each after some minutes.
+    pub watch_restarts: u64,
+    /// Failures, one number for each of [`ErrorKind::ALL`].
+    pub errors: Vec<(ErrorKind, u64)>,
+}
+
+/// A handle on the counters of all watches. Cloning it is cheap; it may be read from any thread, also after the end.
+#[derive(Debug, Clone)]
+pub struct Status(Arc<Mutex<BTreeMap<ServiceKey, Arc<Counters>>>>);
+
+impl Status {
+    pub(super) fn new() -> Status {
+        Status(Arc::default())
+    }
+
+    /// Every Service that is being watched, by namespace and name.
+    #[must_use]
+    pub fn services(&self) -> Vec<ServiceStatus> {
+        self.lock().iter().map(|(key, counters)| counters.snapshot(key)).collect()
+    }
+
+    pub(super) fn add(&self, key: &ServiceKey) -> Arc<Counters> {
+        self.lock().entry(key.clone()).or_default().clone()
+    }
+
+    pub(super) fn remove(&self, key: &ServiceKey) {
+        self.lock().remove(key);
+    }
+
+    /// The map is whole at every moment, whatever may have panicked while holding it.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ServiceKey, Arc<Counters>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The counters of one watch.
+#[derive(Debug)]
+pub(super) struct Counters {
+    epoch: Instant,
+    synced: AtomicBool,
+    /// Milliseconds since `epoch`, plus one; 0 means never.
+    heard: AtomicU64,
+    watches: AtomicU64,
+    errors: [AtomicU64; ErrorKind::ALL.len()],
+}
+
+impl Default for Counters {
+    fn default() -> Counters {
+        Counters {
+            epoch: Instant::now(),
+            synced: AtomicBool::new(false),
+            heard: AtomicU64::new(0),
+            watches: AtomicU64::new(0),
+            errors: Default::default(),
+        }
+    }
+}
+
+impl Counters {
+    pub(super) fn set_synced(&self, synced: bool) {
+        self.synced.store(synced, Relaxed);
+    }
+
+    pub(super) fn note_heard(&self) {
+        let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.heard.store(ms + 1, Relaxed);
+    }
+
+    pub(super) fn count_watch(&self) {
+        self.watches.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn count_error(&self, kind: ErrorKind) {
+        self.errors[kind as usize].fetch_add(1, Relaxed);
+    }
+
+    fn snapshot(&self, key: &ServiceKey) -> ServiceStatus {
+        let heard = self.heard.load(Relaxed).checked_sub(1).map(Duration::from_millis);
+        ServiceStatus {
+            namespace: key.namespace.to_string(),
+            service: key.service.to_string(),
+            synced: self.synced.load(Relaxed),
+            last_event_age: heard.map(|at| self.epoch.elapsed().saturating_sub(at)),
+            watch_restarts: self.watches.load(Relaxed).saturating_sub(1),
+            errors: ErrorKind::ALL.iter().map(|&kind| (kind, self.errors[kind as usize].load(Relaxed))).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_numbered_in_order_and_have_distinct_labels() {
+        let mut labels = std::collections::BTreeSet::new();
+        for (i, kind) in ErrorKind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, i);
+            assert!(labels.insert(kind.label()));
+        }
+    }
+
+    #[test]
+    fn a_snapshot_shows_what_was_counted() {
+        let status = Status::new();
+        let key = ServiceKey::new("logging", "vector");
+        let counters = status.add(&key);
+        assert_eq!(status.services()[0].last_event_age, None);
+        counters.set_synced(true);
+        counters.note_heard();
+        counters.count_watch();
+        assert_eq!(status.services()[0].watch_restarts, 0);
+        counters.count_watch();
+        counters.count_error(ErrorKind::Stalled);
+        let seen = status.services().remove(0);
+        assert_eq!((seen.namespace.as_str(), seen.service.as_str()), ("logging", "vector"));
+        assert!(seen.synced && seen.last_event_age.is_some());
+        assert_eq!(seen.watch_restarts, 1);
+        assert_eq!(seen.errors.iter().filter(|(_, n)| *n > 0).collect::<Vec<_>>(), [&(ErrorKind::Stalled, 1)]);
+        status.remove(&key);
+        assert_eq!(status.services(), []);
+    }
+}

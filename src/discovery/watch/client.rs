@@ -1,0 +1,148 @@
+//! The HTTP client of one Service's watch.
+//!
+//! kube's own stack would retry behind our back (up to 15 times, up to 1,000 s apart), log each attempt and wait
+//! forever on a silent connection. This one does none of that: it reports failures, keeps the connection's score in
+//! the [`Link`], bounds every silence and keeps watches that break at once from being renewed in a tight loop.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use http::Request;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use kube::Client;
+use kube::client::{Body, ConfigExt};
+use tokio::time::{Instant, Sleep};
+use tower::{BoxError, ServiceBuilder, service_fn};
+
+use super::super::Limits;
+use super::backoff::Backoff;
+use super::link::Link;
+
+/// The kernel asks a silent peer for a sign of life after this long, then as often as this, and gives up after three:
+/// a node that lost its network is noticed in half a minute without any request to the API server.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+/// Connects with the credentials of `config` when a request is made.
+///
+/// # Errors
+/// When the credentials cannot be used: unreadable certificates, a proxy.
+pub(super) fn connect(config: &kube::Config, limits: Limits, link: Arc<Link>) -> Result<Client> {
+    if let Some(proxy) = &config.proxy_url {
+        anyhow::bail!("the kubeconfig's proxy-url {proxy} is not supported: connect to the API server directly");
+    }
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(limits.request_timeout));
+    tcp.set_keepalive(Some(KEEPALIVE));
+    tcp.set_keepalive_interval(Some(KEEPALIVE));
+    tcp.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+    let tls = config.rustls_https_connector_with_connector(tcp).context("cannot prepare TLS to the API server")?;
+    let http: HttpClient<_, Body> = HttpClient::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(limits.request_timeout)
+        .build(tls);
+    let exchange = service_fn(move |request: Request<Body>| {
+        let (http, link) = (http.clone(), link.clone());
+        async move {
+            let watch = is_watch(&request);
+            if watch {
+                pace(&link, &limits).await;
+            }
+            let answer = tokio::time::timeout(limits.request_timeout, http.request(request)).await;
+            let answer = answer.map_err(|_| Silence(limits.request_timeout))?.map_err(BoxError::from)?;
+            let watch = watch && answer.status().is_success();
+            if watch {
+                link.watch_opened();
+            }
+            let patience = if watch { limits.stall_timeout } else { limits.request_timeout };
+            Ok::<_, BoxError>(answer.map(|body| Heard::new(body, patience, watch.then_some(link))))
+        }
+    });
+    let stack = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer().context("cannot prepare the credentials for the API server")?)
+        .layer(config.extra_headers_layer().context("cannot prepare the headers for the API server")?)
+        .map_err(BoxError::from)
+        .service(exchange);
+    Ok(Client::new(stack, config.default_namespace.clone()))
+}
+
+fn is_watch(request: &Request<Body>) -> bool {
+    request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"))
+}
+
+/// The watcher renews an ended watch at once, which is right once but not for ever.
+async fn pace(link: &Link, limits: &Limits) {
+    let short = link.before_watch(limits.short_watch);
+    if short > 1 {
+        let backoff = Backoff::new(limits.backoff_min, limits.backoff_max);
+        tokio::time::sleep(backoff.wait(short - 1)).await;
+    }
+}
+
+/// A response whose silences are bounded and, if it is a watch, whose sounds are noted.
+struct Heard {
+    body: Incoming,
+    patience: Duration,
+    deadline: Pin<Box<Sleep>>,
+    watch: Option<Arc<Link>>,
+}
+
+impl Heard {
+    fn new(body: Incoming, patience: Duration, watch: Option<Arc<Link>>) -> Heard {
+        Heard { body, patience, deadline: Box::pin(tokio::time::sleep(patience)), watch }
+    }
+}
+
+impl HttpBody for Heard {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            if matches!(frame, Some(Ok(_))) {
+                this.deadline.as_mut().reset(Instant::now() + this.patience);
+                if let Some(link) = &this.watch {
+                    link.heard();
+                }
+            }
+            return Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)));
+        }
+        ready!(this.deadline.as_mut().poll(cx));
+        if let Some(link) = &this.watch {
+            link.watch_stalled();
+        }
+        Poll::Ready(Some(Err(Silence(this.patience).into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Nothing came for this long.
+#[derive(Debug)]
+pub(super) struct Silence(Duration);
+
+impl fmt::Display for Silence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "nothing came from the API server for {:?}", self.0)
+    }
+}
+
+impl std::error::Error for Silence {}

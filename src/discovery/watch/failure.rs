@@ -1,0 +1,170 @@
+//! What can go wrong between us and the API server, sorted by what helps against it.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use kube::core::Status;
+use kube::runtime::watcher;
+
+use super::super::status::ErrorKind;
+
+/// The way on after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Recovery {
+    /// The watcher goes on from the last version it has seen: nothing is lost.
+    Resume,
+    /// Something may have been missed: only a complete list tells what is true now.
+    Relist,
+    /// Credentials or the API's version have changed: read and ask anew, then list.
+    Reconnect,
+}
+
+/// One failure.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) kind: ErrorKind,
+    pub(super) recovery: Recovery,
+    /// In one line.
+    pub(super) text: String,
+    /// How long the server asks us to stay away.
+    pub(super) retry_after: Option<Duration>,
+}
+
+impl Failure {
+    /// A failure before there was a connection.
+    pub(super) fn before(error: &anyhow::Error) -> Failure {
+        Failure {
+            kind: ErrorKind::Unauthorized,
+            recovery: Recovery::Reconnect,
+            text: format!("{error:#}"),
+            retry_after: None,
+        }
+    }
+
+    /// The server serves no version of EndpointSlices that we know.
+    pub(super) fn not_served(text: String) -> Failure {
+        Failure { kind: ErrorKind::NotServed, recovery: Recovery::Reconnect, text, retry_after: None }
+    }
+
+    /// A single request failed.
+    pub(super) fn of_request(error: &kube::Error) -> Failure {
+        let kind = kind_of(error);
+        let recovery = match kind {
+            ErrorKind::Tls | ErrorKind::Unauthorized | ErrorKind::NotServed => Recovery::Reconnect,
+            _ => Recovery::Relist,
+        };
+        Failure { kind, recovery, text: text_of(error), retry_after: retry_after(error) }
+    }
+
+    /// The watcher failed, after this many silences in a row.
+    ///
+    /// The watcher itself lists anew when the list failed and when the stream brings a 410; everything else it resumes,
+    /// which would go on for ever where the server will not have the old version, and would pass over an event that
+    /// could not be read.
+    pub(super) fn of_watcher(error: &watcher::Error, stalls: u32) -> Failure {
+        match error {
+            watcher::Error::InitialListFailed(error) => Failure::of_request(error),
+            watcher::Error::WatchStartFailed(error) => {
+                let failure = Failure::of_request(error);
+                let resumable = match failure.kind {
+                    ErrorKind::Connect | ErrorKind::Forbidden | ErrorKind::Throttled => true,
+                    ErrorKind::Server => !from_the_future(error),
+                    _ => false,
+                };
+                if resumable { Failure { recovery: Recovery::Resume, ..failure } } else { failure }
+            }
+            watcher::Error::WatchFailed(kube::Error::ReadEvents(_)) if stalls > 0 => Failure {
+                kind: ErrorKind::Stalled,
+                // Once may be a lost connection; twice, and the server may be waiting for a version that never comes.
+                recovery: if stalls > 1 { Recovery::Relist } else { Recovery::Resume },
+                text: "the watch had been silent for too long".to_owned(),
+                retry_after: None,
+            },
+            watcher::Error::WatchFailed(error @ (kube::Error::ReadEvents(_) | kube::Error::HyperError(_))) => {
+                Failure { recovery: Recovery::Resume, ..Failure::of_request(error) }
+            }
+            watcher::Error::WatchFailed(error) => Failure::of_request(error),
+            watcher::Error::WatchError(status) => Failure {
+                kind: kind_of_code(status.code),
+                recovery: Recovery::Relist,
+                text: text_of_status(status),
+                retry_after: None,
+            },
+            watcher::Error::NoResourceVersion => Failure {
+                kind: ErrorKind::Protocol,
+                recovery: Recovery::Relist,
+                text: "the API server sent no resourceVersion".to_owned(),
+                retry_after: None,
+            },
+        }
+    }
+}
+
+fn kind_of(error: &kube::Error) -> ErrorKind {
+    match error {
+        kube::Error::Api(status) => kind_of_code(status.code),
+        kube::Error::Auth(_) => ErrorKind::Unauthorized,
+        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) | kube::Error::BuildRequest(_) => ErrorKind::Protocol,
+        error if chain(error).any(|cause| cause.is::<kube::client::AuthError>()) => ErrorKind::Unauthorized,
+        // What rustls reports as `InvalidCertificate`; the error itself is wrapped too deep to be reached by type.
+        error if chain(error).any(|cause| cause.to_string().contains("invalid peer certificate")) => ErrorKind::Tls,
+        _ => ErrorKind::Connect,
+    }
+}
+
+fn kind_of_code(code: u16) -> ErrorKind {
+    match code {
+        401 => ErrorKind::Unauthorized,
+        403 => ErrorKind::Forbidden,
+        404 => ErrorKind::NotServed,
+        410 => ErrorKind::Expired,
+        429 => ErrorKind::Throttled,
+        500..=599 => ErrorKind::Server,
+        _ => ErrorKind::Protocol,
+    }
+}
+
+/// The version to resume from is one that the server has not reached: it has been restored from a backup.
+fn from_the_future(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.into_iter().any(|cause| cause.reason == "ResourceVersionTooLarge")
+        || status.message.starts_with("Too large resource version")
+}
+
+fn retry_after(error: &kube::Error) -> Option<Duration> {
+    let kube::Error::Api(status) = error else { return None };
+    let seconds = status.details.as_ref()?.retry_after_seconds;
+    (seconds > 0).then(|| Duration::from_secs(seconds.into()))
+}
+
+/// The message of the server, or ours with all causes.
+pub(super) fn text_of(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error {
+        return text_of_status(status);
+    }
+    let mut text = String::new();
+    for cause in chain(error) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text.replace('\n', " ")
+}
+
+fn text_of_status(status: &Status) -> String {
+    let message = status.message.replace('\n', " ");
+    format!("the API server answered {} {}: {message}", status.code, status.reason)
+}
+
+fn chain(error: &kube::Error) -> impl Iterator<Item = &(dyn StdError + 'static)> {
+    let first: &(dyn StdError + 'static) = error;
+    std::iter::successors(Some(first), |&cause| cause.source())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,81 @@
+use kube::core::response::{StatusCause, StatusDetails};
+
+use super::*;
+
+fn api(code: u16, reason: &str) -> kube::Error {
+    kube::Error::Api(Status::failure("it says", reason).with_code(code).boxed())
+}
+
+fn details() -> StatusDetails {
+    serde_json::from_str("{}").unwrap()
+}
+
+fn silence() -> kube::Error {
+    kube::Error::ReadEvents(std::io::Error::other("nothing came"))
+}
+
+#[test]
+fn a_watch_is_resumed_only_where_that_can_help() {
+    use ErrorKind as Kind;
+    use Recovery::{Reconnect, Relist, Resume};
+    for (code, kind, recovery) in [
+        (400, Kind::Protocol, Relist),
+        (401, Kind::Unauthorized, Reconnect),
+        (403, Kind::Forbidden, Resume),
+        (404, Kind::NotServed, Reconnect),
+        (410, Kind::Expired, Relist),
+        (429, Kind::Throttled, Resume),
+        (500, Kind::Server, Resume),
+        (503, Kind::Server, Resume),
+    ] {
+        let failure = Failure::of_watcher(&watcher::Error::WatchStartFailed(api(code, "Reason")), 0);
+        assert_eq!((failure.kind, failure.recovery), (kind, recovery), "{code}");
+        assert!(failure.text.contains("it says"), "{}", failure.text);
+    }
+    let connection = Failure::of_watcher(&watcher::Error::WatchStartFailed(kube::Error::Service("refused".into())), 0);
+    assert_eq!((connection.kind, connection.recovery), (Kind::Connect, Resume));
+}
+
+#[test]
+fn a_version_from_the_future_needs_a_list() {
+    let mut status = Status::failure("Too large resource version: 9, current: 1", "Timeout").with_code(504);
+    let cause = |reason: &str| StatusCause { reason: reason.to_owned(), message: String::new(), field: String::new() };
+    let by_message = kube::Error::Api(status.clone().boxed());
+    status.message = "elsewise".to_owned();
+    status.details = Some(StatusDetails { causes: vec![cause("ResourceVersionTooLarge")], ..details() });
+    for error in [by_message, kube::Error::Api(status.boxed())] {
+        let failure = Failure::of_watcher(&watcher::Error::WatchStartFailed(error), 0);
+        assert_eq!(failure.recovery, Recovery::Relist);
+    }
+}
+
+#[test]
+fn an_open_watch_that_fails_is_resumed_unless_an_event_may_be_lost() {
+    let broken = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 0);
+    assert_eq!((broken.kind, broken.recovery), (ErrorKind::Connect, Recovery::Resume));
+    let once = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 1);
+    assert_eq!((once.kind, once.recovery), (ErrorKind::Stalled, Recovery::Resume));
+    let twice = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 2);
+    assert_eq!((twice.kind, twice.recovery), (ErrorKind::Stalled, Recovery::Relist));
+    let nonsense = serde_json::from_str::<u8>("{").unwrap_err();
+    let unread = Failure::of_watcher(&watcher::Error::WatchFailed(kube::Error::SerdeError(nonsense)), 0);
+    assert_eq!((unread.kind, unread.recovery), (ErrorKind::Protocol, Recovery::Relist));
+    let told = Failure::of_watcher(&watcher::Error::WatchError(Status::failure("x", "Y").with_code(500).boxed()), 0);
+    assert_eq!((told.kind, told.recovery), (ErrorKind::Server, Recovery::Relist));
+}
+
+#[test]
+fn the_server_may_ask_us_to_stay_away() {
+    let details = StatusDetails { retry_after_seconds: 7, ..details() };
+    let status = Status::failure("busy", "TooManyRequests").with_code(429).with_details(details);
+    let failure = Failure::of_request(&kube::Error::Api(status.boxed()));
+    assert_eq!(failure.retry_after, Some(Duration::from_secs(7)));
+    assert_eq!(Failure::of_request(&api(429, "TooManyRequests")).retry_after, None);
+}
+
+#[test]
+fn a_refused_certificate_is_told_from_a_lost_connection() {
+    let tls = std::io::Error::other("invalid peer certificate: UnknownIssuer");
+    let failure = Failure::of_request(&kube::Error::Service(Box::new(tls)));
+    assert_eq!((failure.kind, failure.recovery), (ErrorKind::Tls, Recovery::Reconnect));
+}

@@ -1,0 +1,155 @@
+//! Single questions to the API server: which version of EndpointSlices it serves, why there are none, in which zone
+//! the node is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use http::Request;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIGroup;
+use kube::Client;
+use serde::Deserialize;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::super::Limits;
+use super::super::advice::{self, Presence};
+use super::super::hub::{Finding, ServiceKey};
+use super::super::status::Counters;
+use super::super::wire::{GROUP, ZONE_LABEL};
+use super::backoff::Backoff;
+use super::client;
+use super::credentials::Credentials;
+use super::failure::{Failure, text_of};
+use super::link::Link;
+
+/// What [`ZONE_LABEL`] was called before Kubernetes 1.17; nodes made then may have only this.
+const OLD_ZONE_LABEL: &str = "failure-domain.beta.kubernetes.io/zone";
+
+/// A version of the EndpointSlice API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Version {
+    V1,
+    V1Beta1,
+}
+
+/// Asks for the best version served. None if we may not ask, which is unusual: every authenticated user may, by the
+/// cluster role `system:discovery`.
+pub(super) async fn served_version(client: &Client) -> Result<Option<Version>, Failure> {
+    let group: APIGroup = match get(client, &format!("/apis/{GROUP}")).await {
+        Ok(group) => group,
+        Err(kube::Error::Api(status)) if status.code == 403 => return Ok(None),
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            return Err(Failure::not_served(format!(
+                "the API server does not serve {GROUP}: Kubernetes 1.19 or later is needed"
+            )));
+        }
+        Err(error) => return Err(Failure::of_request(&error)),
+    };
+    let serves = |version: &str| group.versions.iter().any(|served| served.version == version);
+    if serves("v1") {
+        Ok(Some(Version::V1))
+    } else if serves("v1beta1") {
+        Ok(Some(Version::V1Beta1))
+    } else {
+        let served: Vec<&str> = group.versions.iter().map(|served| served.version.as_str()).collect();
+        Err(Failure::not_served(format!(
+            "the API server serves {GROUP} only as {}, which is not known here",
+            served.join(", ")
+        )))
+    }
+}
+
+/// Says why a Service has no slices, as far as we may look.
+pub(super) async fn why_absent(client: Client, key: ServiceKey) -> String {
+    let namespace = presence_of_namespace(&client, &key).await;
+    let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
+    advice::absent(&key, namespace, service)
+}
+
+pub(super) async fn presence_of_namespace(client: &Client, key: &ServiceKey) -> Presence {
+    presence(client, &format!("/api/v1/namespaces/{}", key.namespace)).await
+}
+
+async fn presence(client: &Client, path: &str) -> Presence {
+    match get::<Object>(client, path).await {
+        Ok(_) => Presence::Exists,
+        Err(kube::Error::Api(status)) if status.code == 404 => Presence::Missing,
+        Err(_) => Presence::Unknown,
+    }
+}
+
+/// Finds the zone of this node and reports it, whenever the API server answers. Until then, and if it may not be
+/// known, reports that it is not known.
+pub(super) async fn find_zone(
+    node: String,
+    credentials: Arc<Credentials>,
+    limits: Limits,
+    findings: UnboundedSender<Finding>,
+) {
+    let backoff = Backoff::new(limits.backoff_min, limits.backoff_max);
+    for failures in 1.. {
+        let (zone, done) = ask_zone(&node, &credentials, limits).await;
+        if findings.send(Finding::Zone(zone.map(Arc::from))).is_err() || done {
+            return;
+        }
+        tokio::time::sleep(backoff.wait(failures)).await;
+    }
+}
+
+/// The zone, and whether that is the last word.
+async fn ask_zone(node: &str, credentials: &Credentials, limits: Limits) -> (Option<String>, bool) {
+    let link = Arc::new(Link::new(ServiceKey::new("", ""), Arc::new(Counters::default())));
+    let answer = async {
+        let client = client::connect(&credentials.load().await?, limits, link)?;
+        anyhow::Ok(get::<Object>(&client, &format!("/api/v1/nodes/{node}")).await)
+    };
+    match answer.await {
+        Ok(Ok(object)) => {
+            let labels = &object.metadata.labels;
+            let zone = labels.get(ZONE_LABEL).or_else(|| labels.get(OLD_ZONE_LABEL)).filter(|zone| !zone.is_empty());
+            if zone.is_none() {
+                tracing::warn!(
+                    "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the \
+                     zone: node {node:?} has no label {ZONE_LABEL}"
+                );
+            }
+            (zone.cloned(), true)
+        }
+        Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
+            tracing::warn!("{}", advice::zone_forbidden(node, &status.message));
+            (None, true)
+        }
+        Ok(Err(kube::Error::Api(status))) if status.code == 404 => {
+            tracing::warn!(
+                "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: \
+                 there is no node {node:?}; check NODE_NAME"
+            );
+            (None, true)
+        }
+        Ok(Err(error)) => {
+            tracing::debug!("cannot read node {node:?} yet: {}", text_of(&error));
+            (None, false)
+        }
+        Err(error) => {
+            tracing::debug!("cannot read node {node:?} yet: {error:#}");
+            (None, false)
+        }
+    }
+}
+
+/// Any object, of which only this much is needed.
+#[derive(Debug, Deserialize)]
+struct Object {
+    #[serde(default)]
+    metadata: Metadata,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Metadata {
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+}
+
+async fn get<T: serde::de::DeserializeOwned>(client: &Client, path: &str) -> kube::Result<T> {
+    let request = Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError)?;
+    client.request(request).await
+}

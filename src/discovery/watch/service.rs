@@ -1,0 +1,223 @@
+//! Follows the EndpointSlices of one Service, for ever.
+//!
+//! kube's watcher does the protocol: list in pages, watch with bookmarks from the list's version, resume from the last
+//! version seen when the connection ends, list again on 410. This task around it keeps the slices, decides after each
+//! failure whether resuming is enough, waits, and tells the operator once. The slices only change by what the server
+//! says: a failure leaves them, and a list replaces them when it is complete.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+use k8s_openapi::api::discovery::v1;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client, ResourceExt};
+use rand::RngExt;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::super::Limits;
+use super::super::advice::{self, Presence};
+use super::super::hub::{Finding, ServiceKey};
+use super::super::slices::Slice;
+use super::super::status::{Counters, ErrorKind};
+use super::super::wire::{BetaEndpointSlice, SERVICE_NAME_LABEL, Wire};
+use super::backoff::Backoff;
+use super::client;
+use super::credentials::Credentials;
+use super::failure::{Failure, Recovery};
+use super::link::Link;
+use super::lookup::{self, Version};
+
+/// Slices by name.
+type Slices = BTreeMap<String, Arc<Slice>>;
+
+/// One Service, and what is known of it.
+pub(super) struct Watch {
+    key: ServiceKey,
+    limits: Limits,
+    credentials: Arc<Credentials>,
+    link: Arc<Link>,
+    findings: UnboundedSender<Finding>,
+    slices: Slices,
+    /// The list that is coming in.
+    incoming: Slices,
+    /// True once a list has been complete.
+    listed: bool,
+    /// True if the operator has been told that there are no slices.
+    absence_told: bool,
+    /// The version to try where asking for it is forbidden.
+    guess: Version,
+}
+
+impl Watch {
+    pub(super) fn new(
+        key: ServiceKey,
+        limits: Limits,
+        credentials: Arc<Credentials>,
+        counters: Arc<Counters>,
+        findings: UnboundedSender<Finding>,
+    ) -> Watch {
+        Watch {
+            link: Arc::new(Link::new(key.clone(), counters)),
+            key,
+            limits,
+            credentials,
+            findings,
+            slices: Slices::new(),
+            incoming: Slices::new(),
+            listed: false,
+            absence_told: false,
+            guess: Version::V1,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        loop {
+            if let Err(failure) = self.connect_and_follow().await {
+                self.recover_from(&failure, None).await;
+            }
+        }
+    }
+
+    /// Returns when credentials or version have to be looked at again.
+    async fn connect_and_follow(&mut self) -> Result<(), Failure> {
+        let config = self.credentials.load().await.map_err(|error| Failure::before(&error))?;
+        let client =
+            client::connect(&config, self.limits, self.link.clone()).map_err(|error| Failure::before(&error))?;
+        let version = lookup::served_version(&client).await?;
+        tracing::debug!("following the endpoints of {} with {:?}", self.key, version);
+        match version.unwrap_or(self.guess) {
+            Version::V1 => self.follow::<v1::EndpointSlice>(&client).await,
+            Version::V1Beta1 => self.follow::<BetaEndpointSlice>(&client).await,
+        }
+        if version.is_none() {
+            self.guess = if self.guess == Version::V1 { Version::V1Beta1 } else { Version::V1 };
+        }
+        Ok(())
+    }
+
+    async fn follow<K>(&mut self, client: &Client)
+    where
+        K: Wire + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    {
+        loop {
+            let failure = self.list_and_watch::<K>(client).await;
+            self.recover_from(&failure, Some(client)).await;
+            if failure.recovery == Recovery::Reconnect {
+                return;
+            }
+        }
+    }
+
+    /// Runs one watcher until only another one, with a fresh list, can help.
+    async fn list_and_watch<K>(&mut self, client: &Client) -> Failure
+    where
+        K: Wire + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    {
+        let api: Api<K> = Api::namespaced(client.clone(), &self.key.namespace);
+        let selector = format!("{SERVICE_NAME_LABEL}={}", self.key.service);
+        let config = watcher::Config::default().labels(&selector).timeout(self.watch_seconds());
+        let mut events = pin!(watcher(api, config));
+        let mut explanation: Option<BoxFuture<'static, String>> = None;
+        loop {
+            let explained = async {
+                match explanation.as_mut() {
+                    Some(lookup) => lookup.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(Ok(event)) => {
+                        self.take(event);
+                        if !self.slices.is_empty() {
+                            explanation = None;
+                            self.absence_told = false;
+                        } else if self.listed && !self.absence_told && explanation.is_none() {
+                            explanation = Some(lookup::why_absent(client.clone(), self.key.clone()).boxed());
+                        }
+                    }
+                    Some(Err(error)) => {
+                        let failure = Failure::of_watcher(&error, self.link.stalls());
+                        if failure.recovery != Recovery::Resume {
+                            return failure;
+                        }
+                        self.recover_from(&failure, Some(client)).await;
+                    }
+                    None => return Failure::not_served("the watcher ended".to_owned()),
+                },
+                text = explained => {
+                    tracing::warn!("{text}");
+                    explanation = None;
+                    self.absence_told = true;
+                }
+            }
+        }
+    }
+
+    fn take<K: Wire>(&mut self, event: Event<K>) {
+        match event {
+            Event::Init => self.incoming.clear(),
+            Event::InitApply(object) => {
+                self.incoming.insert(object.name_any(), Arc::new(object.slice()));
+            }
+            Event::InitDone => {
+                self.slices = std::mem::take(&mut self.incoming);
+                self.publish();
+            }
+            Event::Apply(object) => {
+                self.slices.insert(object.name_any(), Arc::new(object.slice()));
+                self.publish();
+            }
+            Event::Delete(object) => {
+                self.slices.remove(&object.name_any());
+                self.publish();
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        self.listed = true;
+        // The other end is only gone when everything is about to end.
+        let _ = self.findings.send(Finding::Slices(self.key.clone(), self.slices.values().cloned().collect()));
+    }
+
+    /// Counts the failure, tells of it once, and waits.
+    async fn recover_from(&self, failure: &Failure, client: Option<&Client>) {
+        let failures = self.link.failed(failure.kind, self.limits.short_watch);
+        let _ = self.findings.send(Finding::Failed(self.key.clone()));
+        match failure.kind {
+            // Nothing is out of order: the connection is renewed, the history was too short.
+            ErrorKind::Stalled | ErrorKind::Expired => {
+                tracing::debug!("the watch of the endpoints of {} starts anew: {}", self.key, failure.text);
+            }
+            kind if self.link.is_news(kind) => self.tell(failure, client).await,
+            _ => tracing::debug!("still no endpoints of {}: {}", self.key, failure.text),
+        }
+        let backoff = Backoff::new(self.limits.backoff_min, self.limits.backoff_max);
+        let asked = failure.retry_after.unwrap_or_default().min(self.limits.backoff_max);
+        tokio::time::sleep(backoff.wait(failures).max(asked)).await;
+    }
+
+    async fn tell(&self, failure: &Failure, client: Option<&Client>) {
+        if failure.kind == ErrorKind::Forbidden {
+            let namespace = match client {
+                Some(client) => lookup::presence_of_namespace(client, &self.key).await,
+                None => Presence::Unknown,
+            };
+            tracing::warn!("{}", advice::forbidden(&self.key, &failure.text, namespace));
+            return;
+        }
+        let kept = if self.listed { "the last known endpoints stay in use" } else { "none are known yet" };
+        tracing::warn!("cannot follow the endpoints of {}: {}; {kept}; retrying", self.key, failure.text);
+    }
+
+    /// Spread, so that nodes started together do not come back together.
+    fn watch_seconds(&self) -> u32 {
+        let most = u32::try_from(self.limits.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1);
+        rand::rng().random_range(most - most / 5..=most)
+    }
+}

@@ -1,0 +1,204 @@
+//! What the API server sends, in both versions it may speak, and how a [`Slice`] is made of it.
+//!
+//! `discovery.k8s.io/v1` (since Kubernetes 1.21) comes as the type of k8s-openapi, `v1beta1` (1.17 to 1.24), which
+//! that crate no longer has, as one of our own. Only `watch` deals in these types.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::discovery::v1;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use serde::Deserialize;
+
+use super::Family;
+use super::slices::{AddressType, Endpoint, Port, Readiness, Slice};
+
+/// The label that names the Service of a slice.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The API group of EndpointSlices.
+pub const GROUP: &str = "discovery.k8s.io";
+
+/// The label of nodes, and the key of a v1beta1 topology, that names the zone.
+pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// The key of a v1beta1 topology that names the node.
+const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
+
+/// An EndpointSlice as the server sends it.
+pub trait Wire: Resource<DynamicType = (), Scope = NamespaceResourceScope> {
+    /// Keeps what matters.
+    fn slice(&self) -> Slice;
+}
+
+impl Wire for v1::EndpointSlice {
+    fn slice(&self) -> Slice {
+        let endpoints = self.endpoints.iter().map(|endpoint| Parts {
+            address: endpoint.addresses.first(),
+            conditions: endpoint.conditions.as_ref(),
+            node: endpoint.node_name.as_deref(),
+            zone: endpoint.zone.as_deref(),
+            target: endpoint.target_ref.as_ref(),
+        });
+        build(&self.address_type, self.ports.as_deref(), endpoints)
+    }
+}
+
+/// `discovery.k8s.io/v1beta1`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BetaEndpointSlice {
+    /// Its name, labels and version.
+    #[serde(default)]
+    pub metadata: ObjectMeta,
+    /// `IPv4`, `IPv6` or `FQDN`.
+    pub address_type: String,
+    /// `null` in the placeholder slice of a Service without pods.
+    pub endpoints: Option<Vec<BetaEndpoint>>,
+    /// The same as in v1.
+    pub ports: Option<Vec<v1::EndpointPort>>,
+}
+
+/// An endpoint of `discovery.k8s.io/v1beta1`: v1 has `zone` and `nodeName` where this has `topology`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BetaEndpoint {
+    /// At least one.
+    pub addresses: Option<Vec<String>>,
+    /// The same as in v1.
+    pub conditions: Option<v1::EndpointConditions>,
+    /// Where it runs, by well-known node labels.
+    pub topology: Option<BTreeMap<String, String>>,
+    /// Its node, in servers from 1.20 on.
+    pub node_name: Option<String>,
+    /// Its pod.
+    pub target_ref: Option<ObjectReference>,
+}
+
+impl Resource for BetaEndpointSlice {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        "EndpointSlice".into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        GROUP.into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        "v1beta1".into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        "endpointslices".into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl Wire for BetaEndpointSlice {
+    fn slice(&self) -> Slice {
+        let endpoints = self.endpoints.iter().flatten().map(|endpoint| {
+            let topology = |key| endpoint.topology.as_ref().and_then(|topology| topology.get(key)).map(String::as_str);
+            Parts {
+                address: endpoint.addresses.as_ref().and_then(|addresses| addresses.first()),
+                conditions: endpoint.conditions.as_ref(),
+                node: endpoint.node_name.as_deref().or_else(|| topology(HOSTNAME_LABEL)),
+                zone: topology(ZONE_LABEL),
+                target: endpoint.target_ref.as_ref(),
+            }
+        });
+        build(&self.address_type, self.ports.as_deref(), endpoints)
+    }
+}
+
+/// An endpoint of either version.
+struct Parts<'a> {
+    address: Option<&'a String>,
+    conditions: Option<&'a v1::EndpointConditions>,
+    node: Option<&'a str>,
+    zone: Option<&'a str>,
+    target: Option<&'a ObjectReference>,
+}
+
+fn build<'a>(
+    address_type: &str,
+    ports: Option<&[v1::EndpointPort]>,
+    endpoints: impl Iterator<Item = Parts<'a>>,
+) -> Slice {
+    let addresses = match address_type {
+        "IPv4" => AddressType::Ip(Family::V4),
+        "IPv6" => AddressType::Ip(Family::V6),
+        other => AddressType::Other(other.to_owned()),
+    };
+    let mut names = Names::default();
+    let mut slice = Slice {
+        ports: ports.unwrap_or_default().iter().map(port).collect(),
+        endpoints: Vec::new(),
+        unreadable: 0,
+        addresses,
+    };
+    if let AddressType::Ip(family) = slice.addresses {
+        for parts in endpoints {
+            match endpoint(&parts, family, &mut names) {
+                Some(endpoint) => slice.endpoints.push(endpoint),
+                None => slice.unreadable += 1,
+            }
+        }
+    }
+    slice
+}
+
+fn port(port: &v1::EndpointPort) -> Port {
+    Port {
+        name: port.name.clone().unwrap_or_default(),
+        protocol: port.protocol.clone(),
+        number: port.port.and_then(|number| u16::try_from(number).ok()),
+    }
+}
+
+fn endpoint(parts: &Parts<'_>, family: Family, names: &mut Names) -> Option<Endpoint> {
+    let address: IpAddr = parts.address?.parse().ok()?;
+    if Family::of(address) != family {
+        return None;
+    }
+    let conditions = parts.conditions;
+    let pod = parts.target.filter(|target| target.kind.as_deref() == Some("Pod"));
+    Some(Endpoint {
+        address,
+        readiness: Readiness::from_conditions(
+            conditions.and_then(|c| c.ready),
+            conditions.and_then(|c| c.serving),
+            conditions.and_then(|c| c.terminating),
+        ),
+        node: parts.node.map(|node| names.share(node)),
+        zone: parts.zone.map(|zone| names.share(zone)),
+        pod: pod.and_then(|pod| pod.name.as_deref()).map(Arc::from),
+    })
+}
+
+/// Endpoints of one slice share few nodes and zones: each is kept once.
+#[derive(Default)]
+struct Names(std::collections::HashMap<String, Arc<str>>);
+
+impl Names {
+    fn share(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.0.get(name) {
+            return known.clone();
+        }
+        let shared: Arc<str> = name.into();
+        self.0.insert(name.to_owned(), shared.clone());
+        shared
+    }
+}

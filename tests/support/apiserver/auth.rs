@@ -1,0 +1,84 @@
+//! Who may do what.
+
+use serde_json::{Value, json};
+
+use super::State;
+use super::USER;
+use super::store::Kind;
+
+/// One rule of RBAC.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    verbs: Vec<String>,
+    resource: String,
+    /// None means in every namespace.
+    namespace: Option<String>,
+}
+
+impl Rule {
+    pub fn new(verbs: &[&str], resource: &str) -> Rule {
+        Rule {
+            verbs: verbs.iter().map(|&verb| verb.to_owned()).collect(),
+            resource: resource.to_owned(),
+            namespace: None,
+        }
+    }
+
+    pub fn within(self, namespace: &str) -> Rule {
+        Rule { namespace: Some(namespace.to_owned()), ..self }
+    }
+
+    fn allows(&self, verb: &str, resource: &str, namespace: Option<&str>) -> bool {
+        self.verbs.iter().any(|v| v == verb)
+            && self.resource == resource
+            && (self.namespace.is_none() || self.namespace.as_deref() == namespace)
+    }
+}
+
+/// Refuses who is not known, and what is not allowed.
+pub fn check(
+    state: &State,
+    authorization: Option<&str>,
+    verb: &str,
+    kind: Kind,
+    namespace: Option<&str>,
+    name: Option<&str>,
+) -> Result<(), (u16, Value)> {
+    authenticate(state, authorization)?;
+    let resource = kind.resource();
+    if state.rules.iter().any(|rule| rule.allows(verb, resource, namespace)) {
+        return Ok(());
+    }
+    let group = kind.group();
+    let qualified = if group.is_empty() { resource.to_owned() } else { format!("{resource}.{group}") };
+    let subject = name.map_or(qualified.clone(), |name| format!("{qualified} {name:?}"));
+    let place = namespace.map_or("at the cluster scope".to_owned(), |ns| format!("in the namespace {ns:?}"));
+    let message = format!(
+        "{subject} is forbidden: User {USER:?} cannot {verb} resource {resource:?} in API group {group:?} {place}"
+    );
+    let mut details = json!({"group": group, "kind": resource});
+    if let Some(name) = name {
+        details["name"] = json!(name);
+    }
+    Err((403, status(403, "Forbidden", &message, details)))
+}
+
+pub fn authenticate(state: &State, authorization: Option<&str>) -> Result<(), (u16, Value)> {
+    let token = authorization.and_then(|value| value.strip_prefix("Bearer "));
+    if token.is_some_and(|token| state.tokens.iter().any(|known| known == token)) {
+        return Ok(());
+    }
+    Err((401, status(401, "Unauthorized", "Unauthorized", Value::Null)))
+}
+
+/// The object that failures are answered with.
+pub fn status(code: u16, reason: &str, message: &str, details: Value) -> Value {
+    let mut status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": message, "reason": reason, "code": code,
+    });
+    if !details.is_null() {
+        status["details"] = details;
+    }
+    status
+}

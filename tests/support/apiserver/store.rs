@@ -1,0 +1,167 @@
+//! The objects, their versions and their history.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+/// What there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    EndpointSlice,
+    Service,
+    Namespace,
+    Node,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 4] = [Kind::EndpointSlice, Kind::Service, Kind::Namespace, Kind::Node];
+
+    pub fn resource(self) -> &'static str {
+        match self {
+            Kind::EndpointSlice => "endpointslices",
+            Kind::Service => "services",
+            Kind::Namespace => "namespaces",
+            Kind::Node => "nodes",
+        }
+    }
+
+    pub fn group(self) -> &'static str {
+        if self == Kind::EndpointSlice { "discovery.k8s.io" } else { "" }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::EndpointSlice => "EndpointSlice",
+            Kind::Service => "Service",
+            Kind::Namespace => "Namespace",
+            Kind::Node => "Node",
+        }
+    }
+
+    pub fn namespaced(self) -> bool {
+        matches!(self, Kind::EndpointSlice | Kind::Service)
+    }
+}
+
+/// A change of one object.
+#[derive(Debug, Clone)]
+pub struct Change {
+    pub version: u64,
+    pub kind: Kind,
+    pub before: Option<Value>,
+    /// For a deletion: none; `before` then has the version of the deletion.
+    pub after: Option<Value>,
+}
+
+/// Something the test wants everyone who watches to get.
+#[derive(Debug, Clone)]
+pub enum Signal {
+    /// All changes up to this version have been sent.
+    Bookmark(u64),
+    End,
+    Line(String),
+}
+
+/// What a watch has to deal with next.
+#[derive(Debug, Clone)]
+pub enum Entry {
+    Change(Change),
+    Signal(Signal),
+}
+
+#[derive(Default)]
+pub struct Store {
+    version: u64,
+    objects: BTreeMap<(Kind, String, String), Value>,
+    log: Vec<Entry>,
+    /// Changes up to this version have been forgotten.
+    compacted: u64,
+    /// The rest of lists that are being read in pages.
+    pages: BTreeMap<u64, (u64, Vec<Value>)>,
+    page_tokens: u64,
+}
+
+impl Store {
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    fn next(&mut self) -> u64 {
+        // Versions are opaque and skip: other objects of the cluster change as well.
+        self.version += 3;
+        self.version
+    }
+
+    pub fn apply(&mut self, kind: Kind, mut object: Value) {
+        let version = self.next();
+        let meta = &mut object["metadata"];
+        meta["resourceVersion"] = json!(version.to_string());
+        let name = meta["name"].as_str().expect("a name").to_owned();
+        let namespace =
+            if kind.namespaced() { meta["namespace"].as_str().expect("a namespace") } else { "" }.to_owned();
+        meta["uid"] = json!(format!("uid-{namespace}-{name}"));
+        let before = self.objects.insert((kind, namespace, name), object.clone());
+        self.log.push(Entry::Change(Change { version, kind, before, after: Some(object) }));
+    }
+
+    pub fn delete(&mut self, kind: Kind, namespace: &str, name: &str) {
+        let mut before = self.objects.remove(&(kind, namespace.to_owned(), name.to_owned())).expect("it exists");
+        let version = self.next();
+        before["metadata"]["resourceVersion"] = json!(version.to_string());
+        self.log.push(Entry::Change(Change { version, kind, before: Some(before), after: None }));
+    }
+
+    pub fn signal(&mut self, signal: Signal) {
+        self.log.push(Entry::Signal(signal));
+    }
+
+    pub fn compact(&mut self) {
+        self.compacted = self.version;
+        self.pages.clear();
+    }
+
+    pub fn rewind(&mut self) {
+        self.version = 1;
+        self.compacted = 0;
+        self.pages.clear();
+        self.log.clear();
+        for object in self.objects.values_mut() {
+            object["metadata"]["resourceVersion"] = json!("1");
+        }
+    }
+
+    pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Option<&Value> {
+        self.objects.get(&(kind, namespace.to_owned(), name.to_owned()))
+    }
+
+    pub fn list(&self, kind: Kind, namespace: Option<&str>) -> Vec<&Value> {
+        let within = |ns: &str| namespace.is_none_or(|wanted| wanted == ns);
+        self.objects.iter().filter(|((k, ns, _), _)| *k == kind && within(ns)).map(|(_, object)| object).collect()
+    }
+
+    /// Keeps the rest of a list under a token.
+    pub fn keep_page(&mut self, version: u64, rest: Vec<Value>) -> String {
+        self.page_tokens += 1;
+        self.pages.insert(self.page_tokens, (version, rest));
+        format!("page-{}", self.page_tokens)
+    }
+
+    /// The rest of a list, unless it has been forgotten.
+    pub fn take_page(&mut self, token: &str) -> Option<(u64, Vec<Value>)> {
+        self.pages.remove(&token.strip_prefix("page-")?.parse().ok()?)
+    }
+
+    /// Where in the log a watch from this version starts; none if it is too old.
+    pub fn position(&self, version: u64) -> Option<usize> {
+        if version < self.compacted {
+            return None;
+        }
+        let newer = |entry: &Entry| matches!(entry, Entry::Change(change) if change.version > version);
+        // Signals are for those who watch when they are given.
+        Some(self.log.iter().position(newer).unwrap_or(self.log.len()))
+    }
+
+    pub fn log(&self) -> &[Entry] {
+        &self.log
+    }
+}
