@@ -14,6 +14,7 @@ pub mod config;
 pub mod controller;
 pub mod datapath;
 pub mod event_loop;
+pub mod health;
 pub mod host;
 pub mod logging;
 pub mod metrics;
