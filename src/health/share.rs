@@ -38,6 +38,16 @@ impl HealthMap {
     pub fn get(&self, listener: ListenerId, downstream: SocketAddr) -> Option<Standing> {
         self.standings.get(&(listener, downstream)).copied()
     }
+
+    /// Sets what there is to say. True if it was something else.
+    pub(super) fn set(&mut self, listener: ListenerId, downstream: SocketAddr, standing: Option<Standing>) -> bool {
+        let key = (listener, downstream);
+        let before = match standing {
+            Some(standing) => self.standings.insert(key, standing),
+            None => self.standings.remove(&key),
+        };
+        before != standing
+    }
 }
 
 impl FromIterator<((ListenerId, SocketAddr), Standing)> for HealthMap {
