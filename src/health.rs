@@ -191,6 +191,12 @@ impl Health {
         self.troubles.iter().map(|(kind, trouble)| (*kind, trouble.reason.as_str()))
     }
 
+    /// Sockets that are open at the moment.
+    #[must_use]
+    pub fn open_sockets(&self) -> usize {
+        self.probers.open_sockets()
+    }
+
     fn take_replies(&mut self, now: Duration) {
         let mut replies = std::mem::take(&mut self.replies);
         for Reply { probe, verdict } in replies.drain(..) {

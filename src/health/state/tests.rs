@@ -418,7 +418,7 @@ fn connections_are_bounded_and_each_waiting_target_gets_its_turn() {
     assert_eq!(asked.len(), 8);
 
     // Those that wait and go leave nothing behind.
-    bench.now = bench.now + ms(10_000);
+    bench.now += ms(10_000);
     bench.handle(Event::Tick);
     assert!(bench.monitor.waiting.len() >= 5);
     bench.handle(Event::Targets(targets.split_off(6)));
