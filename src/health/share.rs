@@ -140,6 +140,7 @@ mod tests {
             name: "d".into(),
             address: SocketAddr::from(([10, 0, 0, n], 514)),
             weight,
+            sample: Downstream::ALL,
         };
         (0u8..).zip(weights).map(downstream).collect()
     }
