@@ -1,7 +1,9 @@
 //! The sockets of health checks: probes out, replies in. Non-blocking, on the event loop's own mio registry.
 //!
-//! - [`icmp`] and [`datagram`] send everything of a sort through one socket a family, a [`channel`];
-//! - [`connection`] opens a socket for each probe; how many at a time is the [monitor](super::state)'s business.
+//! - [`icmp`] and `datagram` send everything of a sort through one socket a family, a `channel`;
+//! - `connection` opens a socket for each probe; how many at a time is the [monitor](super::state)'s business. `http` is
+//!   what is said over it.
+//! - `errors` tells what says something about a target from what is this host's own trouble.
 //!
 //! Nothing is decided here: what comes of a probe is a [`Reply`], and what a probe is for, the monitor knows.
 
@@ -66,7 +68,7 @@ pub struct Probers {
     shared: HashMap<Key, usize>,
     connections: HashMap<ProbeId, usize>,
     /// Sockets that could not be opened: why, and when that was tried.
-    closed: HashMap<Key, (String, Duration)>,
+    closed: HashMap<Key, (Unsent, Duration)>,
     /// Slots that had more to read than was read.
     unread: BTreeSet<usize>,
 }
@@ -102,12 +104,12 @@ impl Key {
 }
 
 impl Slot {
-    fn open(key: &Key) -> Result<Slot, String> {
+    fn open(key: &Key) -> Result<Slot, Unsent> {
         match key {
-            Key::Icmp { v6 } => Icmp::new(*v6).map(Slot::Icmp).map_err(|error| format!("{error:#}")),
+            Key::Icmp { v6 } => Icmp::new(*v6).map(Slot::Icmp),
             Key::Datagrams { v6, question } => {
                 let opened = Datagrams::new(*v6, question.clone()).map(Slot::Datagrams);
-                opened.map_err(|error| format!("cannot open a socket for UDP probes: {}", errors::unsent(&error)))
+                opened.map_err(|error| errors::unsent(&error))
             }
         }
     }
@@ -160,8 +162,7 @@ impl Probers {
             Protocol::Tcp { .. } => None,
             Protocol::Http { path, .. } => Some(&**path),
             Protocol::Icmp | Protocol::UdpEcho { .. } | Protocol::Udp { .. } => {
-                let slot = self.shared_slot(target, now).map_err(Unsent::Trouble)?;
-                return slot.map_or(Ok(()), |slot| slot.send(probe, target.address));
+                return self.shared_slot(target, now)?.map_or(Ok(()), |slot| slot.send(probe, target.address));
             }
         };
         let mut connection = Connection::begin(probe, target.address, path)?;
@@ -169,7 +170,7 @@ impl Probers {
         let token = Token(self.first_token + entry.key());
         self.registry
             .register(&mut connection.stream, token, Interest::READABLE | Interest::WRITABLE)
-            .map_err(|error| Unsent::Trouble(format!("cannot watch a connection: {error}")))?;
+            .map_err(|error| errors::unsent(&error))?;
         self.connections.insert(probe, entry.key());
         entry.insert(Slot::Connection(connection));
         Ok(())
@@ -256,22 +257,22 @@ impl Probers {
     }
 
     /// The socket that the target's probes share with others; opened if need be.
-    fn shared_slot(&mut self, target: &Target, now: Duration) -> Result<Option<&mut Slot>, String> {
+    fn shared_slot(&mut self, target: &Target, now: Duration) -> Result<Option<&mut Slot>, Unsent> {
         let Some(key) = Key::of(target) else { return Ok(None) };
         if let Some(&index) = self.shared.get(&key) {
             return Ok(self.slots.get_mut(index));
         }
-        if let Some((reason, tried)) = self.closed.get(&key)
+        if let Some((unsent, tried)) = self.closed.get(&key)
             && now < *tried + REOPEN
         {
-            return Err(reason.clone());
+            return Err(unsent.clone());
         }
         let entry = self.slots.vacant_entry();
         let token = Token(self.first_token + entry.key());
         let opened = Slot::open(&key).and_then(|slot| {
             let registered =
                 slot.fd().map_or(Ok(()), |fd| self.registry.register(&mut SourceFd(&fd), token, Interest::READABLE));
-            registered.map(|()| slot).map_err(|error| format!("cannot watch a socket for probes: {error}"))
+            registered.map(|()| slot).map_err(|error| errors::unsent(&error))
         });
         match opened {
             Ok(slot) => {
@@ -279,9 +280,9 @@ impl Probers {
                 self.shared.insert(key, entry.key());
                 Ok(Some(entry.insert(slot)))
             }
-            Err(reason) => {
-                self.closed.insert(key, (reason.clone(), now));
-                Err(reason)
+            Err(unsent) => {
+                self.closed.insert(key, (unsent.clone(), now));
+                Err(unsent)
             }
         }
     }

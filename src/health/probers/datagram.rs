@@ -73,12 +73,7 @@ impl Datagrams {
 
     /// Forgets a probe.
     pub fn cancel(&mut self, probe: ProbeId, to: SocketAddr) {
-        if let Some(pending) = self.pending.get_mut(&to) {
-            pending.retain(|pending| pending.probe != probe);
-            if pending.is_empty() {
-                self.pending.remove(&to);
-            }
-        }
+        take(&mut self.pending, to, probe);
     }
 
     /// Reads what has come back. True if there may be more.

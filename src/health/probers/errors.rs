@@ -29,12 +29,13 @@ pub fn unsent(error: &io::Error) -> Unsent {
         Errno::EPERM => trouble("a packet filter on this host refuses it: let probes pass, or choose another protocol"),
         Errno::EMFILE => trouble("raise the limit of open files (systemd: LimitNOFILE=)"),
         Errno::ENFILE => trouble("raise the sysctl fs.file-max"),
+        // ENOSPC: no room to watch one more descriptor.
+        Errno::ENOSPC => trouble("raise the sysctl fs.epoll.max_user_watches"),
         Errno::ENOBUFS | Errno::ENOMEM => trouble("this host is short of memory for the network"),
         Errno::EAGAIN => trouble("the queue of outgoing probes is full: probe less often"),
         Errno::EADDRNOTAVAIL => {
             trouble("no local port or address to send from: widen the sysctl net.ipv4.ip_local_port_range")
         }
-        Errno::EAFNOSUPPORT => trouble("enable the address family (IPv6: the sysctl net.ipv6.conf.all.disable_ipv6)"),
         _ => Unsent::Failed(failure(error)),
     }
 }
@@ -63,6 +64,7 @@ fn words(error: &io::Error) -> String {
         // What a route of type `blackhole` and one of type `prohibit` answer.
         Errno::EINVAL => "no usable route (invalid argument)".to_owned(),
         Errno::EACCES => "prohibited by a route".to_owned(),
+        Errno::EAFNOSUPPORT => "this host does not speak its IP version".to_owned(),
         Errno::UnknownErrno => error.to_string(),
         errno => errno.desc().to_lowercase(),
     }
@@ -83,7 +85,8 @@ mod tests {
 
     #[test]
     fn what_lies_with_this_host_is_no_failure_of_the_target() {
-        for errno in [Errno::EPERM, Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM, Errno::EAGAIN] {
+        use Errno::{EADDRNOTAVAIL, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, EPERM};
+        for errno in [EPERM, EMFILE, ENFILE, ENOBUFS, ENOMEM, EAGAIN, ENOSPC, EADDRNOTAVAIL] {
             let unsent = unsent(&errno.into());
             assert!(matches!(&unsent, Unsent::Trouble(words) if words.contains("; ")), "{unsent:?}");
         }
@@ -96,6 +99,7 @@ mod tests {
             (Errno::EHOSTUNREACH, FailureKind::Unreachable, "host unreachable"),
             (Errno::EINVAL, FailureKind::Unreachable, "no usable route (invalid argument)"),
             (Errno::ECONNREFUSED, FailureKind::Refused, "connection refused"),
+            (Errno::EAFNOSUPPORT, FailureKind::Unreachable, "this host does not speak its IP version"),
             (Errno::ETIMEDOUT, FailureKind::NoAnswer, "connection timed out"),
         ];
         for (errno, kind, reason) in cases {

@@ -10,11 +10,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 
-use anyhow::{Result, anyhow};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::channel::{Channel, Incoming};
-use super::errors::Unsent;
+use super::errors::{Unsent, unsent};
 use super::{Reply, Verdict};
 use crate::health::model::ProbeId;
 
@@ -67,34 +66,27 @@ struct Echo {
 /// Opens a socket of one family, in whichever way is allowed.
 ///
 /// # Errors
-/// When neither is: names the capability and the sysctl, and how they stand.
-pub fn open(v6: bool) -> Result<(Socket, Access)> {
+/// When neither is: [`Unsent::Trouble`], which names the capability and the sysctl, and how they stand. When this host
+/// does not speak the IP version at all: [`Unsent::Failed`].
+pub fn open(v6: bool) -> Result<(Socket, Access), Unsent> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
-    let ping = match Socket::new(domain, Type::DGRAM, Some(protocol)) {
-        Ok(socket) => return Ok((socket, Access::Ping)),
-        Err(error) => error,
-    };
-    let raw = match Socket::new(domain, Type::RAW, Some(protocol)) {
+    if let Ok(socket) = Socket::new(domain, Type::DGRAM, Some(protocol)) {
+        return Ok((socket, Access::Ping));
+    }
+    match Socket::new(domain, Type::RAW, Some(protocol)) {
         Ok(socket) => {
-            accept_echo_replies_only(&socket, v6)
-                .map_err(|error| anyhow!("cannot set the filter of a raw ICMP socket: {error}"))?;
-            return Ok((socket, Access::Raw { identifier: rand::random() }));
+            accept_echo_replies_only(&socket, v6).map_err(|error| unsent(&error))?;
+            Ok((socket, Access::Raw { identifier: rand::random() }))
         }
-        Err(error) => error,
-    };
-    Err(anyhow!(
-        "cannot send ICMP probes: {}",
-        refusal(v6, &ping, &raw, fs::read_to_string(GROUP_RANGE).ok().as_deref())
-    ))
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {
+            Err(Unsent::Trouble(forbidden(fs::read_to_string(GROUP_RANGE).ok().as_deref())))
+        }
+        Err(error) => Err(unsent(&error)),
+    }
 }
 
-/// Why neither sort of socket can be had, and the fix.
-fn refusal(v6: bool, ping: &io::Error, raw: &io::Error, group_range: Option<&str>) -> String {
-    let denied = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES));
-    if !denied(ping) && !denied(raw) {
-        let family = if v6 { "IPv6" } else { "IPv4" };
-        return format!("this host opens no {family} ICMP socket ({raw}); choose another health.protocol");
-    }
+/// Why neither sort of socket may be had, and the remedy. `group_range` is what the sysctl says.
+fn forbidden(group_range: Option<&str>) -> String {
     let range = group_range.map_or("unreadable".to_owned(), |range| {
         let words: Vec<&str> = range.split_whitespace().collect();
         format!("\"{}\"", words.join(" "))
@@ -135,9 +127,9 @@ impl Icmp {
     ///
     /// # Errors
     /// As of [`open`].
-    pub fn new(v6: bool) -> Result<Icmp> {
+    pub fn new(v6: bool) -> Result<Icmp, Unsent> {
         let (socket, access) = open(v6)?;
-        let channel = Channel::new(socket, v6).map_err(|error| anyhow!("cannot set up an ICMP socket: {error}"))?;
+        let channel = Channel::new(socket, v6).map_err(|error| unsent(&error))?;
         Ok(Icmp { channel, access, v6, pending: HashMap::new() })
     }
 
@@ -281,15 +273,11 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_what_is_missing_and_how_to_get_it() {
-        let denied = || io::Error::from_raw_os_error(libc::EACCES);
-        let not_permitted = io::Error::from_raw_os_error(libc::EPERM);
-        let words = refusal(false, &denied(), &not_permitted, Some("1\t0\n"));
+    fn what_is_missing_is_said_and_how_to_get_it() {
+        let words = forbidden(Some("1\t0\n"));
         assert!(words.contains("net.ipv4.ping_group_range, which is \"1 0\""), "{words}");
         assert!(words.contains("CAP_NET_RAW, which is missing"), "{words}");
-        let absent = || io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
-        let words = refusal(true, &absent(), &absent(), None);
-        assert!(words.starts_with("this host opens no IPv6 ICMP socket"), "{words}");
+        assert!(forbidden(None).contains("which is unreadable"));
     }
 
     proptest! {
