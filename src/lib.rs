@@ -15,6 +15,7 @@ pub mod controller;
 pub mod datapath;
 pub mod discovery;
 pub mod event_loop;
+pub mod health;
 pub mod host;
 pub mod logging;
 pub mod metrics;

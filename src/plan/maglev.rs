@@ -77,7 +77,7 @@ impl Claimant {
 }
 
 /// A number that depends on address and port alone, the same in every run and on every host.
-fn identity(address: SocketAddr) -> u64 {
+pub(crate) fn identity(address: SocketAddr) -> u64 {
     let octets = match address {
         SocketAddr::V4(v4) => v4.ip().to_ipv6_mapped().octets(),
         SocketAddr::V6(v6) => v6.ip().octets(),

@@ -1,0 +1,301 @@
+//! The keys of a `health` table, and how they become [settings](super::settings). Pure.
+//!
+//! The file has one such table for all listeners, and a listener may have one of its own, whose keys win.
+
+use std::fmt::Write as _;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::settings::{
+    Bytes, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeSettings, Protocol,
+    ProtocolKind, SECONDS, SLOW_START_SECS, THRESHOLDS, TIMEOUT_SECS, UNHEALTHY_THRESHOLD,
+};
+
+/// The keys of a `health` table; what is none was not given.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keys {
+    /// Whether downstreams are probed at all; false by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// Seconds from one round of probes to the next; [`INTERVAL_SECS`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval_secs: Option<f64>,
+    /// Seconds without an answer after which a round has failed; [`TIMEOUT_SECS`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_secs: Option<f64>,
+    /// What is sent; ICMP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<ProtocolKind>,
+    /// Where to, for all but ICMP; the downstream's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// For `udp`: the datagram; empty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payload: Option<String>,
+    /// For `udp`: the beginning of a valid answer; empty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expect: Option<String>,
+    /// For `http`: what is asked for; [`PATH`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Failed rounds that make unhealthy; [`UNHEALTHY_THRESHOLD`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unhealthy_threshold: Option<u32>,
+    /// Answered rounds that make healthy again; [`HEALTHY_THRESHOLD`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub healthy_threshold: Option<u32>,
+    /// Whether to go on sending when all fail; [`FAIL_OPEN`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fail_open: Option<bool>,
+    /// Seconds over which a recovered downstream's share grows; 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slow_start_secs: Option<f64>,
+}
+
+/// What is wrong with one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// The key.
+    pub key: &'static str,
+    /// The value, what is wrong with it, and the fix.
+    pub message: String,
+}
+
+impl Keys {
+    /// These keys where they are given, those of `base` where not. The keys that belong to one protocol are not taken
+    /// over by another.
+    #[must_use]
+    pub fn over(&self, base: &Keys) -> Keys {
+        let same_protocol =
+            self.protocol.is_none_or(|protocol| protocol == base.protocol.unwrap_or_default()).then_some(());
+        let own = self.clone();
+        let of_protocol = |value: Option<String>, other: &Option<String>| value.or(same_protocol.and(other.clone()));
+        Keys {
+            enabled: own.enabled.or(base.enabled),
+            interval_secs: own.interval_secs.or(base.interval_secs),
+            timeout_secs: own.timeout_secs.or(base.timeout_secs),
+            protocol: own.protocol.or(base.protocol),
+            port: own.port.or(same_protocol.and(base.port)),
+            payload: of_protocol(own.payload, &base.payload),
+            expect: of_protocol(own.expect, &base.expect),
+            path: of_protocol(own.path, &base.path),
+            unhealthy_threshold: own.unhealthy_threshold.or(base.unhealthy_threshold),
+            healthy_threshold: own.healthy_threshold.or(base.healthy_threshold),
+            fail_open: own.fail_open.or(base.fail_open),
+            slow_start_secs: own.slow_start_secs.or(base.slow_start_secs),
+        }
+    }
+
+    /// The settings, with defaults for what is not given; none where checks are not enabled. The keys are checked either
+    /// way, so that enabling them brings no surprise.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn settings(&self) -> Result<Option<HealthSettings>, Vec<Fault>> {
+        let mut faults = Faults::default();
+        let interval = faults.seconds("interval_secs", self.interval_secs.unwrap_or(INTERVAL_SECS), SECONDS);
+        let timeout = faults.seconds("timeout_secs", self.timeout_secs.unwrap_or(TIMEOUT_SECS), SECONDS);
+        if let (Some(interval), Some(timeout)) = (interval, timeout)
+            && timeout > interval
+        {
+            let (timeout, interval) = (timeout.as_secs_f64(), interval.as_secs_f64());
+            let message = format!("{timeout} is longer than interval_secs, {interval}; make it at most that");
+            faults.add("timeout_secs", message);
+        }
+        let slow_start = faults.seconds("slow_start_secs", self.slow_start_secs.unwrap_or(0.0), SLOW_START_SECS);
+        let unhealthy = self.unhealthy_threshold.unwrap_or(UNHEALTHY_THRESHOLD);
+        let unhealthy_threshold = faults.threshold("unhealthy_threshold", unhealthy);
+        let healthy = self.healthy_threshold.unwrap_or(HEALTHY_THRESHOLD);
+        let healthy_threshold = faults.threshold("healthy_threshold", healthy);
+        let protocol = self.protocol(&mut faults);
+        let settings = || {
+            Some(HealthSettings {
+                probe: ProbeSettings {
+                    protocol: protocol?,
+                    interval: interval?,
+                    timeout: timeout?,
+                    unhealthy_threshold,
+                    healthy_threshold,
+                },
+                fail_open: self.fail_open.unwrap_or(FAIL_OPEN),
+                slow_start: slow_start?,
+            })
+        };
+        let settings = settings().filter(|_| self.enabled.unwrap_or(false));
+        if faults.0.is_empty() { Ok(settings) } else { Err(faults.0) }
+    }
+
+    fn protocol(&self, faults: &mut Faults) -> Option<Protocol> {
+        let kind = self.protocol.unwrap_or_default();
+        let given = [
+            ("port", self.port.is_some()),
+            ("payload", self.payload.is_some()),
+            ("expect", self.expect.is_some()),
+            ("path", self.path.is_some()),
+        ];
+        for (key, _) in given.into_iter().filter(|&(key, given)| given && !kind.keys().contains(&key)) {
+            faults.add(key, format!("means nothing with protocol = \"{kind}\"; take it out, or change the protocol"));
+        }
+        if self.port == Some(0) {
+            faults.add("port", "0 is no port to send to; give 1 to 65535".to_owned());
+        }
+        let payload = faults.bytes("payload", self.payload.as_deref());
+        let expect = faults.bytes("expect", self.expect.as_deref());
+        let path = faults.path(self.path.as_deref().unwrap_or(PATH));
+        let port = self.port;
+        Some(match kind {
+            ProtocolKind::Icmp => Protocol::Icmp,
+            ProtocolKind::UdpEcho => Protocol::UdpEcho { port },
+            ProtocolKind::Udp => Protocol::Udp { port, payload: payload?, expect: expect? },
+            ProtocolKind::Tcp => Protocol::Tcp { port },
+            ProtocolKind::Http => Protocol::Http { port, path: path? },
+        })
+    }
+}
+
+#[derive(Default)]
+struct Faults(Vec<Fault>);
+
+impl Faults {
+    fn add(&mut self, key: &'static str, message: String) {
+        self.0.push(Fault { key, message });
+    }
+
+    fn seconds(&mut self, key: &'static str, value: f64, allowed: RangeInclusive<f64>) -> Option<Duration> {
+        if allowed.contains(&value) {
+            return Duration::try_from_secs_f64(value).ok();
+        }
+        self.add(key, format!("{value} is out of range; give {} to {} seconds", allowed.start(), allowed.end()));
+        None
+    }
+
+    fn threshold(&mut self, key: &'static str, value: u32) -> u32 {
+        if !THRESHOLDS.contains(&value) {
+            let (from, to) = THRESHOLDS.into_inner();
+            self.add(key, format!("{value} is out of range; give {from} to {to}"));
+        }
+        value
+    }
+
+    fn bytes(&mut self, key: &'static str, text: Option<&str>) -> Option<Bytes> {
+        Bytes::read(text.unwrap_or_default()).map_err(|message| self.add(key, message)).ok()
+    }
+
+    /// Nothing that could end the request line or add a header to it.
+    fn path(&mut self, path: &str) -> Option<Arc<str>> {
+        let mut wrong = String::new();
+        if !path.starts_with('/') {
+            wrong.push_str("does not start with \"/\"; give a path such as \"/healthz\"");
+        } else if let Some(character) = path.chars().find(|c| !c.is_ascii_graphic()) {
+            let _ = write!(wrong, "has the character {character:?}, which must be written as %XX");
+        } else if path.len() > MAX_PATH {
+            let _ = write!(wrong, "is longer than {MAX_PATH} bytes; shorten it");
+        }
+        if wrong.is_empty() {
+            return Some(path.into());
+        }
+        self.add("path", format!("{path:?} {wrong}"));
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::settings::MAX_BYTES;
+
+    fn keys(toml: &str) -> Keys {
+        toml::from_str(toml).unwrap()
+    }
+
+    fn settings(toml: &str) -> HealthSettings {
+        keys(&format!("enabled = true\n{toml}")).settings().unwrap().unwrap()
+    }
+
+    fn faults(toml: &str) -> Vec<(&'static str, String)> {
+        keys(toml).settings().unwrap_err().into_iter().map(|fault| (fault.key, fault.message)).collect()
+    }
+
+    #[test]
+    fn nothing_given_is_off_and_enabled_alone_is_the_defaults() {
+        assert_eq!(keys("").settings(), Ok(None));
+        assert_eq!(keys("interval_secs = 9").settings(), Ok(None));
+        assert_eq!(settings(""), HealthSettings::default());
+        let probe = HealthSettings::default().probe;
+        assert_eq!((probe.interval, probe.timeout), (Duration::from_secs(5), Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn each_protocol_has_its_keys() {
+        let protocol = |toml: &str| settings(toml).probe.protocol;
+        assert_eq!(protocol("protocol = 'icmp'"), Protocol::Icmp);
+        assert_eq!(protocol("protocol = 'udp_echo'"), Protocol::UdpEcho { port: None });
+        assert_eq!(protocol("protocol = 'tcp'\nport = 8080"), Protocol::Tcp { port: Some(8080) });
+        assert_eq!(protocol("protocol = 'http'"), Protocol::Http { port: None, path: "/".into() });
+        assert_eq!(
+            protocol("protocol = 'udp'\npayload = 'hex:00 fF'\nexpect = 'pong'"),
+            Protocol::Udp {
+                port: None,
+                payload: Bytes::read("hex:00ff").unwrap(),
+                expect: Bytes::read("pong").unwrap()
+            }
+        );
+        for kind in ProtocolKind::ALL {
+            let named: ProtocolKind = serde_json::from_value(kind.name().into()).unwrap();
+            assert_eq!(named, kind);
+            for key in ["port = 7", "payload = 'x'", "expect = 'x'", "path = '/x'"] {
+                let name = key.split(' ').next().unwrap();
+                let keys = keys(&format!("protocol = '{kind}'\n{key}"));
+                assert_eq!(keys.settings().is_ok(), kind.keys().contains(&name), "{kind} {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_of_the_key() {
+        let cases = [
+            ("interval_secs = 0", "interval_secs", "0 is out of range; give 0.01 to 3600 seconds"),
+            ("timeout_secs = 3601\ninterval_secs = 3600", "timeout_secs", "3601 is out of range"),
+            ("timeout_secs = nan", "timeout_secs", "NaN is out of range"),
+            ("timeout_secs = 6", "timeout_secs", "6 is longer than interval_secs, 5; make it at most that"),
+            ("slow_start_secs = -1", "slow_start_secs", "-1 is out of range; give 0 to 3600 seconds"),
+            ("unhealthy_threshold = 0", "unhealthy_threshold", "0 is out of range; give 1 to 100"),
+            ("healthy_threshold = 101", "healthy_threshold", "101 is out of range; give 1 to 100"),
+            ("port = 7", "port", "means nothing with protocol = \"icmp\"; take it out, or change the protocol"),
+            ("protocol = 'tcp'\nport = 0", "port", "0 is no port to send to; give 1 to 65535"),
+            ("protocol = 'udp'\npayload = 'hex:0'", "payload", "pairs of hexadecimal digits"),
+            ("protocol = 'udp'\nexpect = 'hex:é'", "expect", "pairs of hexadecimal digits"),
+            ("protocol = 'http'\npath = 'x'", "path", "\"x\" does not start with \"/\""),
+            ("protocol = 'http'\npath = \"/a\\r\\nX: y\"", "path", "has the character '\\r'"),
+        ];
+        for (toml, key, message) in cases {
+            let faults = faults(toml);
+            assert_eq!(faults.len(), 1, "{toml}: {faults:?}");
+            assert_eq!(faults[0].0, key, "{toml}");
+            assert!(faults[0].1.contains(message), "{toml}: {faults:?}");
+        }
+        let long = format!("protocol = 'udp'\npayload = '{}'", "x".repeat(MAX_BYTES + 1));
+        assert_eq!(faults(&long)[0].1, "1201 bytes are too many; give at most 1200");
+        assert_eq!(faults("interval_secs = 0\nhealthy_threshold = 0").len(), 2);
+    }
+
+    #[test]
+    fn a_listeners_own_keys_win() {
+        let base =
+            keys("enabled = true\nprotocol = 'http'\nport = 80\npath = '/x'\ninterval_secs = 9\nfail_open = false");
+        let of = |toml: &str| keys(toml).over(&base).settings().unwrap();
+        let inherited = of("").unwrap();
+        assert_eq!(inherited.probe.protocol, Protocol::Http { port: Some(80), path: "/x".into() });
+        assert!(!inherited.fail_open);
+        assert_eq!(of("enabled = false"), None);
+        assert_eq!(of("path = '/y'").unwrap().probe.protocol, Protocol::Http { port: Some(80), path: "/y".into() });
+        let changed = of("protocol = 'tcp'\ntimeout_secs = 0.5").unwrap();
+        assert_eq!(changed.probe.protocol, Protocol::Tcp { port: None });
+        assert_eq!(changed.probe.timeout, Duration::from_millis(500));
+        assert_eq!(changed.probe.interval, Duration::from_secs(9));
+    }
+}

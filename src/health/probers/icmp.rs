@@ -1,0 +1,290 @@
+//! ICMP echo: one socket for all targets of a family.
+//!
+//! Ping sockets need no privilege where the sysctl `net.ipv4.ping_group_range` (which holds for IPv6 too) lets this
+//! process's group have them; raw sockets need `CAP_NET_RAW`. The former are taken if possible: the kernel then hands us
+//! our own answers only.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::channel::{Channel, Incoming};
+use super::errors::{Unsent, unsent};
+use super::{Reply, Verdict};
+use crate::health::model::ProbeId;
+
+/// Where the kernel says whose groups may open ping sockets.
+const GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
+
+/// Bytes of the ICMP header: type, code, checksum, identifier, sequence number.
+const HEADER: usize = 8;
+
+/// After header, nonce and number: for whoever looks at the traffic.
+const SIGNATURE: &[u8] = b"udp-fanout health";
+
+/// How ICMP is spoken to the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// A ping socket: the identifier is the kernel's business.
+    Ping,
+    /// A raw socket, with an identifier of ours.
+    Raw {
+        /// Tells our answers from other programs'.
+        identifier: u16,
+    },
+}
+
+/// The prober of one family.
+#[derive(Debug)]
+pub struct Icmp {
+    channel: Channel,
+    access: Access,
+    v6: bool,
+    /// By address and sequence number, which is the end of the probe's number.
+    pending: HashMap<(SocketAddr, u16), Pending>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    probe: ProbeId,
+    nonce: u64,
+}
+
+/// An echo message.
+#[derive(Debug, PartialEq, Eq)]
+struct Echo {
+    identifier: u16,
+    sequence: u16,
+    /// None where less of it was returned.
+    nonce: Option<u64>,
+}
+
+/// Opens a socket of one family, in whichever way is allowed.
+///
+/// # Errors
+/// When neither is: [`Unsent::Trouble`], which names the capability and the sysctl, and how they stand. When this host
+/// does not speak the IP version at all: [`Unsent::Failed`].
+pub fn open(v6: bool) -> Result<(Socket, Access), Unsent> {
+    let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
+    if let Ok(socket) = Socket::new(domain, Type::DGRAM, Some(protocol)) {
+        return Ok((socket, Access::Ping));
+    }
+    match Socket::new(domain, Type::RAW, Some(protocol)) {
+        Ok(socket) => {
+            accept_echo_replies_only(&socket, v6).map_err(|error| unsent(&error))?;
+            Ok((socket, Access::Raw { identifier: rand::random() }))
+        }
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {
+            Err(Unsent::Trouble(forbidden(fs::read_to_string(GROUP_RANGE).ok().as_deref())))
+        }
+        Err(error) => Err(unsent(&error)),
+    }
+}
+
+/// Why neither sort of socket may be had, and the remedy. `group_range` is what the sysctl says.
+fn forbidden(group_range: Option<&str>) -> String {
+    let range = group_range.map_or("unreadable".to_owned(), |range| {
+        let words: Vec<&str> = range.split_whitespace().collect();
+        format!("\"{}\"", words.join(" "))
+    });
+    format!(
+        "ping sockets are refused, since no group of this process is in net.ipv4.ping_group_range, which is {range}, and \
+         raw sockets need CAP_NET_RAW, which is missing; set that sysctl to \"0 2147483647\", or grant CAP_NET_RAW \
+         (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add), or choose another \
+         health.protocol"
+    )
+}
+
+/// Has the kernel keep everything but echo replies from a raw socket, which otherwise sees all ICMP of the host.
+fn accept_echo_replies_only(socket: &Socket, v6: bool) -> io::Result<()> {
+    // linux/icmp.h and linux/icmpv6.h; a bit that is set blocks the type of that number.
+    const ICMP_FILTER: libc::c_int = 1;
+    const ICMPV6_FILTER: libc::c_int = 1;
+    let mut filter = [u32::MAX; 8];
+    let reply = usize::from(reply_type(v6));
+    filter[reply / 32] &= !(1 << (reply % 32));
+    let (level, name, words) = if v6 { (libc::SOL_ICMPV6, ICMPV6_FILTER, 8) } else { (libc::SOL_RAW, ICMP_FILTER, 1) };
+    let length = libc::socklen_t::try_from(words * size_of::<u32>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `length` bytes, which `filter` has at the least, and keeps no pointer.
+    let outcome = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, filter.as_ptr().cast(), length) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn request_type(v6: bool) -> u8 {
+    if v6 { 128 } else { 8 }
+}
+
+fn reply_type(v6: bool) -> u8 {
+    if v6 { 129 } else { 0 }
+}
+
+impl Icmp {
+    /// The prober of one family.
+    ///
+    /// # Errors
+    /// As of [`open`].
+    pub fn new(v6: bool) -> Result<Icmp, Unsent> {
+        let (socket, access) = open(v6)?;
+        let channel = Channel::new(socket, v6).map_err(|error| unsent(&error))?;
+        Ok(Icmp { channel, access, v6, pending: HashMap::new() })
+    }
+
+    /// The socket.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Sends an echo request.
+    pub fn send(&mut self, probe: ProbeId, to: SocketAddr) -> Result<(), Unsent> {
+        let nonce = rand::random();
+        let identifier = match self.access {
+            Access::Ping => 0,
+            Access::Raw { identifier } => identifier,
+        };
+        self.channel.send(&request(self.v6, identifier, probe, nonce), to)?;
+        self.pending.insert((to, sequence(probe)), Pending { probe, nonce });
+        Ok(())
+    }
+
+    /// Forgets a probe.
+    pub fn cancel(&mut self, probe: ProbeId, to: SocketAddr) {
+        let key = (to, sequence(probe));
+        if self.pending.get(&key).is_some_and(|pending| pending.probe == probe) {
+            self.pending.remove(&key);
+        }
+    }
+
+    /// Reads what has come back. True if there may be more.
+    pub fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let Icmp { channel, access, v6, pending } = self;
+        let (access, v6) = (*access, *v6);
+        let ours = |echo: &Echo| match access {
+            Access::Ping => true,
+            Access::Raw { identifier } => echo.identifier == identifier,
+        };
+        let mut take = |from: SocketAddr, echo: &Echo, verdict| {
+            let key = (from, echo.sequence);
+            let Some(&Pending { probe, nonce }) = pending.get(&key) else { return false };
+            if echo.nonce.is_some_and(|returned| returned != nonce) {
+                return false;
+            }
+            pending.remove(&key);
+            replies.push(Reply { probe, verdict });
+            true
+        };
+        channel.receive(|incoming| match incoming {
+            Incoming::Datagram { mut from, bytes } => {
+                from.set_port(0);
+                let bytes = if access == Access::Ping || v6 { bytes } else { without_ip_header(bytes) };
+                let Some(echo) = Echo::read(reply_type(v6), bytes).filter(&ours) else { return };
+                if echo.nonce.is_none() || !take(from, &echo, Verdict::Answered { exact: true }) {
+                    tracing::debug!(%from, "ignored an ICMP echo reply that answers no probe");
+                }
+            }
+            Incoming::Bounce { mut to, quoted, failure } => {
+                to.set_port(0);
+                if let Some(echo) = Echo::read(request_type(v6), quoted).filter(&ours) {
+                    take(to, &echo, Verdict::Failed(failure));
+                }
+            }
+        })
+    }
+}
+
+fn sequence(probe: ProbeId) -> u16 {
+    (probe.0 & 0xffff) as u16
+}
+
+/// The echo request that a probe is.
+fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
+    let mut packet = vec![request_type(v6), 0, 0, 0];
+    packet.extend(identifier.to_be_bytes());
+    packet.extend(sequence(probe).to_be_bytes());
+    packet.extend(nonce.to_be_bytes());
+    packet.extend(SIGNATURE);
+    if !v6 {
+        // Raw sockets want it from us; the kernel does it for ping sockets, and for ICMPv6, whose checksum covers addresses.
+        let sum = checksum(&packet).to_be_bytes();
+        packet[2..4].copy_from_slice(&sum);
+    }
+    packet
+}
+
+impl Echo {
+    /// Reads an echo message of this type. None if it is none.
+    fn read(kind: u8, bytes: &[u8]) -> Option<Echo> {
+        let (header, payload) = bytes.split_first_chunk::<HEADER>()?;
+        let [actual, code, _, _, id_high, id_low, sequence_high, sequence_low] = *header;
+        (actual == kind && code == 0).then(|| Echo {
+            identifier: u16::from_be_bytes([id_high, id_low]),
+            sequence: u16::from_be_bytes([sequence_high, sequence_low]),
+            nonce: payload.first_chunk().map(|nonce| u64::from_be_bytes(*nonce)),
+        })
+    }
+}
+
+fn without_ip_header(packet: &[u8]) -> &[u8] {
+    let length = packet.first().map_or(0, |first| usize::from(first & 0x0f) * 4);
+    packet.get(length..).unwrap_or_default()
+}
+
+/// The Internet checksum (RFC 1071).
+fn checksum(bytes: &[u8]) -> u16 {
+    let (pairs, rest) = bytes.as_chunks::<2>();
+    let last = rest.first().map_or(0, |&byte| u32::from(byte) << 8);
+    let mut sum = pairs.iter().fold(last, |sum, &pair| sum + u32::from(u16::from_be_bytes(pair)));
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !((sum & 0xffff) as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::{Icmpv4Slice, Icmpv4Type};
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_request_is_what_a_decoder_takes_it_for() {
+        let packet = request(false, 0x1234, ProbeId(0xabc_def0), 77);
+        let slice = Icmpv4Slice::from_slice(&packet).unwrap();
+        let Icmpv4Type::EchoRequest(echo) = slice.icmp_type() else { panic!("{slice:?}") };
+        assert_eq!((echo.id, echo.seq), (0x1234, 0xdef0));
+        assert_eq!(slice.icmp_type().calc_checksum(slice.payload()), slice.checksum());
+        let seen = Echo::read(request_type(false), &packet).unwrap();
+        assert_eq!(seen, Echo { identifier: 0x1234, sequence: 0xdef0, nonce: Some(77) });
+        assert_eq!(Echo::read(reply_type(false), &packet), None);
+        assert_eq!(Echo::read(request_type(true), &request(true, 1, ProbeId(2), 3)).unwrap().nonce, Some(3));
+        // As little as a router has to return.
+        assert_eq!(Echo::read(request_type(false), &packet[..8]).unwrap().nonce, None);
+        assert_eq!(Echo::read(request_type(false), &packet[..7]), None);
+    }
+
+    #[test]
+    fn the_ip_header_may_have_options() {
+        assert_eq!(without_ip_header(&[&[0x46; 24][..], &[1, 2]].concat()), [1, 2]);
+        assert_eq!(without_ip_header(&[0x4f, 0]), [0; 0]);
+        assert_eq!(without_ip_header(&[]), [0; 0]);
+    }
+
+    #[test]
+    fn what_is_missing_is_said_and_how_to_get_it() {
+        let words = forbidden(Some("1\t0\n"));
+        assert!(words.contains("net.ipv4.ping_group_range, which is \"1 0\""), "{words}");
+        assert!(words.contains("CAP_NET_RAW, which is missing"), "{words}");
+        assert!(forbidden(None).contains("which is unreadable"));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_received_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = Echo::read(0, without_ip_header(&bytes));
+            let _ = checksum(&bytes);
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! What a health check is: the settings, their defaults and their ranges. Plain values, made from the file's keys by
+//! [`keys`](super::keys).
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// `interval_secs` where it is not given.
+pub const INTERVAL_SECS: f64 = 5.0;
+/// `timeout_secs` where it is not given.
+pub const TIMEOUT_SECS: f64 = 2.0;
+/// `unhealthy_threshold` where it is not given. One round is enough: a round asks several times.
+pub const UNHEALTHY_THRESHOLD: u32 = 1;
+/// `healthy_threshold` where it is not given. A receiver that has just come back often goes again.
+pub const HEALTHY_THRESHOLD: u32 = 2;
+/// `fail_open` where it is not given.
+pub const FAIL_OPEN: bool = true;
+/// `path` where it is not given.
+pub const PATH: &str = "/";
+
+/// Allowed `interval_secs` and `timeout_secs`.
+pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
+/// Allowed `slow_start_secs`; 0, the default, is none.
+pub const SLOW_START_SECS: RangeInclusive<f64> = 0.0..=3_600.0;
+/// Allowed `unhealthy_threshold` and `healthy_threshold`.
+pub const THRESHOLDS: RangeInclusive<u32> = 1..=100;
+/// Longest `payload` and `expect`, in bytes: what fits into one packet on any usual path.
+pub const MAX_BYTES: usize = 1_200;
+/// Longest `path`, in bytes.
+pub const MAX_PATH: usize = 1_024;
+
+/// In front of a `payload` or `expect` that is written in hexadecimal.
+const HEX: &str = "hex:";
+
+/// The health checks of one listener's downstreams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HealthSettings {
+    /// How a downstream is probed and judged.
+    pub probe: ProbeSettings,
+    /// When every downstream fails: go on sending to all of them (true), or drop and count (false).
+    pub fail_open: bool,
+    /// Over how long the share of a downstream that has recovered grows to its full size; zero for at once.
+    pub slow_start: Duration,
+}
+
+/// How a downstream is probed and judged. Listeners with equal settings share the probes of a common downstream.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ProbeSettings {
+    /// What is sent, and what counts as an answer.
+    pub protocol: Protocol,
+    /// From the start of one round of probes to the start of the next.
+    pub interval: Duration,
+    /// How long a round may go without an answer; at most `interval`. It holds retries, see
+    /// [`ATTEMPTS`](super::state::ATTEMPTS).
+    pub timeout: Duration,
+    /// Failed rounds in a row after which a downstream is unhealthy, from 1.
+    pub unhealthy_threshold: u32,
+    /// Answered rounds in a row after which an unhealthy downstream is healthy again, from 1.
+    pub healthy_threshold: u32,
+}
+
+/// A probe. Where `port` is none, it goes to the downstream's own.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// An ICMP echo request: is the host there?
+    Icmp,
+    /// A datagram with a nonce that the application must send back unchanged.
+    UdpEcho {
+        /// The application's port.
+        port: Option<u16>,
+    },
+    /// A datagram that the application must answer.
+    Udp {
+        /// The application's port.
+        port: Option<u16>,
+        /// What is sent.
+        payload: Bytes,
+        /// What the answer must begin with; nothing for any answer.
+        expect: Bytes,
+    },
+    /// A TCP connection, closed as soon as it stands.
+    Tcp {
+        /// The port connected to.
+        port: Option<u16>,
+    },
+    /// An HTTP request, answered with a status from 200 to 399.
+    Http {
+        /// The port connected to.
+        port: Option<u16>,
+        /// What is asked for.
+        path: Arc<str>,
+    },
+}
+
+/// The sorts of probe, without their settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProtocolKind {
+    /// [`Protocol::Icmp`]
+    #[default]
+    Icmp,
+    /// [`Protocol::UdpEcho`]
+    UdpEcho,
+    /// [`Protocol::Udp`]
+    Udp,
+    /// [`Protocol::Tcp`]
+    Tcp,
+    /// [`Protocol::Http`]
+    Http,
+}
+
+impl ProtocolKind {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [ProtocolKind; 5] =
+        [ProtocolKind::Icmp, ProtocolKind::UdpEcho, ProtocolKind::Udp, ProtocolKind::Tcp, ProtocolKind::Http];
+
+    /// The name in configuration files, log lines and metric labels.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            ProtocolKind::Icmp => "icmp",
+            ProtocolKind::UdpEcho => "udp_echo",
+            ProtocolKind::Udp => "udp",
+            ProtocolKind::Tcp => "tcp",
+            ProtocolKind::Http => "http",
+        }
+    }
+
+    /// Which of the keys `port`, `payload`, `expect` and `path` mean something to it.
+    #[must_use]
+    pub fn keys(self) -> &'static [&'static str] {
+        match self {
+            ProtocolKind::Icmp => &[],
+            ProtocolKind::UdpEcho | ProtocolKind::Tcp => &["port"],
+            ProtocolKind::Udp => &["port", "payload", "expect"],
+            ProtocolKind::Http => &["port", "path"],
+        }
+    }
+}
+
+impl fmt::Display for ProtocolKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Protocol {
+    /// Which sort it is.
+    #[must_use]
+    pub fn kind(&self) -> ProtocolKind {
+        match self {
+            Protocol::Icmp => ProtocolKind::Icmp,
+            Protocol::UdpEcho { .. } => ProtocolKind::UdpEcho,
+            Protocol::Udp { .. } => ProtocolKind::Udp,
+            Protocol::Tcp { .. } => ProtocolKind::Tcp,
+            Protocol::Http { .. } => ProtocolKind::Http,
+        }
+    }
+
+    /// The port that probes go to, where it is not the downstream's own.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Protocol::Icmp => None,
+            Protocol::UdpEcho { port }
+            | Protocol::Udp { port, .. }
+            | Protocol::Tcp { port }
+            | Protocol::Http { port, .. } => *port,
+        }
+    }
+
+    /// True where each probe needs a connection, and so a socket of its own.
+    #[must_use]
+    pub fn connects(&self) -> bool {
+        matches!(self, Protocol::Tcp { .. } | Protocol::Http { .. })
+    }
+}
+
+impl Default for ProbeSettings {
+    fn default() -> Self {
+        ProbeSettings {
+            protocol: Protocol::Icmp,
+            interval: Duration::from_secs_f64(INTERVAL_SECS),
+            timeout: Duration::from_secs_f64(TIMEOUT_SECS),
+            unhealthy_threshold: UNHEALTHY_THRESHOLD,
+            healthy_threshold: HEALTHY_THRESHOLD,
+        }
+    }
+}
+
+impl Default for HealthSettings {
+    fn default() -> Self {
+        HealthSettings { probe: ProbeSettings::default(), fail_open: FAIL_OPEN, slow_start: Duration::ZERO }
+    }
+}
+
+/// Some bytes, written as text, or as `hex:` and hexadecimal digits.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Bytes(Arc<[u8]>);
+
+impl Bytes {
+    /// Reads `text` as it is, or what follows `hex:` as pairs of hexadecimal digits, between which there may be blanks.
+    ///
+    /// # Errors
+    /// What is wrong, in words for the operator: not hexadecimal, or more than [`MAX_BYTES`].
+    pub fn read(text: &str) -> Result<Bytes, String> {
+        let bytes = match text.strip_prefix(HEX) {
+            Some(digits) => from_hex(digits).ok_or_else(|| {
+                format!("{text:?}: after \"{HEX}\" come pairs of hexadecimal digits, such as \"{HEX}00ff 7b\"")
+            })?,
+            None => text.as_bytes().to_vec(),
+        };
+        if bytes.len() > MAX_BYTES {
+            return Err(format!("{} bytes are too many; give at most {MAX_BYTES}", bytes.len()));
+        }
+        Ok(Bytes(bytes.into()))
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// What [`Bytes::read`] would make the same bytes of; as text where that can be read by people.
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match std::str::from_utf8(&self.0) {
+            Ok(text) if !text.starts_with(HEX) && !text.chars().any(char::is_control) => f.write_str(text),
+            _ => {
+                f.write_str(HEX)?;
+                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.to_string())
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+fn from_hex(digits: &str) -> Option<Vec<u8>> {
+    let digits: Vec<u8> = digits
+        .chars()
+        .filter(|c| !c.is_whitespace())
+        .map(|c| u8::try_from(c.to_digit(16)?).ok())
+        .collect::<Option<_>>()?;
+    let (pairs, rest) = digits.as_chunks::<2>();
+    rest.is_empty().then(|| pairs.iter().map(|[high, low]| high << 4 | low).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn bytes_read_back_what_they_show(bytes in prop::collection::vec(any::<u8>(), 0..40), text in "[ -~]{0,9}") {
+            for bytes in [bytes, text.clone().into_bytes(), format!("hex:{text}").into_bytes()] {
+                let bytes = Bytes(bytes.into());
+                prop_assert_eq!(&Bytes::read(&bytes.to_string()).unwrap(), &bytes);
+            }
+            if !text.starts_with(HEX) {
+                prop_assert_eq!(Bytes::read(&text).unwrap().to_string(), text);
+            }
+        }
+    }
+}

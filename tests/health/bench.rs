@@ -1,0 +1,127 @@
+//! An event loop with health checks on it, turned until something has happened.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::{Events, Poll, Token};
+use udp_fanout::health::model::{State, Status};
+use udp_fanout::health::settings::{HealthSettings, ProbeSettings, Protocol};
+use udp_fanout::health::share::Standing;
+use udp_fanout::health::{Health, Watch};
+use udp_fanout::model::ListenerId;
+
+/// How long a test waits before it fails. Nothing takes that long.
+const LIMIT: Duration = Duration::from_secs(60);
+
+const FIRST_TOKEN: Token = Token(100);
+pub const LISTENER: ListenerId = ListenerId(0);
+
+pub struct Bench {
+    poll: Poll,
+    events: Events,
+    pub health: Health,
+    started: Instant,
+}
+
+/// Probes this way, often enough for a test.
+pub fn settings(protocol: Protocol) -> HealthSettings {
+    let probe = ProbeSettings {
+        protocol,
+        interval: Duration::from_millis(400),
+        timeout: Duration::from_millis(300),
+        unhealthy_threshold: 1,
+        healthy_threshold: 1,
+    };
+    HealthSettings { probe, fail_open: true, slow_start: Duration::ZERO }
+}
+
+pub fn watch(downstreams: &[SocketAddr], settings: &HealthSettings) -> Watch {
+    Watch { listener: LISTENER, name: Arc::from("lab"), downstreams: downstreams.to_vec(), settings: settings.clone() }
+}
+
+impl Bench {
+    pub fn new() -> Bench {
+        let poll = Poll::new().unwrap();
+        let health = Health::new(poll.registry(), FIRST_TOKEN).unwrap();
+        Bench { poll, events: Events::with_capacity(64), health, started: Instant::now() }
+    }
+
+    /// One listener with these downstreams, probed this way.
+    pub fn probing(downstreams: &[SocketAddr], protocol: Protocol) -> Bench {
+        let mut bench = Bench::new();
+        bench.set(&[watch(downstreams, &settings(protocol))]);
+        bench
+    }
+
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub fn set(&mut self, watches: &[Watch]) {
+        let now = self.now();
+        self.health.set_targets(watches, now);
+    }
+
+    pub fn recheck(&mut self, host: IpAddr) {
+        let now = self.now();
+        self.health.recheck(host, now);
+    }
+
+    fn turn(&mut self) {
+        let now = self.started.elapsed();
+        let wait = self.health.next_deadline().map_or(LIMIT, |due| due.saturating_sub(now));
+        self.poll.poll(&mut self.events, Some(wait)).unwrap();
+        for event in &self.events {
+            assert!(self.health.owns(event.token()));
+            self.health.on_event(event.token(), self.started.elapsed());
+        }
+        let now = self.started.elapsed();
+        self.health.on_timer(now);
+    }
+
+    /// Turns until it is so.
+    pub fn until(&mut self, what: &str, so: impl Fn(&Health) -> bool) {
+        let end = Instant::now() + LIMIT;
+        while !so(&self.health) {
+            if Instant::now() > end {
+                let seen: Vec<_> = self.health.downstreams().take(20).collect();
+                let troubles: Vec<_> = self.health.troubles().collect();
+                panic!("in vain waited until {what}: {seen:#?} {troubles:#?}");
+            }
+            self.turn();
+        }
+    }
+
+    pub fn until_healthy(&mut self, downstream: SocketAddr) -> Status {
+        self.until(&format!("{downstream} is healthy"), |health| state(health, downstream) == State::Healthy);
+        assert!(!matches!(self.health.map().get(LISTENER, downstream), Some(Standing::Out(_))));
+        status(&self.health, downstream)
+    }
+
+    /// Returns the reason.
+    pub fn until_unhealthy(&mut self, downstream: SocketAddr) -> String {
+        self.until(&format!("{downstream} is unhealthy"), |health| state(health, downstream) == State::Unhealthy);
+        assert!(matches!(self.health.map().get(LISTENER, downstream), Some(Standing::Out(_))));
+        status(&self.health, downstream).failure.expect("a reason").to_string()
+    }
+
+    /// Turns until this many rounds have been probed.
+    pub fn until_probed(&mut self, rounds: u64) {
+        let count = |health: &Health| {
+            let tallies = udp_fanout::health::settings::ProtocolKind::ALL.map(|kind| health.tallies().of(kind).clone());
+            tallies.iter().flat_map(|tally| tally.outcomes().map(|(_, n)| n).collect::<Vec<_>>()).sum::<u64>()
+        };
+        let before = count(&self.health);
+        self.until("probes have ended", |health| count(health) >= before + rounds);
+    }
+}
+
+pub fn status(health: &Health, downstream: SocketAddr) -> Status {
+    let seen = health.downstreams().find(|seen| seen.downstream == downstream);
+    seen.unwrap_or_else(|| panic!("{downstream} is not watched")).status.clone()
+}
+
+pub fn state(health: &Health, downstream: SocketAddr) -> State {
+    status(health, downstream).state
+}
