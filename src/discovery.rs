@@ -156,8 +156,6 @@ pub struct Settings {
     pub kubeconfig: Option<PathBuf>,
     /// The name of the node this runs on, as EndpointSlices spell it.
     pub node_name: Option<String>,
-    /// The namespace of services that name none; none means the pod's own, or that of the kubeconfig's context.
-    pub namespace: Option<String>,
     /// Time limits.
     pub limits: Limits,
 }
@@ -169,7 +167,6 @@ impl Settings {
         Settings {
             kubeconfig: None,
             node_name: std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
-            namespace: None,
             limits: Limits::default(),
         }
     }
@@ -234,7 +231,8 @@ pub struct Discovery {
 }
 
 impl Discovery {
-    /// Reads the credentials, starts the thread and returns at once: whether the API server can be reached shows in
+    /// Reads the credentials, starts the thread and returns at once (not to be called where no listener needs it, since
+    /// it fails where there are no credentials): whether the API server can be reached shows in
     /// [`Discovery::status`] and in the log. After each update sent, `waker` is woken.
     ///
     /// # Errors
@@ -268,6 +266,12 @@ impl Discovery {
     #[must_use]
     pub fn status(&self) -> Status {
         self.status.clone()
+    }
+
+    /// False if the thread has failed: what it found last stays, and nothing new will come.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Ends the thread and waits for it, which takes milliseconds: requests under way are abandoned.

@@ -426,12 +426,8 @@ fn starting_without_usable_credentials_is_an_error_in_one_line() {
     let server = ApiServer::start();
     let kubeconfig = server.kubeconfig();
     let start = |path: &std::path::Path| {
-        let settings = udp_fanout::discovery::Settings {
-            kubeconfig: Some(path.to_owned()),
-            node_name: None,
-            namespace: None,
-            limits: limits(),
-        };
+        let settings =
+            udp_fanout::discovery::Settings { kubeconfig: Some(path.to_owned()), node_name: None, limits: limits() };
         let poll = mio::Poll::new().unwrap();
         let waker = std::sync::Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
         let (sender, _updates) = std::sync::mpsc::channel();
@@ -442,6 +438,10 @@ fn starting_without_usable_credentials_is_an_error_in_one_line() {
         missing.contains("cannot use the kubeconfig /nonexistent/kubeconfig") && !missing.contains('\n'),
         "{missing}"
     );
+    let proxied =
+        std::fs::read_to_string(&kubeconfig).unwrap().replace("{server:", "{proxy-url: \"http://proxy\", server:");
+    std::fs::write(&kubeconfig, proxied).unwrap();
+    assert!(start(&kubeconfig).contains("proxy-url http://proxy/ is not supported"), "{}", start(&kubeconfig));
     std::fs::write(&kubeconfig, "not: [a, kubeconfig").unwrap();
     let broken = start(&kubeconfig);
     assert!(broken.contains(kubeconfig.to_str().unwrap()), "{broken}");
@@ -452,6 +452,7 @@ fn shutting_down_does_not_wait_for_the_server() {
     let (server, watching) = followed("end", limits());
     server.freeze(true);
     server.cut();
+    assert!(watching.discovery.is_running());
     watching.discovery.shutdown();
     server.freeze(false);
 }

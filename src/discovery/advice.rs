@@ -19,7 +19,9 @@ pub enum Presence {
     Exists,
     /// It does not.
     Missing,
-    /// RBAC does not allow looking, or the server did not answer.
+    /// RBAC does not allow looking.
+    Hidden,
+    /// The server did not answer.
     Unknown,
 }
 
@@ -30,7 +32,7 @@ pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence) -> String
     let place = match namespace {
         Presence::Missing => return format!("EndpointSlice not found: {}", missing_namespace(key)),
         Presence::Exists => format!("in namespace {ns:?}"),
-        Presence::Unknown => format!("in namespace {ns:?} (if that namespace exists)"),
+        Presence::Hidden | Presence::Unknown => format!("in namespace {ns:?} (if that namespace exists)"),
     };
     let user = user(message);
     let who = user.unwrap_or("the daemon's user");
@@ -90,10 +92,17 @@ pub fn absent(key: &ServiceKey, namespace: Presence, service: Presence) -> Strin
             "service {ns}/{name} exists but has no EndpointSlices; check that it has a selector, or label its own \
              slices {SERVICE_NAME_LABEL}={name}"
         ),
-        (_, Presence::Unknown) => format!(
-            "no slice in namespace {ns:?} has the label {SERVICE_NAME_LABEL}={name}; whether namespace and service \
-             exist cannot be told, because RBAC does not allow looking: see kubectl get service {name} -n {ns}"
-        ),
+        (_, hidden) => {
+            let why = if hidden == Presence::Hidden {
+                "RBAC does not allow looking"
+            } else {
+                "the API server did not answer"
+            };
+            format!(
+                "no slice in namespace {ns:?} has the label {SERVICE_NAME_LABEL}={name}; whether namespace and service \
+                 exist cannot be told, because {why}: see kubectl get service {name} -n {ns}"
+            )
+        }
     };
     format!("EndpointSlice not found: {cause}; waiting for it to appear")
 }

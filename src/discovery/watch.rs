@@ -77,8 +77,7 @@ pub(super) fn start(
         .context("cannot start the runtime for Kubernetes discovery")?;
     let credentials = Arc::new(Credentials::find(settings.kubeconfig.as_deref()));
     let config = runtime.block_on(credentials.load())?;
-    let namespace = settings.namespace.clone().unwrap_or(config.default_namespace);
-    let mut hub = Hub::new(&namespace, settings.node_name.clone());
+    let mut hub = Hub::new(config.default_namespace.trim(), settings.node_name.clone());
     hub.replace(requests);
     let (commands, inbox) = unbounded_channel();
     let (findings, found) = unbounded_channel();

@@ -69,12 +69,7 @@ impl Watching {
 
     pub fn with(kubeconfig: &Path, requests: Vec<Request>, node: Option<&str>, limits: Limits) -> Watching {
         collect_logs();
-        let settings = Settings {
-            kubeconfig: Some(kubeconfig.to_owned()),
-            node_name: node.map(str::to_owned),
-            namespace: None,
-            limits,
-        };
+        let settings = Settings { kubeconfig: Some(kubeconfig.to_owned()), node_name: node.map(str::to_owned), limits };
         let poll = mio::Poll::new().unwrap();
         let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
         let (sender, updates) = channel();

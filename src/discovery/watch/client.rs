@@ -11,7 +11,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use http::Request;
+use http::header::USER_AGENT;
+use http::{HeaderValue, Request};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::{Bytes, Incoming};
 use hyper_util::client::legacy::Client as HttpClient;
@@ -31,14 +32,13 @@ use super::link::Link;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_RETRIES: u32 = 3;
 
+const AGENT: &str = concat!("udp-fanout/", env!("CARGO_PKG_VERSION"));
+
 /// Connects with the credentials of `config` when a request is made.
 ///
 /// # Errors
-/// When the credentials cannot be used: unreadable certificates, a proxy.
+/// When the credentials cannot be used, such as unreadable certificates.
 pub(super) fn connect(config: &kube::Config, limits: Limits, link: Arc<Link>) -> Result<Client> {
-    if let Some(proxy) = &config.proxy_url {
-        anyhow::bail!("the kubeconfig's proxy-url {proxy} is not supported: connect to the API server directly");
-    }
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -51,8 +51,10 @@ pub(super) fn connect(config: &kube::Config, limits: Limits, link: Arc<Link>) ->
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(limits.request_timeout)
         .build(tls);
-    let exchange = service_fn(move |request: Request<Body>| {
+    let exchange = service_fn(move |mut request: Request<Body>| {
         let (http, link) = (http.clone(), link.clone());
+        // For the API server's audit log and its administrators.
+        request.headers_mut().insert(USER_AGENT, HeaderValue::from_static(AGENT));
         async move {
             let watch = is_watch(&request);
             if watch {

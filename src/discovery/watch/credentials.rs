@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
@@ -31,20 +31,32 @@ impl Credentials {
     /// # Errors
     /// When the files cannot be read or make no sense.
     pub(super) async fn load(&self) -> Result<Config> {
-        let options = KubeConfigOptions::default();
         match self {
             Credentials::File(path) => {
                 let what = || format!("cannot use the kubeconfig {}", path.display());
-                let file = Kubeconfig::read_from(path).with_context(what)?;
-                Config::from_custom_kubeconfig(file, &options).await.with_context(what)
+                from_file(Kubeconfig::read_from(path).with_context(what)?).await.with_context(what)
             }
             Credentials::Pod => Config::incluster().context(
                 "cannot use the pod's service account: check that the pod's automountServiceAccountToken is not false",
             ),
-            Credentials::User => Config::from_kubeconfig(&options).await.context(
-                "Kubernetes discovery finds no API server: this is no pod (KUBERNETES_SERVICE_HOST is not set) and \
-                 neither KUBECONFIG nor ~/.kube/config is usable; name one with --kubeconfig FILE",
-            ),
+            Credentials::User => {
+                let what = "Kubernetes discovery finds no API server: this is no pod (KUBERNETES_SERVICE_HOST is not \
+                            set) and neither KUBECONFIG nor ~/.kube/config is usable; name one with --kubeconfig FILE";
+                from_file(Kubeconfig::read().context(what)?).await.context(what)
+            }
         }
     }
+}
+
+async fn from_file(file: Kubeconfig) -> Result<Config> {
+    let proxied = file.clusters.iter().any(|named| {
+        let proxy = named.cluster.as_ref().and_then(|cluster| cluster.proxy_url.as_ref());
+        proxy.is_some_and(|proxy| !proxy.is_empty())
+    });
+    let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+    if let Some(proxy) = config.proxy_url.take() {
+        ensure!(!proxied, "its proxy-url {proxy} is not supported: the API server must be reached directly");
+        // It is the environment's HTTPS_PROXY, which is for the world outside.
+    }
+    Ok(config)
 }

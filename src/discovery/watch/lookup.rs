@@ -73,6 +73,7 @@ async fn presence(client: &Client, path: &str) -> Presence {
     match get::<Object>(client, path).await {
         Ok(_) => Presence::Exists,
         Err(kube::Error::Api(status)) if status.code == 404 => Presence::Missing,
+        Err(kube::Error::Api(status)) if status.code == 403 => Presence::Hidden,
         Err(_) => Presence::Unknown,
     }
 }
