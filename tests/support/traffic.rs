@@ -258,7 +258,7 @@ impl Sender {
     /// # Errors
     /// When the socket cannot be opened.
     pub fn in_lab(lab: &Lab) -> Result<Self> {
-        Self::open(&lab.sender, (Lab::SENDER, 0), lab.listener())
+        Self::open(&lab.sender, (lab.sender_address(), 0), lab.listener())
     }
 
     /// The datagrams' size in bytes of UDP payload, from 20 to 65,507; 100 unless told. Takes effect with the next datagram.
