@@ -29,18 +29,15 @@ impl Books {
         Books { received: count, forwarded: count, ..Books::NOTHING }
     }
 
-    /// So many datagrams, all left to the socket.
-    pub fn passed(count: u64) -> Books {
-        Books { received: count, passed: count, ..Books::NOTHING }
-    }
-
     fn of_page(page: &Metrics, listener: &str, mode: &str) -> Books {
-        let sum = |what: &str| page.sum(&format!("udp_fanout_packets_{what}_total"), &[("listener", listener), ("mode", mode)]);
+        let sum = |what: &str| {
+            page.sum(&format!("udp_fanout_packets_{what}_total"), &[("listener", listener), ("mode", mode)])
+        };
         Books { received: sum("received"), forwarded: sum("forwarded"), dropped: sum("dropped"), passed: sum("passed") }
     }
 
     /// The sum over all CPUs of one entry of a dump by `bpftool`.
-    fn of_dump(dump: &Value, listener_id: u64) -> Books {
+    pub fn of_dump(dump: &Value, listener_id: u64) -> Books {
         let entries = dump.as_array().unwrap().iter().map(|entry| &entry["formatted"]);
         let entry = entries.into_iter().find(|entry| entry["key"] == listener_id).expect("an entry of the listener");
         let sum = |field: &str| {
@@ -93,9 +90,14 @@ pub fn audit_listener(
             break page;
         }
     };
-    let drops: Vec<_> = page.select("udp_fanout_packets_dropped_total", &[]).filter(|sample| sample.value > 0.0).collect();
+    let drops: Vec<_> =
+        page.select("udp_fanout_packets_dropped_total", &[]).filter(|sample| sample.value > 0.0).collect();
     assert_eq!(Books::of_page(&page, listener, "userspace"), user, "the socket's books; drops: {drops:?}");
-    assert_eq!(Books::of_page(&page, listener, "tc_ebpf"), kernel.unwrap_or_default(), "the program's; drops: {drops:?}");
+    assert_eq!(
+        Books::of_page(&page, listener, "tc_ebpf"),
+        kernel.unwrap_or_default(),
+        "the program's; drops: {drops:?}"
+    );
     let has_series = page.has("udp_fanout_packets_received_total", &[("listener", listener), ("mode", "tc_ebpf")]);
     assert_eq!(has_series, kernel.is_some());
     if let Some(kernel) = kernel {
@@ -114,15 +116,21 @@ pub fn audit_downstreams(daemon: &Daemon, gateway: &Namespace, report: &Report) 
     }
 }
 
-/// The daemon's own map `STATS`, dumped. Maps have no namespaces: others may have maps of that name too.
+/// The daemon's own map `STATS`, dumped.
 fn stats_map(daemon: &Daemon) -> Value {
+    bpftool(&["map", "dump", "id", &stats_map_id(daemon)])
+}
+
+/// The number of the daemon's own map `STATS`. Maps have no namespaces: others may have maps of that name too.
+pub fn stats_map_id(daemon: &Daemon) -> String {
     let ids = map_ids(daemon);
     let list = bpftool(&["map", "list"]);
-    let ours = list.as_array().unwrap().iter().find(|map| {
-        map["name"] == "STATS" && map["id"].as_u64().is_some_and(|id| ids.contains(&id))
-    });
-    let id = ours.expect("the daemon has a map STATS")["id"].to_string();
-    bpftool(&["map", "dump", "id", &id])
+    let ours = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|map| map["name"] == "STATS" && map["id"].as_u64().is_some_and(|id| ids.contains(&id)));
+    ours.expect("the daemon has a map STATS")["id"].to_string()
 }
 
 /// The numbers of the maps that the daemon holds.
@@ -134,7 +142,8 @@ fn map_ids(daemon: &Daemon) -> Vec<u64> {
 
 /// What `bpftool` answers, as JSON.
 pub fn bpftool(words: &[&str]) -> Value {
-    let output = Command::new("bpftool").arg("--json").args(words).output().expect("bpftool runs (Debian package bpftool)");
+    let output =
+        Command::new("bpftool").arg("--json").args(words).output().expect("bpftool runs (Debian package bpftool)");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "bpftool {words:?}: {text}");
     serde_json::from_str(&text).unwrap()

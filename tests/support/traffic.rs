@@ -380,10 +380,15 @@ fn default_window(payload: usize) -> u64 {
 }
 
 /// Keeps the thread on the CPU it is on, until dropped.
-struct Pinned(CpuSet);
+#[derive(Debug)]
+pub struct Pinned(CpuSet);
 
 impl Pinned {
-    fn here() -> Result<Self> {
+    /// Keeps it there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn here() -> Result<Self> {
         let this_thread = Pid::from_raw(0);
         let before = sched_getaffinity(this_thread)?;
         let mut here = CpuSet::new();
