@@ -11,8 +11,11 @@
 //!
 //! The number in a name or address is the receiver's position in the lab. The daemon runs in `gateway` and listens on
 //! [`Lab::listener`]. Nothing in the lab sends or forwards a datagram unless a test makes it.
+//!
+//! With [`LabBuilder::ipv6`] everything has an IPv6 address beside that (10.a.b.c is fd00:0:a:b::c), and the lab's own
+//! addresses are those.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -82,6 +85,8 @@ pub struct Lab {
     pub sites: Vec<Site>,
     /// The switch on the sender's network and the routers.
     others: Vec<Namespace>,
+    /// Addresses are IPv6 ones.
+    ipv6: bool,
 }
 
 /// What a lab is to look like.
@@ -91,23 +96,37 @@ pub struct LabBuilder {
     port: u16,
     ip_forward: bool,
     rp_filter: u8,
+    ipv6: bool,
 }
 
 impl Lab {
-    /// The sender's address.
+    /// The sender's IPv4 address.
     pub const SENDER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
-    /// The gateway's address on the sender's network.
+    /// The gateway's IPv4 address on the sender's network.
     pub const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
     /// A lab without receivers, on a gateway that neither forwards nor lets odd sources in: `ip_forward=0`,
     /// `rp_filter=1`.
     pub fn builder() -> LabBuilder {
-        LabBuilder { places: Vec::new(), port: LISTENER_PORT, ip_forward: false, rp_filter: 1 }
+        LabBuilder { places: Vec::new(), port: LISTENER_PORT, ip_forward: false, rp_filter: 1, ipv6: false }
     }
 
     /// Where senders send to.
     pub fn listener(&self) -> SocketAddr {
-        SocketAddr::new(Self::GATEWAY, LISTENER_PORT)
+        SocketAddr::new(self.address(Self::GATEWAY), LISTENER_PORT)
+    }
+
+    /// The sender's address.
+    pub fn sender_address(&self) -> IpAddr {
+        self.address(Self::SENDER)
+    }
+
+    /// The IPv4 address itself, or the IPv6 one that stands beside it in a lab of that family.
+    fn address(&self, v4: IpAddr) -> IpAddr {
+        match v4 {
+            IpAddr::V4(v4) if self.ipv6 => beside(v4).into(),
+            other => other,
+        }
     }
 
     /// The namespace a receiver is in.
@@ -157,19 +176,28 @@ impl LabBuilder {
         self
     }
 
+    /// Whether the lab's addresses are IPv6 ones. `ip_forward` then holds for that family as well.
+    pub fn ipv6(mut self, on: bool) -> Self {
+        self.ipv6 = on;
+        self
+    }
+
     /// Builds the network.
     ///
     /// # Errors
     /// When not root, or with the complaint of the command that failed. What had been built is removed.
     pub fn build(self) -> Result<Lab> {
-        let sender = host("sender")?;
-        let gateway = Namespace::create("gateway")?;
-        for (key, value) in [("rp_filter", self.rp_filter), ("forwarding", self.ip_forward.into())] {
-            for scope in ["all", "default"] {
-                gateway.sysctl(&format!("net.ipv4.conf.{scope}.{key}"), &value.to_string())?;
+        let sender = host("sender", self.ipv6)?;
+        let gateway = host("gateway", self.ipv6)?;
+        for scope in ["all", "default"] {
+            gateway.sysctl(&format!("net.ipv4.conf.{scope}.rp_filter"), &self.rp_filter.to_string())?;
+            let families: &[&str] = if self.ipv6 { &["ipv4", "ipv6"] } else { &["ipv4"] };
+            for family in families {
+                let value = if self.ip_forward { "1" } else { "0" };
+                gateway.sysctl(&format!("net.{family}.conf.{scope}.forwarding"), value)?;
             }
         }
-        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new() };
+        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new(), ipv6: self.ipv6 };
         lab.connect_sender(self.places.contains(&Place::SameInterface))?;
         for (position, place) in self.places.iter().enumerate() {
             let site = lab.build_site(position, *place, self.port)?;
@@ -185,8 +213,9 @@ impl LabBuilder {
 impl Lab {
     /// The sender's network: a cable, or a switch if others are on it too.
     fn connect_sender(&mut self, switched: bool) -> Result<()> {
-        let sender = End { namespace: &self.sender, device: "eth0", address: "10.0.0.2/24" };
-        let gateway = End { namespace: &self.gateway, device: INGRESS, address: "10.0.0.1/24" };
+        let [near, far] = ["10.0.0.1/24", "10.0.0.2/24"].map(|cidr| self.cidrs(cidr));
+        let sender = End { namespace: &self.sender, device: "eth0", addresses: &far };
+        let gateway = End { namespace: &self.gateway, device: INGRESS, addresses: &near };
         if switched {
             let switch = Namespace::create("switch")?;
             switch.ip_batch("link add br0 type bridge stp_state 0\nlink set br0 up\n")?;
@@ -196,8 +225,7 @@ impl Lab {
         } else {
             connect(gateway, sender)?;
         }
-        self.sender.ip("route add default via 10.0.0.1")?;
-        Ok(())
+        self.route(&self.sender, "default", "10.0.0.1")
     }
 
     fn build_site(&mut self, position: usize, place: Place, port: u16) -> Result<Site> {
@@ -207,95 +235,146 @@ impl Lab {
         let label = format!("{}{}", place.label(), position + 1);
         let namespace = match place {
             Place::GatewayHost => None,
-            _ => Some(host(&label)?),
+            _ => Some(host(&label, self.ipv6)?),
         };
-        let mut address = SocketAddr::new(Self::GATEWAY, port);
+        let mut address = SocketAddr::new(self.address(Self::GATEWAY), port);
         if let Some(inside) = &namespace {
             address.set_ip(match place {
-                Place::OtherInterface => other_interface(&self.gateway, inside, n)?,
-                Place::SameInterface => same_interface(&self.others[0], inside, n)?,
+                Place::OtherInterface => self.other_interface(inside, n)?,
+                Place::SameInterface => self.same_interface(inside, n)?,
                 Place::BehindRouter => {
-                    let (router, ip) = behind_router(&self.gateway, inside, n)?;
+                    let (router, ip) = self.behind_router(inside, n)?;
                     self.others.push(router);
                     ip
                 }
-                Place::Pod => pod(&self.gateway, inside, n)?,
+                Place::Pod => self.pod(inside, n)?,
                 Place::GatewayHost => Self::GATEWAY,
             });
+            address.set_ip(self.address(address.ip()));
         } else {
             address.set_port(port + HOST_PORT_OFFSET + u16::from(n));
         }
         Ok(Site { name: format!("receiver-{}", position + 1), place, address, namespace })
     }
+
+    fn other_interface(&self, inside: &Namespace, n: u8) -> Result<IpAddr> {
+        let device = format!("out{}", n - 9);
+        let [near, far] = [1, 2].map(|host| self.cidrs(&format!("10.0.{n}.{host}/24")));
+        connect(
+            End { namespace: &self.gateway, device: &device, addresses: &near },
+            End { namespace: inside, device: "eth0", addresses: &far },
+        )?;
+        self.route(inside, "default", &format!("10.0.{n}.1"))?;
+        Ok(Ipv4Addr::new(10, 0, n, 2).into())
+    }
+
+    fn same_interface(&self, inside: &Namespace, n: u8) -> Result<IpAddr> {
+        let port = format!("port{}", n - 9);
+        let address = self.cidrs(&format!("10.0.0.{n}/24"));
+        plug(&self.others[0], &port, End { namespace: inside, device: "eth0", addresses: &address })?;
+        self.route(inside, "default", "10.0.0.1")?;
+        Ok(Ipv4Addr::new(10, 0, 0, n).into())
+    }
+
+    fn behind_router(&self, inside: &Namespace, n: u8) -> Result<(Namespace, IpAddr)> {
+        let router = host(&format!("router{}", n - 9), self.ipv6)?;
+        router.sysctl("net.ipv4.ip_forward", "1")?;
+        if self.ipv6 {
+            router.sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        }
+        let device = format!("rtr{}", n - 9);
+        let [near, far] = [1, 2].map(|host| self.cidrs(&format!("10.0.{n}.{host}/24")));
+        connect(
+            End { namespace: &self.gateway, device: &device, addresses: &near },
+            End { namespace: &router, device: "near", addresses: &far },
+        )?;
+        let [near, far] = [1, 2].map(|host| self.cidrs(&format!("10.1.{n}.{host}/24")));
+        connect(
+            End { namespace: &router, device: "far", addresses: &near },
+            End { namespace: inside, device: "eth0", addresses: &far },
+        )?;
+        self.route(&router, "default", &format!("10.0.{n}.1"))?;
+        self.route(&self.gateway, &format!("10.1.{n}.0/24"), &format!("10.0.{n}.2"))?;
+        self.route(inside, "default", &format!("10.1.{n}.1"))?;
+        Ok((router, Ipv4Addr::new(10, 1, n, 2).into()))
+    }
+
+    /// A pod. Its gateway's hardware address is written into the neighbour table, as some plugins do, because with
+    /// `ip_forward=0` the gateway would not answer for 169.254.1.1.
+    fn pod(&self, inside: &Namespace, n: u8) -> Result<IpAddr> {
+        let device = format!("pod{}", n - 9);
+        let cidrs = self.cidrs(&format!("10.244.0.{n}/32"));
+        connect(
+            End { namespace: &self.gateway, device: &device, addresses: "" },
+            End { namespace: inside, device: "eth0", addresses: &cidrs },
+        )?;
+        let mac = self.gateway.link(&device)?.mac;
+        for address in cidrs.split_whitespace() {
+            self.gateway.ip(&format!("route add {address} dev {device}"))?;
+        }
+        let mut lines = String::new();
+        for gateway in self.cidrs("169.254.1.1/32").split_whitespace().filter_map(|cidr| cidr.split('/').next()) {
+            lines += &format!(
+                "neigh add {gateway} lladdr {mac} dev eth0 nud permanent\n\
+                 route add {gateway} dev eth0 scope link\n\
+                 route add default via {gateway} dev eth0\n"
+            );
+        }
+        inside.ip_batch(&lines)?;
+        Ok(Ipv4Addr::new(10, 244, 0, n).into())
+    }
+
+    /// The address with its prefix length, followed by the IPv6 one that stands beside it in a lab of that family.
+    fn cidrs(&self, v4: &str) -> String {
+        if !self.ipv6 {
+            return v4.to_owned();
+        }
+        format!("{v4} {}", cidr_beside(v4))
+    }
+
+    /// Adds a route by way of a router, and its like for IPv6 in a lab of that family.
+    fn route(&self, namespace: &Namespace, destination: &str, router: &str) -> Result<()> {
+        namespace.ip(&format!("route add {destination} via {router}"))?;
+        if self.ipv6 {
+            let destination = if destination == "default" { destination } else { &cidr_beside(destination) };
+            let router = cidr_beside(&format!("{router}/32"));
+            namespace.ip(&format!("-6 route add {destination} via {}", router.trim_end_matches("/128")))?;
+        }
+        Ok(())
+    }
+}
+
+/// The IPv6 address that stands beside an IPv4 one.
+fn beside(v4: Ipv4Addr) -> Ipv6Addr {
+    let [_, a, b, c] = v4.octets().map(u16::from);
+    Ipv6Addr::new(0xfd00, 0, a, b, 0, 0, 0, c)
+}
+
+/// As [`beside`], with the prefix length: networks of /24 become /64, hosts of /32 become /128.
+fn cidr_beside(v4: &str) -> String {
+    let (address, length) = v4.split_once('/').unwrap_or((v4, "32"));
+    let length = if length == "32" { 128 } else { 64 };
+    address.parse().map_or_else(|_| v4.to_owned(), |v4| format!("{}/{length}", beside(v4)))
 }
 
 /// A namespace of a host that checks sources strictly, as distributions set it, and forwards nothing.
-fn host(label: &str) -> Result<Namespace> {
+fn host(label: &str, ipv6: bool) -> Result<Namespace> {
     let namespace = Namespace::create(label)?;
     for scope in ["all", "default"] {
         namespace.sysctl(&format!("net.ipv4.conf.{scope}.rp_filter"), "1")?;
+        if ipv6 {
+            // Looking for duplicates first, an address could not be used for a second or two.
+            namespace.sysctl(&format!("net.ipv6.conf.{scope}.accept_dad"), "0")?;
+        }
     }
     Ok(namespace)
 }
 
 /// Connects a host to a port of the switch.
 fn plug(switch: &Namespace, port: &str, end: End<'_>) -> Result<()> {
-    connect(End { namespace: switch, device: port, address: "" }, end)?;
+    connect(End { namespace: switch, device: port, addresses: "" }, end)?;
     switch.ip(&format!("link set {port} master br0"))?;
     Ok(())
-}
-
-fn other_interface(gateway: &Namespace, inside: &Namespace, n: u8) -> Result<IpAddr> {
-    let device = format!("out{}", n - 9);
-    connect(
-        End { namespace: gateway, device: &device, address: &format!("10.0.{n}.1/24") },
-        End { namespace: inside, device: "eth0", address: &format!("10.0.{n}.2/24") },
-    )?;
-    inside.ip(&format!("route add default via 10.0.{n}.1"))?;
-    Ok(Ipv4Addr::new(10, 0, n, 2).into())
-}
-
-fn same_interface(switch: &Namespace, inside: &Namespace, n: u8) -> Result<IpAddr> {
-    let port = format!("port{}", n - 9);
-    plug(switch, &port, End { namespace: inside, device: "eth0", address: &format!("10.0.0.{n}/24") })?;
-    inside.ip("route add default via 10.0.0.1")?;
-    Ok(Ipv4Addr::new(10, 0, 0, n).into())
-}
-
-fn behind_router(gateway: &Namespace, inside: &Namespace, n: u8) -> Result<(Namespace, IpAddr)> {
-    let router = host(&format!("router{}", n - 9))?;
-    router.sysctl("net.ipv4.ip_forward", "1")?;
-    let device = format!("rtr{}", n - 9);
-    connect(
-        End { namespace: gateway, device: &device, address: &format!("10.0.{n}.1/24") },
-        End { namespace: &router, device: "near", address: &format!("10.0.{n}.2/24") },
-    )?;
-    connect(
-        End { namespace: &router, device: "far", address: &format!("10.1.{n}.1/24") },
-        End { namespace: inside, device: "eth0", address: &format!("10.1.{n}.2/24") },
-    )?;
-    router.ip(&format!("route add default via 10.0.{n}.1"))?;
-    gateway.ip(&format!("route add 10.1.{n}.0/24 via 10.0.{n}.2"))?;
-    inside.ip(&format!("route add default via 10.1.{n}.1"))?;
-    Ok((router, Ipv4Addr::new(10, 1, n, 2).into()))
-}
-
-/// A pod. Its gateway's hardware address is written into the neighbour table, as some plugins do, because with
-/// `ip_forward=0` the gateway would not answer for 169.254.1.1.
-fn pod(gateway: &Namespace, inside: &Namespace, n: u8) -> Result<IpAddr> {
-    let device = format!("pod{}", n - 9);
-    connect(
-        End { namespace: gateway, device: &device, address: "" },
-        End { namespace: inside, device: "eth0", address: &format!("10.244.0.{n}/32") },
-    )?;
-    gateway.ip(&format!("route add 10.244.0.{n}/32 dev {device} scope link"))?;
-    let mac = gateway.link(&device)?.mac;
-    inside.ip_batch(&format!(
-        "neigh add 169.254.1.1 lladdr {mac} dev eth0 nud permanent\n\
-         route add 169.254.1.1 dev eth0 scope link\n\
-         route add default via 169.254.1.1 dev eth0\n"
-    ))?;
-    Ok(Ipv4Addr::new(10, 244, 0, n).into())
 }
 
 /// Waits until every port of the switch forwards; the kernel opens a port a moment after its link is up.

@@ -44,8 +44,8 @@ pub struct End<'a> {
     pub namespace: &'a Namespace,
     /// The interface's name there.
     pub device: &'a str,
-    /// Its address with prefix length, such as `10.0.0.1/24`; empty for none.
-    pub address: &'a str,
+    /// Its addresses with prefix lengths, such as `10.0.0.1/24`, with spaces between; empty for none.
+    pub addresses: &'a str,
 }
 
 impl Namespace {
@@ -216,8 +216,8 @@ pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
     ))?;
     for end in [a, b] {
         let mut lines = String::new();
-        if !end.address.is_empty() {
-            lines += &format!("address add {} dev {}\n", end.address, end.device);
+        for address in end.addresses.split_whitespace() {
+            lines += &format!("address add {address} dev {}\n", end.device);
         }
         lines += &format!("link set {} up\n", end.device);
         end.namespace.ip_batch(&lines)?;

@@ -258,7 +258,7 @@ impl Sender {
     /// # Errors
     /// When the socket cannot be opened.
     pub fn in_lab(lab: &Lab) -> Result<Self> {
-        Self::open(&lab.sender, (Lab::SENDER, 0), lab.listener())
+        Self::open(&lab.sender, (lab.sender_address(), 0), lab.listener())
     }
 
     /// The datagrams' size in bytes of UDP payload, from 20 to 65,507; 100 unless told. Takes effect with the next datagram.
@@ -380,10 +380,15 @@ fn default_window(payload: usize) -> u64 {
 }
 
 /// Keeps the thread on the CPU it is on, until dropped.
-struct Pinned(CpuSet);
+#[derive(Debug)]
+pub struct Pinned(CpuSet);
 
 impl Pinned {
-    fn here() -> Result<Self> {
+    /// Keeps it there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn here() -> Result<Self> {
         let this_thread = Pid::from_raw(0);
         let before = sched_getaffinity(this_thread)?;
         let mut here = CpuSet::new();

@@ -1,0 +1,25 @@
+//! The daemon between real senders and receivers: every datagram exactly once, wherever the receiver is, whatever the
+//! datagram looks like, and whatever changes meanwhile; and books that agree with what arrived.
+//!
+//! - `books`: what the daemon has counted, from its metrics and from the kernel's map.
+//! - `places`: where receivers can be, in each mode, both families.
+//! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
+//! - `wire`: whole frames, sent and seen. `packet`: how they are made.
+//! - `changes`: filters of others, a killed daemon, interfaces and routes that change.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
+
+#[path = "netns_delivery/books.rs"]
+mod books;
+#[path = "netns_delivery/foreign.rs"]
+mod foreign;
+#[path = "kernel/packet.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod packet;
+#[path = "netns_delivery/packets.rs"]
+mod packets;
+#[path = "netns_delivery/places.rs"]
+mod places;
+mod support;
+#[path = "netns_delivery/wire.rs"]
+mod wire;
