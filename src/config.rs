@@ -31,6 +31,9 @@ use serde::{Deserialize, Serialize};
 
 pub use problem::{Problem, Problems};
 
+use crate::health::settings::{
+    FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, Protocol, UNHEALTHY_THRESHOLD,
+};
 use crate::model::{Downstream, ListenerId, Policy};
 
 /// Allowed `workers`.
@@ -157,6 +160,27 @@ pub struct HealthConfig {
     pub timeout: Duration,
     /// What is sent.
     pub protocol: HealthProtocol,
+}
+
+impl HealthConfig {
+    /// The settings of the health checks themselves, with their defaults for what the file has no key for yet.
+    #[must_use]
+    pub fn settings(&self) -> HealthSettings {
+        HealthSettings {
+            probe: ProbeSettings {
+                protocol: match self.protocol {
+                    HealthProtocol::Icmp => Protocol::Icmp,
+                    HealthProtocol::UdpEcho => Protocol::UdpEcho { port: None },
+                },
+                interval: self.interval,
+                timeout: self.timeout,
+                unhealthy_threshold: UNHEALTHY_THRESHOLD,
+                healthy_threshold: HEALTHY_THRESHOLD,
+            },
+            fail_open: FAIL_OPEN,
+            slow_start: Duration::ZERO,
+        }
+    }
 }
 
 /// How a downstream is probed.

@@ -13,10 +13,13 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use self::mode::ModeChoice;
-use crate::config::{Config, ListenerConfig, Source};
+use crate::config::{Config, HealthConfig, ListenerConfig, Source};
+use crate::health::Watch;
+use crate::health::settings::HealthSettings;
+use crate::health::share::{HealthMap, shares};
 use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
-use crate::model::{DownstreamSet, ListenerId};
+use crate::model::{Downstream, DownstreamSet, ListenerId};
 use crate::plan::compile::compile;
 use crate::plan::{Delivery, Plan};
 
@@ -41,6 +44,8 @@ pub enum Event {
     ApplyFailed(String),
     /// Something has disturbed what was applied, such as a filter taken off by someone else.
     Disturbed(String),
+    /// Health checks have found something that changes which downstreams take part.
+    Health(HealthMap),
     /// The time asked for with [`Action::WakeAt`] has come.
     Tick,
 }
@@ -71,6 +76,8 @@ pub enum NotReady {
 #[derive(Debug)]
 pub struct Controller {
     listeners: Vec<Listener>,
+    health: Option<HealthSettings>,
+    health_map: HealthMap,
     facts: HostFacts,
     /// The plan last handed out, and whether it is in force.
     plan: Plan,
@@ -95,6 +102,7 @@ impl Controller {
     /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
     /// not exist.
     pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
+        let health = config.health.as_ref().map(HealthConfig::settings);
         let listeners = config
             .listeners
             .into_iter()
@@ -111,6 +119,8 @@ impl Controller {
             .collect::<Result<Vec<Listener>>>()?;
         Ok(Controller {
             listeners,
+            health,
+            health_map: HealthMap::default(),
             facts,
             plan: Plan::default(),
             applied: Err("not applied yet".to_owned()),
@@ -131,6 +141,23 @@ impl Controller {
             .filter_map(|listener| listener.set.as_ref())
             .flat_map(|set| &set.downstreams)
             .map(|downstream| downstream.address.ip())
+            .collect()
+    }
+
+    /// Whose downstreams are to be checked, and how.
+    #[must_use]
+    pub fn watches(&self) -> Vec<Watch> {
+        let Some(settings) = &self.health else { return Vec::new() };
+        self.listeners
+            .iter()
+            .filter_map(|listener| {
+                Some(Watch {
+                    listener: listener.config.id,
+                    name: listener.config.name.as_str().into(),
+                    downstreams: listener.set.as_ref()?.downstreams.iter().map(|to| to.address).collect(),
+                    settings: settings.clone(),
+                })
+            })
             .collect()
     }
 
@@ -169,7 +196,7 @@ impl Controller {
         match event {
             Event::Host(facts) => {
                 self.facts = facts;
-                self.replan(false)
+                self.replan(false, now)
             }
             Event::Downstreams { listener, set } => self.take_set(listener, set),
             Event::Applied => {
@@ -182,12 +209,17 @@ impl Controller {
             }
             Event::Disturbed(reason) => {
                 let mut actions = vec![Action::Warn(reason)];
-                actions.extend(self.replan(true));
+                actions.extend(self.replan(true, now));
                 actions
             }
             // Looking at the host leads to a new plan, or to the same one again since it is not in force.
             Event::Tick if self.applied.is_err() => vec![Action::LookAtHost(self.route_addresses())],
-            Event::Tick => Vec::new(),
+            // A downstream that has recovered may have earned a larger share.
+            Event::Tick => self.replan(false, now),
+            Event::Health(map) => {
+                self.health_map = map;
+                self.replan(false, now)
+            }
         }
     }
 
@@ -204,15 +236,17 @@ impl Controller {
     }
 
     /// Compiles the plan anew and hands it out if it differs from the last, or if `force`.
-    fn replan(&mut self, force: bool) -> Vec<Action> {
+    fn replan(&mut self, force: bool, now: Duration) -> Vec<Action> {
+        let mut next_change: Option<Duration> = None;
         let plan = Plan {
             listeners: self
                 .listeners
                 .iter()
                 .filter_map(|listener| {
-                    let set = listener.set.as_ref()?;
+                    let (set, change) = self.taking_part(listener.config.id, listener.set.as_ref()?, now);
+                    next_change = next_change.into_iter().chain(change).min();
                     let slots = self.slots_in_force(listener.config.id);
-                    Some(compile(&listener.config, set, listener.choice.mode, &self.facts, slots))
+                    Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, slots))
                 })
                 .collect(),
         };
@@ -221,7 +255,22 @@ impl Controller {
             self.plan = plan.clone();
             actions.push(Action::Apply(plan));
         }
+        actions.extend(next_change.map(Action::WakeAt));
         actions
+    }
+
+    /// The downstreams that take part at the moment, with their shares, and when that will change by itself.
+    fn taking_part(&self, id: ListenerId, set: &DownstreamSet, now: Duration) -> (DownstreamSet, Option<Duration>) {
+        let Some(health) = &self.health else { return (set.clone(), None) };
+        let shares = shares(id, &set.downstreams, &self.health_map, health.fail_open, health.slow_start, now);
+        let downstreams = set
+            .downstreams
+            .iter()
+            .zip(&shares.weights)
+            .filter(|(_, weight)| **weight > 0)
+            .map(|(downstream, &weight)| Downstream { weight, ..downstream.clone() })
+            .collect();
+        (DownstreamSet { generation: set.generation, downstreams }, shares.next_change)
     }
 
     fn slots_in_force(&self, id: ListenerId) -> usize {

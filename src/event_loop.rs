@@ -22,6 +22,7 @@ use crate::datapath::Datapath;
 use crate::datapath::kernel::KernelDatapath;
 use crate::datapath::user::UserDatapath;
 use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
+use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Host, Monitor};
 use crate::metrics::PlanApplies;
@@ -33,6 +34,9 @@ const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
 /// Another thread has something for us: an HTTP request or a set of downstreams.
 const WAKE: Token = Token(2);
+
+/// The health checks' sockets have tokens from here on.
+const HEALTH: Token = Token(1 << 20);
 
 /// How often it is checked that filters are still in place and workers still run.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -60,6 +64,7 @@ struct Daemon {
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
     discovery: Option<(Discovery, Receiver<Update>)>,
+    health: Option<Health>,
     plan_applies: PlanApplies,
     started: Instant,
     started_at: SystemTime,
@@ -101,6 +106,7 @@ impl Daemon {
         let (kernel, tc_support) = load_kernel(&config)?;
         let facts = host.facts(&BTreeSet::new())?;
         let requests = discovery_requests(&config);
+        let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
         let controller = Controller::new(config, &tc_support, facts)?;
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
@@ -117,6 +123,7 @@ impl Daemon {
             kernel,
             http: None,
             discovery: None,
+            health,
             plan_applies: PlanApplies::default(),
             started: now,
             started_at: SystemTime::now(),
@@ -128,6 +135,7 @@ impl Daemon {
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
+        daemon.watch_health();
         let waker = Arc::new(Waker::new(daemon.poll.registry(), WAKE).context("cannot create a waker")?);
         if !requests.is_empty() {
             let (sender, updates) = mpsc::channel();
@@ -144,7 +152,7 @@ impl Daemon {
     fn turn_until_stopped(&mut self) -> Result<()> {
         let mut events = Events::with_capacity(64);
         loop {
-            let timeout = self.timers.next().map(|due| due.saturating_duration_since(Instant::now()));
+            let timeout = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.context("cannot wait for events")?,
@@ -157,10 +165,38 @@ impl Daemon {
                         self.take_updates();
                         self.answer_requests();
                     }
-                    _ => {}
+                    token => self.health_event(token),
                 }
             }
+            self.run_health();
             self.run_timers();
+        }
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let probe = self.health.as_ref().and_then(Health::next_deadline).map(|due| self.started + due);
+        self.timers.next().into_iter().chain(probe).min()
+    }
+
+    fn health_event(&mut self, token: Token) {
+        if let Some(health) = self.health.as_mut().filter(|health| health.owns(token)) {
+            health.on_event(token, self.started.elapsed());
+        }
+    }
+
+    /// Gives the probes that are due and takes what they have found out.
+    fn run_health(&mut self) {
+        let Some(health) = &mut self.health else { return };
+        health.on_timer(self.started.elapsed());
+        if let Some(map) = health.take_change() {
+            self.handle(Event::Health(map));
+        }
+    }
+
+    /// Tells the health checks whom to check, after any change of downstreams.
+    fn watch_health(&mut self) {
+        if let Some(health) = &mut self.health {
+            health.set_targets(&self.controller.watches(), self.started.elapsed());
         }
     }
 
@@ -200,6 +236,7 @@ impl Daemon {
         for (listener, set) in last {
             self.handle(Event::Downstreams { listener, set });
         }
+        self.watch_health();
     }
 
     fn run_timers(&mut self) {

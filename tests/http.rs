@@ -93,6 +93,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
             counters: vec![(Mode::Userspace, counters)],
             downstreams: (0..downstreams).map(downstream).collect(),
         }],
+        health: Vec::new(),
     }
 }
 

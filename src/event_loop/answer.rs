@@ -7,9 +7,10 @@ use anyhow::Result;
 use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Counters, Datapath};
+use crate::health;
 use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
-use crate::metrics::{ListenerSnapshot, Snapshot};
-use crate::model::Mode;
+use crate::metrics::{HealthSnapshot, ListenerSnapshot, Snapshot};
+use crate::model::{ListenerId, Mode};
 
 impl Daemon {
     /// Answers all that has been asked. A client that has gone away in the meantime costs nothing.
@@ -40,10 +41,19 @@ impl Daemon {
             .iter()
             .map(|plan| ListenerSnapshot::collect(plan, self.mode_reason(plan.id), &readings))
             .collect();
-        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners })
+        let health = self.health.iter().flat_map(health::Health::downstreams).filter_map(|checked| {
+            let listener = self.listener_name(checked.listener)?;
+            Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
+        });
+        let health = health.collect();
+        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners, health })
     }
 
-    fn mode_reason(&self, id: crate::model::ListenerId) -> Arc<str> {
+    fn listener_name(&self, id: ListenerId) -> Option<Arc<str>> {
+        self.controller.plan().listeners.iter().find(|plan| plan.id == id).map(|plan| Arc::clone(&plan.name))
+    }
+
+    fn mode_reason(&self, id: ListenerId) -> Arc<str> {
         self.controller
             .modes()
             .find(|(listener, _)| listener.id == id)

@@ -92,6 +92,13 @@ pub const DOWNSTREAM_BYTES: Metric = counter(
     "Bytes of UDP payload handed to the downstream, by both datapaths together.",
 );
 
+/// `udp_fanout_downstream_health`
+pub const DOWNSTREAM_HEALTH: Metric = gauge(
+    "udp_fanout_downstream_health",
+    &["listener", "endpoint"],
+    "What health checks say of the downstream: 1 for healthy or not yet known, 0 for unhealthy. Only with health checks.",
+);
+
 /// `udp_fanout_listener_mode_info`
 pub const LISTENER_MODE: Metric = gauge(
     "udp_fanout_listener_mode_info",
@@ -115,7 +122,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 13] = [
+pub const ALL: [&Metric; 14] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -125,6 +132,7 @@ pub const ALL: [&Metric; 13] = [
     &DOWNSTREAM_ACTIVE,
     &DOWNSTREAM_PACKETS,
     &DOWNSTREAM_BYTES,
+    &DOWNSTREAM_HEALTH,
     &LISTENER_MODE,
     &PLAN_APPLY,
     &BUILD_INFO,

@@ -4,6 +4,7 @@
 //! downstream that is gone, and no value is older than the snapshot. The recorder is spoken to directly rather than
 //! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values.
 
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use metrics::{Key, KeyName, Label, Level, Metadata, Recorder, SharedString};
@@ -23,6 +24,11 @@ pub fn render(snapshot: &Snapshot) -> String {
     let page = Page::new();
     for listener in &snapshot.listeners {
         page.listener(listener);
+    }
+    for checked in &snapshot.health {
+        let listener = SharedString::from_shared(Arc::clone(&checked.listener));
+        let endpoint = SharedString::from_owned(checked.endpoint.to_string());
+        page.gauge(&names::DOWNSTREAM_HEALTH, [listener, endpoint], f64::from(u8::from(checked.healthy)));
     }
     let applies = snapshot.plan_applies;
     page.counter(&names::PLAN_APPLY, [SharedString::const_str("success")], applies.success);

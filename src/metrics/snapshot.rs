@@ -17,6 +17,19 @@ pub struct Snapshot {
     pub plan_applies: PlanApplies,
     /// In the configuration's order.
     pub listeners: Vec<ListenerSnapshot>,
+    /// The downstreams that are checked, those left out of a round included.
+    pub health: Vec<HealthSnapshot>,
+}
+
+/// What health checks say of one downstream of one listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthSnapshot {
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// The downstream's address.
+    pub endpoint: SocketAddr,
+    /// False once it has failed, until it answers again.
+    pub healthy: bool,
 }
 
 /// How often a changed plan was given to the datapaths since the start.

@@ -178,13 +178,13 @@ impl Path {
         let create = |label| Namespace::create(label).unwrap();
         let path = Path { prober: create("prober"), router: create("router"), receiver: create("receiver") };
         connect(
-            End { namespace: &path.prober, device: "eth0", address: "10.0.0.1/24" },
-            End { namespace: &path.router, device: "west", address: "10.0.0.254/24" },
+            End { namespace: &path.prober, device: "eth0", addresses: "10.0.0.1/24" },
+            End { namespace: &path.router, device: "west", addresses: "10.0.0.254/24" },
         )
         .unwrap();
         connect(
-            End { namespace: &path.router, device: "east", address: "10.0.1.254/24" },
-            End { namespace: &path.receiver, device: "eth0", address: "10.0.1.2/24" },
+            End { namespace: &path.router, device: "east", addresses: "10.0.1.254/24" },
+            End { namespace: &path.receiver, device: "eth0", addresses: "10.0.1.2/24" },
         )
         .unwrap();
         path.prober.ip_batch("addr add fd00::1/64 dev eth0 nodad\nroute add default via 10.0.0.254\n").unwrap();
@@ -346,8 +346,8 @@ fn netns_replies_that_are_not_to_the_probe_or_not_from_the_target_are_ignored() 
     for permit in Permit::WORKING {
         let (prober, receiver) = (Namespace::create("prober").unwrap(), Namespace::create("receiver").unwrap());
         connect(
-            End { namespace: &prober, device: "eth0", address: "10.0.0.1/24" },
-            End { namespace: &receiver, device: "eth0", address: "10.0.0.2/24" },
+            End { namespace: &prober, device: "eth0", addresses: "10.0.0.1/24" },
+            End { namespace: &receiver, device: "eth0", addresses: "10.0.0.2/24" },
         )
         .unwrap();
         receiver.sysctl("net.ipv4.icmp_echo_ignore_all", "1").unwrap();

@@ -169,8 +169,8 @@ fn listeners_with_equal_settings_share_probes_and_others_do_not_disturb() {
 fn netns_a_receiver_in_another_namespace_dies_with_its_process() {
     let (gateway, receiver) = (Namespace::create("gateway").unwrap(), Namespace::create("receiver").unwrap());
     connect(
-        End { namespace: &gateway, device: "eth0", address: "10.0.0.1/24" },
-        End { namespace: &receiver, device: "eth0", address: "10.0.0.2/24" },
+        End { namespace: &gateway, device: "eth0", addresses: "10.0.0.1/24" },
+        End { namespace: &receiver, device: "eth0", addresses: "10.0.0.2/24" },
     )
     .unwrap();
     let socket = || receiver.run(|| Ok(UdpSocket::bind("10.0.0.2:5514")?)).unwrap();

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use proptest::prelude::*;
 
 use super::*;
-use crate::metrics::{DownstreamSnapshot, PlanApplies};
+use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies};
 use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters, Mode};
 
 /// Label values by label name.
@@ -106,6 +106,11 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
         started: UNIX_EPOCH + Duration::from_millis(1_700_000_000_250),
         plan_applies: PlanApplies { success: 5, error: 1 },
         listeners,
+        health: vec![HealthSnapshot {
+            listener: "syslog".into(),
+            endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
+            healthy: false,
+        }],
     }
 }
 
