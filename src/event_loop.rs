@@ -19,14 +19,14 @@ use signal_hook_mio::v1_0::Signals;
 use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::KernelDatapath;
+use crate::datapath::kernel::{KernelDatapath, attach};
 use crate::datapath::user::UserDatapath;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Host, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
-use crate::plan::Plan;
+use crate::plan::{LinkRef, Plan};
 
 const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
@@ -97,6 +97,12 @@ impl Daemon {
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
         let facts = host.facts(&BTreeSet::new())?;
+        let links: Vec<LinkRef> = facts
+            .links
+            .iter()
+            .filter(|link| link.ethernet)
+            .map(|link| LinkRef { index: link.index, name: link.name.clone() })
+            .collect();
         let controller = Controller::new(config, &tc_support, facts)?;
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
@@ -123,6 +129,8 @@ impl Daemon {
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
+        // Only now, so that there is no moment without either the old filter or what takes its place.
+        attach::remove_leftovers(&links);
         if let Some(page) = page {
             let waker = Arc::new(Waker::new(daemon.poll.registry(), REQUESTS).context("cannot create a waker")?);
             tracing::info!(address = %page.address(), "serving metrics");
