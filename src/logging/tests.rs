@@ -100,10 +100,10 @@ fn one_of_each() {
     tracing::info!("ours 3");
     tracing::debug!("ours 4");
     tracing::trace!("ours 5");
-    tracing::error!(target: "kube_client", "theirs 1");
-    tracing::warn!(target: "kube_client", "theirs 2");
-    tracing::info!(target: "kube_client", "theirs 3");
-    tracing::trace!(target: "kube_client", "theirs 5");
+    tracing::error!(target: "hyper", "theirs 1");
+    tracing::warn!(target: "hyper", "theirs 2");
+    tracing::info!(target: "hyper", "theirs 3");
+    tracing::trace!(target: "hyper", "theirs 5");
 }
 
 fn counts(level: Level, rust_log: Option<&str>) -> (usize, usize) {
@@ -130,7 +130,7 @@ fn levels_are_ours_and_libraries_stay_quiet() {
 #[test]
 fn rust_log_wins() {
     assert_eq!(counts(Level::Off, Some("trace")), (5, 4));
-    assert_eq!(counts(Level::Trace, Some("warn,kube_client=info")), (2, 3));
+    assert_eq!(counts(Level::Trace, Some("warn,hyper=info")), (2, 3));
     assert_eq!(counts(Level::Trace, Some("off")), (0, 0));
     assert_eq!(counts(Level::Info, Some("")), (3, 2), "empty is as good as unset");
     assert_eq!(counts(Level::Info, Some(" ")), (3, 2), "empty is as good as unset");
