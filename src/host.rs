@@ -6,6 +6,7 @@
 
 mod addresses;
 pub mod facts;
+pub mod filters;
 mod links;
 mod monitor;
 mod netlink;

@@ -4,15 +4,14 @@
 //! same way and a daemon that died can be cleaned up after. Only that filter is ever touched: a `clsact` qdisc is
 //! shared with other programs, is never removed here, and costs nothing while empty.
 
-use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::{Context, Result, bail};
-use libbpf_rs::query::ProgramInfo;
-use libbpf_rs::{ErrorKind, ProgramHandle, TC_INGRESS, TcHook, TcHookBuilder};
+use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
+use crate::host::filters::{BpfFilter, ingress_bpf_filters};
 use crate::plan::LinkRef;
 
 /// Priority (`pref`) of our filter.
@@ -44,14 +43,14 @@ impl Attachment {
         let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
         let mut hook = hook(program.as_fd(), link.index)?;
         hook.create().map_err(|error| explain(error, link))?;
-        if let Some(occupant) = occupant(&mut hook)?
-            && occupant != PROGRAM_NAME
+        if let Some(occupant) = occupant(link)?
+            && !is_ours(&occupant)
         {
             bail!(
                 "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it with \
                  `tc filter del dev {} ingress pref {PRIORITY} handle {HANDLE:#x} bpf` if it is not needed",
                 link.name,
-                occupant.to_string_lossy(),
+                occupant,
                 link.name
             );
         }
@@ -112,8 +111,7 @@ pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
         let Ok(mut hook) = hook(any.as_fd(), link.index) else { continue };
-        let Ok(id) = hook.query() else { continue };
-        if ProgramHandle::from_prog_id(id).is_ok_and(|program| program.name() != PROGRAM_NAME) {
+        if !occupant(link).is_ok_and(|name| name.is_some_and(|name| is_ours(&name))) {
             continue;
         }
         // A living daemon holds its own.
@@ -138,19 +136,16 @@ fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     Ok(builder.ifindex(index).replace(true).handle(HANDLE).priority(PRIORITY).hook(TC_INGRESS))
 }
 
-/// The name of the program whose filter is in our place, if one is.
-fn occupant(hook: &mut TcHook) -> Result<Option<OsString>> {
-    match hook.query() {
-        Ok(id) => {
-            let program =
-                ProgramHandle::from_prog_id(id).with_context(|| format!("cannot look at BPF program {id}"))?;
-            Ok(Some(program.name().to_os_string()))
-        }
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        // Nothing at this priority yet: the kernel answers EINVAL.
-        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(None),
-        Err(error) => Err(error).context("cannot ask for the TC filter in our place"),
-    }
+/// The name of the filter in our place on an interface, if there is one.
+fn occupant(link: &LinkRef) -> Result<Option<String>> {
+    let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
+    let ours = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
+    Ok(filters.into_iter().find(ours).map(|filter| filter.name))
+}
+
+/// Whether a filter's name says that its program is ours: libbpf adds the program's id in brackets.
+fn is_ours(name: &str) -> bool {
+    name.split_once(":[").map_or(name, |(program, _)| program) == PROGRAM_NAME
 }
 
 /// Takes the name that stands for this interface among daemons of this network namespace. The kernel gives it up
@@ -175,15 +170,4 @@ fn explain(error: libbpf_rs::Error, link: &LinkRef) -> anyhow::Error {
         ),
         _ => anyhow::Error::new(error).context(format!("failed to attach TC program to {name}")),
     }
-}
-
-/// Ids of loaded programs that carry our name, for tests and clean-up.
-///
-/// # Errors
-/// Never at present; reading is best effort.
-pub fn loaded_programs() -> Vec<u32> {
-    libbpf_rs::query::ProgInfoIter::default()
-        .filter(|info: &ProgramInfo| info.name.to_string_lossy() == PROGRAM_NAME)
-        .map(|info| info.id)
-        .collect()
 }
