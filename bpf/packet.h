@@ -14,6 +14,7 @@ struct packet {
 	__u8 ttl;
 	bool v6;
 	bool exotic; /* ours, but only the socket can do it justice */
+	__u8 macs[12]; /* as they came in, destination first; filled in by replicate.h alone */
 };
 
 #endif

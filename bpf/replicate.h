@@ -15,7 +15,17 @@
 #define AROUND_MARK 0xfa000000
 #define AROUND_MASK 0xff000000
 
-static __always_inline int send_around(struct __sk_buff *skb, __u32 to_id)
+/*
+ * A clone that enters this host once more. The kernel looks at the link-layer address again and leaves to others what
+ * is not addressed to this host, so the one that the packet came with must be there, and not a downstream's.
+ */
+static __always_inline int clone_inwards(struct __sk_buff *skb, const struct packet *pkt)
+{
+	return bpf_skb_store_bytes(skb, 0, pkt->macs, sizeof(pkt->macs), 0)
+		       ?: bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+}
+
+static __always_inline int send_around(struct __sk_buff *skb, const struct packet *pkt, __u32 to_id)
 {
 	__u32 mark = skb->mark;
 	int err;
@@ -23,7 +33,7 @@ static __always_inline int send_around(struct __sk_buff *skb, __u32 to_id)
 	if (to_id & AROUND_MASK)
 		return -1;
 	skb->mark = AROUND_MARK | to_id;
-	err = bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+	err = clone_inwards(skb, pkt);
 	skb->mark = mark;
 	return err;
 }
@@ -71,9 +81,9 @@ static __always_inline int send_clone(struct __sk_buff *skb, const struct packet
 	struct next_hop found;
 
 	if (to->delivery == DELIVER_LOCAL)
-		return bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+		return clone_inwards(skb, pkt);
 	if (!find_known(skb, pkt, to, to_id, &found))
-		return send_around(skb, to_id);
+		return send_around(skb, pkt, to_id);
 	if (bpf_skb_store_bytes(skb, 0, found.macs, sizeof(found.macs), 0))
 		return -1;
 	return bpf_clone_redirect(skb, found.ifindex, 0);
@@ -168,6 +178,8 @@ static __always_inline bool send_copies(struct __sk_buff *skb, const struct pack
 	if (!pkt)
 		return false;
 	*pkt = *received;
+	if (bpf_skb_load_bytes(skb, 0, pkt->macs, sizeof(pkt->macs)))
+		return false;
 	for (__u32 i = 0; i < MAX_COPIES - 1; i++) {
 		if (i + 1 >= slots)
 			break;

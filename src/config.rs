@@ -14,6 +14,7 @@ mod document;
 mod file;
 pub mod keys;
 mod problem;
+mod protocol;
 mod render;
 mod rules;
 mod shape;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use problem::{Problem, Problems};
+pub use protocol::Protocol;
 
 use crate::health::settings::{
     FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, Protocol, UNHEALTHY_THRESHOLD,
@@ -46,6 +48,8 @@ pub const RECV_BUF_SIZES: RangeInclusive<u32> = 4_096..=1_073_741_823;
 pub const PACKET_SIZES: RangeInclusive<u32> = 1..=65_507;
 /// Allowed `weight`.
 pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
+/// Allowed `sample`.
+pub const SAMPLES: RangeInclusive<f64> = 0.000_001..=1.0;
 /// Allowed `interval_secs` and `timeout_secs`.
 pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
 /// Allowed `max_listeners`.
@@ -69,6 +73,8 @@ pub struct Config {
     pub metrics: Option<MetricsConfig>,
     /// Sizes of the kernel program's maps.
     pub limits: Limits,
+    /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
+    pub warnings: Vec<String>,
 }
 
 /// One listener.
@@ -84,6 +90,8 @@ pub struct ListenerConfig {
     pub interfaces: Interfaces,
     /// The datapath asked for.
     pub mode: RequestedMode,
+    /// What it carries.
+    pub protocol: Protocol,
     /// How a downstream is chosen.
     pub policy: Policy,
     /// Where its downstreams come from.

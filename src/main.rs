@@ -31,7 +31,12 @@ fn run(config: &Path, log: logging::Options) -> ExitCode {
         return ExitCode::FAILURE;
     }
     tracing::info!(version = version::long(), config = %config.display(), "starting udp-fanout");
-    match Config::load(config).and_then(event_loop::run) {
+    let config = Config::load(config).inspect(|config| {
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
+    });
+    match config.and_then(event_loop::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             for line in format!("{error:#}").lines() {
@@ -43,5 +48,9 @@ fn run(config: &Path, log: logging::Options) -> ExitCode {
 }
 
 fn check(config: &Path) -> Result<()> {
-    cli::print(Config::load(config)?.render().as_bytes())
+    let config = Config::load(config)?;
+    for warning in &config.warnings {
+        eprintln!("{}: warning: {warning}", config.path.display());
+    }
+    cli::print(config.render().as_bytes())
 }

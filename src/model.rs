@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A listener's number: its position in the configuration file, starting at 0. Logged as `listener_id`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -63,7 +63,7 @@ pub enum Policy {
 }
 
 /// What a hashing listener hashes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HashOn {
     /// The sender's address.
@@ -74,6 +74,21 @@ pub enum HashOn {
     /// Both addresses and both ports.
     Flow,
 }
+
+impl HashOn {
+    /// The name in configuration files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            HashOn::SourceIp => "source_ip",
+            HashOn::Source => "source",
+            HashOn::Flow => "flow",
+        }
+    }
+}
+
+/// Most downstreams to which the TC program can copy a datagram, `MAX_COPIES` in `bpf/fanout_abi.h`.
+pub const MAX_COPIES: usize = 64;
 
 impl Policy {
     /// True if datagrams of one sender must stay on one worker so that their order is kept.

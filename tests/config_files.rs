@@ -165,6 +165,15 @@ fn with(path: &str, value: &str) -> String {
         };
     }
     at.insert(key.to_owned(), parsed["value"].clone());
+    // What goes with one policy only, unless it is its default.
+    let needs = match key {
+        "hash_on" => Some("hash"),
+        "sample" if value != "1" => Some("replicate"),
+        _ => None,
+    };
+    if let (Some(policy), Some(listeners)) = (needs, text["listeners"].as_array_mut()) {
+        listeners[0].as_table_mut().unwrap().insert("policy".to_owned(), policy.into());
+    }
     toml::to_string(&text).unwrap()
 }
 
@@ -216,6 +225,10 @@ fn every_range_in_the_table_is_the_real_one() {
                 let inside = if name == "health.interval_secs" { range.end() } else { range.start() };
                 (vec![format!("{inside:?}")], vec!["0".into(), "-1".into(), "3601".into(), "nan".into(), "inf".into()])
             }
+            Kind::Number(range) => (
+                vec![format!("{:?}", range.start()), format!("{:?}", range.end())],
+                vec!["0".into(), "-0.5".into(), "1.000001".into(), "nan".into(), "inf".into()],
+            ),
             Kind::Choice(choices) => (choices.iter().map(|c| format!("{c:?}")).collect(), vec!["\"other\"".into()]),
             _ => return,
         };

@@ -89,6 +89,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
             name: "syslog".into(),
             mode: Mode::Userspace,
             mode_reason: "configured".into(),
+            replicates: false,
             active: downstreams as usize,
             counters: vec![(Mode::Userspace, counters)],
             downstreams: (0..downstreams).map(downstream).collect(),

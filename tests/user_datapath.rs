@@ -9,6 +9,8 @@ mod flow;
 mod netns_thread;
 #[path = "user_datapath/policies.rs"]
 mod policies;
+#[path = "user_datapath/replicate.rs"]
+mod replicate;
 
 use std::net::{SocketAddr, UdpSocket};
 

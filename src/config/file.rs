@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HealthProtocol, RequestedMode};
+use super::{HealthProtocol, Protocol, RequestedMode};
 use crate::model;
 
 /// A whole file.
@@ -38,9 +38,15 @@ pub(super) struct Listener {
     /// The datapath; `auto` by default.
     #[serde(default)]
     pub(super) mode: RequestedMode,
-    /// How a downstream is chosen; round robin by default.
+    /// What it carries; raw by default.
     #[serde(default)]
-    pub(super) policy: Policy,
+    pub(super) protocol: Protocol,
+    /// How a downstream is chosen; what suits the protocol by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) policy: Option<Policy>,
+    /// What is hashed; the source's address by default, and only where the policy is to hash.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) hash_on: Option<model::HashOn>,
     /// Receivers known beforehand; this or `kubernetes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) downstream: Option<Vec<Downstream>>,
@@ -69,27 +75,34 @@ impl Default for Interface {
 }
 
 /// `listeners[].policy`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Policy {
     /// In turn.
-    #[default]
     RoundRobin,
+    /// By a hash of where a datagram comes from.
+    Hash,
+    /// To all.
+    Replicate,
 }
 
 impl Policy {
-    const ALL: [Policy; 1] = [Policy::RoundRobin];
-
-    /// What it means to the rest of the program.
-    pub(super) fn meaning(self) -> model::Policy {
+    /// The name in a file.
+    pub(super) fn name(self) -> &'static str {
         match self {
-            Policy::RoundRobin => model::Policy::RoundRobin,
+            Policy::RoundRobin => "round_robin",
+            Policy::Hash => "hash",
+            Policy::Replicate => "replicate",
         }
     }
 
-    /// The one that means this. Every policy of a `Config` has come from a file, so that there is one.
-    pub(super) fn that_means(policy: model::Policy) -> Policy {
-        Policy::ALL.into_iter().find(|one| one.meaning() == policy).unwrap_or_default()
+    /// What it means to the rest of the program, without a `hash_on`.
+    pub(super) fn meaning(self) -> model::Policy {
+        match self {
+            Policy::RoundRobin => model::Policy::RoundRobin,
+            Policy::Hash => model::Policy::Hash(model::HashOn::default()),
+            Policy::Replicate => model::Policy::Replicate,
+        }
     }
 }
 
@@ -105,10 +118,17 @@ pub(super) struct Downstream {
     /// Share relative to the others; 1 by default.
     #[serde(default = "one")]
     pub(super) weight: u32,
+    /// Part of the datagrams copied to it; 1, all, by default.
+    #[serde(default = "all", serialize_with = "number")]
+    pub(super) sample: f64,
 }
 
 fn one() -> u32 {
     1
+}
+
+fn all() -> f64 {
+    1.0
 }
 
 /// `listeners[].kubernetes`.
@@ -154,10 +174,10 @@ pub(super) struct Health {
     /// Off by default.
     pub(super) enabled: bool,
     /// 5 by default.
-    #[serde(serialize_with = "seconds")]
+    #[serde(serialize_with = "number")]
     pub(super) interval_secs: f64,
     /// 2 by default.
-    #[serde(serialize_with = "seconds")]
+    #[serde(serialize_with = "number")]
     pub(super) timeout_secs: f64,
     /// ICMP by default.
     pub(super) protocol: HealthProtocol,
@@ -169,11 +189,11 @@ impl Default for Health {
     }
 }
 
-/// Whole seconds are written as people write them, without `.0`.
-#[expect(clippy::cast_possible_truncation, reason = "seconds are far below where an i64 ends")]
+/// Whole numbers are written as people write them, without `.0`.
+#[expect(clippy::cast_possible_truncation, reason = "seconds and parts are far below where an i64 ends")]
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
-fn seconds<S: Serializer>(seconds: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    if seconds.fract() == 0.0 { serializer.serialize_i64(*seconds as i64) } else { serializer.serialize_f64(*seconds) }
+fn number<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if number.fract() == 0.0 { serializer.serialize_i64(*number as i64) } else { serializer.serialize_f64(*number) }
 }
 
 /// `metrics`.
@@ -253,8 +273,15 @@ mod tests {
                 bind: "b".into(),
                 interface: Interface::default(),
                 mode: RequestedMode::Auto,
-                policy: Policy::RoundRobin,
-                downstream: Some(vec![Downstream { name: Some("n".into()), address: "a".into(), weight: 1 }]),
+                protocol: Protocol::Raw,
+                policy: Some(Policy::Hash),
+                hash_on: Some(model::HashOn::Flow),
+                downstream: Some(vec![Downstream {
+                    name: Some("n".into()),
+                    address: "a".into(),
+                    weight: 1,
+                    sample: 1.0,
+                }]),
                 kubernetes: Some(Kubernetes { namespace: Some("n".into()), service: "s".into(), port: 1 }),
                 settings: Settings {
                     workers: 1,
@@ -313,12 +340,14 @@ mod tests {
                 seen += 1;
                 match path {
                     "listeners[].mode" => known::<RequestedMode>(choices),
+                    "listeners[].protocol" => known::<Protocol>(choices),
                     "listeners[].policy" => known::<Policy>(choices),
+                    "listeners[].hash_on" => known::<model::HashOn>(choices),
                     "health.protocol" => known::<HealthProtocol>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 3);
+        assert_eq!(seen, 5);
     }
 }

@@ -6,7 +6,7 @@
 use std::ops::RangeInclusive;
 
 use super::{
-    BATCH_SIZES, MAX_DOWNSTREAMS, MAX_LISTENERS, PACKET_SIZES, RECV_BUF_SIZES, SECONDS, WEIGHTS, WORKER_COUNTS,
+    BATCH_SIZES, MAX_DOWNSTREAMS, MAX_LISTENERS, PACKET_SIZES, RECV_BUF_SIZES, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
 };
 
 /// One key.
@@ -41,6 +41,8 @@ pub enum Kind {
     Flag,
     /// A whole number within these bounds.
     Integer(RangeInclusive<i64>),
+    /// A number within these bounds, which may have a fraction.
+    Number(RangeInclusive<f64>),
     /// A number of seconds within these bounds, which may have a fraction.
     Seconds(RangeInclusive<f64>),
 }
@@ -65,7 +67,7 @@ impl Kind {
             Kind::Texts(_) => "text or list of texts",
             Kind::Flag => "boolean",
             Kind::Integer(_) => "integer",
-            Kind::Seconds(_) => "number",
+            Kind::Number(_) | Kind::Seconds(_) => "number",
         }
     }
 
@@ -82,6 +84,7 @@ impl Kind {
             }
             Kind::Flag => "true or false".to_owned(),
             Kind::Integer(range) => format!("an integer from {} to {}", range.start(), range.end()),
+            Kind::Number(range) => format!("a number from {} to {}", range.start(), range.end()),
             Kind::Seconds(range) => format!("seconds from {} to {}", range.start(), range.end()),
         }
     }
@@ -171,11 +174,25 @@ pub static LISTENER: &[Key] = &[
         "The datapath: the kernel program (`tc_ebpf`), sockets (`userspace`), or the first where the kernel and the daemon's privileges allow it, else the second (`auto`). The log says which one `auto` took, and why.",
     ),
     key(
+        "protocol",
+        Kind::Choice(&["raw", "syslog", "statsd", "netflow", "ipfix", "sflow", "gelf", "dns"]),
+        Absent::Default("\"raw\""),
+        "\"netflow\"",
+        "What the datagrams are. It decides the policy where `policy` is not there, and what is said about one that is.",
+    ),
+    key(
         "policy",
-        Kind::Choice(&["round_robin"]),
-        Absent::Default("\"round_robin\""),
-        "\"round_robin\"",
-        "How a datagram's downstream is chosen: each datagram goes to the next one in turn, heavier ones more often.",
+        Kind::Choice(&["round_robin", "hash", "replicate"]),
+        Absent::Means("what suits the `protocol`"),
+        "\"hash\"",
+        "How a datagram's downstream is chosen: the next one in turn (`round_robin`), always the same for one sender (`hash`), or all of them, a copy each (`replicate`, for at most 64 downstreams).",
+    ),
+    key(
+        "hash_on",
+        Kind::Choice(&["source_ip", "source", "flow"]),
+        Absent::Means("`\"source_ip\"` under `hash`"),
+        "\"source_ip\"",
+        "What makes a sender one and the same under `hash`: its address (`source_ip`), its address and port (`source`), or both addresses and both ports (`flow`). Other policies do not take it.",
     ),
     key(
         "downstream",
@@ -221,7 +238,14 @@ pub static DOWNSTREAM: &[Key] = &[
         Kind::Integer(wide(WEIGHTS)),
         Absent::Default("1"),
         "2",
-        "Its share of the datagrams, relative to the listener's other downstreams.",
+        "Its share of the datagrams, relative to the listener's other downstreams. Not under `replicate`.",
+    ),
+    key(
+        "sample",
+        Kind::Number(SAMPLES),
+        Absent::Default("1"),
+        "0.01",
+        "The part of the datagrams that is copied to it, each drawn by lot; 1 means every one. Only under `replicate`.",
     ),
 ];
 

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::file::{Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Settings};
+use super::rules::part_of;
 use super::{Config, Interfaces, ListenerConfig, Source};
+use crate::model;
 
 /// The file that says all that the configuration says.
 pub(super) fn file(config: &Config) -> File {
@@ -33,10 +35,11 @@ fn seconds(duration: Duration) -> f64 {
 fn listener(listener: &ListenerConfig) -> Listener {
     let (downstream, kubernetes) = match &listener.source {
         Source::Static(downstreams) => {
-            let downstream = |d: &crate::model::Downstream| Downstream {
+            let downstream = |d: &model::Downstream| Downstream {
                 name: Some(d.name.to_string()),
                 address: d.address.to_string(),
                 weight: d.weight,
+                sample: part_of(d.sample),
             };
             (Some(downstreams.iter().map(downstream).collect()), None)
         }
@@ -45,6 +48,13 @@ fn listener(listener: &ListenerConfig) -> Listener {
                 Kubernetes { namespace: source.namespace.clone(), service: source.service.clone(), port: source.port };
             (None, Some(kubernetes))
         }
+    };
+    let (policy, hash_on) = match listener.policy {
+        model::Policy::RoundRobin => (Some(Policy::RoundRobin), None),
+        model::Policy::Hash(on) => (Some(Policy::Hash), Some(on)),
+        model::Policy::Replicate => (Some(Policy::Replicate), None),
+        // Has no name in a file: it is what comes of the protocol alone.
+        model::Policy::GelfMessage => (None, None),
     };
     Listener {
         name: listener.name.clone(),
@@ -55,7 +65,9 @@ fn listener(listener: &ListenerConfig) -> Listener {
             Interfaces::Named(names) => Interface::List(names.clone()),
         },
         mode: listener.mode,
-        policy: Policy::that_means(listener.policy),
+        protocol: listener.protocol,
+        policy,
+        hash_on,
         downstream,
         kubernetes,
         settings: Settings {

@@ -3,6 +3,7 @@
 //! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
 //! breaks one is added to the problems with the key, the value and the fix.
 
+mod policies;
 mod texts;
 
 use std::collections::HashMap;
@@ -19,13 +20,16 @@ use super::{
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, address};
 use crate::model::{Downstream, ListenerId};
 
+pub(super) use policies::part_of;
+use policies::sample_of;
+
 const BIND_EXAMPLE: &str = "0.0.0.0:5514";
 const DOWNSTREAM_EXAMPLE: &str = "10.0.1.10:5514";
 const METRICS_EXAMPLE: &str = "0.0.0.0:9090";
 
 /// Checks a file and makes it a configuration; none if `problems` has got any.
 pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut Problems) -> Option<Config> {
-    let mut rules = Rules { document, problems };
+    let mut rules = Rules { document, problems, warnings: Vec::new() };
     if !rules.counts(&file) {
         return None;
     }
@@ -35,6 +39,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     rules.distinct_binds(&file);
     let health = rules.health(&file.health);
     let metrics = rules.metrics(file.metrics.as_ref());
+    let warnings = rules.warnings;
     if !problems.is_empty() {
         return None;
     }
@@ -44,12 +49,14 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         health,
         metrics,
         limits: Limits { max_listeners: file.limits.max_listeners, max_downstreams: file.limits.max_downstreams },
+        warnings,
     })
 }
 
 struct Rules<'a> {
     document: &'a Document,
     problems: &'a mut Problems,
+    warnings: Vec<String>,
 }
 
 fn top(key: &str) -> KeyPath {
@@ -63,6 +70,10 @@ fn listener_key(id: ListenerId) -> KeyPath {
 impl Rules<'_> {
     fn fault(&mut self, key: &KeyPath, message: impl Into<String>) {
         self.problems.add(self.document.line(key), Some(key.to_string()), message.into());
+    }
+
+    fn warn(&mut self, key: &KeyPath, message: impl AsRef<str>) {
+        self.warnings.push(format!("{key}: {}", message.as_ref()));
     }
 
     /// Passes a value on, or the message about it.
@@ -104,13 +115,15 @@ impl Rules<'_> {
         let bind = self.bind(&at.then("bind"), &listener.bind);
         let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
         let source = self.source(&at, listener, bind);
+        let policy = self.policy(&at, listener);
         Some(ListenerConfig {
             id,
             name: name?.to_owned(),
             bind: bind?,
             interfaces: interfaces?,
             mode: listener.mode,
-            policy: listener.policy.meaning(),
+            protocol: listener.protocol,
+            policy,
             source: source?,
             settings: Settings {
                 workers: listener.settings.workers,
@@ -215,7 +228,8 @@ impl Rules<'_> {
                 self.fault(&at.then("name"), message);
                 continue;
             }
-            good.push(Downstream { name: name.into(), address, weight: downstream.weight, sample: Downstream::ALL });
+            let sample = sample_of(downstream.sample);
+            good.push(Downstream { name: name.into(), address, weight: downstream.weight, sample });
         }
         (good.len() == downstreams.len()).then_some(good)
     }

@@ -97,10 +97,12 @@ impl Shape<'_> {
                 self.range(key, node, inside);
             }
             #[expect(clippy::cast_precision_loss, reason = "the range is far below where a float loses whole numbers")]
-            (Kind::Seconds(range), Value::Integer(number)) => {
+            (Kind::Number(range) | Kind::Seconds(range), Value::Integer(number)) => {
                 self.range(key, node, range.contains(&(*number as f64)));
             }
-            (Kind::Seconds(range), Value::Number(number)) => self.range(key, node, range.contains(number)),
+            (Kind::Number(range) | Kind::Seconds(range), Value::Number(number)) => {
+                self.range(key, node, range.contains(number));
+            }
             _ => self.wrong_type(key, node),
         }
     }
@@ -138,9 +140,9 @@ impl Shape<'_> {
             ) => {
                 format!("put it in quotes, for example {}", key.example)
             }
-            (Kind::Integer(_) | Kind::Seconds(_), Value::Text(text))
+            (Kind::Integer(_) | Kind::Number(_) | Kind::Seconds(_), Value::Text(text))
                 // Not `010`, which YAML reads as text without any quotes.
-                if text.parse::<f64>().is_ok() && !text.starts_with('0') =>
+                if text.parse::<f64>().is_ok() && (!text.starts_with('0') || text.starts_with("0.")) =>
             {
                 format!("remove the quotes, for example {}", key.example)
             }

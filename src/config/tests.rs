@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use super::*;
+use crate::model::HashOn;
 
 /// A file with one listener, without anything that need not be there.
 const ONE: &str = "[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:5514\"\ndownstream = [{ address = \"10.0.0.1:1\" }]\n";
@@ -27,7 +28,9 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(listener.policy, Policy::RoundRobin);
     let Source::Static(downstreams) = &listener.source else { panic!() };
     assert_eq!(&*downstreams[0].name, "10.0.0.1:1", "its address");
-    assert_eq!(downstreams[0].weight, 1);
+    assert_eq!((downstreams[0].weight, downstreams[0].sample), (1, Downstream::ALL));
+    assert_eq!(listener.protocol, Protocol::Raw);
+    assert_eq!(config.warnings, [""; 0]);
     let settings =
         Settings { workers: 0, batch_size: 64, pin_cpus: false, recv_buf_size: None, max_packet_size: 65_507 };
     assert_eq!(listener.settings, settings);
@@ -80,6 +83,94 @@ fn numbers_may_be_written_as_each_notation_allows() {
         );
         assert_eq!(batch_size(&text, "c.yaml"), 1_000, "{number}");
     }
+}
+
+/// [`ONE`] with these lines in its listener and these keys in its downstream.
+fn one_with(lines: &str, downstream: &str) -> String {
+    ONE.replace("name", &format!("{lines}\nname")).replace(":1\" }", &format!(":1\"{downstream} }}"))
+}
+
+#[test]
+fn a_policy_is_what_the_file_says_or_what_suits_the_protocol() {
+    let policy = |lines: &str| {
+        let config = config(&one_with(lines, ""));
+        assert_eq!(config.warnings, [""; 0], "{lines}");
+        config.listeners[0].policy
+    };
+    let by_address = Policy::Hash(HashOn::SourceIp);
+    assert_eq!(policy("policy = \"hash\""), by_address);
+    assert_eq!(policy("policy = \"hash\"\nhash_on = \"flow\""), Policy::Hash(HashOn::Flow));
+    assert_eq!(policy("policy = \"replicate\""), Policy::Replicate);
+    for (protocol, expected) in [
+        ("raw", Policy::RoundRobin),
+        ("syslog", Policy::RoundRobin),
+        ("dns", Policy::RoundRobin),
+        ("netflow", by_address),
+        ("ipfix", by_address),
+        ("sflow", by_address),
+        ("statsd", by_address),
+        ("gelf", Policy::GelfMessage),
+    ] {
+        assert_eq!(policy(&format!("protocol = \"{protocol}\"")), expected, "{protocol}");
+    }
+    assert_eq!(policy("protocol = \"ipfix\"\nhash_on = \"source\""), Policy::Hash(HashOn::Source));
+    assert_eq!(policy("protocol = \"gelf\"\npolicy = \"hash\""), by_address);
+    assert_eq!(policy("protocol = \"netflow\"\npolicy = \"replicate\""), Policy::Replicate);
+}
+
+#[test]
+fn what_may_break_a_protocol_is_warned_about() {
+    let warnings = |lines: &str, downstream: &str| config(&one_with(lines, downstream)).warnings;
+    let end = "remove it, and what suits the protocol holds";
+    for (protocol, policy, why) in [
+        (
+            "netflow",
+            "round_robin",
+            "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
+        ),
+        (
+            "ipfix",
+            "round_robin",
+            "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
+        ),
+        (
+            "sflow",
+            "round_robin",
+            "spreads an agent's sequence numbers, whose gaps receivers take for losses, unless they ignore them",
+        ),
+        (
+            "statsd",
+            "round_robin",
+            "spreads a sender's gauges and sets, which then are wrong, unless it sends counters only",
+        ),
+        ("dns", "replicate", "has every receiver answer every question, unless all but one stay silent"),
+    ] {
+        let expected = format!("listeners[0].policy: \"{policy}\" {why}; {end}");
+        assert_eq!(warnings(&format!("protocol = \"{protocol}\"\npolicy = \"{policy}\""), ""), [expected]);
+    }
+    let replicate = |protocol: &str| format!("protocol = \"{protocol}\"\npolicy = \"replicate\"");
+    let at = "listeners[0].downstream[0].sample";
+    assert_eq!(
+        warnings(&replicate("ipfix"), ", sample = 0.5"),
+        [format!("{at}: 0.5 leaves out templates, without which records cannot be read; remove it to copy everything")]
+    );
+    assert_eq!(warnings(&replicate("gelf"), ", sample = 0.5").len(), 1);
+    assert_eq!(warnings(&replicate("ipfix"), ", sample = 1.0"), [""; 0]);
+    assert_eq!(warnings(&replicate("syslog"), ", sample = 0.5"), [""; 0]);
+}
+
+#[test]
+fn a_sample_is_a_part_of_all_that_a_u32_can_say() {
+    let sample = |part: &str| {
+        let config = config(&one_with("policy = \"replicate\"", &format!(", sample = {part}")));
+        let Source::Static(downstreams) = &config.listeners[0].source else { panic!() };
+        assert!(config.render().contains(&format!("sample = {part}\n")), "{}", config.render());
+        downstreams[0].sample
+    };
+    assert_eq!(sample("1"), Downstream::ALL);
+    assert_eq!(sample("0.5"), 1 << 31);
+    assert_eq!(sample("0.01"), 42_949_673);
+    assert_eq!(sample("0.000001"), 4_295);
 }
 
 #[test]
@@ -155,12 +246,14 @@ name = "a"
 bind = "0.0.0.0:5514"
 interface = ["eth0", "eth1"]
 mode = "auto"
+protocol = "raw"
 policy = "round_robin"
 
 [[listeners.downstream]]
 name = "10.0.0.1:1"
 address = "10.0.0.1:1"
 weight = 1
+sample = 1
 
 [listeners.settings]
 workers = 0

@@ -59,6 +59,13 @@ pub const PACKETS_FORWARDED: Metric =
 pub const PACKETS_DROPPED: Metric =
     counter("udp_fanout_packets_dropped_total", &["listener", "mode", "reason"], "Datagrams not forwarded, by reason.");
 
+/// `udp_fanout_copies_dropped_total`
+pub const COPIES_DROPPED: Metric = counter(
+    "udp_fanout_copies_dropped_total",
+    &["listener", "mode", "reason"],
+    "Single copies that a replicating listener could not send, by reason. Other copies of the same datagram may have been sent.",
+);
+
 /// `udp_fanout_packets_passed_total`
 pub const PACKETS_PASSED: Metric = counter(
     "udp_fanout_packets_passed_total",
@@ -126,6 +133,7 @@ pub const ALL: [&Metric; 14] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
+    &COPIES_DROPPED,
     &PACKETS_PASSED,
     &BYTES_RECEIVED,
     &BYTES_FORWARDED,

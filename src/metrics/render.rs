@@ -71,6 +71,12 @@ impl Page {
                 let reason = SharedString::const_str(reason.label());
                 self.counter(&names::PACKETS_DROPPED, [listener, mode, reason], packets);
             }
+            // Only where there can be copies: for everyone else they would be lines of nothing.
+            for (reason, copies) in counters.copies_dropped.iter().filter(|_| listener.replicates) {
+                let [listener, mode] = labels();
+                let reason = SharedString::const_str(reason.label());
+                self.counter(&names::COPIES_DROPPED, [listener, mode, reason], copies);
+            }
         }
         for downstream in &listener.downstreams {
             let endpoint = SharedString::from_owned(downstream.endpoint.to_string());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::datapath::Counters;
-use crate::model::{DownstreamCounters, ListenerCounters, Mode};
+use crate::model::{DownstreamCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
 /// Everything one scrape shows.
@@ -50,6 +50,8 @@ pub struct ListenerSnapshot {
     pub mode: Mode,
     /// Why that one, in a few fixed words: the text is a label, so it must not change while the mode stays.
     pub mode_reason: Arc<str>,
+    /// Whether its policy is to replicate, so that there are copies to count.
+    pub replicates: bool,
     /// How many downstreams its table holds.
     pub active: usize,
     /// What each datapath that serves it has counted.
@@ -88,6 +90,7 @@ impl ListenerSnapshot {
             name: Arc::clone(&plan.name),
             mode: plan.mode,
             mode_reason,
+            replicates: plan.policy == Policy::Replicate,
             active: plan.targets.len(),
             counters: readings.iter().filter_map(of_listener).collect(),
             downstreams: endpoints.map(|endpoint| DownstreamSnapshot { endpoint, counters: sum(endpoint) }).collect(),
@@ -99,7 +102,7 @@ impl ListenerSnapshot {
 mod tests {
     use super::*;
     use crate::config::Settings;
-    use crate::model::{Downstream, ListenerId, Policy};
+    use crate::model::{Downstream, ListenerId};
     use crate::plan::{Delivery, Target};
 
     fn endpoint(last: u8) -> SocketAddr {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::{Delivery, LinkRef, ListenerPlan, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
-use crate::model::{Downstream, DownstreamSet, Mode, Policy};
+use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
 
 /// What both datapaths must do for one listener.
 ///
@@ -37,7 +37,7 @@ pub fn compile(
         match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
         links: if kernel { links(&listener.interfaces, facts) } else { Vec::new() },
         policy: listener.policy,
-        socket_only: if kernel { socket_only(set, facts) } else { None },
+        socket_only: if kernel { socket_only(listener.policy, set, facts) } else { None },
         targets,
         table: fill_table(listener.policy, &set.downstreams, slots_before),
         settings: listener.settings.clone(),
@@ -98,8 +98,13 @@ fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
 /// Why the socket must forward everything, if it must: a downstream that the TC program cannot reach but the host's stack
 /// can. A packet from outside cannot be sent on to a loopback address (a martian), nor wrapped by a tunnelling route.
 /// Were only that downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and
-/// the shares would be wrong; so the socket takes all.
-fn socket_only(set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
+/// the shares would be wrong; so the socket takes all. And more copies than the program can make: a Service may have any
+/// number of endpoints.
+fn socket_only(policy: Policy, set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
+    let count = set.downstreams.len();
+    if policy == Policy::Replicate && count > MAX_COPIES {
+        return Some(format!("{count} downstreams want a copy, and the TC program makes at most {MAX_COPIES}"));
+    }
     set.downstreams.iter().find_map(|downstream| {
         let obstacle = match facts.routes.get(&downstream.address.ip())? {
             Route::Local { loopback: true } => "is on the loopback interface",
@@ -113,7 +118,7 @@ fn socket_only(set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{RequestedMode, Settings, Source};
+    use crate::config::{Protocol, RequestedMode, Settings, Source};
     use crate::host::Address;
     use crate::model::ListenerId;
 
@@ -158,6 +163,7 @@ mod tests {
             bind: bind.parse().unwrap(),
             interfaces,
             mode: RequestedMode::TcEbpf,
+            protocol: Protocol::Raw,
             policy: Policy::RoundRobin,
             source: Source::Static(Vec::new()),
             settings: Settings {
@@ -220,6 +226,21 @@ mod tests {
         );
         assert_eq!(plan.table, [0, 1, 2, 3, 4]);
         assert_eq!(plan.socket_only, None);
+    }
+
+    #[test]
+    fn more_copies_than_the_program_makes_are_left_to_the_socket() {
+        let addresses: Vec<String> = (1..=65).map(|port| format!("192.0.2.9:{port}")).collect();
+        let all: Vec<&str> = addresses.iter().map(String::as_str).collect();
+        let mut listener = listener("192.0.2.1:514", Interfaces::Auto);
+        let reason = |listener: &ListenerConfig, count: usize| {
+            compile(listener, &set(&all[..count]), Mode::TcEbpf, &facts(), 0).socket_only
+        };
+        assert_eq!(reason(&listener, 65), None);
+        listener.policy = Policy::Replicate;
+        assert_eq!(reason(&listener, 64), None);
+        let expected = "65 downstreams want a copy, and the TC program makes at most 64";
+        assert_eq!(reason(&listener, 65).as_deref(), Some(expected));
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub struct ListenerSpec {
     pub mode: String,
     /// Name, address and weight of each downstream.
     pub downstreams: Vec<(String, SocketAddr, u32)>,
+    /// The `sample` of downstreams that have one, by name.
+    pub samples: Vec<(String, f64)>,
     /// Further lines of TOML for the listener itself, such as `policy = "…"`.
     pub extra: String,
     /// Lines of TOML for its `settings`.
@@ -77,6 +79,7 @@ impl DaemonConfig {
             interface: (mode != "userspace").then(|| INGRESS.to_owned()),
             mode: mode.to_owned(),
             downstreams: lab.sites.iter().map(|site| (site.name.clone(), site.address, 1)).collect(),
+            samples: Vec::new(),
             extra: String::new(),
             settings: String::new(),
         };
@@ -91,6 +94,14 @@ impl DaemonConfig {
     pub fn settings(mut self, lines: &str) -> Self {
         if let Some(listener) = self.listeners.first_mut() {
             lines.clone_into(&mut listener.settings);
+        }
+        self
+    }
+
+    /// Gives the first listener these further keys, as lines of TOML.
+    pub fn extra(mut self, lines: &str) -> Self {
+        if let Some(listener) = self.listeners.first_mut() {
+            lines.clone_into(&mut listener.extra);
         }
         self
     }
@@ -123,6 +134,9 @@ impl ListenerSpec {
                 text,
                 "[[listeners.downstream]]\nname = \"{name}\"\naddress = \"{address}\"\nweight = {weight}\n"
             );
+            for (_, part) in self.samples.iter().filter(|(of, _)| of == name) {
+                let _ = writeln!(text, "sample = {part}");
+            }
         }
     }
 }

@@ -102,6 +102,13 @@ impl Flow {
         number
     }
 
+    /// Sends this many numbered datagrams without waiting for anything. Only for few: a buffer must hold them.
+    pub fn send(&mut self, to: SocketAddr, datagrams: u64) {
+        for _ in 0..datagrams {
+            self.send_one(to, 64);
+        }
+    }
+
     /// Sends numbered datagrams, of which one in `every` comes to our receivers, and waits until all those have.
     pub fn run(&mut self, to: SocketAddr, datagrams: u64, every: u64) {
         let (first, before) = (self.next, self.arrived);
@@ -113,6 +120,29 @@ impl Flow {
         }
         while self.arrived - before < datagrams / every {
             self.receive();
+        }
+    }
+
+    /// Sends numbered datagrams, of which each of our receivers gets a copy, and waits for all copies.
+    pub fn run_copied(&mut self, to: SocketAddr, datagrams: u64) {
+        let copies = self.sinks.len() as u64;
+        let (first, before) = (self.next, self.arrived);
+        while self.next - first < datagrams {
+            self.send_one(to, 64);
+            while (self.next - first) * copies > self.arrived - before + WINDOW * copies {
+                self.receive();
+            }
+        }
+        while self.arrived - before < datagrams * copies {
+            self.receive();
+        }
+    }
+
+    /// Fails unless every datagram sent so far has arrived exactly once at each receiver, in the order of sending.
+    pub fn assert_each_once_everywhere(&self) {
+        let all: Vec<u64> = (0..self.next).collect();
+        for (receiver, numbers) in self.order.iter().enumerate() {
+            assert!(*numbers == all, "receiver {receiver} got {} of {} or not in order", numbers.len(), all.len());
         }
     }
 

@@ -97,6 +97,20 @@ fn downstreams_of_all_listeners_count_towards_the_limit() {
 }
 
 #[test]
+fn a_listener_replicates_to_64_at_most() {
+    let text = |count: u32, policy: &str| {
+        let all: String = (1..=count).map(|port| format!("{{ address = \"10.0.0.1:{port}\" }}, ")).collect();
+        format!("[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:5514\"\npolicy = \"{policy}\"\ndownstream = [{all}]\n")
+    };
+    config(&text(64, "replicate"));
+    config(&text(65, "hash"));
+    assert_eq!(
+        refusal(&text(65, "replicate"), "c.toml"),
+        ":5: listeners[0].downstream: 65 downstreams, but a listener that replicates has at most 64; remove some, or let one of them be another udp-fanout that serves the rest"
+    );
+}
+
+#[test]
 fn a_small_file_cannot_become_a_large_tree() {
     let mut aliases = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
     for n in 1..20 {

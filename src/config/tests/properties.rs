@@ -222,6 +222,7 @@ fn interface() -> impl Strategy<Value = Value> {
 
 /// Receivers of IP version 6 or 4, each with an address of its own.
 fn downstreams() -> impl Strategy<Value = Vec<(u32, Option<String>, Option<u32>)>> {
+    // Under `replicate`, what is a weight here becomes a sample.
     let one = (any::<u32>(), prop::option::of("[!#-&(-\\[\\]-_a-~]{1,40}"), prop::option::of(1u32..=65_535));
     prop::collection::vec(one, 1..6)
 }
@@ -252,6 +253,18 @@ fn source() -> impl Strategy<Value = (bool, Value)> {
     prop_oneof![known, (any::<bool>(), service)]
 }
 
+const PROTOCOLS: [&str; 8] = ["raw", "syslog", "statsd", "netflow", "ipfix", "sflow", "gelf", "dns"];
+/// `policy` and `hash_on`.
+const POLICIES: [(Option<&str>, Option<&str>); 7] = [
+    (None, None),
+    (Some("round_robin"), None),
+    (Some("replicate"), None),
+    (Some("hash"), None),
+    (Some("hash"), Some("source_ip")),
+    (Some("hash"), Some("source")),
+    (Some("hash"), Some("flow")),
+];
+
 fn listener() -> impl Strategy<Value = Value> {
     let mode = maybe(select(vec!["auto", "tc_ebpf", "userspace"]));
     let keys = (
@@ -259,22 +272,36 @@ fn listener() -> impl Strategy<Value = Value> {
         any::<bool>(),
         maybe(interface()),
         mode,
-        maybe(Just("round_robin")),
+        (maybe(select(PROTOCOLS.to_vec())), select(POLICIES.to_vec())),
         maybe(settings()),
     );
-    (keys, source()).prop_map(|((name, wildcard, interface, mode, policy, settings), (v6, source))| {
+    (keys, source()).prop_map(|((name, wildcard, interface, mode, (protocol, policy), settings), (v6, mut source))| {
         let ip = match (v6, wildcard) {
             (true, true) => "[::]",
             (true, false) => "[2001:db8::ffff:1]",
             (false, true) => "0.0.0.0",
             (false, false) => "192.0.2.1",
         };
+        let (mut policy, hash_on) = policy;
+        if protocol == Some(json!("gelf")) && policy == Some("round_robin") {
+            policy = None;
+        }
+        if policy == Some("replicate") {
+            for downstream in source.get_mut("downstream").and_then(Value::as_array_mut).into_iter().flatten() {
+                let downstream = downstream.as_object_mut().unwrap();
+                if let Some(weight) = downstream.remove("weight").and_then(|weight| weight.as_u64()) {
+                    downstream.insert("sample".into(), json!(weight as f64 / 65_535.0));
+                }
+            }
+        }
         table([
             ("name", Some(name.into())),
+            ("protocol", protocol),
+            ("hash_on", hash_on.map(Into::into)),
             ("bind", Some(ip.into())),
             ("interface", interface),
             ("mode", mode),
-            ("policy", policy),
+            ("policy", policy.map(Into::into)),
             ("downstream", source.get("downstream").cloned()),
             ("kubernetes", source.get("kubernetes").cloned()),
             ("settings", settings),

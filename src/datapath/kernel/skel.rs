@@ -33,8 +33,6 @@ pub use generated::types;
 pub const DROP_REASONS: u32 = 5;
 /// `LISTENER_SOCKET_ONLY`.
 pub const LISTENER_SOCKET_ONLY: u32 = 1;
-/// `MAX_COPIES`: the longest table of a replicating listener.
-pub const MAX_COPIES: usize = 64;
 /// `DELIVER_NOWHERE`.
 pub const DELIVER_NOWHERE: u8 = 0;
 /// `DELIVER_LOCAL`.

@@ -19,6 +19,7 @@ pub struct WorkerCells {
     bytes_received: AtomicU64,
     bytes_forwarded: AtomicU64,
     dropped: [AtomicU64; DropReason::COUNT],
+    copies_dropped: [AtomicU64; DropReason::COUNT],
 }
 
 /// What one worker has handed to one downstream.
@@ -44,9 +45,9 @@ impl WorkerCells {
         add(&self.bytes_received, batch.bytes_received);
         add(&self.packets_forwarded, batch.packets_forwarded);
         add(&self.bytes_forwarded, batch.bytes_forwarded);
-        if batch.dropped.total() > 0 {
-            for (cell, (_, packets)) in self.dropped.iter().zip(batch.dropped.iter()) {
-                add(cell, packets);
+        for (cells, drops) in [(&self.dropped, &batch.dropped), (&self.copies_dropped, &batch.copies_dropped)] {
+            if drops.total() > 0 {
+                cells.iter().zip(drops.iter()).for_each(|(cell, (_, packets))| add(cell, packets));
             }
         }
     }
@@ -56,10 +57,14 @@ impl WorkerCells {
         let bytes_forwarded = self.bytes_forwarded.load(Ordering::Acquire);
         let packets_forwarded = self.packets_forwarded.load(Ordering::Acquire);
         let bytes_received = self.bytes_received.load(Ordering::Acquire);
-        let mut dropped = Drops::default();
-        for (reason, cell) in DropReason::ALL.into_iter().zip(&self.dropped) {
-            dropped.add(reason, cell.load(Ordering::Acquire));
-        }
+        let read = |cells: &[AtomicU64; DropReason::COUNT]| {
+            let mut drops = Drops::default();
+            for (reason, cell) in DropReason::ALL.into_iter().zip(cells) {
+                drops.add(reason, cell.load(Ordering::Acquire));
+            }
+            drops
+        };
+        let dropped = read(&self.dropped);
         ListenerCounters {
             packets_received: packets_forwarded + dropped.total(),
             packets_forwarded,
@@ -67,7 +72,7 @@ impl WorkerCells {
             bytes_received,
             bytes_forwarded,
             dropped,
-            copies_dropped: Drops::default(),
+            copies_dropped: read(&self.copies_dropped),
         }
     }
 }
@@ -239,7 +244,7 @@ mod tests {
         let mut workers = Vec::new();
         let mut current: Vec<SocketAddr> = vec![address(1)];
         let mut expected: BTreeMap<SocketAddr, DownstreamCounters> = BTreeMap::from([(address(1), Default::default())]);
-        let (mut received, mut forwarded) = (0, 0);
+        let (mut received, mut forwarded, mut copies_dropped) = (0, 0, 0);
         ledger.retain(&current);
         for step in steps {
             match step {
@@ -263,6 +268,8 @@ mod tests {
                 Step::Drop { worker, reason } if worker < workers.len() => {
                     let mut batch = ListenerCounters::default();
                     batch.dropped.add(DropReason::ALL[reason], 1);
+                    batch.copies_dropped.add(DropReason::ALL[reason], 3);
+                    copies_dropped += 3;
                     workers[worker].1.publish(&batch);
                     received += 1;
                 }
@@ -283,6 +290,7 @@ mod tests {
             let totals = ledger.totals();
             prop_assert!(totals.balanced());
             prop_assert_eq!((totals.packets_received, totals.packets_forwarded), (received, forwarded));
+            prop_assert_eq!(totals.copies_dropped.total(), copies_dropped);
             prop_assert_eq!(ledger.per_downstream().collect::<BTreeMap<_, _>>(), expected.clone());
         }
         Ok(())

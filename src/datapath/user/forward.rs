@@ -1,5 +1,7 @@
 //! The way of one batch: taken from the listener's socket, each datagram given a downstream, sent, accounted for.
 
+mod replicate;
+
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -8,9 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rand::rngs::SmallRng;
 use socket2::Socket;
 use tracing::warn;
 
+use self::replicate::Fate;
 use super::count::WorkerCells;
 use super::lane::{self, Lane, MAIN, TROUBLED};
 use super::mmsg::{Batch, Family, LANES};
@@ -33,6 +37,10 @@ pub struct Forwarder {
     hashes: Vec<Option<u32>>,
     /// What each lane's list in `batch` holds, position by position.
     queued: [Vec<Queued>; LANES],
+    /// For each datagram of the batch, what has become of its copies; empty unless the policy is to replicate.
+    fates: Vec<Fate>,
+    /// Draws samples.
+    random: SmallRng,
     table: WorkerTable,
     standing: Standing,
     /// How many datagrams of this listener have been given a downstream, by all its workers.
@@ -43,6 +51,7 @@ pub struct Forwarder {
 
 #[derive(Debug)]
 struct Queued {
+    slot: usize,
     target: u32,
     bytes: u64,
     lost: Option<DropReason>,
@@ -73,6 +82,8 @@ impl Forwarder {
             hashes: Vec::with_capacity(count),
             lanes: [Lane::open(MAIN, family)?, Lane::open(TROUBLED, family)?],
             queued: std::array::from_fn(|_| Vec::with_capacity(count)),
+            fates: Vec::with_capacity(count),
+            random: rand::make_rng(),
             standing: Standing::new(table.table.addresses().len()),
             table,
             cursor,
@@ -99,30 +110,36 @@ impl Forwarder {
 
     /// Forwards the batch just taken. Every one of its datagrams is counted when this returns.
     pub fn forward(&mut self, received: usize) {
-        let mut outcome = ListenerCounters::default();
-        self.choose(received, &mut outcome);
-        for lane in 0..LANES {
-            self.flush(lane);
+        let mut outcome = ListenerCounters {
+            bytes_received: (0..received).map(|slot| self.batch.length(slot) as u64).sum(),
+            ..Default::default()
+        };
+        let truncated = (0..received).filter(|&slot| self.batch.whole(slot).is_none()).count();
+        outcome.dropped.add(DropReason::Truncated, truncated as u64);
+        if self.table.table.policy() == Policy::Replicate {
+            self.replicate(received, &mut outcome);
+        } else {
+            self.choose(received, &mut outcome);
+            for lane in 0..LANES {
+                self.flush(lane);
+            }
+            self.account(&mut outcome);
         }
-        self.account(&mut outcome);
         self.cells.publish(&outcome);
     }
 
     /// Gives every datagram that can be forwarded a downstream and a lane.
     fn choose(&mut self, received: usize, outcome: &mut ListenerCounters) {
-        outcome.bytes_received = (0..received).map(|slot| self.batch.length(slot) as u64).sum();
         let table = &self.table.table;
         self.hashes.clear();
         for slot in (0..received).filter(|&slot| self.batch.whole(slot).is_some()) {
             self.hashes.push(hash_of(&self.batch, slot, table.policy(), table.listener()));
         }
-        let whole = self.hashes.len();
-        outcome.dropped.add(DropReason::Truncated, (received - whole) as u64);
         // One shared cursor, moved once per batch, keeps the round exact across all workers.
         let in_the_round = self.hashes.iter().filter(|hash| hash.is_none()).count();
         let position = self.cursor.fetch_add(in_the_round as u64, Ordering::Relaxed);
         let Some(mut round) = table.round_from(position) else {
-            outcome.dropped.add(DropReason::NoDownstream, whole as u64);
+            outcome.dropped.add(DropReason::NoDownstream, self.hashes.len() as u64);
             return;
         };
         let now = self.standing.any_trouble().then(Instant::now);
@@ -137,7 +154,7 @@ impl Forwarder {
             let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
             let lane = if troubled { TROUBLED } else { MAIN };
             self.batch.queue(lane, slot, table.encoded(target));
-            self.queued[lane].push(Queued { target, bytes: bytes as u64, lost: None });
+            self.queued[lane].push(Queued { slot, target, bytes: bytes as u64, lost: None });
         }
     }
 

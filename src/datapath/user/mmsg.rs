@@ -329,7 +329,7 @@ impl Batch {
         }
     }
 
-    /// Appends the datagram of this slot, which must be whole, to a lane's list.
+    /// Appends the datagram of this slot, which must be whole, to a lane's list, which must not be full.
     pub fn queue(&mut self, lane: usize, slot: usize, to: &RawAddress) {
         let length = self.whole(slot);
         let at = self.queued[lane];
@@ -343,6 +343,17 @@ impl Batch {
             iov_len: length.unwrap_or(0),
         };
         self.queued[lane] = at + 1;
+    }
+
+    /// True if a lane's list has no room for another datagram.
+    #[must_use]
+    pub fn full(&self, lane: usize) -> bool {
+        self.queued[lane] == self.outgoing[lane].headers.len()
+    }
+
+    /// Empties a lane's list.
+    pub fn clear(&mut self, lane: usize) {
+        self.queued[lane] = 0;
     }
 
     /// How many datagrams a lane's list holds.

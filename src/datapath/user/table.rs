@@ -19,6 +19,7 @@ pub struct Table {
     addresses: Box<[SocketAddr]>,
     encoded: Box<[RawAddress]>,
     round: Box<[u32]>,
+    samples: Box<[u32]>,
     targets: HashMap<Endpoint, u32>,
 }
 
@@ -39,6 +40,7 @@ impl Table {
             listener,
             encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
             round: plan.table.as_slice().into(),
+            samples: plan.targets.iter().map(|target| target.downstream.sample).collect(),
             targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
             addresses,
         })
@@ -48,6 +50,7 @@ impl Table {
     pub fn differs_from(&self, plan: &ListenerPlan) -> bool {
         self.policy != plan.policy
             || *self.round != *plan.table
+            || !self.samples.iter().eq(plan.targets.iter().map(|target| &target.downstream.sample))
             || !self.addresses.iter().eq(plan.targets.iter().map(|target| &target.downstream.address))
     }
 
@@ -69,6 +72,16 @@ impl Table {
     /// The encoded address of a downstream.
     pub fn encoded(&self, target: u32) -> &RawAddress {
         &self.encoded[target as usize]
+    }
+
+    /// The indices of the downstreams in the order of the round. Under [`Policy::Replicate`], each once.
+    pub fn round(&self) -> &[u32] {
+        &self.round
+    }
+
+    /// How many of 2³² − 1 datagrams are copied to a downstream under [`Policy::Replicate`].
+    pub fn sample(&self, target: u32) -> u32 {
+        self.samples[target as usize]
     }
 
     /// The index of the downstream with this address.
@@ -196,6 +209,9 @@ pub mod tests {
         let mut moved = plan.clone();
         moved.targets[0].downstream.address.set_port(9);
         assert!(table.differs_from(&moved));
+        let mut sampled = plan.clone();
+        sampled.targets[0].downstream.sample = 7;
+        assert!(table.differs_from(&sampled));
         let mut turned = plan.clone();
         turned.table.reverse();
         assert!(table.differs_from(&turned));

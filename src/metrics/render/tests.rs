@@ -78,6 +78,8 @@ fn labels(pairs: &[(&str, &str)]) -> Labels {
 fn listener(name: &str) -> ListenerSnapshot {
     let mut dropped = Drops::default();
     dropped.add(DropReason::NoRoute, 3);
+    let mut copies_dropped = Drops::default();
+    copies_dropped.add(DropReason::RedirectFailed, 4);
     let counters = ListenerCounters {
         packets_received: 1_000,
         packets_forwarded: 990,
@@ -85,7 +87,7 @@ fn listener(name: &str) -> ListenerSnapshot {
         bytes_received: 100_000,
         bytes_forwarded: 99_000,
         dropped,
-        copies_dropped: Drops::default(),
+        copies_dropped,
     };
     let endpoint = |last, packets| DownstreamSnapshot {
         endpoint: SocketAddr::from(([10, 0, 0, last], 514)),
@@ -95,6 +97,7 @@ fn listener(name: &str) -> ListenerSnapshot {
         name: name.into(),
         mode: Mode::TcEbpf,
         mode_reason: "configured".into(),
+        replicates: true,
         active: 2,
         counters: vec![(Mode::TcEbpf, counters), (Mode::Userspace, ListenerCounters::default())],
         downstreams: vec![endpoint(1, 400), endpoint(2, 590)],
@@ -169,6 +172,20 @@ fn every_drop_reason_is_there_even_at_zero() {
 }
 
 #[test]
+fn copies_are_counted_for_listeners_that_replicate_and_no_others() {
+    let mut other = listener("other");
+    other.replicates = false;
+    let page = parse(&render(&snapshot(vec![listener("tee"), other.clone()])));
+    let copies = &page["udp_fanout_copies_dropped_total"].series;
+    assert_eq!(copies.len(), 2 * DropReason::COUNT);
+    for reason in DropReason::ALL {
+        let series = labels(&[("listener", "tee"), ("mode", "tc_ebpf"), ("reason", reason.label())]);
+        assert_eq!(copies[&series], if reason == DropReason::RedirectFailed { "4" } else { "0" });
+    }
+    assert!(!render(&snapshot(vec![other])).contains("copies_dropped"));
+}
+
+#[test]
 fn counters_are_exact_up_to_the_last_of_64_bits() {
     for value in [0, (1 << 53) + 1, u64::MAX - 1, u64::MAX] {
         let mut listener = listener("syslog");
@@ -223,6 +240,7 @@ proptest! {
     fn any_snapshot_reads_back_as_it_was(
         counts in any::<[u64; 5]>(),
         dropped in any_drops(),
+        copies_dropped in any_drops(),
         endpoints in proptest::collection::btree_map(any::<SocketAddr>(), any::<(u64, u64)>(), 0..40),
     ) {
         let counters = ListenerCounters {
@@ -232,7 +250,7 @@ proptest! {
             bytes_received: counts[3],
             bytes_forwarded: counts[4],
             dropped,
-            copies_dropped: Drops::default(),
+            copies_dropped,
         };
         let downstreams: Vec<_> = endpoints
             .iter()
@@ -255,6 +273,8 @@ proptest! {
         for (reason, count) in dropped.iter() {
             let series = labels(&[("listener", "x"), ("mode", "userspace"), ("reason", reason.label())]);
             prop_assert_eq!(&page["udp_fanout_packets_dropped_total"].series[&series], &count.to_string());
+            let copies = copies_dropped.get(reason).to_string();
+            prop_assert_eq!(&page["udp_fanout_copies_dropped_total"].series[&series], &copies);
         }
         let handed = page.get("udp_fanout_downstream_packets_total").map_or(0, |family| family.series.len());
         prop_assert_eq!(handed, endpoints.len());
