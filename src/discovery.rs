@@ -202,7 +202,7 @@ impl Default for Limits {
             short_watch: Duration::from_secs(1),
             backoff_min: Duration::from_millis(200),
             backoff_max: Duration::from_secs(30),
-            coalesce: Duration::from_millis(5),
+            coalesce: Duration::from_millis(3),
         }
     }
 }
