@@ -34,7 +34,7 @@ pub use problem::{Problem, Problems};
 pub use protocol::Protocol;
 
 use crate::health::settings::{
-    FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, Protocol, UNHEALTHY_THRESHOLD,
+    self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
 };
 use crate::model::{Downstream, ListenerId, Policy};
 
@@ -177,8 +177,8 @@ impl HealthConfig {
         HealthSettings {
             probe: ProbeSettings {
                 protocol: match self.protocol {
-                    HealthProtocol::Icmp => Protocol::Icmp,
-                    HealthProtocol::UdpEcho => Protocol::UdpEcho { port: None },
+                    HealthProtocol::Icmp => probe::Protocol::Icmp,
+                    HealthProtocol::UdpEcho => probe::Protocol::UdpEcho { port: None },
                 },
                 interval: self.interval,
                 timeout: self.timeout,

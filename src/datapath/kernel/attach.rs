@@ -44,7 +44,7 @@ impl Attachment {
         let mut hook = hook(program.as_fd(), link.index)?;
         hook.create().map_err(|error| explain(error, link))?;
         if let Some(occupant) = occupant(link)?
-            && !is_ours(&occupant)
+            && occupant != PROGRAM_NAME
         {
             bail!(
                 "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it with \
@@ -111,7 +111,7 @@ pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
         let Ok(mut hook) = hook(any.as_fd(), link.index) else { continue };
-        if !occupant(link).is_ok_and(|name| name.is_some_and(|name| is_ours(&name))) {
+        if !occupant(link).is_ok_and(|name| name.as_deref() == Some(PROGRAM_NAME)) {
             continue;
         }
         // A living daemon holds its own.
@@ -136,16 +136,14 @@ fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     Ok(builder.ifindex(index).replace(true).handle(HANDLE).priority(PRIORITY).hook(TC_INGRESS))
 }
 
-/// The name of the filter in our place on an interface, if there is one.
+/// The name of the program whose filter is in our place on an interface, if there is one. libbpf names a filter after
+/// its program and adds the program's id in brackets.
 fn occupant(link: &LinkRef) -> Result<Option<String>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
-    let ours = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
-    Ok(filters.into_iter().find(ours).map(|filter| filter.name))
-}
-
-/// Whether a filter's name says that its program is ours: libbpf adds the program's id in brackets.
-fn is_ours(name: &str) -> bool {
-    name.split_once(":[").map_or(name, |(program, _)| program) == PROGRAM_NAME
+    let in_our_place = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
+    let program =
+        |filter: BpfFilter| filter.name.split_once(":[").map_or(filter.name.clone(), |(name, _)| name.to_owned());
+    Ok(filters.into_iter().find(in_our_place).map(program))
 }
 
 /// Takes the name that stands for this interface among daemons of this network namespace. The kernel gives it up
