@@ -5,14 +5,21 @@
 //! - `places`: where receivers can be, in each mode, both families.
 //! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
-//! - `changes`: filters of others, a killed daemon, interfaces and routes that change.
+//! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
+//! - `changes`: neighbours, interfaces, addresses and routes that change.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
 #[path = "netns_delivery/books.rs"]
 mod books;
+#[path = "netns_delivery/changes.rs"]
+mod changes;
+#[path = "netns_delivery/filters.rs"]
+mod filters;
 #[path = "netns_delivery/foreign.rs"]
 mod foreign;
+#[path = "netns_delivery/listeners.rs"]
+mod listeners;
 #[path = "kernel/packet.rs"]
 #[allow(dead_code, reason = "a part of it is used here")]
 mod packet;
