@@ -19,7 +19,7 @@ use signal_hook_mio::v1_0::Signals;
 use crate::config::{Config, ListenerConfig, RequestedMode, Source};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::KernelDatapath;
+use crate::datapath::kernel::{KernelDatapath, attach};
 use crate::datapath::user::UserDatapath;
 use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
 use crate::health::Health;
@@ -135,6 +135,8 @@ impl Daemon {
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
+        // Only now, so that there is no moment without either the old filter or the socket that takes its place.
+        attach::remove_leftovers(&daemon.controller.unused_links());
         daemon.watch_health();
         let waker = Arc::new(Waker::new(daemon.poll.registry(), WAKE).context("cannot create a waker")?);
         if !requests.is_empty() {

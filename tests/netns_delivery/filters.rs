@@ -143,6 +143,32 @@ fn netns_filters_of_others_survive_start_stop_kill_and_restart() {
 }
 
 #[test]
+fn netns_what_a_killed_daemon_has_left_is_removed_by_one_that_does_not_take_its_place() {
+    let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
+    for interfaces in [None, Some("out1")] {
+        let mut killed = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
+        killed.signal(Signal::SIGKILL).unwrap();
+        killed.wait().unwrap();
+        ours(&filters(&lab.gateway, INGRESS));
+
+        // Without the kernel program, and with it on another interface: either way all goes through the socket.
+        let mut config = DaemonConfig::for_lab(&lab, if interfaces.is_some() { "tc_ebpf" } else { "userspace" });
+        config.listeners[0].interface = interfaces.map(str::to_owned);
+        let mut daemon = start(&lab, &config);
+        let removed = "removed the TC filter that a udp-fanout which died had left interface=\"eth0\"";
+        assert!(daemon.log().contains(removed), "{}", daemon.log());
+        assert!(filters(&lab.gateway, INGRESS).is_empty());
+        let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+        let mut sender = Sender::in_lab(&lab).unwrap();
+        sender.send(400, &collectors).unwrap();
+        let report = collectors.finish(&[&sender]).unwrap();
+        assert!(report.is_complete(), "{report}");
+        audit(&daemon, &lab.gateway, interfaces.map(|_| Books::NOTHING), Books::forwarded(400));
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
 fn netns_a_second_daemon_on_an_interface_is_refused() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     let config = DaemonConfig::for_lab(&lab, "tc_ebpf");

@@ -102,6 +102,36 @@ impl Drop for Attachment {
     }
 }
 
+/// Takes off the filters that daemons which died have left on these interfaces. A filter without its daemon goes on
+/// forwarding by itself, to receivers of yesterday. Those of living daemons, this one included, are left alone.
+///
+/// Where that takes more privilege than there is, a warning tells the operator what to do.
+pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
+    super::quiet::route_libbpf_messages();
+    // Neither asking nor taking off looks at the program's descriptor: any will do.
+    let Ok(any) = UnixDatagram::unbound() else { return };
+    for link in links {
+        let Ok(mut hook) = hook(any.as_fd(), link.index) else { continue };
+        let Ok(id) = hook.query() else { continue };
+        if ProgramHandle::from_prog_id(id).is_ok_and(|program| program.name() != PROGRAM_NAME) {
+            continue;
+        }
+        // A living daemon holds its own.
+        let Ok(_claim) = claim(link) else { continue };
+        match hook.detach() {
+            Ok(()) => {
+                tracing::info!(interface = link.name, "removed the TC filter that a udp-fanout which died had left");
+            }
+            Err(error) => tracing::warn!(
+                interface = link.name,
+                "a udp-fanout which died has left its TC filter, which goes on forwarding ({error}); remove it with \
+                 `tc filter del dev {} ingress pref {PRIORITY}`",
+                link.name
+            ),
+        }
+    }
+}
+
 fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     let index = i32::try_from(link).context("an interface index is out of range")?;
     let mut builder = TcHookBuilder::new(program);
