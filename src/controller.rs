@@ -19,9 +19,9 @@ use crate::health::settings::HealthSettings;
 use crate::health::share::{HealthMap, shares};
 use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
-use crate::model::{Downstream, DownstreamSet, ListenerId};
-use crate::plan::compile::compile;
-use crate::plan::{Delivery, Plan};
+use crate::model::{Downstream, DownstreamSet, ListenerId, Mode};
+use crate::plan::compile::{compile, links};
+use crate::plan::{Delivery, LinkRef, Plan};
 
 /// How long after a plan could not be applied it is tried again.
 pub const RETRY: Duration = Duration::from_secs(1);
@@ -161,6 +161,20 @@ impl Controller {
             .collect()
     }
 
+    /// The interfaces that could carry the TC program, and on which no listener wants it.
+    #[must_use]
+    pub fn unused_links(&self) -> Vec<LinkRef> {
+        let wanted: BTreeSet<u32> = self
+            .listeners
+            .iter()
+            .filter(|listener| listener.choice.mode == Mode::TcEbpf)
+            .flat_map(|listener| links(&listener.config.interfaces, &self.facts))
+            .map(|link| link.index)
+            .collect();
+        let unused = self.facts.links.iter().filter(|link| link.ethernet && !wanted.contains(&link.index));
+        unused.map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect()
+    }
+
     /// The plan last handed out.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -185,7 +199,7 @@ impl Controller {
     }
 
     fn missing_interface(&self, listener: &Listener) -> Result<(), String> {
-        if listener.choice.mode == crate::model::Mode::Userspace {
+        if listener.choice.mode == Mode::Userspace {
             return Ok(());
         }
         mode::interfaces_present(&listener.config.interfaces, &self.facts)
@@ -300,7 +314,7 @@ impl Controller {
             if let Some(Err(missing)) = choices.get(&listener.id).map(|listener| self.missing_interface(listener)) {
                 warnings.push(format!("listener {name:?}: {missing}; attaching when it appears"));
             }
-            if listener.mode == crate::model::Mode::Userspace {
+            if listener.mode == Mode::Userspace {
                 continue;
             }
             for target in listener.targets.iter().filter(|target| target.delivery == Delivery::Unreachable) {

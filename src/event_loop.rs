@@ -28,7 +28,7 @@ use crate::host::{Host, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::{DownstreamSet, ListenerId, Mode};
-use crate::plan::{LinkRef, Plan};
+use crate::plan::Plan;
 
 const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
@@ -107,12 +107,6 @@ impl Daemon {
         let facts = host.facts(&BTreeSet::new())?;
         let requests = discovery_requests(&config);
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
-        let links: Vec<LinkRef> = facts
-            .links
-            .iter()
-            .filter(|link| link.ethernet)
-            .map(|link| LinkRef { index: link.index, name: link.name.clone() })
-            .collect();
         let controller = Controller::new(config, &tc_support, facts)?;
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
@@ -141,8 +135,8 @@ impl Daemon {
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
-        // Only now, so that there is no moment without either the old filter or what takes its place.
-        attach::remove_leftovers(&links);
+        // Only now, so that there is no moment without either the old filter or the socket that takes its place.
+        attach::remove_leftovers(&daemon.controller.unused_links());
         daemon.watch_health();
         let waker = Arc::new(Waker::new(daemon.poll.registry(), WAKE).context("cannot create a waker")?);
         if !requests.is_empty() {

@@ -129,7 +129,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 14] = [
+pub const ALL: [&Metric; 15] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,

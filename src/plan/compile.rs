@@ -83,7 +83,8 @@ fn match_addresses(bind: IpAddr, facts: &HostFacts) -> Vec<IpAddr> {
 }
 
 /// The interfaces that exist at the moment, of those the listener wants.
-fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
+#[must_use]
+pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
     let found: Vec<&Link> = match interfaces {
         Interfaces::Auto => facts.default_route_links.iter().filter_map(|&index| facts.link(index)).collect(),
         Interfaces::Named(names) => names.iter().filter_map(|name| facts.link_named(name)).collect(),
