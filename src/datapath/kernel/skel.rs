@@ -179,3 +179,54 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         barrier_inner: handle(&maps.barrier_inner)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::DropReason;
+
+    const ABI: &str = include_str!("../../../bpf/fanout_abi.h");
+
+    /// The value of an enumerator or macro in the header.
+    fn value(name: &str) -> u64 {
+        let line = ABI.lines().find(|line| {
+            line.split([' ', '\t', '=', ',']).any(|word| word == name) && line.chars().any(char::is_numeric)
+        });
+        let line = line.unwrap_or_else(|| panic!("{name} is not in fanout_abi.h"));
+        let after = &line[line.find(name).unwrap() + name.len()..];
+        after.split([' ', '\t', '=', ',']).find_map(|word| word.parse().ok()).unwrap()
+    }
+
+    #[test]
+    fn the_header_numbers_drop_reasons_like_the_model() {
+        for reason in &DropReason::ALL[..DropReason::KERNEL_COUNT] {
+            let name = format!("DROP_{}", reason.label().to_uppercase());
+            assert_eq!(value(&name), *reason as u64, "{name}");
+        }
+        assert_eq!(value("DROP_REASONS"), DropReason::KERNEL_COUNT as u64);
+        assert_eq!(u64::from(DROP_REASONS), value("DROP_REASONS"));
+    }
+
+    #[test]
+    fn the_header_numbers_policies_and_deliveries_likewise() {
+        for (name, policy) in [
+            ("POLICY_ROUND_ROBIN", Policy::RoundRobin),
+            ("POLICY_HASH_SOURCE_IP", Policy::Hash(HashOn::SourceIp)),
+            ("POLICY_HASH_SOURCE", Policy::Hash(HashOn::Source)),
+            ("POLICY_HASH_FLOW", Policy::Hash(HashOn::Flow)),
+            ("POLICY_GELF_MESSAGE", Policy::GelfMessage),
+            ("POLICY_REPLICATE", Policy::Replicate),
+        ] {
+            assert_eq!(value(name), u64::from(policy_number(policy)), "{name}");
+        }
+        for (name, number) in [
+            ("DELIVER_NOWHERE", DELIVER_NOWHERE),
+            ("DELIVER_LOCAL", DELIVER_LOCAL),
+            ("DELIVER_NEIGHBOUR", DELIVER_NEIGHBOUR),
+        ] {
+            assert_eq!(value(name), u64::from(number), "{name}");
+        }
+        assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
+        assert_eq!(value("MAX_COPIES"), crate::model::MAX_COPIES as u64);
+    }
+}
