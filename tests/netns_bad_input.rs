@@ -319,7 +319,7 @@ fn netns_a_user_with_three_capabilities_can_do_it_all() {
         daemon.metrics(&lab.gateway).unwrap().sum("udp_fanout_packets_forwarded_total", &[("mode", "tc_ebpf")]),
         100
     );
-    assert!(daemon.log().contains("attached TC eBPF program to ingress interface=\"eth0\""), "{}", daemon.log());
+    daemon.wait_for_logged("attached TC eBPF program to ingress interface=\"eth0\"").unwrap();
     let (status, _, log) = daemon.stop().unwrap();
     assert!(status.success(), "{log}");
     nothing_left(&lab.gateway);
@@ -347,8 +347,7 @@ fn netns_auto_does_without_what_it_cannot_have_and_says_why() {
     for (before, interface, reason) in cases {
         config.listeners[0].interface = Some(interface.into());
         let mut daemon = Daemon::start_behind(&lab.gateway, before, &stage.program(), &config).unwrap();
-        let log = daemon.log().to_owned();
-        let line = log.lines().find(|line| line.contains("listener configured")).unwrap_or_else(|| panic!("{log}"));
+        let line = daemon.wait_for_logged("listener configured").unwrap();
         assert!(line.contains("mode=userspace") && line.contains(reason), "{line}");
         exchange(&lab, &lab.gateway_addresses().unwrap());
         let page = daemon.metrics(&lab.gateway).unwrap();

@@ -208,7 +208,18 @@ impl Daemon {
         }
     }
 
-    /// Everything logged so far.
+    /// Waits for a log line that contains `needle`, be it one that has been read already, and returns it.
+    ///
+    /// # Errors
+    /// As for [`Daemon::wait_for_line`].
+    pub fn wait_for_logged(&mut self, needle: &str) -> Result<String> {
+        match self.log().lines().find(|line| line.contains(needle)) {
+            Some(line) => Ok(line.to_owned()),
+            None => self.wait_for_line(needle),
+        }
+    }
+
+    /// Everything logged so far, as far as it has been read: a line may take a moment to get here.
     pub fn log(&mut self) -> &str {
         while self.next_line(Duration::ZERO).is_ok() {}
         &self.log
