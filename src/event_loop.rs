@@ -70,6 +70,8 @@ struct Daemon {
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
     failure: Option<anyhow::Error>,
+    /// The start is over: what fails from now on is tried again.
+    serving: bool,
     timers: Timers,
 }
 
@@ -128,6 +130,7 @@ impl Daemon {
             started: now,
             started_at: SystemTime::now(),
             failure: None,
+            serving: false,
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
@@ -135,6 +138,7 @@ impl Daemon {
         if let Some(error) = daemon.failure.take() {
             return Err(error);
         }
+        daemon.serving = true;
         // Only now, so that there is no moment without either the old filter or the socket that takes its place.
         attach::remove_leftovers(&daemon.controller.unused_links());
         daemon.watch_health();
@@ -279,7 +283,12 @@ impl Daemon {
                 match action {
                     Action::Warn(text) => tracing::warn!("{text}"),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
-                    Action::Apply(plan) => events.push(self.apply(&plan)),
+                    Action::Apply(plan) => {
+                        events.push(self.apply(&plan));
+                        if self.start_failed() {
+                            return;
+                        }
+                    }
                     Action::LookAtHost(addresses) => match self.host.facts(&addresses) {
                         Ok(facts) => events.push(Event::Host(facts)),
                         Err(error) => {
@@ -295,7 +304,12 @@ impl Daemon {
     /// Sockets first: from the moment the TC program is attached, something must be there for what it passes up.
     fn apply(&mut self, plan: &Plan) -> Event {
         let user = self.user.apply(plan);
-        let kernel = self.kernel.as_mut().map_or(Ok(()), |kernel| kernel.apply(plan));
+        // A start that has failed already must not touch any interface. Later, what one datapath lacks must not keep the
+        // other from the new plan.
+        let kernel = match &mut self.kernel {
+            Some(kernel) if user.is_ok() || self.serving => kernel.apply(plan),
+            _ => Ok(()),
+        };
         match user.and(kernel) {
             Ok(()) => {
                 self.plan_applies.success += 1;
@@ -309,6 +323,11 @@ impl Daemon {
                 Event::ApplyFailed(text)
             }
         }
+    }
+
+    /// True if the daemon cannot even begin: the reason is then its last word, and nothing is tried again.
+    fn start_failed(&self) -> bool {
+        !self.serving && self.failure.is_some()
     }
 
     /// Off the interfaces first, then the sockets finish what they hold.

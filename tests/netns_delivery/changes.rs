@@ -164,6 +164,8 @@ fn netns_datagrams_follow_a_route_that_moves() {
         let address = "10.99.0.1:5514".parse().unwrap();
         config.listeners[0].downstreams = vec![("roaming".into(), address, 1)];
         let mut daemon = start(&lab, &config);
+        let updated = "updated tc_ebpf downstream set listener_id=0 endpoints=1";
+        daemon.wait_for_logged(updated).unwrap();
         let collectors = Collectors::start_at([("roaming", receiver, address)], Expect::OneOfThem).unwrap();
         let mut sender = Sender::in_lab(&lab).unwrap();
         let stop = AtomicBool::new(false);
@@ -176,7 +178,7 @@ fn netns_datagrams_follow_a_route_that_moves() {
             for n in 1..=6 {
                 lab.gateway.ip(&routes[n % 2]).unwrap();
                 // Written once the new next hop is in force.
-                daemon.wait_for_line("updated tc_ebpf downstream set listener_id=0 endpoints=1").unwrap();
+                daemon.wait_for_line(updated).unwrap();
             }
             stop.store(true, Ordering::Relaxed);
             flow.join().unwrap();

@@ -156,7 +156,7 @@ fn netns_what_a_killed_daemon_has_left_is_removed_by_one_that_does_not_take_its_
         config.listeners[0].interface = interfaces.map(str::to_owned);
         let mut daemon = start(&lab, &config);
         let removed = "removed the TC filter that a udp-fanout which died had left interface=\"eth0\"";
-        assert!(daemon.log().contains(removed), "{}", daemon.log());
+        daemon.wait_for_logged(removed).unwrap();
         assert!(filters(&lab.gateway, INGRESS).is_empty());
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
         let mut sender = Sender::in_lab(&lab).unwrap();

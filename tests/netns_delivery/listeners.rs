@@ -95,7 +95,7 @@ fn netns_the_interfaces_of_default_routes_are_found_and_followed() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     lab.gateway.ip("route add default via 10.0.0.2").unwrap();
     let mut daemon = start_wide(&lab, "interface = \"auto\"");
-    assert!(daemon.log().contains("attached TC eBPF program to ingress interface=\"eth0\""), "{}", daemon.log());
+    daemon.wait_for_logged("attached TC eBPF program to ingress interface=\"eth0\"").unwrap();
     assert!(!attached(&lab.gateway, "out1"));
     let pod = [&lab.sites[1]].map(|site| (site.name.as_str(), lab.namespace_of(site), site.address));
     let collectors = Collectors::start_at(pod, Expect::OneOfThem).unwrap();

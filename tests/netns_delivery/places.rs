@@ -20,7 +20,16 @@ enum By {
 /// Runs the daemon in this mode and sends [`COUNT`] datagrams through it. Checks that each arrived once, the shares, the
 /// source, the books, and that nothing stays behind.
 fn deliver(lab: &Lab, mode: &str, by: By) {
-    let daemon = start(lab, &DaemonConfig::for_lab(lab, mode));
+    let mut daemon = start(lab, &DaemonConfig::for_lab(lab, mode));
+    if by == By::Kernel {
+        // In the words, and in the order of the fields, that the documents tell people to look for.
+        for said in [
+            "updated tc_ebpf downstream set listener_id=0 endpoints=",
+            "attached TC eBPF program to ingress interface=\"eth0\"",
+        ] {
+            daemon.wait_for_logged(&format!("INFO {said}")).unwrap();
+        }
+    }
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
     sender.send(COUNT, &collectors).unwrap();

@@ -1,9 +1,11 @@
 //! The daemon's process in a lab's gateway: configured, started, ready, stopped, and never left running.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
@@ -147,7 +149,15 @@ impl Daemon {
     /// # Errors
     /// When it ends instead, or is not ready in time; with everything it has logged.
     pub fn start(namespace: &Namespace, binary: &Path, config: &DaemonConfig) -> Result<Self> {
-        let mut daemon = Self::spawn(namespace, binary, &config.to_toml())?;
+        Self::start_behind(namespace, &[], binary, config)
+    }
+
+    /// As [`Daemon::start`], behind the words of a program that becomes the rest of its line, such as `setpriv`.
+    ///
+    /// # Errors
+    /// As for [`Daemon::start`].
+    pub fn start_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &DaemonConfig) -> Result<Self> {
+        let mut daemon = Self::spawn_behind(namespace, before, binary, &config.to_toml())?;
         daemon.metrics = config.metrics;
         daemon.wait_until_ready(namespace, config.listeners.len())?;
         Ok(daemon)
@@ -158,12 +168,19 @@ impl Daemon {
     /// # Errors
     /// When the binary cannot be run.
     pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
+        Self::spawn_behind(namespace, &[], binary, config)
+    }
+
+    fn spawn_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &str) -> Result<Self> {
         let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
-        let directory = tempfile::Builder::new().prefix(&prefix).tempdir()?;
+        // Whoever the daemon runs as can read it.
+        let open = Permissions::from_mode(0o755);
+        let directory = tempfile::Builder::new().prefix(&prefix).permissions(open).tempdir()?;
         let path: PathBuf = directory.path().join("config.toml");
         fs::write(&path, config)?;
-        let mut command = namespace.command(binary);
-        command.args(["run", "--config"]).arg(&path).env_remove("RUST_LOG").env("NO_COLOR", "1");
+        let mut words = before.iter().map(OsStr::new).chain([binary.as_os_str()]);
+        let mut command = namespace.command(words.next().unwrap_or(binary.as_os_str()));
+        command.args(words).args(["run", "--config"]).arg(&path).env_remove("RUST_LOG").env("NO_COLOR", "1");
         // A group of its own: Ctrl-C reaches us, and we end it, in this order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut registry = cleanup::registry();
@@ -191,7 +208,18 @@ impl Daemon {
         }
     }
 
-    /// Everything logged so far.
+    /// Waits for a log line that contains `needle`, be it one that has been read already, and returns it.
+    ///
+    /// # Errors
+    /// As for [`Daemon::wait_for_line`].
+    pub fn wait_for_logged(&mut self, needle: &str) -> Result<String> {
+        match self.log().lines().find(|line| line.contains(needle)) {
+            Some(line) => Ok(line.to_owned()),
+            None => self.wait_for_line(needle),
+        }
+    }
+
+    /// Everything logged so far, as far as it has been read: a line may take a moment to get here.
     pub fn log(&mut self) -> &str {
         while self.next_line(Duration::ZERO).is_ok() {}
         &self.log
