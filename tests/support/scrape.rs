@@ -26,7 +26,15 @@ pub struct Page {
 /// # Errors
 /// When nobody listens there or the answer is not HTTP.
 pub fn get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<Page> {
-    let answer = namespace.run(|| {
+    namespace.run(|| fetch(address, path))
+}
+
+/// Fetches a page.
+///
+/// # Errors
+/// When nobody listens there or the answer is not HTTP.
+pub fn fetch(address: SocketAddr, path: &str) -> Result<Page> {
+    let answer = (|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;
@@ -35,7 +43,7 @@ pub fn get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<Pag
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
-    });
+    })();
     parse_answer(&answer.with_context(|| format!("cannot fetch http://{address}{path}"))?)
 }
 
