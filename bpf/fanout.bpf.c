@@ -99,12 +99,13 @@ int udp_fanout(struct __sk_buff *skb)
 	const struct downstream *to;
 	struct packet pkt = {};
 	struct table table;
+	int verdict = TC_ACT_UNSPEC;
 	__u32 to_id = 0;
 
-	if (came_around(skb))
-		return finish_round(skb);
 	if (parse(skb, &pkt) != PARSE_OK)
 		return TC_ACT_UNSPEC;
+	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
+		return verdict;
 	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
 	if (!listener)
 		return TC_ACT_UNSPEC;

@@ -44,16 +44,28 @@ static __always_inline bool came_around(const struct __sk_buff *skb)
 	return (skb->mark & AROUND_MASK) == AROUND_MARK;
 }
 
-static __always_inline int finish_round(struct __sk_buff *skb)
+static __always_inline bool is_for(const struct packet *pkt, const struct downstream *to)
+{
+	return pkt->dst.addr_be[0] == to->addr_be[0] && pkt->dst.addr_be[1] == to->addr_be[1] &&
+	       pkt->dst.addr_be[2] == to->addr_be[2] && pkt->dst.addr_be[3] == to->addr_be[3] &&
+	       pkt->dst.port_be == to->port_be;
+}
+
+/*
+ * Delivers a clone that has come around. False if the mark is someone else's, which other programs are free to use: a
+ * clone of ours is on its way to the downstream that its mark names.
+ */
+static __always_inline bool finish_round(struct __sk_buff *skb, const struct packet *pkt,
+					 int *verdict)
 {
 	__u32 to_id = skb->mark & ~AROUND_MASK;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
 
-	/* Someone else's mark: none of our business. */
-	if (!to || to->delivery != DELIVER_NEIGHBOUR)
-		return TC_ACT_UNSPEC;
+	if (!to || to->delivery != DELIVER_NEIGHBOUR || !is_for(pkt, to))
+		return false;
 	skb->mark = 0;
-	return redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
+	*verdict = redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
+	return true;
 }
 
 /* Where to send a clone now: what this CPU remembers, else what the kernel says. Not remembered, see above. */
