@@ -4,6 +4,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::process::Command;
 
 use anyhow::Context;
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHookBuilder, libbpf_sys};
@@ -95,6 +96,38 @@ fn ours(filters: &[String]) -> &str {
     assert!(line.starts_with("filter protocol all pref 49152 bpf chain 0 handle 0x7566 udp_fanout"), "{line}");
     assert!(line.contains(" direct-action "), "{line}");
     line
+}
+
+/// What `bpftool map dump name STATS` prints: of every map of that name on this machine, whose ever.
+fn dump_by_name() -> String {
+    loop {
+        let mut command = Command::new("bpftool");
+        let output =
+            command.args(["map", "dump", "name", "STATS"]).output().expect("bpftool runs (Debian package bpftool)");
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        // Somebody else's map went while bpftool was looking through all there are.
+        if complaint.contains("can't get map by id") {
+            continue;
+        }
+        assert!(output.status.success(), "{complaint}");
+        return String::from_utf8_lossy(&output.stdout).into_owned();
+    }
+}
+
+#[test]
+fn netns_the_guides_commands_show_filter_and_counters() {
+    let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod, Place::Pod]).build().unwrap();
+    let _daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
+    exchange(&lab, 7_203);
+    let shown = lab.gateway.tc("filter show dev eth0 ingress").unwrap();
+    assert!(shown.contains("filter protocol all pref 49152 bpf") && shown.contains(" udp_fanout"), "{shown}");
+    let dumped = dump_by_name();
+    for field in ["pkts_received", "pkts_forwarded"] {
+        assert!(dumped.contains(&format!("\"{field}\": 7203")), "{dumped}");
+    }
+    for field in ["pkts_dropped", "pkts_passed", "bytes_received", "bytes_forwarded"] {
+        assert!(dumped.contains(&format!("\"{field}\": ")), "{dumped}");
+    }
 }
 
 #[test]

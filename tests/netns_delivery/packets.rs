@@ -36,8 +36,15 @@ fn netns_datagrams_too_long_for_the_way_out_go_through_the_socket_whole() {
             let report = send_all(&lab, payload, count);
             assert_eq!(report.counts(), [count / 3; 3], "{payload} bytes: {report}");
         }
-        let kernel = Books { received: 360, forwarded: 300, dropped: 0, passed: 60 };
-        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(60));
+        // Several of them in one piece as well.
+        let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+        let mut sender = Sender::in_lab(&lab).unwrap().payload(2_000).segments(10).window(20);
+        sender.send(60, &collectors).unwrap();
+        let report = collectors.finish(&[&sender]).unwrap();
+        assert!(report.is_complete(), "{report}");
+        assert_eq!(report.counts(), [20; 3], "{report}");
+        let kernel = Books { received: 420, forwarded: 300, dropped: 0, passed: 120 };
+        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(120));
     }
 }
 
