@@ -20,6 +20,7 @@ build | zlib1g-dev     | library:libz.a       | zlib, linked statically, which l
 run   | iproute2       | command:ip           | ip and tc: namespaces and networks of the demo and the tests
 run   | bpftool        | command:bpftool      | shows what the kernel has loaded; make vmlinux
 test  | ethtool        | command:ethtool      | switches checksum offload in network tests
+test  | nftables       | command:nft          | firewalls in network tests
 test  | nfdump         | command:nfcapd       | collects NetFlow in tests with real programs
 test  | softflowd      | command:softflowd    | exports NetFlow in tests with real programs
 lint  | clang-format   | command:clang-format | format of bpf/
