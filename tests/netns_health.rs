@@ -12,8 +12,8 @@ use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 const HEALTH: &str = r#"
 [health]
 enabled = true
-interval_secs = 0.2
-timeout_secs = 0.1
+interval_secs = 0.6
+timeout_secs = 0.5
 protocol = "icmp"
 "#;
 
