@@ -3,6 +3,7 @@
 //!
 //! - `books`: what the daemon has counted, from its metrics and from the kernel's map.
 //! - `places`: where receivers can be, in each mode, both families.
+//! - `overlays`: where network plugins put them.
 //! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
@@ -20,6 +21,8 @@ mod filters;
 mod foreign;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
+#[path = "netns_delivery/overlays.rs"]
+mod overlays;
 #[path = "kernel/packet.rs"]
 #[allow(dead_code, reason = "a part of it is used here")]
 mod packet;

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::books::{Books, audit, binary, bpftool, filters, start};
 use crate::support::lab::INGRESS;
+use crate::support::traffic::bind;
 use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// A TC program of somebody else's that lets every packet go on to the next filter.
@@ -154,6 +155,14 @@ fn netns_filters_of_others_survive_start_stop_kill_and_restart() {
     // Whatever else came in, such as ARP, has run both; the listener's datagrams have not reached the last.
     let (runs, rest) = (first.runs(&stats), last.runs(&stats));
     assert!(runs >= 400 && rest <= runs - 400, "{runs} packets came in, {rest} of them reached the last filter");
+    // What is not the listener's does reach it.
+    let stranger = bind(&lab.gateway, "10.0.0.1:7".parse().unwrap()).unwrap();
+    let sender = bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
+    for _ in 0..10 {
+        sender.send_to(b"for somebody else", "10.0.0.1:7").unwrap();
+        stranger.recv(&mut [0; 32]).unwrap();
+    }
+    assert!(last.runs(&stats) >= rest + 10);
     audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
 
     // Killed, it leaves its filter behind, which goes on by itself until the next daemon takes its place.

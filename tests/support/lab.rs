@@ -204,7 +204,7 @@ impl LabBuilder {
             lab.sites.push(site);
         }
         if let Some(switch) = lab.others.first().filter(|_| self.places.contains(&Place::SameInterface)) {
-            wait_for_switch(switch)?;
+            wait_for_bridge(switch)?;
         }
         Ok(lab)
     }
@@ -377,16 +377,19 @@ fn plug(switch: &Namespace, port: &str, end: End<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Waits until every port of the switch forwards; the kernel opens a port a moment after its link is up.
-fn wait_for_switch(switch: &Namespace) -> Result<()> {
+/// Waits until every port of a namespace's bridges forwards; the kernel opens a port a moment after its link is up.
+///
+/// # Errors
+/// When one does not open.
+pub fn wait_for_bridge(namespace: &Namespace) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let ports = switch.ip("-oneline -details link show type bridge_slave")?;
+        let ports = namespace.ip("-oneline -details link show type bridge_slave")?;
         if ports.lines().all(|port| port.contains(" state forwarding ")) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("the lab's switch has not opened its ports:\n{ports}");
+            bail!("a bridge has not opened its ports:\n{ports}");
         }
     }
 }
