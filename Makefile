@@ -9,6 +9,8 @@ MODE  ?= tc_ebpf
 COUNT ?= 30000
 # make run
 CONFIG ?= config/udp-fanout.toml
+# make test-kernels; none: those of scripts/test-kernels.sh
+KERNELS ?=
 # make install
 PREFIX     ?= /usr/local
 SYSCONFDIR ?= /etc
@@ -19,12 +21,12 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test lint fmt bench install clean vmlinux
+.PHONY: help deps build run demo test test-kernels lint fmt bench install clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 deps: ## Install the Debian packages that are missing (as root or through sudo) and check the Rust toolchain
 	@scripts/deps.sh build run test lint
@@ -45,6 +47,11 @@ demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or usersp
 test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, or it fails
 	@scripts/deps.sh build run test
 	@scripts/test.sh $(ARGS)
+
+test-kernels: ## Run the BPF tier and some of the network tier under Debian's kernels, emulated: KERNELS="5.10 6.1 ..."
+	@scripts/deps.sh build run test kernels
+	@scripts/test-kernels.sh build
+	@scripts/as-root.sh 'make test-kernels' scripts/test-kernels.sh run $(KERNELS)
 
 lint: ## Check formatting, lints, scripts, YAML, the systemd unit and licences
 	@scripts/deps.sh build lint

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that what a task needs is on this machine.
 #
-# usage: scripts/deps.sh GROUP...        groups: build run test lint
+# usage: scripts/deps.sh GROUP...        groups: build run test lint kernels
 #
 # On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
 # said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing.
@@ -23,13 +23,18 @@ test  | ethtool        | command:ethtool      | switches checksum offload in net
 test  | nftables       | command:nft          | firewalls in network tests
 test  | nfdump         | command:nfcapd       | collects NetFlow in tests with real programs
 test  | softflowd      | command:softflowd    | exports NetFlow in tests with real programs
+kernels | qemu-system-x86 | command:qemu-system-x86_64 | emulates the machines of make test-kernels
+kernels | busybox-static | command:busybox    | their first program
+kernels | cpio           | command:cpio       | packs their first file system
+kernels | kmod           | command:modprobe   | finds the modules for it
+kernels | xz-utils       | command:xz         | unpacks those
 lint  | clang-format   | command:clang-format | format of bpf/
 lint  | shellcheck     | command:shellcheck   | lints shell scripts
 lint  | yamllint       | command:yamllint     | lints YAML
 '
 
 main() {
-    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint ..."
+    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint|kernels ..."
     local missing=() group package probe purpose
     local installed=''
     if is_debian; then

@@ -1,0 +1,34 @@
+#!/bin/busybox sh
+# shellcheck shell=dash
+# The first process of a virtual machine of scripts/test-kernels.sh: makes the host's files, with a layer in memory over
+# them, the root file system, runs the tests in there and powers off.
+b=/bin/busybox
+
+$b mount -t proc proc /proc
+$b mount -t sysfs sys /sys
+$b mount -t devtmpfs dev /dev
+for module in $($b cat /modules/order); do
+    $b insmod "/modules/$module"
+done
+$b mount -t virtiofs -o ro root /lower
+$b mount -t tmpfs layer /upper
+$b mkdir /upper/changes /upper/work
+$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/changes,workdir=/upper/work overlay /root
+for place in proc sys dev; do
+    $b mount --move "/$place" "/root/$place"
+done
+r=/root
+$b mount -t tmpfs run $r/run
+$b mkdir -p $r/run/netns $r/usr/lib/modules
+$b mount -t bpf bpf $r/sys/fs/bpf
+$b mount -t cgroup2 cgroup $r/sys/fs/cgroup
+
+# The value of a word of the kernel's command line.
+word() {
+    $b sed -n "s/.*$1=\([^ ]*\).*/\1/p" $r/proc/cmdline
+}
+[ -e $r/lib/modules ] || $b ln -s /usr/lib/modules $r/lib/modules
+$b mount --bind "/lower$(word udp_fanout.modules)" $r/usr/lib/modules
+# Process 1 itself changes its root: the kernel looks for modprobe from there.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
+exec $b chroot $r /bin/bash "$(word udp_fanout.guest)" "$(word udp_fanout.programs)" "$(word udp_fanout.only)"
