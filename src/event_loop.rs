@@ -21,7 +21,7 @@ use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
 use crate::datapath::kernel::{KernelDatapath, attach};
 use crate::datapath::user::UserDatapath;
-use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
+use crate::discovery::{self, Discovery, Family, Update};
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Host, Monitor};
@@ -350,14 +350,10 @@ fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
         Source::Static(_) => None,
         Source::Kubernetes(source) => Some(discovery::Request {
             listener: listener.id,
-            services: vec![ServiceRef {
-                namespace: source.namespace.clone(),
-                service: source.service.clone(),
-                port: PortRef::Number(source.port),
-            }],
+            services: source.services.clone(),
             family: Family::of(listener.bind.ip()),
-            locality: Locality::default(),
-            terminating: Terminating::default(),
+            locality: source.locality,
+            terminating: source.terminating,
         }),
     };
     config.listeners.iter().filter_map(request).collect()
