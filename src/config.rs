@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use problem::{Problem, Problems};
 pub use protocol::Protocol;
 
-use crate::discovery::{Locality, ServiceRef, Terminating};
+use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
 use crate::health::settings::{
     self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
 };
@@ -293,6 +293,23 @@ fn explain(error: &io::Error) -> String {
         }
         io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
         _ => format!("cannot be read: {error}; name another with --config"),
+    }
+}
+
+impl ListenerConfig {
+    /// What discovery is to find out for it, if its downstreams come from Kubernetes.
+    #[must_use]
+    pub fn discovery_request(&self) -> Option<discovery::Request> {
+        match &self.source {
+            Source::Static(_) => None,
+            Source::Kubernetes(source) => Some(discovery::Request {
+                listener: self.id,
+                services: source.services.clone(),
+                family: Family::of(self.bind.ip()),
+                locality: source.locality,
+                terminating: source.terminating,
+            }),
+        }
     }
 }
 
