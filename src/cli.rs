@@ -18,6 +18,7 @@ use clap_complete::Shell;
 
 pub use man::man;
 
+use crate::discovery::rbac;
 use crate::{logging, version};
 
 /// The configuration file that is read when none is named.
@@ -34,11 +35,22 @@ pub enum Invocation {
         config: PathBuf,
         /// What to log, and how.
         log: logging::Options,
+        /// Where to find the API server of Kubernetes, if named.
+        kubeconfig: Option<PathBuf>,
     },
     /// Say whether a configuration is right, and what it amounts to.
     Check {
         /// The configuration file.
         config: PathBuf,
+    },
+    /// Print what a configuration needs to be allowed in the cluster.
+    Rbac {
+        /// The configuration file.
+        config: PathBuf,
+        /// The service account's name.
+        account: String,
+        /// Its namespace.
+        namespace: String,
     },
     /// Print a completion script; see [`completions`].
     Completions(Shell),
@@ -74,6 +86,11 @@ enum Command {
     /// configuration, with every default filled in, and exits with 0; or prints what is wrong, where, and how to put
     /// it right, and exits with 1.
     Check(CheckArgs),
+    /// Print the Roles and RoleBindings that a configuration needs in Kubernetes
+    ///
+    /// One Role for each namespace in which listeners follow Services, its binding, and a ClusterRole to read nodes if a
+    /// listener prefers its zone; as YAML for `kubectl apply -f -`. Looks at nothing but the file.
+    Rbac(RbacArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -100,6 +117,22 @@ struct RunArgs {
     /// How to write them to standard error [default: text]
     #[arg(long, value_name = "FORMAT", value_enum, ignore_case = true)]
     log_format: Option<logging::Format>,
+    /// File that says where the API server of Kubernetes is and who we are there [default: the pod's service account,
+    /// else $KUBECONFIG, else ~/.kube/config]
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct RbacArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// Service account that gets the rights
+    #[arg(long, value_name = "NAME", default_value = rbac::DEFAULT_ACCOUNT)]
+    service_account: String,
+    /// Namespace of the service account, and of Services that name none
+    #[arg(long, value_name = "NAMESPACE", default_value = rbac::DEFAULT_ACCOUNT)]
+    service_account_namespace: String,
 }
 
 #[derive(Debug, Args)]
@@ -131,12 +164,18 @@ where
             file: ConfigArg { config: once("--config <FILE>", before.file.config, after.file.config)? },
             log_level: once("--log-level <LEVEL>", before.log_level, after.log_level)?,
             log_format: once("--log-format <FORMAT>", before.log_format, after.log_format)?,
+            kubeconfig: once("--kubeconfig <FILE>", before.kubeconfig, after.kubeconfig)?,
         }),
         Some(Command::Check(after)) => {
-            not_with("check", "--log-level <LEVEL>", before.log_level.is_some())?;
-            not_with("check", "--log-format <FORMAT>", before.log_format.is_some())?;
+            only_config("check", &before)?;
             let config = once("--config <FILE>", before.file.config, after.file.config)?;
             Invocation::Check { config: or_default(config) }
+        }
+        Some(Command::Rbac(after)) => {
+            only_config("rbac", &before)?;
+            let config = once("--config <FILE>", before.file.config, after.file.config)?;
+            let (account, namespace) = (after.service_account, after.service_account_namespace);
+            Invocation::Rbac { config: or_default(config), account, namespace }
         }
         Some(Command::Completions { shell }) => {
             no_options("completions", &before)?;
@@ -152,7 +191,7 @@ where
 fn run(args: RunArgs) -> Invocation {
     let log =
         logging::Options { level: args.log_level.unwrap_or_default(), format: args.log_format.unwrap_or_default() };
-    Invocation::Run { config: or_default(args.file.config), log }
+    Invocation::Run { config: or_default(args.file.config), log, kubeconfig: args.kubeconfig }
 }
 
 fn or_default(config: Option<PathBuf>) -> PathBuf {
@@ -169,8 +208,14 @@ fn once<T>(option: &str, before: Option<T>, after: Option<T>) -> Result<Option<T
 
 fn no_options(command: &str, before: &RunArgs) -> Result<(), clap::Error> {
     not_with(command, "--config <FILE>", before.file.config.is_some())?;
+    only_config(command, before)
+}
+
+/// Of the options before its name, such a command takes only the configuration file.
+fn only_config(command: &str, before: &RunArgs) -> Result<(), clap::Error> {
     not_with(command, "--log-level <LEVEL>", before.log_level.is_some())?;
-    not_with(command, "--log-format <FORMAT>", before.log_format.is_some())
+    not_with(command, "--log-format <FORMAT>", before.log_format.is_some())?;
+    not_with(command, "--kubeconfig <FILE>", before.kubeconfig.is_some())
 }
 
 fn not_with(command: &str, option: &str, given: bool) -> Result<(), clap::Error> {

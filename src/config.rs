@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use problem::{Problem, Problems};
 pub use protocol::Protocol;
 
+use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
 use crate::health::settings::{
     self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
 };
@@ -129,19 +130,19 @@ pub enum RequestedMode {
 pub enum Source {
     /// The configuration file; at least one.
     Static(Vec<Downstream>),
-    /// The EndpointSlices of a Service.
+    /// The EndpointSlices of Services.
     Kubernetes(KubernetesSource),
 }
 
-/// A Service whose endpoints are the downstreams.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+/// The Services whose endpoints are the downstreams, and which of their endpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct KubernetesSource {
-    /// Its namespace; none means the pod's own.
-    pub namespace: Option<String>,
-    /// Its name.
-    pub service: String,
-    /// The port to send to on every endpoint.
-    pub port: u16,
+    /// At least one; none twice with the same port.
+    pub services: Vec<ServiceRef>,
+    /// Which endpoints are preferred by where they run.
+    pub locality: Locality,
+    /// What becomes of endpoints that are shutting down.
+    pub terminating: Terminating,
 }
 
 /// Settings of the userspace datapath of one listener.
@@ -292,6 +293,23 @@ fn explain(error: &io::Error) -> String {
         }
         io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
         _ => format!("cannot be read: {error}; name another with --config"),
+    }
+}
+
+impl ListenerConfig {
+    /// What discovery is to find out for it, if its downstreams come from Kubernetes.
+    #[must_use]
+    pub fn discovery_request(&self) -> Option<discovery::Request> {
+        match &self.source {
+            Source::Static(_) => None,
+            Source::Kubernetes(source) => Some(discovery::Request {
+                listener: self.id,
+                services: source.services.clone(),
+                family: Family::of(self.bind.ip()),
+                locality: source.locality,
+                terminating: source.terminating,
+            }),
+        }
     }
 }
 

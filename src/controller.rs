@@ -4,6 +4,7 @@
 //! reads no clock and spawns nothing, so that a test can drive it through any history. The event loop turns what
 //! happens into events and carries the actions out.
 
+mod itself;
 pub mod mode;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,7 +155,7 @@ impl Controller {
                 Some(Watch {
                     listener: listener.config.id,
                     name: listener.config.name.as_str().into(),
-                    downstreams: listener.set.as_ref()?.downstreams.iter().map(|to| to.address).collect(),
+                    downstreams: self.others(listener, listener.set.as_ref()?).map(|to| to.address).collect(),
                     settings: settings.clone(),
                 })
             })
@@ -257,7 +258,7 @@ impl Controller {
                 .listeners
                 .iter()
                 .filter_map(|listener| {
-                    let (set, change) = self.taking_part(listener.config.id, listener.set.as_ref()?, now);
+                    let (set, change) = self.taking_part(listener, listener.set.as_ref()?, now);
                     next_change = next_change.into_iter().chain(change).min();
                     let slots = self.slots_in_force(listener.config.id);
                     Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, slots))
@@ -274,17 +275,31 @@ impl Controller {
     }
 
     /// The downstreams that take part at the moment, with their shares, and when that will change by itself.
-    fn taking_part(&self, id: ListenerId, set: &DownstreamSet, now: Duration) -> (DownstreamSet, Option<Duration>) {
-        let Some(health) = &self.health else { return (set.clone(), None) };
-        let shares = shares(id, &set.downstreams, &self.health_map, health.fail_open, health.slow_start, now);
-        let downstreams = set
-            .downstreams
-            .iter()
-            .zip(&shares.weights)
-            .filter(|(_, weight)| **weight > 0)
-            .map(|(downstream, &weight)| Downstream { weight, ..downstream.clone() })
-            .collect();
-        (DownstreamSet { generation: set.generation, downstreams }, shares.next_change)
+    fn taking_part(
+        &self,
+        listener: &Listener,
+        set: &DownstreamSet,
+        now: Duration,
+    ) -> (DownstreamSet, Option<Duration>) {
+        let generation = set.generation;
+        let mut downstreams: Vec<Downstream> = self.others(listener, set).cloned().collect();
+        let Some(health) = &self.health else { return (DownstreamSet { generation, downstreams }, None) };
+        let id = listener.config.id;
+        let shares = shares(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
+        for (downstream, &weight) in downstreams.iter_mut().zip(&shares.weights) {
+            downstream.weight = weight;
+        }
+        downstreams.retain(|downstream| downstream.weight > 0);
+        (DownstreamSet { generation, downstreams }, shares.next_change)
+    }
+
+    /// The downstreams of a set but for the listener itself.
+    fn others<'a>(
+        &'a self,
+        listener: &'a Listener,
+        set: &'a DownstreamSet,
+    ) -> impl Iterator<Item = &'a Downstream> + use<'a> {
+        itself::others(listener.config.bind, &set.downstreams, &self.facts)
     }
 
     fn slots_in_force(&self, id: ListenerId) -> usize {
@@ -301,6 +316,10 @@ impl Controller {
 
     fn warnings(&self, plan: &Plan) -> Vec<String> {
         let mut warnings = Vec::new();
+        for Listener { config, set, .. } in &self.listeners {
+            let downstreams = set.as_ref().map_or(&[][..], |set| &set.downstreams);
+            warnings.extend(itself::warnings(&config.name, config.bind, downstreams, &self.facts));
+        }
         let choices: BTreeMap<ListenerId, &Listener> =
             self.listeners.iter().map(|listener| (listener.config.id, listener)).collect();
         for listener in &plan.listeners {

@@ -12,6 +12,7 @@
 
 pub mod advice;
 pub mod hub;
+pub mod rbac;
 pub mod slices;
 pub mod status;
 mod watch;
@@ -154,6 +155,8 @@ pub struct Settings {
     /// A kubeconfig file given by the operator; it wins over everything else. Without it: the pod's service account
     /// if there is one, else what `KUBECONFIG` names, else `~/.kube/config`.
     pub kubeconfig: Option<PathBuf>,
+    /// The configuration file, to be named in advice.
+    pub config: Option<PathBuf>,
     /// The name of the node this runs on, as EndpointSlices spell it.
     pub node_name: Option<String>,
     /// Time limits.
@@ -166,6 +169,7 @@ impl Settings {
     pub fn from_env() -> Settings {
         Settings {
             kubeconfig: None,
+            config: None,
             node_name: std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
             limits: Limits::default(),
         }

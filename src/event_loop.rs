@@ -7,6 +7,7 @@ mod answer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
@@ -16,12 +17,12 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::config::{Config, ListenerConfig, RequestedMode, Source};
+use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
 use crate::datapath::kernel::{KernelDatapath, attach};
 use crate::datapath::user::UserDatapath;
-use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
+use crate::discovery::{self, Discovery, Update};
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Host, Monitor};
@@ -43,12 +44,12 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// Changes of the host that follow each other within this time are looked at together.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// Runs the daemon until a signal ends it.
+/// Runs the daemon until a signal ends it. `kubeconfig` is the file the operator named, if any.
 ///
 /// # Errors
 /// When something in the configuration does not fit this host; nothing is left attached or bound then.
-pub fn run(config: Config) -> Result<()> {
-    let mut daemon = Daemon::start(config)?;
+pub fn run(config: Config, kubeconfig: Option<PathBuf>) -> Result<()> {
+    let mut daemon = Daemon::start(config, kubeconfig)?;
     let result = daemon.turn_until_stopped();
     let stopped = daemon.stop();
     result.and(stopped)
@@ -64,6 +65,8 @@ struct Daemon {
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
     discovery: Option<(Discovery, Receiver<Update>)>,
+    /// The operator has been told that discovery has failed for good.
+    discovery_lost: bool,
     health: Option<Health>,
     plan_applies: PlanApplies,
     started: Instant,
@@ -95,7 +98,7 @@ fn take_due(timer: &mut Option<Instant>, now: Instant) -> bool {
 }
 
 impl Daemon {
-    fn start(config: Config) -> Result<Daemon> {
+    fn start(config: Config, kubeconfig: Option<PathBuf>) -> Result<Daemon> {
         let poll = Poll::new().context("cannot create an event queue (epoll)")?;
         // Signals first: one that comes during the start must still end in a clean stop.
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
@@ -107,7 +110,8 @@ impl Daemon {
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
         let facts = host.facts(&BTreeSet::new())?;
-        let requests = discovery_requests(&config);
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
+        let discovery = start_discovery(&config, kubeconfig, &waker)?;
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
         let controller = Controller::new(config, &tc_support, facts)?;
         for (listener, choice) in controller.modes() {
@@ -124,7 +128,8 @@ impl Daemon {
             user: UserDatapath::new(),
             kernel,
             http: None,
-            discovery: None,
+            discovery,
+            discovery_lost: false,
             health,
             plan_applies: PlanApplies::default(),
             started: now,
@@ -142,12 +147,6 @@ impl Daemon {
         // Only now, so that there is no moment without either the old filter or the socket that takes its place.
         attach::remove_leftovers(&daemon.controller.unused_links());
         daemon.watch_health();
-        let waker = Arc::new(Waker::new(daemon.poll.registry(), WAKE).context("cannot create a waker")?);
-        if !requests.is_empty() {
-            let (sender, updates) = mpsc::channel();
-            let settings = discovery::Settings::from_env();
-            daemon.discovery = Some((Discovery::start(requests, settings, sender, Arc::clone(&waker))?, updates));
-        }
         if let Some(page) = page {
             tracing::info!(address = %page.address(), "serving metrics");
             daemon.http = Some(page.serve(waker, http::Limits::default())?);
@@ -258,6 +257,7 @@ impl Daemon {
         }
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
+            self.tend_discovery();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
@@ -266,6 +266,17 @@ impl Daemon {
                     "the TC filter has been taken off by someone else; attaching again".into(),
                 ));
             }
+        }
+    }
+
+    /// Says once that nothing new will come any more; what is known stays in force.
+    fn tend_discovery(&mut self) {
+        if !self.discovery_lost && self.discovery.as_ref().is_some_and(|(discovery, _)| !discovery.is_running()) {
+            self.discovery_lost = true;
+            tracing::error!(
+                "the thread that follows EndpointSlices has failed: the last known endpoints stay in use, and changes \
+                 are no longer seen; restart the daemon"
+            );
         }
     }
 
@@ -346,21 +357,27 @@ impl Daemon {
 
 /// What the listeners whose downstreams come from Kubernetes want to know.
 fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
-    let request = |listener: &ListenerConfig| match &listener.source {
-        Source::Static(_) => None,
-        Source::Kubernetes(source) => Some(discovery::Request {
-            listener: listener.id,
-            services: vec![ServiceRef {
-                namespace: source.namespace.clone(),
-                service: source.service.clone(),
-                port: PortRef::Number(source.port),
-            }],
-            family: Family::of(listener.bind.ip()),
-            locality: Locality::default(),
-            terminating: Terminating::default(),
-        }),
-    };
-    config.listeners.iter().filter_map(request).collect()
+    config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect()
+}
+
+/// Starts following the Services that listeners want, if any does. Sets that come before the loop turns wait in the
+/// channel.
+///
+/// # Errors
+/// When there are no credentials for the API server, or the node's name is needed and not known.
+fn start_discovery(
+    config: &Config,
+    kubeconfig: Option<PathBuf>,
+    waker: &Arc<Waker>,
+) -> Result<Option<(Discovery, Receiver<Update>)>> {
+    let requests = discovery_requests(config);
+    if requests.is_empty() {
+        return Ok(None);
+    }
+    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
+    let settings = discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() };
+    let (sender, updates) = mpsc::channel();
+    Ok(Some((Discovery::start(requests, settings, sender, Arc::clone(waker))?, updates)))
 }
 
 /// Finds out whether the TC program can be used by loading it, if any listener might want it.

@@ -1,17 +1,19 @@
 //! Entry point: reads the command line, hands over to the library, turns its answer into an exit code.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
-use udp_fanout::config::Config;
+use udp_fanout::config::{Config, ListenerConfig};
+use udp_fanout::discovery::rbac::{self, Account};
 use udp_fanout::{event_loop, logging, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
-        Invocation::Run { config, log } => return run(&config, log),
+        Invocation::Run { config, log, kubeconfig } => return run(&config, log, kubeconfig),
         Invocation::Check { config } => check(&config),
+        Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
         Invocation::Completions(shell) => cli::print(&cli::completions(shell)),
         Invocation::Man => cli::man().map_err(Into::into).and_then(|page| cli::print(&page)),
     };
@@ -25,7 +27,7 @@ fn main() -> ExitCode {
 }
 
 /// Is the daemon. What goes wrong is a line in the log, in the log's format.
-fn run(config: &Path, log: logging::Options) -> ExitCode {
+fn run(config: &Path, log: logging::Options, kubeconfig: Option<PathBuf>) -> ExitCode {
     if let Err(error) = logging::init(log) {
         eprintln!("{error:#}");
         return ExitCode::FAILURE;
@@ -36,7 +38,7 @@ fn run(config: &Path, log: logging::Options) -> ExitCode {
             tracing::warn!("{warning}");
         }
     });
-    match config.and_then(event_loop::run) {
+    match config.and_then(|config| event_loop::run(config, kubeconfig)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             for line in format!("{error:#}").lines() {
@@ -45,6 +47,16 @@ fn run(config: &Path, log: logging::Options) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
+    let account = Account::new(account, namespace)?;
+    let config = Config::load(config)?;
+    let requests: Vec<_> = config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect();
+    if requests.is_empty() {
+        eprintln!("{}: no listener follows Services of Kubernetes, so nothing is needed there", config.path.display());
+    }
+    cli::print(rbac::manifests(&requests, &account).as_bytes())
 }
 
 fn check(config: &Path) -> Result<()> {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use udp_fanout::config::keys::{self, Absent, Key, Kind};
 use udp_fanout::config::{Config, HealthProtocol, Interfaces, RequestedMode, Source};
+use udp_fanout::discovery::{PortRef, ServiceRef};
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -78,6 +79,10 @@ const MINIMAL: &str = r#"
     name = "statsd"
     bind = "0.0.0.0:8125"
     kubernetes = { service = "statsd-receivers", port = 8125 }
+    [[listeners]]
+    name = "netflow"
+    bind = "0.0.0.0:2055"
+    kubernetes = { services = [{ service = "collectors-blue" }, { service = "collectors-green" }], port = 2055 }
 "#;
 
 #[test]
@@ -105,6 +110,8 @@ fn the_reference_holds_every_key() {
             Absent::Default(default) => {
                 assert_eq!(set.get(path).map(String::as_str), Some(default), "config/reference.toml: {path}");
             }
+            // Required in most files, and set in one place of the reference or another.
+            Absent::Means(_) if ["service", "port"].contains(&key.name) && set.contains_key(path) => {}
             Absent::Means(_) => assert!(!set.contains_key(path), "config/reference.toml sets {path}: no default"),
             Absent::Refused => assert!(set.contains_key(path), "config/reference.toml: {path} is required"),
         }
@@ -152,12 +159,16 @@ fn with(path: &str, value: &str) -> String {
     let mut at = &mut text;
     let (tables, key) = path.rsplit_once('.').unwrap_or(("", path));
     for table in tables.split('.').filter(|table| !table.is_empty()) {
-        // Of a list, the first; `kubernetes` is in the second listener.
+        // Of a list, the first; but the second listener has a `kubernetes`, and the third one with `services`.
         let (name, list) = table.strip_suffix("[]").map_or((table, false), |name| (name, true));
         let entry = at.entry(name).or_insert_with(|| toml::Value::Table(toml::Table::new()));
         at = match (list, entry) {
             (true, toml::Value::Array(items)) => {
-                let index = usize::from(name == "listeners" && path.contains("kubernetes"));
+                let index = match name {
+                    "listeners" if path.contains(".services[]") => 2,
+                    "listeners" if path.contains(".kubernetes.") => 1,
+                    _ => 0,
+                };
                 items[index].as_table_mut().unwrap()
             }
             (_, toml::Value::Table(table)) => table,
@@ -215,10 +226,10 @@ fn every_range_in_the_table_is_the_real_one() {
     let try_value = |name: &str, value: String| Config::parse(&with(name, &value), Path::new("c.toml"));
     every_leaf(&mut |name, key| {
         let (inside, outside): (Vec<String>, Vec<String>) = match &key.kind {
-            Kind::Integer(range) => {
+            Kind::Integer(range) | Kind::IntegerOrText(range, _) => {
                 let (low, high) = (*range.start(), *range.end());
                 let max_is_too_small_for_the_file = name == "limits.max_listeners" && low == 1;
-                let low_inside = if max_is_too_small_for_the_file { low + 1 } else { low };
+                let low_inside = if max_is_too_small_for_the_file { low + 2 } else { low };
                 (vec![low_inside.to_string(), high.to_string()], vec![(low - 1).to_string(), (high + 1).to_string()])
             }
             Kind::Seconds(range) => {
@@ -274,7 +285,7 @@ fn the_documentation_has_every_key() {
     let text = fs::read_to_string(&path).unwrap();
     let mut tables: BTreeMap<String, &[Key]> = BTreeMap::from([(String::new(), keys::FILE)]);
     keys::walk(&mut |path, key| {
-        let list = if matches!(key.kind, Kind::Tables(_)) { "[]" } else { "" };
+        let list = if matches!(key.kind, Kind::Tables(_) | Kind::NamesOrTables(..)) { "[]" } else { "" };
         if !key.kind.children().is_empty() {
             tables.insert(format!(" {path}{list}"), key.kind.children());
         }
@@ -394,8 +405,12 @@ fn every_configuration_in_the_deployment_guide_loads_and_means_what_the_guide_sa
     assert_eq!(step_3.interfaces, Interfaces::Named(vec!["eth0".into()]));
     assert_eq!(step_3.mode, RequestedMode::TcEbpf);
     let Source::Kubernetes(service) = &step_3.source else { panic!() };
-    assert_eq!(service.namespace.as_deref(), Some("logging"));
-    assert_eq!((service.service.as_str(), service.port), ("vector-aggregators", 5514));
+    let expected = ServiceRef {
+        namespace: Some("logging".into()),
+        service: "vector-aggregators".into(),
+        port: PortRef::Number(5514),
+    };
+    assert_eq!(service.services, [expected]);
 
     let userspace = &configs[2].listeners[0];
     assert_eq!(userspace.mode, RequestedMode::Userspace);

@@ -246,6 +246,35 @@ fn random_histories_keep_the_invariants() {
 }
 
 #[test]
+fn the_listener_itself_is_none_of_its_downstreams() {
+    let config = Config::parse(CONFIG, Path::new("random.toml")).unwrap();
+    let mut world = World::new(1);
+    let mut facts = world.facts.clone();
+    let mut controller = Controller::new(config, &Ok(()), facts.clone()).unwrap();
+    let listener = ListenerId(2);
+    let own: SocketAddr = "192.0.2.7:5002".parse().unwrap();
+    let downstream = |address| Downstream { name: "d".into(), address, weight: 1, sample: Downstream::ALL };
+    let set = DownstreamSet { generation: 2, downstreams: vec![downstream(address(1)), downstream(own)] };
+    world.step(&mut controller, Event::Downstreams { listener, set });
+    let planned = |controller: &Controller| -> Vec<SocketAddr> {
+        let plan = controller.plan().listeners.iter().find(|plan| plan.id == listener).unwrap();
+        plan.targets.iter().map(|target| target.downstream.address).collect()
+    };
+    assert_eq!(planned(&controller), [address(1), own], "it may be another host's");
+    facts.addresses.push(Address { link: 2, address: own.ip() });
+    let about = |actions: &[Action]| -> usize {
+        let text = |action: &&Action| matches!(action, Action::Warn(text) if text.contains("is the listener itself"));
+        actions.iter().filter(text).count()
+    };
+    assert_eq!(about(&controller.handle(Event::Host(facts.clone()), Duration::ZERO)), 1);
+    assert_eq!(planned(&controller), [address(1)]);
+    assert_eq!(about(&controller.handle(Event::Host(facts.clone()), Duration::ZERO)), 0, "said once");
+    facts.addresses.pop();
+    controller.handle(Event::Host(facts), Duration::ZERO);
+    assert_eq!(planned(&controller), [address(1), own]);
+}
+
+#[test]
 fn what_is_wrong_is_said_once() {
     let config = Config::parse(CONFIG, Path::new("random.toml")).unwrap();
     let mut world = World::new(1);

@@ -192,8 +192,8 @@ fn without_access_to_the_node_the_zone_comes_from_the_slices() {
     let mut watching = Watching::with(&server.kubeconfig(), wanted, Some("node-without-rights"), limits());
     assert_eq!(watching.next_addresses(), ["10.0.0.1:5514", "10.0.0.2:5514"]);
     let line = logged(&["WARN", "node-without-rights"]);
-    assert!(line.contains("kubectl create clusterrole udp-fanout-node-zone --verb=get --resource=nodes"), "{line}");
-    assert!(line.contains("--serviceaccount=udp-fanout:udp-fanout"), "{line}");
+    assert!(line.contains("missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]"), "{line}");
+    assert!(line.contains("fix: udp-fanout rbac --config /etc/udp-fanout/config.toml | kubectl apply -f -"), "{line}");
     let here = at(unready("10.0.0.3"), "node-without-rights", "east");
     server.apply(Kind::EndpointSlice, slice("logging", "zoneless", "zoneless-b", [here]));
     assert_eq!(watching.next_addresses(), ["10.0.0.2:5514"]);

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use apiserver::{ApiServer, Kind, Rule, Seen};
 use cluster::{namespace, ready, slice};
 use serde_json::{Value, json};
-use udp_fanout::discovery::{Discovery, ErrorKind, Limits};
+use udp_fanout::discovery::{Discovery, ErrorKind, Limits, Settings};
 use watching::{Watching, limits, log_count, logged, request};
 
 /// A service with one endpoint, followed.
@@ -253,9 +253,7 @@ fn a_missing_rule_is_named_with_its_remedy() {
     for part in [
         "system:serviceaccount:udp-fanout:udp-fanout may not list and watch endpointslices",
         "apiGroups [\"discovery.k8s.io\"], resources [\"endpointslices\"], verbs [\"list\", \"watch\"]",
-        "kubectl create role udp-fanout-endpointslices --verb=list,watch --resource=endpointslices.discovery.k8s.io -n secret",
-        "kubectl create rolebinding udp-fanout-endpointslices --role=udp-fanout-endpointslices \
-         --serviceaccount=udp-fanout:udp-fanout -n secret",
+        "; fix: udp-fanout rbac --config /etc/udp-fanout/config.toml | kubectl apply -f -;",
     ] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
@@ -426,8 +424,7 @@ fn starting_without_usable_credentials_is_an_error_in_one_line() {
     let server = ApiServer::start();
     let kubeconfig = server.kubeconfig();
     let start = |path: &std::path::Path| {
-        let settings =
-            udp_fanout::discovery::Settings { kubeconfig: Some(path.to_owned()), node_name: None, limits: limits() };
+        let settings = Settings { kubeconfig: Some(path.to_owned()), limits: limits(), ..Settings::from_env() };
         let poll = mio::Poll::new().unwrap();
         let waker = std::sync::Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
         let (sender, _updates) = std::sync::mpsc::channel();

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use udp_fanout::discovery::ErrorKind;
 use udp_fanout::metrics::names;
 use udp_fanout::model::DropReason;
 
@@ -56,6 +57,15 @@ fn every_drop_reason_has_its_row() {
     for (row, reason) in rows.iter().zip(DropReason::ALL) {
         assert!(row.len() == 3 && row.iter().all(|cell| !cell.is_empty()), "what to do about {}", reason.label());
     }
+}
+
+#[test]
+fn every_kind_of_error_has_its_row() {
+    let rows = table(&read("docs/METRICS.md"), "Kind");
+    let documented: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
+    let counted: Vec<String> = ErrorKind::ALL.iter().map(|kind| code(kind.label())).collect();
+    assert_eq!(documented, counted, "in numeric order");
+    assert!(rows.iter().all(|row| row.len() == 3 && row.iter().all(|cell| !cell.is_empty())));
 }
 
 #[test]

@@ -95,6 +95,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
             downstreams: (0..downstreams).map(downstream).collect(),
         }],
         health: Vec::new(),
+        discovery: Vec::new(),
     }
 }
 

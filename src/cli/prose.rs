@@ -8,8 +8,9 @@ pub(super) const ABOUT: &str = "Hand each UDP datagram that arrives at this host
 /// The forms of the command line, one a line; clap's own would show neither which options go with which command nor
 /// that `run` may be left out.
 pub(super) const USAGE: &str = "\
-udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT]
+udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE]
        udp-fanout check [-c FILE]
+       udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -40,6 +41,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout", "Run on /etc/udp-fanout/config.toml."),
             ("udp-fanout -c ./syslog.toml -l debug", "Run on another file and log more."),
             ("udp-fanout check -c ./syslog.toml", "Find out whether a file is right before restarting with it."),
+            ("udp-fanout rbac -c ./syslog.toml | kubectl apply -f -", "Allow what a file needs in the cluster."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
             ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
@@ -54,6 +56,11 @@ pub(super) const SECTIONS: [Section; 5] = [
         entries: &[
             ("RUST_LOG", "What to log, as comma-separated [TARGET=]LEVEL; wins over --log-level."),
             ("NO_COLOR", "If not empty, no colours even on a terminal."),
+            (
+                "KUBECONFIG",
+                "Where the API server of Kubernetes is, outside of a pod; asked only if a listener follows Services.",
+            ),
+            ("NODE_NAME", "This node's name in Kubernetes, for listeners that prefer receivers by where they run."),
             ("JOURNAL_STREAM", "Set by systemd: the journal has the time of each line already, so text omits it."),
         ],
     },

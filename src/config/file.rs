@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
 use super::{HealthProtocol, Protocol, RequestedMode};
+use crate::discovery::{Locality, PortRef, Terminating};
 use crate::model;
 
 /// A whole file.
@@ -135,13 +136,58 @@ fn all() -> f64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Kubernetes {
-    /// The Service's; the daemon's own by default.
+    /// The Services'; the daemon's own by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) namespace: Option<String>,
+    /// The Service's name; this or `services`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) service: Option<String>,
+    /// The receivers' port; every service must have one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) port: Option<PortRef>,
+    /// All endpoints alike by default.
+    #[serde(default)]
+    pub(super) locality: Locality,
+    /// Only where nothing is ready by default.
+    #[serde(default)]
+    pub(super) terminating: Terminating,
+    /// Several Services; this or `service`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) services: Option<Vec<Service>>,
+}
+
+/// One of `listeners[].kubernetes.services`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Service {
+    /// Only its name.
+    Name(String),
+    /// Its name and what differs from the other services.
+    Table(ServiceTable),
+}
+
+/// One of `listeners[].kubernetes.services` that is written out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServiceTable {
     /// The Service's name; no default.
     pub(super) service: String,
-    /// The receivers' port; no default.
-    pub(super) port: u16,
+    /// That of all by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) namespace: Option<String>,
+    /// That of all by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) port: Option<PortRef>,
+}
+
+impl Service {
+    /// Written out.
+    pub(super) fn table(&self) -> ServiceTable {
+        match self {
+            Service::Name(name) => ServiceTable { service: name.clone(), namespace: None, port: None },
+            Service::Table(table) => table.clone(),
+        }
+    }
 }
 
 /// `listeners[].settings`.
@@ -282,7 +328,18 @@ mod tests {
                     weight: 1,
                     sample: 1.0,
                 }]),
-                kubernetes: Some(Kubernetes { namespace: Some("n".into()), service: "s".into(), port: 1 }),
+                kubernetes: Some(Kubernetes {
+                    namespace: Some("n".into()),
+                    service: Some("s".into()),
+                    port: Some(PortRef::Number(1)),
+                    locality: Locality::Node,
+                    terminating: Terminating::Never,
+                    services: Some(vec![Service::Table(ServiceTable {
+                        service: "s".into(),
+                        namespace: Some("n".into()),
+                        port: Some(PortRef::Name("p".into())),
+                    })]),
+                }),
                 settings: Settings {
                     workers: 1,
                     batch_size: 1,
@@ -343,11 +400,13 @@ mod tests {
                     "listeners[].protocol" => known::<Protocol>(choices),
                     "listeners[].policy" => known::<Policy>(choices),
                     "listeners[].hash_on" => known::<model::HashOn>(choices),
+                    "listeners[].kubernetes.locality" => known::<Locality>(choices),
+                    "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
                     "health.protocol" => known::<HealthProtocol>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 5);
+        assert_eq!(seen, 7);
     }
 }

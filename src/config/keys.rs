@@ -31,6 +31,8 @@ pub enum Kind {
     Table(&'static [Key]),
     /// A list of tables with these keys.
     Tables(&'static [Key]),
+    /// A list of tables with these keys; text, as the words here say, stands for a table with only the first of them.
+    NamesOrTables(&'static str, &'static [Key]),
     /// Text, which must be what the words here say.
     Text(&'static str),
     /// Text or a list of texts, which must be what the words here say.
@@ -41,6 +43,8 @@ pub enum Kind {
     Flag,
     /// A whole number within these bounds.
     Integer(RangeInclusive<i64>),
+    /// A whole number within these bounds, or text, which must be what the words here say.
+    IntegerOrText(RangeInclusive<i64>, &'static str),
     /// A number within these bounds, which may have a fraction.
     Number(RangeInclusive<f64>),
     /// A number of seconds within these bounds, which may have a fraction.
@@ -52,7 +56,7 @@ impl Kind {
     #[must_use]
     pub fn children(&self) -> &'static [Key] {
         match self {
-            Kind::Table(keys) | Kind::Tables(keys) => keys,
+            Kind::Table(keys) | Kind::Tables(keys) | Kind::NamesOrTables(_, keys) => keys,
             _ => &[],
         }
     }
@@ -63,10 +67,12 @@ impl Kind {
         match self {
             Kind::Table(_) => "table",
             Kind::Tables(_) => "list of tables",
+            Kind::NamesOrTables(..) => "list of texts or tables",
             Kind::Text(_) | Kind::Choice(_) => "text",
             Kind::Texts(_) => "text or list of texts",
             Kind::Flag => "boolean",
             Kind::Integer(_) => "integer",
+            Kind::IntegerOrText(..) => "integer or text",
             Kind::Number(_) | Kind::Seconds(_) => "number",
         }
     }
@@ -77,6 +83,7 @@ impl Kind {
         match self {
             Kind::Table(_) => "a table".to_owned(),
             Kind::Tables(_) => "a list of tables".to_owned(),
+            Kind::NamesOrTables(form, _) => format!("a list of {form}, each alone or in a table"),
             Kind::Text(form) | Kind::Texts(form) => (*form).to_owned(),
             Kind::Choice(choices) => {
                 let quoted: Vec<String> = choices.iter().map(|choice| format!("\"{choice}\"")).collect();
@@ -84,6 +91,9 @@ impl Kind {
             }
             Kind::Flag => "true or false".to_owned(),
             Kind::Integer(range) => format!("an integer from {} to {}", range.start(), range.end()),
+            Kind::IntegerOrText(range, form) => {
+                format!("an integer from {} to {} or {form}", range.start(), range.end())
+            }
             Kind::Number(range) => format!("a number from {} to {}", range.start(), range.end()),
             Kind::Seconds(range) => format!("seconds from {} to {}", range.start(), range.end()),
         }
@@ -105,7 +115,7 @@ const fn key(name: &'static str, kind: Kind, absent: Absent, example: &'static s
     Key { name, kind, absent, example, meaning }
 }
 
-const PORTS: RangeInclusive<i64> = 1..=65_535;
+const PORT: Kind = Kind::IntegerOrText(1..=65_535, "the name of a Service's port");
 
 const fn wide(range: RangeInclusive<u32>) -> RangeInclusive<i64> {
     *range.start() as i64..=*range.end() as i64
@@ -206,7 +216,7 @@ pub static LISTENER: &[Key] = &[
         Kind::Table(KUBERNETES),
         Absent::Means("`downstream` must be there"),
         "",
-        "The Service whose ready endpoints are the receivers. Either this or `downstream`.",
+        "The Services whose ready endpoints are the receivers. Either this or `downstream`.",
     ),
     key(
         "settings",
@@ -256,8 +266,47 @@ pub static KUBERNETES: &[Key] = &[
         Kind::Text("a namespace's name"),
         Absent::Means("the daemon's own namespace"),
         "\"logging\"",
-        "The Service's namespace.",
+        "The namespace of its Services.",
     ),
+    key(
+        "service",
+        Kind::Text("a Service's name"),
+        Absent::Means("`services` must be there"),
+        "\"vector-aggregators\"",
+        "The Service's name. A headless one is recommended.",
+    ),
+    key(
+        "services",
+        Kind::NamesOrTables("Services' names", SERVICES),
+        Absent::Means("`service` must be there"),
+        "[\"vector-blue\", \"vector-green\"]",
+        "Several Services, whose endpoints are the receivers together. Either this or `service`.",
+    ),
+    key(
+        "port",
+        PORT,
+        Absent::Means("each of `services` must have its own"),
+        "5514",
+        "The UDP port that the receivers listen on: the container's, not the Service's. Or the name of a port of the Service, and each EndpointSlice says which number that is.",
+    ),
+    key(
+        "locality",
+        Kind::Choice(&["cluster", "prefer_node", "node", "prefer_zone"]),
+        Absent::Default("\"cluster\""),
+        "\"prefer_node\"",
+        "Which endpoints take part, by where they run: all alike (`cluster`), those on the daemon's node and, while it has none, all (`prefer_node`), only those on the daemon's node (`node`), or those in its zone and, while it has none, all (`prefer_zone`).",
+    ),
+    key(
+        "terminating",
+        Kind::Choice(&["never", "fallback", "until_gone"]),
+        Absent::Default("\"fallback\""),
+        "\"until_gone\"",
+        "Whether endpoints take part that are shutting down and still serve: never, while no endpoint is ready (`fallback`), or like ready ones until they are gone (`until_gone`).",
+    ),
+];
+
+/// The keys of one of `listeners[].kubernetes.services`.
+pub static SERVICES: &[Key] = &[
     key(
         "service",
         Kind::Text("a Service's name"),
@@ -266,12 +315,13 @@ pub static KUBERNETES: &[Key] = &[
         "The Service's name. A headless one is recommended.",
     ),
     key(
-        "port",
-        Kind::Integer(PORTS),
-        Absent::Refused,
-        "5514",
-        "The UDP port that the receivers listen on: the container's, not the Service's.",
+        "namespace",
+        Kind::Text("a namespace's name"),
+        Absent::Means("that of `kubernetes`"),
+        "\"logging\"",
+        "The Service's namespace.",
     ),
+    key("port", PORT, Absent::Means("that of `kubernetes`"), "\"syslog\"", "The port on this Service's endpoints."),
 ];
 
 /// The keys of `listeners[].settings`.
@@ -382,7 +432,7 @@ pub fn walk(visit: &mut dyn FnMut(&str, &'static Key)) {
         for key in keys {
             let path = format!("{prefix}{}", key.name);
             visit(&path, key);
-            let list = if matches!(key.kind, Kind::Tables(_)) { "[]" } else { "" };
+            let list = if matches!(key.kind, Kind::Tables(_) | Kind::NamesOrTables(..)) { "[]" } else { "" };
             down(&format!("{path}{list}."), key.kind.children(), visit);
         }
     }

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use super::file::{Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Settings};
+use super::file::{
+    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Service, ServiceTable, Settings,
+};
 use super::rules::part_of;
-use super::{Config, Interfaces, ListenerConfig, Source};
+use super::{Config, Interfaces, KubernetesSource, ListenerConfig, Source};
+use crate::discovery::ServiceRef;
 use crate::model;
 
 /// The file that says all that the configuration says.
@@ -32,6 +35,31 @@ fn seconds(duration: Duration) -> f64 {
     duration.as_secs_f64()
 }
 
+/// One Service stands in the table itself; of several, each says all that it is.
+fn kubernetes(source: &KubernetesSource) -> Kubernetes {
+    let KubernetesSource { services, locality, terminating } = source;
+    let mut table = Kubernetes {
+        namespace: None,
+        service: None,
+        port: None,
+        locality: *locality,
+        terminating: *terminating,
+        services: None,
+    };
+    if let [only] = services.as_slice() {
+        table.namespace.clone_from(&only.namespace);
+        table.service = Some(only.service.clone());
+        table.port = Some(only.port.clone());
+    } else {
+        let service = |service: &ServiceRef| {
+            let ServiceRef { namespace, service, port } = service.clone();
+            Service::Table(ServiceTable { service, namespace, port: Some(port) })
+        };
+        table.services = Some(services.iter().map(service).collect());
+    }
+    table
+}
+
 fn listener(listener: &ListenerConfig) -> Listener {
     let (downstream, kubernetes) = match &listener.source {
         Source::Static(downstreams) => {
@@ -43,11 +71,7 @@ fn listener(listener: &ListenerConfig) -> Listener {
             };
             (Some(downstreams.iter().map(downstream).collect()), None)
         }
-        Source::Kubernetes(source) => {
-            let kubernetes =
-                Kubernetes { namespace: source.namespace.clone(), service: source.service.clone(), port: source.port };
-            (None, Some(kubernetes))
-        }
+        Source::Kubernetes(source) => (None, Some(kubernetes(source))),
     };
     let (policy, hash_on) = match listener.policy {
         model::Policy::RoundRobin => (Some(Policy::RoundRobin), None),

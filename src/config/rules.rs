@@ -3,6 +3,7 @@
 //! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
 //! breaks one is added to the problems with the key, the value and the fix.
 
+mod kubernetes;
 mod policies;
 mod texts;
 
@@ -14,9 +15,7 @@ use std::time::Duration;
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{
-    Config, HealthConfig, Interfaces, KubernetesSource, Limits, ListenerConfig, MetricsConfig, Settings, Source,
-};
+use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, address};
 use crate::model::{Downstream, ListenerId};
 
@@ -232,17 +231,6 @@ impl Rules<'_> {
             good.push(Downstream { name: name.into(), address, weight: downstream.weight, sample });
         }
         (good.len() == downstreams.len()).then_some(good)
-    }
-
-    fn kubernetes(&mut self, at: &KeyPath, source: &file::Kubernetes) -> Option<KubernetesSource> {
-        let service = self.check(&at.then("service"), texts::kubernetes_name(&source.service, "a Service"));
-        let namespace = match &source.namespace {
-            None => Some(None),
-            Some(name) => self
-                .check(&at.then("namespace"), texts::kubernetes_name(name, "a namespace"))
-                .map(|n| Some(n.to_owned())),
-        };
-        Some(KubernetesSource { namespace: namespace?, service: service?.to_owned(), port: source.port })
     }
 
     fn distinct_names(&mut self, file: &File) {

@@ -74,7 +74,21 @@ impl Shape<'_> {
                     });
                 }
             }
-            (Kind::Text(_) | Kind::Texts(_), Value::Text(_)) | (Kind::Flag, Value::Flag(_)) => {}
+            (Kind::NamesOrTables(_, keys), Value::List(items)) => {
+                for (index, item) in items.iter().enumerate() {
+                    self.within(index, |shape| match &item.value {
+                        Value::Text(_) => {}
+                        Value::Table(entries) => shape.table(keys, entries, item.line),
+                        other => {
+                            let known = names(keys);
+                            let fix = format!("write a name in quotes, or a table with the keys {known}");
+                            shape.fault(item.line, format!("expected text or a table, got {other}; {fix}"));
+                        }
+                    });
+                }
+            }
+            (Kind::Text(_) | Kind::Texts(_) | Kind::IntegerOrText(..), Value::Text(_))
+            | (Kind::Flag, Value::Flag(_)) => {}
             (Kind::Texts(_), Value::List(items)) => {
                 for (index, item) in items.iter().enumerate() {
                     if !matches!(item.value, Value::Text(_)) {
@@ -92,7 +106,7 @@ impl Shape<'_> {
                     self.fault(node.line, format!("expected {}, got {}; {fix}", key.kind.accepts(), quoted(text)));
                 }
             }
-            (Kind::Integer(range), Value::Integer(number)) => {
+            (Kind::Integer(range) | Kind::IntegerOrText(range, _), Value::Integer(number)) => {
                 let inside = i64::try_from(*number).is_ok_and(|number| range.contains(&number));
                 self.range(key, node, inside);
             }
@@ -125,6 +139,7 @@ impl Shape<'_> {
                 format!("give it a value, for example {}, or remove the key", key.example)
             }
             (_, Value::Nothing) => "give it keys, or remove it".to_owned(),
+            (Kind::NamesOrTables(..), _) => format!("write for example {}", key.example),
             (Kind::Tables(_), Value::Table(_)) => match self.document.format {
                 Format::Toml => format!("write [[{}]] with two brackets", self.header()),
                 Format::Yaml => format!("start each table under {} with a dash", key.name),

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use super::*;
+use crate::discovery::PortRef;
 use crate::model::HashOn;
 
 /// A file with one listener, without anything that need not be there.
@@ -171,6 +172,41 @@ fn a_sample_is_a_part_of_all_that_a_u32_can_say() {
     assert_eq!(sample("0.5"), 1 << 31);
     assert_eq!(sample("0.01"), 42_949_673);
     assert_eq!(sample("0.000001"), 4_295);
+}
+
+#[test]
+fn services_share_what_they_do_not_say_themselves() {
+    let source = |kubernetes: &str| {
+        let text = format!("[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:1\"\nkubernetes = {{ {kubernetes} }}\n");
+        let Source::Kubernetes(source) = config(&text).listeners.remove(0).source else { panic!() };
+        source
+    };
+    let service = |namespace: Option<&str>, service: &str, port: PortRef| ServiceRef {
+        namespace: namespace.map(str::to_owned),
+        service: service.to_owned(),
+        port,
+    };
+    let number = PortRef::Number;
+    let one = source("service = \"s\", port = 5514");
+    assert_eq!(one.services, [service(None, "s", number(5514))]);
+    assert_eq!((one.locality, one.terminating), (Locality::Cluster, Terminating::Fallback));
+    let several = source(
+        "namespace = \"n\", port = \"syslog\", locality = \"node\", terminating = \"until_gone\", \
+         services = [\"a\", { service = \"b\", port = 1 }, { service = \"a\", namespace = \"m\" }, { service = \"a\", port = 2 }]",
+    );
+    let named = || PortRef::Name("syslog".to_owned());
+    assert_eq!(
+        several.services,
+        [
+            service(Some("n"), "a", named()),
+            service(Some("n"), "b", number(1)),
+            service(Some("m"), "a", named()),
+            service(Some("n"), "a", number(2)),
+        ]
+    );
+    assert_eq!((several.locality, several.terminating), (Locality::Node, Terminating::UntilGone));
+    let own = source("services = [{ service = \"a\", port = 1 }, { service = \"b\", port = \"x\" }]");
+    assert_eq!(own.services, [service(None, "a", number(1)), service(None, "b", PortRef::Name("x".to_owned()))]);
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! What the operator is told: the cause as far as it can be known, and the command that removes it. Pure text.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use super::hub::ServiceKey;
+use super::rbac::DEFAULT_ACCOUNT;
 use super::slices::{Rules, Tally};
 use super::wire::SERVICE_NAME_LABEL;
 use super::{Family, Locality, Terminating};
 
-/// Name of the objects that the commands in our advice create; not those of our manifests, so that the commands
+/// Name of the objects that `kubectl create` in our advice makes; not those of our manifests, so that the commands
 /// never meet objects that exist with other rules.
 const ROLE: &str = "udp-fanout-endpointslices";
 const NODE_ROLE: &str = "udp-fanout-node-zone";
@@ -25,9 +27,10 @@ pub enum Presence {
     Unknown,
 }
 
-/// Access to the EndpointSlices was refused. `message` is the API server's, which names the user.
+/// Access to the EndpointSlices was refused. `message` is the API server's, which names the user; `config` is the
+/// configuration file.
 #[must_use]
-pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence) -> String {
+pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence, config: Option<&Path>) -> String {
     let ns = &key.namespace;
     let place = match namespace {
         Presence::Missing => return format!("EndpointSlice not found: {}", missing_namespace(key)),
@@ -36,27 +39,58 @@ pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence) -> String
     };
     let user = user(message);
     let who = user.unwrap_or("the daemon's user");
+    let fix = print_and_apply(user, config).unwrap_or_else(|| {
+        format!(
+            "kubectl create role {ROLE} --verb=list,watch --resource=endpointslices.discovery.k8s.io -n {ns} && kubectl \
+             create rolebinding {ROLE} --role={ROLE} {} -n {ns}",
+            subject(user)
+        )
+    });
     format!(
         "EndpointSlice not found: {who} may not list and watch endpointslices {place}; missing rule: apiGroups \
-         [\"discovery.k8s.io\"], resources [\"endpointslices\"], verbs [\"list\", \"watch\"]; fix: kubectl create role \
-         {ROLE} --verb=list,watch --resource=endpointslices.discovery.k8s.io -n {ns} && kubectl create rolebinding \
-         {ROLE} --role={ROLE} {} -n {ns}; the last known endpoints stay in use",
-        subject(user)
+         [\"discovery.k8s.io\"], resources [\"endpointslices\"], verbs [\"list\", \"watch\"]; fix: {fix}; the last known \
+         endpoints stay in use"
     )
 }
 
 /// The Node object could not be read, so that the zone is not known.
 #[must_use]
-pub fn zone_forbidden(node: &str, message: &str) -> String {
+pub fn zone_forbidden(node: &str, message: &str, config: Option<&Path>) -> String {
     let user = user(message);
     let who = user.unwrap_or("the daemon's user");
+    let fix = print_and_apply(user, config).unwrap_or_else(|| {
+        format!(
+            "kubectl create clusterrole {NODE_ROLE} --verb=get --resource=nodes && kubectl create clusterrolebinding \
+             {NODE_ROLE} --clusterrole={NODE_ROLE} {}",
+            subject(user)
+        )
+    });
     format!(
         "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: {who} may \
-         not get node {node:?}; missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]; fix: kubectl create \
-         clusterrole {NODE_ROLE} --verb=get --resource=nodes && kubectl create clusterrolebinding {NODE_ROLE} \
-         --clusterrole={NODE_ROLE} {}",
-        subject(user)
+         not get node {node:?}; missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]; fix: {fix}"
     )
+}
+
+/// The command that gives a service account all that the configuration needs; none for users of another kind.
+fn print_and_apply(user: Option<&str>, config: Option<&Path>) -> Option<String> {
+    let (namespace, name) = user?.strip_prefix("system:serviceaccount:")?.split_once(':')?;
+    let config = shell_word(&config?.to_string_lossy());
+    let mut command = format!("udp-fanout rbac --config {config}");
+    if name != DEFAULT_ACCOUNT {
+        command += &format!(" --service-account {name}");
+    }
+    if namespace != DEFAULT_ACCOUNT {
+        command += &format!(" --service-account-namespace {namespace}");
+    }
+    Some(command + " | kubectl apply -f -")
+}
+
+/// In quotes where a shell would take it for more than one word.
+fn shell_word(text: &str) -> String {
+    if !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c)) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', "'\\''"))
 }
 
 /// The user in a message like `endpointslices… is forbidden: User "x" cannot list resource …`.
@@ -173,4 +207,43 @@ pub fn node_unknown(locality: Locality) -> String {
          NODE_NAME, in a DaemonSet by the downward API (fieldPath: spec.nodeName)",
         locality.name()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(user: &str) -> String {
+        format!(
+            "endpointslices.discovery.k8s.io is forbidden: User \"{user}\" cannot list resource \"endpointslices\" in API \
+             group \"discovery.k8s.io\" in the namespace \"logging\""
+        )
+    }
+
+    #[test]
+    fn the_command_names_what_differs_from_the_manifests() {
+        let key = ServiceKey::new("logging", "vector");
+        let fix = |user: &str, config: &str| {
+            let text = forbidden(&key, &refusal(user), Presence::Exists, Some(Path::new(config)));
+            let fix = text.split_once("; fix: ").unwrap().1;
+            fix.strip_suffix("; the last known endpoints stay in use").unwrap().to_owned()
+        };
+        let account = "system:serviceaccount:udp-fanout:udp-fanout";
+        assert_eq!(fix(account, "/etc/u.toml"), "udp-fanout rbac --config /etc/u.toml | kubectl apply -f -");
+        assert_eq!(
+            fix("system:serviceaccount:edge:fan", "/a b's"),
+            "udp-fanout rbac --config '/a b'\\''s' --service-account fan --service-account-namespace edge | kubectl \
+             apply -f -"
+        );
+        let by_hand = fix("admin", "/etc/u.toml");
+        assert!(
+            by_hand.contains("--verb=list,watch --resource=endpointslices.discovery.k8s.io -n logging"),
+            "{by_hand}"
+        );
+        assert!(by_hand.ends_with("--role=udp-fanout-endpointslices --user=admin -n logging"), "{by_hand}");
+        let zone = zone_forbidden("n1", &refusal(account), Some(Path::new("c.toml")));
+        assert!(zone.ends_with("fix: udp-fanout rbac --config c.toml | kubectl apply -f -"), "{zone}");
+        let zone = zone_forbidden("n1", &refusal("admin"), Some(Path::new("c.toml")));
+        assert!(zone.ends_with("--clusterrole=udp-fanout-node-zone --user=admin"), "{zone}");
+    }
 }

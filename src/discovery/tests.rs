@@ -11,7 +11,7 @@ fn request(service: &str, port: PortRef) -> Request {
 }
 
 fn settings() -> Settings {
-    Settings { kubeconfig: None, node_name: None, limits: Limits::default() }
+    Settings { kubeconfig: None, config: None, node_name: None, limits: Limits::default() }
 }
 
 fn refused(requests: &[Request]) -> String {

@@ -178,16 +178,16 @@ impl Crew {
             && let Some(node) = self.settings.node_name.clone()
         {
             self.zone_asked = true;
-            let (credentials, limits, findings) =
-                (self.credentials.clone(), self.settings.limits, self.findings.clone());
-            self.tasks.spawn(lookup::find_zone(node, credentials, limits, findings));
+            let (credentials, settings, findings) =
+                (self.credentials.clone(), self.settings.clone(), self.findings.clone());
+            self.tasks.spawn(lookup::find_zone(node, credentials, settings, findings));
         }
     }
 
     fn watch(&mut self, key: ServiceKey, delay: Duration) {
         let watch = service::Watch::new(
             key.clone(),
-            self.settings.limits,
+            &self.settings,
             self.credentials.clone(),
             self.status.add(&key),
             self.findings.clone(),

@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Counters, Datapath};
+use crate::discovery::ServiceStatus;
 use crate::health;
 use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
 use crate::metrics::{HealthSnapshot, ListenerSnapshot, Snapshot};
@@ -46,7 +47,18 @@ impl Daemon {
             Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
         });
         let health = health.collect();
-        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners, health })
+        let discovery = self.discovery_status();
+        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners, health, discovery })
+    }
+
+    /// A thread that has failed has left its last word behind, which no longer holds.
+    fn discovery_status(&self) -> Vec<ServiceStatus> {
+        let Some((discovery, _)) = &self.discovery else { return Vec::new() };
+        let mut services = discovery.status().services();
+        if !discovery.is_running() {
+            services.iter_mut().for_each(|service| service.synced = false);
+        }
+        services
     }
 
     fn listener_name(&self, id: ListenerId) -> Option<Arc<str>> {

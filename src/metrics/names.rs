@@ -113,6 +113,34 @@ pub const LISTENER_MODE: Metric = gauge(
     "The datapath that carries the listener, and why it was chosen; always 1.",
 );
 
+/// `udp_fanout_discovery_synced`
+pub const DISCOVERY_SYNCED: Metric = gauge(
+    "udp_fanout_discovery_synced",
+    &["namespace", "service"],
+    "1 while all EndpointSlices of the Service are known and the watch that keeps them current is open, else 0.",
+);
+
+/// `udp_fanout_discovery_last_event_age_seconds`
+pub const DISCOVERY_LAST_EVENT_AGE: Metric = gauge(
+    "udp_fanout_discovery_last_event_age_seconds",
+    &["namespace", "service"],
+    "Seconds since the API server last sent anything about the Service, an event or a bookmark. Absent before the first.",
+);
+
+/// `udp_fanout_discovery_watch_restarts_total`
+pub const DISCOVERY_WATCH_RESTARTS: Metric = counter(
+    "udp_fanout_discovery_watch_restarts_total",
+    &["namespace", "service"],
+    "Watches opened after the first, for whatever reason; a healthy one is renewed every few minutes.",
+);
+
+/// `udp_fanout_discovery_errors_total`
+pub const DISCOVERY_ERRORS: Metric = counter(
+    "udp_fanout_discovery_errors_total",
+    &["namespace", "service", "kind"],
+    "Failures between the daemon and the API server, by kind.",
+);
+
 /// `udp_fanout_plan_apply_total`
 pub const PLAN_APPLY: Metric = counter(
     "udp_fanout_plan_apply_total",
@@ -129,7 +157,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 15] = [
+pub const ALL: [&Metric; 19] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -142,6 +170,10 @@ pub const ALL: [&Metric; 15] = [
     &DOWNSTREAM_BYTES,
     &DOWNSTREAM_HEALTH,
     &LISTENER_MODE,
+    &DISCOVERY_SYNCED,
+    &DISCOVERY_LAST_EVENT_AGE,
+    &DISCOVERY_WATCH_RESTARTS,
+    &DISCOVERY_ERRORS,
     &PLAN_APPLY,
     &BUILD_INFO,
     &START_TIME,

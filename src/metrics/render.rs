@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 
 use super::names::{self, Kind, Metric};
 use super::snapshot::{ListenerSnapshot, Snapshot};
+use crate::discovery::ServiceStatus;
 use crate::version;
 
 /// The page's media type.
@@ -29,6 +30,9 @@ pub fn render(snapshot: &Snapshot) -> String {
         let listener = SharedString::from_shared(Arc::clone(&checked.listener));
         let endpoint = SharedString::from_owned(checked.endpoint.to_string());
         page.gauge(&names::DOWNSTREAM_HEALTH, [listener, endpoint], f64::from(u8::from(checked.healthy)));
+    }
+    for service in &snapshot.discovery {
+        page.service(service);
     }
     let applies = snapshot.plan_applies;
     page.counter(&names::PLAN_APPLY, [SharedString::const_str("success")], applies.success);
@@ -89,6 +93,20 @@ impl Page {
         let mode = SharedString::const_str(listener.mode.name());
         let reason = SharedString::from_shared(listener.mode_reason.clone());
         self.gauge(&names::LISTENER_MODE, [name(), mode, reason], 1.0);
+    }
+
+    fn service(&self, service: &ServiceStatus) {
+        let text = |text: &str| SharedString::from_owned(text.to_owned());
+        let labels = || [text(&service.namespace), text(&service.service)];
+        self.gauge(&names::DISCOVERY_SYNCED, labels(), f64::from(u8::from(service.synced)));
+        if let Some(age) = service.last_event_age {
+            self.gauge(&names::DISCOVERY_LAST_EVENT_AGE, labels(), age.as_secs_f64());
+        }
+        self.counter(&names::DISCOVERY_WATCH_RESTARTS, labels(), service.watch_restarts);
+        for &(kind, errors) in &service.errors {
+            let [namespace, service] = labels();
+            self.counter(&names::DISCOVERY_ERRORS, [namespace, service, SharedString::const_str(kind.label())], errors);
+        }
     }
 
     fn counter<const N: usize>(&self, metric: &'static Metric, labels: [SharedString; N], value: u64) {

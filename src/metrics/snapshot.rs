@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::datapath::Counters;
+use crate::discovery::ServiceStatus;
 use crate::model::{DownstreamCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
@@ -19,6 +20,8 @@ pub struct Snapshot {
     pub listeners: Vec<ListenerSnapshot>,
     /// The downstreams that are checked, those left out of a round included.
     pub health: Vec<HealthSnapshot>,
+    /// The Services that are followed.
+    pub discovery: Vec<ServiceStatus>,
 }
 
 /// What health checks say of one downstream of one listener.

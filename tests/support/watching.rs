@@ -69,7 +69,12 @@ impl Watching {
 
     pub fn with(kubeconfig: &Path, requests: Vec<Request>, node: Option<&str>, limits: Limits) -> Watching {
         collect_logs();
-        let settings = Settings { kubeconfig: Some(kubeconfig.to_owned()), node_name: node.map(str::to_owned), limits };
+        let settings = Settings {
+            kubeconfig: Some(kubeconfig.to_owned()),
+            config: Some("/etc/udp-fanout/config.toml".into()),
+            node_name: node.map(str::to_owned),
+            limits,
+        };
         let poll = mio::Poll::new().unwrap();
         let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
         let (sender, updates) = channel();

@@ -42,6 +42,14 @@ pub(super) fn kubernetes_name<'a>(name: &'a str, whose: &str) -> Result<&'a str,
     Err(format!("{} is not {whose}'s name; use 1 to 63 of a-z 0-9 - with no - at an end", quoted(name)))
 }
 
+/// A Service's port has a DNS label as its name, which may look like a number; nobody means that.
+pub(super) fn port_name(name: &str) -> Result<&str, String> {
+    if !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(format!("{} is a port's number; remove the quotes", quoted(name)));
+    }
+    kubernetes_name(name, "a Service's port").map_err(|message| format!("{message}, or the port's number"))
+}
+
 /// The path of the Prometheus page.
 pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
     let shown = quoted(path);

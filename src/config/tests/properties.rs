@@ -229,11 +229,30 @@ fn downstreams() -> impl Strategy<Value = Vec<(u32, Option<String>, Option<u32>)
 
 fn source() -> impl Strategy<Value = (bool, Value)> {
     let label = "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?";
-    let service = (maybe(label), label, 1u16..).prop_map(|(namespace, service, port)| {
-        let kubernetes =
-            table([("namespace", namespace), ("service", Some(service.into())), ("port", Some(port.into()))]);
-        json!({ "kubernetes": kubernetes })
-    });
+    let port = || prop_oneof![(1u16..).prop_map(Value::from), "[a-z]([a-z0-9-]{0,10}[a-z0-9])?".prop_map(Value::from)];
+    let one = label.prop_map(|name| vec![("service", name.into())]);
+    let several = (label, prop::collection::btree_map(label, prop::option::of((maybe(label), maybe(port()))), 1..4))
+        .prop_map(|(name, others)| {
+            let other = |(name, own): (String, Option<_>)| match own {
+                None => Value::from(name),
+                Some((namespace, port)) => {
+                    table([("service", Some(name.into())), ("namespace", namespace), ("port", port)])
+                }
+            };
+            let others = others.into_iter().filter(|(other, _)| *other != name).map(other);
+            vec![("services", others.chain([Value::from(name.clone())]).collect())]
+        });
+    let locality = maybe(select(vec!["cluster", "prefer_node", "node", "prefer_zone"]));
+    let terminating = maybe(select(vec!["never", "fallback", "until_gone"]));
+    let service = (maybe(label), prop_oneof![one, several], port(), locality, terminating).prop_map(
+        |(namespace, services, port, locality, terminating)| {
+            let keys = [("namespace", namespace), ("port", Some(port)), ("locality", locality)];
+            let mut kubernetes = table(keys);
+            kubernetes["terminating"] = terminating.unwrap_or_else(|| "fallback".into());
+            services.into_iter().for_each(|(key, value)| kubernetes[key] = value);
+            json!({ "kubernetes": kubernetes })
+        },
+    );
     let known = (any::<bool>(), downstreams()).prop_map(|(v6, all)| {
         let downstream = |(index, (host, name, weight)): (usize, (u32, Option<String>, Option<u32>))| {
             // Unicast, and different for each.

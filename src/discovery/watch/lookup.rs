@@ -10,7 +10,7 @@ use kube::Client;
 use serde::Deserialize;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::super::Limits;
+use super::super::Settings;
 use super::super::advice::{self, Presence};
 use super::super::hub::{Finding, ServiceKey};
 use super::super::status::Counters;
@@ -83,12 +83,12 @@ async fn presence(client: &Client, path: &str) -> Presence {
 pub(super) async fn find_zone(
     node: String,
     credentials: Arc<Credentials>,
-    limits: Limits,
+    settings: Settings,
     findings: UnboundedSender<Finding>,
 ) {
-    let backoff = Backoff::new(limits.backoff_min, limits.backoff_max);
+    let backoff = Backoff::new(settings.limits.backoff_min, settings.limits.backoff_max);
     for failures in 1.. {
-        let (zone, done) = ask_zone(&node, &credentials, limits).await;
+        let (zone, done) = ask_zone(&node, &credentials, &settings).await;
         if findings.send(Finding::Zone(zone.map(Arc::from))).is_err() || done {
             return;
         }
@@ -97,10 +97,10 @@ pub(super) async fn find_zone(
 }
 
 /// The zone, and whether that is the last word.
-async fn ask_zone(node: &str, credentials: &Credentials, limits: Limits) -> (Option<String>, bool) {
+async fn ask_zone(node: &str, credentials: &Credentials, settings: &Settings) -> (Option<String>, bool) {
     let link = Arc::new(Link::new(ServiceKey::new("", ""), Arc::new(Counters::default())));
     let answer = async {
-        let client = client::connect(&credentials.load().await?, limits, link)?;
+        let client = client::connect(&credentials.load().await?, settings.limits, link)?;
         anyhow::Ok(get::<Object>(&client, &format!("/api/v1/nodes/{node}")).await)
     };
     match answer.await {
@@ -116,7 +116,7 @@ async fn ask_zone(node: &str, credentials: &Credentials, limits: Limits) -> (Opt
             (zone.cloned(), true)
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
-            tracing::warn!("{}", advice::zone_forbidden(node, &status.message));
+            tracing::warn!("{}", advice::zone_forbidden(node, &status.message, settings.config.as_deref()));
             (None, true)
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => {

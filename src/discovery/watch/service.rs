@@ -6,6 +6,7 @@
 //! says: a failure leaves them, and a list replaces them when it is complete.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -18,12 +19,12 @@ use rand::RngExt;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::super::Limits;
 use super::super::advice::{self, Presence};
 use super::super::hub::{Finding, ServiceKey};
 use super::super::slices::Slice;
 use super::super::status::{Counters, ErrorKind};
 use super::super::wire::{BetaEndpointSlice, SERVICE_NAME_LABEL, Wire};
+use super::super::{Limits, Settings};
 use super::backoff::Backoff;
 use super::client;
 use super::credentials::Credentials;
@@ -38,6 +39,8 @@ type Slices = BTreeMap<String, Arc<Slice>>;
 pub(super) struct Watch {
     key: ServiceKey,
     limits: Limits,
+    /// The configuration file, to be named in advice.
+    config: Option<PathBuf>,
     credentials: Arc<Credentials>,
     link: Arc<Link>,
     findings: UnboundedSender<Finding>,
@@ -55,7 +58,7 @@ pub(super) struct Watch {
 impl Watch {
     pub(super) fn new(
         key: ServiceKey,
-        limits: Limits,
+        settings: &Settings,
         credentials: Arc<Credentials>,
         counters: Arc<Counters>,
         findings: UnboundedSender<Finding>,
@@ -63,7 +66,8 @@ impl Watch {
         Watch {
             link: Arc::new(Link::new(key.clone(), counters)),
             key,
-            limits,
+            limits: settings.limits,
+            config: settings.config.clone(),
             credentials,
             findings,
             slices: Slices::new(),
@@ -208,7 +212,7 @@ impl Watch {
                 Some(client) => lookup::presence_of_namespace(client, &self.key).await,
                 None => Presence::Unknown,
             };
-            tracing::warn!("{}", advice::forbidden(&self.key, &failure.text, namespace));
+            tracing::warn!("{}", advice::forbidden(&self.key, &failure.text, namespace, self.config.as_deref()));
             return;
         }
         let kept = if self.listed { "the last known endpoints stay in use" } else { "none are known yet" };

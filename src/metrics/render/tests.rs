@@ -7,6 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use proptest::prelude::*;
 
 use super::*;
+use crate::discovery::ErrorKind;
 use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies};
 use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters, Mode};
 
@@ -114,7 +115,27 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
             endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
             healthy: false,
         }],
+        discovery: vec![ServiceStatus {
+            namespace: "logging".to_owned(),
+            service: "vector".to_owned(),
+            synced: true,
+            last_event_age: Some(Duration::from_millis(1_500)),
+            watch_restarts: 3,
+            errors: ErrorKind::ALL.iter().map(|&kind| (kind, kind as u64)).collect(),
+        }],
     }
+}
+
+#[test]
+fn a_service_that_has_never_been_heard_of_has_no_age() {
+    let mut snapshot = snapshot(Vec::new());
+    snapshot.discovery[0].last_event_age = None;
+    let page = parse(&render(&snapshot));
+    assert!(!page.contains_key(names::DISCOVERY_LAST_EVENT_AGE.name));
+    let of = labels(&[("namespace", "logging"), ("service", "vector")]);
+    assert_eq!(page[names::DISCOVERY_WATCH_RESTARTS.name].series[&of], "3");
+    let forbidden = labels(&[("namespace", "logging"), ("service", "vector"), ("kind", "forbidden")]);
+    assert_eq!(page[names::DISCOVERY_ERRORS.name].series[&forbidden], "3");
 }
 
 #[test]

@@ -1,0 +1,210 @@
+//! What the cluster must allow for discovery to work, as the objects that allow it. Pure text.
+//!
+//! Everything has the names and labels of `k8s/rbac.yaml`, so that applying the one after the other changes objects
+//! instead of adding a second set beside them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use anyhow::{Result, bail};
+
+use super::{Locality, Request};
+
+/// The service account that the daemon has in our manifests, and the namespace it is in.
+pub const DEFAULT_ACCOUNT: &str = "udp-fanout";
+/// The name of every Role and binding.
+const NAME: &str = "udp-fanout";
+/// The name of what concerns the whole cluster.
+const NODE_ROLE: &str = "udp-fanout-nodes";
+
+/// Whom the rights are given to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    /// The service account's name.
+    pub name: String,
+    /// The namespace it is in, which is also that of Services that name none.
+    pub namespace: String,
+}
+
+impl Default for Account {
+    fn default() -> Account {
+        Account { name: DEFAULT_ACCOUNT.to_owned(), namespace: DEFAULT_ACCOUNT.to_owned() }
+    }
+}
+
+impl Account {
+    /// Checks that these can be the names of a service account and its namespace.
+    ///
+    /// # Errors
+    /// When one of them cannot.
+    pub fn new(name: &str, namespace: &str) -> Result<Account> {
+        let label = |text: &str| {
+            let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            (1..=63).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-') && !text.ends_with('-')
+        };
+        // Service accounts may have dots in their names, namespaces may not.
+        if name.len() > 253 || !name.split('.').all(label) {
+            bail!("--service-account: {name:?} is not a service account's name; use a-z 0-9 - and single dots");
+        }
+        if !label(namespace) {
+            bail!("--service-account-namespace: {namespace:?} is not a namespace's name; use 1 to 63 of a-z 0-9 -");
+        }
+        Ok(Account { name: name.to_owned(), namespace: namespace.to_owned() })
+    }
+}
+
+/// The Roles and bindings that these requests need, as YAML documents; empty if there are no requests.
+///
+/// For each namespace a Role to list and watch EndpointSlices, and to get the Services by name, which only serves to
+/// tell a missing Service from one without endpoints. And a `ClusterRole` to get the daemon's own Node, which holds
+/// the zone, if some listener asks for `prefer_zone`: which node that is differs from pod to pod, so it is for all.
+#[must_use]
+pub fn manifests(requests: &[Request], account: &Account) -> String {
+    let mut services: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for service in requests.iter().flat_map(|request| &request.services) {
+        let namespace = service.namespace.as_deref().unwrap_or(&account.namespace);
+        services.entry(namespace).or_default().insert(&service.service);
+    }
+    let mut text = String::new();
+    for (namespace, names) in &services {
+        role(&mut text, namespace, names);
+        binding(&mut text, Some(namespace), account);
+    }
+    if requests.iter().any(|request| request.locality == Locality::PreferZone) {
+        head(&mut text, "ClusterRole", NODE_ROLE, None);
+        text += "rules:\n  - apiGroups: [\"\"]\n    resources: [nodes]\n    verbs: [get]\n";
+        binding(&mut text, None, account);
+    }
+    text
+}
+
+fn head(text: &mut String, kind: &str, name: &str, namespace: Option<&str>) {
+    // Writing to a String cannot fail, here and below.
+    let _ = write!(text, "---\napiVersion: rbac.authorization.k8s.io/v1\nkind: {kind}\nmetadata:\n  name: {name}\n");
+    if let Some(namespace) = namespace {
+        let _ = writeln!(text, "  namespace: {}", scalar(namespace));
+    }
+    text.push_str("  labels:\n    app.kubernetes.io/name: udp-fanout\n");
+}
+
+fn role(text: &mut String, namespace: &str, services: &BTreeSet<&str>) {
+    head(text, "Role", NAME, Some(namespace));
+    let names: Vec<String> = services.iter().map(|name| scalar(name)).collect();
+    let _ = write!(
+        text,
+        "rules:\n  - apiGroups: [discovery.k8s.io]\n    resources: [endpointslices]\n    verbs: [list, watch]\n  - \
+         apiGroups: [\"\"]\n    resources: [services]\n    resourceNames: [{}]\n    verbs: [get]\n",
+        names.join(", ")
+    );
+}
+
+fn binding(text: &mut String, namespace: Option<&str>, account: &Account) {
+    let (kind, name) = if namespace.is_some() { ("Role", NAME) } else { ("ClusterRole", NODE_ROLE) };
+    head(text, &format!("{kind}Binding"), name, namespace);
+    let _ = write!(
+        text,
+        "roleRef:\n  apiGroup: rbac.authorization.k8s.io\n  kind: {kind}\n  name: {name}\nsubjects:\n  - kind: \
+         ServiceAccount\n    name: {}\n    namespace: {}\n",
+        scalar(&account.name),
+        scalar(&account.namespace)
+    );
+}
+
+/// A name as a YAML scalar: in quotes where YAML would take it for something other than text.
+fn scalar(name: &str) -> String {
+    let word = ["true", "false", "yes", "no", "on", "off", "y", "n", "null"].contains(&name);
+    if word || name.starts_with(|c: char| c.is_ascii_digit()) { format!("\"{name}\"") } else { name.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Family, PortRef, ServiceRef, Terminating};
+    use super::*;
+    use crate::model::ListenerId;
+
+    fn request(locality: Locality, services: &[(Option<&str>, &str)]) -> Request {
+        let service = |(namespace, service): &(Option<&str>, &str)| ServiceRef {
+            namespace: namespace.map(str::to_owned),
+            service: (*service).to_owned(),
+            port: PortRef::Number(1),
+        };
+        Request {
+            listener: ListenerId(0),
+            services: services.iter().map(service).collect(),
+            family: Family::V4,
+            locality,
+            terminating: Terminating::Fallback,
+        }
+    }
+
+    #[test]
+    fn each_namespace_has_one_role_and_its_binding() {
+        let requests = [
+            request(Locality::PreferNode, &[(Some("logging"), "vector"), (Some("123"), "on")]),
+            request(Locality::Cluster, &[(None, "own"), (Some("logging"), "loki"), (Some("logging"), "vector")]),
+        ];
+        let account = Account { name: "fan".to_owned(), namespace: "edge".to_owned() };
+        let expected = |namespace: &str, services: &str| {
+            format!(
+                "---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  name: udp-fanout
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: udp-fanout
+rules:
+  - apiGroups: [discovery.k8s.io]
+    resources: [endpointslices]
+    verbs: [list, watch]
+  - apiGroups: [\"\"]
+    resources: [services]
+    resourceNames: [{services}]
+    verbs: [get]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: udp-fanout
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: udp-fanout
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: Role
+  name: udp-fanout
+subjects:
+  - kind: ServiceAccount
+    name: fan
+    namespace: edge
+"
+            )
+        };
+        let all = expected("\"123\"", "\"on\"") + &expected("edge", "own") + &expected("logging", "loki, vector");
+        assert_eq!(manifests(&requests, &account), all);
+        assert_eq!(manifests(&[], &account), "");
+    }
+
+    #[test]
+    fn the_zone_takes_a_right_to_read_nodes() {
+        let text = manifests(&[request(Locality::PreferZone, &[(Some("a"), "b")])], &Account::default());
+        assert_eq!(text.matches("kind: ClusterRole\n").count(), 2, "{text}");
+        assert!(text.contains("kind: ClusterRoleBinding\nmetadata:\n  name: udp-fanout-nodes\n  labels:"), "{text}");
+        assert!(text.contains("    resources: [nodes]\n    verbs: [get]\n"), "{text}");
+        for locality in [Locality::Cluster, Locality::PreferNode, Locality::Node] {
+            assert!(!manifests(&[request(locality, &[(Some("a"), "b")])], &Account::default()).contains("Cluster"));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_a_name_is_refused() {
+        assert_eq!(Account::new("udp-fanout", "udp-fanout").unwrap(), Account::default());
+        assert!(Account::new("a.b-c", "a").is_ok());
+        for (name, namespace) in
+            [("", "a"), ("a..b", "a"), ("A", "a"), ("a", ""), ("a", "a.b"), ("a: b", "a"), ("a", "-a")]
+        {
+            assert!(Account::new(name, namespace).is_err(), "{name:?} {namespace:?}");
+        }
+    }
+}
