@@ -336,6 +336,14 @@ impl Controller {
             if listener.mode == Mode::Userspace {
                 continue;
             }
+            let bind = listener.bind.ip();
+            let owned = |ip| self.facts.addresses.iter().any(|own| own.address == ip) || bind.is_loopback();
+            if !bind.is_unspecified() && !owned(bind) {
+                warnings.push(format!(
+                    "listener {name:?}: no interface of this host has {bind}: what the TC program leaves to the socket \
+                     does not reach it"
+                ));
+            }
             for target in listener.targets.iter().filter(|target| target.delivery == Delivery::Unreachable) {
                 warnings.push(format!("listener {name:?}: no route to downstream {}", target.downstream.address));
             }

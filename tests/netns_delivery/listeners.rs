@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 
 use crate::books::{Books, audit, audit_listener, filters, start};
+use crate::support::lab::INGRESS;
 use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// True if our filter is on the device's ingress.
@@ -114,4 +115,72 @@ fn netns_the_interfaces_of_default_routes_are_found_and_followed() {
     let report = collectors.finish(&[&sender, &second]).unwrap();
     assert!(report.is_perfect(), "{report}");
     audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::forwarded(50));
+}
+
+/// What a cluster's load balancer does for an address of its own: it answers ARP for it, and gives it to no interface.
+fn announce(lab: &Lab, vip: &str) {
+    let mac = lab.gateway.link(INGRESS).unwrap().mac;
+    lab.sender.ip(&format!("neigh add {vip} lladdr {mac} dev eth0 nud permanent")).unwrap();
+}
+
+#[test]
+fn netns_an_address_that_no_interface_has_is_served_all_the_same() {
+    for (ipv6, vip) in [(false, "10.0.0.200"), (true, "fd00:0:0:0::200")] {
+        // As on a Kubernetes node, which forwards: what is not taken would go back out to the router.
+        let lab = Lab::builder()
+            .receivers([Place::Pod, Place::OtherInterface, Place::GatewayHost])
+            .ip_forward(true)
+            .ipv6(ipv6)
+            .build()
+            .unwrap();
+        announce(&lab, vip);
+        let target = SocketAddr::new(vip.parse().unwrap(), 5514);
+        let mut config = DaemonConfig::for_lab(&lab, "tc_ebpf");
+        config.listeners[0].bind = target.to_string();
+        let mut daemon = start(&lab, &config);
+        daemon.wait_for_logged(&format!("no interface of this host has {}", target.ip())).unwrap();
+        let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+        let mut sender = Sender::open(&lab.sender, (lab.sender_address(), 0), target).unwrap();
+        sender.send(3_000, &collectors).unwrap();
+        let report = collectors.finish(&[&sender]).unwrap();
+        assert!(report.is_perfect(), "{report}");
+        assert_eq!(report.counts(), [1_000; 3]);
+        audit(&daemon, &lab.gateway, Some(Books::forwarded(3_000)), Books::NOTHING);
+        let (status, _, log) = daemon.stop().unwrap();
+        assert!(status.success(), "{log}");
+    }
+}
+
+/// The second listener of `k8s/example-metallb.yaml`: what kube-proxy translates from the load balancer's address to the
+/// node's own, because the kernel program did not take it, arrives at a socket.
+#[test]
+fn netns_what_kube_proxy_translates_reaches_a_listener_on_the_nodes_own_addresses() {
+    let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).ip_forward(true).build().unwrap();
+    announce(&lab, "10.0.0.200");
+    let rules = "table ip proxy {\n chain services {\n  type nat hook prerouting priority dstnat;\n  \
+                 ip daddr 10.0.0.200 udp dport 5514 dnat to 10.0.0.1:5515\n }\n}\n";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), rules).unwrap();
+    lab.gateway.tool("nft", &format!("-f {}", file.path().display())).unwrap();
+
+    let mut config = DaemonConfig::for_lab(&lab, "tc_ebpf");
+    config.listeners[0].bind = "10.0.0.200:5514".into();
+    let mut rest = config.listeners[0].clone();
+    (rest.name, rest.bind, rest.mode) = ("rest".into(), "0.0.0.0:5515".into(), "userspace".into());
+    config.listeners.push(rest);
+    let daemon = start(&lab, &config);
+    let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+    let target = "10.0.0.200:5514".parse().unwrap();
+    let mut sender = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap();
+    sender.send(1_000, &collectors).unwrap();
+    // In fragments, which the kernel program leaves alone; connection tracking puts them together.
+    let mut large = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap().payload(4_000);
+    large.send(100, &collectors).unwrap();
+    let report = collectors.finish(&[&sender, &large]).unwrap();
+    assert!(report.is_complete(), "{report}");
+    let counted = |labels: &[(&str, &str)]| {
+        daemon.metrics(&lab.gateway).unwrap().sum("udp_fanout_packets_forwarded_total", labels)
+    };
+    assert_eq!(counted(&[("mode", "tc_ebpf")]), 1_000);
+    assert_eq!(counted(&[("listener", "rest"), ("mode", "userspace")]), 100);
 }

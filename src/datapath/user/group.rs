@@ -39,6 +39,8 @@ pub struct Group {
     address: SocketAddr,
     members: Vec<Member>,
     default_buffer: usize,
+    /// The address need not be the host's.
+    unowned: bool,
     /// New datagrams are turned away, which the kernel counts as drops too.
     refusing: bool,
 }
@@ -69,16 +71,20 @@ impl Group {
     /// the same user, and each would get some of the datagrams. `beside_ours` says that the address overlaps with
     /// one of this program's own, which is about to go; then sharing is what is wanted.
     ///
+    /// `unowned` says that no interface need have the address: the TC program meets datagrams for it before the host
+    /// asks whose they are, as with the address of a load balancer that only answers ARP for it.
+    ///
     /// # Errors
     /// Names the address, the reason and the fix.
-    pub fn bind(address: SocketAddr, beside_ours: bool) -> Result<Self> {
-        let socket = bound(address, beside_ours).map_err(|error| bind_error(address, &error))?;
+    pub fn bind(address: SocketAddr, beside_ours: bool, unowned: bool) -> Result<Self> {
+        let socket = bound(address, beside_ours, unowned).map_err(|error| bind_error(address, &error))?;
         let default_buffer = socket.recv_buffer_size()?;
         let address = socket.local_addr()?.as_socket().context("a bound socket has no address")?;
         Ok(Group {
             address,
             members: vec![Member { socket: Arc::new(socket), drops: 0 }],
             default_buffer,
+            unowned,
             refusing: false,
         })
     }
@@ -120,7 +126,7 @@ impl Group {
         }
         self.share()?;
         for _ in before..count {
-            match bound(self.address, true) {
+            match bound(self.address, true, self.unowned) {
                 Ok(socket) => self.members.push(Member { socket: Arc::new(socket), drops: 0 }),
                 Err(error) => {
                     self.members.truncate(before);
@@ -226,13 +232,19 @@ fn tell_destinations(socket: &Socket) -> Result<()> {
     }
 }
 
-fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     if shared {
         socket.set_reuse_port(true)?;
+    }
+    if unowned {
+        match address {
+            SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+            SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+        }
     }
     socket.bind(&address.into())?;
     Ok(socket)
@@ -270,7 +282,7 @@ pub mod tests {
     const LOCALHOST: &str = "127.0.0.1:0";
 
     fn group(count: usize) -> Group {
-        let mut group = Group::bind(LOCALHOST.parse().unwrap(), false).unwrap();
+        let mut group = Group::bind(LOCALHOST.parse().unwrap(), false, false).unwrap();
         group.grow(count).unwrap();
         group
     }
@@ -337,7 +349,7 @@ pub mod tests {
         other.set_reuse_port(true).unwrap();
         other.bind(&LOCALHOST.parse::<SocketAddr>().unwrap().into()).unwrap();
         let address = other.local_addr().unwrap().as_socket().unwrap();
-        let error = Group::bind(address, false).unwrap_err().to_string();
+        let error = Group::bind(address, false, false).unwrap_err().to_string();
         let port = address.port();
         assert_eq!(
             error,
@@ -346,7 +358,7 @@ pub mod tests {
                  (see `ss -ulpn sport = :{port}`)"
             )
         );
-        assert!(Group::bind(address, true).is_ok());
+        assert!(Group::bind(address, true, false).is_ok());
     }
 
     #[test]
@@ -358,7 +370,10 @@ pub mod tests {
         assert!(error("0.0.0.0:1514", libc::EACCES).contains("Permission denied"));
         assert!(error("192.0.2.1:514", libc::EADDRNOTAVAIL).contains("no interface of this host has this address"));
         assert!(
-            Group::bind("192.0.2.1:5514".parse().unwrap(), false).unwrap_err().to_string().contains("192.0.2.1:5514")
+            Group::bind("192.0.2.1:5514".parse().unwrap(), false, false)
+                .unwrap_err()
+                .to_string()
+                .contains("192.0.2.1:5514")
         );
     }
 

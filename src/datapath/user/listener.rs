@@ -41,7 +41,7 @@ impl Listener {
     /// # Errors
     /// Says what could not be had and the fix; nothing is left behind then.
     pub fn start(plan: &ListenerPlan, cpus: usize, beside_ours: bool) -> Result<Self> {
-        Self::serve(plan, cpus, Group::bind(plan.bind, beside_ours)?)
+        Self::serve(plan, cpus, Group::bind(plan.bind, beside_ours, plan.mode == Mode::TcEbpf)?)
     }
 
     /// Starts the workers on sockets that are bound already.
@@ -298,7 +298,7 @@ mod tests {
         let sink = sink();
         let mut plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         plan.settings.recv_buf_size = Some(16_384);
-        let group = Group::bind(plan.bind, false).unwrap();
+        let group = Group::bind(plan.bind, false, false).unwrap();
         group.set_receive_buffer("test", plan.settings.recv_buf_size);
         let sender = UdpSocket::bind(LOCALHOST).unwrap();
         for _ in 0..100 {
