@@ -65,9 +65,11 @@ static __always_inline int forward_out(struct __sk_buff *skb,
 	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
 	if (pkt->ip_len > to->mtu)
 		return pass(listener, pkt);
+	if (!has_way_out(skb, pkt, to, to_id))
+		return pass(listener, pkt);
 	if (rewrite_destination(skb, pkt, to) || decrement_ttl(skb, pkt))
 		return drop(listener, DROP_REWRITE_FAILED, pkt);
-	if (deliver_out(skb, pkt, to, to_id) != TC_ACT_REDIRECT)
+	if (deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
 		return drop(listener, DROP_REDIRECT_FAILED, pkt);
 	count_forwarded(listener->id, pkt);
 	count_copy(to_id, pkt);
@@ -104,7 +106,7 @@ int udp_fanout(struct __sk_buff *skb)
 
 	if (parse(skb, &pkt) != PARSE_OK)
 		return TC_ACT_UNSPEC;
-	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
+	if (has_redirects && came_around(skb) && finish_round(skb, &pkt, &verdict))
 		return verdict;
 	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
 	if (!listener)

@@ -58,6 +58,10 @@ enum delivery {
 enum downstream_flag {
 	/* ifindex is the host's end of a pair whose other end is in a pod, and nothing on this end wants to see packets. */
 	DOWNSTREAM_PEER = 1,
+	/* macs holds what user space has last seen of the neighbour. */
+	DOWNSTREAM_MACS = 2,
+	/* ifindex carries IP packets without a link-layer header: there are no neighbours to find. */
+	DOWNSTREAM_BARE = 4,
 };
 
 /*
@@ -73,7 +77,7 @@ struct downstream {
 	__u32 mtu; /* largest IP packet on the way out, bytes */
 	__u32 flags; /* enum downstream_flag */
 	__u32 sample; /* under POLICY_REPLICATE, of 2^32 - 1 datagrams how many are copied here */
-	__u32 pad;
+	__u8 macs[12]; /* the neighbour's and the link's own: the start of the frame */
 };
 
 /*

@@ -30,7 +30,7 @@ static __always_inline int send_around(struct __sk_buff *skb, const struct packe
 	__u32 mark = skb->mark;
 	int err;
 
-	if (to_id & AROUND_MASK)
+	if (!has_redirects || to_id & AROUND_MASK)
 		return -1;
 	skb->mark = AROUND_MARK | to_id;
 	err = clone_inwards(skb, pkt);
@@ -76,15 +76,12 @@ static __always_inline bool find_known(struct __sk_buff *skb, const struct packe
 	struct next_hop *known = bpf_map_lookup_elem(&next_hops, &to_id);
 	struct bpf_fib_lookup fib = {};
 
-	if (known && known->ifindex && bpf_jiffies64() - known->found < NEXT_HOP_TICKS) {
+	if (known && fresh(known)) {
 		*found = *known;
 		return true;
 	}
-	describe(skb, pkt, to, &fib);
-	if (bpf_fib_lookup(skb, &fib, sizeof(fib), 0) != BPF_FIB_LKUP_RET_SUCCESS)
-		return false;
-	remember(found, &fib);
-	return true;
+	look_up(skb, pkt, to, found, &fib);
+	return found->ifindex;
 }
 
 static __always_inline int send_clone(struct __sk_buff *skb, const struct packet *pkt,
@@ -94,6 +91,8 @@ static __always_inline int send_clone(struct __sk_buff *skb, const struct packet
 
 	if (to->delivery == DELIVER_LOCAL)
 		return clone_inwards(skb, pkt);
+	if (to->flags & DOWNSTREAM_BARE)
+		return bpf_clone_redirect(skb, to->ifindex, 0);
 	if (!find_known(skb, pkt, to, to_id, &found))
 		return send_around(skb, pkt, to_id);
 	if (bpf_skb_store_bytes(skb, 0, found.macs, sizeof(found.macs), 0))
@@ -161,10 +160,13 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 		return COPY_NOT_WANTED;
 	if (to->delivery == DELIVER_NOWHERE)
 		return fail_copy(listener_id, DROP_NO_ROUTE, pkt, COPY_FAILED);
+	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
+		return fail_copy(listener_id, DROP_REDIRECT_FAILED, pkt, COPY_FAILED);
 	if (become_copy(skb, pkt, to))
 		return fail_copy(listener_id, DROP_REWRITE_FAILED, pkt, COPY_BROKEN);
 	if (to->delivery == DELIVER_NEIGHBOUR) {
-		verdict = deliver_out(skb, pkt, to, to_id);
+		/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
+		verdict = deliver_out(skb, pkt, to, to_id, false);
 		if (verdict != TC_ACT_REDIRECT)
 			return fail_copy(listener_id, DROP_REDIRECT_FAILED, pkt, COPY_FAILED);
 	}

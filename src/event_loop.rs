@@ -19,12 +19,12 @@ use signal_hook_mio::v1_0::Signals;
 use crate::config::{Config, ListenerConfig, RequestedMode, Source};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, attach};
+use crate::datapath::kernel::{KernelDatapath, Setup, attach};
 use crate::datapath::user::UserDatapath;
 use crate::discovery::{self, Discovery, Family, Locality, PortRef, ServiceRef, Terminating, Update};
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
-use crate::host::{Host, Monitor};
+use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::{DownstreamSet, ListenerId, Mode};
@@ -66,6 +66,8 @@ struct Daemon {
     discovery: Option<(Discovery, Receiver<Update>)>,
     health: Option<Health>,
     plan_applies: PlanApplies,
+    /// Links whose guards have been told of.
+    guarded: BTreeMap<u32, String>,
     started: Instant,
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
@@ -103,9 +105,13 @@ impl Daemon {
         let mut monitor = Monitor::open()?;
         poll.registry().register(&mut monitor, NETLINK, Interest::READABLE).context("cannot watch netlink")?;
         let mut host = Host::open()?;
-
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
+        if let Some(kernel) = &kernel {
+            // Before the first facts, so that no change falls between the two.
+            monitor.follow_ways()?;
+            host.follow(if kernel.resolves_neighbours() { Follow::Ways } else { Follow::WaysAndNeighbours });
+        }
         let facts = host.facts(&BTreeSet::new())?;
         let requests = discovery_requests(&config);
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
@@ -127,6 +133,7 @@ impl Daemon {
             discovery: None,
             health,
             plan_applies: PlanApplies::default(),
+            guarded: BTreeMap::new(),
             started: now,
             started_at: SystemTime::now(),
             failure: None,
@@ -261,6 +268,11 @@ impl Daemon {
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
+            match self.host.tend() {
+                Ok(false) => {}
+                Ok(true) => self.timers.look_at_host = Some(now),
+                Err(error) => tracing::error!("{error:#}"),
+            }
             if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
                 self.handle(Event::Disturbed(
                     "the TC filter has been taken off by someone else; attaching again".into(),
@@ -270,9 +282,22 @@ impl Daemon {
     }
 
     fn look_at_host(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<()> {
-        let facts = self.host.facts(addresses)?;
+        let facts = self.facts(addresses)?;
         self.handle(Event::Host(facts));
         Ok(())
+    }
+
+    fn facts(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<HostFacts> {
+        let facts = self.host.facts(addresses)?;
+        self.monitor.watch(self.host.ways(), &facts);
+        for (&link, guard) in &facts.guarded {
+            if self.guarded.get(&link) != Some(guard) {
+                let interface = facts.link(link).map(|link| link.name.as_str());
+                tracing::info!(interface, "datagrams into the namespace behind it pass {guard} on their way");
+            }
+        }
+        self.guarded.clone_from(&facts.guarded);
+        Ok(facts)
     }
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.
@@ -289,7 +314,7 @@ impl Daemon {
                             return;
                         }
                     }
-                    Action::LookAtHost(addresses) => match self.host.facts(&addresses) {
+                    Action::LookAtHost(addresses) => match self.facts(&addresses) {
                         Ok(facts) => events.push(Event::Host(facts)),
                         Err(error) => {
                             tracing::error!("{error:#}; trying again");
@@ -371,10 +396,12 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
         return Ok((None, Ok(())));
     }
-    if let Err(obstacle) = tc_ebpf_support(&Ability::probe()?) {
+    let ability = Ability::probe()?;
+    if let Err(obstacle) = tc_ebpf_support(&ability) {
         return Ok((None, Err(obstacle)));
     }
-    match KernelDatapath::new(&config.limits) {
+    let setup = Setup { redirects: ability.redirect_neigh == Some(true), ..Setup::new(&config.limits) };
+    match KernelDatapath::open(&setup) {
         Ok(kernel) => Ok((Some(kernel), Ok(()))),
         Err(error) => Ok((None, Err(Obstacle::Kernel(format!("{error:#}"))))),
     }

@@ -7,6 +7,7 @@
 //! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
+//! - `pods`: straight into them, past whoever does not mind.
 //! - `changes`: neighbours, interfaces, addresses and routes that change.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
@@ -30,6 +31,8 @@ mod packet;
 mod packets;
 #[path = "netns_delivery/places.rs"]
 mod places;
+#[path = "netns_delivery/pods.rs"]
+mod pods;
 mod support;
 #[path = "netns_delivery/wire.rs"]
 mod wire;

@@ -41,24 +41,57 @@ pub struct KernelDatapath {
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
+    setup: Setup,
+}
+
+/// What is fixed when the program is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setup {
+    /// How many entries the maps get.
+    pub sizes: Sizes,
+    /// The kernel can find neighbours for the program (`bpf_redirect_neigh`, Linux 5.10), and hand packets straight into
+    /// pods (`bpf_redirect_peer`, likewise).
+    pub redirects: bool,
+}
+
+impl Setup {
+    /// For a current kernel.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Setup {
+        Setup { sizes: Sizes::of(limits), redirects: true }
+    }
 }
 
 impl KernelDatapath {
+    /// [`KernelDatapath::open`] for a current kernel.
+    ///
+    /// # Errors
+    /// As for [`KernelDatapath::open`].
+    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
+        Self::open(&Setup::new(limits))
+    }
+
     /// Loads the program and creates its maps. Attaches nothing yet.
     ///
     /// # Errors
     /// With the kernel's reason: no privilege, a missing feature, no memory.
-    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
-        let sizes = Sizes::of(limits);
-        let loaded = skel::load(sizes)?;
-        let tables = Tables::new(&loaded, sizes)?;
+    pub fn open(setup: &Setup) -> Result<KernelDatapath> {
+        let loaded = skel::load(setup)?;
+        let tables = Tables::new(&loaded, setup.sizes)?;
         Ok(KernelDatapath {
             attachments: Vec::new(),
             tables,
             keys: BTreeMap::new(),
             loaded,
             programmed: BTreeMap::new(),
+            setup: *setup,
         })
+    }
+
+    /// True if the traffic itself makes the kernel find and keep the neighbours that it needs.
+    #[must_use]
+    pub fn resolves_neighbours(&self) -> bool {
+        self.setup.redirects
     }
 
     /// The loaded program, for tests that feed it packets.

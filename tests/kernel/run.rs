@@ -125,7 +125,8 @@ pub fn target(address: &str, delivery: Delivery) -> Target {
 
 /// Over link 77, which need not exist: a test run does not carry redirects out.
 pub fn via(next_hop: &str, mtu: u32) -> Delivery {
-    Delivery::Neighbour { link: 77, next_hop: next_hop.parse::<IpAddr>().unwrap(), mtu }
+    let next_hop = next_hop.parse::<IpAddr>().unwrap();
+    Delivery::Neighbour { link: 77, next_hop, mtu, macs: None, into_pod: false }
 }
 
 impl Program {

@@ -13,7 +13,9 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 
 use super::arena::Region;
-use super::skel::types;
+use super::skel::{
+    DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, types,
+};
 use crate::plan::{Delivery, Target};
 
 /// Types that the program and we see as the same plain bytes.
@@ -25,7 +27,7 @@ pub unsafe trait Plain: Copy {}
 unsafe impl Plain for types::listener_key {}
 // SAFETY: two u32.
 unsafe impl Plain for types::fanout_listener {}
-// SAFETY: integers only, explicit padding, 48 bytes (asserted in `skel`).
+// SAFETY: integers only, without padding, 64 bytes (asserted in `skel`).
 unsafe impl Plain for types::downstream {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
@@ -196,17 +198,28 @@ pub fn downstream_entry(target: &Target) -> types::downstream {
     let mut entry = types::downstream {
         addr_be: mapped_words(address.ip()),
         port_be: address.port().to_be(),
-        delivery: super::skel::DELIVER_NOWHERE,
+        delivery: DELIVER_NOWHERE,
         sample: target.downstream.sample,
         ..Default::default()
     };
     match target.delivery {
         Delivery::Unreachable => {}
-        Delivery::Local => entry.delivery = super::skel::DELIVER_LOCAL,
-        Delivery::Neighbour { link, next_hop, mtu } => {
-            entry.delivery = super::skel::DELIVER_NEIGHBOUR;
+        Delivery::Local => entry.delivery = DELIVER_LOCAL,
+        Delivery::Bare { link, mtu } => {
+            entry.delivery = DELIVER_NEIGHBOUR;
             entry.ifindex = link;
             entry.mtu = mtu;
+            entry.flags = DOWNSTREAM_BARE;
+        }
+        Delivery::Neighbour { link, next_hop, mtu, macs, into_pod } => {
+            entry.delivery = DELIVER_NEIGHBOUR;
+            entry.ifindex = link;
+            entry.mtu = mtu;
+            if let Some(macs) = macs {
+                entry.flags = DOWNSTREAM_MACS | if into_pod { DOWNSTREAM_PEER } else { 0 };
+                entry.macs[..6].copy_from_slice(&macs.neighbour);
+                entry.macs[6..].copy_from_slice(&macs.own);
+            }
             match next_hop {
                 IpAddr::V4(v4) => {
                     entry.next_hop_family = libc::AF_INET as u8;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapHandle, OpenObject};
 
+use super::Setup;
 use crate::config::Limits;
 use crate::model::{HashOn, Policy};
 use crate::plan::table::MAX_SLOTS;
@@ -39,6 +40,12 @@ pub const DELIVER_NOWHERE: u8 = 0;
 pub const DELIVER_LOCAL: u8 = 1;
 /// `DELIVER_NEIGHBOUR`.
 pub const DELIVER_NEIGHBOUR: u8 = 2;
+/// `DOWNSTREAM_PEER`.
+pub const DOWNSTREAM_PEER: u32 = 1;
+/// `DOWNSTREAM_MACS`.
+pub const DOWNSTREAM_MACS: u32 = 2;
+/// `DOWNSTREAM_BARE`.
+pub const DOWNSTREAM_BARE: u32 = 4;
 
 /// `enum policy`: how the program computes the place in a table.
 #[must_use]
@@ -61,7 +68,7 @@ const _: () = {
     assert!(size_of::<types::listener_state>() == 16);
     assert!(offset_of!(types::listener_state, policy) == 8);
     assert!(offset_of!(types::listener_state, least_mtu) == 12);
-    assert!(size_of::<types::downstream>() == 56);
+    assert!(size_of::<types::downstream>() == 64);
     assert!(offset_of!(types::downstream, next_hop_be) == 16);
     assert!(offset_of!(types::downstream, port_be) == 32);
     assert!(offset_of!(types::downstream, delivery) == 34);
@@ -70,6 +77,7 @@ const _: () = {
     assert!(offset_of!(types::downstream, mtu) == 40);
     assert!(offset_of!(types::downstream, flags) == 44);
     assert!(offset_of!(types::downstream, sample) == 48);
+    assert!(offset_of!(types::downstream, macs) == 52);
     assert!(size_of::<types::next_hop>() == 24);
     assert!(size_of::<types::stats>() == 6 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
@@ -134,12 +142,15 @@ impl Sizes {
 ///
 /// # Errors
 /// With the kernel's reason: no privilege, a missing feature, or the verifier's objection (its log is in the debug log).
-pub fn load(sizes: Sizes) -> Result<Loaded> {
+pub fn load(setup: &Setup) -> Result<Loaded> {
     super::quiet::route_libbpf_messages();
     let mut storage = MaybeUninit::<OpenObject>::uninit();
     let mut open = generated::FanoutSkelBuilder::default()
         .open(&mut storage)
         .context("cannot open the TC program that is built into this binary")?;
+    let sizes = setup.sizes;
+    let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
+    settings.has_redirects = u32::from(setup.redirects);
     let maps = &mut open.maps;
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
@@ -225,6 +236,13 @@ mod tests {
             ("DELIVER_NEIGHBOUR", DELIVER_NEIGHBOUR),
         ] {
             assert_eq!(value(name), u64::from(number), "{name}");
+        }
+        for (name, flag) in [
+            ("DOWNSTREAM_PEER", DOWNSTREAM_PEER),
+            ("DOWNSTREAM_MACS", DOWNSTREAM_MACS),
+            ("DOWNSTREAM_BARE", DOWNSTREAM_BARE),
+        ] {
+            assert_eq!(value(name), u64::from(flag), "{name}");
         }
         assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
         assert_eq!(value("MAX_COPIES"), crate::model::MAX_COPIES as u64);
