@@ -27,13 +27,14 @@ const volatile __u32 has_redirects = 1;
 #define NEXT_HOP_TICKS 2
 
 /* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
-static __always_inline int redirect_to_neighbour(__u32 ifindex, __u8 family,
+static __always_inline int redirect_to_neighbour(struct packet *pkt, __u32 ifindex, __u8 family,
 						 const __be32 *next_hop_be)
 {
 	struct bpf_redir_neigh next_hop = { .nh_family = family };
 
 	if (!has_redirects)
 		return TC_ACT_SHOT;
+	pkt->way = WAY_NEIGHBOUR;
 	__builtin_memcpy(next_hop.ipv6_nh, next_hop_be, sizeof(next_hop.ipv6_nh));
 	return bpf_redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
 }
@@ -48,21 +49,25 @@ static __always_inline bool leads_into_pod(const struct downstream *to,
 	return has_redirects && to->flags & DOWNSTREAM_PEER && known->ifindex == to->ifindex;
 }
 
-static __always_inline int redirect_into_pod(struct __sk_buff *skb, const struct next_hop *known)
+static __always_inline int redirect_into_pod(struct __sk_buff *skb, struct packet *pkt,
+					     const struct next_hop *known)
 {
+	pkt->way = WAY_POD;
 	/* As when the packet crosses the pair: a mark means something in the host's namespace only. */
 	skb->mark = 0;
 	return bpf_redirect_peer(known->ifindex, 0);
 }
 
 /* Out of a link, link-layer address known. `straight` if it may go past the queues of others. */
-static __always_inline int redirect_known(struct __sk_buff *skb, const struct downstream *to,
-					  const struct next_hop *known, bool straight)
+static __always_inline int redirect_known(struct __sk_buff *skb, struct packet *pkt,
+					  const struct downstream *to, const struct next_hop *known,
+					  bool straight)
 {
 	if (bpf_skb_store_bytes(skb, 0, known->macs, sizeof(known->macs), 0))
 		return TC_ACT_SHOT;
 	if (straight && leads_into_pod(to, known))
-		return redirect_into_pod(skb, known);
+		return redirect_into_pod(skb, pkt, known);
+	pkt->way = WAY_KNOWN;
 	return bpf_redirect(known->ifindex, 0);
 }
 
@@ -121,7 +126,7 @@ static __always_inline bool look_up(struct __sk_buff *skb, const struct packet *
 }
 
 /* Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. */
-static __always_inline int look_up_and_redirect(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline int look_up_and_redirect(struct __sk_buff *skb, struct packet *pkt,
 						const struct downstream *to, struct next_hop *known,
 						bool straight)
 {
@@ -129,10 +134,10 @@ static __always_inline int look_up_and_redirect(struct __sk_buff *skb, const str
 	bool routed = look_up(skb, pkt, to, known, &fib);
 
 	if (straight && leads_into_pod(to, known))
-		return redirect_known(skb, to, known, straight);
+		return redirect_known(skb, pkt, to, known, straight);
 	if (routed)
-		return redirect_to_neighbour(fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
-	return redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
+		return redirect_to_neighbour(pkt, fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
+	return redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
 }
 
 /*
@@ -155,18 +160,20 @@ static __always_inline bool has_way_out(struct __sk_buff *skb, const struct pack
 	return known->ifindex;
 }
 
-static __always_inline int deliver_out(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
 				       const struct downstream *to, __u32 to_id, bool straight)
 {
 	struct next_hop *known;
 
-	if (to->flags & DOWNSTREAM_BARE)
+	if (to->flags & DOWNSTREAM_BARE) {
+		pkt->way = WAY_BARE;
 		return bpf_redirect(to->ifindex, 0);
+	}
 	known = bpf_map_lookup_elem(&next_hops, &to_id);
 	if (!known)
 		return TC_ACT_SHOT;
 	if (fresh(known) || (!has_redirects && known->ifindex))
-		return redirect_known(skb, to, known, straight);
+		return redirect_known(skb, pkt, to, known, straight);
 	return look_up_and_redirect(skb, pkt, to, known, straight);
 }
 

@@ -4,18 +4,22 @@
 //! `controller`, how to do it in `datapath` and `host`.
 
 mod answer;
+mod drops;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::drops::DropLog;
 use crate::config::{Config, ListenerConfig, RequestedMode, Source};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
@@ -34,6 +38,9 @@ const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
 /// Another thread has something for us: an HTTP request or a set of downstreams.
 const WAKE: Token = Token(2);
+
+/// The TC program has something to tell.
+const KERNEL: Token = Token(3);
 
 /// The health checks' sockets have tokens from here on.
 const HEALTH: Token = Token(1 << 20);
@@ -68,6 +75,7 @@ struct Daemon {
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
+    drop_log: DropLog,
     started: Instant,
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
@@ -119,7 +127,11 @@ impl Daemon {
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
         }
-        let kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
+        let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
+        if let Some(descriptor) = kernel.as_mut().and_then(|kernel| kernel.events().descriptor()) {
+            let mut source = SourceFd(&descriptor.as_raw_fd());
+            poll.registry().register(&mut source, KERNEL, Interest::READABLE).context("cannot watch the TC program")?;
+        }
 
         let now = Instant::now();
         let mut daemon = Daemon {
@@ -134,6 +146,7 @@ impl Daemon {
             health,
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
+            drop_log: DropLog::default(),
             started: now,
             started_at: SystemTime::now(),
             failure: None,
@@ -174,6 +187,7 @@ impl Daemon {
                 match event.token() {
                     SIGNALS if self.told_to_stop() => return Ok(()),
                     NETLINK => self.drain_netlink(),
+                    KERNEL => self.take_kernel_events(),
                     WAKE => {
                         self.take_updates();
                         self.answer_requests();
@@ -238,6 +252,19 @@ impl Daemon {
         }
     }
 
+    fn take_kernel_events(&mut self) {
+        let Some(kernel) = &mut self.kernel else { return };
+        match kernel.events().take() {
+            Ok(events) => {
+                for event in events {
+                    let name = self.controller.listener_name(event.listener).unwrap_or_default();
+                    self.drop_log.write(&event, name);
+                }
+            }
+            Err(error) => tracing::error!("{error:#}"),
+        }
+    }
+
     fn take_updates(&mut self) {
         let updates: Vec<Update> = match &self.discovery {
             Some((_, updates)) => updates.try_iter().collect(),
@@ -272,6 +299,9 @@ impl Daemon {
                 Ok(false) => {}
                 Ok(true) => self.timers.look_at_host = Some(now),
                 Err(error) => tracing::error!("{error:#}"),
+            }
+            if let Some(kernel) = &mut self.kernel {
+                self.drop_log.note_lost(kernel.events().lost());
             }
             if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
                 self.handle(Event::Disturbed(
@@ -400,7 +430,11 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     if let Err(obstacle) = tc_ebpf_support(&ability) {
         return Ok((None, Err(obstacle)));
     }
-    let setup = Setup { redirects: ability.redirect_neigh == Some(true), ..Setup::new(&config.limits) };
+    let setup = Setup {
+        redirects: ability.redirect_neigh == Some(true),
+        ring_buffer: ability.ring_buffer == Some(true),
+        ..Setup::new(&config.limits)
+    };
     match KernelDatapath::open(&setup) {
         Ok(kernel) => Ok((Some(kernel), Ok(()))),
         Err(error) => Ok((None, Err(Obstacle::Kernel(format!("{error:#}"))))),

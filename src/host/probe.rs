@@ -12,14 +12,14 @@ use std::ptr;
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
-use libbpf_rs::{ProgramType, libbpf_sys};
+use libbpf_rs::{MapType, ProgramType, libbpf_sys};
 use nix::errno::Errno;
 
 /// Where the kernel offers its own types, which CO-RE programs are fitted to when they are loaded.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Set to anything, makes this host look like one whose kernel lacks `bpf_redirect_neigh`, so that tests can show what
-/// happens there.
+/// Set to anything, makes this host look like one whose kernel lacks `bpf_redirect_neigh` and ring buffers, so that tests
+/// can show what happens there.
 const PRETEND_OLD: &str = "UDP_FANOUT_PRETEND_OLD_KERNEL";
 
 /// What was found out about the kernel and about this process's privileges.
@@ -40,6 +40,8 @@ pub struct Ability {
     /// Whether TC programs may call `bpf_redirect_neigh` (Linux 5.10). None where none can be loaded. Without it, the
     /// program addresses frames itself.
     pub redirect_neigh: Option<bool>,
+    /// Whether the kernel has BPF ring buffers (Linux 5.8). None where nothing can be loaded.
+    pub ring_buffer: Option<bool>,
     /// Kernel types are at hand.
     pub has_btf: bool,
 }
@@ -155,14 +157,16 @@ impl Ability {
     /// When the process cannot read its own capabilities.
     pub fn probe() -> Result<Self> {
         let effective_caps = caps::read(None, CapSet::Effective).context("cannot read this process's capabilities")?;
-        let (load, redirect_neigh) = quietly(|| {
+        let current = std::env::var_os(PRETEND_OLD).is_none();
+        let (load, redirect_neigh, ring_buffer) = quietly(|| {
             let load = load_nothing();
             // libbpf takes a refusal to load anything at all for the helper's existence.
             let redirect_neigh = load.is_ok().then(|| {
-                std::env::var_os(PRETEND_OLD).is_none()
-                    && ProgramType::SchedCls.is_helper_supported(libbpf_sys::BPF_FUNC_redirect_neigh).unwrap_or(false)
+                let helper = libbpf_sys::BPF_FUNC_redirect_neigh;
+                current && ProgramType::SchedCls.is_helper_supported(helper).unwrap_or(false)
             });
-            (load, redirect_neigh)
+            let ring_buffer = load.is_ok().then(|| current && MapType::RingBuf.is_supported().unwrap_or(false));
+            (load, redirect_neigh, ring_buffer)
         });
         Ok(Self {
             kernel_release: nix::sys::utsname::uname()
@@ -175,6 +179,7 @@ impl Ability {
             initial_user_namespace: fs::read_to_string("/proc/self/uid_map").map_or(true, |map| is_identity_map(&map)),
             load,
             redirect_neigh,
+            ring_buffer,
             has_btf: has_btf(),
         })
     }
@@ -259,6 +264,7 @@ mod tests {
             initial_user_namespace: true,
             load: Ok(()),
             redirect_neigh: Some(true),
+            ring_buffer: Some(true),
             has_btf: true,
         }
     }

@@ -88,6 +88,10 @@ fn netns_a_pod_that_comes_back_gets_its_share_again() {
     let mut meanwhile = Sender::in_lab(&lab).unwrap();
     meanwhile.burst(10, &collectors).unwrap();
     assert!(collectors.wait_for(105, crate::support::traffic::PATIENCE));
+    let line = daemon.wait_for_line("WARN FIB lookup failed, a datagram was dropped").unwrap();
+    let source = meanwhile.address().unwrap();
+    let who = format!("listener=\"lab\" source={source} destination=10.0.0.1:5514 downstream=10.244.0.10:5514 reason=");
+    assert!(line.contains(&who) && line.contains("no_route"), "{line}");
 
     let pod = lab.namespace_of(&lab.sites[0]);
     connect(

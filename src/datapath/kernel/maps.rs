@@ -29,6 +29,8 @@ unsafe impl Plain for types::listener_key {}
 unsafe impl Plain for types::fanout_listener {}
 // SAFETY: integers only, without padding, 64 bytes (asserted in `skel`).
 unsafe impl Plain for types::downstream {}
+// SAFETY: integers only, without padding, 48 bytes (asserted in `skel`).
+unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
 // SAFETY: integers only, explicit padding, 16 bytes (asserted in `skel`).
@@ -72,7 +74,11 @@ impl<T: Plain> MappedArray<T> {
         Ok(Self { memory: memory.cast(), length, entries: map.max_entries(), of: PhantomData })
     }
 
-    fn entry(&self, index: u32) -> NonNull<u8> {
+    /// Where an entry is.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub(super) fn entry(&self, index: u32) -> NonNull<u8> {
         assert!(index < self.entries, "entry {index} of an array of {}", self.entries);
         // SAFETY: within the mapping, by the assertion above.
         unsafe { self.memory.add(index as usize * Self::STRIDE) }
@@ -169,7 +175,7 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
 }
 
 /// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
-fn mapped_words(address: IpAddr) -> [u32; 4] {
+pub(super) fn mapped_words(address: IpAddr) -> [u32; 4] {
     let octets = match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         IpAddr::V6(v6) => v6.octets(),

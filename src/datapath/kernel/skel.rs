@@ -82,6 +82,13 @@ const _: () = {
     assert!(size_of::<types::stats>() == 6 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
     assert!(size_of::<types::downstream_stats>() == 2 * 8);
+    assert!(size_of::<types::event>() == 104);
+    assert!(offset_of!(types::event, sport_be) == 64);
+    assert!(offset_of!(types::event, flags) == 96);
+    assert!(size_of::<types::drop_log>() == 2 * 8);
+    assert!(size_of::<types::trace_control>() == 48);
+    assert!(offset_of!(types::trace_control, mask_be) == 24);
+    assert!(offset_of!(types::trace_control, lost) == 40);
 };
 
 /// Handles of everything the program has in the kernel. Dropping them frees program and maps once nothing is attached.
@@ -107,6 +114,10 @@ pub struct Loaded {
     pub downstream_stats: MapHandle,
     /// Downstream id to where its neighbour was last found.
     pub next_hops: MapHandle,
+    /// Single datagrams that the program tells of, if the kernel has ring buffers.
+    pub events: Option<MapHandle>,
+    /// Which datagrams are traced.
+    pub trace: MapHandle,
     /// Updated to wait for an RCU grace period.
     pub rcu_barrier: MapHandle,
     /// What is put into `rcu_barrier`.
@@ -151,6 +162,7 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
     let sizes = setup.sizes;
     let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
     settings.has_redirects = u32::from(setup.redirects);
+    settings.has_events = u32::from(setup.ring_buffer);
     let maps = &mut open.maps;
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
@@ -163,9 +175,13 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
         (&mut maps.next_hops, sizes.downstreams),
+        (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
     ] {
         let name = map.name().to_string_lossy().into_owned();
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
+    }
+    if !setup.ring_buffer {
+        maps.events.set_autocreate(false).context("cannot leave out the map events")?;
     }
     let skel = open.load().context("the kernel refused the TC program (run with RUST_LOG=debug for its words)")?;
     let maps = &skel.maps;
@@ -186,6 +202,8 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
         copy_drops: handle(&maps.COPY_DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
         next_hops: handle(&maps.next_hops)?,
+        events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
+        trace: handle(&maps.data_trace)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,
         barrier_inner: handle(&maps.barrier_inner)?,
     })
