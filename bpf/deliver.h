@@ -2,41 +2,72 @@
 /*
  * Hands a rewritten datagram on, the fastest way that is safe.
  *
- * Asking the kernel for the neighbour of every packet costs more than all the rest of this program, so each CPU
+ * Asking the kernel for the neighbour of every packet would cost more than all the rest of this program, so each CPU
  * remembers what it was told. It forgets within two clock ticks (2 to 20 ms, after CONFIG_HZ), and the packet that asks
  * again goes through bpf_redirect_neigh(): that keeps the kernel's neighbour entry in its cycle of STALE, DELAY and
  * PROBE, so that a neighbour whose link-layer address has changed silently is found as soon as for any other traffic.
  *
- * With net.ipv4.ip_forward=0 bpf_fib_lookup() refuses to answer. Then the route that user space has resolved serves,
- * and every packet takes bpf_redirect_neigh().
+ * With net.ipv4.ip_forward=0 bpf_fib_lookup() refuses to answer. Then the route and the neighbour that user space has
+ * seen by netlink serve, in the same way.
+ *
+ * Into a local pod a packet goes straight, past the queue of the link that leads there. One that took the queue would
+ * be overtaken by those behind it, so none does: user space sets DOWNSTREAM_PEER once the neighbour is known, and
+ * reminds the kernel of the neighbour in this traffic's place.
+ *
+ * Kernels before 5.10 have neither way. There the packet's frame is addressed here or, where the neighbour is not known,
+ * the datagram is left to the listener's socket, for which the kernel finds it.
  */
 #ifndef FANOUT_DELIVER_H
 #define FANOUT_DELIVER_H
+
+/* The kernel has bpf_redirect_neigh() and bpf_redirect_peer() (5.10). Set before load; what is not there is never reached. */
+const volatile __u32 has_redirects = 1;
 
 /* How many ticks what was found is believed: until the end of the tick after the one it was found in. */
 #define NEXT_HOP_TICKS 2
 
 /* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
-static __always_inline int redirect_to_neighbour(__u32 ifindex, __u8 family,
+static __always_inline int redirect_to_neighbour(struct packet *pkt, __u32 ifindex, __u8 family,
 						 const __be32 *next_hop_be)
 {
 	struct bpf_redir_neigh next_hop = { .nh_family = family };
 
+	if (!has_redirects)
+		return TC_ACT_SHOT;
+	pkt->way = WAY_NEIGHBOUR;
 	__builtin_memcpy(next_hop.ipv6_nh, next_hop_be, sizeof(next_hop.ipv6_nh));
 	return bpf_redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
 }
 
 /*
- * Out of a link, link-layer address known. Into a local pod the packet goes straight into its namespace; what hangs on
- * the host's end of the pair does not see it, so user space says where nothing does.
+ * What hangs on the host's end of the pair does not see packets that go straight to the other, so user space says where
+ * nothing does. A route that leads elsewhere meanwhile, which the kernel tells first, has its own way.
  */
-static __always_inline int redirect_known(struct __sk_buff *skb, const struct downstream *to,
-					  const struct next_hop *known)
+static __always_inline bool leads_into_pod(const struct downstream *to,
+					   const struct next_hop *known)
+{
+	return has_redirects && to->flags & DOWNSTREAM_PEER && known->ifindex == to->ifindex;
+}
+
+static __always_inline int redirect_into_pod(struct __sk_buff *skb, struct packet *pkt,
+					     const struct next_hop *known)
+{
+	pkt->way = WAY_POD;
+	/* As when the packet crosses the pair: a mark means something in the host's namespace only. */
+	skb->mark = 0;
+	return bpf_redirect_peer(known->ifindex, 0);
+}
+
+/* Out of a link, link-layer address known. `straight` if it may go past the queues of others. */
+static __always_inline int redirect_known(struct __sk_buff *skb, struct packet *pkt,
+					  const struct downstream *to, const struct next_hop *known,
+					  bool straight)
 {
 	if (bpf_skb_store_bytes(skb, 0, known->macs, sizeof(known->macs), 0))
 		return TC_ACT_SHOT;
-	if (to->flags & DOWNSTREAM_PEER && known->ifindex == to->ifindex)
-		return bpf_redirect_peer(known->ifindex, 0);
+	if (straight && leads_into_pod(to, known))
+		return redirect_into_pod(skb, pkt, known);
+	pkt->way = WAY_KNOWN;
 	return bpf_redirect(known->ifindex, 0);
 }
 
@@ -58,42 +89,92 @@ static __always_inline void describe(const struct __sk_buff *skb, const struct p
 	}
 }
 
-static __always_inline void remember(struct next_hop *known, const struct bpf_fib_lookup *fib)
+static __always_inline bool fresh(const struct next_hop *known)
 {
-	__builtin_memcpy(known->macs, fib->dmac, 6);
-	__builtin_memcpy(known->macs + 6, fib->smac, 6);
-	known->found = bpf_jiffies64();
-	known->ifindex = fib->ifindex;
+	return known->ifindex && bpf_jiffies64() - known->found < NEXT_HOP_TICKS;
 }
 
-/* Asks the kernel for route and neighbour, remembers them, and lets the kernel deliver this one packet. */
-static __always_inline int look_up_and_redirect(struct __sk_buff *skb, const struct packet *pkt,
-						const struct downstream *to, struct next_hop *known)
+/*
+ * Asks the kernel for route and neighbour; what it does not say, user space may have seen. Writes down what is found:
+ * known->ifindex is 0 if the neighbour is not known. True if the kernel has told the route; the next hop then stands in
+ * place of the destination in *fib.
+ */
+static __always_inline bool look_up(struct __sk_buff *skb, const struct packet *pkt,
+				    const struct downstream *to, struct next_hop *known,
+				    struct bpf_fib_lookup *fib)
 {
-	struct bpf_fib_lookup fib = {};
 	long err;
 
-	describe(skb, pkt, to, &fib);
-	err = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	describe(skb, pkt, to, fib);
+	err = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	known->ifindex = 0;
-	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
-		return redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
-	if (err == BPF_FIB_LKUP_RET_SUCCESS)
-		remember(known, &fib);
-	/* The lookup has put the next hop in place of the destination. */
-	return redirect_to_neighbour(fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
+	known->found = bpf_jiffies64();
+	if (err == BPF_FIB_LKUP_RET_SUCCESS) {
+		__builtin_memcpy(known->macs, fib->dmac, 6);
+		__builtin_memcpy(known->macs + 6, fib->smac, 6);
+		known->ifindex = fib->ifindex;
+		return true;
+	}
+	/* A neighbour that the kernel has forgotten must be asked for, except in a pod, where packets arrive regardless. */
+	if (to->flags & DOWNSTREAM_MACS &&
+	    (err != BPF_FIB_LKUP_RET_NO_NEIGH ||
+	     (to->flags & DOWNSTREAM_PEER && fib->ifindex == to->ifindex))) {
+		__builtin_memcpy(known->macs, to->macs, sizeof(known->macs));
+		known->ifindex = to->ifindex;
+	}
+	return err == BPF_FIB_LKUP_RET_NO_NEIGH;
 }
 
-static __always_inline int deliver_out(struct __sk_buff *skb, const struct packet *pkt,
-				       const struct downstream *to, __u32 to_id)
+/* Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. */
+static __always_inline int look_up_and_redirect(struct __sk_buff *skb, struct packet *pkt,
+						const struct downstream *to, struct next_hop *known,
+						bool straight)
 {
-	struct next_hop *known = bpf_map_lookup_elem(&next_hops, &to_id);
+	struct bpf_fib_lookup fib = {};
+	bool routed = look_up(skb, pkt, to, known, &fib);
 
+	if (straight && leads_into_pod(to, known))
+		return redirect_known(skb, pkt, to, known, straight);
+	if (routed)
+		return redirect_to_neighbour(pkt, fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
+	return redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
+}
+
+/*
+ * False if the packet has no way out: on a kernel that cannot be asked to find the neighbour, which is not known. To be
+ * called before anything about the packet changes, so that the socket can have it.
+ */
+static __always_inline bool has_way_out(struct __sk_buff *skb, const struct packet *pkt,
+					const struct downstream *to, __u32 to_id)
+{
+	struct bpf_fib_lookup fib = {};
+	struct next_hop *known;
+
+	if (has_redirects || to->flags & DOWNSTREAM_BARE)
+		return true;
+	known = bpf_map_lookup_elem(&next_hops, &to_id);
+	if (!known)
+		return false;
+	if (!fresh(known))
+		look_up(skb, pkt, to, known, &fib);
+	return known->ifindex;
+}
+
+static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
+				       const struct downstream *to, __u32 to_id, bool straight)
+{
+	struct next_hop *known;
+
+	if (to->flags & DOWNSTREAM_BARE) {
+		pkt->way = WAY_BARE;
+		return bpf_redirect(to->ifindex, 0);
+	}
+	known = bpf_map_lookup_elem(&next_hops, &to_id);
 	if (!known)
 		return TC_ACT_SHOT;
-	if (known->ifindex && bpf_jiffies64() - known->found < NEXT_HOP_TICKS)
-		return redirect_known(skb, to, known);
-	return look_up_and_redirect(skb, pkt, to, known);
+	if (fresh(known) || (!has_redirects && known->ifindex))
+		return redirect_known(skb, pkt, to, known, straight);
+	return look_up_and_redirect(skb, pkt, to, known, straight);
 }
 
 #endif

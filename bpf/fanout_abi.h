@@ -58,6 +58,10 @@ enum delivery {
 enum downstream_flag {
 	/* ifindex is the host's end of a pair whose other end is in a pod, and nothing on this end wants to see packets. */
 	DOWNSTREAM_PEER = 1,
+	/* macs holds what user space has last seen of the neighbour. */
+	DOWNSTREAM_MACS = 2,
+	/* ifindex carries IP packets without a link-layer header: there are no neighbours to find. */
+	DOWNSTREAM_BARE = 4,
 };
 
 /*
@@ -73,7 +77,7 @@ struct downstream {
 	__u32 mtu; /* largest IP packet on the way out, bytes */
 	__u32 flags; /* enum downstream_flag */
 	__u32 sample; /* under POLICY_REPLICATE, of 2^32 - 1 datagrams how many are copied here */
-	__u32 pad;
+	__u8 macs[12]; /* the neighbour's and the link's own: the start of the frame */
 };
 
 /*
@@ -113,6 +117,70 @@ enum drop_reason {
 	DROP_REWRITE_FAILED = 3,
 	DROP_REDIRECT_FAILED = 4,
 	DROP_REASONS = 5,
+};
+
+/* What has become of a datagram, or of one copy of it. */
+enum event_kind {
+	EVENT_FORWARDED = 0,
+	EVENT_PASSED = 1, /* left to the listener's socket */
+	EVENT_DROPPED = 2,
+	EVENT_COPIED =
+		3, /* one copy of a replicated datagram; EVENT_FORWARDED comes when all have been made */
+	EVENT_COPY_DROPPED = 4,
+};
+
+/* How a datagram is delivered. */
+enum way {
+	WAY_NONE = 0,
+	WAY_LOCAL = 1, /* up this host's own stack */
+	WAY_NEIGHBOUR = 2, /* the kernel has been told to find the neighbour */
+	WAY_KNOWN = 3, /* out of a link, to a neighbour that was known */
+	WAY_POD = 4, /* straight into another namespace */
+	WAY_BARE = 5, /* out of a link without link-layer addresses */
+};
+
+enum event_flag {
+	EVENT_LOGGED = 1, /* the first of its sort for a while: for the log */
+	EVENT_TRACED = 2, /* somebody wants to see it */
+};
+
+/* What the program tells through the ring buffer `events`. */
+struct event {
+	__u64 time; /* nanoseconds, CLOCK_MONOTONIC */
+	__u64 held_back; /* under EVENT_LOGGED: datagrams since the last such event on this CPU that were not told of */
+	__be32 src_be[4];
+	__be32 dst_be[4]; /* as the datagram came in */
+	__be32 to_be[4]; /* the downstream chosen; all zeros for none */
+	__be16 sport_be;
+	__be16 dport_be;
+	__be16 to_port_be;
+	__u8 kind; /* enum event_kind */
+	__u8 way; /* enum way */
+	__u32 listener;
+	__u32 reason; /* enum drop_reason, for what was dropped */
+	__u32 ifindex; /* of the link it came in by */
+	__u32 out_ifindex; /* of the downstream's link; 0 for none */
+	__u32 datagrams;
+	__u32 bytes; /* UDP payload */
+	__u32 flags; /* enum event_flag */
+	__u32 pad;
+};
+
+/* The first drop of a reason for a while has been told of; those after it on this CPU are counted. */
+struct drop_log {
+	__u64 next; /* nanoseconds, CLOCK_MONOTONIC: when one is told of again */
+	__u64 held_back; /* datagrams */
+};
+
+#define TRACE_ALL_LISTENERS 0xffffffff
+
+/* Which datagrams are told of beside drops. Written by user space, `on` last when it goes on and first when it goes off. */
+struct trace_control {
+	__u32 on;
+	__u32 listener; /* or TRACE_ALL_LISTENERS */
+	__be32 source_be[4]; /* a prefix */
+	__be32 mask_be[4];
+	__u64 lost; /* events for which the ring buffer had no room; written by the program */
 };
 
 #endif

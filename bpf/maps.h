@@ -98,6 +98,23 @@ struct {
 	__type(value, struct packet);
 } copying SEC(".maps");
 
+/* Single datagrams that user space is told of. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 256 * 1024); /* bytes */
+} events SEC(".maps");
+
+/*
+ * (Listener id * DROP_REASONS + reason) * 2, + 1 for single copies -> when a drop is told of again. Written by the
+ * program.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct drop_log);
+} drop_log SEC(".maps");
+
 /*
  * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
  * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,

@@ -14,7 +14,10 @@ struct packet {
 	__u8 ttl;
 	bool v6;
 	bool exotic; /* ours, but only the socket can do it justice */
+	__u8 way; /* enum way: how it was delivered, for events.h */
 	__u8 macs[12]; /* as they came in, destination first; filled in by replicate.h alone */
+	struct listener_key
+		came_to; /* dst as it came in; filled in by replicate.h alone, which changes dst */
 };
 
 #endif

@@ -25,12 +25,13 @@ static __always_inline int clone_inwards(struct __sk_buff *skb, const struct pac
 		       ?: bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 }
 
-static __always_inline int send_around(struct __sk_buff *skb, const struct packet *pkt, __u32 to_id)
+static __always_inline int send_around(struct __sk_buff *skb, struct packet *pkt, __u32 to_id)
 {
 	__u32 mark = skb->mark;
 	int err;
 
-	if (to_id & AROUND_MASK)
+	pkt->way = WAY_NEIGHBOUR;
+	if (!has_redirects || to_id & AROUND_MASK)
 		return -1;
 	skb->mark = AROUND_MARK | to_id;
 	err = clone_inwards(skb, pkt);
@@ -55,8 +56,7 @@ static __always_inline bool is_for(const struct packet *pkt, const struct downst
  * Delivers a clone that has come around. False if the mark is someone else's, which other programs are free to use: a
  * clone of ours is on its way to the downstream that its mark names.
  */
-static __always_inline bool finish_round(struct __sk_buff *skb, const struct packet *pkt,
-					 int *verdict)
+static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *pkt, int *verdict)
 {
 	__u32 to_id = skb->mark & ~AROUND_MASK;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
@@ -64,7 +64,7 @@ static __always_inline bool finish_round(struct __sk_buff *skb, const struct pac
 	if (!to || to->delivery != DELIVER_NEIGHBOUR || !is_for(pkt, to))
 		return false;
 	skb->mark = 0;
-	*verdict = redirect_to_neighbour(to->ifindex, to->next_hop_family, to->next_hop_be);
+	*verdict = redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
 	return true;
 }
 
@@ -76,26 +76,30 @@ static __always_inline bool find_known(struct __sk_buff *skb, const struct packe
 	struct next_hop *known = bpf_map_lookup_elem(&next_hops, &to_id);
 	struct bpf_fib_lookup fib = {};
 
-	if (known && known->ifindex && bpf_jiffies64() - known->found < NEXT_HOP_TICKS) {
+	if (known && fresh(known)) {
 		*found = *known;
 		return true;
 	}
-	describe(skb, pkt, to, &fib);
-	if (bpf_fib_lookup(skb, &fib, sizeof(fib), 0) != BPF_FIB_LKUP_RET_SUCCESS)
-		return false;
-	remember(found, &fib);
-	return true;
+	look_up(skb, pkt, to, found, &fib);
+	return found->ifindex;
 }
 
-static __always_inline int send_clone(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline int send_clone(struct __sk_buff *skb, struct packet *pkt,
 				      const struct downstream *to, __u32 to_id)
 {
 	struct next_hop found;
 
-	if (to->delivery == DELIVER_LOCAL)
+	if (to->delivery == DELIVER_LOCAL) {
+		pkt->way = WAY_LOCAL;
 		return clone_inwards(skb, pkt);
+	}
+	if (to->flags & DOWNSTREAM_BARE) {
+		pkt->way = WAY_BARE;
+		return bpf_clone_redirect(skb, to->ifindex, 0);
+	}
 	if (!find_known(skb, pkt, to, to_id, &found))
 		return send_around(skb, pkt, to_id);
+	pkt->way = WAY_KNOWN;
 	if (bpf_skb_store_bytes(skb, 0, found.macs, sizeof(found.macs), 0))
 		return -1;
 	return bpf_clone_redirect(skb, found.ifindex, 0);
@@ -120,11 +124,22 @@ enum copy_result {
 	COPY_REDIRECTED = 4, /* sent, and the packet itself is on its way out */
 };
 
-static __always_inline enum copy_result fail_copy(__u32 listener_id, enum drop_reason reason,
-						  const struct packet *pkt, enum copy_result result)
+static __always_inline enum copy_result fail_copy(struct __sk_buff *skb, __u32 listener_id,
+						  const struct packet *pkt,
+						  const struct downstream *to,
+						  enum drop_reason reason, enum copy_result result)
 {
 	count_copy_dropped(listener_id, reason, pkt);
+	note_drop(skb, pkt, &pkt->came_to, to, listener_id, EVENT_COPY_DROPPED, reason);
 	return result;
+}
+
+static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
+				      const struct packet *pkt, const struct downstream *to,
+				      __u32 to_id)
+{
+	count_copy(to_id, pkt);
+	note(skb, pkt, &pkt->came_to, to, listener_id, EVENT_COPIED);
 }
 
 /*
@@ -140,12 +155,12 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	if (!pkt || !to || bpf_get_prandom_u32() > to->sample)
 		return COPY_NOT_WANTED;
 	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(listener_id, DROP_NO_ROUTE, pkt, COPY_FAILED);
+		return fail_copy(skb, listener_id, pkt, to, DROP_NO_ROUTE, COPY_FAILED);
 	if (become_copy(skb, pkt, to))
-		return fail_copy(listener_id, DROP_REWRITE_FAILED, pkt, COPY_BROKEN);
+		return fail_copy(skb, listener_id, pkt, to, DROP_REWRITE_FAILED, COPY_BROKEN);
 	if (send_clone(skb, pkt, to, to_id))
-		return fail_copy(listener_id, DROP_REDIRECT_FAILED, pkt, COPY_FAILED);
-	count_copy(to_id, pkt);
+		return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED, COPY_FAILED);
+	copy_sent(skb, listener_id, pkt, to, to_id);
 	return COPY_SENT;
 }
 
@@ -160,15 +175,20 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	if (!pkt || !to || bpf_get_prandom_u32() > to->sample)
 		return COPY_NOT_WANTED;
 	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(listener_id, DROP_NO_ROUTE, pkt, COPY_FAILED);
+		return fail_copy(skb, listener_id, pkt, to, DROP_NO_ROUTE, COPY_FAILED);
+	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
+		return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED, COPY_FAILED);
 	if (become_copy(skb, pkt, to))
-		return fail_copy(listener_id, DROP_REWRITE_FAILED, pkt, COPY_BROKEN);
+		return fail_copy(skb, listener_id, pkt, to, DROP_REWRITE_FAILED, COPY_BROKEN);
+	pkt->way = WAY_LOCAL;
 	if (to->delivery == DELIVER_NEIGHBOUR) {
-		verdict = deliver_out(skb, pkt, to, to_id);
+		/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
+		verdict = deliver_out(skb, pkt, to, to_id, false);
 		if (verdict != TC_ACT_REDIRECT)
-			return fail_copy(listener_id, DROP_REDIRECT_FAILED, pkt, COPY_FAILED);
+			return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED,
+					 COPY_FAILED);
 	}
-	count_copy(to_id, pkt);
+	copy_sent(skb, listener_id, pkt, to, to_id);
 	return verdict == TC_ACT_REDIRECT ? COPY_REDIRECTED : COPY_SENT;
 }
 
@@ -190,6 +210,7 @@ static __always_inline bool send_copies(struct __sk_buff *skb, const struct pack
 	if (!pkt)
 		return false;
 	*pkt = *received;
+	pkt->came_to = received->dst;
 	if (bpf_skb_load_bytes(skb, 0, pkt->macs, sizeof(pkt->macs)))
 		return false;
 	for (__u32 i = 0; i < MAX_COPIES - 1; i++) {

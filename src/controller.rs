@@ -176,6 +176,12 @@ impl Controller {
         unused.map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect()
     }
 
+    /// A listener's name.
+    #[must_use]
+    pub fn listener_name(&self, id: ListenerId) -> Option<&str> {
+        self.listeners.iter().find(|listener| listener.config.id == id).map(|listener| listener.config.name.as_str())
+    }
+
     /// The plan last handed out.
     #[must_use]
     pub fn plan(&self) -> &Plan {

@@ -4,28 +4,32 @@
 //! `controller`, how to do it in `datapath` and `host`.
 
 mod answer;
+mod drops;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::drops::DropLog;
 use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, attach};
+use crate::datapath::kernel::{KernelDatapath, Setup, attach};
 use crate::datapath::user::UserDatapath;
 use crate::discovery::{self, Discovery, Update};
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
-use crate::host::{Host, Monitor};
+use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::{DownstreamSet, ListenerId, Mode};
@@ -35,6 +39,9 @@ const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
 /// Another thread has something for us: an HTTP request or a set of downstreams.
 const WAKE: Token = Token(2);
+
+/// The TC program has something to tell.
+const KERNEL: Token = Token(3);
 
 /// The health checks' sockets have tokens from here on.
 const HEALTH: Token = Token(1 << 20);
@@ -69,6 +76,9 @@ struct Daemon {
     discovery_lost: bool,
     health: Option<Health>,
     plan_applies: PlanApplies,
+    /// Links whose guards have been told of.
+    guarded: BTreeMap<u32, String>,
+    drop_log: DropLog,
     started: Instant,
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
@@ -106,9 +116,13 @@ impl Daemon {
         let mut monitor = Monitor::open()?;
         poll.registry().register(&mut monitor, NETLINK, Interest::READABLE).context("cannot watch netlink")?;
         let mut host = Host::open()?;
-
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
+        if let Some(kernel) = &kernel {
+            // Before the first facts, so that no change falls between the two.
+            monitor.follow_ways()?;
+            host.follow(if kernel.resolves_neighbours() { Follow::Ways } else { Follow::WaysAndNeighbours });
+        }
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
         let discovery = start_discovery(&config, kubeconfig, &waker)?;
@@ -117,7 +131,11 @@ impl Daemon {
         for (listener, choice) in controller.modes() {
             tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
         }
-        let kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
+        let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
+        if let Some(descriptor) = kernel.as_mut().and_then(|kernel| kernel.events().descriptor()) {
+            let mut source = SourceFd(&descriptor.as_raw_fd());
+            poll.registry().register(&mut source, KERNEL, Interest::READABLE).context("cannot watch the TC program")?;
+        }
 
         let now = Instant::now();
         let mut daemon = Daemon {
@@ -132,6 +150,8 @@ impl Daemon {
             discovery_lost: false,
             health,
             plan_applies: PlanApplies::default(),
+            guarded: BTreeMap::new(),
+            drop_log: DropLog::default(),
             started: now,
             started_at: SystemTime::now(),
             failure: None,
@@ -166,6 +186,7 @@ impl Daemon {
                 match event.token() {
                     SIGNALS if self.told_to_stop() => return Ok(()),
                     NETLINK => self.drain_netlink(),
+                    KERNEL => self.take_kernel_events(),
                     WAKE => {
                         self.take_updates();
                         self.answer_requests();
@@ -230,6 +251,19 @@ impl Daemon {
         }
     }
 
+    fn take_kernel_events(&mut self) {
+        let Some(kernel) = &mut self.kernel else { return };
+        match kernel.events().take() {
+            Ok(events) => {
+                for event in events {
+                    let name = self.controller.listener_name(event.listener).unwrap_or_default();
+                    self.drop_log.write(&event, name);
+                }
+            }
+            Err(error) => tracing::error!("{error:#}"),
+        }
+    }
+
     fn take_updates(&mut self) {
         let updates: Vec<Update> = match &self.discovery {
             Some((_, updates)) => updates.try_iter().collect(),
@@ -261,6 +295,14 @@ impl Daemon {
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
+            match self.host.tend() {
+                Ok(false) => {}
+                Ok(true) => self.timers.look_at_host = Some(now),
+                Err(error) => tracing::error!("{error:#}"),
+            }
+            if let Some(kernel) = &mut self.kernel {
+                self.drop_log.note_lost(kernel.events().lost());
+            }
             if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
                 self.handle(Event::Disturbed(
                     "the TC filter has been taken off by someone else; attaching again".into(),
@@ -281,9 +323,22 @@ impl Daemon {
     }
 
     fn look_at_host(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<()> {
-        let facts = self.host.facts(addresses)?;
+        let facts = self.facts(addresses)?;
         self.handle(Event::Host(facts));
         Ok(())
+    }
+
+    fn facts(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<HostFacts> {
+        let facts = self.host.facts(addresses)?;
+        self.monitor.watch(self.host.ways(), &facts);
+        for (&link, guard) in &facts.guarded {
+            if self.guarded.get(&link) != Some(guard) {
+                let interface = facts.link(link).map(|link| link.name.as_str());
+                tracing::info!(interface, "datagrams into the namespace behind it pass {guard} on their way");
+            }
+        }
+        self.guarded.clone_from(&facts.guarded);
+        Ok(facts)
     }
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.
@@ -300,7 +355,7 @@ impl Daemon {
                             return;
                         }
                     }
-                    Action::LookAtHost(addresses) => match self.host.facts(&addresses) {
+                    Action::LookAtHost(addresses) => match self.facts(&addresses) {
                         Ok(facts) => events.push(Event::Host(facts)),
                         Err(error) => {
                             tracing::error!("{error:#}; trying again");
@@ -388,10 +443,16 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
         return Ok((None, Ok(())));
     }
-    if let Err(obstacle) = tc_ebpf_support(&Ability::probe()?) {
+    let ability = Ability::probe()?;
+    if let Err(obstacle) = tc_ebpf_support(&ability) {
         return Ok((None, Err(obstacle)));
     }
-    match KernelDatapath::new(&config.limits) {
+    let setup = Setup {
+        redirects: ability.redirect_neigh == Some(true),
+        ring_buffer: ability.ring_buffer == Some(true),
+        ..Setup::new(&config.limits)
+    };
+    match KernelDatapath::open(&setup) {
         Ok(kernel) => Ok((Some(kernel), Ok(()))),
         Err(error) => Ok((None, Err(Obstacle::Kernel(format!("{error:#}"))))),
     }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::config::Settings;
+use crate::host::Mac;
 use crate::model::{Downstream, ListenerId, Mode, Policy};
 
 /// What all datapaths must do.
@@ -83,7 +84,40 @@ pub enum Delivery {
         next_hop: IpAddr,
         /// The largest IP packet that may go this way, in bytes.
         mtu: u32,
+        /// The link-layer addresses, where the neighbour's is known.
+        macs: Option<Macs>,
+        /// The link is one end of a pair whose other end is in a pod, to which packets may be handed directly.
+        into_pod: bool,
+    },
+    /// Out of a link that carries IP packets bare, on which there are no neighbours.
+    Bare {
+        /// Index of the outgoing interface.
+        link: u32,
+        /// The largest IP packet that may go this way, in bytes.
+        mtu: u32,
     },
     /// Not at all, for lack of a route: its datagrams are dropped and counted.
     Unreachable,
+}
+
+/// The link-layer addresses of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Macs {
+    /// Where it is going.
+    pub neighbour: Mac,
+    /// The link's own.
+    pub own: Mac,
+}
+
+impl Delivery {
+    /// The same way, with nothing known of the neighbour at its end.
+    #[must_use]
+    pub fn without_neighbour(self) -> Delivery {
+        match self {
+            Delivery::Neighbour { link, next_hop, mtu, .. } => {
+                Delivery::Neighbour { link, next_hop, mtu, macs: None, into_pod: false }
+            }
+            other => other,
+        }
+    }
 }

@@ -82,11 +82,11 @@ impl World {
                 links.push(Link {
                     index,
                     name: name.into(),
-                    kind: None,
                     up: true,
                     ethernet: !loopback,
                     loopback,
                     mtu: 1500,
+                    ..Link::default()
                 });
             }
         }
@@ -101,7 +101,7 @@ impl World {
             routes.insert(ip, route);
         }
         let addresses = vec![Address { link: 2, address: IpAddr::from([192, 0, 2, 1]) }];
-        HostFacts { links, addresses, default_route_links: vec![2], routes }
+        HostFacts { links, addresses, default_route_links: vec![2], routes, ..HostFacts::default() }
     }
 
     fn random_set(&mut self) -> DownstreamSet {

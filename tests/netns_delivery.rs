@@ -7,6 +7,8 @@
 //! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
+//! - `pods`: straight into them, past whoever does not mind.
+//! - `old_kernel`: without the helpers of 5.10.
 //! - `changes`: neighbours, interfaces, addresses and routes that change.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
@@ -21,6 +23,8 @@ mod filters;
 mod foreign;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
+#[path = "netns_delivery/old_kernel.rs"]
+mod old_kernel;
 #[path = "netns_delivery/overlays.rs"]
 mod overlays;
 #[path = "kernel/packet.rs"]
@@ -30,6 +34,8 @@ mod packet;
 mod packets;
 #[path = "netns_delivery/places.rs"]
 mod places;
+#[path = "netns_delivery/pods.rs"]
+mod pods;
 mod support;
 #[path = "netns_delivery/wire.rs"]
 mod wire;

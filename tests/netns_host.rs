@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use udp_fanout::config::Limits;
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::attach::Attachment;
-use udp_fanout::host::{Ability, Host, HostFacts, Link, Monitor, Obstacle, Route, tc_ebpf_support};
+use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
 
 fn address(text: &str) -> IpAddr {
@@ -90,11 +90,14 @@ fn netns_links_are_listed_with_kind_state_and_mtu() {
 fn netns_links_of_other_kinds() {
     in_new_netns(|| {
         without_ipv6();
-        ip("link add br0 type bridge");
+        // Of its own, or else it would take that of its first port.
+        ip("link add br0 address 02:00:00:00:00:03 type bridge");
         ip("tuntap add mode tun name tun0");
         let (bridge, tun) = (link("br0"), link("tun0"));
         assert!(bridge.ethernet && bridge.kind.as_deref() == Some("bridge"), "{bridge:?}");
+        assert!(!bridge.bare && bridge.mac == Some([2, 0, 0, 0, 0, 3]), "{bridge:?}");
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
+        assert!(tun.bare && tun.mac.is_none(), "{tun:?}");
 
         ip("link add eth0 type veth peer name eth1");
         for name in ["eth0", "eth1", "br0"] {
@@ -402,10 +405,82 @@ fn netns_the_monitor_notices_each_kind_of_change() {
 }
 
 #[test]
+fn netns_the_monitor_notices_what_concerns_the_ways_it_watches() {
+    in_new_netns(|| {
+        without_ipv6();
+        ip("link add eth0 type veth peer name eth1");
+        ip("addr add 10.0.0.1/24 dev eth0");
+        ip("link set eth0 up");
+        ip("link set eth1 up");
+        let mut host = Host::open().unwrap();
+        host.follow(Follow::Ways);
+        let addresses = BTreeSet::from([address("10.0.0.7")]);
+        let mut monitor = caught_up();
+        monitor.follow_ways().unwrap();
+        let watch = |host: &mut Host, monitor: &mut Monitor| {
+            let facts = host.facts(&addresses).unwrap();
+            monitor.watch(host.ways(), &facts);
+            assert!(!monitor.drain().unwrap());
+            facts
+        };
+        assert_eq!(watch(&mut host, &mut monitor).neighbours, []);
+        for (command, mac) in [
+            ("neigh add 10.0.0.7 lladdr 02:00:00:00:00:07 dev eth0", Some(7)),
+            ("neigh change 10.0.0.7 lladdr 02:00:00:00:00:08 dev eth0", Some(8)),
+            ("neigh del 10.0.0.7 dev eth0", None),
+        ] {
+            noticed(&mut monitor, command);
+            let facts = watch(&mut host, &mut monitor);
+            let known = mac.map(|last| Neighbour {
+                link: link("eth0").index,
+                address: address("10.0.0.7"),
+                mac: [2, 0, 0, 0, 0, last],
+            });
+            assert_eq!(facts.neighbours, Vec::from_iter(known), "{command}");
+        }
+        // Nobody sends to these.
+        ip("neigh add 10.0.0.9 lladdr 02:00:00:00:00:09 dev eth0");
+        ip("neigh add 10.0.0.7 lladdr 02:00:00:00:00:09 dev eth1");
+        assert!(!monitor.drain().unwrap());
+        // What has been written down is not asked for, or else the kernel would forget that it was.
+        ip("neigh add 10.0.0.7 lladdr 02:00:00:00:00:07 dev eth0 nud permanent");
+        watch_again(&mut host, &mut monitor, &addresses);
+        host.follow(Follow::WaysAndNeighbours);
+        assert!(!host.tend().unwrap());
+        assert!(ip("neigh show 10.0.0.7 dev eth0").contains("PERMANENT"));
+    });
+}
+
+/// Takes the facts and has the monitor forget what led to them.
+fn watch_again(host: &mut Host, monitor: &mut Monitor, addresses: &BTreeSet<IpAddr>) {
+    let facts = host.facts(addresses).unwrap();
+    monitor.watch(host.ways(), &facts);
+    monitor.drain().unwrap();
+}
+
+#[test]
+fn netns_the_kernel_is_made_to_look_for_neighbours_that_no_traffic_reminds_it_of() {
+    in_new_netns(|| {
+        cable();
+        let mut host = Host::open().unwrap();
+        host.follow(Follow::WaysAndNeighbours);
+        let addresses = BTreeSet::from([address("10.0.0.7"), address("fd00::7")]);
+        host.facts(&addresses).unwrap();
+        // Nobody answers, but it has asked.
+        for sought in ["10.0.0.7", "fd00::7"] {
+            assert!(ip(&format!("neigh show {sought} dev eth0")).contains(sought), "{sought}");
+        }
+        host.follow(Follow::Ways);
+        host.facts(&BTreeSet::from([address("10.0.0.8")])).unwrap();
+        assert_eq!(ip("neigh show 10.0.0.8 dev eth0"), "");
+    });
+}
+
+#[test]
 fn netns_a_link_deleted_and_made_again_is_noticed_though_it_looks_the_same() {
     in_new_netns(|| {
         without_ipv6();
-        let make = "link add eth0 index 50 type veth peer name eth1 index 51";
+        let make = "link add eth0 index 50 address 02:00:00:00:00:01 type veth peer name eth1 index 51";
         ip(make);
         let monitor = &mut caught_up();
         let before = link("eth0");

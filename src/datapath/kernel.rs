@@ -1,7 +1,8 @@
 //! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
 //!
 //! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
-//! - `table`: one listener's table and downstreams. `attach`: interfaces. `quiet`: libbpf's messages.
+//! - `table`: one listener's table and downstreams. `attach`: interfaces. `events`: single datagrams it tells of.
+//! - `quiet`: libbpf's messages.
 //!
 //! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
 //! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
@@ -9,6 +10,7 @@
 
 pub mod arena;
 pub mod attach;
+pub mod events;
 pub mod maps;
 mod quiet;
 pub mod skel;
@@ -22,6 +24,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
 use self::attach::Attachment;
+use self::events::Events;
 use self::maps::{bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::table::Tables;
@@ -36,35 +39,78 @@ pub struct KernelDatapath {
     // Fields are dropped in this order: off the interfaces first.
     attachments: Vec<Attachment>,
     tables: Tables,
+    events: Events,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
+    setup: Setup,
+}
+
+/// What is fixed when the program is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setup {
+    /// How many entries the maps get.
+    pub sizes: Sizes,
+    /// The kernel can find neighbours for the program (`bpf_redirect_neigh`, Linux 5.10), and hand packets straight into
+    /// pods (`bpf_redirect_peer`, likewise).
+    pub redirects: bool,
+    /// The kernel has ring buffers (Linux 5.8), through which the program tells of single datagrams.
+    pub ring_buffer: bool,
+}
+
+impl Setup {
+    /// For a current kernel.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Setup {
+        Setup { sizes: Sizes::of(limits), redirects: true, ring_buffer: true }
+    }
 }
 
 impl KernelDatapath {
+    /// [`KernelDatapath::open`] for a current kernel.
+    ///
+    /// # Errors
+    /// As for [`KernelDatapath::open`].
+    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
+        Self::open(&Setup::new(limits))
+    }
+
     /// Loads the program and creates its maps. Attaches nothing yet.
     ///
     /// # Errors
     /// With the kernel's reason: no privilege, a missing feature, no memory.
-    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
-        let sizes = Sizes::of(limits);
-        let loaded = skel::load(sizes)?;
-        let tables = Tables::new(&loaded, sizes)?;
+    pub fn open(setup: &Setup) -> Result<KernelDatapath> {
+        let loaded = skel::load(setup)?;
+        let tables = Tables::new(&loaded, setup.sizes)?;
+        let events = Events::new(&loaded)?;
         Ok(KernelDatapath {
             attachments: Vec::new(),
             tables,
+            events,
             keys: BTreeMap::new(),
             loaded,
             programmed: BTreeMap::new(),
+            setup: *setup,
         })
+    }
+
+    /// True if the traffic itself makes the kernel find and keep the neighbours that it needs.
+    #[must_use]
+    pub fn resolves_neighbours(&self) -> bool {
+        self.setup.redirects
     }
 
     /// The loaded program, for tests that feed it packets.
     #[must_use]
     pub fn program(&self) -> BorrowedFd<'_> {
         self.loaded.program.as_fd()
+    }
+
+    /// Single datagrams that the program tells of, and the switch for traces.
+    pub fn events(&mut self) -> &mut Events {
+        &mut self.events
     }
 
     /// True while the program is on every interface it was attached to.

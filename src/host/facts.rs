@@ -5,8 +5,11 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+/// The link-layer address of an Ethernet device.
+pub type Mac = [u8; 6];
+
 /// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Link {
     /// The kernel's number for it, unique within the namespace.
     pub index: u32,
@@ -18,6 +21,13 @@ pub struct Link {
     pub up: bool,
     /// Carries Ethernet frames.
     pub ethernet: bool,
+    /// Its own link-layer address, if it carries Ethernet frames.
+    pub mac: Option<Mac>,
+    /// Carries IP packets with no link-layer header in front (tun, WireGuard, IP tunnels).
+    pub bare: bool,
+    /// Nothing is between it and another network namespace: it is up, one end of a pair (veth, netkit) whose other end is
+    /// there and up, belongs to no bridge, and its packets wait in no queue. So pods are connected by most plugins.
+    pub into_namespace: bool,
     /// The loopback interface.
     pub loopback: bool,
     /// The largest IP packet it carries, in bytes.
@@ -31,6 +41,17 @@ pub struct Address {
     pub link: u32,
     /// The address.
     pub address: IpAddr,
+}
+
+/// A neighbour whose link-layer address the kernel knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Neighbour {
+    /// The interface it is reached by.
+    pub link: u32,
+    /// Its IP address.
+    pub address: IpAddr,
+    /// Its link-layer address.
+    pub mac: Mac,
 }
 
 /// Where the kernel would send a packet for some address.
@@ -75,6 +96,11 @@ pub struct HostFacts {
     pub default_route_links: Vec<u32>,
     /// For each downstream address asked about, where the kernel would send to.
     pub routes: BTreeMap<IpAddr, Route>,
+    /// The next hops of those routes whose link-layer addresses the kernel knows; only if asked for.
+    pub neighbours: Vec<Neighbour>,
+    /// Of the interfaces that lead into other namespaces and that those routes use: the ones on whose way out somebody
+    /// looks at packets, and who. Only if asked for.
+    pub guarded: BTreeMap<u32, String>,
 }
 
 impl HostFacts {
@@ -88,5 +114,18 @@ impl HostFacts {
     #[must_use]
     pub fn link(&self, index: u32) -> Option<&Link> {
         self.links.iter().find(|link| link.index == index)
+    }
+
+    /// The link-layer address of a neighbour, if the kernel knows it.
+    #[must_use]
+    pub fn neighbour(&self, link: u32, address: IpAddr) -> Option<Mac> {
+        self.neighbours.iter().find(|seen| seen.link == link && seen.address == address).map(|seen| seen.mac)
+    }
+
+    /// True if a packet may be handed straight to the other end of this interface's pair: nothing on this end would
+    /// queue it, hold it back or look at it.
+    #[must_use]
+    pub fn straight_into_namespace(&self, link: u32) -> bool {
+        self.link(link).is_some_and(|link| link.into_namespace) && !self.guarded.contains_key(&link)
     }
 }

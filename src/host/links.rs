@@ -8,11 +8,19 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::facts::Link;
 use super::netlink::{Connection, after_header, attributes};
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_BROADCAST: u16 = 2;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_QDISC: u16 = 6;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_NETKIT_POLICY: u16 = 3;
+/// `NETKIT_PASS`: what no program decides goes through.
+const NETKIT_PASS: u32 = 0;
 
 /// What netlink says of an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,34 +57,72 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
     }
     let mut link = Link {
         index: header.index,
-        name: String::new(),
-        kind: None,
         up: header.flags.contains(LinkFlags::Up),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
+        bare: is_bare(header.link_layer_type),
         loopback: header.flags.contains(LinkFlags::Loopback),
-        mtu: 0,
+        ..Link::default()
     };
     let tunnel = is_ip_tunnel(header.link_layer_type);
     let mut routed_tunnel = false;
+    let (mut elsewhere, mut queues, mut enslaved) = (false, true, false);
+    let mut driver = Driver::default();
     for attribute in attributes(after_header(payload, header.buffer_len())?) {
         let (kind, value) = attribute?;
         match kind {
+            IFLA_ADDRESS if link.ethernet => link.mac = value.try_into().ok(),
             // A tunnel's broadcast address is its far end, all zeros if it has none.
             IFLA_BROADCAST => routed_tunnel = tunnel && value.iter().all(|&byte| byte == 0),
             IFLA_IFNAME => link.name = text(value),
             IFLA_MTU => link.mtu = parse_u32(value)?,
-            IFLA_LINKINFO => {
+            IFLA_QDISC => queues = text(value) != "noqueue",
+            IFLA_MASTER => enslaved = true,
+            IFLA_LINK_NETNSID => elsewhere = true,
+            IFLA_LINKINFO => driver = read_driver(value)?,
+            _ => {}
+        }
+    }
+    let connected = link.up && header.flags.contains(LinkFlags::LowerUp);
+    link.into_namespace = driver.pair && elsewhere && connected && !enslaved && !queues;
+    link.kind = driver.kind;
+    Ok((!link.name.is_empty()).then_some(Observed { link, routed_tunnel }))
+}
+
+/// What a link's driver says of it.
+#[derive(Default)]
+struct Driver {
+    kind: Option<String>,
+    /// Whatever is sent comes in at the other end.
+    pair: bool,
+}
+
+fn read_driver(info: &[u8]) -> Result<Driver> {
+    let mut kind = None;
+    let mut netkit_policy = None;
+    for attribute in attributes(info) {
+        match attribute? {
+            (IFLA_INFO_KIND, value) => kind = Some(text(value)),
+            (IFLA_INFO_DATA, value) if kind.as_deref() == Some("netkit") => {
                 for attribute in attributes(value) {
-                    let (kind, value) = attribute?;
-                    if kind == IFLA_INFO_KIND {
-                        link.kind = Some(text(value));
+                    if let (IFLA_NETKIT_POLICY, value) = attribute? {
+                        netkit_policy = Some(parse_u32(value)?);
                     }
                 }
             }
             _ => {}
         }
     }
-    Ok((!link.name.is_empty()).then_some(Observed { link, routed_tunnel }))
+    let pair = match kind.as_deref() {
+        Some("veth") => true,
+        Some("netkit") => netkit_policy == Some(NETKIT_PASS),
+        _ => false,
+    };
+    Ok(Driver { kind, pair })
+}
+
+/// Devices before whose packets the kernel, too, puts no header (`dev_is_mac_header_xmit`).
+fn is_bare(link_layer: LinkLayerType) -> bool {
+    is_ip_tunnel(link_layer) || matches!(link_layer, LinkLayerType::None | LinkLayerType::Rawip)
 }
 
 /// IP in IP, in both versions, and GRE, whose link-layer addresses are IP addresses.
@@ -117,6 +163,8 @@ mod tests {
         message.attributes = vec![
             LinkAttribute::IfName("eth0".into()),
             LinkAttribute::Mtu(1450),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 7]),
+            LinkAttribute::Qdisc("noqueue".into()),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]),
         ];
         message
@@ -130,10 +178,58 @@ mod tests {
             kind: Some("veth".into()),
             up: true,
             ethernet: true,
-            loopback: false,
+            mac: Some([2, 0, 0, 0, 0, 7]),
             mtu: 1450,
+            ..Link::default()
         };
         assert_eq!(read(&bytes(&veth())).unwrap(), Some(Observed { link: expected, routed_tunnel: false }));
+    }
+
+    #[test]
+    fn pairs_that_lead_elsewhere_are_recognised() {
+        let leads_elsewhere = |kind: &[u8], policy: Option<u32>, netns: Option<i32>| {
+            let mut info = vec![DefaultNla::new(IFLA_INFO_KIND, kind.to_vec())];
+            let policy = policy.map(|policy| DefaultNla::new(IFLA_NETKIT_POLICY, policy.to_ne_bytes().to_vec()));
+            info.extend(policy.map(|policy| DefaultNla::new(IFLA_INFO_DATA, emitted(&[policy]))));
+            let mut message = veth();
+            message.attributes.pop();
+            message.attributes.push(LinkAttribute::Other(DefaultNla::new(IFLA_LINKINFO, emitted(&info))));
+            message.attributes.extend(netns.map(LinkAttribute::LinkNetNsId));
+            read(&bytes(&message)).unwrap().unwrap().link.into_namespace
+        };
+        assert!(leads_elsewhere(b"veth\0", None, Some(0)));
+        assert!(!leads_elsewhere(b"veth\0", None, None));
+        assert!(!leads_elsewhere(b"macvlan\0", None, Some(0)));
+        assert!(leads_elsewhere(b"netkit\0", Some(NETKIT_PASS), Some(1)));
+        assert!(!leads_elsewhere(b"netkit\0", Some(2), Some(1)));
+        assert!(!leads_elsewhere(b"netkit\0", None, Some(1)));
+    }
+
+    #[test]
+    fn whatever_stands_between_the_ends_of_a_pair_counts() {
+        let pair = || {
+            let mut message = veth();
+            message.attributes.push(LinkAttribute::LinkNetNsId(0));
+            message
+        };
+        let leads = |message: &LinkMessage| read(&bytes(message)).unwrap().unwrap().link.into_namespace;
+        assert!(leads(&pair()));
+        for flags in [LinkFlags::Up, LinkFlags::LowerUp] {
+            let mut one_end_down = pair();
+            one_end_down.header.flags = flags;
+            assert!(!leads(&one_end_down));
+        }
+        for attribute in [LinkAttribute::Qdisc("tbf".into()), LinkAttribute::Controller(9)] {
+            let mut message = pair();
+            message.attributes.push(attribute);
+            assert!(!leads(&message));
+        }
+    }
+
+    fn emitted(attributes: &[DefaultNla]) -> Vec<u8> {
+        let mut bytes = vec![0; attributes.buffer_len()];
+        attributes.emit(&mut bytes);
+        bytes
     }
 
     #[test]

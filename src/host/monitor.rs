@@ -6,15 +6,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use anyhow::{Context, Result};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use netlink_packet_route::tc::TcHeader;
 use netlink_sys::Socket;
 
+use super::facts::{HostFacts, Mac};
 use super::netlink::{BUFFER_SIZE, Frame, frames, open_socket};
-use super::{addresses, links, routes};
+use super::{Ways, addresses, links, neighbours, routes};
 
 /// What is listened to. Rules and next-hop objects change where the kernel sends to as much as routes do.
 const GROUPS: [(u32, &str); 8] = [
@@ -28,12 +31,22 @@ const GROUPS: [(u32, &str); 8] = [
     (libc::RTNLGRP_NEXTHOP, "next hops"),
 ];
 
+/// What is listened to besides where ways are followed.
+const GROUPS_OF_WAYS: [(u32, &str); 2] = [(libc::RTNLGRP_NEIGH, "neighbours"), (libc::RTNLGRP_TC, "TC filters")];
+
 const RTM_NEWLINK: u16 = libc::RTM_NEWLINK;
 const RTM_DELLINK: u16 = libc::RTM_DELLINK;
 const RTM_NEWADDR: u16 = libc::RTM_NEWADDR;
 const RTM_DELADDR: u16 = libc::RTM_DELADDR;
 const RTM_NEWROUTE: u16 = libc::RTM_NEWROUTE;
 const RTM_DELROUTE: u16 = libc::RTM_DELROUTE;
+const RTM_NEWNEIGH: u16 = libc::RTM_NEWNEIGH;
+const RTM_DELNEIGH: u16 = libc::RTM_DELNEIGH;
+/// Messages about queueing disciplines, classes and filters, and `RTM_NEWCHAIN` to `RTM_GETCHAIN`.
+const RTM_TC: RangeInclusive<u16> = libc::RTM_NEWQDISC..=libc::RTM_GETTFILTER;
+const RTM_CHAINS: RangeInclusive<u16> = 100..=102;
+/// In the place of an interface's index: filters that several interfaces share (`TCM_IFINDEX_MAGIC_BLOCK`).
+const SHARED_FILTERS: i32 = -1;
 
 /// Bytes of receive buffer to ask for; the kernel gives what `net.core.rmem_max` allows. Enough for a few hundred
 /// messages between two turns of the event loop, beyond which an overrun tells as much.
@@ -54,6 +67,9 @@ pub struct Monitor {
 struct Memory {
     links: BTreeMap<u32, links::Observed>,
     addresses: HashMap<(u32, IpAddr), bool>,
+    /// The ways that are followed: of other neighbours and filters nobody wants to hear.
+    ways: Ways,
+    neighbours: HashMap<(u32, IpAddr), Option<Mac>>,
 }
 
 impl Monitor {
@@ -65,15 +81,38 @@ impl Monitor {
         let socket = open_socket()?;
         socket.set_non_blocking(true).context("cannot make a netlink socket non-blocking")?;
         socket.set_rx_buf_sz(RECEIVE_BUFFER as libc::c_int).context("cannot set a netlink socket's buffer size")?;
-        for (group, what) in GROUPS {
-            match socket.add_membership(group) {
+        let mut monitor = Self { socket, buffer: vec![0; BUFFER_SIZE], memory: Memory::default() };
+        monitor.subscribe(&GROUPS)?;
+        Ok(monitor)
+    }
+
+    fn subscribe(&mut self, groups: &[(u32, &str)]) -> Result<()> {
+        for &(group, what) in groups {
+            match self.socket.add_membership(group) {
                 Ok(()) => {}
                 // Linux before 5.3 has no next-hop objects, a kernel built without IPv6 none of its groups.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot watch the host's {what}")),
             }
         }
-        Ok(Self { socket, buffer: vec![0; BUFFER_SIZE], memory: Memory::default() })
+        Ok(())
+    }
+
+    /// Listens also to what is said about neighbours and about filters, as far as it concerns the ways given to
+    /// [`Monitor::watch`].
+    ///
+    /// # Errors
+    /// When the kernel refuses a subscription.
+    pub fn follow_ways(&mut self) -> Result<()> {
+        self.subscribe(&GROUPS_OF_WAYS)
+    }
+
+    /// Sets the ways about which changes are to be noticed, and what is known of them: those that the facts just taken
+    /// are about.
+    pub fn watch(&mut self, ways: &Ways, facts: &HostFacts) {
+        let known = facts.neighbours.iter().map(|known| ((known.link, known.address), Some(known.mac)));
+        self.memory.neighbours = known.collect();
+        self.memory.ways.clone_from(ways);
     }
 
     /// Reads everything pending. True if the host's facts may have changed: then take them anew. Does not block.
@@ -99,7 +138,7 @@ impl Monitor {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if lost {
                         // What was lost is newer than what was still queued, so none of it may be remembered.
-                        self.memory = Memory::default();
+                        self.memory = Memory { ways: std::mem::take(&mut self.memory.ways), ..Memory::default() };
                     }
                     return Ok(changed || lost);
                 }
@@ -142,6 +181,18 @@ impl Memory {
                 }
                 None => false,
             },
+            RTM_NEWNEIGH | RTM_DELNEIGH => match neighbours::read(payload)? {
+                Some(seen) if self.ways.hops.contains(&seen.hop) => {
+                    let mac = seen.mac.filter(|_| frame.kind == RTM_NEWNEIGH);
+                    // One not heard of is like one not found, which the facts don't have either.
+                    self.neighbours.insert(seen.hop, mac).unwrap_or_default() != mac
+                }
+                _ => false,
+            },
+            kind if RTM_TC.contains(&kind) || RTM_CHAINS.contains(&kind) => {
+                let index = TcHeader::parse(payload)?.index;
+                index == SHARED_FILTERS || u32::try_from(index).is_ok_and(|index| self.ways.links.contains(&index))
+            }
             RTM_NEWROUTE | RTM_DELROUTE => !routes::is_cached(payload),
             // Rules and next hops, and whatever else the groups may bring one day.
             _ => true,

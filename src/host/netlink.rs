@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use netlink_packet_core::{
-    NLA_HEADER_SIZE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ALIGNTO, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NlasIterator, parse_i32,
+    NLA_HEADER_SIZE, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ALIGNTO, NLMSG_DONE, NLMSG_ERROR,
+    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NlasIterator, parse_i32,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -32,7 +32,7 @@ const BATCH: usize = 64;
 
 /// How long to wait for an answer. The kernel answers at once; this only keeps the event loop from hanging for ever
 /// should it not.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A socket for requests to the kernel.
 pub(super) struct Connection {
@@ -134,6 +134,23 @@ impl Connection {
                     self.discard();
                     return Err(error);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the kernel to do each of `requests`, creating what is not there. What it refuses is not done.
+    ///
+    /// # Errors
+    /// When the kernel cannot be told.
+    pub(super) fn tell(&mut self, requests: &[RouteNetlinkMessage]) -> Result<()> {
+        for batch in requests.chunks(BATCH) {
+            // Without NLM_F_ACK the kernel answers refusals only, and has answered when `send` returns.
+            match self.send(batch, NLM_F_REQUEST | NLM_F_CREATE) {
+                Ok(_) => self.discard(),
+                Err(Setback::Incomplete(why)) => bail!("netlink answers incompletely: {why}"),
+                Err(Setback::Refused(error)) => return Err(error.into()),
+                Err(Setback::Failed(error)) => return Err(error),
             }
         }
         Ok(())
@@ -279,7 +296,7 @@ pub(super) struct Frame<'a> {
 
 impl Frame<'_> {
     /// The error that a message of type `NLMSG_ERROR` or `NLMSG_DONE` carries.
-    fn error(&self) -> Result<Option<io::Error>> {
+    pub(super) fn error(&self) -> Result<Option<io::Error>> {
         if self.kind == NLMSG_DONE && self.payload.is_empty() {
             return Ok(None);
         }

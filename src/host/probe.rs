@@ -12,11 +12,15 @@ use std::ptr;
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
-use libbpf_rs::{ProgramType, libbpf_sys};
+use libbpf_rs::{MapType, ProgramType, libbpf_sys};
 use nix::errno::Errno;
 
 /// Where the kernel offers its own types, which CO-RE programs are fitted to when they are loaded.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Set to anything, makes this host look like one whose kernel lacks `bpf_redirect_neigh` and ring buffers, so that tests
+/// can show what happens there.
+const PRETEND_OLD: &str = "UDP_FANOUT_PRETEND_OLD_KERNEL";
 
 /// What was found out about the kernel and about this process's privileges.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,8 +37,11 @@ pub struct Ability {
     pub initial_user_namespace: bool,
     /// Whether the kernel loaded a TC program that does nothing.
     pub load: Result<(), Errno>,
-    /// Whether TC programs may call `bpf_redirect_neigh` (Linux 5.10). None where none can be loaded.
+    /// Whether TC programs may call `bpf_redirect_neigh` (Linux 5.10). None where none can be loaded. Without it, the
+    /// program addresses frames itself.
     pub redirect_neigh: Option<bool>,
+    /// Whether the kernel has BPF ring buffers (Linux 5.8). None where nothing can be loaded.
+    pub ring_buffer: Option<bool>,
     /// Kernel types are at hand.
     pub has_btf: bool,
 }
@@ -96,12 +103,6 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
             )));
         }
     }
-    if ability.redirect_neigh != Some(true) {
-        return Err(Obstacle::Kernel(format!(
-            "kernel {} lacks the BPF helper bpf_redirect_neigh: use Linux 5.10 or later",
-            ability.kernel_release
-        )));
-    }
     if !ability.has_btf {
         return Err(Obstacle::Kernel(format!(
             "kernel {} does not offer its types at {KERNEL_BTF}: use a kernel built with CONFIG_DEBUG_INFO_BTF (or \
@@ -156,13 +157,16 @@ impl Ability {
     /// When the process cannot read its own capabilities.
     pub fn probe() -> Result<Self> {
         let effective_caps = caps::read(None, CapSet::Effective).context("cannot read this process's capabilities")?;
-        let (load, redirect_neigh) = quietly(|| {
+        let current = std::env::var_os(PRETEND_OLD).is_none();
+        let (load, redirect_neigh, ring_buffer) = quietly(|| {
             let load = load_nothing();
             // libbpf takes a refusal to load anything at all for the helper's existence.
             let redirect_neigh = load.is_ok().then(|| {
-                ProgramType::SchedCls.is_helper_supported(libbpf_sys::BPF_FUNC_redirect_neigh).unwrap_or(false)
+                let helper = libbpf_sys::BPF_FUNC_redirect_neigh;
+                current && ProgramType::SchedCls.is_helper_supported(helper).unwrap_or(false)
             });
-            (load, redirect_neigh)
+            let ring_buffer = load.is_ok().then(|| current && MapType::RingBuf.is_supported().unwrap_or(false));
+            (load, redirect_neigh, ring_buffer)
         });
         Ok(Self {
             kernel_release: nix::sys::utsname::uname()
@@ -175,6 +179,7 @@ impl Ability {
             initial_user_namespace: fs::read_to_string("/proc/self/uid_map").map_or(true, |map| is_identity_map(&map)),
             load,
             redirect_neigh,
+            ring_buffer,
             has_btf: has_btf(),
         })
     }
@@ -259,6 +264,7 @@ mod tests {
             initial_user_namespace: true,
             load: Ok(()),
             redirect_neigh: Some(true),
+            ring_buffer: Some(true),
             has_btf: true,
         }
     }
@@ -285,6 +291,11 @@ mod tests {
     #[test]
     fn a_capable_host_is_capable() {
         assert_eq!(tc_ebpf_support(&capable()), Ok(()));
+    }
+
+    #[test]
+    fn a_kernel_without_the_newer_helpers_will_do() {
+        assert_eq!(tc_ebpf_support(&Ability { redirect_neigh: Some(false), ..capable() }), Ok(()));
     }
 
     #[test]
@@ -326,7 +337,6 @@ mod tests {
         let cases = [
             (Ability { load: Err(Errno::ENOSYS), redirect_neigh: None, ..capable() }, "loads no TC program (ENOSYS"),
             (Ability { load: Err(Errno::EINVAL), redirect_neigh: None, ..capable() }, "CONFIG_BPF_SYSCALL"),
-            (Ability { redirect_neigh: Some(false), ..capable() }, "bpf_redirect_neigh"),
             (Ability { has_btf: false, ..capable() }, "/sys/kernel/btf/vmlinux"),
         ];
         for (host, expected) in cases {

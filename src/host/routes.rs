@@ -245,11 +245,10 @@ mod tests {
             link: Link {
                 index,
                 name: format!("link{index}"),
-                kind: None,
                 up: true,
                 ethernet: index == 3,
-                loopback: false,
                 mtu: 1500,
+                ..Link::default()
             },
             routed_tunnel: index == 4,
         };

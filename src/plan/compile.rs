@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Delivery, LinkRef, ListenerPlan, Target, maglev, table};
+use super::{Delivery, LinkRef, ListenerPlan, Macs, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
 use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
@@ -25,7 +25,7 @@ pub fn compile(
         .iter()
         .map(|downstream| Target {
             downstream: downstream.clone(),
-            delivery: delivery(facts.routes.get(&downstream.address.ip())),
+            delivery: delivery(facts.routes.get(&downstream.address.ip()), facts),
         })
         .collect();
     let kernel = mode == Mode::TcEbpf;
@@ -58,10 +58,19 @@ fn fill_table(policy: Policy, downstreams: &[Downstream], slots_before: usize) -
     }
 }
 
-fn delivery(route: Option<&Route>) -> Delivery {
+fn delivery(route: Option<&Route>, facts: &HostFacts) -> Delivery {
     match route {
         Some(Route::Local { .. }) => Delivery::Local,
-        Some(&Route::Via { link, next_hop, mtu }) => Delivery::Neighbour { link, next_hop, mtu },
+        Some(&Route::Via { link, mtu, .. }) if facts.link(link).is_some_and(|link| link.bare) => {
+            Delivery::Bare { link, mtu }
+        }
+        Some(&Route::Via { link, next_hop, mtu }) => {
+            let own = facts.link(link).and_then(|link| link.mac);
+            let neighbour = facts.neighbour(link, next_hop);
+            let macs = neighbour.zip(own).map(|(neighbour, own)| Macs { neighbour, own });
+            let into_pod = macs.is_some() && facts.straight_into_namespace(link);
+            Delivery::Neighbour { link, next_hop, mtu, macs, into_pod }
+        }
         // An encapsulating route is the socket's business, see `socket_only`.
         Some(Route::Encapsulated { .. } | Route::Unreachable { .. }) | None => Delivery::Unreachable,
     }
@@ -120,18 +129,19 @@ fn socket_only(policy: Policy, set: &DownstreamSet, facts: &HostFacts) -> Option
 mod tests {
     use super::*;
     use crate::config::{Protocol, RequestedMode, Settings, Source};
-    use crate::host::Address;
+    use crate::host::{Address, Neighbour};
     use crate::model::ListenerId;
 
     fn facts() -> HostFacts {
         let link = |index, name: &str| Link {
             index,
             name: name.into(),
-            kind: None,
             up: true,
             ethernet: index != 1,
+            mac: (index != 1).then_some([2, 0, 0, 0, 0, index as u8]),
             loopback: index == 1,
             mtu: 1500,
+            ..Link::default()
         };
         let address = |link, address: &str| Address { link, address: address.parse().unwrap() };
         HostFacts {
@@ -154,6 +164,7 @@ mod tests {
             .into_iter()
             .map(|(ip, route)| (ip.parse().unwrap(), route))
             .collect(),
+            ..HostFacts::default()
         }
     }
 
@@ -213,8 +224,13 @@ mod tests {
         let set = set(&["192.0.2.9:1", "203.0.113.9:1", "192.0.2.1:1", "10.0.0.1:1", "10.0.0.2:1"]);
         let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts(), 0);
         let deliveries: Vec<Delivery> = plan.targets.iter().map(|target| target.delivery).collect();
-        let neighbour =
-            |link, next_hop: &str, mtu| Delivery::Neighbour { link, next_hop: next_hop.parse().unwrap(), mtu };
+        let neighbour = |link, next_hop: &str, mtu| Delivery::Neighbour {
+            link,
+            next_hop: next_hop.parse().unwrap(),
+            mtu,
+            macs: None,
+            into_pod: false,
+        };
         assert_eq!(
             deliveries,
             [
@@ -227,6 +243,50 @@ mod tests {
         );
         assert_eq!(plan.table, [0, 1, 2, 3, 4]);
         assert_eq!(plan.socket_only, None);
+    }
+
+    /// What becomes of a downstream at 192.0.2.9, which is behind eth0, once `change` has been made to the facts.
+    fn delivery_after(change: impl FnOnce(&mut HostFacts)) -> Delivery {
+        let mut facts = facts();
+        change(&mut facts);
+        let listener = listener("192.0.2.1:514", Interfaces::Auto);
+        compile(&listener, &set(&["192.0.2.9:1"]), Mode::TcEbpf, &facts, 0).targets[0].delivery
+    }
+
+    fn resolve(facts: &mut HostFacts) {
+        let address = "192.0.2.9".parse().unwrap();
+        facts.neighbours = vec![Neighbour { link: 2, address, mac: [9; 6] }];
+    }
+
+    #[test]
+    fn a_pod_is_entered_directly_where_nobody_guards_its_door_and_it_is_known() {
+        let into_pod = |delivery| matches!(delivery, Delivery::Neighbour { into_pod: true, .. });
+        let opened = |facts: &mut HostFacts| facts.links[1].into_namespace = true;
+        assert!(into_pod(delivery_after(|facts| {
+            opened(facts);
+            resolve(facts);
+        })));
+        assert!(!into_pod(delivery_after(resolve)));
+        assert!(!into_pod(delivery_after(opened)));
+        assert!(!into_pod(delivery_after(|facts| {
+            opened(facts);
+            resolve(facts);
+            facts.guarded.insert(2, "somebody".into());
+        })));
+    }
+
+    #[test]
+    fn what_is_known_of_a_neighbour_goes_into_the_plan() {
+        let known = delivery_after(resolve);
+        let expected = Some(Macs { neighbour: [9; 6], own: [2, 0, 0, 0, 0, 2] });
+        assert!(matches!(known, Delivery::Neighbour { macs, .. } if macs == expected), "{known:?}");
+        assert_eq!(known.without_neighbour(), delivery_after(|_| ()));
+    }
+
+    #[test]
+    fn on_a_link_that_carries_bare_packets_there_are_no_neighbours() {
+        let bare = delivery_after(|facts| facts.links[1].bare = true);
+        assert_eq!(bare, Delivery::Bare { link: 2, mtu: 1500 });
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
     let (verdict, hop) = match target.delivery {
         Delivery::Unreachable => return dropped("no_route"),
         Delivery::Local => (UNSPEC, 0),
-        Delivery::Neighbour { mtu, .. } => {
+        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => {
             if datagram.ttl <= 1 {
                 return dropped("ttl_expired");
             }

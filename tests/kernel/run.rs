@@ -7,8 +7,8 @@ use std::os::fd::AsRawFd;
 use libbpf_rs::libbpf_sys;
 use udp_fanout::config::{Limits, Settings};
 use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
+use udp_fanout::datapath::kernel::{KernelDatapath, Setup};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
 
@@ -34,14 +34,20 @@ pub struct Gso {
 
 impl Program {
     pub fn load(listeners: Vec<ListenerPlan>) -> Program {
+        Self::load_with(listeners, |_| ())
+    }
+
+    /// As [`Program::load`], on a kernel that lacks something.
+    pub fn load_with(listeners: Vec<ListenerPlan>, change: impl FnOnce(&mut Setup)) -> Program {
         // The cursor is per CPU, so one history needs one CPU.
         let mut here = nix::sched::CpuSet::new();
         here.set(0).unwrap();
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let mut datapath = KernelDatapath::new(&Limits { max_listeners: 16, max_downstreams: 256 })
-            .expect("cannot load the TC program: these tests need root");
+        let mut setup = Setup::new(&Limits { max_listeners: 16, max_downstreams: 256 });
+        change(&mut setup);
+        let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
         let plan = Plan { listeners };
         datapath.apply(&plan).unwrap();
         Program { datapath, plan }
@@ -125,7 +131,8 @@ pub fn target(address: &str, delivery: Delivery) -> Target {
 
 /// Over link 77, which need not exist: a test run does not carry redirects out.
 pub fn via(next_hop: &str, mtu: u32) -> Delivery {
-    Delivery::Neighbour { link: 77, next_hop: next_hop.parse::<IpAddr>().unwrap(), mtu }
+    let next_hop = next_hop.parse::<IpAddr>().unwrap();
+    Delivery::Neighbour { link: 77, next_hop, mtu, macs: None, into_pod: false }
 }
 
 impl Program {

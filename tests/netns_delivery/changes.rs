@@ -88,6 +88,10 @@ fn netns_a_pod_that_comes_back_gets_its_share_again() {
     let mut meanwhile = Sender::in_lab(&lab).unwrap();
     meanwhile.burst(10, &collectors).unwrap();
     assert!(collectors.wait_for(105, crate::support::traffic::PATIENCE));
+    let line = daemon.wait_for_line("WARN FIB lookup failed, a datagram was dropped").unwrap();
+    let source = meanwhile.address().unwrap();
+    let who = format!("listener=\"lab\" source={source} destination=10.0.0.1:5514 downstream=10.244.0.10:5514 reason=");
+    assert!(line.contains(&who) && line.contains("no_route"), "{line}");
 
     let pod = lab.namespace_of(&lab.sites[0]);
     connect(
@@ -135,7 +139,7 @@ fn netns_an_address_that_is_added_is_the_listeners_too() {
 }
 
 /// Packets that have left by a device.
-fn sent_by(namespace: &Namespace, device: &str) -> u64 {
+pub fn sent_by(namespace: &Namespace, device: &str) -> u64 {
     let text = namespace.tool("cat", "/proc/thread-self/net/dev").unwrap();
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:"))).unwrap();
     line.split_whitespace().nth(9).unwrap().parse().unwrap()
@@ -155,6 +159,10 @@ fn netns_datagrams_follow_a_route_that_moves() {
         receiver.ip("address add 10.99.0.1/32 dev lo").unwrap();
         for device in ["all", "eth0", "eth1"] {
             receiver.sysctl(&format!("net.ipv4.conf.{device}.rp_filter"), "2").unwrap();
+        }
+        for device in ["out1", "out2"] {
+            // What waits in a queue is not handed past the cable, which counts.
+            lab.gateway.tc(&format!("qdisc add dev {device} root tbf rate 1gbit burst 1mb latency 1s")).unwrap();
         }
         let routes =
             ["10.0.10.2 dev out1", "10.0.11.2 dev out2"].map(|via| format!("route replace 10.99.0.1/32 via {via}"));

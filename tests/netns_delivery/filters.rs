@@ -3,7 +3,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
 use anyhow::Context;
@@ -16,12 +16,13 @@ use crate::support::traffic::bind;
 use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// A TC program of somebody else's that lets every packet go on to the next filter.
-struct Other {
+pub struct Other {
     program: OwnedFd,
+    link: Option<OwnedFd>,
 }
 
 impl Other {
-    fn load(name: &CStr) -> Other {
+    pub fn load(name: &CStr) -> Other {
         // r0 = TC_ACT_UNSPEC; exit
         let instruction = |code: u32, imm| libbpf_sys::bpf_insn { code: code as u8, imm, ..Default::default() };
         let instructions = [
@@ -41,7 +42,21 @@ impl Other {
         };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
         // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
-        Other { program: unsafe { OwnedFd::from_raw_fd(fd) } }
+        Other { program: unsafe { OwnedFd::from_raw_fd(fd) }, link: None }
+    }
+
+    /// Attaches it as a TCX program, behind those that are there, until it is dropped.
+    pub fn attach_tcx(&mut self, namespace: &Namespace, device: &str, hook: libbpf_sys::bpf_attach_type) {
+        let index = i32::try_from(namespace.link(device).unwrap().index).unwrap();
+        let program = self.program.as_raw_fd();
+        let attach = || {
+            // SAFETY: takes numbers; libbpf accepts null for options.
+            let fd = unsafe { libbpf_sys::bpf_link_create(program, index, hook, std::ptr::null()) };
+            anyhow::ensure!(fd >= 0, "cannot attach: {}", io::Error::from_raw_os_error(-fd));
+            // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+            Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        };
+        self.link = Some(namespace.run(attach).unwrap());
     }
 
     fn attach(&self, namespace: &Namespace, hook: TcAttachPoint, (priority, handle): (u32, u32)) {

@@ -13,7 +13,9 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 
 use super::arena::Region;
-use super::skel::types;
+use super::skel::{
+    DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, types,
+};
 use crate::plan::{Delivery, Target};
 
 /// Types that the program and we see as the same plain bytes.
@@ -25,8 +27,10 @@ pub unsafe trait Plain: Copy {}
 unsafe impl Plain for types::listener_key {}
 // SAFETY: two u32.
 unsafe impl Plain for types::fanout_listener {}
-// SAFETY: integers only, explicit padding, 48 bytes (asserted in `skel`).
+// SAFETY: integers only, without padding, 64 bytes (asserted in `skel`).
 unsafe impl Plain for types::downstream {}
+// SAFETY: integers only, without padding, 48 bytes (asserted in `skel`).
+unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
 // SAFETY: integers only, explicit padding, 16 bytes (asserted in `skel`).
@@ -70,7 +74,11 @@ impl<T: Plain> MappedArray<T> {
         Ok(Self { memory: memory.cast(), length, entries: map.max_entries(), of: PhantomData })
     }
 
-    fn entry(&self, index: u32) -> NonNull<u8> {
+    /// Where an entry is.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub(super) fn entry(&self, index: u32) -> NonNull<u8> {
         assert!(index < self.entries, "entry {index} of an array of {}", self.entries);
         // SAFETY: within the mapping, by the assertion above.
         unsafe { self.memory.add(index as usize * Self::STRIDE) }
@@ -167,7 +175,7 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
 }
 
 /// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
-fn mapped_words(address: IpAddr) -> [u32; 4] {
+pub(super) fn mapped_words(address: IpAddr) -> [u32; 4] {
     let octets = match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         IpAddr::V6(v6) => v6.octets(),
@@ -196,17 +204,28 @@ pub fn downstream_entry(target: &Target) -> types::downstream {
     let mut entry = types::downstream {
         addr_be: mapped_words(address.ip()),
         port_be: address.port().to_be(),
-        delivery: super::skel::DELIVER_NOWHERE,
+        delivery: DELIVER_NOWHERE,
         sample: target.downstream.sample,
         ..Default::default()
     };
     match target.delivery {
         Delivery::Unreachable => {}
-        Delivery::Local => entry.delivery = super::skel::DELIVER_LOCAL,
-        Delivery::Neighbour { link, next_hop, mtu } => {
-            entry.delivery = super::skel::DELIVER_NEIGHBOUR;
+        Delivery::Local => entry.delivery = DELIVER_LOCAL,
+        Delivery::Bare { link, mtu } => {
+            entry.delivery = DELIVER_NEIGHBOUR;
             entry.ifindex = link;
             entry.mtu = mtu;
+            entry.flags = DOWNSTREAM_BARE;
+        }
+        Delivery::Neighbour { link, next_hop, mtu, macs, into_pod } => {
+            entry.delivery = DELIVER_NEIGHBOUR;
+            entry.ifindex = link;
+            entry.mtu = mtu;
+            if let Some(macs) = macs {
+                entry.flags = DOWNSTREAM_MACS | if into_pod { DOWNSTREAM_PEER } else { 0 };
+                entry.macs[..6].copy_from_slice(&macs.neighbour);
+                entry.macs[6..].copy_from_slice(&macs.own);
+            }
             match next_hop {
                 IpAddr::V4(v4) => {
                     entry.next_hop_family = libc::AF_INET as u8;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapHandle, OpenObject};
 
+use super::Setup;
 use crate::config::Limits;
 use crate::model::{HashOn, Policy};
 use crate::plan::table::MAX_SLOTS;
@@ -39,6 +40,12 @@ pub const DELIVER_NOWHERE: u8 = 0;
 pub const DELIVER_LOCAL: u8 = 1;
 /// `DELIVER_NEIGHBOUR`.
 pub const DELIVER_NEIGHBOUR: u8 = 2;
+/// `DOWNSTREAM_PEER`.
+pub const DOWNSTREAM_PEER: u32 = 1;
+/// `DOWNSTREAM_MACS`.
+pub const DOWNSTREAM_MACS: u32 = 2;
+/// `DOWNSTREAM_BARE`.
+pub const DOWNSTREAM_BARE: u32 = 4;
 
 /// `enum policy`: how the program computes the place in a table.
 #[must_use]
@@ -61,7 +68,7 @@ const _: () = {
     assert!(size_of::<types::listener_state>() == 16);
     assert!(offset_of!(types::listener_state, policy) == 8);
     assert!(offset_of!(types::listener_state, least_mtu) == 12);
-    assert!(size_of::<types::downstream>() == 56);
+    assert!(size_of::<types::downstream>() == 64);
     assert!(offset_of!(types::downstream, next_hop_be) == 16);
     assert!(offset_of!(types::downstream, port_be) == 32);
     assert!(offset_of!(types::downstream, delivery) == 34);
@@ -70,10 +77,18 @@ const _: () = {
     assert!(offset_of!(types::downstream, mtu) == 40);
     assert!(offset_of!(types::downstream, flags) == 44);
     assert!(offset_of!(types::downstream, sample) == 48);
+    assert!(offset_of!(types::downstream, macs) == 52);
     assert!(size_of::<types::next_hop>() == 24);
     assert!(size_of::<types::stats>() == 6 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
     assert!(size_of::<types::downstream_stats>() == 2 * 8);
+    assert!(size_of::<types::event>() == 104);
+    assert!(offset_of!(types::event, sport_be) == 64);
+    assert!(offset_of!(types::event, flags) == 96);
+    assert!(size_of::<types::drop_log>() == 2 * 8);
+    assert!(size_of::<types::trace_control>() == 48);
+    assert!(offset_of!(types::trace_control, mask_be) == 24);
+    assert!(offset_of!(types::trace_control, lost) == 40);
 };
 
 /// Handles of everything the program has in the kernel. Dropping them frees program and maps once nothing is attached.
@@ -99,6 +114,10 @@ pub struct Loaded {
     pub downstream_stats: MapHandle,
     /// Downstream id to where its neighbour was last found.
     pub next_hops: MapHandle,
+    /// Single datagrams that the program tells of, if the kernel has ring buffers.
+    pub events: Option<MapHandle>,
+    /// Which datagrams are traced.
+    pub trace: MapHandle,
     /// Updated to wait for an RCU grace period.
     pub rcu_barrier: MapHandle,
     /// What is put into `rcu_barrier`.
@@ -134,12 +153,16 @@ impl Sizes {
 ///
 /// # Errors
 /// With the kernel's reason: no privilege, a missing feature, or the verifier's objection (its log is in the debug log).
-pub fn load(sizes: Sizes) -> Result<Loaded> {
+pub fn load(setup: &Setup) -> Result<Loaded> {
     super::quiet::route_libbpf_messages();
     let mut storage = MaybeUninit::<OpenObject>::uninit();
     let mut open = generated::FanoutSkelBuilder::default()
         .open(&mut storage)
         .context("cannot open the TC program that is built into this binary")?;
+    let sizes = setup.sizes;
+    let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
+    settings.has_redirects = u32::from(setup.redirects);
+    settings.has_events = u32::from(setup.ring_buffer);
     let maps = &mut open.maps;
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
@@ -152,9 +175,13 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
         (&mut maps.next_hops, sizes.downstreams),
+        (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
     ] {
         let name = map.name().to_string_lossy().into_owned();
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
+    }
+    if !setup.ring_buffer {
+        maps.events.set_autocreate(false).context("cannot leave out the map events")?;
     }
     let skel = open.load().context("the kernel refused the TC program (run with RUST_LOG=debug for its words)")?;
     let maps = &skel.maps;
@@ -175,6 +202,8 @@ pub fn load(sizes: Sizes) -> Result<Loaded> {
         copy_drops: handle(&maps.COPY_DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
         next_hops: handle(&maps.next_hops)?,
+        events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
+        trace: handle(&maps.data_trace)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,
         barrier_inner: handle(&maps.barrier_inner)?,
     })
@@ -225,6 +254,13 @@ mod tests {
             ("DELIVER_NEIGHBOUR", DELIVER_NEIGHBOUR),
         ] {
             assert_eq!(value(name), u64::from(number), "{name}");
+        }
+        for (name, flag) in [
+            ("DOWNSTREAM_PEER", DOWNSTREAM_PEER),
+            ("DOWNSTREAM_MACS", DOWNSTREAM_MACS),
+            ("DOWNSTREAM_BARE", DOWNSTREAM_BARE),
+        ] {
+            assert_eq!(value(name), u64::from(flag), "{name}");
         }
         assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
         assert_eq!(value("MAX_COPIES"), crate::model::MAX_COPIES as u64);

@@ -82,7 +82,11 @@ impl Tables {
                 self.slots.write(place, downstream);
             }
             self.states.publish(id.0, region);
-            tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
+            if self.current.get(&id).is_some_and(|old| same_ways(&old.targets, &targets)) {
+                tracing::debug!(listener_id = id.0, "updated the neighbours of the downstream set");
+            } else {
+                tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
+            }
             let old = self.current.insert(id, Table { region, slots, targets: Vec::new() }).unwrap_or_default();
             self.slot_arena.give_back(old.region);
             self.retire_ids(id, &old.targets, &targets);
@@ -207,10 +211,16 @@ impl Tables {
 /// The smallest MTU on the ways to the plan's downstreams; none if all are on this host.
 fn least_mtu(plan: &ListenerPlan) -> u32 {
     let mtu = |target: &Target| match target.delivery {
-        Delivery::Neighbour { mtu, .. } => Some(mtu),
+        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => Some(mtu),
         Delivery::Local | Delivery::Unreachable => None,
     };
     plan.targets.iter().filter_map(mtu).min().unwrap_or(u32::MAX)
+}
+
+/// True if nothing differs but what is known of neighbours, which changes often and means nothing to an operator.
+fn same_ways(old: &[(Target, u32)], new: &[(Target, u32)]) -> bool {
+    let way = |(target, _): &(Target, u32)| (target.downstream.clone(), target.delivery.without_neighbour());
+    old.len() == new.len() && old.iter().map(way).eq(new.iter().map(way))
 }
 
 fn add(sum: &mut [u64; 2], more: [u64; 2]) {

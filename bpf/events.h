@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Tells user space of single datagrams through a ring buffer: the first drop of each reason per listener, CPU and
+ * second, for the log; and everything that becomes of a listener's datagrams, while somebody traces them. The books
+ * (count.h) are kept either way; this shows whose datagram it was.
+ */
+#ifndef FANOUT_EVENTS_H
+#define FANOUT_EVENTS_H
+
+/* The kernel has ring buffers (5.8). Set before load; what is not there is never reached. */
+const volatile __u32 has_events = 1;
+
+/* Written by user space through a mapping; read by the program without a lookup, for it is read for every datagram. */
+volatile struct trace_control trace SEC(".data.trace");
+
+#define LOG_INTERVAL_NS 1000000000ULL
+
+static __always_inline bool is_traced(__u32 listener, const struct packet *pkt)
+{
+	if (!trace.on || (trace.listener != TRACE_ALL_LISTENERS && trace.listener != listener))
+		return false;
+	return (pkt->src_be[0] & trace.mask_be[0]) == trace.source_be[0] &&
+	       (pkt->src_be[1] & trace.mask_be[1]) == trace.source_be[1] &&
+	       (pkt->src_be[2] & trace.mask_be[2]) == trace.source_be[2] &&
+	       (pkt->src_be[3] & trace.mask_be[3]) == trace.source_be[3];
+}
+
+/* True once a second for each index of drop_log; *held_back then is how many datagrams it was not since the last time. */
+static __always_inline bool is_due(__u32 index, __u64 now, const struct packet *pkt,
+				   __u64 *held_back)
+{
+	struct drop_log *log = bpf_map_lookup_elem(&drop_log, &index);
+
+	if (!log)
+		return false;
+	if (now < log->next) {
+		log->held_back += pkt->datagrams;
+		return false;
+	}
+	*held_back = log->held_back;
+	log->held_back = 0;
+	log->next = now + LOG_INTERVAL_NS;
+	return true;
+}
+
+static __noinline int fill_event(struct event *event, const struct __sk_buff *skb,
+				 const struct packet *pkt, const struct listener_key *dst,
+				 const struct downstream *to)
+{
+	event->ifindex = skb->ifindex;
+	__builtin_memcpy(event->src_be, pkt->src_be, sizeof(event->src_be));
+	__builtin_memcpy(event->dst_be, dst->addr_be, sizeof(event->dst_be));
+	event->sport_be = pkt->sport_be;
+	event->dport_be = dst->port_be;
+	event->datagrams = pkt->datagrams;
+	event->bytes = pkt->payload;
+	event->way = pkt->way;
+	if (to) {
+		__builtin_memcpy(event->to_be, to->addr_be, sizeof(event->to_be));
+		event->to_port_be = to->port_be;
+		event->out_ifindex = to->ifindex;
+	} else {
+		__builtin_memset(event->to_be, 0, sizeof(event->to_be));
+		event->to_port_be = 0;
+		event->out_ifindex = 0;
+	}
+	return 0;
+}
+
+/* `what` is the listener << 32 | enum event_kind << 8 | enum drop_reason: a function takes five arguments. */
+static __noinline int tell(struct __sk_buff *skb, const struct packet *pkt,
+			   const struct listener_key *dst, const struct downstream *to, __u64 what)
+{
+	__u32 listener = what >> 32, kind = what >> 8 & 0xff, reason = what & 0xff;
+	__u32 flags = is_traced(listener, pkt) ? EVENT_TRACED : 0;
+	__u64 now = bpf_ktime_get_ns(), held_back = 0;
+	bool copy = kind == EVENT_COPY_DROPPED;
+	struct event *event;
+
+	if ((copy || kind == EVENT_DROPPED) &&
+	    is_due((listener * DROP_REASONS + reason) * 2 + copy, now, pkt, &held_back))
+		flags |= EVENT_LOGGED;
+	if (!flags)
+		return 0;
+	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+	if (!event) {
+		__sync_fetch_and_add(&trace.lost, 1);
+		return 0;
+	}
+	event->time = now;
+	event->held_back = held_back;
+	event->listener = listener;
+	event->reason = reason;
+	event->kind = kind;
+	event->flags = flags;
+	fill_event(event, skb, pkt, dst, to);
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+/* For the log or a trace. `to` is NULL where no downstream had been chosen. */
+static __always_inline void note_drop(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct listener_key *dst, const struct downstream *to,
+				      __u64 listener, enum event_kind kind, enum drop_reason reason)
+{
+	if (has_events)
+		tell(skb, pkt, dst, to, listener << 32 | kind << 8 | reason);
+}
+
+/* For a trace. */
+static __always_inline void note(struct __sk_buff *skb, const struct packet *pkt,
+				 const struct listener_key *dst, const struct downstream *to,
+				 __u64 listener, enum event_kind kind)
+{
+	if (has_events && trace.on)
+		tell(skb, pkt, dst, to, listener << 32 | kind << 8);
+}
+
+#endif

@@ -1,0 +1,321 @@
+//! Single datagrams that the program tells of: the first drop of each reason for a while, for the log, and what becomes
+//! of datagrams that somebody traces.
+//!
+//! The program writes [`Event`]s to a ring buffer (`bpf/events.h`) whose descriptor becomes readable; [`Events::take`]
+//! empties it. Tracing is switched on and off with a store into memory shared with the program, and costs nothing
+//! while off. Kernels before 5.8 have no ring buffers and tell nothing; the counters are kept all the same.
+
+use std::mem::{offset_of, size_of};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{RingBuffer, RingBufferBuilder};
+
+use super::maps::{MappedArray, mapped_words};
+use super::skel::{Loaded, types};
+use crate::model::{DropReason, ListenerId};
+
+/// `EVENT_LOGGED`.
+const LOGGED: u32 = 1;
+/// `EVENT_TRACED`.
+const TRACED: u32 = 2;
+/// `TRACE_ALL_LISTENERS`.
+const ALL_LISTENERS: u32 = u32::MAX;
+
+/// What has become of one datagram (or super-packet), or of one copy of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// When, by `CLOCK_MONOTONIC`.
+    pub at: Duration,
+    /// The listener whose it was.
+    pub listener: ListenerId,
+    /// Who has sent it.
+    pub source: SocketAddr,
+    /// Where to.
+    pub destination: SocketAddr,
+    /// The downstream chosen for it, if one had been.
+    pub downstream: Option<SocketAddr>,
+    /// What has become of it.
+    pub fate: Fate,
+    /// Index of the interface it came in by.
+    pub link: u32,
+    /// Index of the interface that leads to the downstream; 0 for none.
+    pub out_link: u32,
+    /// How many datagrams it held.
+    pub datagrams: u32,
+    /// Their UDP payload in bytes.
+    pub bytes: u32,
+    /// It is the first of its sort for a while, so it is for the log; and how many such datagrams there were since the one
+    /// before on the same CPU.
+    pub logged: Option<u64>,
+    /// Somebody wants to see it.
+    pub traced: bool,
+}
+
+/// What has become of a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Handed to the downstream.
+    Forwarded(Way),
+    /// Left to the listener's socket.
+    Passed,
+    /// Dropped.
+    Dropped(DropReason),
+    /// One copy of a replicated datagram has been handed to the downstream.
+    Copied(Way),
+    /// One copy of a replicated datagram has been dropped.
+    CopyDropped(DropReason),
+}
+
+/// How a datagram is delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Not at all, or to all downstreams, each in its own way.
+    None,
+    /// Up this host's own stack.
+    Local,
+    /// The kernel has been told to find the neighbour.
+    Neighbour,
+    /// Out of a link, to a neighbour that was known.
+    Known,
+    /// Straight into another namespace.
+    Pod,
+    /// Out of a link without link-layer addresses.
+    Bare,
+}
+
+impl Way {
+    /// `enum way` of `bpf/fanout_abi.h`, in its order.
+    pub const ALL: [Way; 6] = [Way::None, Way::Local, Way::Neighbour, Way::Known, Way::Pod, Way::Bare];
+
+    /// A word for traces.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::None => "none",
+            Way::Local => "local",
+            Way::Neighbour => "neighbour",
+            Way::Known => "known",
+            Way::Pod => "pod",
+            Way::Bare => "bare",
+        }
+    }
+}
+
+/// Which datagrams are traced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceFilter {
+    /// Those of this listener; none for all.
+    pub listener: Option<ListenerId>,
+    /// Those from addresses that share this prefix: an address and the number of its leading bits, up to 32 or 128. None
+    /// for all sources of both families.
+    pub source: Option<(IpAddr, u8)>,
+}
+
+/// The receiving end.
+pub struct Events {
+    trace: MappedArray<types::trace_control>,
+    ring: Option<Ring>,
+}
+
+struct Ring {
+    ring: RingBuffer<'static>,
+    received: Receiver<Option<Event>>,
+}
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Events").field("ring", &self.ring.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Events {
+    /// Opens the ring buffer, if the program has one.
+    ///
+    /// # Errors
+    /// When the kernel refuses to map it.
+    pub fn new(loaded: &Loaded) -> Result<Events> {
+        let trace = MappedArray::new(&loaded.trace)?;
+        let ring = loaded
+            .events
+            .as_ref()
+            .map(|map| {
+                let (sender, received) = mpsc::channel();
+                let mut builder = RingBufferBuilder::new();
+                // The receiver lives as long as the ring, so that sending cannot fail.
+                builder.add(map, move |bytes| {
+                    let _ = sender.send(Event::read(bytes));
+                    0
+                })?;
+                Ok::<_, libbpf_rs::Error>(Ring { ring: builder.build()?, received })
+            })
+            .transpose()
+            .context("cannot open the TC program's ring buffer")?;
+        Ok(Events { trace, ring })
+    }
+
+    /// A descriptor that is readable when there are events, if there is a ring buffer. It lives as long as `self`.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        let fd: RawFd = self.ring.as_ref()?.ring.epoll_fd();
+        // SAFETY: the descriptor belongs to the ring, which lives at least as long as the borrow of `self`.
+        Some(unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// All events that have come.
+    ///
+    /// # Errors
+    /// When the ring buffer cannot be read, or an event makes no sense.
+    pub fn take(&mut self) -> Result<Vec<Event>> {
+        let Some(ring) = &self.ring else { return Ok(Vec::new()) };
+        ring.ring.poll(Duration::ZERO).context("cannot read the TC program's ring buffer")?;
+        ring.received.try_iter().collect::<Option<_>>().context("the TC program has told something unintelligible")
+    }
+
+    /// How many events have been lost because the ring buffer was full.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        // SAFETY: the field is aligned to 8, within the entry, and mapped as long as `self` lives.
+        unsafe { AtomicU64::from_ptr(self.field(offset_of!(types::trace_control, lost)).cast()) }
+            .load(Ordering::Relaxed)
+    }
+
+    /// Traces datagrams, or stops doing so. While the filter changes, a few events may follow neither.
+    ///
+    /// # Errors
+    /// When the source is no prefix, or there is no ring buffer.
+    pub fn trace(&mut self, filter: Option<&TraceFilter>) -> Result<()> {
+        self.store(offset_of!(types::trace_control, on), 0);
+        let Some(filter) = filter else { return Ok(()) };
+        ensure!(
+            self.ring.is_some(),
+            "this kernel has no BPF ring buffers, which tracing needs: use Linux 5.8 or later"
+        );
+        let listener = filter.listener.map_or(ALL_LISTENERS, |id| id.0);
+        self.store(offset_of!(types::trace_control, listener), listener);
+        let (source, mask) = filter.source.map_or(Ok(([0; 4], [0; 4])), prefix)?;
+        for (index, (source, mask)) in source.into_iter().zip(mask).enumerate() {
+            self.store(offset_of!(types::trace_control, source_be) + index * 4, source & mask);
+            self.store(offset_of!(types::trace_control, mask_be) + index * 4, mask);
+        }
+        self.store(offset_of!(types::trace_control, on), 1);
+        Ok(())
+    }
+
+    fn store(&mut self, offset: usize, value: u32) {
+        // SAFETY: the field is aligned to 4, within the entry, and mapped as long as `self` lives.
+        unsafe { AtomicU32::from_ptr(self.field(offset).cast()) }.store(value, Ordering::SeqCst);
+    }
+
+    fn field(&self, offset: usize) -> *mut u8 {
+        assert!(offset < size_of::<types::trace_control>(), "a field of the entry");
+        // SAFETY: within the mapped entry, by the assertion above.
+        unsafe { self.trace.entry(0).as_ptr().add(offset) }
+    }
+}
+
+/// A prefix as the program compares it: address and mask, IPv4 as v4-mapped IPv6.
+fn prefix((address, bits): (IpAddr, u8)) -> Result<([u32; 4], [u32; 4])> {
+    let most = if address.is_ipv4() { 32 } else { 128 };
+    ensure!(bits <= most, "{address}/{bits} is no prefix: it can have at most {most} bits");
+    let bits = u32::from(bits) + 128 - u32::from(most);
+    let mask = Ipv6Addr::from_bits(u128::MAX.checked_shl(128 - bits).unwrap_or(0));
+    Ok((mapped_words(address), mapped_words(mask.into())))
+}
+
+impl Event {
+    fn read(bytes: &[u8]) -> Option<Event> {
+        if bytes.len() < size_of::<types::event>() {
+            return None;
+        }
+        // SAFETY: a C struct of integers, for which every bit pattern is valid; there are enough bytes, and reading
+        // needs no alignment.
+        let event: types::event = unsafe { bytes.as_ptr().cast::<types::event>().read_unaligned() };
+        let reason = DropReason::ALL.get(event.reason as usize).copied()?;
+        let way = Way::ALL.get(usize::from(event.way)).copied()?;
+        let fate = match event.kind {
+            0 => Fate::Forwarded(way),
+            1 => Fate::Passed,
+            2 => Fate::Dropped(reason),
+            3 => Fate::Copied(way),
+            4 => Fate::CopyDropped(reason),
+            _ => return None,
+        };
+        let chosen = event.to_port_be != 0;
+        Some(Event {
+            at: Duration::from_nanos(event.time),
+            listener: ListenerId(event.listener),
+            source: address(event.src_be, event.sport_be),
+            destination: address(event.dst_be, event.dport_be),
+            downstream: chosen.then(|| address(event.to_be, event.to_port_be)),
+            fate,
+            link: event.ifindex,
+            out_link: event.out_ifindex,
+            datagrams: event.datagrams,
+            bytes: event.bytes,
+            logged: (event.flags & LOGGED != 0).then_some(event.held_back),
+            traced: event.flags & TRACED != 0,
+        })
+    }
+}
+
+fn address(words: [u32; 4], port_be: u16) -> SocketAddr {
+    let mut octets = [0; 16];
+    for (bytes, word) in octets.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port_be))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_are_compared_as_the_program_keeps_addresses() {
+        let (source, mask) = prefix(("10.1.0.0".parse().unwrap(), 16)).unwrap();
+        assert_eq!(source, mapped_words("10.1.0.0".parse().unwrap()));
+        assert_eq!(mask, [u32::MAX, u32::MAX, u32::MAX, u32::from_be(0xffff_0000)]);
+        assert_eq!(prefix(("::".parse().unwrap(), 0)).unwrap().1, [0; 4]);
+        assert_eq!(prefix(("::1".parse().unwrap(), 128)).unwrap().1, [u32::MAX; 4]);
+        let refusal = prefix(("10.0.0.0".parse().unwrap(), 33)).unwrap_err().to_string();
+        assert_eq!(refusal, "10.0.0.0/33 is no prefix: it can have at most 32 bits");
+    }
+
+    #[test]
+    fn the_header_numbers_kinds_and_ways_likewise() {
+        let header = include_str!("../../../bpf/fanout_abi.h");
+        let has = |name: &str, number: usize| {
+            let line = format!("\t{name} = {number}");
+            assert!(
+                header
+                    .lines()
+                    .any(|l| l.split([',', ' ']).collect::<Vec<_>>().starts_with(&line.split(' ').collect::<Vec<_>>())),
+                "{line}"
+            );
+        };
+        for (number, way) in Way::ALL.iter().enumerate() {
+            has(&format!("WAY_{}", way.name().to_uppercase()), number);
+        }
+        let kinds = ["EVENT_FORWARDED", "EVENT_PASSED", "EVENT_DROPPED", "EVENT_COPIED", "EVENT_COPY_DROPPED"];
+        for (number, kind) in kinds.into_iter().enumerate() {
+            has(kind, number);
+        }
+        has("EVENT_LOGGED", LOGGED as usize);
+        has("EVENT_TRACED", TRACED as usize);
+        assert!(header.contains("TRACE_ALL_LISTENERS 0xffffffff"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_no_event() {
+        assert_eq!(Event::read(&[0; 8]), None);
+        let mut bytes = vec![0; size_of::<types::event>()];
+        assert!(Event::read(&bytes).is_some());
+        bytes[offset_of!(types::event, kind)] = 9;
+        assert_eq!(Event::read(&bytes), None);
+    }
+}
