@@ -4,6 +4,7 @@
 //! breaks one is added to the problems with the key, the value and the fix.
 
 mod policies;
+mod senders;
 mod texts;
 
 use std::collections::HashMap;
@@ -17,7 +18,7 @@ use super::problem::{Problems, quoted};
 use super::{
     Config, HealthConfig, Interfaces, KubernetesSource, Limits, ListenerConfig, MetricsConfig, Settings, Source,
 };
-use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, address};
+use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::model::{Downstream, ListenerId};
 
 pub(super) use policies::part_of;
@@ -33,8 +34,12 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     if !rules.counts(&file) {
         return None;
     }
-    let listeners: Vec<Option<ListenerConfig>> =
-        file.listeners.iter().zip(0..).map(|(listener, id)| rules.listener(listener, ListenerId(id))).collect();
+    let listeners: Vec<Option<ListenerConfig>> = file
+        .listeners
+        .iter()
+        .zip(0..)
+        .map(|(listener, id)| rules.listener(listener, ListenerId(id), &file.limits))
+        .collect();
     rules.distinct_names(&file);
     rules.distinct_binds(&file);
     let health = rules.health(&file.health);
@@ -48,7 +53,12 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         listeners: listeners.into_iter().collect::<Option<_>>()?,
         health,
         metrics,
-        limits: Limits { max_listeners: file.limits.max_listeners, max_downstreams: file.limits.max_downstreams },
+        limits: Limits {
+            max_listeners: file.limits.max_listeners,
+            max_downstreams: file.limits.max_downstreams,
+            max_sources: file.limits.max_sources,
+            max_senders: file.limits.max_senders,
+        },
         warnings,
     })
 }
@@ -85,6 +95,7 @@ impl Rules<'_> {
     fn counts(&mut self, file: &File) -> bool {
         let listeners = file.listeners.len();
         let downstreams: usize = file.listeners.iter().filter_map(|l| l.downstream.as_ref()).map(Vec::len).sum();
+        let sources: usize = file.listeners.iter().filter_map(|l| l.sources.as_ref()).map(senders::count).sum();
         let mut fits = true;
         if listeners == 0 {
             let fix = "add one with a name, a bind address and its downstreams (config/reference.toml shows every key)";
@@ -94,6 +105,7 @@ impl Rules<'_> {
         for (key, there, allowed, most) in [
             ("max_listeners", listeners, file.limits.max_listeners, MAX_LISTENERS),
             ("max_downstreams", downstreams, file.limits.max_downstreams, MAX_DOWNSTREAMS),
+            ("max_sources", sources, file.limits.max_sources, MAX_SOURCES),
         ] {
             if there > allowed as usize {
                 let things = key.trim_start_matches("max_");
@@ -109,13 +121,14 @@ impl Rules<'_> {
         fits
     }
 
-    fn listener(&mut self, listener: &file::Listener, id: ListenerId) -> Option<ListenerConfig> {
+    fn listener(&mut self, listener: &file::Listener, id: ListenerId, limits: &file::Limits) -> Option<ListenerConfig> {
         let at = listener_key(id);
         let name = self.check(&at.then("name"), texts::listener_name(&listener.name));
         let bind = self.bind(&at.then("bind"), &listener.bind);
         let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
         let source = self.source(&at, listener, bind);
         let policy = self.policy(&at, listener);
+        let sources = self.sources(&at.then("sources"), listener.sources.as_ref(), bind);
         Some(ListenerConfig {
             id,
             name: name?.to_owned(),
@@ -124,6 +137,8 @@ impl Rules<'_> {
             mode: listener.mode,
             protocol: listener.protocol,
             policy,
+            sources: sources?.into(),
+            rate_limit: listener.rate_limit.as_ref().map(|limit| senders::rate_limit(limit, limits.max_senders)),
             source: source?,
             settings: Settings {
                 workers: listener.settings.workers,

@@ -1,12 +1,14 @@
 //! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
 //!
 //! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
-//! - `table`: one listener's table and downstreams. `attach`: interfaces. `quiet`: libbpf's messages.
+//! - `table`: one listener's table and downstreams. `admission`: who may send.
+//! - `attach`: interfaces. `quiet`: libbpf's messages.
 //!
 //! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
 //! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
 //! then attachment: the program never sees a listener without its table.
 
+pub mod admission;
 pub mod arena;
 pub mod attach;
 pub mod maps;
@@ -21,6 +23,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
+use self::admission::Admissions;
 use self::attach::Attachment;
 use self::maps::{bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
@@ -36,6 +39,7 @@ pub struct KernelDatapath {
     // Fields are dropped in this order: off the interfaces first.
     attachments: Vec<Attachment>,
     tables: Tables,
+    admissions: Admissions,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     loaded: Loaded,
@@ -55,6 +59,7 @@ impl KernelDatapath {
         Ok(KernelDatapath {
             attachments: Vec::new(),
             tables,
+            admissions: Admissions::default(),
             keys: BTreeMap::new(),
             loaded,
             programmed: BTreeMap::new(),
@@ -80,6 +85,15 @@ impl KernelDatapath {
     /// When the kernel refuses to read it.
     pub fn raw_stats(&self, id: ListenerId) -> Result<[u64; 6]> {
         sum_over_cpus(&self.loaded.stats, id.0)
+    }
+
+    /// Puts a listener's table in force, and who may send to it.
+    fn publish(&mut self, listener: &ListenerPlan) -> Result<()> {
+        let admission = self.admissions.prepare(&self.loaded, listener)?;
+        self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
+        self.tables.admit(listener.id, &admission);
+        self.admissions.in_force(listener.id, admission, listener.meter);
+        Ok(())
     }
 
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
@@ -136,6 +150,7 @@ impl KernelDatapath {
     /// are cleared, once no CPU is still counting.
     fn forget(&mut self, id: ListenerId) -> Result<()> {
         self.tables.remove(id);
+        self.admissions.forget(id);
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
         zero_on_all_cpus(&self.loaded.stats, id.0)?;
         for offset in 0..DROP_REASONS {
@@ -177,9 +192,7 @@ impl Datapath for KernelDatapath {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
         for &listener in &ours {
             if self.programmed.get(&listener.id) != Some(listener) {
-                self.tables
-                    .publish(&self.loaded, listener)
-                    .with_context(|| format!("listener {:?}: cannot update its table", listener.name))?;
+                self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
             }
         }
         self.apply_keys(&ours)?;
@@ -192,7 +205,7 @@ impl Datapath for KernelDatapath {
         for listener in ours {
             self.programmed.insert(listener.id, listener.clone());
         }
-        Ok(())
+        self.admissions.sweep(&self.loaded)
     }
 
     fn counters(&mut self) -> Result<Counters> {
