@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * The path of one datagram, top to bottom: parse, match, select, rewrite, deliver. One header a stage.
+ * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage.
  *
  * Attached at TC ingress (clsact) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
  * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
@@ -20,6 +20,7 @@
 #include "packet.h"
 #include "maps.h"
 #include "parse.h"
+#include "admit.h"
 #include "hash.h"
 #include "select.h"
 #include "rewrite.h"
@@ -109,10 +110,12 @@ SEC("tc")
 int udp_fanout(struct __sk_buff *skb)
 {
 	const struct fanout_listener *listener;
+	const struct listener_state *state;
 	const struct downstream *to;
 	struct packet pkt = {};
 	struct table table;
 	int verdict = TC_ACT_UNSPEC;
+	enum drop_reason why_not;
 	__u32 to_id = 0;
 
 	if (parse(skb, &pkt) != PARSE_OK)
@@ -122,9 +125,15 @@ int udp_fanout(struct __sk_buff *skb)
 	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
 	if (!listener)
 		return TC_ACT_UNSPEC;
+	state = bpf_map_lookup_elem(&listener_states, &listener->id);
+	if (!state)
+		return TC_ACT_UNSPEC;
+	why_not = refusal(state, &pkt);
+	if (why_not != DROP_REASONS)
+		return drop(skb, listener, &pkt, NULL, why_not);
 	if (pkt.exotic || listener->flags & LISTENER_SOCKET_ONLY)
 		return pass(skb, listener, &pkt, NULL);
-	if (!read_table(listener->id, &table))
+	if (!read_table(listener->id, state, &table))
 		return drop(skb, listener, &pkt, NULL, DROP_NO_DOWNSTREAM);
 	if (table.policy == POLICY_REPLICATE)
 		return replicate(skb, listener, &pkt, &table);

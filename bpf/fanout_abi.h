@@ -47,6 +47,36 @@ struct listener_state {
 	__u64 table;
 	__u32 policy; /* enum policy */
 	__u32 least_mtu; /* the smallest of the table's downstreams, bytes; for POLICY_REPLICATE */
+	__u32 rules; /* number of the rules in `sources`; 0: everybody may send */
+	__u32 meter; /* number of the buckets in `buckets`; 0: as fast as they like */
+	__u64 interval; /* what a datagram costs, in ticks of the meter's clock */
+	__u64 depth; /* what a full bucket holds, in the same */
+	__be32 sender_mask_be
+		[4]; /* the bits of an address that tell senders apart, for the meter */
+};
+
+/*
+ * Key of `sources`. Rules are never changed while a listener names them: a change takes a new number, which one store
+ * to the listener's state puts in force. Each number has a prefix of no address bits, for all whom no other names.
+ */
+struct source_key {
+	__u32 prefixlen; /* the number's 32 bits and those of the address that count */
+	__u32 rules;
+	__be32 addr_be[4]; /* like listener_key's */
+};
+
+enum source_verdict {
+	SOURCE_DENIED = 0,
+	SOURCE_ALLOWED = 1,
+};
+
+/* Ticks of the meters' clock in a nanosecond: fine enough for ten million datagrams a second. */
+#define METER_TICKS_SHIFT 4
+
+/* Key of `buckets`. The value is the tick at which the sender's bucket is full again. */
+struct bucket_key {
+	__u32 meter;
+	__be32 sender_be[4]; /* like listener_key's, masked */
 };
 
 enum delivery {
@@ -116,7 +146,9 @@ enum drop_reason {
 	DROP_NO_ROUTE = 2,
 	DROP_REWRITE_FAILED = 3,
 	DROP_REDIRECT_FAILED = 4,
-	DROP_REASONS = 5,
+	DROP_SOURCE_DENIED = 5,
+	DROP_RATE_LIMITED = 6,
+	DROP_REASONS = 7,
 };
 
 /* What has become of a datagram, or of one copy of it. */

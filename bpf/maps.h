@@ -42,6 +42,23 @@ struct {
 	__type(value, struct downstream);
 } downstreams SEC(".maps");
 
+/* Rules and prefix of a sender's address -> whether the datagram is taken. Written by user space, see source_key. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, struct source_key);
+	__type(value, __u32); /* enum source_verdict */
+} sources SEC(".maps");
+
+/* Sender -> when its bucket is full again, for rate limits. Written by the program; the longest unused make room. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, struct bucket_key);
+	__type(value, __u64);
+} buckets SEC(".maps");
+
 /* Listener id -> next place in the round on this CPU, 0 before the first datagram. Written by the program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

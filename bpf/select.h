@@ -86,15 +86,15 @@ static __always_inline __u32 place(const struct __sk_buff *skb, const struct pac
 }
 
 /* False if the listener has no downstream. */
-static __always_inline bool read_table(__u32 listener_id, struct table *table)
+static __always_inline bool read_table(__u32 listener_id, const struct listener_state *state,
+				       struct table *table)
 {
-	struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
 	__u64 place;
 
 	table->cursor = bpf_map_lookup_elem(&cursors, &listener_id);
-	if (!state || !table->cursor)
+	if (!table->cursor)
 		return false;
-	place = *(volatile __u64 *)&state->table;
+	place = *(const volatile __u64 *)&state->table;
 	table->first = place >> 32;
 	table->slots = (__u32)place;
 	table->policy = state->policy;

@@ -26,6 +26,7 @@ use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use problem::{Problem, Problems};
 pub use protocol::Protocol;
 
+use crate::admission::{RateLimit, Sources};
 use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
 use crate::health::settings::{
     self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
@@ -57,6 +59,16 @@ pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
 pub const MAX_LISTENERS: RangeInclusive<u32> = 1..=4_096;
 /// Allowed `max_downstreams`.
 pub const MAX_DOWNSTREAMS: RangeInclusive<u32> = 1..=1_000_000;
+
+/// Allowed `max_sources`.
+pub const MAX_SOURCES: RangeInclusive<u32> = 1..=1_000_000;
+
+/// Allowed `max_senders`. Of fewer, the kernel could not tell the longest silent one well.
+pub const MAX_SENDERS: RangeInclusive<u32> = 1_024..=1_000_000;
+/// Allowed `packets_per_second`.
+pub const PACKET_RATES: RangeInclusive<u32> = 1..=10_000_000;
+/// Allowed `burst`.
+pub const BURSTS: RangeInclusive<u32> = 1..=100_000_000;
 
 /// Largest file read, in bytes: room for a million downstreams, and an end to `/dev/zero`.
 const MAX_FILE_SIZE: u64 = 128 << 20;
@@ -95,6 +107,10 @@ pub struct ListenerConfig {
     pub protocol: Protocol,
     /// How a downstream is chosen.
     pub policy: Policy,
+    /// Who may send.
+    pub sources: Arc<Sources>,
+    /// How fast each sender may send, if there is a limit.
+    pub rate_limit: Option<RateLimit>,
     /// Where its downstreams come from.
     pub source: Source,
     /// Settings of its userspace datapath.
@@ -218,6 +234,10 @@ pub struct Limits {
     pub max_listeners: u32,
     /// Most downstreams over all listeners, 1 to 1,000,000.
     pub max_downstreams: u32,
+    /// Most prefixes in the `sources` of all listeners, 1 to 1,000,000.
+    pub max_sources: u32,
+    /// Most senders whose rates are kept apart, 1,024 to 1,000,000.
+    pub max_senders: u32,
 }
 
 impl Config {

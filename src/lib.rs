@@ -9,6 +9,7 @@
 //!
 //! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
 
+pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod controller;

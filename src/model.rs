@@ -146,30 +146,36 @@ pub enum DropReason {
     RewriteFailed = 3,
     /// The kernel refused to hand the packet on (no such device, device down).
     RedirectFailed = 4,
+    /// The sender is not among the listener's `sources`.
+    SourceDenied = 5,
+    /// The sender has sent more than its `rate_limit`.
+    RateLimited = 6,
     /// Longer than `max_packet_size`.
-    Truncated = 5,
+    Truncated = 7,
     /// The sending socket's buffer was full.
-    SendBufferFull = 6,
+    SendBufferFull = 8,
     /// The downstream's network or host cannot be reached.
-    Unreachable = 7,
+    Unreachable = 9,
     /// Nothing listens at the downstream (an ICMP port unreachable came back).
-    Refused = 8,
+    Refused = 10,
     /// Longer than the path to the downstream can carry and not to be fragmented.
-    TooBig = 9,
+    TooBig = 11,
     /// The kernel refused to send for another reason, which the log names.
-    SendFailed = 10,
+    SendFailed = 12,
     /// The listener's receive buffer was full before a worker came round.
-    ReceiveQueueFull = 11,
+    ReceiveQueueFull = 13,
 }
 
 impl DropReason {
     /// Every reason, in numeric order.
-    pub const ALL: [DropReason; 12] = [
+    pub const ALL: [DropReason; 14] = [
         DropReason::NoDownstream,
         DropReason::TtlExpired,
         DropReason::NoRoute,
         DropReason::RewriteFailed,
         DropReason::RedirectFailed,
+        DropReason::SourceDenied,
+        DropReason::RateLimited,
         DropReason::Truncated,
         DropReason::SendBufferFull,
         DropReason::Unreachable,
@@ -181,7 +187,7 @@ impl DropReason {
     /// How many reasons there are.
     pub const COUNT: usize = Self::ALL.len();
     /// How many of them, from the front, the TC program can count.
-    pub const KERNEL_COUNT: usize = 5;
+    pub const KERNEL_COUNT: usize = 7;
 
     /// The value of the `reason` label in metrics and of the same field in logs.
     #[must_use]
@@ -192,6 +198,8 @@ impl DropReason {
             DropReason::NoRoute => "no_route",
             DropReason::RewriteFailed => "rewrite_failed",
             DropReason::RedirectFailed => "redirect_failed",
+            DropReason::SourceDenied => "source_denied",
+            DropReason::RateLimited => "rate_limited",
             DropReason::Truncated => "truncated",
             DropReason::SendBufferFull => "send_buffer_full",
             DropReason::Unreachable => "unreachable",

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::admission::{Meter, Sources};
 use crate::config::Settings;
 use crate::host::Mac;
 use crate::model::{Downstream, ListenerId, Mode, Policy};
@@ -42,6 +43,10 @@ pub struct ListenerPlan {
     pub links: Vec<LinkRef>,
     /// How the index into the table is computed.
     pub policy: Policy,
+    /// Who may send.
+    pub sources: Arc<Sources>,
+    /// How fast each sender may send, if there is a limit.
+    pub meter: Option<Meter>,
     /// Why the TC program must leave all of this listener's datagrams to the socket, if it must.
     pub socket_only: Option<String>,
     /// The downstreams, each once.

@@ -597,7 +597,12 @@ fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
 fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
     let eth0 = LinkRef { index: link("eth0").index, name: "eth0".into() };
     without(capabilities, || {
-        let datapath = KernelDatapath::new(&Limits { max_listeners: 4, max_downstreams: 64 })?;
+        let datapath = KernelDatapath::new(&Limits {
+            max_listeners: 4,
+            max_downstreams: 64,
+            max_sources: 64,
+            max_senders: 1_024,
+        })?;
         let attachment = Attachment::new(datapath.program(), &eth0)?;
         assert!(attachment.in_place());
         attachment.detach()

@@ -1,7 +1,9 @@
-//! Policies through the real daemon, the same cases in both modes: who gets what, and what it costs when something fails.
+//! Policies, and who may send, through the real daemon, the same cases in both modes: who gets what, and what it costs when something fails.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[path = "netns_policies/admission.rs"]
+mod admission;
 #[path = "netns_policies/choices.rs"]
 mod choices;
 #[path = "netns_policies/replicate.rs"]

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
+#[path = "user_datapath/admission.rs"]
+mod admission;
 #[path = "user_datapath/flow.rs"]
 mod flow;
 #[path = "support/netns_thread.rs"]

@@ -48,6 +48,12 @@ pub(super) struct Listener {
     /// What is hashed; the source's address by default, and only where the policy is to hash.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) hash_on: Option<model::HashOn>,
+    /// Who may send; everybody by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) sources: Option<Sources>,
+    /// How fast each sender may send; as fast as it likes by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) rate_limit: Option<RateLimit>,
     /// Receivers known beforehand; this or `kubernetes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) downstream: Option<Vec<Downstream>>,
@@ -105,6 +111,63 @@ impl Policy {
             Policy::Replicate => model::Policy::Replicate,
         }
     }
+}
+
+/// `listeners[].sources`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Sources {
+    /// Prefixes whose datagrams are taken; none by default, which means everybody's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) allow: Option<Prefixes>,
+    /// Prefixes whose datagrams are dropped; none by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) deny: Option<Prefixes>,
+}
+
+/// `listeners[].sources.allow` and `deny`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Prefixes {
+    /// One.
+    One(String),
+    /// Any number.
+    List(Vec<String>),
+}
+
+impl Prefixes {
+    /// Each of them.
+    pub(super) fn texts(&self) -> &[String] {
+        match self {
+            Prefixes::One(text) => std::slice::from_ref(text),
+            Prefixes::List(texts) => texts,
+        }
+    }
+}
+
+/// `listeners[].rate_limit`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RateLimit {
+    /// Over time; no default.
+    pub(super) packets_per_second: u32,
+    /// At once; a second's worth by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) burst: Option<u32>,
+    /// Bits of an IPv4 address that make a sender; 32, all, by default.
+    #[serde(default = "whole_ipv4")]
+    pub(super) ipv4_prefix: u8,
+    /// Bits of an IPv6 address that do; 64, a network, by default.
+    #[serde(default = "network_of_ipv6")]
+    pub(super) ipv6_prefix: u8,
+}
+
+fn whole_ipv4() -> u8 {
+    32
+}
+
+fn network_of_ipv6() -> u8 {
+    64
 }
 
 /// One of `listeners[].downstream`.
@@ -268,11 +331,15 @@ pub(super) struct Limits {
     pub(super) max_listeners: u32,
     /// 16,384 by default.
     pub(super) max_downstreams: u32,
+    /// 65,536 by default.
+    pub(super) max_sources: u32,
+    /// 65,536 by default.
+    pub(super) max_senders: u32,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { max_listeners: 256, max_downstreams: 16_384 }
+        Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
     }
 }
 
@@ -322,6 +389,11 @@ mod tests {
                 protocol: Protocol::Raw,
                 policy: Some(Policy::Hash),
                 hash_on: Some(model::HashOn::Flow),
+                sources: Some(Sources {
+                    allow: Some(Prefixes::One("a".into())),
+                    deny: Some(Prefixes::List(vec!["d".into()])),
+                }),
+                rate_limit: Some(RateLimit { packets_per_second: 1, burst: Some(1), ipv4_prefix: 1, ipv6_prefix: 1 }),
                 downstream: Some(vec![Downstream {
                     name: Some("n".into()),
                     address: "a".into(),
@@ -350,7 +422,7 @@ mod tests {
             }],
             health: Health { enabled: true, interval_secs: 1.0, timeout_secs: 0.5, protocol: HealthProtocol::Icmp },
             metrics: Some(Metrics { enabled: true, bind: "b".into(), path: "p".into() }),
-            limits: Limits { max_listeners: 1, max_downstreams: 1 },
+            limits: Limits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
         }
     }
 

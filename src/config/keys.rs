@@ -6,7 +6,8 @@
 use std::ops::RangeInclusive;
 
 use super::{
-    BATCH_SIZES, MAX_DOWNSTREAMS, MAX_LISTENERS, PACKET_SIZES, RECV_BUF_SIZES, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
+    BATCH_SIZES, BURSTS, MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SENDERS, MAX_SOURCES, PACKET_RATES, PACKET_SIZES,
+    RECV_BUF_SIZES, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
 };
 
 /// One key.
@@ -205,6 +206,20 @@ pub static LISTENER: &[Key] = &[
         "What makes a sender one and the same under `hash`: its address (`source_ip`), its address and port (`source`), or both addresses and both ports (`flow`). Other policies do not take it.",
     ),
     key(
+        "sources",
+        Kind::Table(SOURCES),
+        Absent::Means("everybody may send"),
+        "",
+        "Who may send to the listener. What others send is dropped and counted as `source_denied`.",
+    ),
+    key(
+        "rate_limit",
+        Kind::Table(RATE_LIMIT),
+        Absent::Means("senders may send as fast as they like"),
+        "",
+        "How fast each sender may send. What it sends beyond that is dropped and counted as `rate_limited`.",
+    ),
+    key(
         "downstream",
         Kind::Tables(DOWNSTREAM),
         Absent::Means("`kubernetes` must be there"),
@@ -225,6 +240,53 @@ pub static LISTENER: &[Key] = &[
         "",
         "The listener's userspace datapath, which in `tc_ebpf` mode forwards what the kernel program leaves to it.",
     ),
+];
+
+/// What an address range looks like.
+const PREFIXES: &str = "an address, a prefix such as 10.0.0.0/8, or a list of them";
+
+/// The keys of `listeners[].sources`.
+pub static SOURCES: &[Key] = &[
+    key(
+        "allow",
+        Kind::Texts(PREFIXES),
+        Absent::Means("everybody that `deny` does not name"),
+        "[\"10.0.0.0/8\", \"192.0.2.7\"]",
+        "Addresses whose datagrams are taken. With it, those of nobody else are.",
+    ),
+    key(
+        "deny",
+        Kind::Texts(PREFIXES),
+        Absent::Means("nobody that may send otherwise"),
+        "\"10.1.0.0/16\"",
+        "Addresses whose datagrams are dropped. Where `allow` names a sender too, the longer prefix decides, and `deny` if both are the same.",
+    ),
+];
+
+/// The keys of `listeners[].rate_limit`.
+pub static RATE_LIMIT: &[Key] = &[
+    key(
+        "packets_per_second",
+        Kind::Integer(wide(PACKET_RATES)),
+        Absent::Refused,
+        "10000",
+        "Datagrams in a second that each sender may send, over time.",
+    ),
+    key(
+        "burst",
+        Kind::Integer(wide(BURSTS)),
+        Absent::Means("as many as `packets_per_second`"),
+        "20000",
+        "Datagrams that it may send at once after a pause.",
+    ),
+    key(
+        "ipv4_prefix",
+        Kind::Integer(0..=32),
+        Absent::Means("32"),
+        "24",
+        "How many bits of an IPv4 address make a sender: with 24, a network of 256 addresses is one; with 0, all senders together are.",
+    ),
+    key("ipv6_prefix", Kind::Integer(0..=128), Absent::Means("64"), "56", "The same for IPv6."),
 ];
 
 /// The keys of one of `listeners[].downstream`.
@@ -423,6 +485,20 @@ pub static LIMITS: &[Key] = &[
         Absent::Default("16384"),
         "100000",
         "Most downstreams of all listeners together.",
+    ),
+    key(
+        "max_sources",
+        Kind::Integer(wide(MAX_SOURCES)),
+        Absent::Default("65536"),
+        "500000",
+        "Most prefixes in the `sources` of all listeners together.",
+    ),
+    key(
+        "max_senders",
+        Kind::Integer(wide(MAX_SENDERS)),
+        Absent::Default("65536"),
+        "500000",
+        "Most senders whose `rate_limit` is kept apart at one time, of all listeners together; of more, the longest silent ones begin anew.",
     ),
 ];
 

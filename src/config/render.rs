@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use super::file::{
-    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Service, ServiceTable, Settings,
+    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes, RateLimit, Service,
+    ServiceTable, Settings, Sources,
 };
 use super::rules::part_of;
 use super::{Config, Interfaces, KubernetesSource, ListenerConfig, Source};
+use crate::admission::{self, Prefix};
 use crate::discovery::ServiceRef;
 use crate::model;
 
@@ -27,7 +29,12 @@ pub(super) fn file(config: &Config) -> File {
         listeners: config.listeners.iter().map(listener).collect(),
         health: health.unwrap_or_default(),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),
-        limits: Limits { max_listeners: config.limits.max_listeners, max_downstreams: config.limits.max_downstreams },
+        limits: Limits {
+            max_listeners: config.limits.max_listeners,
+            max_downstreams: config.limits.max_downstreams,
+            max_sources: config.limits.max_sources,
+            max_senders: config.limits.max_senders,
+        },
     }
 }
 
@@ -92,6 +99,13 @@ fn listener(listener: &ListenerConfig) -> Listener {
         protocol: listener.protocol,
         policy,
         hash_on,
+        sources: sources(&listener.sources),
+        rate_limit: listener.rate_limit.map(|limit| RateLimit {
+            packets_per_second: limit.packets_per_second,
+            burst: Some(limit.burst),
+            ipv4_prefix: limit.ipv4_prefix,
+            ipv6_prefix: limit.ipv6_prefix,
+        }),
         downstream,
         kubernetes,
         settings: Settings {
@@ -102,4 +116,13 @@ fn listener(listener: &ListenerConfig) -> Listener {
             max_packet_size: listener.settings.max_packet_size,
         },
     }
+}
+
+/// The prefixes as the file has them; none where everybody may send.
+fn sources(sources: &admission::Sources) -> Option<Sources> {
+    let texts = |prefixes: &[Prefix]| {
+        let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
+        (!texts.is_empty()).then_some(Prefixes::List(texts))
+    };
+    (!sources.is_open()).then(|| Sources { allow: texts(&sources.allow), deny: texts(&sources.deny) })
 }

@@ -5,6 +5,7 @@
 
 mod kubernetes;
 mod policies;
+mod senders;
 mod texts;
 
 use std::collections::HashMap;
@@ -16,7 +17,7 @@ use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
 use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
-use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, address};
+use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::model::{Downstream, ListenerId};
 
 pub(super) use policies::part_of;
@@ -32,8 +33,12 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     if !rules.counts(&file) {
         return None;
     }
-    let listeners: Vec<Option<ListenerConfig>> =
-        file.listeners.iter().zip(0..).map(|(listener, id)| rules.listener(listener, ListenerId(id))).collect();
+    let listeners: Vec<Option<ListenerConfig>> = file
+        .listeners
+        .iter()
+        .zip(0..)
+        .map(|(listener, id)| rules.listener(listener, ListenerId(id), &file.limits))
+        .collect();
     rules.distinct_names(&file);
     rules.distinct_binds(&file);
     let health = rules.health(&file.health);
@@ -47,7 +52,12 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         listeners: listeners.into_iter().collect::<Option<_>>()?,
         health,
         metrics,
-        limits: Limits { max_listeners: file.limits.max_listeners, max_downstreams: file.limits.max_downstreams },
+        limits: Limits {
+            max_listeners: file.limits.max_listeners,
+            max_downstreams: file.limits.max_downstreams,
+            max_sources: file.limits.max_sources,
+            max_senders: file.limits.max_senders,
+        },
         warnings,
     })
 }
@@ -84,6 +94,7 @@ impl Rules<'_> {
     fn counts(&mut self, file: &File) -> bool {
         let listeners = file.listeners.len();
         let downstreams: usize = file.listeners.iter().filter_map(|l| l.downstream.as_ref()).map(Vec::len).sum();
+        let sources: usize = file.listeners.iter().filter_map(|l| l.sources.as_ref()).map(senders::count).sum();
         let mut fits = true;
         if listeners == 0 {
             let fix = "add one with a name, a bind address and its downstreams (config/reference.toml shows every key)";
@@ -93,6 +104,7 @@ impl Rules<'_> {
         for (key, there, allowed, most) in [
             ("max_listeners", listeners, file.limits.max_listeners, MAX_LISTENERS),
             ("max_downstreams", downstreams, file.limits.max_downstreams, MAX_DOWNSTREAMS),
+            ("max_sources", sources, file.limits.max_sources, MAX_SOURCES),
         ] {
             if there > allowed as usize {
                 let things = key.trim_start_matches("max_");
@@ -108,13 +120,14 @@ impl Rules<'_> {
         fits
     }
 
-    fn listener(&mut self, listener: &file::Listener, id: ListenerId) -> Option<ListenerConfig> {
+    fn listener(&mut self, listener: &file::Listener, id: ListenerId, limits: &file::Limits) -> Option<ListenerConfig> {
         let at = listener_key(id);
         let name = self.check(&at.then("name"), texts::listener_name(&listener.name));
         let bind = self.bind(&at.then("bind"), &listener.bind);
         let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
         let source = self.source(&at, listener, bind);
         let policy = self.policy(&at, listener);
+        let sources = self.sources(&at.then("sources"), listener.sources.as_ref(), bind);
         Some(ListenerConfig {
             id,
             name: name?.to_owned(),
@@ -123,6 +136,8 @@ impl Rules<'_> {
             mode: listener.mode,
             protocol: listener.protocol,
             policy,
+            sources: sources?.into(),
+            rate_limit: listener.rate_limit.as_ref().map(|limit| senders::rate_limit(limit, limits.max_senders)),
             source: source?,
             settings: Settings {
                 workers: listener.settings.workers,

@@ -22,11 +22,16 @@ fn defaults_are_the_documented_ones() {
     let config = config(ONE);
     assert_eq!(config.health, None);
     assert_eq!(config.metrics, None);
-    assert_eq!(config.limits, Limits { max_listeners: 256, max_downstreams: 16_384 });
+    assert_eq!(
+        config.limits,
+        Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
+    );
     let listener = config.listener(ListenerId(0)).unwrap();
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
     assert_eq!(listener.policy, Policy::RoundRobin);
+    assert!(listener.sources.is_open());
+    assert_eq!(listener.rate_limit, None);
     let Source::Static(downstreams) = &listener.source else { panic!() };
     assert_eq!(&*downstreams[0].name, "10.0.0.1:1", "its address");
     assert_eq!((downstreams[0].weight, downstreams[0].sample), (1, Downstream::ALL));
@@ -311,6 +316,8 @@ path = "/metrics"
 [limits]
 max_listeners = 256
 max_downstreams = 16384
+max_sources = 65536
+max_senders = 65536
 "#;
     assert_eq!(config(&text).render(), expected);
 }

@@ -1,13 +1,14 @@
 //! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
 //!
 //! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
-//! - `table`: one listener's table and downstreams. `attach`: interfaces. `events`: single datagrams it tells of.
-//! - `quiet`: libbpf's messages.
+//! - `table`: one listener's table and downstreams. `admission`: who may send.
+//! - `attach`: interfaces. `events`: single datagrams it tells of. `quiet`: libbpf's messages.
 //!
 //! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
 //! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
 //! then attachment: the program never sees a listener without its table.
 
+pub mod admission;
 pub mod arena;
 pub mod attach;
 pub mod events;
@@ -23,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
+use self::admission::Admissions;
 use self::attach::Attachment;
 use self::events::Events;
 use self::maps::{bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
@@ -40,6 +42,7 @@ pub struct KernelDatapath {
     attachments: Vec<Attachment>,
     tables: Tables,
     events: Events,
+    admissions: Admissions,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     loaded: Loaded,
@@ -89,6 +92,7 @@ impl KernelDatapath {
             attachments: Vec::new(),
             tables,
             events,
+            admissions: Admissions::default(),
             keys: BTreeMap::new(),
             loaded,
             programmed: BTreeMap::new(),
@@ -126,6 +130,15 @@ impl KernelDatapath {
     /// When the kernel refuses to read it.
     pub fn raw_stats(&self, id: ListenerId) -> Result<[u64; 6]> {
         sum_over_cpus(&self.loaded.stats, id.0)
+    }
+
+    /// Puts a listener's table in force, and who may send to it.
+    fn publish(&mut self, listener: &ListenerPlan) -> Result<()> {
+        let admission = self.admissions.prepare(&self.loaded, listener)?;
+        self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
+        self.tables.admit(listener.id, &admission);
+        self.admissions.in_force(listener.id, admission, listener.meter);
+        Ok(())
     }
 
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
@@ -182,6 +195,7 @@ impl KernelDatapath {
     /// are cleared, once no CPU is still counting.
     fn forget(&mut self, id: ListenerId) -> Result<()> {
         self.tables.remove(id);
+        self.admissions.forget(id);
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
         zero_on_all_cpus(&self.loaded.stats, id.0)?;
         for offset in 0..DROP_REASONS {
@@ -223,9 +237,7 @@ impl Datapath for KernelDatapath {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
         for &listener in &ours {
             if self.programmed.get(&listener.id) != Some(listener) {
-                self.tables
-                    .publish(&self.loaded, listener)
-                    .with_context(|| format!("listener {:?}: cannot update its table", listener.name))?;
+                self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
             }
         }
         self.apply_keys(&ours)?;
@@ -238,7 +250,7 @@ impl Datapath for KernelDatapath {
         for listener in ours {
             self.programmed.insert(listener.id, listener.clone());
         }
-        Ok(())
+        self.admissions.sweep(&self.loaded)
     }
 
     fn counters(&mut self) -> Result<Counters> {

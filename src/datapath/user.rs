@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! UserDatapath ─► listener ─┬─► group, steer     the sockets, and which of them a datagram goes to
-//!   (main thread)           ├─► table            what the plan says, encoded for the workers
+//!   (main thread)           ├─► table, gate      what the plan says, in the form that workers ask
 //!                           ├─► count            cells the workers write and the main thread sums
 //!                           └─► worker ─► forward ─┬─► replicate one copy for everyone
 //!                                  (thread)        ├─► mmsg      receive and send, whole batches
@@ -27,6 +27,7 @@
 
 mod count;
 mod forward;
+mod gate;
 mod group;
 mod lane;
 mod listener;

@@ -125,6 +125,8 @@ mod tests {
             match_addresses: vec![],
             links: vec![],
             policy: Policy::RoundRobin,
+            sources: Arc::default(),
+            meter: None,
             socket_only: None,
             targets: endpoints.iter().map(target).collect(),
             table: (0..).take(endpoints.len()).collect(),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::{Delivery, LinkRef, ListenerPlan, Macs, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
@@ -37,6 +38,8 @@ pub fn compile(
         match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
         links: if kernel { links(&listener.interfaces, facts) } else { Vec::new() },
         policy: listener.policy,
+        sources: Arc::clone(&listener.sources),
+        meter: listener.rate_limit.map(|limit| limit.meter(listener.bind.ip())),
         socket_only: if kernel { socket_only(listener.policy, set, facts) } else { None },
         targets,
         table: fill_table(listener.policy, &set.downstreams, slots_before),
@@ -177,6 +180,8 @@ mod tests {
             mode: RequestedMode::TcEbpf,
             protocol: Protocol::Raw,
             policy: Policy::RoundRobin,
+            sources: Arc::default(),
+            rate_limit: None,
             source: Source::Static(Vec::new()),
             settings: Settings {
                 workers: 0,

@@ -1,7 +1,14 @@
 //! Hand-written packets, one rule each: the expected bytes, verdict and counters.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::datapath::Datapath;
 use udp_fanout::model::ListenerId;
-use udp_fanout::plan::{Delivery, ListenerPlan};
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
 
 use crate::oracle::{REDIRECT, SHOT, UNSPEC};
 use crate::packet::{Checksum, Frame};
@@ -259,4 +266,120 @@ fn root_a_downstream_that_stays_keeps_its_count_while_ids_are_reused() {
         let counters = program.datapath_counters();
         assert_eq!(counters[&(ListenerId(0), "198.51.100.1:6000".parse().unwrap())].packets, n);
     }
+}
+
+/// A listener from which all of these prefixes may send and nobody else.
+fn allowing(prefixes: &[&str]) -> Vec<ListenerPlan> {
+    let mut plan = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
+    let allow = prefixes.iter().map(|prefix| Prefix::parse(prefix).unwrap()).collect();
+    plan.sources = Sources { allow, deny: Vec::new() }.into();
+    vec![plan]
+}
+
+#[test]
+fn root_changing_who_may_send_never_lets_in_the_wrong_or_keeps_out_the_right() {
+    let mut program = Program::load(allowing(&["203.0.113.0/24", "192.0.2.0/25"]));
+    let [right, wrong] = [SENDER, "198.18.0.1:40000"].map(|sender| Frame::new(sender, "192.0.2.1:5000", b"x").bytes());
+    let (stop, runner) = (Arc::new(AtomicBool::new(false)), program.runner());
+    let judged = {
+        let stop = Arc::clone(&stop);
+        thread::spawn(move || {
+            let mut judged = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(runner.run(&right, Gso::default()).verdict, REDIRECT);
+                assert_eq!(runner.run(&wrong, Gso::default()).verdict, SHOT);
+                judged += 1;
+            }
+            judged
+        })
+    };
+    // More prefixes in all than there is room for at once, so that what is replaced must go.
+    for n in 0..1000 {
+        let others: Vec<String> = (0..100).map(|i| format!("10.{}.{i}.0/24", n % 200)).collect();
+        let own = ["203.0.113.0/24", "203.0.113.5/32", "203.0.0.0/16"][n % 3];
+        let prefixes: Vec<&str> = others.iter().map(String::as_str).chain([own]).collect();
+        program.apply(allowing(&prefixes));
+    }
+    stop.store(true, Ordering::Relaxed);
+    let judged = judged.join().unwrap();
+    assert!(judged > 0);
+    assert_eq!(program.stats(0)[..4], [2 * judged, judged, judged, 0]);
+    assert_eq!(program.drops(0), [("source_denied", judged)].into());
+}
+
+#[test]
+fn root_rules_that_do_not_fit_change_nothing() {
+    let mut program = Program::load(allowing(&["203.0.113.0/24"]));
+    let many: Vec<String> = (0..600).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let error = program.datapath.apply(&Plan { listeners: allowing(&many) }).unwrap_err();
+    assert!(format!("{error:#}").contains("raise limits.max_sources"), "{error:#}");
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
+    // And what had been written of them has gone.
+    for n in 0..3 {
+        program.apply(allowing(&many[n..n + 200]));
+        assert_eq!(program.run(&frame, Gso::default()).verdict, SHOT);
+    }
+    program.apply(allowing(&["203.0.113.5"]));
+    assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
+}
+
+fn limited(meter: Meter) -> Vec<ListenerPlan> {
+    let mut plan = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
+    plan.meter = Some(meter);
+    vec![plan]
+}
+
+/// A bucket that holds so many datagrams and does not fill while a test runs.
+fn slow(burst: u64) -> Meter {
+    let interval = 3600 * TICKS_PER_SECOND;
+    Meter { interval, depth: burst * interval, prefix: 32, senders: 1024 }
+}
+
+#[test]
+fn root_a_bucket_fills_at_its_rate() {
+    let program =
+        Program::load(limited(Meter { interval: TICKS_PER_SECOND / 2000, depth: TICKS_PER_SECOND / 200, ..slow(1) }));
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    let passes = || program.run(&frame, Gso::default()).verdict == REDIRECT;
+    let begun = Instant::now();
+    assert!((0..10).all(|_| passes()), "a burst at once");
+    let (mut passed, mut sent) = (10, 10u64);
+    while passed < 1000 {
+        passed += u64::from(passes());
+        sent += 1;
+    }
+    // A token's time is 0.5 ms. The last came no later than it was looked for, and none came too early.
+    assert!(begun.elapsed() >= Duration::from_micros(990 * 500), "1000 datagrams took {:?}", begun.elapsed());
+    assert_eq!(program.stats(0)[..4], [sent, 1000, sent - 1000, 0]);
+}
+
+#[test]
+fn root_another_limit_begins_with_full_buckets_and_none_lets_everything_pass() {
+    let mut program = Program::load(limited(slow(5)));
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    let at_once =
+        |program: &Program| (0..50).take_while(|_| program.run(&frame, Gso::default()).verdict == REDIRECT).count();
+    assert_eq!(at_once(&program), 5);
+    // The same again is no change.
+    program.apply(limited(slow(5)));
+    assert_eq!(at_once(&program), 0);
+    program.apply(limited(slow(7)));
+    assert_eq!(at_once(&program), 7);
+    let mut open = limited(slow(7));
+    open[0].meter = None;
+    program.apply(open);
+    assert_eq!(at_once(&program), 50);
+}
+
+#[test]
+fn root_a_super_packet_needs_one_token_and_owes_the_others() {
+    let program = Program::load(limited(slow(2)));
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", &[7; 60]).bytes();
+    let six = Gso { size: 10, segments: 6 };
+    assert_eq!(program.run(&frame, six).verdict, REDIRECT);
+    assert_eq!(program.run(&frame, six).verdict, SHOT);
+    assert_eq!(program.run(&frame, Gso::default()).verdict, SHOT);
+    assert_eq!(program.stats(0)[..4], [13, 6, 7, 0]);
 }

@@ -1,7 +1,9 @@
 //! A plain-Rust model of the TC program: what must become of a frame. Written from the design, not from the C.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use udp_fanout::admission::{Prefix, Sources};
 use udp_fanout::model::Policy;
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan, hash};
 
@@ -35,11 +37,16 @@ struct Datagram {
     payload: usize,
 }
 
-/// Rounds of the listeners: which place is next. `None` until the first datagram has shown where it started.
+/// What earlier datagrams have left behind.
 #[derive(Debug, Default, Clone)]
-pub struct Rounds(pub std::collections::BTreeMap<u32, usize>);
+pub struct History {
+    /// Which place of a listener's round is next. None until the first datagram has shown where it started.
+    pub rounds: BTreeMap<u32, usize>,
+    /// What senders have taken out of their buckets, which are so slow that no token comes back during a test.
+    pub spent: BTreeMap<(u32, IpAddr), u64>,
+}
 
-pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
+pub fn fate(plan: &Plan, history: &mut History, frame: &[u8], gso: Gso) -> Fate {
     let Some(datagram) = read(frame) else { return Fate::Foreign };
     let Some(listener) = plan.listeners.iter().find(|listener| matches(listener, datagram.destination)) else {
         return Fate::Foreign;
@@ -51,16 +58,19 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
         Gso { segments: 0, size } => bytes.div_ceil(u64::from(size)).max(1),
         Gso { segments, .. } => u64::from(segments),
     };
+    let dropped = |reason| Fate::Dropped { listener: id, datagrams, bytes, reason };
+    if let Some(reason) = refusal(listener, history, datagram.source.ip(), datagrams) {
+        return dropped(reason);
+    }
     if datagram.has_options || listener.socket_only.is_some() {
         return Fate::Passed { listener: id, datagrams, bytes };
     }
-    let dropped = |reason| Fate::Dropped { listener: id, datagrams, bytes, reason };
     if listener.table.is_empty() {
         return dropped("no_downstream");
     }
     let slots = listener.table.len();
     let mut turn = || {
-        let place = rounds.0.entry(id).or_default();
+        let place = history.rounds.entry(id).or_default();
         std::mem::replace(place, (*place + 1) % slots)
     };
     let hashed = |hash| hash::place(hash, slots as u32) as usize;
@@ -92,6 +102,54 @@ pub fn fate(plan: &Plan, rounds: &mut Rounds, frame: &[u8], gso: Gso) -> Fate {
     };
     let packet = rewritten(frame, &datagram, to, hop);
     Fate::Forwarded { listener: id, datagrams, bytes, to, verdict, packet }
+}
+
+/// Why the sender's datagrams are not taken.
+fn refusal(listener: &ListenerPlan, history: &mut History, sender: IpAddr, datagrams: u64) -> Option<&'static str> {
+    if !may_send(&listener.sources, sender) {
+        return Some("source_denied");
+    }
+    let meter = listener.meter.as_ref()?;
+    let spent = history.spent.entry((listener.id.0, first_bits(sender, meter.prefix))).or_default();
+    if *spent >= meter.depth / meter.interval {
+        return Some("rate_limited");
+    }
+    *spent += datagrams;
+    None
+}
+
+/// The rule in words: the longest prefix decides, of two alike the one that denies; without any, everybody may send
+/// unless some are allowed to.
+fn may_send(sources: &Sources, sender: IpAddr) -> bool {
+    let longest = |list: &[Prefix]| {
+        let fits = |prefix: &&Prefix| first_bits(sender, prefix.length()) == prefix.address();
+        list.iter().filter(fits).map(|prefix| prefix.length()).max()
+    };
+    match (longest(&sources.allow), longest(&sources.deny)) {
+        (None, None) => sources.allow.is_empty(),
+        (allow, deny) => allow > deny,
+    }
+}
+
+/// The address with zeros behind its first bits.
+fn first_bits(address: IpAddr, count: u8) -> IpAddr {
+    let cut = |octets: &mut [u8]| {
+        for bit in usize::from(count)..octets.len() * 8 {
+            octets[bit / 8] &= !(0x80 >> (bit % 8));
+        }
+    };
+    match address {
+        IpAddr::V4(v4) => {
+            let mut octets = v4.octets();
+            cut(&mut octets);
+            octets.into()
+        }
+        IpAddr::V6(v6) => {
+            let mut octets = v6.octets();
+            cut(&mut octets);
+            octets.into()
+        }
+    }
 }
 
 /// The message ID of a GELF chunk.

@@ -2,10 +2,11 @@
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
 use udp_fanout::model::{HashOn, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan};
+use udp_fanout::plan::{Delivery, ListenerPlan, Target};
 
-use crate::oracle::{Fate, Rounds, SHOT, UNSPEC, fate};
+use crate::oracle::{Fate, History, SHOT, UNSPEC, fate};
 use crate::packet::{Checksum, Frame, sum};
 use crate::run::{Gso, Program, listener, target, via};
 
@@ -40,7 +41,40 @@ fn plan() -> Vec<ListenerPlan> {
         hashing(7, "192.0.2.3:5002", Policy::Hash(HashOn::Flow)),
         hashing(8, "[2001:db8::3]:5000", Policy::Hash(HashOn::Flow)),
         hashing(9, "192.0.2.3:5003", Policy::GelfMessage),
+        guarded(
+            10,
+            "192.0.2.4:5000",
+            &["10.0.0.0/8", "10.1.2.0/24", "10.1.2.3/32", "203.0.113.5/32"],
+            &["10.1.0.0/16", "10.1.2.3/32"],
+        ),
+        guarded(11, "192.0.2.4:5001", &[], &["10.0.0.0/14", "10.3.3.3/32", "202.0.0.0/7"]),
+        guarded(12, "[2001:db8::4]:5000", &["2001:db8::/32", "fe80::/10"], &["2001:db8:5:0:0:0:0:2/127"]),
+        limited(13, "192.0.2.4:5002", 24),
+        limited(14, "[2001:db8::4]:5002", 64),
     ]
+}
+
+/// A listener that not everybody may send to. One of its receivers is behind a narrow link.
+fn guarded(id: u32, bind: &str, allow: &[&str], deny: &[&str]) -> ListenerPlan {
+    let prefixes = |texts: &[&str]| texts.iter().map(|text| Prefix::parse(text).unwrap()).collect();
+    let mut plan = listener(id, bind, receiver_beside(bind));
+    plan.sources = Sources { allow: prefixes(allow), deny: prefixes(deny) }.into();
+    plan
+}
+
+/// A listener whose senders may send so much and then no more for as long as the test runs.
+fn limited(id: u32, bind: &str, prefix: u8) -> ListenerPlan {
+    let mut plan = listener(id, bind, receiver_beside(bind));
+    let interval = 24 * 3600 * TICKS_PER_SECOND;
+    plan.meter = Some(Meter { interval, depth: 100 * interval, prefix, senders: 1024 });
+    plan
+}
+
+fn receiver_beside(bind: &str) -> Vec<Target> {
+    match bind.starts_with('[') {
+        true => vec![target("[2001:db8:9::7]:7000", via("fe80::1", 1280))],
+        false => vec![target("198.51.100.7:7000", via("198.51.100.254", 600))],
+    }
 }
 
 /// A listener whose table is long and has no pattern a wrong index could hide in.
@@ -57,18 +91,29 @@ fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
 }
 
 /// Listeners of the plan above.
-const LISTENERS: usize = 10;
+const LISTENERS: usize = 15;
 
-fn frame(rng: &mut SmallRng) -> Vec<u8> {
+/// Where a datagram comes from and goes to.
+fn addresses(rng: &mut SmallRng) -> (String, String) {
     let v6 = rng.random_bool(0.3);
+    let few = |rng: &mut SmallRng| rng.random_range(0..4);
     let pick = |rng: &mut SmallRng, from: &[&str]| from[rng.random_range(0..from.len())].to_owned();
-    let (source, destination) = if v6 {
-        let source = pick(rng, &["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"]);
-        let ours =
-            ["[2001:db8::1]:5000", "[2001:db8::1]:5000", "[2001:db8::3]:5000", "[2001:db8::2]:5000", "[2001:db8::1]:1"];
-        (source, pick(rng, &ours))
+    if v6 {
+        let known = pick(rng, &["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"]);
+        let any = format!("[2001:db{:x}:5::{:x}:0:0:{:x}]:4", rng.random_range(8..10), few(rng), few(rng));
+        let ours = [
+            "[2001:db8::1]:5000",
+            "[2001:db8::1]:5000",
+            "[2001:db8::3]:5000",
+            "[2001:db8::2]:5000",
+            "[2001:db8::4]:5000",
+            "[2001:db8::4]:5002",
+            "[2001:db8::1]:1",
+        ];
+        (if rng.random() { known } else { any }, pick(rng, &ours))
     } else {
-        let source = pick(rng, &["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"]);
+        let known = pick(rng, &["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"]);
+        let any = format!("10.{}.{}.{}:7", rng.random_range(0..6), few(rng), few(rng));
         let ports = [
             "192.0.2.1:5000",
             "192.0.2.1:5000",
@@ -80,9 +125,16 @@ fn frame(rng: &mut SmallRng) -> Vec<u8> {
             "192.0.2.3:5001",
             "192.0.2.3:5002",
             "192.0.2.3:5003",
+            "192.0.2.4:5000",
+            "192.0.2.4:5001",
+            "192.0.2.4:5002",
         ];
-        (source, pick(rng, &ports))
-    };
+        (if rng.random() { known } else { any }, pick(rng, &ports))
+    }
+}
+
+fn frame(rng: &mut SmallRng) -> Vec<u8> {
+    let (source, destination) = addresses(rng);
     let length = match rng.random_range(0..10) {
         0 => 0,
         1 => rng.random_range(550..620),
@@ -164,7 +216,7 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 fn root_a_million_random_packets_agree_with_the_oracle() {
     let setting = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let mut program = Program::load(plan());
-    let mut rounds = settle_rounds(&program);
+    let mut history = settle_rounds(&program);
     let mut expected = [[0u64; 6]; LISTENERS];
     for id in 0..LISTENERS as u32 {
         expected[id as usize] = program.stats(id);
@@ -177,7 +229,7 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
         let mut rng = SmallRng::seed_from_u64(seed);
         let bytes = frame(&mut rng);
         let gso = gso(&mut rng);
-        let fate = fate(&program.plan, &mut rounds, &bytes, gso);
+        let fate = fate(&program.plan, &mut history, &bytes, gso);
         let ran = program.run(&bytes, gso);
         let (verdict, packet) = match &fate {
             Fate::Foreign | Fate::Passed { .. } => (UNSPEC, &bytes),
@@ -198,8 +250,8 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
 const BASE: u64 = 0x0fa0_0000;
 
 /// The kernel starts each round somewhere random: one datagram shows where, and the oracle goes on from there.
-fn settle_rounds(program: &Program) -> Rounds {
-    let mut rounds = Rounds::default();
+fn settle_rounds(program: &Program) -> History {
+    let mut history = History::default();
     let probes = [
         (9, Frame::new("203.0.113.5:4", "192.0.2.3:5003", b"x")),
         (0, Frame::new("203.0.113.5:4", "192.0.2.1:5000", b"x")),
@@ -210,7 +262,7 @@ fn settle_rounds(program: &Program) -> Rounds {
         let places = program.plan.listeners[id as usize].table.len();
         let place = (0..places)
             .find(|&place| {
-                let mut guess = Rounds([(id, place)].into_iter().collect());
+                let mut guess = History { rounds: [(id, place)].into(), ..History::default() };
                 match fate(&program.plan, &mut guess, &probe.bytes(), Gso::default()) {
                     Fate::Forwarded { packet, .. } => same(&packet, &ran.packet),
                     Fate::Dropped { .. } => ran.verdict == SHOT,
@@ -218,9 +270,9 @@ fn settle_rounds(program: &Program) -> Rounds {
                 }
             })
             .expect("the first datagram went to none of the downstreams");
-        rounds.0.insert(id, (place + 1) % places);
+        history.rounds.insert(id, (place + 1) % places);
     }
-    rounds
+    history
 }
 
 fn book(counters: &mut [[u64; 6]; LISTENERS], fate: &Fate) {

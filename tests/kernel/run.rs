@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use libbpf_rs::libbpf_sys;
 use udp_fanout::config::{Limits, Settings};
@@ -45,7 +46,8 @@ impl Program {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let mut setup = Setup::new(&Limits { max_listeners: 16, max_downstreams: 256 });
+        let limits = Limits { max_listeners: 16, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
+        let mut setup = Setup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
         let plan = Plan { listeners };
@@ -59,25 +61,12 @@ impl Program {
     }
 
     pub fn run(&self, packet: &[u8], gso: Gso) -> Ran {
-        // SAFETY: a C struct of integers and pointers. The kernel wants every byte but those set to be zero, padding too.
-        let mut context: __sk_buff = unsafe { std::mem::zeroed() };
-        (context.gso_size, context.gso_segs) = (gso.size, gso.segments);
-        let mut out = vec![0u8; packet.len() + 64];
-        // SAFETY: a C struct of integers and pointers, for which zero means "not given".
-        let mut opts: libbpf_sys::bpf_test_run_opts = unsafe { std::mem::zeroed() };
-        opts.sz = size_of_val(&opts) as _;
-        opts.data_in = packet.as_ptr().cast();
-        opts.data_size_in = packet.len() as u32;
-        opts.data_out = out.as_mut_ptr().cast();
-        opts.data_size_out = out.len() as u32;
-        opts.ctx_in = std::ptr::from_mut(&mut context).cast();
-        opts.ctx_size_in = size_of_val(&context) as u32;
-        opts.repeat = 1;
-        // SAFETY: all buffers live across the call and have the sizes given.
-        let err = unsafe { libbpf_sys::bpf_prog_test_run_opts(self.datapath.program().as_raw_fd(), &mut opts) };
-        assert_eq!(err, 0, "test run failed: {}", std::io::Error::from_raw_os_error(-err));
-        out.truncate(opts.data_size_out as usize);
-        Ran { verdict: opts.retval as i32, packet: out }
+        run(self.datapath.program(), packet, gso)
+    }
+
+    /// The same from another thread, while the plan changes.
+    pub fn runner(&self) -> Runner {
+        Runner(self.datapath.program().try_clone_to_owned().unwrap())
     }
 
     /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
@@ -93,6 +82,37 @@ impl Program {
     }
 }
 
+/// The program alone.
+pub struct Runner(OwnedFd);
+
+impl Runner {
+    pub fn run(&self, packet: &[u8], gso: Gso) -> Ran {
+        run(self.0.as_fd(), packet, gso)
+    }
+}
+
+fn run(program: BorrowedFd<'_>, packet: &[u8], gso: Gso) -> Ran {
+    // SAFETY: a C struct of integers and pointers. The kernel wants every byte but those set to be zero, padding too.
+    let mut context: __sk_buff = unsafe { std::mem::zeroed() };
+    (context.gso_size, context.gso_segs) = (gso.size, gso.segments);
+    let mut out = vec![0u8; packet.len() + 64];
+    // SAFETY: a C struct of integers and pointers, for which zero means "not given".
+    let mut opts: libbpf_sys::bpf_test_run_opts = unsafe { std::mem::zeroed() };
+    opts.sz = size_of_val(&opts) as _;
+    opts.data_in = packet.as_ptr().cast();
+    opts.data_size_in = packet.len() as u32;
+    opts.data_out = out.as_mut_ptr().cast();
+    opts.data_size_out = out.len() as u32;
+    opts.ctx_in = std::ptr::from_mut(&mut context).cast();
+    opts.ctx_size_in = size_of_val(&context) as u32;
+    opts.repeat = 1;
+    // SAFETY: all buffers live across the call and have the sizes given.
+    let err = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut opts) };
+    assert_eq!(err, 0, "test run failed: {}", std::io::Error::from_raw_os_error(-err));
+    out.truncate(opts.data_size_out as usize);
+    Ran { verdict: opts.retval as i32, packet: out }
+}
+
 /// A listener in tc_ebpf mode, attached nowhere, with its targets in the order of the round.
 pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
     let bind: SocketAddr = bind.parse().unwrap();
@@ -104,6 +124,8 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         match_addresses: vec![bind.ip()],
         links: Vec::new(),
         policy: Policy::RoundRobin,
+        sources: Arc::default(),
+        meter: None,
         socket_only: None,
         table: (0..targets.len() as u32).collect(),
         targets,

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -33,6 +34,8 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
         match_addresses: Vec::new(),
         links: Vec::new(),
         policy: Policy::RoundRobin,
+        sources: Arc::default(),
+        meter: None,
         socket_only: None,
         targets: downstreams
             .iter()

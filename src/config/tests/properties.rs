@@ -284,6 +284,30 @@ const POLICIES: [(Option<&str>, Option<&str>); 7] = [
     (Some("hash"), Some("flow")),
 ];
 
+/// Prefixes of IP version 6 or 4, each there once; `sources`, where there are any, and perhaps a `rate_limit`.
+fn senders(v6: bool) -> impl Strategy<Value = (Option<Value>, Option<Value>)> {
+    let prefix = (0u8..=32).prop_map(move |length| match v6 {
+        true => format!("2001:db8::/{}", 32 + u32::from(length)),
+        false => format!(
+            "{}/{length}",
+            std::net::Ipv4Addr::from_bits(u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0))
+        ),
+    });
+    let list = prop::collection::btree_set(prefix, 0..4).prop_map(|prefixes| match prefixes.len() {
+        0 => None,
+        1 => prefixes.first().map(|only| json!(only)),
+        _ => Some(json!(prefixes)),
+    });
+    let limit = (1u32..=10_000_000, maybe(1u32..=100_000_000), maybe(0u8..=32), maybe(0u8..=128));
+    let limit = limit.prop_map(|(rate, burst, v4, v6)| {
+        table([("packets_per_second", Some(rate.into())), ("burst", burst), ("ipv4_prefix", v4), ("ipv6_prefix", v6)])
+    });
+    ((list.clone(), list), prop::option::of(limit)).prop_map(|((allow, deny), limit)| {
+        let some = allow.is_some() || deny.is_some();
+        (some.then(|| table([("allow", allow), ("deny", deny)])), limit)
+    })
+}
+
 fn listener() -> impl Strategy<Value = Value> {
     let mode = maybe(select(vec!["auto", "tc_ebpf", "userspace"]));
     let keys = (
@@ -294,38 +318,43 @@ fn listener() -> impl Strategy<Value = Value> {
         (maybe(select(PROTOCOLS.to_vec())), select(POLICIES.to_vec())),
         maybe(settings()),
     );
-    (keys, source()).prop_map(|((name, wildcard, interface, mode, (protocol, policy), settings), (v6, mut source))| {
-        let ip = match (v6, wildcard) {
-            (true, true) => "[::]",
-            (true, false) => "[2001:db8::ffff:1]",
-            (false, true) => "0.0.0.0",
-            (false, false) => "192.0.2.1",
-        };
-        let (mut policy, hash_on) = policy;
-        if protocol == Some(json!("gelf")) && policy == Some("round_robin") {
-            policy = None;
-        }
-        if policy == Some("replicate") {
-            for downstream in source.get_mut("downstream").and_then(Value::as_array_mut).into_iter().flatten() {
-                let downstream = downstream.as_object_mut().unwrap();
-                if let Some(weight) = downstream.remove("weight").and_then(|weight| weight.as_u64()) {
-                    downstream.insert("sample".into(), json!(weight as f64 / 65_535.0));
+    let source = source().prop_flat_map(|(v6, source)| (Just(v6), Just(source), senders(v6)));
+    (keys, source).prop_map(
+        |((name, wildcard, interface, mode, (protocol, policy), settings), (v6, mut source, senders))| {
+            let ip = match (v6, wildcard) {
+                (true, true) => "[::]",
+                (true, false) => "[2001:db8::ffff:1]",
+                (false, true) => "0.0.0.0",
+                (false, false) => "192.0.2.1",
+            };
+            let (mut policy, hash_on) = policy;
+            if protocol == Some(json!("gelf")) && policy == Some("round_robin") {
+                policy = None;
+            }
+            if policy == Some("replicate") {
+                for downstream in source.get_mut("downstream").and_then(Value::as_array_mut).into_iter().flatten() {
+                    let downstream = downstream.as_object_mut().unwrap();
+                    if let Some(weight) = downstream.remove("weight").and_then(|weight| weight.as_u64()) {
+                        downstream.insert("sample".into(), json!(weight as f64 / 65_535.0));
+                    }
                 }
             }
-        }
-        table([
-            ("name", Some(name.into())),
-            ("protocol", protocol),
-            ("hash_on", hash_on.map(Into::into)),
-            ("bind", Some(ip.into())),
-            ("interface", interface),
-            ("mode", mode),
-            ("policy", policy.map(Into::into)),
-            ("downstream", source.get("downstream").cloned()),
-            ("kubernetes", source.get("kubernetes").cloned()),
-            ("settings", settings),
-        ])
-    })
+            table([
+                ("name", Some(name.into())),
+                ("protocol", protocol),
+                ("hash_on", hash_on.map(Into::into)),
+                ("bind", Some(ip.into())),
+                ("interface", interface),
+                ("mode", mode),
+                ("policy", policy.map(Into::into)),
+                ("downstream", source.get("downstream").cloned()),
+                ("kubernetes", source.get("kubernetes").cloned()),
+                ("settings", settings),
+                ("sources", senders.0),
+                ("rate_limit", senders.1),
+            ])
+        },
+    )
 }
 
 /// A whole file that breaks no rule.

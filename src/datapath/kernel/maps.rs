@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 
+use super::admission::Admission;
 use super::arena::Region;
 use super::skel::{
     DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, types,
@@ -33,8 +34,10 @@ unsafe impl Plain for types::downstream {}
 unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
-// SAFETY: integers only, explicit padding, 16 bytes (asserted in `skel`).
+// SAFETY: integers only, without holes, 56 bytes (asserted in `skel`).
 unsafe impl Plain for types::listener_state {}
+// SAFETY: six u32 (asserted in `skel`).
+unsafe impl Plain for types::source_key {}
 
 /// The value's bytes, as the kernel wants them.
 pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
@@ -102,16 +105,41 @@ impl MappedArray<types::listener_state> {
     /// # Panics
     /// If `index` is past the array's end.
     pub fn set_policy(&mut self, index: u32, policy: u32, least_mtu: u32) {
-        let fields = [
-            (offset_of!(types::listener_state, policy), policy),
-            (offset_of!(types::listener_state, least_mtu), least_mtu),
-        ];
-        for (offset, value) in fields {
-            // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
-            let word = unsafe { self.entry(index).add(offset).cast::<u32>() };
-            // SAFETY: as above; the kernel reads it as one 32-bit word.
-            unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(value, Ordering::Release);
+        self.store(index, offset_of!(types::listener_state, policy), policy);
+        self.store(index, offset_of!(types::listener_state, least_mtu), least_mtu);
+    }
+
+    /// Sets who may send to a listener, and how fast. The rules and the buckets are each named by one store; what the
+    /// meter counts by is there before its number is.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    pub fn set_admission(&mut self, index: u32, admission: &Admission) {
+        self.store_long(index, offset_of!(types::listener_state, interval), admission.interval);
+        self.store_long(index, offset_of!(types::listener_state, depth), admission.depth);
+        for (word, at) in admission.sender_mask_be.into_iter().zip(0..) {
+            self.store(index, offset_of!(types::listener_state, sender_mask_be) + at * size_of::<u32>(), word);
         }
+        self.store(index, offset_of!(types::listener_state, meter), admission.meter);
+        self.store(index, offset_of!(types::listener_state, rules), admission.rules);
+    }
+
+    /// Stores 64 bits of an entry, `offset` bytes from its start, and after all that was written before.
+    fn store_long(&mut self, index: u32, offset: usize, value: u64) {
+        assert!(offset.is_multiple_of(8) && offset + 8 <= Self::STRIDE, "nothing of 64 bits at {offset}");
+        // SAFETY: in bounds and within the entry, aligned to 8, and mapped for as long as `self` lives.
+        let long = unsafe { self.entry(index).add(offset).cast::<u64>() };
+        // SAFETY: as above; the kernel reads it as one 64-bit word.
+        unsafe { AtomicU64::from_ptr(long.as_ptr()) }.store(value, Ordering::Release);
+    }
+
+    /// The same for 32 bits.
+    fn store(&mut self, index: u32, offset: usize, value: u32) {
+        assert!(offset.is_multiple_of(4) && offset + 4 <= Self::STRIDE, "nothing of 32 bits at {offset}");
+        // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
+        let word = unsafe { self.entry(index).add(offset).cast::<u32>() };
+        // SAFETY: as above; the kernel reads it as one 32-bit word.
+        unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(value, Ordering::Release);
     }
 
     /// Publishes a listener's table: the program sees the old one or the new one, and with the new one everything that
@@ -121,8 +149,7 @@ impl MappedArray<types::listener_state> {
     /// If `index` is past the array's end.
     pub fn publish(&mut self, index: u32, region: Region) {
         let table = u64::from(region.start) << 32 | u64::from(region.len);
-        // SAFETY: in bounds, aligned to 8, `table` is the entry's first field, and mapped for as long as `self` lives.
-        unsafe { AtomicU64::from_ptr(self.entry(index).cast().as_ptr()) }.store(table, Ordering::Release);
+        self.store_long(index, offset_of!(types::listener_state, table), table);
     }
 }
 
@@ -175,7 +202,8 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
 }
 
 /// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
-pub(super) fn mapped_words(address: IpAddr) -> [u32; 4] {
+#[must_use]
+pub fn mapped_words(address: IpAddr) -> [u32; 4] {
     let octets = match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         IpAddr::V6(v6) => v6.octets(),

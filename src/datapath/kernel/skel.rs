@@ -31,9 +31,13 @@ mod generated {
 pub use generated::types;
 
 /// Reasons the program can count, `DROP_REASONS` in `bpf/fanout_abi.h`.
-pub const DROP_REASONS: u32 = 5;
+pub const DROP_REASONS: u32 = 7;
 /// `LISTENER_SOCKET_ONLY`.
 pub const LISTENER_SOCKET_ONLY: u32 = 1;
+/// `SOURCE_DENIED`.
+pub const SOURCE_DENIED: u32 = 0;
+/// `SOURCE_ALLOWED`.
+pub const SOURCE_ALLOWED: u32 = 1;
 /// `DELIVER_NOWHERE`.
 pub const DELIVER_NOWHERE: u8 = 0;
 /// `DELIVER_LOCAL`.
@@ -65,9 +69,17 @@ const _: () = {
     assert!(size_of::<types::listener_key>() == 20);
     assert!(offset_of!(types::listener_key, port_be) == 16);
     assert!(size_of::<types::fanout_listener>() == 8);
-    assert!(size_of::<types::listener_state>() == 16);
+    assert!(size_of::<types::listener_state>() == 56);
     assert!(offset_of!(types::listener_state, policy) == 8);
     assert!(offset_of!(types::listener_state, least_mtu) == 12);
+    assert!(offset_of!(types::listener_state, rules) == 16);
+    assert!(offset_of!(types::listener_state, meter) == 20);
+    assert!(offset_of!(types::listener_state, interval) == 24);
+    assert!(offset_of!(types::listener_state, depth) == 32);
+    assert!(offset_of!(types::listener_state, sender_mask_be) == 40);
+    assert!(size_of::<types::source_key>() == 24);
+    assert!(offset_of!(types::source_key, rules) == 4);
+    assert!(offset_of!(types::source_key, addr_be) == 8);
     assert!(size_of::<types::downstream>() == 64);
     assert!(offset_of!(types::downstream, next_hop_be) == 16);
     assert!(offset_of!(types::downstream, port_be) == 32);
@@ -100,6 +112,8 @@ pub struct Loaded {
     pub listeners: MapHandle,
     /// Listener id to current table.
     pub listener_states: MapHandle,
+    /// Rules and senders to verdicts.
+    pub sources: MapHandle,
     /// The slots of all tables.
     pub table_slots: MapHandle,
     /// Downstream id to receiver.
@@ -133,6 +147,10 @@ pub struct Sizes {
     pub downstreams: u32,
     /// Table slots of all listeners together, with the same room for new beside old.
     pub slots: u32,
+    /// Prefixes in all listeners' rules together, with the same room, and one more for each listener's others.
+    pub sources: u32,
+    /// Senders whose rates are kept apart.
+    pub senders: u32,
 }
 
 impl Sizes {
@@ -145,6 +163,8 @@ impl Sizes {
             listeners: limits.max_listeners.max(1),
             downstreams,
             slots: downstreams.saturating_mul(2).max(weighted),
+            sources: limits.max_sources.saturating_add(limits.max_listeners).max(1).saturating_mul(2),
+            senders: limits.max_senders.max(1),
         }
     }
 }
@@ -171,6 +191,8 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
         (&mut maps.STATS, sizes.listeners),
         (&mut maps.DROPS, sizes.listeners * DROP_REASONS),
         (&mut maps.COPY_DROPS, sizes.listeners * DROP_REASONS),
+        (&mut maps.sources, sizes.sources),
+        (&mut maps.buckets, sizes.senders),
         (&mut maps.table_slots, sizes.slots),
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
@@ -195,6 +217,7 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
             .context("cannot keep the program's file descriptor")?,
         listeners: handle(&maps.listeners)?,
         listener_states: handle(&maps.listener_states)?,
+        sources: handle(&maps.sources)?,
         table_slots: handle(&maps.table_slots)?,
         downstreams: handle(&maps.downstreams)?,
         stats: handle(&maps.STATS)?,
@@ -262,6 +285,9 @@ mod tests {
         ] {
             assert_eq!(value(name), u64::from(flag), "{name}");
         }
+        assert_eq!(value("SOURCE_DENIED"), u64::from(SOURCE_DENIED));
+        assert_eq!(value("SOURCE_ALLOWED"), u64::from(SOURCE_ALLOWED));
+        assert_eq!(1_000_000_000 << value("METER_TICKS_SHIFT"), crate::admission::TICKS_PER_SECOND);
         assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
         assert_eq!(value("MAX_COPIES"), crate::model::MAX_COPIES as u64);
     }

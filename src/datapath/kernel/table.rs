@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 
+use super::admission::Admission;
 use super::arena::{Arena, Region};
 use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use super::skel::{Loaded, Sizes, policy_number, types};
@@ -100,8 +101,14 @@ impl Tables {
         Ok(())
     }
 
+    /// Puts in force who may send to a listener, and how fast.
+    pub fn admit(&mut self, id: ListenerId, admission: &Admission) {
+        self.states.set_admission(id.0, admission);
+    }
+
     /// Empties a listener's table. Its counters are forgotten.
     pub fn remove(&mut self, id: ListenerId) {
+        self.states.set_admission(id.0, &Admission::default());
         if let Some(table) = self.current.remove(&id) {
             self.states.publish(id.0, Region::default());
             self.slot_arena.give_back(table.region);

@@ -75,7 +75,7 @@ impl Forwarder {
         let mut batch = Batch::new(count, max_length).with_context(|| {
             format!("no memory for {count} datagrams of {max_length} bytes; lower batch_size or max_packet_size")
         })?;
-        batch.want_addresses(needs_addresses(table.table.policy()));
+        batch.want_addresses(table.table.needs_addresses());
         Ok(Forwarder {
             listener,
             batch,
@@ -94,7 +94,7 @@ impl Forwarder {
 
     /// Uses another table for the batch at hand and all that follow.
     pub fn set_table(&mut self, table: WorkerTable) {
-        self.batch.want_addresses(needs_addresses(table.table.policy()));
+        self.batch.want_addresses(table.table.needs_addresses());
         self.standing = self.standing.moved(&self.table.table, &table.table);
         self.table = table;
     }
@@ -114,8 +114,7 @@ impl Forwarder {
             bytes_received: (0..received).map(|slot| self.batch.length(slot) as u64).sum(),
             ..Default::default()
         };
-        let truncated = (0..received).filter(|&slot| self.batch.whole(slot).is_none()).count();
-        outcome.dropped.add(DropReason::Truncated, truncated as u64);
+        self.screen(received, &mut outcome);
         if self.table.table.policy() == Policy::Replicate {
             self.replicate(received, &mut outcome);
         } else {
@@ -126,6 +125,22 @@ impl Forwarder {
             self.account(&mut outcome);
         }
         self.cells.publish(&outcome);
+    }
+
+    /// Sets aside what is not to be forwarded: from senders who may not send or send too fast, and what does not fit.
+    fn screen(&mut self, received: usize, outcome: &mut ListenerCounters) {
+        let gate = self.table.table.gate();
+        if !gate.is_open() {
+            let now = gate.now();
+            for slot in 0..received {
+                if let Some(reason) = gate.refusal(self.batch.sender(slot), now) {
+                    outcome.dropped.add(reason, 1);
+                    self.batch.discard(slot);
+                }
+            }
+        }
+        let truncated = (0..received).filter(|&slot| self.batch.truncated(slot)).count();
+        outcome.dropped.add(DropReason::Truncated, truncated as u64);
     }
 
     /// Gives every datagram that can be forwarded a downstream and a lane.
@@ -195,11 +210,6 @@ impl Forwarder {
             }
         }
     }
-}
-
-/// True if the policy asks where datagrams come from or go to.
-fn needs_addresses(policy: Policy) -> bool {
-    matches!(policy, Policy::Hash(_))
 }
 
 /// The hash that gives a datagram its place in the table, or none if it is the round's turn: the same as in the TC

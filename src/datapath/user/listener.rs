@@ -11,6 +11,7 @@ use tracing::{debug, info};
 
 use super::count::Ledger;
 use super::forward::Forwarder;
+use super::gate::Gate;
 use super::group::Group;
 use super::table::{Table, WorkerTable};
 use super::worker::{Prepared, Stop, Worker};
@@ -103,7 +104,11 @@ impl Listener {
             return self.relocate(plan, cpus, beside_ours);
         }
         let count = worker_count(plan, cpus);
-        let new_staff = plan.settings != self.plan.settings || count != self.workers.len() || self.has_dead_worker();
+        // A worker that has not asked for addresses so far may hold a batch without them, of which nobody can say
+        // whether its senders may send.
+        let new_gate = self.table.gate().is_open() && !Gate::would_be_open(plan);
+        let new_staff =
+            plan.settings != self.plan.settings || count != self.workers.len() || self.has_dead_worker() || new_gate;
         let new_table = self.table.differs_from(plan);
         let done = if new_staff {
             if self.has_dead_worker() && count < self.group.len() {
@@ -131,7 +136,7 @@ impl Listener {
 
     /// Hands every worker the table of the plan.
     fn replace_table(&mut self, plan: &ListenerPlan) -> Result<()> {
-        let table = Arc::new(Table::new(plan, self.group.address())?);
+        let table = Arc::new(self.table.next(plan)?);
         if plan.policy != self.plan.policy {
             self.group.steer(plan.policy)?;
         }
@@ -154,7 +159,7 @@ impl Listener {
     }
 
     fn try_restaff(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
-        let table = Arc::new(Table::new(plan, self.group.address())?);
+        let table = Arc::new(self.table.next(plan)?);
         self.group.grow(count)?;
         let prepared = self.prepare(plan, &self.group.sockets()[..count], &table)?;
         if count < self.group.len() {

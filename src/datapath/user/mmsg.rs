@@ -188,6 +188,8 @@ pub struct Batch {
     /// Whether this one was.
     with_addresses: bool,
     received: usize,
+    /// Datagrams that nobody is to have, by slot.
+    discarded: Vec<bool>,
     outgoing: [Headers; LANES],
     queued: [usize; LANES],
 }
@@ -226,6 +228,7 @@ impl Batch {
             want_addresses: false,
             with_addresses: false,
             received: 0,
+            discarded: vec![false; count],
             outgoing,
             queued: [0; LANES],
         })
@@ -257,6 +260,7 @@ impl Batch {
             self.with_addresses = self.want_addresses;
             self.make_room(self.controls.len());
         }
+        self.discarded[..self.received].fill(false);
         self.received = 0;
         self.queued = [0; LANES];
         let headers = &mut self.incoming.headers;
@@ -277,11 +281,23 @@ impl Batch {
         Ok(self.received)
     }
 
-    /// The length in bytes that the datagram of this slot was sent with, or none if it is longer than fits.
+    /// The length in bytes that the datagram of this slot was sent with, or none if it is longer than fits or has been
+    /// discarded.
     #[must_use]
     pub fn whole(&self, slot: usize) -> Option<usize> {
         let length = self.length(slot);
-        (length <= self.max_length).then_some(length)
+        (length <= self.max_length && !self.discarded[slot]).then_some(length)
+    }
+
+    /// Makes the datagram of this slot one that is not there: [`Batch::whole`] has none any more.
+    pub fn discard(&mut self, slot: usize) {
+        self.discarded[slot] = true;
+    }
+
+    /// True if the datagram of this slot is longer than fits, and has not been discarded.
+    #[must_use]
+    pub fn truncated(&self, slot: usize) -> bool {
+        self.length(slot) > self.max_length && !self.discarded[slot]
     }
 
     /// The length in bytes that the datagram of this slot was sent with.

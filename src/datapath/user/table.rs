@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 
 use super::count::DownstreamCells;
+use super::gate::Gate;
 use super::mmsg::{Endpoint, Family, RawAddress};
 use crate::model::Policy;
 use crate::plan::{ListenerPlan, hash};
@@ -15,6 +16,7 @@ use crate::plan::{ListenerPlan, hash};
 #[derive(Debug)]
 pub struct Table {
     policy: Policy,
+    gate: Gate,
     listener: SocketAddr,
     addresses: Box<[SocketAddr]>,
     encoded: Box<[RawAddress]>,
@@ -29,6 +31,18 @@ impl Table {
     /// # Errors
     /// When the plan's table names a downstream that is not there.
     pub fn new(plan: &ListenerPlan, listener: SocketAddr) -> Result<Self> {
+        Self::build(plan, listener, None)
+    }
+
+    /// The table that comes after this one: senders' buckets go on where they stand.
+    ///
+    /// # Errors
+    /// As for [`Table::new`].
+    pub fn next(&self, plan: &ListenerPlan) -> Result<Self> {
+        Self::build(plan, self.listener, Some(&self.gate))
+    }
+
+    fn build(plan: &ListenerPlan, listener: SocketAddr, before: Option<&Gate>) -> Result<Self> {
         let family = Family::of(listener);
         let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
         for &index in &plan.table {
@@ -37,6 +51,7 @@ impl Table {
         }
         Ok(Table {
             policy: plan.policy,
+            gate: Gate::new(plan, before),
             listener,
             encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
             round: plan.table.as_slice().into(),
@@ -49,6 +64,7 @@ impl Table {
     /// True if datagrams would travel differently under the plan.
     pub fn differs_from(&self, plan: &ListenerPlan) -> bool {
         self.policy != plan.policy
+            || self.gate.differs_from(plan)
             || *self.round != *plan.table
             || !self.samples.iter().eq(plan.targets.iter().map(|target| &target.downstream.sample))
             || !self.addresses.iter().eq(plan.targets.iter().map(|target| &target.downstream.address))
@@ -57,6 +73,16 @@ impl Table {
     /// The address that the listener's sockets are bound to.
     pub fn listener(&self) -> SocketAddr {
         self.listener
+    }
+
+    /// Who may send, and how fast.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// True if it must be known where datagrams come from, and which of the host's addresses they go to.
+    pub fn needs_addresses(&self) -> bool {
+        matches!(self.policy, Policy::Hash(_)) || !self.gate.is_open()
     }
 
     /// How a datagram's place is found.
@@ -152,6 +178,8 @@ pub mod tests {
             match_addresses: Vec::new(),
             links: Vec::new(),
             policy: Policy::RoundRobin,
+            sources: Arc::default(),
+            meter: None,
             socket_only: None,
             targets: downstreams.iter().map(target).collect(),
             table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()),

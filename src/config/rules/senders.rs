@@ -1,0 +1,97 @@
+//! Rules about who may send to a listener, and how fast: `sources` and `rate_limit`.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use super::Rules;
+use crate::admission::{NoPrefix, Prefix, RateLimit, Sources};
+use crate::config::document::KeyPath;
+use crate::config::file;
+use crate::config::problem::quoted;
+
+const EXAMPLE: &str = "10.0.0.0/8";
+
+/// How many prefixes there are.
+pub(super) fn count(sources: &file::Sources) -> usize {
+    [&sources.allow, &sources.deny].into_iter().flatten().map(|prefixes| prefixes.texts().len()).sum()
+}
+
+impl Rules<'_> {
+    /// Who may send.
+    pub(super) fn sources(
+        &mut self,
+        at: &KeyPath,
+        sources: Option<&file::Sources>,
+        bind: Option<SocketAddr>,
+    ) -> Option<Sources> {
+        let Some(sources) = sources else { return Some(Sources::default()) };
+        let allow = self.prefixes(&at.then("allow"), sources.allow.as_ref(), bind);
+        let deny = self.prefixes(&at.then("deny"), sources.deny.as_ref(), bind);
+        Some(Sources { allow: allow?, deny: deny? })
+    }
+
+    fn prefixes(
+        &mut self,
+        at: &KeyPath,
+        prefixes: Option<&file::Prefixes>,
+        bind: Option<SocketAddr>,
+    ) -> Option<Vec<Prefix>> {
+        let Some(prefixes) = prefixes else { return Some(Vec::new()) };
+        let texts = prefixes.texts();
+        if texts.is_empty() {
+            self.fault(at, format!("an empty list; name a prefix, for example \"{EXAMPLE}\", or remove the key"));
+            return None;
+        }
+        let mut good: HashMap<Prefix, usize> = HashMap::new();
+        let mut list = Vec::with_capacity(texts.len());
+        for (index, text) in texts.iter().enumerate() {
+            let at = match prefixes {
+                file::Prefixes::One(_) => at.clone(),
+                file::Prefixes::List(_) => at.then(index),
+            };
+            let Some(prefix) = self.check(&at, prefix(text, bind)) else { continue };
+            if let Some(first) = good.insert(prefix, index) {
+                self.fault(&at, format!("{} is in the list already, at {first}; remove one", quoted(text)));
+                continue;
+            }
+            list.push(prefix);
+        }
+        (list.len() == texts.len()).then_some(list)
+    }
+}
+
+/// How fast each sender may send. `shape` has seen that the numbers are within their ranges.
+pub(super) fn rate_limit(limit: &file::RateLimit, senders: u32) -> RateLimit {
+    RateLimit {
+        packets_per_second: limit.packets_per_second,
+        burst: limit.burst.unwrap_or(limit.packets_per_second),
+        ipv4_prefix: limit.ipv4_prefix,
+        ipv6_prefix: limit.ipv6_prefix,
+        senders,
+    }
+}
+
+/// Reads a prefix of the listener's IP version.
+fn prefix(text: &str, bind: Option<SocketAddr>) -> Result<Prefix, String> {
+    let shown = quoted(text);
+    let prefix = Prefix::parse(text).map_err(|error| match error {
+        NoPrefix::Syntax => format!("{shown} is not an address or prefix; write for example \"{EXAMPLE}\""),
+        NoPrefix::TooLong => format!("{shown}: IPv4 prefixes have at most 32 bits, IPv6 prefixes 128; give fewer"),
+        NoPrefix::HostBits(prefix) => format!("{shown} has bits behind its prefix; write \"{prefix}\""),
+    })?;
+    if let std::net::IpAddr::V6(v6) = prefix.address()
+        && let Some(v4) = v6.to_ipv4_mapped()
+    {
+        return Err(format!("{shown} is an IPv4 address written as IPv6; write \"{v4}\""));
+    }
+    match bind {
+        Some(bind) if bind.is_ipv4() != prefix.address().is_ipv4() => {
+            let version = |v4| if v4 { "IPv4" } else { "IPv6" };
+            let (here, there) = (version(prefix.address().is_ipv4()), version(bind.is_ipv4()));
+            Err(format!(
+                "{shown} is {here} but the listener's bind, \"{bind}\", is {there}, so nobody there has it; remove it"
+            ))
+        }
+        _ => Ok(prefix),
+    }
+}

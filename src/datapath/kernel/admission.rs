@@ -1,0 +1,160 @@
+//! Who may send, in the kernel: the rules in the map `sources`, and the numbers by which listeners name them.
+//!
+//! A set of rules is written whole under a number of its own and never changed. One store to a listener's state puts it
+//! in force, so that every datagram is judged by the old rules or by the new ones. What no state names any more is
+//! deleted after an RCU grace period. Listeners with the same rules share them.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapFlags};
+
+use super::maps::{bytes_of, mapped_words, wait_for_readers};
+use super::skel::{Loaded, SOURCE_ALLOWED, SOURCE_DENIED, types};
+use crate::admission::{Meter, Prefix, Sources, Verdict};
+use crate::model::ListenerId;
+use crate::plan::ListenerPlan;
+
+/// Bits of the rules' number in front of an address in a key.
+const NUMBER_BITS: u32 = 32;
+/// What a v4-mapped address begins with, in bits.
+const MAPPED_BITS: u32 = 96;
+
+/// What a listener's state says about admission. Zeros let everybody in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Admission {
+    /// The number of its rules; 0 for none.
+    pub rules: u32,
+    /// The number of its buckets; 0 for none.
+    pub meter: u32,
+    /// A datagram's cost.
+    pub interval: u64,
+    /// What a bucket holds.
+    pub depth: u64,
+    /// The bits of an address that tell senders apart.
+    pub sender_mask_be: [u32; 4],
+}
+
+/// What is in the kernel, and under which number.
+#[derive(Debug, Default)]
+pub struct Admissions {
+    rules: BTreeMap<u32, Arc<Sources>>,
+    in_force: BTreeMap<ListenerId, (Admission, Option<Meter>)>,
+    last_number: u32,
+}
+
+impl Admissions {
+    /// Writes the listener's rules, unless they are there already. They are in force once the listener's state says
+    /// what this returns and [`Admissions::in_force`] has been told.
+    ///
+    /// # Errors
+    /// When there is no room; nothing has changed then.
+    pub fn prepare(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<Admission> {
+        let rules = self.enter(loaded, &plan.sources)?;
+        let Some(meter) = plan.meter else { return Ok(Admission { rules, ..Admission::default() }) };
+        let number = match self.in_force.get(&plan.id) {
+            Some((before, Some(same))) if *same == meter => before.meter,
+            // New buckets, all full: those of another rate would not be comparable.
+            _ => self.next_number(),
+        };
+        Ok(Admission {
+            rules,
+            meter: number,
+            interval: meter.interval,
+            depth: meter.depth,
+            sender_mask_be: sender_mask(&meter, plan.bind.ip()),
+        })
+    }
+
+    /// Notes what a listener's state says from now on.
+    pub fn in_force(&mut self, id: ListenerId, admission: Admission, meter: Option<Meter>) {
+        self.in_force.insert(id, (admission, meter));
+    }
+
+    /// Notes that a listener's state says nothing any more.
+    pub fn forget(&mut self, id: ListenerId) {
+        self.in_force.remove(&id);
+    }
+
+    /// Deletes the rules that no listener's state names, once no CPU is still reading them.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn sweep(&mut self, loaded: &Loaded) -> Result<()> {
+        let named = |number: &u32| self.in_force.values().any(|(admission, _)| admission.rules == *number);
+        let unused: Vec<u32> = self.rules.keys().filter(|number| !named(number)).copied().collect();
+        if unused.is_empty() {
+            return Ok(());
+        }
+        wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        for number in unused {
+            if let Some(sources) = self.rules.remove(&number) {
+                delete(loaded, number, &sources);
+            }
+        }
+        Ok(())
+    }
+
+    /// The number of these rules, after they have been written.
+    fn enter(&mut self, loaded: &Loaded, sources: &Arc<Sources>) -> Result<u32> {
+        if sources.is_open() {
+            return Ok(0);
+        }
+        if let Some((&number, _)) = self.rules.iter().find(|(_, there)| *there == sources) {
+            return Ok(number);
+        }
+        let number = self.next_number();
+        // Counted as there from the first entry on, so that what a failure leaves behind is swept away.
+        self.rules.insert(number, Arc::clone(sources));
+        let written = entries(number, sources)
+            .try_for_each(|(key, verdict)| loaded.sources.update(bytes_of(&key), bytes_of(&verdict), MapFlags::ANY));
+        if let Err(error) = written {
+            self.rules.remove(&number);
+            delete(loaded, number, sources);
+            return Err(error).context("no room for its sources: raise limits.max_sources and restart");
+        }
+        Ok(number)
+    }
+
+    fn next_number(&mut self) -> u32 {
+        self.last_number = self.last_number.wrapping_add(1).max(1);
+        self.last_number
+    }
+}
+
+/// What the map holds of a set of rules.
+fn entries(number: u32, sources: &Sources) -> impl Iterator<Item = (types::source_key, u32)> {
+    let value = |verdict| match verdict {
+        Verdict::Allow => SOURCE_ALLOWED,
+        Verdict::Deny => SOURCE_DENIED,
+    };
+    let others = types::source_key { prefixlen: NUMBER_BITS, rules: number, addr_be: [0; 4] };
+    let rules = sources.rules().into_iter().map(move |(prefix, verdict)| (key(number, prefix), value(verdict)));
+    rules.chain([(others, value(sources.others()))])
+}
+
+fn key(number: u32, prefix: Prefix) -> types::source_key {
+    let mapped = if prefix.address().is_ipv4() { MAPPED_BITS } else { 0 };
+    types::source_key {
+        prefixlen: NUMBER_BITS + mapped + u32::from(prefix.length()),
+        rules: number,
+        addr_be: mapped_words(prefix.address()),
+    }
+}
+
+/// Deletes what is there of a set of rules that nobody reads. What cannot be deleted takes up room and does no harm.
+fn delete(loaded: &Loaded, number: u32, sources: &Sources) {
+    for (key, _) in entries(number, sources) {
+        let _ = loaded.sources.delete(bytes_of(&key));
+    }
+}
+
+/// The bits of a v4-mapped or IPv6 address that tell senders apart.
+fn sender_mask(meter: &Meter, listener: IpAddr) -> [u32; 4] {
+    match meter.mask(listener) {
+        IpAddr::V4(v4) => [u32::MAX, u32::MAX, u32::MAX, u32::from_ne_bytes(v4.octets())],
+        mask => mapped_words(mask),
+    }
+}
