@@ -60,8 +60,11 @@ pub(super) async fn served_version(client: &Client) -> Result<Option<Version>, F
 
 /// Says why a Service has no slices, as far as we may look.
 pub(super) async fn why_absent(client: Client, key: ServiceKey) -> String {
-    let namespace = presence_of_namespace(&client, &key).await;
     let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
+    let namespace = match service {
+        Presence::Exists => Presence::Exists,
+        _ => presence_of_namespace(&client, &key).await,
+    };
     advice::absent(&key, namespace, service)
 }
 
