@@ -75,6 +75,8 @@ fn netns_what_rbac_prints_is_what_the_daemon_needs() {
     // The command's objects are applied, and the daemon finds out by itself.
     world.server.set_rules(&rules(&rbac(&config, &[])));
     daemon.wait_for_line("are being followed again").unwrap();
+    // The zone as well: one of the two endpoints is in this node's.
+    daemon.wait_for_logged(&world.updated(1)).unwrap();
     daemon.stop().unwrap();
 
     // From the start, nothing that is needed is refused.
