@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::apiserver::{Kind, Rule};
 use crate::cluster::{at, leaving, node, ready, slice, unready};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Place, Surroundings};
+use crate::support::{Collectors, Daemon, DaemonConfig, Expect, ListenerSpec, Place, Surroundings};
 use crate::world::{NAMESPACE, SERVICE, World, binary, shares};
 
 /// A slice whose endpoints have a port of this name and number.
@@ -96,6 +96,33 @@ fn netns_several_services_are_one_set_of_receivers() {
     let followed = page.select("udp_fanout_discovery_synced", &[]).map(|sample| sample.labels.clone());
     let followed: Vec<String> = followed.map(|labels| format!("{}/{}", labels[0].1, labels[1].1)).collect();
     assert_eq!(followed, ["canary/green", "logging/blue", "secret/red"]);
+}
+
+#[test]
+fn netns_listeners_that_share_a_service_change_together() {
+    for mode in ["tc_ebpf", "userspace"] {
+        let world = World::new(mode, [Place::OtherInterface, Place::Pod]);
+        world.apply("a", world.ready(&[0]));
+        let mut config = world.config(&World::by_number());
+        for port in [5515, 5516] {
+            let listener = &config.listeners[0];
+            let (name, bind) = (format!("lab-{port}"), listener.bind.replace("5514", &port.to_string()));
+            config.listeners.push(ListenerSpec { name, bind, ..listener.clone() });
+        }
+        let mut daemon = world.start(&config, 1);
+        let applied = || world.metrics().sum("udp_fanout_plan_apply_total", &[("result", "success")]);
+        let before = applied();
+        world.apply("a", world.ready(&[0, 1]));
+        for listener in 0..3 {
+            let line = world.updated(2).replace("listener_id=0", &format!("listener_id={listener}"));
+            daemon.wait_for_logged(&line).unwrap();
+        }
+        assert_eq!(applied() - before, 1, "{mode}: one look at the host, one plan");
+        let watches = world.server.seen().iter().filter(|seen| seen.is_watch()).count();
+        assert_eq!(watches, 1, "{mode}: one watch");
+        assert_eq!(at_lab(&world), shares(2, &[0, 1]), "{mode}");
+        daemon.stop().unwrap();
+    }
 }
 
 /// Starts the daemon on a node.
