@@ -6,7 +6,7 @@
 mod answer;
 mod drops;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -272,9 +272,7 @@ impl Daemon {
         // Each set replaces the one before, so of several for one listener only the last matters.
         let last: BTreeMap<ListenerId, DownstreamSet> =
             updates.into_iter().map(|update| (update.listener, update.set)).collect();
-        for (listener, set) in last {
-            self.handle(Event::Downstreams { listener, set });
-        }
+        self.handle_all(last.into_iter().map(|(listener, set)| Event::Downstreams { listener, set }).collect());
         self.watch_health();
     }
 
@@ -343,25 +341,36 @@ impl Daemon {
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.
     fn handle(&mut self, event: Event) {
-        let mut events = vec![event];
-        while let Some(event) = events.pop() {
+        self.handle_all([event].into());
+    }
+
+    /// As [`Self::handle`], for events that came together: the host, which answers for all listeners at once, is looked at
+    /// after the last of them.
+    fn handle_all(&mut self, mut events: VecDeque<Event>) {
+        let mut look = None;
+        while let Some(event) = events.pop_front() {
             for action in self.controller.handle(event, self.started.elapsed()) {
                 match action {
                     Action::Warn(text) => tracing::warn!("{text}"),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
                     Action::Apply(plan) => {
-                        events.push(self.apply(&plan));
+                        events.push_back(self.apply(&plan));
                         if self.start_failed() {
                             return;
                         }
                     }
-                    Action::LookAtHost(addresses) => match self.facts(&addresses) {
-                        Ok(facts) => events.push(Event::Host(facts)),
-                        Err(error) => {
-                            tracing::error!("{error:#}; trying again");
-                            self.timers.look_at_host = Some(Instant::now() + crate::controller::RETRY);
-                        }
-                    },
+                    Action::LookAtHost(addresses) => look = Some(addresses),
+                }
+            }
+            if events.is_empty()
+                && let Some(addresses) = look.take()
+            {
+                match self.facts(&addresses) {
+                    Ok(facts) => events.push_back(Event::Host(facts)),
+                    Err(error) => {
+                        tracing::error!("{error:#}; trying again");
+                        self.timers.look_at_host = Some(Instant::now() + crate::controller::RETRY);
+                    }
                 }
             }
         }

@@ -184,6 +184,24 @@ fn the_zone_comes_from_the_node_object() {
 }
 
 #[test]
+fn a_zone_that_may_be_read_later_is_found_later() {
+    let server = ApiServer::start();
+    let endpoints = || [at(ready("10.0.0.1"), "n2", "west"), at(ready("10.0.0.2"), "n3", "east")];
+    server.apply(Kind::EndpointSlice, slice("logging", "late", "late-a", endpoints()));
+    let wanted = vec![Request { locality: Locality::PreferZone, ..request("late") }];
+    let mut watching = Watching::with(&server.kubeconfig(), wanted, Some("late-node"), limits());
+    watching.until(&["10.0.0.1:5514", "10.0.0.2:5514"]);
+    logged(&["WARN", "may not get node \"late-node\""]);
+    // Allowed, but there is no such node yet.
+    server.allow(Rule::new(&["get"], "nodes"));
+    logged(&["WARN", "there is no node \"late-node\""]);
+    server.apply(Kind::Node, node("late-node", "east"));
+    watching.until(&["10.0.0.2:5514"]);
+    assert_eq!(log_count(&["may not get node \"late-node\""]), 1);
+    assert_eq!(log_count(&["there is no node \"late-node\""]), 1);
+}
+
+#[test]
 fn without_access_to_the_node_the_zone_comes_from_the_slices() {
     let server = ApiServer::start();
     let endpoints = || [at(ready("10.0.0.1"), "n2", "west"), at(ready("10.0.0.2"), "n3", "east")];

@@ -65,9 +65,16 @@ pub fn zone_forbidden(node: &str, message: &str, config: Option<&Path>) -> Strin
             subject(user)
         )
     });
+    zone_unknown(&format!(
+        "{who} may not get node {node:?}; missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]; fix: {fix}"
+    ))
+}
+
+/// The zone is not known, for this reason.
+#[must_use]
+pub fn zone_unknown(why: &str) -> String {
     format!(
-        "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: {who} may \
-         not get node {node:?}; missing rule: apiGroups [\"\"], resources [\"nodes\"], verbs [\"get\"]; fix: {fix}"
+        "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: {why}"
     )
 }
 

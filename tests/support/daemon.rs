@@ -60,6 +60,15 @@ pub struct ListenerSpec {
     pub settings: String,
 }
 
+/// What the daemon's process is given beside its configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// Words for the end of its command line.
+    pub arguments: Vec<String>,
+    /// Environment variables.
+    pub environment: Vec<(String, String)>,
+}
+
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
@@ -157,9 +166,24 @@ impl Daemon {
     /// # Errors
     /// As for [`Daemon::start`].
     pub fn start_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &DaemonConfig) -> Result<Self> {
-        let mut daemon = Self::spawn_behind(namespace, before, binary, &config.to_toml())?;
+        let mut daemon = Self::spawn_behind(namespace, before, binary, &config.to_toml(), &Surroundings::default())?;
         daemon.metrics = config.metrics;
         daemon.wait_until_ready(namespace, config.listeners.len())?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon in a namespace with these surroundings and does not wait for anything.
+    ///
+    /// # Errors
+    /// When the binary cannot be run.
+    pub fn spawn_in(
+        namespace: &Namespace,
+        binary: &Path,
+        config: &DaemonConfig,
+        surroundings: &Surroundings,
+    ) -> Result<Self> {
+        let mut daemon = Self::spawn_behind(namespace, &[], binary, &config.to_toml(), surroundings)?;
+        daemon.metrics = config.metrics;
         Ok(daemon)
     }
 
@@ -168,10 +192,16 @@ impl Daemon {
     /// # Errors
     /// When the binary cannot be run.
     pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
-        Self::spawn_behind(namespace, &[], binary, config)
+        Self::spawn_behind(namespace, &[], binary, config, &Surroundings::default())
     }
 
-    fn spawn_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &str) -> Result<Self> {
+    fn spawn_behind(
+        namespace: &Namespace,
+        before: &[&str],
+        binary: &Path,
+        config: &str,
+        surroundings: &Surroundings,
+    ) -> Result<Self> {
         let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
         // Whoever the daemon runs as can read it.
         let open = Permissions::from_mode(0o755);
@@ -180,7 +210,13 @@ impl Daemon {
         fs::write(&path, config)?;
         let mut words = before.iter().map(OsStr::new).chain([binary.as_os_str()]);
         let mut command = namespace.command(words.next().unwrap_or(binary.as_os_str()));
-        command.args(words).args(["run", "--config"]).arg(&path).env_remove("RUST_LOG").env("NO_COLOR", "1");
+        command.args(words).args(["run", "--config"]).arg(&path).args(&surroundings.arguments);
+        // Nothing of whoever runs the tests; a cluster of theirs above all is none of our business.
+        for name in ["RUST_LOG", "KUBECONFIG", "KUBERNETES_SERVICE_HOST", "NODE_NAME"] {
+            command.env_remove(name);
+        }
+        command.env("NO_COLOR", "1").env("HOME", directory.path());
+        command.envs(surroundings.environment.iter().map(|(name, value)| (name, value)));
         // A group of its own: Ctrl-C reaches us, and we end it, in this order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut registry = cleanup::registry();
@@ -282,7 +318,10 @@ impl Daemon {
     }
 
     /// Waits until `/readyz` answers 200, or, without metrics, until every listener has logged its downstreams.
-    fn wait_until_ready(&mut self, namespace: &Namespace, listeners: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// When it ends instead, or is not ready in time; with everything it has logged.
+    pub fn wait_until_ready(&mut self, namespace: &Namespace, listeners: usize) -> Result<()> {
         let Some(address) = self.metrics else {
             for _ in 0..listeners {
                 self.wait_for_line("downstream set")?;

@@ -21,7 +21,7 @@ pub mod report;
 pub mod scrape;
 pub mod traffic;
 
-pub use daemon::{Daemon, DaemonConfig, ListenerSpec};
+pub use daemon::{Daemon, DaemonConfig, ListenerSpec, Surroundings};
 pub use lab::{Lab, LabBuilder, Place};
 pub use netns::Namespace;
 pub use report::{Expect, Report};

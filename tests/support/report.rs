@@ -78,6 +78,8 @@ pub struct ReceiverReport {
     pub address: Option<SocketAddr>,
     /// Datagrams, repeats included.
     pub received: u64,
+    /// The same for each sender.
+    pub by_sender: BTreeMap<RunId, u64>,
     /// Repeats at this receiver.
     pub duplicated: u64,
     /// Datagrams that came after a later one.
@@ -178,6 +180,11 @@ impl Report {
         self.duplicated += copies.saturating_sub(1);
     }
 
+    /// Datagrams of one sender that each receiver got, in the receivers' order.
+    pub fn counts_of(&self, sender: RunId) -> Vec<u64> {
+        self.receivers.iter().map(|receiver| receiver.by_sender.get(&sender).copied().unwrap_or(0)).collect()
+    }
+
     /// Datagrams each receiver got, in the receivers' order.
     pub fn counts(&self) -> Vec<u64> {
         self.receivers.iter().map(|receiver| receiver.received).collect()
@@ -204,6 +211,7 @@ impl ReceiverReport {
             name: tally.name.clone(),
             address: tally.address,
             received: tally.runs.values().map(|run| run.received).sum(),
+            by_sender: tally.runs.iter().map(|(run, seen)| (*run, seen.received)).collect(),
             duplicated: tally.runs.values().map(|run| run.duplicated).sum(),
             reordered: tally.runs.values().map(|run| run.reordered).sum(),
             unexpected: tally.unexpected + foreign.sum::<u64>(),

@@ -301,6 +301,11 @@ impl Sender {
         self.socket.local_addr()
     }
 
+    /// What tells its datagrams from others' in a [`Report`].
+    pub fn run_id(&self) -> RunId {
+        self.run
+    }
+
     /// Datagrams sent so far.
     pub fn sent(&self) -> u64 {
         self.next

@@ -60,8 +60,11 @@ pub(super) async fn served_version(client: &Client) -> Result<Option<Version>, F
 
 /// Says why a Service has no slices, as far as we may look.
 pub(super) async fn why_absent(client: Client, key: ServiceKey) -> String {
-    let namespace = presence_of_namespace(&client, &key).await;
     let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
+    let namespace = match service {
+        Presence::Exists => Presence::Exists,
+        _ => presence_of_namespace(&client, &key).await,
+    };
     advice::absent(&key, namespace, service)
 }
 
@@ -78,8 +81,8 @@ async fn presence(client: &Client, path: &str) -> Presence {
     }
 }
 
-/// Finds the zone of this node and reports it, whenever the API server answers. Until then, and if it may not be
-/// known, reports that it is not known.
+/// Finds the zone of this node and reports it, as soon as the API server tells. Until then, and if it is not to be
+/// known, reports that it is not known. What may be put right while we run, such as a missing rule, is told once.
 pub(super) async fn find_zone(
     node: String,
     credentials: Arc<Credentials>,
@@ -87,8 +90,21 @@ pub(super) async fn find_zone(
     findings: UnboundedSender<Finding>,
 ) {
     let backoff = Backoff::new(settings.limits.backoff_min, settings.limits.backoff_max);
+    let mut told = None;
     for failures in 1.. {
-        let (zone, done) = ask_zone(&node, &credentials, &settings).await;
+        let (zone, done) = match ask_zone(&node, &credentials, &settings).await {
+            Ok(zone) => (Some(zone), true),
+            Err(NoZone { why, code }) => {
+                match code {
+                    None => tracing::debug!("cannot read node {node:?} yet: {why}"),
+                    Some(_) if told == code => {}
+                    Some(_) => tracing::warn!("{why}"),
+                }
+                told = code.or(told);
+                // A node's labels are what its administrator makes them.
+                (None, code == Some(200))
+            }
+        };
         if findings.send(Finding::Zone(zone.map(Arc::from))).is_err() || done {
             return;
         }
@@ -96,45 +112,38 @@ pub(super) async fn find_zone(
     }
 }
 
-/// The zone, and whether that is the last word.
-async fn ask_zone(node: &str, credentials: &Credentials, settings: &Settings) -> (Option<String>, bool) {
+/// Why the zone is not known.
+struct NoZone {
+    why: String,
+    /// What the API server answered, if it answered the question at all.
+    code: Option<u16>,
+}
+
+async fn ask_zone(node: &str, credentials: &Credentials, settings: &Settings) -> Result<String, NoZone> {
     let link = Arc::new(Link::new(ServiceKey::new("", ""), Arc::new(Counters::default())));
     let answer = async {
         let client = client::connect(&credentials.load().await?, settings.limits, link)?;
         anyhow::Ok(get::<Object>(&client, &format!("/api/v1/nodes/{node}")).await)
     };
-    match answer.await {
+    let (why, code) = match answer.await {
         Ok(Ok(object)) => {
             let labels = &object.metadata.labels;
             let zone = labels.get(ZONE_LABEL).or_else(|| labels.get(OLD_ZONE_LABEL)).filter(|zone| !zone.is_empty());
-            if zone.is_none() {
-                tracing::warn!(
-                    "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the \
-                     zone: node {node:?} has no label {ZONE_LABEL}"
-                );
+            match zone {
+                Some(zone) => return Ok(zone.clone()),
+                None => (advice::zone_unknown(&format!("node {node:?} has no label {ZONE_LABEL}")), Some(200)),
             }
-            (zone.cloned(), true)
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
-            tracing::warn!("{}", advice::zone_forbidden(node, &status.message, settings.config.as_deref()));
-            (None, true)
+            (advice::zone_forbidden(node, &status.message, settings.config.as_deref()), Some(403))
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => {
-            tracing::warn!(
-                "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: \
-                 there is no node {node:?}; check NODE_NAME"
-            );
-            (None, true)
+            (advice::zone_unknown(&format!("there is no node {node:?}; check NODE_NAME")), Some(404))
         }
-        Ok(Err(error)) => {
-            tracing::debug!("cannot read node {node:?} yet: {}", text_of(&error));
-            (None, false)
-        }
-        Err(error) => {
-            tracing::debug!("cannot read node {node:?} yet: {error:#}");
-            (None, false)
-        }
-    }
+        Ok(Err(error)) => (text_of(&error), None),
+        Err(error) => (format!("{error:#}"), None),
+    };
+    Err(NoZone { why, code })
 }
 
 /// Any object, of which only this much is needed.

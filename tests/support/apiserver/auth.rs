@@ -13,6 +13,8 @@ pub struct Rule {
     resource: String,
     /// None means in every namespace.
     namespace: Option<String>,
+    /// None means objects of any name.
+    names: Option<Vec<String>>,
 }
 
 impl Rule {
@@ -21,6 +23,7 @@ impl Rule {
             verbs: verbs.iter().map(|&verb| verb.to_owned()).collect(),
             resource: resource.to_owned(),
             namespace: None,
+            names: None,
         }
     }
 
@@ -28,10 +31,15 @@ impl Rule {
         Rule { namespace: Some(namespace.to_owned()), ..self }
     }
 
-    fn allows(&self, verb: &str, resource: &str, namespace: Option<&str>) -> bool {
+    pub fn named(self, names: &[String]) -> Rule {
+        Rule { names: Some(names.to_vec()), ..self }
+    }
+
+    fn allows(&self, verb: &str, resource: &str, namespace: Option<&str>, name: Option<&str>) -> bool {
         self.verbs.iter().any(|v| v == verb)
             && self.resource == resource
             && (self.namespace.is_none() || self.namespace.as_deref() == namespace)
+            && self.names.as_ref().is_none_or(|names| names.iter().any(|n| Some(n.as_str()) == name))
     }
 }
 
@@ -46,7 +54,7 @@ pub fn check(
 ) -> Result<(), (u16, Value)> {
     authenticate(state, authorization)?;
     let resource = kind.resource();
-    if state.rules.iter().any(|rule| rule.allows(verb, resource, namespace)) {
+    if state.rules.iter().any(|rule| rule.allows(verb, resource, namespace, name)) {
         return Ok(());
     }
     let group = kind.group();
