@@ -46,7 +46,7 @@ test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, 
 	@scripts/deps.sh build run test
 	@scripts/test.sh $(ARGS)
 
-lint: ## Check formatting, lints, scripts, YAML, the systemd unit and licences
+lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd unit and licences
 	@scripts/deps.sh build lint
 	@scripts/lint.sh
 

@@ -171,7 +171,11 @@ impl Daemon {
         Self::spawn_behind(namespace, &[], binary, config)
     }
 
-    fn spawn_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &str) -> Result<Self> {
+    /// As [`Daemon::spawn`], behind the words of a program that becomes the rest of its line.
+    ///
+    /// # Errors
+    /// When the binary cannot be run.
+    pub fn spawn_behind(namespace: &Namespace, before: &[&str], binary: &Path, config: &str) -> Result<Self> {
         let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
         // Whoever the daemon runs as can read it.
         let open = Permissions::from_mode(0o755);
