@@ -53,7 +53,7 @@ test-kernels: ## Run the BPF tier and some of the network tier under Debian's ke
 	@scripts/test-kernels.sh build
 	@scripts/as-root.sh 'make test-kernels' scripts/test-kernels.sh run $(KERNELS)
 
-lint: ## Check formatting, lints, scripts, YAML, the systemd unit and licences
+lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd unit and licences
 	@scripts/deps.sh build lint
 	@scripts/lint.sh
 

@@ -4,7 +4,8 @@
 # usage: scripts/deps.sh GROUP...        groups: build run test lint kernels
 #
 # On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
-# said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing.
+# said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing. Tools that
+# Debian does not package are scripts/tools.sh's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +29,10 @@ kernels | busybox-static | command:busybox    | their first program
 kernels | cpio           | command:cpio       | packs their first file system
 kernels | kmod           | command:modprobe   | finds the modules for it
 kernels | xz-utils       | command:xz         | unpacks those
+test  | python3        | command:python3      | runs the tools of scripts/tools.sh
+test  | python3-venv   | python:ensurepip     | installs them
+lint  | python3        | command:python3      | runs the tools of scripts/tools.sh
+lint  | python3-venv   | python:ensurepip     | installs them
 lint  | clang-format   | command:clang-format | format of bpf/
 lint  | shellcheck     | command:shellcheck   | lints shell scripts
 lint  | yamllint       | command:yamllint     | lints YAML
@@ -45,6 +50,7 @@ main() {
     while IFS='|' read -r group package probe purpose; do
         group=${group// /} package=${package// /} probe=${probe// /}
         [[ -n $package && " $* " == *" $group "* ]] || continue
+        [[ " ${missing[*]-} " != *" $package|"* ]] || continue
         present "$package" "$probe" "$installed" || missing+=("$package|${purpose# }")
     done <<<"$NEEDS"
     if [[ ${#missing[@]} -gt 0 ]]; then
@@ -56,6 +62,7 @@ main() {
     case " $* " in
         *' lint '*) check_rust_lints ;;
     esac
+    scripts/tools.sh "$@"
 }
 
 die() {
@@ -84,6 +91,7 @@ present() {
     fi
     case $probe in
         command:*) command -v "${probe#*:}" >/dev/null ;;
+        python:*) python3 -c "import venv, ${probe#*:}" 2>/dev/null ;;
         library:*) command -v cc >/dev/null && [[ $(cc -print-file-name="${probe#*:}") == /* ]] ;;
         header:*) command -v cc >/dev/null && cc -E -include "${probe#*:}" -x c /dev/null >/dev/null 2>&1 ;;
     esac

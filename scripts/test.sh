@@ -9,6 +9,9 @@ cd "$(dirname "$0")/.."
 cargo=${CARGO:-cargo}
 # Where Debian keeps ip, tc and bpftool; the $PATH of an ordinary user lacks them.
 export PATH=$PATH:/usr/sbin:/sbin
+# Root's cache is another than yours.
+UDP_FANOUT_TOOLS=$(scripts/tools.sh --directory)
+export UDP_FANOUT_TOOLS
 
 if [[ $EUID -ne 0 ]]; then
     if ! command -v sudo >/dev/null; then

@@ -195,7 +195,11 @@ impl Daemon {
         Self::spawn_behind(namespace, &[], binary, config, &Surroundings::default())
     }
 
-    fn spawn_behind(
+    /// As [`Daemon::spawn`], behind the words of a program that becomes the rest of its line, and in other surroundings.
+    ///
+    /// # Errors
+    /// When the binary cannot be run.
+    pub fn spawn_behind(
         namespace: &Namespace,
         before: &[&str],
         binary: &Path,
