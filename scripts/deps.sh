@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that what a task needs is on this machine.
 #
-# usage: scripts/deps.sh GROUP...        groups: build run test lint
+# usage: scripts/deps.sh GROUP...        groups: build run test lint bench
 #
 # On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
 # said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing.
@@ -23,13 +23,15 @@ test  | ethtool        | command:ethtool      | switches checksum offload in net
 test  | nftables       | command:nft          | firewalls in network tests
 test  | nfdump         | command:nfcapd       | collects NetFlow in tests with real programs
 test  | softflowd      | command:softflowd    | exports NetFlow in tests with real programs
+bench | nginx          | command:nginx        | a contender
+bench | libnginx-mod-stream | file:/usr/lib/nginx/modules/ngx_stream_module.so | its module for UDP
 lint  | clang-format   | command:clang-format | format of bpf/
 lint  | shellcheck     | command:shellcheck   | lints shell scripts
 lint  | yamllint       | command:yamllint     | lints YAML
 '
 
 main() {
-    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint ..."
+    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint|bench ..."
     local missing=() group package probe purpose
     local installed=''
     if is_debian; then
@@ -80,6 +82,7 @@ present() {
     case $probe in
         command:*) command -v "${probe#*:}" >/dev/null ;;
         library:*) command -v cc >/dev/null && [[ $(cc -print-file-name="${probe#*:}") == /* ]] ;;
+        file:*) [[ -e ${probe#*:} ]] ;;
         header:*) command -v cc >/dev/null && cc -E -include "${probe#*:}" -x c /dev/null >/dev/null 2>&1 ;;
     esac
 }

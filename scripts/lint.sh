@@ -41,7 +41,7 @@ check_units() {
 
 mapfile -t sh < <(shell_scripts | sort --unique)
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format)
-mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h')
+mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
 
 check rustfmt "$cargo" fmt --check
 check clippy "$cargo" clippy --all-targets --locked -- -D warnings
