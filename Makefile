@@ -60,11 +60,11 @@ lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd uni
 fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
 	$(CARGO) fmt
-	clang-format -i bpf/*.c bpf/*.h
+	clang-format -i bpf/*.c bpf/*.h benches/support/*.c
 
-bench: ## Run the benchmarks
-	@scripts/deps.sh build
-	$(CARGO) bench --locked
+bench: ## Run the benchmarks, beside the programs that others use instead (installs them)
+	@scripts/deps.sh build run test bench
+	@scripts/bench.sh $(ARGS)
 
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that what a task needs is on this machine.
 #
-# usage: scripts/deps.sh GROUP...        groups: build run test lint kernels
+# usage: scripts/deps.sh GROUP...        groups: build run test lint bench kernels
 #
 # On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
 # said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing. Tools that
@@ -33,13 +33,15 @@ test  | python3        | command:python3      | runs the tools of scripts/tools.
 test  | python3-venv   | python:ensurepip     | installs them
 lint  | python3        | command:python3      | runs the tools of scripts/tools.sh
 lint  | python3-venv   | python:ensurepip     | installs them
+bench | nginx          | command:nginx        | a contender
+bench | libnginx-mod-stream | file:/usr/lib/nginx/modules/ngx_stream_module.so | its module for UDP
 lint  | clang-format   | command:clang-format | format of bpf/
 lint  | shellcheck     | command:shellcheck   | lints shell scripts
 lint  | yamllint       | command:yamllint     | lints YAML
 '
 
 main() {
-    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint|kernels ..."
+    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint|bench|kernels ..."
     local missing=() group package probe purpose
     local installed=''
     if is_debian; then
@@ -93,6 +95,7 @@ present() {
         command:*) command -v "${probe#*:}" >/dev/null ;;
         python:*) python3 -c "import venv, ${probe#*:}" 2>/dev/null ;;
         library:*) command -v cc >/dev/null && [[ $(cc -print-file-name="${probe#*:}") == /* ]] ;;
+        file:*) [[ -e ${probe#*:} ]] ;;
         header:*) command -v cc >/dev/null && cc -E -include "${probe#*:}" -x c /dev/null >/dev/null 2>&1 ;;
     esac
 }

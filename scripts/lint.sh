@@ -42,7 +42,7 @@ check_units() {
 mapfile -t sh < <(shell_scripts | sort --unique)
 # The chart's templates are no YAML before they are rendered; tests do that.
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --invert-match '^deploy/helm/.*/templates/')
-mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h')
+mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
 
 check rustfmt "$cargo" fmt --check
 check clippy "$cargo" clippy --all-targets --locked -- -D warnings

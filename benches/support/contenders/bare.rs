@@ -1,0 +1,208 @@
+//! The floor under any userspace forwarder: the same system calls, and nothing else.
+//!
+//! A loop takes what has arrived, as the kernel has joined it (`UDP_GRO`), deals the datagrams out in turn, and sends each
+//! downstream its share (`UDP_SEGMENT`). It counts nothing, looks at no error, follows no change, and assumes that all
+//! datagrams of a message have the same length.
+
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::{mem, ptr};
+
+use anyhow::{Context, Result};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{RcvBufForce, UdpGroSegment};
+use nix::unistd::Pid;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::bench::bed::{Bed, LISTENER};
+use crate::bench::contenders::{Running, Task, cpu_seconds, stay_on};
+
+/// Bytes of receive buffer, as every contender gets.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// Datagrams of one message at most.
+const SEGMENTS: usize = 64;
+/// Room for what the kernel joins at most.
+const ROOM: usize = 65_536;
+
+/// What the loop uses of what the kernel offers.
+#[derive(Debug, Clone, Copy)]
+pub struct Calls {
+    /// Messages taken in one call.
+    pub take: usize,
+    /// `UDP_GRO` and `UDP_SEGMENT`; otherwise one message is one datagram.
+    pub joined: bool,
+}
+
+struct Loop {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    task: Pid,
+}
+
+impl Running for Loop {
+    fn cpu_seconds(&self) -> Option<f64> {
+        cpu_seconds("/proc/self/task", Some(self.task))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts the loop on the contender's CPU.
+///
+/// # Errors
+/// When a socket cannot be had.
+pub fn start(bed: &Bed, task: &Task, calls: Calls) -> Result<Box<dyn Running>> {
+    let (take, send) = bed.gateway.run(|| {
+        let take = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+        take.bind(&LISTENER.into())?;
+        setsockopt(&take, RcvBufForce, &RECEIVE_BUFFER)?;
+        take.set_read_timeout(Some(Duration::from_millis(20)))?;
+        if calls.joined {
+            setsockopt(&take, UdpGroSegment, &true)?;
+        }
+        let send = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+        send.set_send_buffer_size(RECEIVE_BUFFER)?;
+        Ok((take, send))
+    })?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, downstreams, cpu) = (Arc::clone(&stop), Bed::downstreams(task.downstreams), bed.contender_cpu());
+    let (tell, told) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().name("bare".into()).spawn(move || {
+        if stay_on(cpu).is_ok() && tell.send(nix::unistd::gettid()).is_ok() {
+            forward(&take, &send, &downstreams, calls, &stopped);
+        }
+    });
+    let thread = Some(thread.context("cannot start a thread")?);
+    let task = told.recv().context("the loop has not started")?;
+    Ok(Box::new(Loop { stop, thread, task }))
+}
+
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+struct Control([u8; 24]);
+
+fn forward(take: &Socket, send: &Socket, downstreams: &[SocketAddr], calls: Calls, stop: &AtomicBool) {
+    let mut memory = vec![0u8; calls.take * ROOM];
+    let mut controls = vec![Control([0; 24]); calls.take];
+    let mut vectors: Vec<libc::iovec> =
+        memory.chunks_mut(ROOM).map(|slot| libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: ROOM }).collect();
+    // SAFETY: zero is a valid value for every field: integers and nullable pointers.
+    let mut headers: Vec<libc::mmsghdr> = vec![unsafe { mem::zeroed() }; calls.take];
+    for ((header, vector), control) in headers.iter_mut().zip(&mut vectors).zip(&mut controls) {
+        header.msg_hdr.msg_iov = vector;
+        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_control = ptr::from_mut(control).cast();
+    }
+    let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
+    let mut shares: Vec<Vec<libc::iovec>> = names.iter().map(|_| Vec::with_capacity(calls.take * 128)).collect();
+    let mut out = Out::default();
+    let mut turn = 0;
+    while !stop.load(Ordering::Relaxed) {
+        headers.iter_mut().for_each(|header| header.msg_hdr.msg_controllen = mem::size_of::<Control>() as _);
+        // SAFETY: every header points to a vector and a control buffer that live as long as this function.
+        let taken = unsafe {
+            libc::recvmmsg(
+                take.as_raw_fd(),
+                headers.as_mut_ptr(),
+                calls.take as _,
+                libc::MSG_WAITFORONE as _,
+                ptr::null_mut(),
+            )
+        };
+        let Ok(taken) = usize::try_from(taken) else { continue };
+        let mut size = 1;
+        for slot in 0..taken {
+            let length = headers[slot].msg_len as usize;
+            size = if headers[slot].msg_hdr.msg_controllen > 0 { segment_size(&controls[slot]) } else { length.max(1) };
+            let mut at = 0;
+            while at < length {
+                let this = size.min(length - at);
+                // SAFETY: within the slot's memory.
+                let start = unsafe { memory.as_mut_ptr().add(slot * ROOM + at) };
+                shares[turn].push(libc::iovec { iov_base: start.cast(), iov_len: this });
+                turn = if turn + 1 == shares.len() { 0 } else { turn + 1 };
+                at += this;
+            }
+        }
+        let most = if calls.joined { SEGMENTS.min(65_000 / size) } else { 1 };
+        out.send(send, &names, &mut shares, size, most);
+    }
+}
+
+#[derive(Default)]
+struct Out {
+    headers: Vec<libc::mmsghdr>,
+}
+
+impl Out {
+    fn send(&mut self, socket: &Socket, names: &[SockAddr], shares: &mut [Vec<libc::iovec>], size: usize, most: usize) {
+        let mut control = Control([0; 24]);
+        set_segment_size(&mut control, size);
+        self.headers.clear();
+        for (name, share) in names.iter().zip(shares.iter_mut()) {
+            for chunk in share.chunks_mut(most) {
+                self.headers.push(header(name, chunk, &mut control));
+            }
+        }
+        let mut done = 0;
+        while done < self.headers.len() {
+            // SAFETY: the headers point to names, vectors and payload that are still there.
+            let sent = unsafe {
+                libc::sendmmsg(
+                    socket.as_raw_fd(),
+                    self.headers[done..].as_mut_ptr(),
+                    (self.headers.len() - done) as _,
+                    0,
+                )
+            };
+            done += usize::try_from(sent).unwrap_or(1);
+        }
+        shares.iter_mut().for_each(Vec::clear);
+    }
+}
+
+fn header(name: &SockAddr, vectors: &mut [libc::iovec], control: &mut Control) -> libc::mmsghdr {
+    // SAFETY: zero is a valid value for every field: integers and nullable pointers.
+    let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
+    header.msg_hdr.msg_name = name.as_ptr().cast_mut().cast();
+    header.msg_hdr.msg_namelen = name.len();
+    header.msg_hdr.msg_iov = vectors.as_mut_ptr();
+    header.msg_hdr.msg_iovlen = vectors.len() as _;
+    if vectors.len() > 1 {
+        header.msg_hdr.msg_control = ptr::from_mut(control).cast();
+        header.msg_hdr.msg_controllen = mem::size_of::<Control>() as _;
+    }
+    header
+}
+
+fn segment_size(control: &Control) -> usize {
+    // SAFETY: the kernel has written one control message with an integer.
+    let size = unsafe { libc::CMSG_DATA(control.0.as_ptr().cast()).cast::<libc::c_int>().read_unaligned() };
+    usize::try_from(size).unwrap_or(1).max(1)
+}
+
+fn set_segment_size(control: &mut Control, size: usize) {
+    let header = libc::cmsghdr {
+        // SAFETY: computes a number.
+        cmsg_len: unsafe { libc::CMSG_LEN(2) } as _,
+        cmsg_level: libc::SOL_UDP,
+        cmsg_type: libc::UDP_SEGMENT,
+    };
+    // SAFETY: the buffer has room for both and is aligned for the header.
+    unsafe {
+        let start = control.0.as_mut_ptr();
+        start.cast::<libc::cmsghdr>().write(header);
+        libc::CMSG_DATA(start.cast()).cast::<u16>().write_unaligned(size as u16);
+    }
+}

@@ -1,0 +1,50 @@
+//! udp-fanout itself.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::bench::bed::{Bed, IN, LISTENER};
+use crate::bench::contenders::{Running, Task, cpu_seconds};
+use crate::support::daemon::{Daemon, DaemonConfig, ListenerSpec};
+
+struct Serving(Daemon);
+
+impl Running for Serving {
+    fn cpu_seconds(&self) -> Option<f64> {
+        cpu_seconds(&format!("/proc/{}/task", self.0.pid()), None)
+    }
+}
+
+/// Starts the daemon in a mode, with one worker on the contender's CPU. `extra` are further lines for the listener.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn start(bed: &Bed, task: &Task, mode: &str, extra: &str) -> Result<Box<dyn Running>> {
+    let config = config(task, mode, extra);
+    let cpu = bed.contender_cpu().to_string();
+    let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
+    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, &config)?;
+    Ok(Box::new(Serving(daemon)))
+}
+
+/// The daemon's configuration for a task.
+pub fn config(task: &Task, mode: &str, extra: &str) -> DaemonConfig {
+    let mut extra = extra.to_owned();
+    if task.replicate {
+        let _ = writeln!(extra, "policy = \"replicate\"");
+    }
+    let downstreams = Bed::downstreams(task.downstreams).into_iter().enumerate();
+    let listener = ListenerSpec {
+        name: "bench".into(),
+        bind: LISTENER.to_string(),
+        interface: (mode != "userspace").then(|| IN.to_owned()),
+        mode: mode.to_owned(),
+        downstreams: downstreams.map(|(n, address)| (format!("d{n}"), address, 1)).collect(),
+        samples: Vec::new(),
+        extra,
+        settings: "workers = 1\nrecv_buf_size = 4194304\n".into(),
+    };
+    DaemonConfig { listeners: vec![listener], metrics: Some(([127, 0, 0, 1], 9090).into()), head: String::new() }
+}

@@ -1,0 +1,51 @@
+//! nginx's stream module.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::bench::bed::{Bed, PORT};
+use crate::bench::contenders::{Process, Running, Task};
+
+/// Starts nginx with one worker. Per packet, each datagram is a session of its own and goes to the next downstream; per
+/// session, a sender stays with one downstream.
+///
+/// # Errors
+/// When it does not start.
+pub fn start(bed: &Bed, task: &Task, per_packet: bool) -> Result<Box<dyn Running>> {
+    let directory = tempfile::tempdir()?;
+    let mut servers = String::new();
+    for downstream in Bed::downstreams(task.downstreams) {
+        let _ = writeln!(servers, "server {downstream};");
+    }
+    // `proxy_responses 0` ends a session with its last datagram; `proxy_requests 1` with its first.
+    let per_packet = if per_packet { "proxy_requests 1;" } else { "" };
+    let text = format!(
+        "daemon off; master_process off; worker_rlimit_nofile 60000; pid {dir}/pid; error_log {dir}/error crit;
+         load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+         events {{ worker_connections 30000; }}
+         stream {{
+             upstream downstreams {{ {servers} }}
+             server {{ listen {PORT} udp rcvbuf=4m; proxy_pass downstreams; proxy_responses 0; {per_packet} \
+                       proxy_timeout 10s; }}
+         }}",
+        dir = directory.path().display()
+    );
+    let config = directory.path().join("nginx.conf");
+    fs::write(&config, text)?;
+    let pid = directory.path().join("pid");
+    let mut command = bed.gateway.command("/usr/sbin/nginx");
+    command.arg("-c").arg(config);
+    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    let start = Instant::now();
+    while fs::read_to_string(&pid).map_or(true, |text| text.trim().is_empty()) {
+        process.alive()?;
+        if start.elapsed() > Duration::from_secs(10) {
+            bail!("nginx has not started after ten seconds");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Box::new(process))
+}

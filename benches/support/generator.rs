@@ -1,0 +1,252 @@
+//! The sender: numbered datagrams at a given rate, from one socket or many.
+//!
+//! Datagrams go out in trains: one message with `UDP_SEGMENT`, which the kernel cuts into real packets, because the bed
+//! has switched the sending device's own segmentation off. The thread stays on one CPU and never sleeps while it sends.
+//! When it is held up, it doesn't make up for it in a burst that no sender would have sent: what it offers is what it says.
+
+use std::io;
+use std::mem;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use socket2::{Domain, Socket, Type};
+
+use crate::support::Namespace;
+
+/// Most messages given to the kernel in one call.
+const MESSAGES: usize = 16;
+/// How much of the schedule may be made up for: more than this, in seconds, is forgiven.
+const SLACK: f64 = 0.000_2;
+/// Datagrams of one train leave together; at low rates trains are shorter, so that they are not further apart than this.
+const SPACING: f64 = 0.000_05;
+/// Bytes at the beginning of each datagram: its number and the time it was sent.
+const STAMP: usize = 16;
+
+/// What a generator sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Payload of each datagram in bytes, at least 16.
+    pub size: usize,
+    /// Sockets it is sent from, one after the other.
+    pub senders: usize,
+    /// Most datagrams that one sender sends in a row, 1 to 64.
+    pub train: usize,
+}
+
+impl Load {
+    /// One busy sender of datagrams of this size.
+    pub fn one_sender(size: usize) -> Load {
+        Load { size, senders: 1, train: 64.min(65_000 / size) }
+    }
+
+    /// Many senders, of which each sends a few datagrams at a time.
+    pub fn many_senders(size: usize) -> Load {
+        Load { size, senders: 256, train: 4 }
+    }
+}
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sent {
+    /// Datagrams.
+    pub datagrams: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl Sent {
+    /// Datagrams per second.
+    pub fn rate(self) -> f64 {
+        self.datagrams as f64 / self.seconds.max(1e-9)
+    }
+}
+
+/// Sockets and buffers.
+pub struct Generator {
+    sockets: Vec<Socket>,
+    load: Load,
+    cpu: usize,
+    next: u64,
+    turn: usize,
+    messages: Vec<Message>,
+}
+
+struct Message {
+    payload: Vec<u8>,
+    datagrams: usize,
+}
+
+/// Room for one `UDP_SEGMENT` message, aligned as its header wants it.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; 24]);
+
+impl Generator {
+    /// Opens the sockets in a namespace. They are connected to the destinations in turn.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the load is impossible.
+    pub fn open(namespace: &Namespace, to: &[SocketAddr], load: Load, cpu: usize) -> Result<Generator> {
+        let longest = load.size * load.train;
+        ensure!(load.size >= STAMP && (1..=64).contains(&load.train) && longest <= 65_507, "impossible load {load:?}");
+        ensure!(!to.is_empty() && load.senders > 0, "nobody to send to, or nobody to send");
+        let sockets = namespace.run(|| {
+            let open = |number: usize| -> Result<Socket> {
+                let to = to[number % to.len()];
+                let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
+                socket.connect(&to.into()).with_context(|| format!("cannot connect to {to}"))?;
+                Ok(socket)
+            };
+            (0..load.senders.max(to.len())).map(open).collect::<Result<Vec<_>>>()
+        })?;
+        let message = || Message { payload: vec![b'.'; longest], datagrams: 0 };
+        let messages = (0..MESSAGES).map(|_| message()).collect();
+        Ok(Generator { sockets, load, cpu, next: 0, turn: 0, messages })
+    }
+
+    /// The number that the next datagram gets.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Begins to count again at zero.
+    pub fn restart(&mut self) {
+        self.next = 0;
+    }
+
+    /// Sends at this rate, in datagrams per second, for this long.
+    ///
+    /// # Errors
+    /// When the kernel refuses to send.
+    pub fn run(&mut self, rate: f64, duration: Duration) -> Result<Sent> {
+        let cpu = self.cpu;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                let mut only = CpuSet::new();
+                only.set(cpu)?;
+                sched_setaffinity(Pid::from_raw(0), &only).context("cannot stay on one CPU")?;
+                self.paced(rate, duration)
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn paced(&mut self, rate: f64, duration: Duration) -> Result<Sent> {
+        let length = duration.as_secs_f64();
+        // A whole train, or as much of it as falls due within the spacing.
+        let least = ((rate * SPACING) as usize).clamp(1, self.load.train);
+        let start = now();
+        let (mut sent, mut forgiven) = (0u64, 0.0f64);
+        loop {
+            let elapsed = (now() - start) as f64 / 1e9;
+            if elapsed >= length {
+                return Ok(Sent { datagrams: sent, seconds: elapsed });
+            }
+            let mut due = rate * (elapsed - forgiven) - sent as f64;
+            let most = (rate * SLACK).max(least as f64);
+            if due > most {
+                forgiven += (due - most) / rate;
+                due = most;
+            }
+            if due < least as f64 {
+                std::hint::spin_loop();
+                continue;
+            }
+            sent += self.burst(due as usize)? as u64;
+        }
+    }
+
+    /// Sends so many datagrams, or as many as one call takes, and says how many.
+    fn burst(&mut self, datagrams: usize) -> Result<usize> {
+        let (size, stamp) = (self.load.size, now());
+        let datagrams = datagrams.min(MESSAGES * self.load.train);
+        // One of many senders sends one train, then it is the next one's turn.
+        let at_once = if self.sockets.len() > 1 { 1 } else { MESSAGES };
+        let mut left = datagrams;
+        while left > 0 {
+            let mut filled = 0;
+            while left > 0 && filled < at_once {
+                let message = &mut self.messages[filled];
+                message.datagrams = left.min(self.load.train);
+                for datagram in message.payload.chunks_exact_mut(size).take(message.datagrams) {
+                    datagram[..8].copy_from_slice(&self.next.to_ne_bytes());
+                    datagram[8..STAMP].copy_from_slice(&stamp.to_ne_bytes());
+                    self.next += 1;
+                }
+                left -= message.datagrams;
+                filled += 1;
+            }
+            self.send(filled)?;
+        }
+        Ok(datagrams)
+    }
+
+    /// Sends the first messages from the socket whose turn it is.
+    fn send(&mut self, count: usize) -> Result<()> {
+        let socket = self.sockets[self.turn].as_raw_fd();
+        self.turn = (self.turn + 1) % self.sockets.len();
+        let size = self.load.size;
+        let mut vectors: [libc::iovec; MESSAGES] =
+            [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MESSAGES];
+        // SAFETY: zero is a valid value for every field: integers and nullable pointers.
+        let mut headers: [libc::mmsghdr; MESSAGES] = unsafe { mem::zeroed() };
+        let mut control = segment_size(size);
+        for (at, message) in self.messages[..count].iter_mut().enumerate() {
+            vectors[at].iov_base = message.payload.as_mut_ptr().cast();
+            vectors[at].iov_len = message.datagrams * size;
+            let header = &mut headers[at].msg_hdr;
+            header.msg_iov = &raw mut vectors[at];
+            header.msg_iovlen = 1;
+            if message.datagrams > 1 {
+                header.msg_control = (&raw mut control).cast();
+                header.msg_controllen = mem::size_of::<Control>() as _;
+            }
+        }
+        let mut done = 0;
+        while done < count {
+            // SAFETY: the headers point to vectors, payloads and a control message that outlive the call.
+            let sent = unsafe { libc::sendmmsg(socket, headers[done..].as_mut_ptr(), (count - done) as _, 0) };
+            match usize::try_from(sent) {
+                Ok(sent) => done += sent,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    // Nobody listens while a contender starts or ends; that is no concern of a sender.
+                    if !matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::ENOBUFS | libc::EINTR)) {
+                        return Err(error).context("the generator cannot send");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The control message that has the kernel cut a message into datagrams of this many bytes.
+fn segment_size(size: usize) -> Control {
+    let mut control = Control([0; 24]);
+    let header = libc::cmsghdr {
+        // SAFETY: computes a number.
+        cmsg_len: unsafe { libc::CMSG_LEN(2) } as _,
+        cmsg_level: libc::SOL_UDP,
+        cmsg_type: libc::UDP_SEGMENT,
+    };
+    // SAFETY: the buffer is large enough for a header and two bytes, and aligned for the header.
+    unsafe {
+        let start = control.0.as_mut_ptr();
+        start.cast::<libc::cmsghdr>().write(header);
+        libc::CMSG_DATA(start.cast()).cast::<u16>().write_unaligned(size as u16);
+    }
+    control
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds, the clock that the sink reads as well.
+pub fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the time into the struct given.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}

@@ -1,0 +1,19 @@
+//! What benchmarks of forwarding have in common: the network, the generator, the sink, the contenders and the report.
+//!
+//! - [`bed`]: namespaces in which a contender forwards between a generator and a sink.
+//! - [`generator`]: numbered datagrams at a given rate.
+//! - [`sink`]: counts what arrives, in a TC program that drops it; duplicates, order and latency on demand.
+//! - [`programs`]: compiles and loads BPF programs of benchmarks.
+//! - [`contenders`]: who is compared.
+//! - [`trial`]: one load on one contender, and the search for the highest rate without loss.
+//!
+//! Needs `tests/support` beside it, as `crate::support`.
+
+#![allow(dead_code, reason = "every benchmark compiles this module and uses a part of it")]
+
+pub mod bed;
+pub mod contenders;
+pub mod generator;
+pub mod programs;
+pub mod sink;
+pub mod trial;

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs the benchmarks: cargo builds them as you, and they run as root, which network namespaces and BPF programs need.
+#
+# usage: scripts/bench.sh [ARGUMENT OF cargo bench]...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo=${CARGO:-cargo}
+# Where Debian keeps ip, tc, nft and nginx; the $PATH of an ordinary user lacks them.
+export PATH=$PATH:/usr/sbin:/sbin
+
+if [[ $EUID -ne 0 ]]; then
+    if ! command -v sudo >/dev/null; then
+        echo "The benchmarks make network namespaces and load BPF programs: run them as root, since there is no sudo." >&2
+        exit 1
+    fi
+    triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    # Cargo itself must not run as root, or it would leave files behind that you cannot remove.
+    export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-as-root.sh"
+    echo "The benchmarks run through sudo: they make network namespaces and load BPF programs."
+fi
+
+exec "$cargo" bench --locked "$@"
