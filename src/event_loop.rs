@@ -4,10 +4,11 @@
 //! `controller`, how to do it in `datapath` and `host`.
 
 mod answer;
+mod reload;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,6 +18,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::reload::{Cause, Reloading};
 use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
@@ -35,6 +37,8 @@ const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
 /// Another thread has something for us: an HTTP request or a set of downstreams.
 const WAKE: Token = Token(2);
+/// Something has happened to the configuration file.
+const CONFIG: Token = Token(3);
 
 /// The health checks' sockets have tokens from here on.
 const HEALTH: Token = Token(1 << 20);
@@ -67,8 +71,15 @@ struct Daemon {
     discovery: Option<(Discovery, Receiver<Update>)>,
     /// The operator has been told that discovery has failed for good.
     discovery_lost: bool,
+    /// Where to find the API server, if the operator has said so.
+    kubeconfig: Option<PathBuf>,
     health: Option<Health>,
     plan_applies: PlanApplies,
+    /// What is in force.
+    config: Config,
+    reloading: Reloading,
+    /// With which other threads wake this one.
+    waker: Arc<Waker>,
     started: Instant,
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
@@ -111,15 +122,12 @@ impl Daemon {
         let (kernel, tc_support) = load_kernel(&config)?;
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
-        let discovery = start_discovery(&config, kubeconfig, &waker)?;
+        let discovery = start_discovery(&config, kubeconfig.as_deref(), &waker)?;
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
-        let controller = Controller::new(config, &tc_support, facts)?;
-        for (listener, choice) in controller.modes() {
-            tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
-        }
+        let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
 
-        let now = Instant::now();
+        let (now, started_at) = (Instant::now(), SystemTime::now());
         let mut daemon = Daemon {
             signals,
             host,
@@ -130,15 +138,20 @@ impl Daemon {
             http: None,
             discovery,
             discovery_lost: false,
+            kubeconfig,
             health,
             plan_applies: PlanApplies::default(),
+            reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
+            config,
+            waker: Arc::clone(&waker),
             started: now,
-            started_at: SystemTime::now(),
+            started_at,
             failure: None,
             serving: false,
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
+        daemon.tell_modes();
         daemon.look_at_host(&daemon.controller.route_addresses())?;
         if let Some(error) = daemon.failure.take() {
             return Err(error);
@@ -166,6 +179,7 @@ impl Daemon {
                 match event.token() {
                     SIGNALS if self.told_to_stop() => return Ok(()),
                     NETLINK => self.drain_netlink(),
+                    CONFIG => self.reloading.drain_watch(),
                     WAKE => {
                         self.take_updates();
                         self.answer_requests();
@@ -180,7 +194,7 @@ impl Daemon {
 
     fn next_due(&self) -> Option<Instant> {
         let probe = self.health.as_ref().and_then(Health::next_deadline).map(|due| self.started + due);
-        self.timers.next().into_iter().chain(probe).min()
+        self.timers.next().into_iter().chain(self.reloading.due).chain(probe).min()
     }
 
     fn health_event(&mut self, token: Token) {
@@ -205,12 +219,18 @@ impl Daemon {
         }
     }
 
+    /// Says which datapath each listener has, and why.
+    fn tell_modes(&self) {
+        for (listener, choice) in self.controller.modes() {
+            tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
+        }
+    }
+
     fn told_to_stop(&mut self) -> bool {
-        for signal in self.signals.pending() {
+        let signals: Vec<i32> = self.signals.pending().collect();
+        for signal in signals {
             if signal == SIGHUP {
-                tracing::warn!(
-                    "SIGHUP ignored: this version reads its configuration at start only; restart it instead"
-                );
+                self.reload(Cause::Signal);
                 continue;
             }
             let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
@@ -246,6 +266,7 @@ impl Daemon {
 
     fn run_timers(&mut self) {
         let now = Instant::now();
+        self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
         {
@@ -258,6 +279,7 @@ impl Daemon {
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
             self.tend_discovery();
+            self.reloading.tend();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
@@ -294,6 +316,7 @@ impl Daemon {
                 match action {
                     Action::Warn(text) => tracing::warn!("{text}"),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
+                    Action::Settled(outcome) => self.settled(outcome),
                     Action::Apply(plan) => {
                         events.push(self.apply(&plan));
                         if self.start_failed() {
@@ -367,17 +390,22 @@ fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
 /// When there are no credentials for the API server, or the node's name is needed and not known.
 fn start_discovery(
     config: &Config,
-    kubeconfig: Option<PathBuf>,
+    kubeconfig: Option<&Path>,
     waker: &Arc<Waker>,
 ) -> Result<Option<(Discovery, Receiver<Update>)>> {
     let requests = discovery_requests(config);
     if requests.is_empty() {
         return Ok(None);
     }
-    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
-    let settings = discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() };
+    let settings = discovery_settings(config, kubeconfig);
     let (sender, updates) = mpsc::channel();
     Ok(Some((Discovery::start(requests, settings, sender, Arc::clone(waker))?, updates)))
+}
+
+fn discovery_settings(config: &Config, kubeconfig: Option<&Path>) -> discovery::Settings {
+    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
+    let kubeconfig = kubeconfig.map(Path::to_owned);
+    discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() }
 }
 
 /// Finds out whether the TC program can be used by loading it, if any listener might want it.
