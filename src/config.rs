@@ -10,6 +10,7 @@
 //! [`Config`]. No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
 
 mod address;
+mod change;
 mod document;
 mod file;
 pub mod keys;
@@ -20,6 +21,7 @@ mod rules;
 mod shape;
 #[cfg(test)]
 mod tests;
+pub mod watch;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -31,6 +33,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use change::Numbers;
 pub use problem::{Problem, Problems};
 pub use protocol::Protocol;
 
@@ -78,7 +81,10 @@ const MAX_FILE_SIZE: u64 = 128 << 20;
 pub struct Config {
     /// Where it was read from.
     pub path: PathBuf,
-    /// In the file's order; never empty. A listener's position is its [`ListenerId`].
+    /// Whether a change of the file is a reason to read it again.
+    pub watch: bool,
+    /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::succeeding`] gives
+    /// it another.
     pub listeners: Vec<ListenerConfig>,
     /// Health checks, if enabled.
     pub health: Option<HealthConfig>,
@@ -275,7 +281,7 @@ impl Config {
     /// The listener of this number.
     #[must_use]
     pub fn listener(&self, id: ListenerId) -> Option<&ListenerConfig> {
-        self.listeners.get(id.0 as usize)
+        self.listeners.iter().find(|listener| listener.id == id)
     }
 }
 

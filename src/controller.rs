@@ -6,6 +6,7 @@
 
 mod itself;
 pub mod mode;
+mod reload;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,7 +15,9 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use self::mode::ModeChoice;
-use crate::config::{Config, HealthConfig, ListenerConfig, Source};
+pub use self::reload::Prepared;
+use self::reload::Previous;
+use crate::config::{Config, ListenerConfig};
 use crate::health::Watch;
 use crate::health::settings::HealthSettings;
 use crate::health::share::{HealthMap, shares};
@@ -22,7 +25,7 @@ use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
 use crate::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use crate::plan::compile::{compile, links};
-use crate::plan::{Delivery, LinkRef, Plan};
+use crate::plan::{Delivery, LinkRef, ListenerPlan, Plan};
 
 /// How long after a plan could not be applied it is tried again.
 pub const RETRY: Duration = Duration::from_secs(1);
@@ -49,6 +52,8 @@ pub enum Event {
     Health(HealthMap),
     /// The time asked for with [`Action::WakeAt`] has come.
     Tick,
+    /// Follow this configuration from now on, if it can be put in force.
+    Config(Prepared),
 }
 
 /// Something to do.
@@ -62,6 +67,9 @@ pub enum Action {
     WakeAt(Duration),
     /// Tell the operator.
     Warn(String),
+    /// The last [`Event::Config`] is in force; or it cannot be put in force for this reason, and what was before is being
+    /// restored.
+    Settled(Result<(), String>),
 }
 
 /// What a listener waits for before it takes part.
@@ -85,9 +93,11 @@ pub struct Controller {
     applied: Result<(), String>,
     /// What the operator has been warned about and still holds, so that it is said once.
     warned: BTreeSet<String>,
+    /// What to go back to, until the configuration is in force.
+    previous: Option<Previous>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Listener {
     config: ListenerConfig,
     choice: ModeChoice,
@@ -103,30 +113,19 @@ impl Controller {
     /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
     /// not exist.
     pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
-        let health = config.health.as_ref().map(HealthConfig::settings);
-        let listeners = config
-            .listeners
-            .into_iter()
-            .map(|listener| {
-                let choice = mode::choose(&listener, tc_support, &facts)?;
-                let set = match &listener.source {
-                    Source::Static(downstreams) => {
-                        Some(DownstreamSet { generation: 1, downstreams: downstreams.clone() })
-                    }
-                    Source::Kubernetes(_) => None,
-                };
-                Ok(Listener { config: listener, choice, set })
-            })
-            .collect::<Result<Vec<Listener>>>()?;
-        Ok(Controller {
-            listeners,
-            health,
+        let mut controller = Controller {
+            listeners: Vec::new(),
+            health: None,
             health_map: HealthMap::default(),
             facts,
             plan: Plan::default(),
             applied: Err("not applied yet".to_owned()),
             warned: BTreeSet::new(),
-        })
+            previous: None,
+        };
+        let prepared = controller.prepare(config, tc_support)?;
+        controller.adopt(prepared);
+        Ok(controller)
     }
 
     /// Each listener's mode and why it was chosen.
@@ -222,12 +221,16 @@ impl Controller {
             Event::Downstreams { listener, set } => self.take_set(listener, set),
             Event::Applied => {
                 self.applied = Ok(());
-                Vec::new()
+                self.settle()
             }
             Event::ApplyFailed(reason) => {
                 self.applied = Err(reason.clone());
+                if self.previous.is_some() {
+                    return self.go_back(reason);
+                }
                 vec![Action::Warn(reason), Action::WakeAt(now + RETRY)]
             }
+            Event::Config(prepared) => self.reconfigure(prepared),
             Event::Disturbed(reason) => {
                 let mut actions = vec![Action::Warn(reason)];
                 actions.extend(self.replan(true, now));
@@ -245,36 +248,36 @@ impl Controller {
     }
 
     fn take_set(&mut self, id: ListenerId, set: DownstreamSet) -> Vec<Action> {
-        let Some(listener) = self.listeners.iter_mut().find(|listener| listener.config.id == id) else {
-            return Vec::new();
-        };
-        if listener.set.as_ref().is_some_and(|old| old.generation >= set.generation) {
-            return Vec::new();
+        if let Some(previous) = &mut self.previous {
+            previous.take_set(id, &set);
         }
-        listener.set = Some(set);
+        let taken = self.listeners.iter_mut().any(|listener| listener.take_set(id, &set));
         // The plan follows when the routes are known.
-        vec![Action::LookAtHost(self.route_addresses())]
+        if taken { vec![Action::LookAtHost(self.route_addresses())] } else { Vec::new() }
     }
 
     /// Compiles the plan anew and hands it out if it differs from the last, or if `force`.
     fn replan(&mut self, force: bool, now: Duration) -> Vec<Action> {
         let mut next_change: Option<Duration> = None;
-        let plan = Plan {
-            listeners: self
-                .listeners
-                .iter()
-                .filter_map(|listener| {
-                    let (set, change) = self.taking_part(listener, listener.set.as_ref()?, now);
-                    next_change = next_change.into_iter().chain(change).min();
-                    let slots = self.slots_in_force(listener.config.id);
-                    Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, slots))
-                })
-                .collect(),
-        };
+        let mut listeners: Vec<ListenerPlan> = self
+            .listeners
+            .iter()
+            .filter_map(|listener| {
+                let (set, change) = self.taking_part(listener, listener.set.as_ref()?, now);
+                next_change = next_change.into_iter().chain(change).min();
+                let slots = self.slots_in_force(listener.config.id);
+                Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, slots))
+            })
+            .collect();
+        // In the file they may be in another order, since they keep their numbers when it changes.
+        listeners.sort_by_key(|listener| listener.id);
+        let plan = Plan { listeners };
         let mut actions: Vec<Action> = self.new_warnings(&plan).into_iter().map(Action::Warn).collect();
         if force || plan != self.plan || self.applied.is_err() {
             self.plan = plan.clone();
             actions.push(Action::Apply(plan));
+        } else {
+            actions.extend(self.settle());
         }
         actions.extend(next_change.map(Action::WakeAt));
         actions

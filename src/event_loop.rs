@@ -5,22 +5,24 @@
 
 mod answer;
 mod drops;
+mod reload;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use self::drops::DropLog;
+use self::reload::{Cause, Reloading};
 use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
@@ -39,9 +41,11 @@ const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
 /// Another thread has something for us: an HTTP request or a set of downstreams.
 const WAKE: Token = Token(2);
+/// Something has happened to the configuration file.
+const CONFIG: Token = Token(3);
 
 /// The TC program has something to tell.
-const KERNEL: Token = Token(3);
+const KERNEL: Token = Token(4);
 
 /// The health checks' sockets have tokens from here on.
 const HEALTH: Token = Token(1 << 20);
@@ -74,11 +78,18 @@ struct Daemon {
     discovery: Option<(Discovery, Receiver<Update>)>,
     /// The operator has been told that discovery has failed for good.
     discovery_lost: bool,
+    /// Where to find the API server, if the operator has said so.
+    kubeconfig: Option<PathBuf>,
     health: Option<Health>,
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
     drop_log: DropLog,
+    /// What is in force.
+    config: Config,
+    reloading: Reloading,
+    /// With which other threads wake this one.
+    waker: Arc<Waker>,
     started: Instant,
     started_at: SystemTime,
     /// Why the last plan could not be applied, until one can.
@@ -120,24 +131,19 @@ impl Daemon {
         let (kernel, tc_support) = load_kernel(&config)?;
         if let Some(kernel) = &kernel {
             // Before the first facts, so that no change falls between the two.
-            monitor.follow_ways()?;
-            host.follow(if kernel.resolves_neighbours() { Follow::Ways } else { Follow::WaysAndNeighbours });
+            follow_ways(kernel, &mut monitor, &mut host)?;
         }
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
-        let discovery = start_discovery(&config, kubeconfig, &waker)?;
+        let discovery = start_discovery(&config, kubeconfig.as_deref(), &waker)?;
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
-        let controller = Controller::new(config, &tc_support, facts)?;
-        for (listener, choice) in controller.modes() {
-            tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
-        }
+        let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
-        if let Some(descriptor) = kernel.as_mut().and_then(|kernel| kernel.events().descriptor()) {
-            let mut source = SourceFd(&descriptor.as_raw_fd());
-            poll.registry().register(&mut source, KERNEL, Interest::READABLE).context("cannot watch the TC program")?;
+        if let Some(kernel) = &mut kernel {
+            watch_events(kernel, poll.registry())?;
         }
 
-        let now = Instant::now();
+        let (now, started_at) = (Instant::now(), SystemTime::now());
         let mut daemon = Daemon {
             signals,
             host,
@@ -148,17 +154,22 @@ impl Daemon {
             http: None,
             discovery,
             discovery_lost: false,
+            kubeconfig,
             health,
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
             drop_log: DropLog::default(),
+            reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
+            config,
+            waker: Arc::clone(&waker),
             started: now,
-            started_at: SystemTime::now(),
+            started_at,
             failure: None,
             serving: false,
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
+        daemon.tell_modes();
         daemon.look_at_host(&daemon.controller.route_addresses())?;
         if let Some(error) = daemon.failure.take() {
             return Err(error);
@@ -187,6 +198,7 @@ impl Daemon {
                     SIGNALS if self.told_to_stop() => return Ok(()),
                     NETLINK => self.drain_netlink(),
                     KERNEL => self.take_kernel_events(),
+                    CONFIG => self.reloading.drain_watch(),
                     WAKE => {
                         self.take_updates();
                         self.answer_requests();
@@ -201,7 +213,7 @@ impl Daemon {
 
     fn next_due(&self) -> Option<Instant> {
         let probe = self.health.as_ref().and_then(Health::next_deadline).map(|due| self.started + due);
-        self.timers.next().into_iter().chain(probe).min()
+        self.timers.next().into_iter().chain(self.reloading.due).chain(probe).min()
     }
 
     fn health_event(&mut self, token: Token) {
@@ -226,12 +238,18 @@ impl Daemon {
         }
     }
 
+    /// Says which datapath each listener has, and why.
+    fn tell_modes(&self) {
+        for (listener, choice) in self.controller.modes() {
+            tracing::info!(listener = listener.name, bind = %listener.bind, mode = %choice.mode, reason = choice.reason, "listener configured");
+        }
+    }
+
     fn told_to_stop(&mut self) -> bool {
-        for signal in self.signals.pending() {
+        let signals: Vec<i32> = self.signals.pending().collect();
+        for signal in signals {
             if signal == SIGHUP {
-                tracing::warn!(
-                    "SIGHUP ignored: this version reads its configuration at start only; restart it instead"
-                );
+                self.reload(Cause::Signal);
                 continue;
             }
             let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
@@ -278,6 +296,7 @@ impl Daemon {
 
     fn run_timers(&mut self) {
         let now = Instant::now();
+        self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
         {
@@ -290,6 +309,7 @@ impl Daemon {
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
             self.tend_discovery();
+            self.reloading.tend();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
@@ -353,6 +373,7 @@ impl Daemon {
                 match action {
                     Action::Warn(text) => tracing::warn!("{text}"),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
+                    Action::Settled(outcome) => self.settled(outcome),
                     Action::Apply(plan) => {
                         events.push_back(self.apply(&plan));
                         if self.start_failed() {
@@ -431,17 +452,36 @@ fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
 /// When there are no credentials for the API server, or the node's name is needed and not known.
 fn start_discovery(
     config: &Config,
-    kubeconfig: Option<PathBuf>,
+    kubeconfig: Option<&Path>,
     waker: &Arc<Waker>,
 ) -> Result<Option<(Discovery, Receiver<Update>)>> {
     let requests = discovery_requests(config);
     if requests.is_empty() {
         return Ok(None);
     }
-    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
-    let settings = discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() };
+    let settings = discovery_settings(config, kubeconfig);
     let (sender, updates) = mpsc::channel();
     Ok(Some((Discovery::start(requests, settings, sender, Arc::clone(waker))?, updates)))
+}
+
+fn discovery_settings(config: &Config, kubeconfig: Option<&Path>) -> discovery::Settings {
+    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
+    let kubeconfig = kubeconfig.map(Path::to_owned);
+    discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() }
+}
+
+/// From now on the host's facts include what the kernel program's ways of delivery depend on.
+fn follow_ways(kernel: &KernelDatapath, monitor: &mut Monitor, host: &mut Host) -> Result<()> {
+    monitor.follow_ways()?;
+    host.follow(if kernel.resolves_neighbours() { Follow::Ways } else { Follow::WaysAndNeighbours });
+    Ok(())
+}
+
+/// Wakes the loop when the program has something to tell. That ends with the program.
+fn watch_events(kernel: &mut KernelDatapath, registry: &Registry) -> Result<()> {
+    let Some(descriptor) = kernel.events().descriptor() else { return Ok(()) };
+    let mut source = SourceFd(&descriptor.as_raw_fd());
+    registry.register(&mut source, KERNEL, Interest::READABLE).context("cannot watch the TC program")
 }
 
 /// Finds out whether the TC program can be used by loading it, if any listener might want it.

@@ -14,4 +14,4 @@ pub mod render;
 mod snapshot;
 
 pub use render::render;
-pub use snapshot::{DownstreamSnapshot, HealthSnapshot, ListenerSnapshot, PlanApplies, Snapshot};
+pub use snapshot::{DownstreamSnapshot, HealthSnapshot, ListenerSnapshot, PlanApplies, Reloads, Snapshot};

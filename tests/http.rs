@@ -13,7 +13,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use mio::{Events, Poll, Token, Waker};
 use udp_fanout::config::MetricsConfig;
 use udp_fanout::metrics::http::{Bound, Health, Limits, ListenerHealth, Readiness, Request, Server};
-use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, PlanApplies, Snapshot};
+use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, PlanApplies, Reloads, Snapshot};
 use udp_fanout::model::{DownstreamCounters, ListenerCounters, Mode};
 
 /// Long enough to count as never: a test that runs into it fails.
@@ -85,6 +85,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
     Snapshot {
         started: UNIX_EPOCH,
         plan_applies: PlanApplies::default(),
+        reloads: Reloads { success: 0, error: 0, last_good: true, last_success: UNIX_EPOCH },
         listeners: vec![ListenerSnapshot {
             name: "syslog".into(),
             mode: Mode::Userspace,

@@ -14,6 +14,9 @@ use crate::model;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
+    /// Whether a change of the file is a reason to read it again; it is by default.
+    #[serde(default = "yes")]
+    pub(super) watch_config: bool,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -23,6 +26,10 @@ pub(super) struct File {
     pub(super) metrics: Option<Metrics>,
     /// Sizes of the kernel program's maps.
     pub(super) limits: Limits,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// One of `listeners`.
@@ -381,6 +388,7 @@ mod tests {
     /// Every field of every type, written out so that a new field does not compile until it is here.
     fn every_field() -> File {
         File {
+            watch_config: true,
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),

@@ -129,7 +129,7 @@ pub static FILE: &[Key] = &[
         Kind::Tables(LISTENER),
         Absent::Refused,
         "",
-        "The addresses that datagrams are sent to, and where each hands them on. At least one; a listener's position, from 0, is its `listener_id` in logs.",
+        "The addresses that datagrams are sent to, and where each hands them on. At least one; a listener's position at the start, from 0, is its `listener_id` in logs.",
     ),
     key(
         "health",
@@ -151,6 +151,13 @@ pub static FILE: &[Key] = &[
         Absent::Means("the defaults of its keys"),
         "",
         "Sizes of the kernel program's maps. They cost kernel memory and stay as they are while the daemon runs.",
+    ),
+    key(
+        "watch_config",
+        Kind::Flag,
+        Absent::Default("true"),
+        "false",
+        "Read the file again when it changes, as on SIGHUP. See [Changing a running daemon](#changing-a-running-daemon).",
     ),
 ];
 

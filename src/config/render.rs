@@ -26,6 +26,7 @@ pub(super) fn file(config: &Config) -> File {
         path: metrics.path.clone(),
     });
     File {
+        watch_config: config.watch,
         listeners: config.listeners.iter().map(listener).collect(),
         health: health.unwrap_or_default(),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),

@@ -49,6 +49,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     }
     Some(Config {
         path: path.to_owned(),
+        watch: file.watch_config,
         listeners: listeners.into_iter().collect::<Option<_>>()?,
         health,
         metrics,

@@ -282,7 +282,9 @@ fn many_listeners_may_share_one_list() {
 fn a_rendering_reads_well() {
     let text = ONE.replace("name", "interface = [\"eth0\", \"eth1\"]\nname")
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
-    let expected = r#"[[listeners]]
+    let expected = r#"watch_config = true
+
+[[listeners]]
 name = "a"
 bind = "0.0.0.0:5514"
 interface = ["eth0", "eth1"]

@@ -163,37 +163,42 @@ impl KernelDatapath {
             self.keys.insert(address, owner);
         }
         let gone: Vec<SocketAddr> = self.keys.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
-        for address in gone {
-            self.loaded
-                .listeners
-                .delete(bytes_of(&listener_key(address)))
-                .with_context(|| format!("cannot make the TC program forget {address}"))?;
-            self.keys.remove(&address);
-        }
+        gone.into_iter().try_for_each(|address| self.remove_key(address))
+    }
+
+    fn remove_key(&mut self, address: SocketAddr) -> Result<()> {
+        self.loaded
+            .listeners
+            .delete(bytes_of(&listener_key(address)))
+            .with_context(|| format!("cannot make the TC program forget {address}"))?;
+        self.keys.remove(&address);
         Ok(())
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
     fn apply_links(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
-        let (keep, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
-            .into_iter()
-            .partition(|attachment| wanted.contains(attachment.link()) && attachment.in_place());
-        self.attachments = keep;
-        for attachment in gone {
-            attachment.detach()?;
-        }
-        for link in wanted {
+        // One that someone has taken off goes first: it holds its interface's claim.
+        self.attachments.retain(Attachment::in_place);
+        for &link in &wanted {
             if !self.attachments.iter().any(|attachment| attachment.link() == link) {
                 self.attachments.push(Attachment::new(self.loaded.program.as_fd(), link)?);
             }
         }
-        Ok(())
+        let (keep, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
+            .into_iter()
+            .partition(|attachment| wanted.contains(attachment.link()));
+        self.attachments = keep;
+        gone.into_iter().try_for_each(Attachment::detach)
     }
 
-    /// Removes a listener whose destination keys have gone. Its number may be another listener's later, so its counters
-    /// are cleared, once no CPU is still counting.
+    /// Removes a listener. Its number may be another listener's later, so its counters are cleared, once no CPU is still
+    /// counting.
     fn forget(&mut self, id: ListenerId) -> Result<()> {
+        let keys = self.keys.iter().filter(|(_, (owner, _))| *owner == id).map(|(&address, _)| address);
+        for address in keys.collect::<Vec<_>>() {
+            self.remove_key(address)?;
+        }
         self.tables.remove(id);
         self.admissions.forget(id);
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
@@ -228,6 +233,11 @@ impl KernelDatapath {
     }
 }
 
+/// True if the number has passed on to a listener that has nothing to do with the one before.
+fn is_another(before: &ListenerPlan, now: &ListenerPlan) -> bool {
+    before.name != now.name && before.bind != now.bind
+}
+
 impl Datapath for KernelDatapath {
     fn mode(&self) -> Mode {
         Mode::TcEbpf
@@ -236,8 +246,12 @@ impl Datapath for KernelDatapath {
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
         for &listener in &ours {
+            if self.programmed.get(&listener.id).is_some_and(|before| is_another(before, listener)) {
+                self.forget(listener.id)?;
+            }
             if self.programmed.get(&listener.id) != Some(listener) {
                 self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
+                self.programmed.insert(listener.id, listener.clone());
             }
         }
         self.apply_keys(&ours)?;
@@ -246,9 +260,6 @@ impl Datapath for KernelDatapath {
             self.programmed.keys().filter(|id| ours.iter().all(|listener| listener.id != **id)).copied().collect();
         for id in gone {
             self.forget(id)?;
-        }
-        for listener in ours {
-            self.programmed.insert(listener.id, listener.clone());
         }
         self.admissions.sweep(&self.loaded)
     }

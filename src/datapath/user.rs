@@ -23,7 +23,8 @@
 //! batch follows one table whole.
 //!
 //! **Sockets outlive workers.** New settings mean new workers on the same sockets, so nothing is lost in between.
-//! Listeners are told apart by name: one that moves within the file keeps its sockets and its counts.
+//! Listeners are told apart by name: one that moves within the file keeps its sockets and its counts, and so does one that
+//! changes its name alone.
 
 mod count;
 mod forward;
@@ -126,6 +127,21 @@ impl UserDatapath {
         }
     }
 
+    /// A listener that is new by its name, at the address of one that the plan no longer names, takes that one over: its
+    /// sockets and its counts.
+    fn rename(&mut self, plan: &ListenerPlan, names: &HashSet<&str>) {
+        if self.listeners.contains_key(&plan.name) {
+            return;
+        }
+        let same = |(name, listener): &(&Arc<str>, &Listener)| {
+            !names.contains(&***name) && plan.bind.port() != 0 && listener.plan().bind == plan.bind
+        };
+        let old = self.listeners.iter().find(same).map(|(name, _)| Arc::clone(name));
+        if let Some(listener) = old.and_then(|old| self.listeners.remove(&old)) {
+            self.listeners.insert(Arc::clone(&plan.name), listener);
+        }
+    }
+
     /// Lets an address be bound that overlaps with one of ours: a listener that moves from a wildcard address to one
     /// that it covers, or that takes the place of one which is to move. True if there is such an overlap.
     fn make_room(&self, address: SocketAddr) -> Result<bool> {
@@ -155,11 +171,13 @@ impl Datapath for UserDatapath {
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         self.finished = Counters::default();
         let names: HashSet<&str> = plan.listeners.iter().map(|listener| &*listener.name).collect();
-        // First, because a new listener may want an address that becomes free.
-        self.retain(|name| names.contains(name));
         for listener in &plan.listeners {
+            self.rename(listener, &names);
             self.apply_listener(listener).with_context(|| format!("listener {:?}", listener.name))?;
         }
+        // Last, so that a plan that cannot be followed has ended nobody. Whoever wants an address of theirs shares it
+        // until they are gone.
+        self.retain(|name| names.contains(name));
         Ok(())
     }
 

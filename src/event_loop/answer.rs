@@ -48,7 +48,14 @@ impl Daemon {
         });
         let health = health.collect();
         let discovery = self.discovery_status();
-        Ok(Snapshot { started: self.started_at, plan_applies: self.plan_applies, listeners, health, discovery })
+        Ok(Snapshot {
+            started: self.started_at,
+            plan_applies: self.plan_applies,
+            reloads: self.reloading.record,
+            listeners,
+            health,
+            discovery,
+        })
     }
 
     /// A thread that has failed has left its last word behind, which no longer holds.

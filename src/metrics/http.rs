@@ -107,7 +107,7 @@ impl Default for Limits {
 /// A port taken, not served yet.
 #[derive(Debug)]
 pub struct Bound {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     address: SocketAddr,
     path: String,
 }
@@ -125,7 +125,7 @@ impl Bound {
         let listener = TcpListener::bind(config.bind).map_err(|e| bind_error(config.bind, &e))?;
         listener.set_nonblocking(true).context("cannot make the metrics socket non-blocking")?;
         let address = listener.local_addr().context("cannot read the metrics socket's address")?;
-        Ok(Bound { listener, address, path: config.path.clone() })
+        Ok(Bound { listener: Arc::new(listener), address, path: config.path.clone() })
     }
 
     /// The address and port taken: the configured one, with the kernel's choice in place of port 0.
@@ -147,7 +147,8 @@ impl Bound {
             .context("cannot set up the HTTP endpoint")?;
         let listener = {
             let _inside = runtime.enter();
-            tokio::net::TcpListener::from_std(self.listener).context("cannot set up the HTTP endpoint")?
+            let listener = self.listener.try_clone().and_then(tokio::net::TcpListener::from_std);
+            listener.context("cannot set up the HTTP endpoint")?
         };
         // Each connection has at most one request under way, so a full channel means a stalled event loop.
         let (requests, receiver) = mpsc::sync_channel(limits.connections.max(1));
@@ -161,6 +162,7 @@ impl Bound {
                 let _ended = ended;
                 runtime.block_on(async {
                     tokio::select! {
+                        biased;
                         _ = stopped => {}
                         () = serve::accept(listener, site, limits) => {}
                     }
@@ -169,7 +171,10 @@ impl Bound {
                 drop(runtime);
             })
             .context("cannot start the HTTP thread")?;
-        Ok((Server { address: self.address, running: Some(Running { stop, done, thread }) }, receiver))
+        Ok((
+            Server { address: self.address, listener: self.listener, running: Some(Running { stop, done, thread }) },
+            receiver,
+        ))
     }
 }
 
@@ -199,6 +204,8 @@ fn bind_error(address: SocketAddr, error: &std::io::Error) -> anyhow::Error {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    /// The same socket as the thread's, and as a successor's on the same port.
+    listener: Arc<TcpListener>,
     running: Option<Running>,
 }
 
@@ -220,6 +227,13 @@ impl Server {
         self.address
     }
 
+    /// The same port, to be served with the metrics at another path. Then this server can be shut down: no connection is
+    /// refused in between.
+    #[must_use]
+    pub fn with_path(&self, path: &str) -> Bound {
+        Bound { listener: Arc::clone(&self.listener), address: self.address, path: path.to_owned() }
+    }
+
     /// Closes the port and all connections and ends the thread, within 100 ms.
     pub fn shutdown(mut self) {
         self.stop();
@@ -229,6 +243,10 @@ impl Server {
         let Some(Running { stop, done, thread }) = self.running.take() else { return };
         // An error means that the thread has ended already.
         let _ = stop.send(());
+        // The thread may be late, and the port is wanted free: by another server of ours, perhaps.
+        if Arc::strong_count(&self.listener) == 1 {
+            let _ = socket2::SockRef::from(&*self.listener).shutdown(std::net::Shutdown::Both);
+        }
         match done.recv_timeout(Self::SHUTDOWN) {
             Err(RecvTimeoutError::Timeout) => tracing::warn!("the HTTP thread is busy; leaving it behind"),
             Ok(()) | Err(RecvTimeoutError::Disconnected) => {

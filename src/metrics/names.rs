@@ -148,6 +148,27 @@ pub const PLAN_APPLY: Metric = counter(
     "Times a changed plan was given to the datapaths, by result: success or error.",
 );
 
+/// `udp_fanout_config_reloads_total`
+pub const CONFIG_RELOADS: Metric = counter(
+    "udp_fanout_config_reloads_total",
+    &["result"],
+    "Times the configuration was read again, by result: success, or error, which leaves the one before in force.",
+);
+
+/// `udp_fanout_config_last_reload_successful`
+pub const CONFIG_LAST_RELOAD: Metric = gauge(
+    "udp_fanout_config_last_reload_successful",
+    &[],
+    "1 while the configuration as it was last read is in force, 0 while it was refused.",
+);
+
+/// `udp_fanout_config_last_reload_success_timestamp_seconds`
+pub const CONFIG_LAST_SUCCESS: Metric = gauge(
+    "udp_fanout_config_last_reload_success_timestamp_seconds",
+    &[],
+    "When a configuration was last put in force, the start included, in seconds since 1970-01-01 UTC.",
+);
+
 /// `udp_fanout_build_info`
 pub const BUILD_INFO: Metric =
     gauge("udp_fanout_build_info", &["version", "revision", "arch"], "The build that is running; always 1.");
@@ -157,7 +178,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 19] = [
+pub const ALL: [&Metric; 22] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -175,6 +196,9 @@ pub const ALL: [&Metric; 19] = [
     &DISCOVERY_WATCH_RESTARTS,
     &DISCOVERY_ERRORS,
     &PLAN_APPLY,
+    &CONFIG_RELOADS,
+    &CONFIG_LAST_RELOAD,
+    &CONFIG_LAST_SUCCESS,
     &BUILD_INFO,
     &START_TIME,
 ];

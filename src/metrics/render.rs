@@ -5,7 +5,7 @@
 //! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values.
 
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use metrics::{Key, KeyName, Label, Level, Metadata, Recorder, SharedString};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
@@ -37,11 +37,20 @@ pub fn render(snapshot: &Snapshot) -> String {
     let applies = snapshot.plan_applies;
     page.counter(&names::PLAN_APPLY, [SharedString::const_str("success")], applies.success);
     page.counter(&names::PLAN_APPLY, [SharedString::const_str("error")], applies.error);
+    let reloads = snapshot.reloads;
+    page.counter(&names::CONFIG_RELOADS, [SharedString::const_str("success")], reloads.success);
+    page.counter(&names::CONFIG_RELOADS, [SharedString::const_str("error")], reloads.error);
+    page.gauge(&names::CONFIG_LAST_RELOAD, [], f64::from(u8::from(reloads.last_good)));
+    page.gauge(&names::CONFIG_LAST_SUCCESS, [], seconds(reloads.last_success));
     let build = [version::PACKAGE, version::REVISION, std::env::consts::ARCH];
     page.gauge(&names::BUILD_INFO, build.map(SharedString::const_str), 1.0);
-    let started = snapshot.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-    page.gauge(&names::START_TIME, [], started.as_secs_f64());
+    page.gauge(&names::START_TIME, [], seconds(snapshot.started));
     in_order(&page.recorder.handle().render())
+}
+
+/// Since 1970.
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 struct Page {

@@ -16,6 +16,8 @@ pub struct Snapshot {
     pub started: SystemTime,
     /// How the plans given to the datapaths have fared.
     pub plan_applies: PlanApplies,
+    /// How reading the configuration again has fared.
+    pub reloads: Reloads,
     /// In the configuration's order.
     pub listeners: Vec<ListenerSnapshot>,
     /// The downstreams that are checked, those left out of a round included.
@@ -42,6 +44,19 @@ pub struct PlanApplies {
     pub success: u64,
     /// A datapath refused a part of it.
     pub error: u64,
+}
+
+/// How often the configuration was read again since the start, and how that went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reloads {
+    /// It was followed, or was what is in force already.
+    pub success: u64,
+    /// It was wrong, or could not be put in force; what was before stayed.
+    pub error: u64,
+    /// What is in the file, as it was last read, is in force.
+    pub last_good: bool,
+    /// When a configuration was last followed; the start counts.
+    pub last_success: SystemTime,
 }
 
 /// One listener in a scrape.

@@ -270,6 +270,31 @@ impl Daemon {
         pid_of(&self.child)
     }
 
+    /// The configuration file.
+    pub fn config_path(&self) -> PathBuf {
+        self.directory.path().join("config.toml")
+    }
+
+    /// Puts a text in the place of the configuration file, whole at once.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_config(&self, text: &str) -> Result<()> {
+        let new = self.directory.path().join("config.toml.new");
+        fs::write(&new, text)?;
+        fs::rename(&new, self.config_path()).context("cannot replace the configuration file")
+    }
+
+    /// Replaces the configuration, sends `SIGHUP`, and waits until the daemon says that it has followed it.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn reload(&mut self, text: &str) -> Result<String> {
+        self.write_config(text)?;
+        self.signal(Signal::SIGHUP)?;
+        self.wait_for_line("configuration reloaded")
+    }
+
     /// Fetches the metrics.
     ///
     /// # Errors

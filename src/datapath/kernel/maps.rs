@@ -99,8 +99,8 @@ impl<T: Plain> MappedArray<T> {
 }
 
 impl MappedArray<types::listener_state> {
-    /// Sets a listener's policy and the smallest MTU on its ways out. Any policy works with any table, so this need not
-    /// be atomic with the table.
+    /// Sets a listener's policy and the smallest MTU on its ways out. The program may see it with the table before or
+    /// after.
     ///
     /// # Panics
     /// If `index` is past the array's end.

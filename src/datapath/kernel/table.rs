@@ -12,7 +12,7 @@ use super::admission::Admission;
 use super::arena::{Arena, Region};
 use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use super::skel::{Loaded, Sizes, policy_number, types};
-use crate::model::ListenerId;
+use crate::model::{ListenerId, Policy};
 use crate::plan::{Delivery, ListenerPlan, Target};
 
 /// A downstream of a listener, as counters are kept.
@@ -39,6 +39,7 @@ struct Table {
     region: Region,
     /// The slots' content, to see whether a new table differs.
     slots: Vec<u32>,
+    policy: Policy,
     targets: Vec<(Target, u32)>,
 }
 
@@ -68,8 +69,19 @@ impl Tables {
         let id = plan.id;
         let targets = self.assign_ids(loaded, plan)?;
         let slots: Vec<u32> = plan.table.iter().map(|&index| targets[index as usize].1).collect();
-        self.states.set_policy(id.0, policy_number(plan.policy), least_mtu(plan));
         let unchanged = self.current.get(&id).is_some_and(|old| old.slots == slots);
+        // Policy and table cannot change at one instant. Any policy does well with any table but for this: to replicate by
+        // a table in which someone has several places would give them several copies. So that policy comes after its
+        // table and goes before the next, and nobody still reads the one when the other changes.
+        let policy = plan.policy;
+        let was = self.current.get(&id).map(|old| old.policy);
+        let replicates_late = policy == Policy::Replicate && was.is_some_and(|was| was != policy);
+        if !replicates_late {
+            self.states.set_policy(id.0, policy_number(policy), least_mtu(plan));
+        }
+        if was == Some(Policy::Replicate) && policy != Policy::Replicate {
+            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        }
         if !unchanged {
             let region = match self.take_slots(loaded, slots.len()) {
                 Ok(region) => region,
@@ -88,15 +100,21 @@ impl Tables {
             } else {
                 tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
             }
-            let old = self.current.insert(id, Table { region, slots, targets: Vec::new() }).unwrap_or_default();
+            let new = Table { region, slots, policy, targets: Vec::new() };
+            let old = self.current.insert(id, new).unwrap_or_default();
             self.slot_arena.give_back(old.region);
             self.retire_ids(id, &old.targets, &targets);
+        }
+        if replicates_late {
+            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+            self.states.set_policy(id.0, policy_number(policy), least_mtu(plan));
         }
         self.settled.retain(|(listener, address), _| {
             *listener != id || targets.iter().any(|(target, _)| target.downstream.address == *address)
         });
         if let Some(table) = self.current.get_mut(&id) {
             table.targets = targets;
+            table.policy = policy;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::discovery::ErrorKind;
-use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies};
+use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies, Reloads};
 use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters, Mode};
 
 /// Label values by label name.
@@ -109,6 +109,12 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
     Snapshot {
         started: UNIX_EPOCH + Duration::from_millis(1_700_000_000_250),
         plan_applies: PlanApplies { success: 5, error: 1 },
+        reloads: Reloads {
+            success: 2,
+            error: 1,
+            last_good: false,
+            last_success: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+        },
         listeners,
         health: vec![HealthSnapshot {
             listener: "syslog".into(),
@@ -175,6 +181,11 @@ fn values_are_those_of_the_snapshot() {
     assert_eq!(page["udp_fanout_listener_mode_info"].series[&mode], "1");
     assert_eq!(page["udp_fanout_plan_apply_total"].series[&labels(&[("result", "success")])], "5");
     assert_eq!(page["udp_fanout_plan_apply_total"].series[&labels(&[("result", "error")])], "1");
+    assert_eq!(page["udp_fanout_config_reloads_total"].series[&labels(&[("result", "success")])], "2");
+    assert_eq!(page["udp_fanout_config_reloads_total"].series[&labels(&[("result", "error")])], "1");
+    assert_eq!(page["udp_fanout_config_last_reload_successful"].series[&Labels::new()], "0");
+    let last = &page["udp_fanout_config_last_reload_success_timestamp_seconds"].series[&Labels::new()];
+    assert_eq!(last, "1700000000");
     assert_eq!(page["udp_fanout_start_time_seconds"].series[&Labels::new()], "1700000000.25");
     let build = page["udp_fanout_build_info"].series.first_key_value().expect("a series");
     assert_eq!(build.0["version"], env!("CARGO_PKG_VERSION"));
