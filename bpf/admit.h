@@ -54,9 +54,8 @@ static __always_inline bool within_rate(const struct listener_state *state, __u3
 	return true;
 }
 
-/* Why the datagram is not taken; DROP_REASONS if it is. */
-static __always_inline enum drop_reason refusal(const struct listener_state *state,
-						const struct packet *pkt)
+/* Why the datagram is not taken; DROP_REASONS if it is. A function of its own, since few listeners need it. */
+static __noinline int refusal(const struct listener_state *state, const struct packet *pkt)
 {
 	__u32 rules = *(const volatile __u32 *)&state->rules;
 	__u32 meter = *(const volatile __u32 *)&state->meter;
@@ -66,6 +65,12 @@ static __always_inline enum drop_reason refusal(const struct listener_state *sta
 	if (meter && !within_rate(state, meter, pkt))
 		return DROP_RATE_LIMITED;
 	return DROP_REASONS;
+}
+
+/* True if there is anything to ask. */
+static __always_inline bool is_guarded(const struct listener_state *state)
+{
+	return state->rules | state->meter;
 }
 
 #endif

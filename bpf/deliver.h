@@ -125,10 +125,13 @@ static __always_inline bool look_up(struct __sk_buff *skb, const struct packet *
 	return err == BPF_FIB_LKUP_RET_NO_NEIGH;
 }
 
-/* Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. */
-static __always_inline int look_up_and_redirect(struct __sk_buff *skb, struct packet *pkt,
-						const struct downstream *to, struct next_hop *known,
-						bool straight)
+/*
+ * Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. A function of
+ * its own, since it is needed seldom and takes much of the stack.
+ */
+static __noinline int look_up_and_redirect(struct __sk_buff *skb, struct packet *pkt,
+					   const struct downstream *to, struct next_hop *known,
+					   bool straight)
 {
 	struct bpf_fib_lookup fib = {};
 	bool routed = look_up(skb, pkt, to, known, &fib);

@@ -28,121 +28,209 @@
 #include "deliver.h"
 #include "count.h"
 #include "replicate.h"
+#include "fragments.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
-static __always_inline int pass(struct __sk_buff *skb, const struct fanout_listener *listener,
-				const struct packet *pkt, const struct downstream *to)
+/* What becomes of a datagram, told by the stages below and booked in one place, settle(). */
+struct outcome {
+	const struct downstream *to; /* NULL: none, or all */
+	__u32 to_id;
+	__u32 kind; /* enum event_kind */
+	__u32 reason; /* enum drop_reason, of one that is dropped */
+};
+
+static __always_inline int pass(struct outcome *outcome)
 {
-	count_passed(listener->id, pkt);
-	note(skb, pkt, &pkt->dst, to, listener->id, EVENT_PASSED);
+	outcome->kind = EVENT_PASSED;
 	return TC_ACT_UNSPEC;
 }
 
-static __always_inline int drop(struct __sk_buff *skb, const struct fanout_listener *listener,
-				const struct packet *pkt, const struct downstream *to,
-				enum drop_reason reason)
+static __always_inline int drop(struct outcome *outcome, enum drop_reason reason)
 {
-	count_dropped(listener->id, reason, pkt);
-	note_drop(skb, pkt, &pkt->dst, to, listener->id, EVENT_DROPPED, reason);
+	outcome->kind = EVENT_DROPPED;
+	outcome->reason = reason;
 	return TC_ACT_SHOT;
 }
 
-static __always_inline int forwarded(struct __sk_buff *skb, const struct fanout_listener *listener,
-				     const struct packet *pkt, const struct downstream *to,
-				     __u32 to_id, int verdict)
+static __always_inline int forwarded(struct outcome *outcome, int verdict)
 {
-	count_forwarded(listener->id, pkt);
-	count_copy(to_id, pkt);
-	note(skb, pkt, &pkt->dst, to, listener->id, EVENT_FORWARDED);
+	outcome->kind = EVENT_FORWARDED;
 	return verdict;
 }
 
 /* To a socket on this host: the journey ends here, so the TTL is not touched. */
-static __always_inline int forward_local(struct __sk_buff *skb,
-					 const struct fanout_listener *listener, struct packet *pkt,
-					 const struct downstream *to, __u32 to_id)
+static __always_inline int forward_local(struct __sk_buff *skb, struct packet *pkt,
+					 struct outcome *outcome)
 {
-	if (rewrite_destination(skb, pkt, to))
-		return drop(skb, listener, pkt, to, DROP_REWRITE_FAILED);
+	if (rewrite_destination(skb, pkt, outcome->to, false))
+		return drop(outcome, DROP_REWRITE_FAILED);
 	pkt->way = WAY_LOCAL;
-	return forwarded(skb, listener, pkt, to, to_id, TC_ACT_UNSPEC);
+	return forwarded(outcome, TC_ACT_UNSPEC);
 }
 
-static __always_inline int forward_out(struct __sk_buff *skb,
-				       const struct fanout_listener *listener, struct packet *pkt,
-				       const struct downstream *to, __u32 to_id)
+static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt,
+				       struct outcome *outcome)
 {
+	const struct downstream *to = outcome->to;
+
 	if (pkt->ttl <= 1)
-		return drop(skb, listener, pkt, to, DROP_TTL_EXPIRED);
+		return drop(outcome, DROP_TTL_EXPIRED);
 	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
 	if (pkt->ip_len > to->mtu)
-		return pass(skb, listener, pkt, to);
-	if (!has_way_out(skb, pkt, to, to_id))
-		return pass(skb, listener, pkt, to);
-	if (rewrite_destination(skb, pkt, to) || decrement_ttl(skb, pkt))
-		return drop(skb, listener, pkt, to, DROP_REWRITE_FAILED);
-	if (deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
-		return drop(skb, listener, pkt, to, DROP_REDIRECT_FAILED);
-	return forwarded(skb, listener, pkt, to, to_id, TC_ACT_REDIRECT);
+		return pass(outcome);
+	if (!has_way_out(skb, pkt, to, outcome->to_id))
+		return pass(outcome);
+	if (rewrite_destination(skb, pkt, to, false) || decrement_ttl(skb, pkt))
+		return drop(outcome, DROP_REWRITE_FAILED);
+	if (deliver_out(skb, pkt, to, outcome->to_id, true) != TC_ACT_REDIRECT)
+		return drop(outcome, DROP_REDIRECT_FAILED);
+	return forwarded(outcome, TC_ACT_REDIRECT);
 }
 
-/* To all downstreams. Every copy is one hop older, also one that stays on this host. */
-static __always_inline int replicate(struct __sk_buff *skb, const struct fanout_listener *listener,
-				     const struct packet *pkt, const struct table *table)
+/*
+ * To all downstreams. Every copy is one hop older, also one that stays on this host. A later fragment goes by the table as
+ * it is now: whoever was in it and still is gets all of them.
+ */
+static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
+				     const struct packet *pkt, const struct table *table,
+				     struct outcome *outcome)
 {
 	int verdict = TC_ACT_SHOT;
 
 	if (pkt->ttl <= 1)
-		return drop(skb, listener, pkt, NULL, DROP_TTL_EXPIRED);
+		return drop(outcome, DROP_TTL_EXPIRED);
 	if (pkt->ip_len > table->least_mtu)
-		return pass(skb, listener, pkt, NULL);
+		return pass(outcome);
 	if (decrement_ttl(skb, pkt))
-		return drop(skb, listener, pkt, NULL, DROP_REWRITE_FAILED);
-	if (!send_copies(skb, pkt, listener->id, table, &verdict))
-		return drop(skb, listener, pkt, NULL, DROP_NO_ROUTE);
-	count_forwarded(listener->id, pkt);
-	note(skb, pkt, &pkt->dst, NULL, listener->id, EVENT_FORWARDED);
-	return verdict;
+		return drop(outcome, DROP_REWRITE_FAILED);
+	if (!send_copies(skb, pkt, listener_id, table, &verdict))
+		return drop(outcome, DROP_NO_ROUTE);
+	return forwarded(outcome, verdict);
+}
+
+/* A datagram of a listener's: whole, its first fragment, or a later one that is for all downstreams. */
+static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 flags,
+				struct packet *pkt, bool later, struct outcome *outcome)
+{
+	const struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
+	enum drop_reason why_not;
+	struct table table;
+
+	if (!state)
+		return drop(outcome, DROP_NO_DOWNSTREAM);
+	if (!later) {
+		why_not = is_guarded(state) ? refusal(state, pkt) : DROP_REASONS;
+		if (why_not != DROP_REASONS)
+			return drop(outcome, why_not);
+		if (pkt->exotic || flags & LISTENER_SOCKET_ONLY)
+			return pass(outcome);
+	}
+	if (!read_table(listener_id, state, &table))
+		return drop(outcome, DROP_NO_DOWNSTREAM);
+	if (table.policy == POLICY_REPLICATE)
+		return replicate(skb, listener_id, pkt, &table, outcome);
+	if (later)
+		return drop(outcome, DROP_NO_DOWNSTREAM);
+	outcome->to = downstream_at(table.first + place(skb, pkt, &table), &outcome->to_id);
+	if (!outcome->to)
+		return drop(outcome, DROP_NO_DOWNSTREAM);
+	if (outcome->to->delivery == DELIVER_NEIGHBOUR)
+		return forward_out(skb, pkt, outcome);
+	if (outcome->to->delivery == DELIVER_LOCAL)
+		return forward_local(skb, pkt, outcome);
+	return drop(outcome, DROP_NO_ROUTE);
+}
+
+/* Writes down what has become of a datagram, and tells whoever wants to know. */
+static __always_inline void settle(struct __sk_buff *skb, __u32 listener_id,
+				   const struct packet *pkt, const struct outcome *outcome)
+{
+	if (outcome->kind == EVENT_DROPPED) {
+		count_dropped(listener_id, outcome->reason, pkt);
+		note_drop(skb, pkt, &pkt->dst, outcome->to, listener_id, EVENT_DROPPED,
+			  outcome->reason);
+		return;
+	}
+	if (outcome->kind == EVENT_PASSED) {
+		count_passed(listener_id, pkt);
+	} else {
+		count_forwarded(listener_id, pkt);
+		if (outcome->to)
+			count_copy(outcome->to_id, pkt);
+	}
+	note(skb, pkt, &pkt->dst, outcome->to, listener_id, outcome->kind);
+}
+
+/* What is to become of the other fragments of a datagram. */
+static __always_inline enum fragments_fate fate_of(const struct outcome *outcome)
+{
+	if (outcome->kind == EVENT_DROPPED)
+		return FRAGMENTS_DROPPED;
+	if (outcome->kind == EVENT_PASSED)
+		return FRAGMENTS_PASSED;
+	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
+}
+
+/* A first fragment of somebody else's. The later ones, which do not tell whose they are, shall be left alone too. */
+static __always_inline int leave(struct packet *pkt)
+{
+	pkt->fate = FRAGMENTS_PASSED;
+	if (pkt->part && is_listened_on(pkt) && put_down(pkt))
+		remember_fate(0, 0);
+	return TC_ACT_UNSPEC;
+}
+
+/* A later fragment, or a first one that has come before: counted with the datagram already. */
+static __always_inline int follow_up(struct __sk_buff *skb, struct packet *pkt)
+{
+	pkt->datagrams = 0;
+	pkt->payload = 0;
+	return put_down(pkt) ? follow(skb) : TC_ACT_SHOT;
 }
 
 SEC("tc")
 int udp_fanout(struct __sk_buff *skb)
 {
 	const struct fanout_listener *listener;
-	const struct listener_state *state;
-	const struct downstream *to;
+	__u32 listener_id, flags = 0;
+	struct outcome outcome = {};
 	struct packet pkt = {};
-	struct table table;
-	int verdict = TC_ACT_UNSPEC;
-	enum drop_reason why_not;
-	__u32 to_id = 0;
+	int verdict = TC_ACT_UNSPEC, before;
+	bool later = false;
 
 	if (parse(skb, &pkt) != PARSE_OK)
 		return TC_ACT_UNSPEC;
-	if (has_redirects && came_around(skb) && finish_round(skb, &pkt, &verdict))
+	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
 		return verdict;
-	listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
-	if (!listener)
-		return TC_ACT_UNSPEC;
-	state = bpf_map_lookup_elem(&listener_states, &listener->id);
-	if (!state)
-		return TC_ACT_UNSPEC;
-	why_not = refusal(state, &pkt);
-	if (why_not != DROP_REASONS)
-		return drop(skb, listener, &pkt, NULL, why_not);
-	if (pkt.exotic || listener->flags & LISTENER_SOCKET_ONLY)
-		return pass(skb, listener, &pkt, NULL);
-	if (!read_table(listener->id, state, &table))
-		return drop(skb, listener, &pkt, NULL, DROP_NO_DOWNSTREAM);
-	if (table.policy == POLICY_REPLICATE)
-		return replicate(skb, listener, &pkt, &table);
-	to = downstream_at(table.first + place(skb, &pkt, &table), &to_id);
-	if (!to)
-		return drop(skb, listener, &pkt, NULL, DROP_NO_DOWNSTREAM);
-	if (to->delivery == DELIVER_NEIGHBOUR)
-		return forward_out(skb, listener, &pkt, to, to_id);
-	if (to->delivery == DELIVER_LOCAL)
-		return forward_local(skb, listener, &pkt, to, to_id);
-	return drop(skb, listener, &pkt, to, DROP_NO_ROUTE);
+	if (pkt.part == LATER_FRAGMENT) {
+		later = true;
+	} else {
+		listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
+		if (!listener)
+			return leave(&pkt);
+		listener_id = listener->id;
+		flags = listener->flags;
+		if (pkt.part && put_down(&pkt)) {
+			before = look_back();
+			later = before == FIRST_REPEATED;
+			pkt.exotic |= before == FIRST_OF_PASSED;
+		}
+	}
+	if (later) {
+		verdict = follow_up(skb, &pkt);
+		if (verdict < TO_ALL)
+			return verdict;
+		listener_id = verdict - TO_ALL;
+	}
+	verdict = take(skb, listener_id, flags, &pkt, later, &outcome);
+	if (later)
+		return outcome.kind == EVENT_FORWARDED ? verdict : lose_fragment();
+	settle(skb, listener_id, &pkt, &outcome);
+	if (pkt.part) {
+		pkt.fate = fate_of(&outcome);
+		if (put_down(&pkt))
+			remember_fate(listener_id, outcome.to_id);
+	}
+	return verdict;
 }

@@ -12,7 +12,13 @@
 struct listener_key {
 	__be32 addr_be[4];
 	__be16 port_be;
-	__u16 pad;
+	__u16 scope; /* enum key_scope */
+};
+
+enum key_scope {
+	KEY_LISTENER = 0,
+	/* The address is some listener's, whatever the port, which is 0: later fragments have none. The value means nothing. */
+	KEY_ADDRESS = 1,
 };
 
 enum listener_flag {
@@ -137,6 +143,15 @@ struct next_hop {
 struct downstream_stats {
 	__u64 pkts;
 	__u64 bytes;
+};
+
+/* What `FRAGMENT_STAT` counts. */
+enum fragment_count {
+	/* Later fragments at a listener's address, of datagrams whose first one is not known. Left to the stack. */
+	FRAGMENT_STRAY = 0,
+	/* Later fragments of a datagram that is being forwarded, which could not follow the first. Dropped. */
+	FRAGMENT_LOST = 1,
+	FRAGMENT_COUNTS = 2,
 };
 
 /* Why a datagram of ours was dropped. The numbers of DropReason in src/model.rs; a test compares the two. */

@@ -107,13 +107,32 @@ struct {
 	__type(value, struct next_hop);
 } next_hops SEC(".maps");
 
-/* The packet that this CPU is replicating, for send_copy(). */
+/*
+ * What has been decided about datagrams of which more fragments are to come. Written by the program; the longest
+ * unused make room, so that a flood of fragments cannot take more memory than this.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct fragment_key);
+	__type(value, struct fragments);
+} fragments SEC(".maps");
+
+/* enum fragment_count -> fragments. Written by the program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, FRAGMENT_COUNTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} FRAGMENT_STAT SEC(".maps");
+
+/* The packet that this CPU is at work on, for functions that take only numbers: those of replicate.h and fragments.h. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct packet);
-} copying SEC(".maps");
+	__type(value, struct work);
+} at_work SEC(".maps");
 
 /* Single datagrams that user space is told of. Written by the program. */
 struct {

@@ -1,23 +1,72 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* A datagram of ours, as the stages after parse.h know it. */
+/* A datagram of ours, as the stages after parse.h know it, and what is known of one that comes in fragments. */
 #ifndef FANOUT_PACKET_H
 #define FANOUT_PACKET_H
+
+enum part {
+	WHOLE = 0,
+	FIRST_FRAGMENT = 1, /* the one with the ports */
+	LATER_FRAGMENT =
+		2, /* any other: dst.port_be and sport_be are 0, datagrams and payload too */
+};
+
+/* What becomes of a datagram's fragments. */
+enum fragments_fate {
+	FRAGMENTS_DROPPED = 0,
+	FRAGMENTS_PASSED =
+		1, /* left to the stack, which puts them together for whoever they are for */
+	FRAGMENTS_FORWARDED = 2, /* to one downstream */
+	FRAGMENTS_COPIED = 3, /* to every downstream */
+};
 
 struct packet {
 	struct listener_key dst;
 	__be32 src_be[4]; /* like dst.addr_be */
 	__be16 sport_be;
-	__u32 l4_off; /* from the start of the frame */
+	__u16 l4_off; /* from the start of the frame */
 	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
-	__u32 payload; /* UDP payload, bytes, of all of them */
+	__u32 payload; /* UDP payload, bytes, of all of them; of a first fragment, of the whole datagram */
 	__u32 ip_len; /* the longest IP packet that will leave, bytes */
 	__u8 ttl;
 	bool v6;
 	bool exotic; /* ours, but only the socket can do it justice */
 	__u8 way; /* enum way: how it was delivered, for events.h */
-	__u8 macs[12]; /* as they came in, destination first; filled in by replicate.h alone */
-	struct listener_key
-		came_to; /* dst as it came in; filled in by replicate.h alone, which changes dst */
+	__u8 part; /* enum part */
+	__u8 fate; /* enum fragments_fate, of a first fragment */
+	bool more; /* of a fragment: not the last */
+	__u16 offset; /* of a fragment: where it belongs, bytes */
+	__u16 here; /* bytes behind the UDP header in this packet; of a later fragment, behind the IP header */
+	__be32 fragment_id_be;
+	__u64 udp_header; /* of a first fragment, as it came in */
+};
+
+/* A packet that functions which take only numbers are at work on. */
+struct work {
+	struct packet pkt;
+	__u8 macs[12]; /* as they came in, destination first */
+	struct listener_key came_to; /* pkt.dst as it came in: each copy has another */
+};
+
+/* Fragments of one datagram share these. */
+struct fragment_key {
+	__be32 src_be[4];
+	__be32 dst_be[4];
+	__be32 id_be;
+};
+
+/* What is known of a datagram of which fragments have come. See fragments.h. */
+struct fragments {
+	__u64 latest; /* ns: when the last of them came */
+	__u64 first; /* the UDP header of the first; 0 before that has come */
+	__u64 seen; /* a bit for each KiB of the datagram in which one begins */
+	__u32 fresh; /* bytes that have come, repetitions left out */
+	__u32 all; /* bytes that have come */
+	__u32 end; /* the datagram's length, bytes; 0 before the last fragment has come */
+	__u32 fate; /* enum fragments_fate */
+	__u32 listener; /* its id, for FRAGMENTS_COPIED */
+	__u32 to_id; /* of the downstream, for FRAGMENTS_FORWARDED */
+	struct listener_key to; /* its address: the id may have become another's */
+	__u32 pad;
 };
 
 #endif

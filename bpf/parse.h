@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * From bytes to struct packet. Whatever is not a whole, well-formed UDP datagram over Ethernet is not ours: it is
- * left to the stack, which knows better how to refuse it.
+ * From bytes to struct packet. Whatever is not a well-formed UDP datagram over Ethernet, or a fragment of one, is not ours:
+ * it is left to the stack, which knows better how to refuse it.
  */
 #ifndef FANOUT_PARSE_H
 #define FANOUT_PARSE_H
@@ -9,7 +9,11 @@
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86DD
 #define PACKET_HOST 0
-#define IP_FRAGMENT_MASK 0x3fff /* more fragments, or an offset */
+#define IPV4_MORE 0x2000 /* fragments to come */
+#define IPV4_OFFSET 0x1fff /* in 8 bytes */
+#define NEXTHDR_FRAGMENT 44
+#define IPV6_MORE 0x0001
+#define IPV6_OFFSET 0xfff8 /* in bytes */
 #define AF_INET 2
 #define AF_INET6 10
 
@@ -72,12 +76,32 @@ static __always_inline bool ipv4_martian(__be32 addr_be)
 	return first == 0 || first == 127 || first >= 224;
 }
 
+/* Not on any wire: ::, ::1, and IPv4 addresses in IPv6 notation, which here mean IPv4 (RFC 4291, 2.5.5). */
+static __always_inline bool ipv6_hidden_ipv4(const struct in6_addr *addr)
+{
+	return !addr->in6_u.u6_addr32[0] && !addr->in6_u.u6_addr32[1];
+}
+
 static __always_inline bool ipv6_martian(const struct in6_addr *addr)
 {
-	const __be32 *word = addr->in6_u.u6_addr32;
-	bool low = !word[0] && !word[1] && !word[2] && bpf_ntohl(word[3]) <= 1; /* :: and ::1 */
+	return ipv6_hidden_ipv4(addr) || addr->in6_u.u6_addr8[0] == 0xff;
+}
 
-	return low || addr->in6_u.u6_addr8[0] == 0xff;
+/*
+ * One fragment of a datagram, `length` bytes from `offset` on. False if the stack would refuse it, or if nothing about it
+ * is worth following: then all of its datagram's fragments are left to the stack.
+ */
+static __always_inline bool parse_fragment(struct packet *pkt, __be32 id_be, __u32 offset,
+					   bool more, __u32 length)
+{
+	if (!length || offset + length > 65535 || (more && length % 8) || (!offset && !more))
+		return false;
+	pkt->part = offset ? LATER_FRAGMENT : FIRST_FRAGMENT;
+	pkt->fragment_id_be = id_be;
+	pkt->offset = offset;
+	pkt->more = more;
+	pkt->here = length;
+	return true;
 }
 
 /* The UDP header at `udp`, of which `room` bytes may belong to this packet. Fills ports and lengths. */
@@ -86,46 +110,74 @@ static __always_inline enum parse_result parse_udp(struct __sk_buff *skb, struct
 {
 	__u32 udp_len = bpf_ntohs(udp->len);
 	__u32 gso_size = skb->gso_size;
-	__u32 headers = pkt->l4_off - L3_OFF + sizeof(*udp);
 
-	if (udp_len < sizeof(*udp) || udp_len > room)
+	if (udp_len < sizeof(*udp) || room < sizeof(*udp))
+		return PARSE_FOREIGN;
+	/* A datagram in fragments ends in a later one, a whole one here. */
+	if (pkt->part ? udp_len <= room : udp_len > room)
+		return PARSE_FOREIGN;
+	/* RFC 8200, 8.1: UDP over IPv6 must carry a checksum; the stack discards those that do not. */
+	if (pkt->v6 && !udp->check)
 		return PARSE_FOREIGN;
 	pkt->sport_be = udp->source;
 	pkt->dst.port_be = udp->dest;
 	pkt->payload = udp_len - sizeof(*udp);
 	pkt->datagrams = 1;
-	pkt->ip_len = headers + pkt->payload;
+	if (pkt->part) {
+		pkt->here = room - sizeof(*udp);
+		__builtin_memcpy(&pkt->udp_header, udp, sizeof(pkt->udp_header));
+		return PARSE_OK;
+	}
+	pkt->here = pkt->payload;
+	pkt->ip_len = pkt->l4_off - L3_OFF + udp_len;
 	if (gso_size) {
 		/* Packets from an untrusted source (a VM's virtio device) carry no count: derive it. */
 		pkt->datagrams = skb->gso_segs ?: (pkt->payload + gso_size - 1) / gso_size;
 		pkt->datagrams = pkt->datagrams ?: 1;
 		if (gso_size < pkt->payload)
-			pkt->ip_len = headers + gso_size;
+			pkt->ip_len -= pkt->payload - gso_size;
 	}
 	return PARSE_OK;
+}
+
+/* The UDP header at pkt->l4_off, made readable. */
+static __always_inline enum parse_result pull_udp(struct __sk_buff *skb, struct packet *pkt,
+						  __u32 room)
+{
+	void *data, *data_end;
+	struct udphdr *udp;
+
+	if (!pull(skb, pkt->l4_off + sizeof(*udp)))
+		return PARSE_FOREIGN;
+	data = frame_start(skb);
+	data_end = frame_end(skb);
+	udp = data + pkt->l4_off;
+	if ((void *)(udp + 1) > data_end)
+		return PARSE_FOREIGN;
+	return parse_udp(skb, pkt, udp, room);
 }
 
 static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struct packet *pkt)
 {
 	void *data, *data_end;
-	struct udphdr *udp;
 	struct iphdr *ip;
-	__u32 ihl, total;
+	__u32 ihl, total, flags;
 
-	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
+	/* With the UDP header at once, if the frame is not shorter: a last fragment may be. */
+	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(struct udphdr)) &&
+	    !pull(skb, L3_OFF + sizeof(*ip)))
 		return PARSE_FOREIGN;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
 	ip = data + L3_OFF;
-	if ((void *)(ip + 1) + sizeof(*udp) > data_end)
+	if ((void *)(ip + 1) > data_end)
 		return PARSE_FOREIGN;
 	if (ip->version != 4 || ip->protocol != IPPROTO_UDP)
 		return PARSE_FOREIGN;
 	ihl = ip->ihl * 4;
 	total = bpf_ntohs(ip->tot_len);
-	if (ihl < sizeof(*ip) || total < ihl + sizeof(*udp) || L3_OFF + total > skb->len)
-		return PARSE_FOREIGN;
-	if (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK) || ipv4_martian(ip->saddr))
+	if (ihl < sizeof(*ip) || total < ihl || L3_OFF + total > skb->len ||
+	    ipv4_martian(ip->saddr))
 		return PARSE_FOREIGN;
 	/* The stack interprets options (source routes, router alert) and checks a header that has them. */
 	pkt->exotic = ihl != sizeof(*ip);
@@ -140,41 +192,37 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	__builtin_memcpy(pkt->src_be, pkt->dst.addr_be, 12);
 	pkt->src_be[3] = ip->saddr;
 	pkt->l4_off = L3_OFF + ihl;
-
-	if (pkt->exotic) {
-		if (!pull(skb, pkt->l4_off + sizeof(*udp)))
+	pkt->ip_len = total;
+	flags = bpf_ntohs(ip->frag_off);
+	if (flags & (IPV4_MORE | IPV4_OFFSET)) {
+		if (!parse_fragment(pkt, ip->id, (flags & IPV4_OFFSET) * 8, flags & IPV4_MORE,
+				    total - ihl))
 			return PARSE_FOREIGN;
-		data = frame_start(skb);
-		data_end = frame_end(skb);
+		if (pkt->part == LATER_FRAGMENT)
+			return PARSE_OK;
 	}
-	udp = data + pkt->l4_off;
-	if ((void *)(udp + 1) > data_end)
-		return PARSE_FOREIGN;
-	return parse_udp(skb, pkt, udp, total - ihl);
+	return pull_udp(skb, pkt, total - ihl);
 }
 
-/* Packets with extension headers are left to the stack, and so reach the listener's socket. */
+/* Packets with other extension headers are left to the stack, and so reach the listener's socket. */
 static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struct packet *pkt)
 {
 	void *data, *data_end;
-	struct udphdr *udp;
+	struct frag_hdr *fragment;
 	struct ipv6hdr *ip;
-	__u32 length;
+	__u32 length, flags;
 
-	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*udp)))
+	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*fragment)))
 		return PARSE_FOREIGN;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
 	ip = data + L3_OFF;
-	udp = (void *)(ip + 1);
-	if ((void *)(udp + 1) > data_end)
+	fragment = (void *)(ip + 1);
+	if ((void *)(fragment + 1) > data_end)
 		return PARSE_FOREIGN;
 	length = bpf_ntohs(ip->payload_len);
-	if (ip->version != 6 || ip->nexthdr != IPPROTO_UDP || length < sizeof(*udp) ||
-	    L3_OFF + sizeof(*ip) + length > skb->len || ipv6_martian(&ip->saddr))
-		return PARSE_FOREIGN;
-	/* RFC 8200, 8.1: UDP over IPv6 must carry a checksum; the stack discards those that do not. */
-	if (!udp->check)
+	if (ip->version != 6 || L3_OFF + sizeof(*ip) + length > skb->len ||
+	    ipv6_martian(&ip->saddr) || ipv6_hidden_ipv4(&ip->daddr))
 		return PARSE_FOREIGN;
 	pkt->v6 = true;
 	pkt->exotic = false;
@@ -182,7 +230,21 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
 	__builtin_memcpy(pkt->src_be, &ip->saddr, sizeof(pkt->src_be));
 	pkt->l4_off = L3_OFF + sizeof(*ip);
-	return parse_udp(skb, pkt, udp, length);
+	pkt->ip_len = sizeof(*ip) + length;
+	if (ip->nexthdr == NEXTHDR_FRAGMENT) {
+		flags = bpf_ntohs(fragment->frag_off);
+		if (fragment->nexthdr != IPPROTO_UDP || length < sizeof(*fragment) ||
+		    !parse_fragment(pkt, fragment->identification, flags & IPV6_OFFSET,
+				    flags & IPV6_MORE, length - sizeof(*fragment)))
+			return PARSE_FOREIGN;
+		if (pkt->part == LATER_FRAGMENT)
+			return PARSE_OK;
+		pkt->l4_off += sizeof(*fragment);
+		length -= sizeof(*fragment);
+	} else if (ip->nexthdr != IPPROTO_UDP) {
+		return PARSE_FOREIGN;
+	}
+	return pull_udp(skb, pkt, length);
 }
 
 static __always_inline enum parse_result parse(struct __sk_buff *skb, struct packet *pkt)
@@ -190,7 +252,7 @@ static __always_inline enum parse_result parse(struct __sk_buff *skb, struct pac
 	/* Frames for other hosts that a promiscuous device lets in, and tagged ones, which a VLAN device will untag. */
 	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
 		return PARSE_FOREIGN;
-	pkt->dst.pad = 0;
+	pkt->dst.scope = KEY_LISTENER;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, pkt);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))

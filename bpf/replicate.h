@@ -19,22 +19,25 @@
  * A clone that enters this host once more. The kernel looks at the link-layer address again and leaves to others what
  * is not addressed to this host, so the one that the packet came with must be there, and not a downstream's.
  */
-static __always_inline int clone_inwards(struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline int clone_inwards(struct __sk_buff *skb, const struct work *work)
 {
-	return bpf_skb_store_bytes(skb, 0, pkt->macs, sizeof(pkt->macs), 0)
+	return bpf_skb_store_bytes(skb, 0, work->macs, sizeof(work->macs), 0)
 		       ?: bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 }
 
-static __always_inline int send_around(struct __sk_buff *skb, struct packet *pkt, __u32 to_id)
+/*
+ * Marked, so that this program leaves it alone when it meets it again. It would take a fragment for one that it has
+ * not seen.
+ */
+static __always_inline int send_around(struct __sk_buff *skb, const struct work *work, __u32 to_id)
 {
 	__u32 mark = skb->mark;
 	int err;
 
-	pkt->way = WAY_NEIGHBOUR;
-	if (!has_redirects || to_id & AROUND_MASK)
+	if (to_id & AROUND_MASK)
 		return -1;
 	skb->mark = AROUND_MARK | to_id;
-	err = clone_inwards(skb, pkt);
+	err = clone_inwards(skb, work);
 	skb->mark = mark;
 	return err;
 }
@@ -49,7 +52,7 @@ static __always_inline bool is_for(const struct packet *pkt, const struct downst
 {
 	return pkt->dst.addr_be[0] == to->addr_be[0] && pkt->dst.addr_be[1] == to->addr_be[1] &&
 	       pkt->dst.addr_be[2] == to->addr_be[2] && pkt->dst.addr_be[3] == to->addr_be[3] &&
-	       pkt->dst.port_be == to->port_be;
+	       (pkt->dst.port_be == to->port_be || pkt->part == LATER_FRAGMENT);
 }
 
 /*
@@ -61,10 +64,12 @@ static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *p
 	__u32 to_id = skb->mark & ~AROUND_MASK;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
 
-	if (!to || to->delivery != DELIVER_NEIGHBOUR || !is_for(pkt, to))
+	if (!to || to->delivery == DELIVER_NOWHERE || !is_for(pkt, to))
 		return false;
 	skb->mark = 0;
-	*verdict = redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
+	if (to->delivery == DELIVER_NEIGHBOUR)
+		*verdict = redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family,
+						 to->next_hop_be);
 	return true;
 }
 
@@ -84,32 +89,49 @@ static __always_inline bool find_known(struct __sk_buff *skb, const struct packe
 	return found->ifindex;
 }
 
-static __always_inline int send_clone(struct __sk_buff *skb, struct packet *pkt,
+static __always_inline int send_clone(struct __sk_buff *skb, struct work *work,
 				      const struct downstream *to, __u32 to_id)
 {
+	struct packet *pkt = &work->pkt;
 	struct next_hop found;
 
 	if (to->delivery == DELIVER_LOCAL) {
 		pkt->way = WAY_LOCAL;
-		return clone_inwards(skb, pkt);
+		return send_around(skb, work, to_id);
 	}
 	if (to->flags & DOWNSTREAM_BARE) {
 		pkt->way = WAY_BARE;
 		return bpf_clone_redirect(skb, to->ifindex, 0);
 	}
-	if (!find_known(skb, pkt, to, to_id, &found))
-		return send_around(skb, pkt, to_id);
+	if (!find_known(skb, pkt, to, to_id, &found)) {
+		pkt->way = WAY_NEIGHBOUR;
+		return has_redirects ? send_around(skb, work, to_id) : -1;
+	}
 	pkt->way = WAY_KNOWN;
 	if (bpf_skb_store_bytes(skb, 0, found.macs, sizeof(found.macs), 0))
 		return -1;
 	return bpf_clone_redirect(skb, found.ifindex, 0);
 }
 
+/* The lot that all fragments of a datagram draw for one downstream. */
+static __noinline __u32 lot_of(const struct packet *pkt, const struct downstream *to)
+{
+	__u32 hash = hash_word(hash_words4(0, pkt->src_be), pkt->fragment_id_be);
+
+	return hash_end(hash_word(hash_words4(hash, to->addr_be), to->port_be), 40);
+}
+
+/* True if the downstream is to have a copy. */
+static __always_inline bool in_sample(const struct packet *pkt, const struct downstream *to)
+{
+	return (pkt->part ? lot_of(pkt, to) : bpf_get_prandom_u32()) <= to->sample;
+}
+
 /* Makes the packet the copy for one downstream. Its destination then is that downstream's, for the next rewrite. */
 static __always_inline int become_copy(struct __sk_buff *skb, struct packet *pkt,
 				       const struct downstream *to)
 {
-	if (rewrite_destination(skb, pkt, to))
+	if (rewrite_destination(skb, pkt, to, pkt->part == LATER_FRAGMENT))
 		return -1;
 	__builtin_memcpy(pkt->dst.addr_be, to->addr_be, sizeof(to->addr_be));
 	pkt->dst.port_be = to->port_be;
@@ -125,21 +147,21 @@ enum copy_result {
 };
 
 static __always_inline enum copy_result fail_copy(struct __sk_buff *skb, __u32 listener_id,
-						  const struct packet *pkt,
+						  const struct work *work,
 						  const struct downstream *to,
 						  enum drop_reason reason, enum copy_result result)
 {
-	count_copy_dropped(listener_id, reason, pkt);
-	note_drop(skb, pkt, &pkt->came_to, to, listener_id, EVENT_COPY_DROPPED, reason);
+	count_copy_dropped(listener_id, reason, &work->pkt);
+	note_drop(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPY_DROPPED, reason);
 	return result;
 }
 
 static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
-				      const struct packet *pkt, const struct downstream *to,
+				      const struct work *work, const struct downstream *to,
 				      __u32 to_id)
 {
-	count_copy(to_id, pkt);
-	note(skb, pkt, &pkt->came_to, to, listener_id, EVENT_COPIED);
+	count_copy(to_id, &work->pkt);
+	note(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPIED);
 }
 
 /*
@@ -149,18 +171,20 @@ static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
 __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
 	__u32 zero = 0, to_id = 0;
-	struct packet *pkt = bpf_map_lookup_elem(&copying, &zero);
+	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	struct downstream *to = downstream_at(slot, &to_id);
+	struct packet *pkt;
 
-	if (!pkt || !to || bpf_get_prandom_u32() > to->sample)
+	if (!work || !to || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
+	pkt = &work->pkt;
 	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(skb, listener_id, pkt, to, DROP_NO_ROUTE, COPY_FAILED);
+		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
 	if (become_copy(skb, pkt, to))
-		return fail_copy(skb, listener_id, pkt, to, DROP_REWRITE_FAILED, COPY_BROKEN);
-	if (send_clone(skb, pkt, to, to_id))
-		return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED, COPY_FAILED);
-	copy_sent(skb, listener_id, pkt, to, to_id);
+		return fail_copy(skb, listener_id, work, to, DROP_REWRITE_FAILED, COPY_BROKEN);
+	if (send_clone(skb, work, to, to_id))
+		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
+	copy_sent(skb, listener_id, work, to, to_id);
 	return COPY_SENT;
 }
 
@@ -168,28 +192,57 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
 	__u32 zero = 0, to_id = 0;
-	struct packet *pkt = bpf_map_lookup_elem(&copying, &zero);
+	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	struct downstream *to = downstream_at(slot, &to_id);
+	struct packet *pkt;
 	int verdict = TC_ACT_UNSPEC;
 
-	if (!pkt || !to || bpf_get_prandom_u32() > to->sample)
+	if (!work || !to || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
+	pkt = &work->pkt;
 	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(skb, listener_id, pkt, to, DROP_NO_ROUTE, COPY_FAILED);
+		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
 	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
-		return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED, COPY_FAILED);
+		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
 	if (become_copy(skb, pkt, to))
-		return fail_copy(skb, listener_id, pkt, to, DROP_REWRITE_FAILED, COPY_BROKEN);
+		return fail_copy(skb, listener_id, work, to, DROP_REWRITE_FAILED, COPY_BROKEN);
 	pkt->way = WAY_LOCAL;
 	if (to->delivery == DELIVER_NEIGHBOUR) {
 		/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
 		verdict = deliver_out(skb, pkt, to, to_id, false);
 		if (verdict != TC_ACT_REDIRECT)
-			return fail_copy(skb, listener_id, pkt, to, DROP_REDIRECT_FAILED,
+			return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED,
 					 COPY_FAILED);
 	}
-	copy_sent(skb, listener_id, pkt, to, to_id);
+	copy_sent(skb, listener_id, work, to, to_id);
 	return verdict == TC_ACT_REDIRECT ? COPY_REDIRECTED : COPY_SENT;
+}
+
+/*
+ * All the copies, beginning with the one in place `start`. Answers which results there were, a bit each, and in the next
+ * byte the result of the packet itself. A global function, since the loop would be verified for every way that leads
+ * here.
+ */
+__noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, __u32 slots,
+			 __u32 start)
+{
+	/* No branch depends on it, so that the verifier sees the same state every time round. */
+	__u32 seen = 0;
+	int result;
+
+	/* As the caller knows, and the verifier does not. */
+	if (!slots || slots > MAX_COPIES)
+		return 0;
+	for (__u32 i = 0; i < MAX_COPIES - 1; i++) {
+		if (i + 1 >= slots)
+			break;
+		result = send_copy(skb, listener_id, first + (start + i) % slots);
+		seen |= 1 << (result & 7);
+		if (result == COPY_BROKEN)
+			return seen | COPY_BROKEN << 8;
+	}
+	result = send_last(skb, listener_id, first + (start + slots - 1) % slots) & 7;
+	return seen | 1 << result | result << 8;
 }
 
 /*
@@ -200,35 +253,24 @@ static __always_inline bool send_copies(struct __sk_buff *skb, const struct pack
 					__u32 listener_id, const struct table *table, int *verdict)
 {
 	__u32 zero = 0;
-	struct packet *pkt = bpf_map_lookup_elem(&copying, &zero);
+	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	__u32 slots = table->slots < MAX_COPIES ? table->slots : MAX_COPIES;
 	__u32 start = round_robin(table->cursor, slots);
-	/* Results that have occurred, a bit each: no branch, so that the verifier sees the same state every time round. */
-	__u32 seen = 0;
-	int result;
+	int seen, last;
 
-	if (!pkt)
+	if (!work)
 		return false;
-	*pkt = *received;
-	pkt->came_to = received->dst;
-	if (bpf_skb_load_bytes(skb, 0, pkt->macs, sizeof(pkt->macs)))
+	work->pkt = *received;
+	work->came_to = received->dst;
+	if (bpf_skb_load_bytes(skb, 0, work->macs, sizeof(work->macs)))
 		return false;
-	for (__u32 i = 0; i < MAX_COPIES - 1; i++) {
-		if (i + 1 >= slots)
-			break;
-		result = send_copy(skb, listener_id, table->first + (start + i) % slots);
-		seen |= 1 << (result & 7);
-		if (result == COPY_BROKEN)
-			break;
-	}
-	if (!(seen & 1 << COPY_BROKEN)) {
-		result = send_last(skb, listener_id, table->first + (start + slots - 1) % slots);
-		seen |= 1 << (result & 7);
-		if (result == COPY_SENT)
-			*verdict = TC_ACT_UNSPEC;
-		else if (result == COPY_REDIRECTED)
-			*verdict = TC_ACT_REDIRECT;
-	}
+	seen = send_each(skb, listener_id, table->first, slots, start);
+	last = seen >> 8;
+	seen &= 0xff;
+	if (last == COPY_SENT)
+		*verdict = TC_ACT_UNSPEC;
+	else if (last == COPY_REDIRECTED)
+		*verdict = TC_ACT_REDIRECT;
 	return seen & (1 << COPY_SENT | 1 << COPY_REDIRECTED) || seen == 1 << COPY_NOT_WANTED;
 }
 

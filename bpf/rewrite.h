@@ -2,6 +2,9 @@
 /*
  * Gives a datagram its new destination. The kernel's checksum helpers are used throughout because they are right
  * for every state an skb's checksum can be in (CHECKSUM_PARTIAL, CHECKSUM_COMPLETE, none yet verified).
+ *
+ * Of a datagram in fragments, the UDP checksum is in the first, and is changed there by the difference that the new address
+ * makes; the later ones have an address only.
  */
 #ifndef FANOUT_REWRITE_H
 #define FANOUT_REWRITE_H
@@ -25,14 +28,15 @@ static __always_inline int rewrite_port(struct __sk_buff *skb, const struct pack
 }
 
 static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
-					__be32 addr_be)
+					__be32 addr_be, bool later)
 {
 	__be32 old_be = pkt->dst.addr_be[3];
 
-	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, old_be, addr_be,
-				   BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(addr_be)) ?:
-	       bpf_l3_csum_replace(skb, IPV4_OFF(check), old_be, addr_be, sizeof(addr_be)) ?:
-	       bpf_skb_store_bytes(skb, IPV4_OFF(daddr), &addr_be, sizeof(addr_be), 0);
+	if (!later && bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, old_be, addr_be,
+					  BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(addr_be)))
+		return -1;
+	return bpf_l3_csum_replace(skb, IPV4_OFF(check), old_be, addr_be, sizeof(addr_be))
+		       ?: bpf_skb_store_bytes(skb, IPV4_OFF(daddr), &addr_be, sizeof(addr_be), 0);
 }
 
 /*
@@ -40,24 +44,30 @@ static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct pack
  * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the store must for the address.
  */
 static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-					const __be32 *addr_be)
+					const __be32 *addr_be, bool later)
 {
-	__s64 diff = bpf_csum_diff((__be32 *)pkt->dst.addr_be, 16, (__be32 *)addr_be, 16, 0);
+	__s64 diff;
 
-	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, 0, diff,
-				   BPF_F_PSEUDO_HDR | UDP_CSUM)
-		       ?: bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16,
-					      BPF_F_RECOMPUTE_CSUM);
+	if (!later) {
+		diff = bpf_csum_diff((__be32 *)pkt->dst.addr_be, 16, (__be32 *)addr_be, 16, 0);
+		if (bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, 0, diff,
+					BPF_F_PSEUDO_HDR | UDP_CSUM))
+			return -1;
+	}
+	return bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16, BPF_F_RECOMPUTE_CSUM);
 }
 
-/* Writes the downstream's address and port. On an error the packet may be half changed and must be dropped. */
+/*
+ * Writes the downstream's address and port; in a later fragment, the address alone. On an error the packet may be half
+ * changed and must be dropped.
+ */
 static __always_inline int rewrite_destination(struct __sk_buff *skb, const struct packet *pkt,
-					       const struct downstream *to)
+					       const struct downstream *to, bool later)
 {
-	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be)
-			  : rewrite_ipv4(skb, pkt, to->addr_be[3]);
+	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be, later)
+			  : rewrite_ipv4(skb, pkt, to->addr_be[3], later);
 
-	return err ?: rewrite_port(skb, pkt, to->port_be);
+	return err || later ? err : rewrite_port(skb, pkt, to->port_be);
 }
 
 /* One hop less to live, as any router would (RFC 1812, 5.3.1). The caller has seen that it is above 1. */

@@ -52,7 +52,7 @@ static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const
 	struct gelf_chunk chunk;
 	__u32 words[2];
 
-	if (pkt->payload < sizeof(chunk) ||
+	if (pkt->here < sizeof(chunk) ||
 	    bpf_skb_load_bytes(skb, pkt->l4_off + sizeof(struct udphdr), &chunk, sizeof(chunk)) ||
 	    chunk.magic_be != bpf_htons(GELF_CHUNK_MAGIC))
 		return false;

@@ -12,7 +12,7 @@ pub mod user;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use crate::model::{DownstreamCounters, ListenerCounters, ListenerId, Mode};
+use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::Plan;
 
 /// A consistent reading of one datapath's counters.
@@ -22,6 +22,8 @@ pub struct Counters {
     pub listeners: BTreeMap<ListenerId, ListenerCounters>,
     /// Per downstream that the current plan names; those of removed downstreams are forgotten.
     pub downstreams: BTreeMap<(ListenerId, SocketAddr), DownstreamCounters>,
+    /// Of all listeners together. Zeros where the stack puts datagrams together before the datapath sees them.
+    pub fragments: FragmentCounters,
 }
 
 /// Something that moves datagrams as a [`Plan`] says.

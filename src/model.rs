@@ -285,6 +285,16 @@ impl ListenerCounters {
     }
 }
 
+/// Fragments that the TC program could not treat like the rest of their datagram. It counts a datagram when its first
+/// fragment comes; these are those behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FragmentCounters {
+    /// At a listener's address, and nothing is known of their datagram's first: left to the stack.
+    pub strays: u64,
+    /// Of a datagram that was being forwarded, and could not follow: dropped.
+    pub lost: u64,
+}
+
 /// What one datapath has handed to one downstream of one listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DownstreamCounters {

@@ -14,7 +14,7 @@ use mio::{Events, Poll, Token, Waker};
 use udp_fanout::config::MetricsConfig;
 use udp_fanout::metrics::http::{Bound, Health, Limits, ListenerHealth, Readiness, Request, Server};
 use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, PlanApplies, Reloads, Snapshot};
-use udp_fanout::model::{DownstreamCounters, ListenerCounters, Mode};
+use udp_fanout::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode};
 
 /// Long enough to count as never: a test that runs into it fails.
 const NEVER: Duration = Duration::from_secs(600);
@@ -95,6 +95,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
             counters: vec![(Mode::Userspace, counters)],
             downstreams: (0..downstreams).map(downstream).collect(),
         }],
+        fragments: FragmentCounters::default(),
         health: Vec::new(),
         discovery: Vec::new(),
     }

@@ -4,7 +4,7 @@
 //! - `books`: what the daemon has counted, from its metrics and from the kernel's map.
 //! - `places`: where receivers can be, in each mode, both families.
 //! - `overlays`: where network plugins put them.
-//! - `packets`: sizes, fragments, checksums, super-packets. `foreign`: what is not a listener's datagram.
+//! - `packets`: sizes, checksums, super-packets. `fragments`: datagrams that come in several. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
 //! - `pods`: straight into them, past whoever does not mind.
@@ -21,6 +21,8 @@ mod changes;
 mod filters;
 #[path = "netns_delivery/foreign.rs"]
 mod foreign;
+#[path = "netns_delivery/fragments.rs"]
+mod fragments;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
 #[path = "netns_delivery/old_kernel.rs"]

@@ -1,7 +1,7 @@
 //! Whole packets through the production TC program (`BPF_PROG_TEST_RUN`), against a plain-Rust oracle.
 //!
-//! Needs root. `cases` asserts hand-written packets byte by byte; `random` feeds a million random and mutated ones;
-//! `events` looks at what it tells of single ones.
+//! Needs root. `cases` asserts hand-written packets byte by byte, `fragments` datagrams that come in several; `random` feeds a
+//! million random and mutated ones; `events` looks at what it tells of single ones.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -9,6 +9,8 @@
 mod cases;
 #[path = "kernel/events.rs"]
 mod events;
+#[path = "kernel/fragments.rs"]
+mod fragments;
 #[path = "kernel/oracle.rs"]
 mod oracle;
 #[path = "kernel/packet.rs"]

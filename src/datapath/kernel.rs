@@ -18,8 +18,9 @@ pub mod skel;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
@@ -27,12 +28,12 @@ use libbpf_rs::{MapCore, MapFlags};
 use self::admission::Admissions;
 use self::attach::Attachment;
 use self::events::Events;
-use self::maps::{bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
-use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
+use self::maps::{address_key, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::skel::{DROP_REASONS, FRAGMENT_LOST, FRAGMENT_STRAY, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::table::Tables;
 use super::{Counters, Datapath};
 use crate::config::Limits;
-use crate::model::{DownstreamCounters, DropReason, ListenerCounters, ListenerId, Mode};
+use crate::model::{DownstreamCounters, DropReason, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
 /// The kernel datapath. Dropping it detaches the program everywhere and frees it.
@@ -45,6 +46,8 @@ pub struct KernelDatapath {
     admissions: Admissions,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
+    /// The addresses among them, which have keys of their own, for fragments.
+    addresses: BTreeSet<IpAddr>,
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
@@ -61,13 +64,21 @@ pub struct Setup {
     pub redirects: bool,
     /// The kernel has ring buffers (Linux 5.8), through which the program tells of single datagrams.
     pub ring_buffer: bool,
+    /// How long after the latest fragment of a datagram another is waited for.
+    pub fragment_patience: Duration,
 }
 
 impl Setup {
     /// For a current kernel.
     #[must_use]
     pub fn new(limits: &Limits) -> Setup {
-        Setup { sizes: Sizes::of(limits), redirects: true, ring_buffer: true }
+        Setup {
+            sizes: Sizes::of(limits),
+            redirects: true,
+            ring_buffer: true,
+            // Fragments of one datagram follow each other closely, and its number is used again soon.
+            fragment_patience: Duration::from_secs(2),
+        }
     }
 }
 
@@ -94,6 +105,7 @@ impl KernelDatapath {
             events,
             admissions: Admissions::default(),
             keys: BTreeMap::new(),
+            addresses: BTreeSet::new(),
             loaded,
             programmed: BTreeMap::new(),
             setup: *setup,
@@ -145,6 +157,13 @@ impl KernelDatapath {
     /// address that moves between listeners is never without an owner.
     fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         let mut wanted = BTreeMap::new();
+        let addresses: BTreeSet<IpAddr> = plan.iter().flat_map(|listener| &listener.match_addresses).copied().collect();
+        for &address in addresses.difference(&self.addresses.clone()) {
+            // The program asks only whether it is there.
+            self.set_key(&address_key(address), (ListenerId(0), 0))
+                .with_context(|| format!("cannot tell the TC program about {address}"))?;
+            self.addresses.insert(address);
+        }
         for listener in plan {
             let flags = if listener.socket_only.is_some() { LISTENER_SOCKET_ONLY } else { 0 };
             for &address in &listener.match_addresses {
@@ -155,24 +174,34 @@ impl KernelDatapath {
             if self.keys.get(&address) == Some(&owner) {
                 continue;
             }
-            let value = types::fanout_listener { id: owner.0.0, flags: owner.1 };
-            self.loaded
-                .listeners
-                .update(bytes_of(&listener_key(address)), bytes_of(&value), MapFlags::ANY)
+            self.set_key(&listener_key(address), owner)
                 .with_context(|| format!("cannot tell the TC program about {address}"))?;
             self.keys.insert(address, owner);
         }
         let gone: Vec<SocketAddr> = self.keys.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
-        gone.into_iter().try_for_each(|address| self.remove_key(address))
+        gone.into_iter().try_for_each(|address| self.remove_key(address))?;
+        for &address in self.addresses.clone().difference(&addresses) {
+            self.delete_key(&address_key(address))
+                .with_context(|| format!("cannot make the TC program forget {address}"))?;
+            self.addresses.remove(&address);
+        }
+        Ok(())
     }
 
     fn remove_key(&mut self, address: SocketAddr) -> Result<()> {
-        self.loaded
-            .listeners
-            .delete(bytes_of(&listener_key(address)))
+        self.delete_key(&listener_key(address))
             .with_context(|| format!("cannot make the TC program forget {address}"))?;
         self.keys.remove(&address);
         Ok(())
+    }
+
+    fn set_key(&self, key: &types::listener_key, (id, flags): (ListenerId, u32)) -> libbpf_rs::Result<()> {
+        let value = types::fanout_listener { id: id.0, flags };
+        self.loaded.listeners.update(bytes_of(key), bytes_of(&value), MapFlags::ANY)
+    }
+
+    fn delete_key(&self, key: &types::listener_key) -> libbpf_rs::Result<()> {
+        self.loaded.listeners.delete(bytes_of(key))
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
@@ -272,6 +301,8 @@ impl Datapath for KernelDatapath {
         for (key, [packets, bytes]) in self.tables.counters(&self.loaded)? {
             counters.downstreams.insert(key, DownstreamCounters { packets, bytes });
         }
+        let fragments = |what| Ok::<_, anyhow::Error>(sum_over_cpus::<1>(&self.loaded.fragment_stats, what)?[0]);
+        counters.fragments = FragmentCounters { strays: fragments(FRAGMENT_STRAY)?, lost: fragments(FRAGMENT_LOST)? };
         Ok(counters)
     }
 

@@ -53,6 +53,7 @@ impl Daemon {
             plan_applies: self.plan_applies,
             reloads: self.reloading.record,
             listeners,
+            fragments: kernel.as_ref().map(|counters| counters.fragments).unwrap_or_default(),
             health,
             discovery,
         })

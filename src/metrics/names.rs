@@ -106,6 +106,20 @@ pub const DOWNSTREAM_HEALTH: Metric = gauge(
     "What health checks say of the downstream: 1 for healthy or not yet known, 0 for unhealthy. Only with health checks.",
 );
 
+/// `udp_fanout_fragments_stray_total`
+pub const FRAGMENTS_STRAY: Metric = counter(
+    "udp_fanout_fragments_stray_total",
+    &[],
+    "Fragments at a listener's address that came before the first one of their datagram, or without it. Left to the host's stack.",
+);
+
+/// `udp_fanout_fragments_lost_total`
+pub const FRAGMENTS_LOST: Metric = counter(
+    "udp_fanout_fragments_lost_total",
+    &[],
+    "Fragments that could not follow the first one of their datagram, which then is forwarded in part.",
+);
+
 /// `udp_fanout_listener_mode_info`
 pub const LISTENER_MODE: Metric = gauge(
     "udp_fanout_listener_mode_info",
@@ -178,7 +192,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 22] = [
+pub const ALL: [&Metric; 24] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -190,6 +204,8 @@ pub const ALL: [&Metric; 22] = [
     &DOWNSTREAM_PACKETS,
     &DOWNSTREAM_BYTES,
     &DOWNSTREAM_HEALTH,
+    &FRAGMENTS_STRAY,
+    &FRAGMENTS_LOST,
     &LISTENER_MODE,
     &DISCOVERY_SYNCED,
     &DISCOVERY_LAST_EVENT_AGE,

@@ -31,6 +31,8 @@ pub fn render(snapshot: &Snapshot) -> String {
         let endpoint = SharedString::from_owned(checked.endpoint.to_string());
         page.gauge(&names::DOWNSTREAM_HEALTH, [listener, endpoint], f64::from(u8::from(checked.healthy)));
     }
+    page.counter(&names::FRAGMENTS_STRAY, [], snapshot.fragments.strays);
+    page.counter(&names::FRAGMENTS_LOST, [], snapshot.fragments.lost);
     for service in &snapshot.discovery {
         page.service(service);
     }

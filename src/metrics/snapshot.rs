@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use crate::datapath::Counters;
 use crate::discovery::ServiceStatus;
-use crate::model::{DownstreamCounters, ListenerCounters, Mode, Policy};
+use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
 /// Everything one scrape shows.
@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub reloads: Reloads,
     /// In the configuration's order.
     pub listeners: Vec<ListenerSnapshot>,
+    /// Fragments that could not be treated like the rest of their datagram.
+    pub fragments: FragmentCounters,
     /// The downstreams that are checked, those left out of a round included.
     pub health: Vec<HealthSnapshot>,
     /// The Services that are followed.
@@ -155,6 +157,7 @@ mod tests {
         Counters {
             listeners: [(ListenerId(id), counted)].into(),
             downstreams: downstreams.iter().map(handed).collect(),
+            ..Default::default()
         }
     }
 

@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use udp_fanout::admission::{Prefix, Sources};
 use udp_fanout::model::Policy;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, hash};
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target, hash};
 
-use crate::packet::{pseudo_sum, sum};
+use crate::fragments::{self, Incomplete};
+use crate::packet::sum;
 use crate::run::Gso;
 
 pub const UNSPEC: i32 = -1;
@@ -25,16 +26,34 @@ pub enum Fate {
     Dropped { listener: u32, datagrams: u64, bytes: u64, reason: &'static str },
     /// Ours, forwarded: up the stack or out.
     Forwarded { listener: u32, datagrams: u64, bytes: u64, to: SocketAddr, verdict: i32, packet: Vec<u8> },
+    /// A fragment of which the first has been counted for the datagram: in no listener's books.
+    Fragment { verdict: i32, packet: Vec<u8>, stray: bool, lost: bool },
 }
 
-/// A datagram as the oracle reads it.
-struct Datagram {
-    source: SocketAddr,
-    destination: SocketAddr,
-    l4: usize,
-    ttl: u8,
-    has_options: bool,
-    payload: usize,
+/// A datagram as the oracle reads it, or a fragment of one.
+pub struct Datagram {
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub l4: usize,
+    pub ttl: u8,
+    pub has_options: bool,
+    /// As the UDP header says; of a later fragment 0.
+    pub payload: usize,
+    /// Bytes behind the UDP header in this packet.
+    pub here: usize,
+    pub piece: Option<Piece>,
+}
+
+/// Which part of a datagram a fragment is.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    pub number: u32,
+    pub offset: usize,
+    pub more: bool,
+    /// Bytes behind the IP headers.
+    pub length: usize,
+    /// Of a first fragment.
+    pub udp_header: [u8; 8],
 }
 
 /// What earlier datagrams have left behind.
@@ -44,13 +63,40 @@ pub struct History {
     pub rounds: BTreeMap<u32, usize>,
     /// What senders have taken out of their buckets, which are so slow that no token comes back during a test.
     pub spent: BTreeMap<(u32, IpAddr), u64>,
+    /// Datagrams of which more fragments are to come. Nothing is forgotten for lack of time or room during a test.
+    pub incomplete: Incomplete,
 }
 
 pub fn fate(plan: &Plan, history: &mut History, frame: &[u8], gso: Gso) -> Fate {
     let Some(datagram) = read(frame) else { return Fate::Foreign };
-    let Some(listener) = plan.listeners.iter().find(|listener| matches(listener, datagram.destination)) else {
-        return Fate::Foreign;
-    };
+    match datagram.piece {
+        None => match owner(plan, &datagram) {
+            Some(listener) => judge(listener, history, &datagram, frame, gso, false).0,
+            None => Fate::Foreign,
+        },
+        Some(piece) if piece.offset > 0 => fragments::later(plan, history, &datagram, piece, frame),
+        Some(piece) => fragments::first(plan, history, &datagram, piece, frame),
+    }
+}
+
+/// The listener whose a datagram is.
+pub fn owner<'a>(plan: &'a Plan, datagram: &Datagram) -> Option<&'a ListenerPlan> {
+    let to = datagram.destination;
+    let is_for =
+        |listener: &&ListenerPlan| listener.bind.port() == to.port() && listener.match_addresses.contains(&to.ip());
+    plan.listeners.iter().find(is_for)
+}
+
+/// What becomes of a listener's datagram, whole or its first fragment, and the target chosen for it. `disordered` if other
+/// fragments have gone up the stack before it.
+pub fn judge<'a>(
+    listener: &'a ListenerPlan,
+    history: &mut History,
+    datagram: &Datagram,
+    frame: &[u8],
+    gso: Gso,
+    disordered: bool,
+) -> (Fate, Option<&'a Target>) {
     let id = listener.id.0;
     let bytes = datagram.payload as u64;
     let datagrams = match gso {
@@ -58,50 +104,78 @@ pub fn fate(plan: &Plan, history: &mut History, frame: &[u8], gso: Gso) -> Fate 
         Gso { segments: 0, size } => bytes.div_ceil(u64::from(size)).max(1),
         Gso { segments, .. } => u64::from(segments),
     };
-    let dropped = |reason| Fate::Dropped { listener: id, datagrams, bytes, reason };
+    let dropped = |reason| (Fate::Dropped { listener: id, datagrams, bytes, reason }, None);
+    let passed = (Fate::Passed { listener: id, datagrams, bytes }, None);
     if let Some(reason) = refusal(listener, history, datagram.source.ip(), datagrams) {
         return dropped(reason);
     }
-    if datagram.has_options || listener.socket_only.is_some() {
-        return Fate::Passed { listener: id, datagrams, bytes };
+    if datagram.has_options || disordered || listener.socket_only.is_some() {
+        return passed;
     }
     if listener.table.is_empty() {
         return dropped("no_downstream");
     }
+    let target = &listener.targets[listener.table[place(listener, history, datagram, frame)] as usize];
+    let longest = match gso.size {
+        0 => length(datagram),
+        size => datagram.l4 - 14 + 8 + datagram.payload.min(size as usize),
+    };
+    match way(target, datagram, longest) {
+        Way::Out(verdict, hop) => {
+            let packet = rewritten(frame, datagram, target.downstream.address, hop);
+            let to = target.downstream.address;
+            (Fate::Forwarded { listener: id, datagrams, bytes, to, verdict, packet }, Some(target))
+        }
+        Way::TooLong => passed,
+        Way::Nowhere(reason) => dropped(reason),
+    }
+}
+
+/// The IP packet's length.
+pub fn length(datagram: &Datagram) -> usize {
+    match datagram.piece {
+        Some(Piece { offset: 1.., length, .. }) => datagram.l4 - 14 + length,
+        _ => datagram.l4 - 14 + 8 + datagram.here,
+    }
+}
+
+/// How a packet gets to a target.
+pub enum Way {
+    /// With this verdict, so many hops older.
+    Out(i32, u8),
+    TooLong,
+    Nowhere(&'static str),
+}
+
+/// The way of a packet of which the longest part has this length.
+pub fn way(target: &Target, datagram: &Datagram, length: usize) -> Way {
+    match target.delivery {
+        Delivery::Unreachable => Way::Nowhere("no_route"),
+        Delivery::Local => Way::Out(UNSPEC, 0),
+        Delivery::Neighbour { .. } | Delivery::Bare { .. } if datagram.ttl <= 1 => Way::Nowhere("ttl_expired"),
+        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } if length > mtu as usize => Way::TooLong,
+        Delivery::Neighbour { .. } | Delivery::Bare { .. } => Way::Out(REDIRECT, 1),
+    }
+}
+
+/// The place in the table that the policy says.
+fn place(listener: &ListenerPlan, history: &mut History, datagram: &Datagram, frame: &[u8]) -> usize {
     let slots = listener.table.len();
     let mut turn = || {
-        let place = history.rounds.entry(id).or_default();
+        let place = history.rounds.entry(listener.id.0).or_default();
         std::mem::replace(place, (*place + 1) % slots)
     };
     let hashed = |hash| hash::place(hash, slots as u32) as usize;
-    let place = match listener.policy {
+    match listener.policy {
         Policy::RoundRobin => turn(),
         Policy::Hash(on) => hashed(hash::flow_hash(on, datagram.source, datagram.destination)),
         // Copies go out as clones, which a test run cannot show; namespaces test them.
         Policy::Replicate => unreachable!("no replicating listener in these plans"),
-        Policy::GelfMessage => match gelf_message(&frame[datagram.l4 + 8..][..datagram.payload]) {
+        Policy::GelfMessage => match gelf_message(&frame[datagram.l4 + 8..][..datagram.here]) {
             Some(message) => hashed(hash::message_hash(message)),
             None => turn(),
         },
-    };
-    let target = &listener.targets[listener.table[place] as usize];
-    let to = target.downstream.address;
-    let (verdict, hop) = match target.delivery {
-        Delivery::Unreachable => return dropped("no_route"),
-        Delivery::Local => (UNSPEC, 0),
-        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => {
-            if datagram.ttl <= 1 {
-                return dropped("ttl_expired");
-            }
-            let carried = if gso.size > 0 { datagram.payload.min(gso.size as usize) } else { datagram.payload };
-            if datagram.l4 - 14 + 8 + carried > mtu as usize {
-                return Fate::Passed { listener: id, datagrams, bytes };
-            }
-            (REDIRECT, 1)
-        }
-    };
-    let packet = rewritten(frame, &datagram, to, hop);
-    Fate::Forwarded { listener: id, datagrams, bytes, to, verdict, packet }
+    }
 }
 
 /// Why the sender's datagrams are not taken.
@@ -157,10 +231,6 @@ fn gelf_message(payload: &[u8]) -> Option<[u8; 8]> {
     payload.strip_prefix(&[0x1e, 0x0f])?.first_chunk().copied()
 }
 
-fn matches(listener: &ListenerPlan, destination: SocketAddr) -> bool {
-    listener.bind.port() == destination.port() && listener.match_addresses.contains(&destination.ip())
-}
-
 fn read(frame: &[u8]) -> Option<Datagram> {
     // eth_type_trans: addressed to the receiving device (the loopback one, all zeros), else not for this host.
     if frame.get(..6)? != [0; 6] {
@@ -176,79 +246,110 @@ fn read(frame: &[u8]) -> Option<Datagram> {
 fn read_v4(frame: &[u8]) -> Option<Datagram> {
     let ip = &frame[14..];
     let header = ip.get(..20)?;
+    let word = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
     let ihl = usize::from(header[0] & 15) * 4;
-    let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
-    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
+    let total = usize::from(word(2));
     let source = Ipv4Addr::new(header[12], header[13], header[14], header[15]);
     let destination = Ipv4Addr::new(header[16], header[17], header[18], header[19]);
     let well_formed = header[0] >> 4 == 4
         && header[9] == 17
         && ihl >= 20
-        && total >= ihl + 8
+        && total >= ihl
         && total <= ip.len()
-        && fragment == 0
         && (ihl > 20 || sum(header, 0) == 0xffff);
     let martian = source.octets()[0] == 0 || source.is_loopback() || source.octets()[0] >= 224;
     if !well_formed || martian {
         return None;
     }
-    read_udp(frame, 14 + ihl, total - ihl, header[8], source.into(), destination.into(), ihl > 20)
+    let length = total - ihl;
+    let (offset, more) = (usize::from(word(6) & 0x1fff) * 8, word(6) & 0x2000 != 0);
+    let piece = if offset > 0 || more { Some(piece(word(4).into(), offset, more, length)?) } else { None };
+    let ends = (source.into(), destination.into());
+    read_udp(frame, 14 + ihl, length, Datagram { has_options: ihl > 20, ..headless(ends, header[8], piece) })
 }
 
 fn read_v6(frame: &[u8]) -> Option<Datagram> {
     let ip = &frame[14..];
-    let header = ip.get(..40)?;
+    let header = ip.get(..48)?;
     let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
     let address = |at: usize| Ipv6Addr::from(<[u8; 16]>::try_from(&header[at..at + 16]).unwrap());
     let (source, destination) = (address(8), address(24));
-    let well_formed = header[0] >> 4 == 6 && header[6] == 17 && length >= 8 && 40 + length <= ip.len();
-    if !well_formed || source.is_multicast() || source.is_loopback() || source.is_unspecified() {
+    // Unspecified, loopback, and IPv4 in IPv6 notation.
+    let not_of_the_wire = |address: Ipv6Addr| address.segments()[..4] == [0; 4];
+    let well_formed = header[0] >> 4 == 6 && 40 + length <= ip.len();
+    if !well_formed || source.is_multicast() || not_of_the_wire(source) || not_of_the_wire(destination) {
         return None;
     }
-    if ip[46..48] == [0, 0] {
-        return None;
+    let ends = (source.into(), destination.into());
+    match header[6] {
+        17 => read_udp(frame, 54, length, headless(ends, header[7], None)),
+        44 if header[40] == 17 && length >= 8 => {
+            let field = u16::from_be_bytes([header[42], header[43]]);
+            let number = u32::from_be_bytes([header[44], header[45], header[46], header[47]]);
+            let (offset, more) = (usize::from(field & 0xfff8), field & 1 != 0);
+            // One that is the whole is no fragment to follow.
+            let piece = (offset > 0 || more).then(|| piece(number, offset, more, length - 8))??;
+            read_udp(frame, 62, length - 8, headless(ends, header[7], Some(piece)))
+        }
+        _ => None,
     }
-    read_udp(frame, 54, length, header[7], source.into(), destination.into(), false)
 }
 
-fn read_udp(
-    frame: &[u8],
-    l4: usize,
-    room: usize,
-    ttl: u8,
-    source: IpAddr,
-    destination: IpAddr,
-    has_options: bool,
-) -> Option<Datagram> {
-    let udp = frame.get(l4..l4 + 8)?;
+fn piece(number: u32, offset: usize, more: bool, length: usize) -> Option<Piece> {
+    let well_formed = length > 0 && offset + length <= 65_535 && (!more || length.is_multiple_of(8));
+    well_formed.then_some(Piece { number, offset, more, length, udp_header: [0; 8] })
+}
+
+/// What is known without the UDP header.
+fn headless((source, destination): (IpAddr, IpAddr), ttl: u8, piece: Option<Piece>) -> Datagram {
+    Datagram {
+        source: SocketAddr::new(source, 0),
+        destination: SocketAddr::new(destination, 0),
+        l4: 0,
+        ttl,
+        has_options: false,
+        payload: 0,
+        here: 0,
+        piece,
+    }
+}
+
+fn read_udp(frame: &[u8], l4: usize, room: usize, mut datagram: Datagram) -> Option<Datagram> {
+    datagram.l4 = l4;
+    if datagram.piece.is_some_and(|piece| piece.offset > 0) {
+        return Some(datagram);
+    }
+    let udp: [u8; 8] = frame.get(l4..l4 + 8)?.try_into().unwrap();
     let word = |at: usize| u16::from_be_bytes([udp[at], udp[at + 1]]);
     let length = usize::from(word(4));
-    if length < 8 || length > room {
+    let ends_here = length <= room;
+    if room < 8 || length < 8 || ends_here == datagram.piece.is_some() {
         return None;
     }
-    Some(Datagram {
-        source: SocketAddr::new(source, word(0)),
-        destination: SocketAddr::new(destination, word(2)),
-        l4,
-        ttl,
-        has_options,
-        payload: length - 8,
-    })
+    if datagram.source.is_ipv6() && word(6) == 0 {
+        return None;
+    }
+    datagram.source.set_port(word(0));
+    datagram.destination.set_port(word(2));
+    datagram.payload = length - 8;
+    datagram.here = length.min(room) - 8;
+    if let Some(piece) = &mut datagram.piece {
+        piece.udp_header = udp;
+    }
+    Some(datagram)
 }
 
 /// The frame with its new destination. Checksums are moved by the difference, not made right: a datagram that was
 /// damaged on its way must still be recognised as damaged by its receiver.
-fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, hop: u8) -> Vec<u8> {
+pub fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, hop: u8) -> Vec<u8> {
     let mut packet = frame.to_vec();
-    let udp_len = datagram.payload + 8;
-    let old = pseudo_sum(datagram.source.ip(), datagram.destination.ip(), udp_len);
-    let new = pseudo_sum(datagram.source.ip(), to.ip(), udp_len);
     match to.ip() {
         IpAddr::V4(v4) => {
             packet[30..34].copy_from_slice(&v4.octets());
             packet[22] -= hop;
-            packet[24..26].fill(0);
-            let check = !sum(&packet[14..34], 0);
+            // All that has changed: time to live and protocol, and the address.
+            let changed = |frame: &[u8]| [&frame[22..24], &frame[30..34]].concat();
+            let check = moved([frame[24], frame[25]], &changed(frame), &changed(&packet));
             packet[24..26].copy_from_slice(&check.to_be_bytes());
         }
         IpAddr::V6(v6) => {
@@ -256,17 +357,32 @@ fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, hop: u8) -> Vec<
             packet[21] -= hop;
         }
     }
+    if datagram.piece.is_some_and(|piece| piece.offset > 0) {
+        return packet;
+    }
     let at = datagram.l4;
     packet[at + 2..at + 4].copy_from_slice(&to.port().to_be_bytes());
-    let check = u16::from_be_bytes([packet[at + 6], packet[at + 7]]);
-    if check != 0 {
-        let words = [!check, !sum(&[], old), sum(&[], new), !datagram.destination.port(), to.port()];
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        let moved = match !sum(&bytes, 0) {
+    if packet[at + 6..at + 8] != [0, 0] {
+        let covered = |to: SocketAddr| {
+            let octets = match to.ip() {
+                IpAddr::V4(v4) => v4.octets().to_vec(),
+                IpAddr::V6(v6) => v6.octets().to_vec(),
+            };
+            [octets, to.port().to_be_bytes().to_vec()].concat()
+        };
+        let check = [packet[at + 6], packet[at + 7]];
+        let check = match moved(check, &covered(datagram.destination), &covered(to)) {
             0 => 0xffff,
             check => check,
         };
-        packet[at + 6..at + 8].copy_from_slice(&moved.to_be_bytes());
+        packet[at + 6..at + 8].copy_from_slice(&check.to_be_bytes());
     }
     packet
+}
+
+/// A checksum after what it covers has changed (RFC 1624).
+fn moved(check: [u8; 2], before: &[u8], after: &[u8]) -> u16 {
+    let words = [!u16::from_be_bytes(check), !sum(before, 0), sum(after, 0)];
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+    !sum(&bytes, 0)
 }

@@ -92,6 +92,38 @@ impl Frame {
     }
 }
 
+/// A frame's datagram in fragments of at most so many bytes, a multiple of eight, as a sender or router makes them. IPv6
+/// frames get a fragment header.
+pub fn fragmented(frame: &[u8], size: usize, number: u32) -> Vec<Vec<u8>> {
+    assert!(size.is_multiple_of(8) && size > 0);
+    let v6 = frame[12..14] == [0x86, 0xdd];
+    let header = if v6 { 54 } else { 14 + usize::from(frame[14] & 15) * 4 };
+    let body = &frame[header..];
+    let count = body.len().div_ceil(size);
+    let part = |index: usize| {
+        let (offset, piece) = (index * size, &body[index * size..body.len().min((index + 1) * size)]);
+        let more = index + 1 < count;
+        let mut fragment = frame[..header].to_vec();
+        if v6 {
+            let next = std::mem::replace(&mut fragment[20], 44);
+            fragment[18..20].copy_from_slice(&((8 + piece.len()) as u16).to_be_bytes());
+            fragment.extend([next, 0]);
+            fragment.extend((offset as u16 | u16::from(more)).to_be_bytes());
+            fragment.extend(number.to_be_bytes());
+        } else {
+            fragment[16..18].copy_from_slice(&((header - 14 + piece.len()) as u16).to_be_bytes());
+            fragment[18..20].copy_from_slice(&(number as u16).to_be_bytes());
+            fragment[20..22].copy_from_slice(&((offset / 8) as u16 | if more { 0x2000 } else { 0 }).to_be_bytes());
+            fragment[24..26].fill(0);
+            let check = !sum(&fragment[14..header], 0);
+            fragment[24..26].copy_from_slice(&check.to_be_bytes());
+        }
+        fragment.extend(piece);
+        fragment
+    };
+    (0..count).map(part).collect()
+}
+
 fn chosen(what: Checksum, right: u16) -> u16 {
     match what {
         Checksum::Right => right,

@@ -1,4 +1,4 @@
-//! Datagrams of every size and state: too long for the way out, in fragments, with and without checksums, many in one
+//! Datagrams of every size and state: too long for the way out, with and without checksums, many in one
 //! packet, from the gateway itself.
 
 use std::os::fd::AsRawFd;
@@ -9,7 +9,7 @@ use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Report, Sende
 use crate::wire::{Wire, mac, udp_errors};
 
 /// Lets the sender send packets of up to this many bytes to the gateway.
-fn widen_ingress(lab: &Lab, mtu: u32) {
+pub fn widen_ingress(lab: &Lab, mtu: u32) {
     lab.sender.ip(&format!("link set eth0 mtu {mtu}")).unwrap();
     lab.gateway.ip(&format!("link set {INGRESS} mtu {mtu}")).unwrap();
 }
@@ -45,20 +45,6 @@ fn netns_datagrams_too_long_for_the_way_out_go_through_the_socket_whole() {
         assert_eq!(report.counts(), [20; 3], "{report}");
         let kernel = Books { received: 420, forwarded: 300, dropped: 0, passed: 120 };
         audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(120));
-    }
-}
-
-#[test]
-fn netns_datagrams_in_fragments_go_through_the_socket_whole() {
-    for (mode, ipv6) in [("tc_ebpf", false), ("tc_ebpf", true), ("userspace", false), ("userspace", true)] {
-        let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).ipv6(ipv6).build().unwrap();
-        let daemon = start(&lab, &DaemonConfig::for_lab(&lab, mode));
-        for payload in [1_473, 5_000, 65_507] {
-            let report = send_all(&lab, payload, 20);
-            assert_eq!(report.counts(), [10, 10], "{payload} bytes: {report}");
-        }
-        let kernel = (mode == "tc_ebpf").then_some(Books::NOTHING);
-        audit(&daemon, &lab.gateway, kernel, Books::forwarded(60));
     }
 }
 

@@ -15,7 +15,8 @@ use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 use super::admission::Admission;
 use super::arena::Region;
 use super::skel::{
-    DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, types,
+    DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, KEY_ADDRESS,
+    KEY_LISTENER, types,
 };
 use crate::plan::{Delivery, Target};
 
@@ -222,7 +223,13 @@ fn words(octets: [u8; 16]) -> [u32; 4] {
 /// The key under which datagrams to this address and port are found.
 #[must_use]
 pub fn listener_key(address: SocketAddr) -> types::listener_key {
-    types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), pad: 0 }
+    types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), scope: KEY_LISTENER }
+}
+
+/// The key that says that an address is some listener's.
+#[must_use]
+pub fn address_key(address: IpAddr) -> types::listener_key {
+    types::listener_key { addr_be: mapped_words(address), port_be: 0, scope: KEY_ADDRESS }
 }
 
 /// A downstream as the program sees it.

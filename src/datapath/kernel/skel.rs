@@ -34,6 +34,14 @@ pub use generated::types;
 pub const DROP_REASONS: u32 = 7;
 /// `LISTENER_SOCKET_ONLY`.
 pub const LISTENER_SOCKET_ONLY: u32 = 1;
+/// `KEY_LISTENER`.
+pub const KEY_LISTENER: u16 = 0;
+/// `KEY_ADDRESS`.
+pub const KEY_ADDRESS: u16 = 1;
+/// `FRAGMENT_STRAY`.
+pub const FRAGMENT_STRAY: u32 = 0;
+/// `FRAGMENT_LOST`.
+pub const FRAGMENT_LOST: u32 = 1;
 /// `SOURCE_DENIED`.
 pub const SOURCE_DENIED: u32 = 0;
 /// `SOURCE_ALLOWED`.
@@ -68,6 +76,7 @@ pub fn policy_number(policy: Policy) -> u32 {
 const _: () = {
     assert!(size_of::<types::listener_key>() == 20);
     assert!(offset_of!(types::listener_key, port_be) == 16);
+    assert!(offset_of!(types::listener_key, scope) == 18);
     assert!(size_of::<types::fanout_listener>() == 8);
     assert!(size_of::<types::listener_state>() == 56);
     assert!(offset_of!(types::listener_state, policy) == 8);
@@ -126,6 +135,8 @@ pub struct Loaded {
     pub copy_drops: MapHandle,
     /// Downstream id to counters.
     pub downstream_stats: MapHandle,
+    /// What fragments could not follow the rest of their datagram.
+    pub fragment_stats: MapHandle,
     /// Downstream id to where its neighbour was last found.
     pub next_hops: MapHandle,
     /// Single datagrams that the program tells of, if the kernel has ring buffers.
@@ -183,6 +194,7 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
     let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
     settings.has_redirects = u32::from(setup.redirects);
     settings.has_events = u32::from(setup.ring_buffer);
+    settings.fragment_patience = u64::try_from(setup.fragment_patience.as_nanos()).unwrap_or(u64::MAX);
     let maps = &mut open.maps;
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
@@ -224,6 +236,7 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
         drops: handle(&maps.DROPS)?,
         copy_drops: handle(&maps.COPY_DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
+        fragment_stats: handle(&maps.FRAGMENT_STAT)?,
         next_hops: handle(&maps.next_hops)?,
         events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
         trace: handle(&maps.data_trace)?,
@@ -285,6 +298,10 @@ mod tests {
         ] {
             assert_eq!(value(name), u64::from(flag), "{name}");
         }
+        assert_eq!(value("KEY_LISTENER"), u64::from(KEY_LISTENER));
+        assert_eq!(value("KEY_ADDRESS"), u64::from(KEY_ADDRESS));
+        assert_eq!(value("FRAGMENT_STRAY"), u64::from(FRAGMENT_STRAY));
+        assert_eq!(value("FRAGMENT_LOST"), u64::from(FRAGMENT_LOST));
         assert_eq!(value("SOURCE_DENIED"), u64::from(SOURCE_DENIED));
         assert_eq!(value("SOURCE_ALLOWED"), u64::from(SOURCE_ALLOWED));
         assert_eq!(1_000_000_000 << value("METER_TICKS_SHIFT"), crate::admission::TICKS_PER_SECOND);

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::discovery::ErrorKind;
 use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies, Reloads};
-use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters, Mode};
+use crate::model::{DownstreamCounters, DropReason, Drops, FragmentCounters, ListenerCounters, Mode};
 
 /// Label values by label name.
 type Labels = BTreeMap<String, String>;
@@ -116,6 +116,7 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
             last_success: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
         },
         listeners,
+        fragments: FragmentCounters { strays: 6, lost: 1 },
         health: vec![HealthSnapshot {
             listener: "syslog".into(),
             endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
