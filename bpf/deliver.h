@@ -26,13 +26,22 @@ const volatile __u32 has_redirects = 1;
 /* How many ticks what was found is believed: until the end of the tick after the one it was found in. */
 #define NEXT_HOP_TICKS 2
 
+/* bpf_redirect_neigh() takes no frame that is addressed to a group, although it puts another address there. */
+static __always_inline int address_to_nobody(struct __sk_buff *skb)
+{
+	static const __u8 nobody[12];
+
+	return bpf_skb_store_bytes(skb, 0, nobody, sizeof(nobody), 0);
+}
+
 /* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
-static __always_inline int redirect_to_neighbour(struct packet *pkt, __u32 ifindex, __u8 family,
+static __always_inline int redirect_to_neighbour(struct __sk_buff *skb, struct packet *pkt,
+						 __u32 ifindex, __u8 family,
 						 const __be32 *next_hop_be)
 {
 	struct bpf_redir_neigh next_hop = { .nh_family = family };
 
-	if (!has_redirects)
+	if (!has_redirects || (pkt->group && address_to_nobody(skb)))
 		return TC_ACT_SHOT;
 	pkt->way = WAY_NEIGHBOUR;
 	__builtin_memcpy(next_hop.ipv6_nh, next_hop_be, sizeof(next_hop.ipv6_nh));
@@ -139,8 +148,18 @@ static __noinline int look_up_and_redirect(struct __sk_buff *skb, struct packet 
 	if (straight && leads_into_pod(to, known))
 		return redirect_known(skb, pkt, to, known, straight);
 	if (routed)
-		return redirect_to_neighbour(pkt, fib.ifindex, fib.family, (__be32 *)fib.ipv6_dst);
-	return redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
+		return redirect_to_neighbour(skb, pkt, fib.ifindex, fib.family,
+					     (__be32 *)fib.ipv6_dst);
+	return redirect_to_neighbour(skb, pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
+}
+
+/* Looks up and remembers. A function of its own, as above. */
+static __noinline int look_up_only(struct __sk_buff *skb, const struct packet *pkt,
+				   const struct downstream *to, struct next_hop *known)
+{
+	struct bpf_fib_lookup fib = {};
+
+	return look_up(skb, pkt, to, known, &fib);
 }
 
 /*
@@ -150,7 +169,6 @@ static __noinline int look_up_and_redirect(struct __sk_buff *skb, struct packet 
 static __always_inline bool has_way_out(struct __sk_buff *skb, const struct packet *pkt,
 					const struct downstream *to, __u32 to_id)
 {
-	struct bpf_fib_lookup fib = {};
 	struct next_hop *known;
 
 	if (has_redirects || to->flags & DOWNSTREAM_BARE)
@@ -159,7 +177,7 @@ static __always_inline bool has_way_out(struct __sk_buff *skb, const struct pack
 	if (!known)
 		return false;
 	if (!fresh(known))
-		look_up(skb, pkt, to, known, &fib);
+		look_up_only(skb, pkt, to, known);
 	return known->ifindex;
 }
 

@@ -74,7 +74,7 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 {
 	const struct downstream *to = outcome->to;
 
-	if (pkt->ttl <= 1)
+	if (!may_travel(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
 	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
 	if (pkt->ip_len > to->mtu)
@@ -98,7 +98,7 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 {
 	int verdict = TC_ACT_SHOT;
 
-	if (pkt->ttl <= 1)
+	if (!may_travel(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
 	if (pkt->ip_len > table->least_mtu)
 		return pass(outcome);

@@ -171,8 +171,7 @@ enum event_kind {
 	EVENT_FORWARDED = 0,
 	EVENT_PASSED = 1, /* left to the listener's socket */
 	EVENT_DROPPED = 2,
-	EVENT_COPIED =
-		3, /* one copy of a replicated datagram; EVENT_FORWARDED comes when all have been made */
+	EVENT_COPIED = 3, /* one copy; EVENT_FORWARDED comes when all have been made */
 	EVENT_COPY_DROPPED = 4,
 };
 

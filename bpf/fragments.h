@@ -171,7 +171,7 @@ static __always_inline int forward_fragment(struct __sk_buff *skb, struct packet
 		return lose_fragment();
 	if (to->delivery == DELIVER_LOCAL)
 		return rewrite_destination(skb, pkt, to, later) ? lose_fragment() : TC_ACT_UNSPEC;
-	if (to->delivery != DELIVER_NEIGHBOUR || pkt->ttl <= 1 || pkt->ip_len > to->mtu ||
+	if (to->delivery != DELIVER_NEIGHBOUR || !may_travel(pkt) || pkt->ip_len > to->mtu ||
 	    !has_way_out(skb, pkt, to, to_id) || rewrite_destination(skb, pkt, to, later) ||
 	    decrement_ttl(skb, pkt) || deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
 		return lose_fragment();

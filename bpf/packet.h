@@ -30,6 +30,7 @@ struct packet {
 	__u8 ttl;
 	bool v6;
 	bool exotic; /* ours, but only the socket can do it justice */
+	bool group; /* sent to a multicast group */
 	__u8 way; /* enum way: how it was delivered, for events.h */
 	__u8 part; /* enum part */
 	__u8 fate; /* enum fragments_fate, of a first fragment */

@@ -9,6 +9,7 @@
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86DD
 #define PACKET_HOST 0
+#define PACKET_MULTICAST 2
 #define IPV4_MORE 0x2000 /* fragments to come */
 #define IPV4_OFFSET 0x1fff /* in 8 bytes */
 #define NEXTHDR_FRAGMENT 44
@@ -25,26 +26,36 @@ enum parse_result {
 };
 
 /*
- * Where the frame's directly readable bytes begin and end. In assembly, because the verifier wants these two loads at
- * constant offsets from the unmodified context pointer, and clang would merge those of different branches.
+ * A field of the context, such as where the frame's directly readable bytes begin and end. In assembly, because the
+ * verifier wants these loads at constant offsets from the unmodified context pointer, and clang would merge those of
+ * different branches.
  */
-#define CTX_POINTER(skb, field)                                                                \
+#define CTX_FIELD(type, skb, field)                                                            \
 	({                                                                                     \
-		void *pointer;                                                                 \
+		type value;                                                                    \
 		asm volatile("%0 = *(u32 *)(%1 + %2)"                                          \
-			     : "=r"(pointer)                                                   \
+			     : "=r"(value)                                                     \
 			     : "r"(skb), "i"(offsetof(struct __sk_buff, field)), "m"(*(skb))); \
-		pointer;                                                                       \
+		value;                                                                         \
 	})
+
+/* The mark of a clone that has been sent around (replicate.h): this in the upper byte, the downstream's id below. */
+#define AROUND_MARK 0xfa000000
+#define AROUND_MASK 0xff000000
+
+static __always_inline bool came_around(struct __sk_buff *skb)
+{
+	return (CTX_FIELD(__u32, skb, mark) & AROUND_MASK) == AROUND_MARK;
+}
 
 static __always_inline void *frame_start(struct __sk_buff *skb)
 {
-	return CTX_POINTER(skb, data);
+	return CTX_FIELD(void *, skb, data);
 }
 
 static __always_inline void *frame_end(struct __sk_buff *skb)
 {
-	return CTX_POINTER(skb, data_end);
+	return CTX_FIELD(void *, skb, data_end);
 }
 
 /* Makes the first `need` bytes of the frame directly readable. False if the frame is shorter. */
@@ -82,9 +93,24 @@ static __always_inline bool ipv6_hidden_ipv4(const struct in6_addr *addr)
 	return !addr->in6_u.u6_addr32[0] && !addr->in6_u.u6_addr32[1];
 }
 
+/* fe80::/10: means nothing beyond its link, so that no packet with it may leave for another (RFC 4291, 2.5.6). */
+static __always_inline bool ipv6_link_local(const struct in6_addr *addr)
+{
+	return (addr->in6_u.u6_addr32[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 static __always_inline bool ipv6_martian(const struct in6_addr *addr)
 {
 	return ipv6_hidden_ipv4(addr) || addr->in6_u.u6_addr8[0] == 0xff;
+}
+
+/*
+ * True if the link-layer address is of the same sort as the IP address. A clone that comes around has the one of before.
+ */
+static __always_inline bool fits_its_frame(struct __sk_buff *skb, bool to_group)
+{
+	return to_group == (CTX_FIELD(__u32, skb, pkt_type) == PACKET_MULTICAST) ||
+	       came_around(skb);
 }
 
 /*
@@ -193,6 +219,9 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	pkt->src_be[3] = ip->saddr;
 	pkt->l4_off = L3_OFF + ihl;
 	pkt->ip_len = total;
+	pkt->group = (bpf_ntohl(ip->daddr) & 0xf0000000) == 0xe0000000;
+	if (!fits_its_frame(skb, pkt->group))
+		return PARSE_FOREIGN;
 	flags = bpf_ntohs(ip->frag_off);
 	if (flags & (IPV4_MORE | IPV4_OFFSET)) {
 		if (!parse_fragment(pkt, ip->id, (flags & IPV4_OFFSET) * 8, flags & IPV4_MORE,
@@ -225,7 +254,10 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	    ipv6_martian(&ip->saddr) || ipv6_hidden_ipv4(&ip->daddr))
 		return PARSE_FOREIGN;
 	pkt->v6 = true;
-	pkt->exotic = false;
+	pkt->exotic = ipv6_link_local(&ip->saddr);
+	pkt->group = ip->daddr.in6_u.u6_addr8[0] == 0xff;
+	if (!fits_its_frame(skb, pkt->group))
+		return PARSE_FOREIGN;
 	pkt->ttl = ip->hop_limit;
 	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
 	__builtin_memcpy(pkt->src_be, &ip->saddr, sizeof(pkt->src_be));
@@ -249,8 +281,10 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 
 static __always_inline enum parse_result parse(struct __sk_buff *skb, struct packet *pkt)
 {
+	__u32 type = CTX_FIELD(__u32, skb, pkt_type);
+
 	/* Frames for other hosts that a promiscuous device lets in, and tagged ones, which a VLAN device will untag. */
-	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+	if ((type != PACKET_HOST && type != PACKET_MULTICAST) || skb->vlan_present)
 		return PARSE_FOREIGN;
 	pkt->dst.scope = KEY_LISTENER;
 	if (skb->protocol == bpf_htons(ETH_P_IP))

@@ -11,10 +11,6 @@
 #ifndef FANOUT_REPLICATE_H
 #define FANOUT_REPLICATE_H
 
-/* The mark of a clone that has been sent around: this in the upper byte, the downstream's id below. */
-#define AROUND_MARK 0xfa000000
-#define AROUND_MASK 0xff000000
-
 /*
  * A clone that enters this host once more. The kernel looks at the link-layer address again and leaves to others what
  * is not addressed to this host, so the one that the packet came with must be there, and not a downstream's.
@@ -42,12 +38,6 @@ static __always_inline int send_around(struct __sk_buff *skb, const struct work 
 	return err;
 }
 
-/* A clone of ours that has come around: delivered, and not counted again. */
-static __always_inline bool came_around(const struct __sk_buff *skb)
-{
-	return (skb->mark & AROUND_MASK) == AROUND_MARK;
-}
-
 static __always_inline bool is_for(const struct packet *pkt, const struct downstream *to)
 {
 	return pkt->dst.addr_be[0] == to->addr_be[0] && pkt->dst.addr_be[1] == to->addr_be[1] &&
@@ -67,8 +57,11 @@ static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *p
 	if (!to || to->delivery == DELIVER_NOWHERE || !is_for(pkt, to))
 		return false;
 	skb->mark = 0;
+	/* The datagram is, but its frame may have come for a group. */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	pkt->group = true;
 	if (to->delivery == DELIVER_NEIGHBOUR)
-		*verdict = redirect_to_neighbour(pkt, to->ifindex, to->next_hop_family,
+		*verdict = redirect_to_neighbour(skb, pkt, to->ifindex, to->next_hop_family,
 						 to->next_hop_be);
 	return true;
 }

@@ -64,16 +64,32 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 static __always_inline int rewrite_destination(struct __sk_buff *skb, const struct packet *pkt,
 					       const struct downstream *to, bool later)
 {
-	int err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be, later)
-			  : rewrite_ipv4(skb, pkt, to->addr_be[3], later);
+	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
+	int err;
 
+	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
+		return -1;
+	err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be, later)
+		      : rewrite_ipv4(skb, pkt, to->addr_be[3], later);
 	return err || later ? err : rewrite_port(skb, pkt, to->port_be);
 }
 
-/* One hop less to live, as any router would (RFC 1812, 5.3.1). The caller has seen that it is above 1. */
+/* How long to live a datagram to a group has from here on: as long as one that a host sends (RFC 1340). */
+#define DEFAULT_TTL 64
+
+/*
+ * True if the datagram may travel on. The time to live of one that was sent to a group says how far the group reaches,
+ * most often not beyond its link, and nothing about a single receiver.
+ */
+static __always_inline bool may_travel(const struct packet *pkt)
+{
+	return pkt->ttl > 1 || pkt->group;
+}
+
+/* One hop less to live, as any router would (RFC 1812, 5.3.1). The caller has seen that it may travel. */
 static __always_inline int decrement_ttl(struct __sk_buff *skb, const struct packet *pkt)
 {
-	__u8 ttl = pkt->ttl - 1;
+	__u8 ttl = pkt->group ? DEFAULT_TTL : pkt->ttl - 1;
 
 	if (pkt->v6)
 		return bpf_skb_store_bytes(skb, IPV6_OFF(hop_limit), &ttl, sizeof(ttl),

@@ -205,7 +205,7 @@ impl Controller {
     }
 
     fn missing_interface(&self, listener: &Listener) -> Result<(), String> {
-        if listener.choice.mode == Mode::Userspace {
+        if listener.choice.mode == Mode::Userspace && !listener.config.bind.ip().is_multicast() {
             return Ok(());
         }
         mode::interfaces_present(&listener.config.interfaces, &self.facts)
@@ -340,13 +340,15 @@ impl Controller {
                 warnings.push(format!("listener {name:?}: its socket forwards everything, because {reason}"));
             }
             if let Some(Err(missing)) = choices.get(&listener.id).map(|listener| self.missing_interface(listener)) {
-                warnings.push(format!("listener {name:?}: {missing}; attaching when it appears"));
+                warnings.push(format!("listener {name:?}: {missing}; serving it when it appears"));
             }
             if listener.mode == Mode::Userspace {
                 continue;
             }
             let bind = listener.bind.ip();
-            let owned = |ip| self.facts.addresses.iter().any(|own| own.address == ip) || bind.is_loopback();
+            let owned = |ip| {
+                self.facts.addresses.iter().any(|own| own.address == ip) || bind.is_loopback() || bind.is_multicast()
+            };
             if !bind.is_unspecified() && !owned(bind) {
                 warnings.push(format!(
                     "listener {name:?}: no interface of this host has {bind}: what the TC program leaves to the socket \

@@ -34,13 +34,15 @@ pub struct ListenerPlan {
     pub name: Arc<str>,
     /// Which datapath carries it. The userspace datapath serves both modes.
     pub mode: Mode,
-    /// The address of the listener's ordinary socket.
+    /// The address of the listener's ordinary socket. A group that is another one on each link names its link.
     pub bind: SocketAddr,
     /// The addresses the TC program matches: `bind`, or the host's addresses where that is a wildcard.
     /// Empty in userspace mode.
     pub match_addresses: Vec<IpAddr>,
     /// The interfaces the TC program must be attached to. Empty in userspace mode.
     pub links: Vec<LinkRef>,
+    /// The interfaces on which the group that `bind` is must be joined. Empty where it is no multicast group.
+    pub joins: Vec<LinkRef>,
     /// How the index into the table is computed.
     pub policy: Policy,
     /// Who may send.

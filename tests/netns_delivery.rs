@@ -6,6 +6,7 @@
 //! - `overlays`: where network plugins put them.
 //! - `packets`: sizes, checksums, super-packets. `fragments`: datagrams that come in several. `foreign`: what is not a listener's datagram.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
+//! - `multicast`: listeners that join a group.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
 //! - `pods`: straight into them, past whoever does not mind.
 //! - `old_kernel`: without the helpers of 5.10.
@@ -25,6 +26,8 @@ mod foreign;
 mod fragments;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
+#[path = "netns_delivery/multicast.rs"]
+mod multicast;
 #[path = "netns_delivery/old_kernel.rs"]
 mod old_kernel;
 #[path = "netns_delivery/overlays.rs"]

@@ -175,14 +175,14 @@ pub static LISTENER: &[Key] = &[
         Kind::Text("IP:port"),
         Absent::Refused,
         "\"0.0.0.0:5514\"",
-        "The address and port that senders send to. `0.0.0.0` stands for all IPv4 addresses of the host and `[::]` for all its IPv6 addresses, and only those. No two listeners share an address and port.",
+        "The address and port that senders send to. `0.0.0.0` stands for all IPv4 addresses of the host and `[::]` for all its IPv6 addresses, and only those. A multicast group is joined on each `interface`. No two listeners share an address and port.",
     ),
     key(
         "interface",
         Kind::Texts("an interface name, a list of them, or \"auto\""),
         Absent::Default("\"auto\""),
         "[\"eth0\", \"eth1\"]",
-        "Where the kernel program is attached: the interfaces on which datagrams arrive. `\"auto\"` means those that carry a default route. Userspace mode ignores it.",
+        "Where the kernel program is attached: the interfaces on which datagrams arrive. `\"auto\"` means those that carry a default route. Userspace mode ignores it, but for a multicast group, which is joined there and for which the names must be given.",
     ),
     key(
         "mode",

@@ -18,7 +18,7 @@ use super::file::{self, File};
 use super::problem::{Problems, quoted};
 use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
-use crate::model::{Downstream, ListenerId};
+use crate::model::{self, Downstream, ListenerId};
 
 pub(super) use policies::part_of;
 use policies::sample_of;
@@ -126,6 +126,9 @@ impl Rules<'_> {
         let name = self.check(&at.then("name"), texts::listener_name(&listener.name));
         let bind = self.bind(&at.then("bind"), &listener.bind);
         let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
+        if let (Some(bind), Some(interfaces)) = (bind.filter(|bind| bind.ip().is_multicast()), &interfaces) {
+            self.group(&at, listener, bind, interfaces);
+        }
         let source = self.source(&at, listener, bind);
         let policy = self.policy(&at, listener);
         let sources = self.sources(&at.then("sources"), listener.sources.as_ref(), bind);
@@ -151,13 +154,38 @@ impl Rules<'_> {
     }
 
     fn bind(&mut self, at: &KeyPath, text: &str) -> Option<SocketAddr> {
-        let bind = address::parse(text, BIND_EXAMPLE).and_then(|bind| {
-            if bind.ip().is_multicast() {
-                return Err(format!("{text:?} is a multicast group; give an address of this host, or 0.0.0.0 for all"));
-            }
-            Ok(bind)
-        });
+        let bind = address::parse(text, BIND_EXAMPLE).and_then(texts::bind);
         self.check(at, bind)
+    }
+
+    /// What a listener on a multicast group needs beside that.
+    fn group(&mut self, at: &KeyPath, listener: &file::Listener, bind: SocketAddr, interfaces: &Interfaces) {
+        let interface = self.document.format.assignment("interface", "\"eth0\"");
+        match interfaces {
+            Interfaces::Auto => self.fault(
+                &at.then("bind"),
+                format!(
+                    "\"{bind}\" is a multicast group, which is joined on interfaces that are named; add {interface}"
+                ),
+            ),
+            Interfaces::Named(names) if names.len() > 1 && model::is_bound_to_link(bind.ip()) => self.fault(
+                &at.then("interface"),
+                format!(
+                    "{} interfaces, but the group \"{bind}\" is another one on each link; add a listener for each",
+                    names.len()
+                ),
+            ),
+            Interfaces::Named(_) => {}
+        }
+        if listener.settings.workers > 1 {
+            self.fault(
+                &at.then("settings").then("workers"),
+                format!(
+                    "{}, but each of several sockets would get all datagrams of the group \"{bind}\"; remove it",
+                    listener.settings.workers
+                ),
+            );
+        }
     }
 
     fn interfaces(&mut self, at: &KeyPath, interface: &file::Interface) -> Option<Interfaces> {

@@ -141,6 +141,7 @@ mod tests {
             bind: SocketAddr::from(([0, 0, 0, 0], 514)),
             match_addresses: vec![],
             links: vec![],
+            joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),
             meter: None,

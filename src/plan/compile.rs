@@ -1,13 +1,13 @@
 //! From configuration, downstreams and host facts to one listener's part of the plan. Pure.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
 
 use super::{Delivery, LinkRef, ListenerPlan, Macs, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
-use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
+use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy, is_bound_to_link};
 
 /// What both datapaths must do for one listener.
 ///
@@ -30,13 +30,16 @@ pub fn compile(
         })
         .collect();
     let kernel = mode == Mode::TcEbpf;
+    let links = links(&listener.interfaces, facts);
+    let joins = if listener.bind.ip().is_multicast() { links.clone() } else { Vec::new() };
     ListenerPlan {
         id: listener.id,
         name: listener.name.as_str().into(),
         mode,
-        bind: listener.bind,
+        bind: on_link(listener.bind, &joins),
         match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
-        links: if kernel { links(&listener.interfaces, facts) } else { Vec::new() },
+        links: if kernel { links } else { Vec::new() },
+        joins,
         policy: listener.policy,
         sources: Arc::clone(&listener.sources),
         meter: listener.rate_limit.map(|limit| limit.meter(listener.bind.ip())),
@@ -44,6 +47,16 @@ pub fn compile(
         targets,
         table: fill_table(listener.policy, &set.downstreams, slots_before),
         settings: listener.settings.clone(),
+    }
+}
+
+/// The address with its link, where it means another group on each.
+fn on_link(bind: SocketAddr, joins: &[LinkRef]) -> SocketAddr {
+    match (bind, joins.first()) {
+        (SocketAddr::V6(v6), Some(link)) if is_bound_to_link(bind.ip()) => {
+            SocketAddrV6::new(*v6.ip(), v6.port(), 0, link.index).into()
+        }
+        _ => bind,
     }
 }
 
@@ -222,6 +235,23 @@ mod tests {
         let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts(), 0);
         assert_eq!(plan.links, [LinkRef { index: 3, name: "eth1".into() }]);
         assert_eq!(plan.match_addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_group_is_joined_in_both_modes_and_knows_its_link() {
+        let named = |names: &[&str]| Interfaces::Named(names.iter().map(ToString::to_string).collect());
+        let compiled = |bind: &str, names: &[&str], mode| {
+            let plan = compile(&listener(bind, named(names)), &set(&[]), mode, &facts(), 0);
+            let joined = |links: &[LinkRef]| links.iter().map(|link| link.name.clone()).collect::<Vec<_>>();
+            (plan.bind.to_string(), joined(&plan.joins), joined(&plan.links), plan.match_addresses)
+        };
+        let (bind, joins, links, addresses) = compiled("239.1.1.1:9000", &["eth0", "eth1", "eth9"], Mode::TcEbpf);
+        assert_eq!((bind.as_str(), joins.len(), links.len()), ("239.1.1.1:9000", 2, 2));
+        assert_eq!(addresses, ["239.1.1.1".parse::<IpAddr>().unwrap()]);
+        let (bind, joins, links, _) = compiled("[ff02::7]:9000", &["eth1"], Mode::Userspace);
+        assert_eq!((bind.as_str(), joins, links.len()), ("[ff02::7%3]:9000", vec!["eth1".to_owned()], 0));
+        assert_eq!(compiled("[ff05::7]:9000", &["eth1"], Mode::Userspace).0, "[ff05::7]:9000");
+        assert_eq!(compiled("192.0.2.1:9000", &["eth1"], Mode::Userspace).1.len(), 0);
     }
 
     #[test]

@@ -136,10 +136,46 @@ fn root_too_long_for_the_way_out_is_left_to_the_socket() {
 }
 
 #[test]
-fn root_options_are_left_to_the_socket() {
+fn root_a_groups_datagram_is_for_one_host_from_here_on() {
+    let program = Program::load(vec![
+        listener(0, "239.1.1.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]),
+        listener(1, "[ff05::1:3]:5000", vec![target("[2001:db8:9::7]:6000", via("fe80::1", 1500))]),
+    ]);
+    for (id, from, group, to) in
+        [(0, SENDER, "239.1.1.1:5000", "198.51.100.7:6000"), (1, SENDER6, "[ff05::1:3]:5000", "[2001:db8:9::7]:6000")]
+    {
+        // How far the group reaches, most often not beyond the link, says nothing about a receiver.
+        for ttl in [1, 0, 255] {
+            let mut frame = Frame::new(from, group, b"hello");
+            (frame.ttl, frame.destination_mac) = (ttl, [1, 0, 0x5e, 1, 1, 1]);
+            let mut out = Frame::new(from, to, b"hello");
+            out.ttl = 64;
+            let mut packet = out.bytes();
+            packet[..12].fill(0);
+            assert_eq!(program.run(&frame.bytes(), Gso::default()), Ran { verdict: REDIRECT, packet });
+        }
+        assert_eq!(program.stats(id), [3, 3, 0, 0, 15, 15]);
+        // A group in a frame to this host alone, or a host in a frame to a group, is for the stack to judge.
+        let alone = Frame::new(from, group, b"hello").bytes();
+        assert_eq!(program.run(&alone, Gso::default()), Ran { verdict: UNSPEC, packet: alone });
+        assert_eq!(program.stats(id)[0], 3);
+    }
+    let program = Program::load(plan());
+    for host in ["192.0.2.1:5000", "[2001:db8::1]:5000"] {
+        let mut frame = Frame::new(if host.starts_with('[') { SENDER6 } else { SENDER }, host, b"hello");
+        frame.destination_mac = [1, 0, 0x5e, 1, 1, 1];
+        assert_eq!(program.run(&frame.bytes(), Gso::default()).verdict, UNSPEC);
+    }
+    assert_eq!((program.stats(0)[0], program.stats(5)[0]), (0, 0));
+}
+
+#[test]
+fn root_options_and_link_local_sources_are_left_to_the_socket() {
     let mut frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
     frame.options = vec![1, 1, 1, 0];
     check(&frame, Gso::default(), UNSPEC, &frame, 0, [1, 0, 0, 1, 5, 0]);
+    let frame = Frame::new("[fe80::5]:40000", "[2001:db8::1]:5000", b"hello");
+    check(&frame, Gso::default(), UNSPEC, &frame, 5, [1, 0, 0, 1, 5, 0]);
 }
 
 #[test]

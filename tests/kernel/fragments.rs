@@ -7,9 +7,7 @@ use std::time::Duration;
 use udp_fanout::datapath::Datapath;
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
 
-use crate::oracle::{
-    Datagram, Fate, History, Piece, REDIRECT, SHOT, UNSPEC, Way, judge, length, owner, rewritten, way,
-};
+use crate::oracle::{Datagram, Fate, History, Piece, REDIRECT, SHOT, UNSPEC, Way, judge, length, owner, sent, way};
 use crate::packet::{Checksum, Frame, fragmented};
 use crate::run::{Gso, Program, Ran, listener, target, via};
 
@@ -119,7 +117,7 @@ fn follow(history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]
         Destiny::Stack => fate(UNSPEC, frame.to_vec(), false),
         Destiny::Nowhere => fate(SHOT, frame.to_vec(), false),
         Destiny::To(target) => match way(&target, datagram, length(datagram)) {
-            Way::Out(verdict, hop) => fate(verdict, rewritten(frame, datagram, target.downstream.address, hop), false),
+            Way::Out(verdict, ttl) => fate(verdict, sent(frame, datagram, &target, verdict, ttl), false),
             Way::TooLong | Way::Nowhere(_) => lost(),
         },
     }

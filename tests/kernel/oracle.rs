@@ -36,6 +36,7 @@ pub struct Datagram {
     pub destination: SocketAddr,
     pub l4: usize,
     pub ttl: u8,
+    /// Only the socket can do it justice: it has options, or a source that must not be forwarded.
     pub has_options: bool,
     /// As the UDP header says; of a later fragment 0.
     pub payload: usize,
@@ -121,8 +122,8 @@ pub fn judge<'a>(
         size => datagram.l4 - 14 + 8 + datagram.payload.min(size as usize),
     };
     match way(target, datagram, longest) {
-        Way::Out(verdict, hop) => {
-            let packet = rewritten(frame, datagram, target.downstream.address, hop);
+        Way::Out(verdict, ttl) => {
+            let packet = sent(frame, datagram, target, verdict, ttl);
             let to = target.downstream.address;
             (Fate::Forwarded { listener: id, datagrams, bytes, to, verdict, packet }, Some(target))
         }
@@ -141,7 +142,7 @@ pub fn length(datagram: &Datagram) -> usize {
 
 /// How a packet gets to a target.
 pub enum Way {
-    /// With this verdict, so many hops older.
+    /// With this verdict and time to live.
     Out(i32, u8),
     TooLong,
     Nowhere(&'static str),
@@ -149,12 +150,17 @@ pub enum Way {
 
 /// The way of a packet of which the longest part has this length.
 pub fn way(target: &Target, datagram: &Datagram, length: usize) -> Way {
+    // How far a group reaches says nothing about a single receiver.
+    let group = datagram.destination.ip().is_multicast();
     match target.delivery {
         Delivery::Unreachable => Way::Nowhere("no_route"),
-        Delivery::Local => Way::Out(UNSPEC, 0),
-        Delivery::Neighbour { .. } | Delivery::Bare { .. } if datagram.ttl <= 1 => Way::Nowhere("ttl_expired"),
+        Delivery::Local => Way::Out(UNSPEC, datagram.ttl),
+        Delivery::Neighbour { .. } | Delivery::Bare { .. } if datagram.ttl <= 1 && !group => {
+            Way::Nowhere("ttl_expired")
+        }
         Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } if length > mtu as usize => Way::TooLong,
-        Delivery::Neighbour { .. } | Delivery::Bare { .. } => Way::Out(REDIRECT, 1),
+        Delivery::Neighbour { .. } | Delivery::Bare { .. } if group => Way::Out(REDIRECT, 64),
+        Delivery::Neighbour { .. } | Delivery::Bare { .. } => Way::Out(REDIRECT, datagram.ttl - 1),
     }
 }
 
@@ -232,15 +238,18 @@ fn gelf_message(payload: &[u8]) -> Option<[u8; 8]> {
 }
 
 fn read(frame: &[u8]) -> Option<Datagram> {
-    // eth_type_trans: addressed to the receiving device (the loopback one, all zeros), else not for this host.
-    if frame.get(..6)? != [0; 6] {
+    // eth_type_trans: addressed to the receiving device (the loopback one, all zeros) or a group, else not for this host.
+    let mac = frame.get(..6)?;
+    let to_group = mac[0] & 1 != 0;
+    if mac != [0; 6] && !to_group {
         return None;
     }
-    match frame.get(12..14)? {
+    let datagram = match frame.get(12..14)? {
         [0x08, 0x00] => read_v4(frame),
         [0x86, 0xdd] => read_v6(frame),
         _ => None,
-    }
+    };
+    datagram.filter(|datagram| datagram.destination.ip().is_multicast() == to_group)
 }
 
 fn read_v4(frame: &[u8]) -> Option<Datagram> {
@@ -281,15 +290,17 @@ fn read_v6(frame: &[u8]) -> Option<Datagram> {
         return None;
     }
     let ends = (source.into(), destination.into());
+    // An address that means nothing beyond its link must not leave it.
+    let bound = |datagram| Datagram { has_options: source.is_unicast_link_local(), ..datagram };
     match header[6] {
-        17 => read_udp(frame, 54, length, headless(ends, header[7], None)),
+        17 => read_udp(frame, 54, length, bound(headless(ends, header[7], None))),
         44 if header[40] == 17 && length >= 8 => {
             let field = u16::from_be_bytes([header[42], header[43]]);
             let number = u32::from_be_bytes([header[44], header[45], header[46], header[47]]);
             let (offset, more) = (usize::from(field & 0xfff8), field & 1 != 0);
             // One that is the whole is no fragment to follow.
             let piece = (offset > 0 || more).then(|| piece(number, offset, more, length - 8))??;
-            read_udp(frame, 62, length - 8, headless(ends, header[7], Some(piece)))
+            read_udp(frame, 62, length - 8, bound(headless(ends, header[7], Some(piece))))
         }
         _ => None,
     }
@@ -339,14 +350,24 @@ fn read_udp(frame: &[u8], l4: usize, room: usize, mut datagram: Datagram) -> Opt
     Some(datagram)
 }
 
+/// The frame as it goes to a target.
+pub fn sent(frame: &[u8], datagram: &Datagram, target: &Target, verdict: i32, ttl: u8) -> Vec<u8> {
+    let mut packet = rewritten(frame, datagram, target.downstream.address, ttl);
+    if verdict == REDIRECT && datagram.destination.ip().is_multicast() {
+        // The kernel, which fills in a neighbour's address, does so for no frame to a group.
+        packet[..12].fill(0);
+    }
+    packet
+}
+
 /// The frame with its new destination. Checksums are moved by the difference, not made right: a datagram that was
 /// damaged on its way must still be recognised as damaged by its receiver.
-pub fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, hop: u8) -> Vec<u8> {
+fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, ttl: u8) -> Vec<u8> {
     let mut packet = frame.to_vec();
     match to.ip() {
         IpAddr::V4(v4) => {
             packet[30..34].copy_from_slice(&v4.octets());
-            packet[22] -= hop;
+            packet[22] = ttl;
             // All that has changed: time to live and protocol, and the address.
             let changed = |frame: &[u8]| [&frame[22..24], &frame[30..34]].concat();
             let check = moved([frame[24], frame[25]], &changed(frame), &changed(&packet));
@@ -354,7 +375,7 @@ pub fn rewritten(frame: &[u8], datagram: &Datagram, to: SocketAddr, hop: u8) -> 
         }
         IpAddr::V6(v6) => {
             packet[38..54].copy_from_slice(&v6.octets());
-            packet[21] -= hop;
+            packet[21] = ttl;
         }
     }
     if datagram.piece.is_some_and(|piece| piece.offset > 0) {

@@ -54,6 +54,9 @@ fn plan() -> Vec<ListenerPlan> {
         guarded(12, "[2001:db8::4]:5000", &["2001:db8::/32", "fe80::/10"], &["2001:db8:5:0:0:0:0:2/127"]),
         limited(13, "192.0.2.4:5002", 24),
         limited(14, "[2001:db8::4]:5002", 64),
+        listener(15, "239.1.2.3:5000", receiver_beside("0")),
+        listener(16, "[ff05::1:3]:5000", receiver_beside("[")),
+        listener(17, "239.1.2.3:5001", vec![target("192.0.2.9:7000", Delivery::Local)]),
     ]
 }
 
@@ -94,7 +97,7 @@ fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
 }
 
 /// Listeners of the plan above.
-const LISTENERS: usize = 15;
+const LISTENERS: usize = 18;
 
 /// Where a datagram comes from and goes to.
 fn addresses(rng: &mut SmallRng) -> (String, String) {
@@ -112,6 +115,7 @@ fn addresses(rng: &mut SmallRng) -> (String, String) {
             "[2001:db8::4]:5000",
             "[2001:db8::4]:5002",
             "[2001:db8::1]:1",
+            "[ff05::1:3]:5000",
         ];
         (if rng.random() { known } else { any }, pick(rng, &ours))
     } else {
@@ -131,6 +135,8 @@ fn addresses(rng: &mut SmallRng) -> (String, String) {
             "192.0.2.4:5000",
             "192.0.2.4:5001",
             "192.0.2.4:5002",
+            "239.1.2.3:5000",
+            "239.1.2.3:5001",
         ];
         (if rng.random() { known } else { any }, pick(rng, &ports))
     }
@@ -160,6 +166,9 @@ fn datagram(rng: &mut SmallRng, source: &str, destination: &str, length: usize) 
         payload[..2].copy_from_slice(&[0x1e, 0x0f]);
     }
     let mut frame = Frame::new(source, destination, &payload);
+    if frame.destination.ip().is_multicast() != rng.random_bool(0.03) {
+        frame.destination_mac = [1, 0, 0x5e, 1, 2, 3];
+    }
     frame.source.set_port(rng.random());
     frame.ttl = if rng.random_bool(0.1) { rng.random_range(0..3) } else { rng.random() };
     frame.udp_checksum = match rng.random_range(0..12) {

@@ -46,7 +46,7 @@ impl Program {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let limits = Limits { max_listeners: 16, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
+        let limits = Limits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
         let mut setup = Setup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
@@ -123,6 +123,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         bind,
         match_addresses: vec![bind.ip()],
         links: Vec::new(),
+        joins: Vec::new(),
         policy: Policy::RoundRobin,
         sources: Arc::default(),
         meter: None,

@@ -1,6 +1,6 @@
 //! Rules about a single value. Each passes the value on, or says what it is, what is wrong with it, and the fix.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 use crate::config::problem::quoted;
 
@@ -63,6 +63,20 @@ pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
         return Err(format!("{shown} holds {c:?}, which no URL's path does; write for example \"/metrics\""));
     }
     Ok(path)
+}
+
+/// A listener's address is one of this host, all of them, or a multicast group.
+pub(super) fn bind(address: SocketAddr) -> Result<SocketAddr, String> {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_broadcast() => {
+            Err(format!("\"{address}\" is the broadcast address; give an address of this host, or 0.0.0.0 for all"))
+        }
+        SocketAddr::V6(v6) if v6.ip().is_multicast() && v6.scope_id() != 0 => {
+            let group = SocketAddrV6::new(*v6.ip(), v6.port(), 0, 0);
+            Err(format!("\"{address}\": a group's link is named by `interface`; write \"{group}\""))
+        }
+        _ => Ok(address),
+    }
 }
 
 /// A downstream is one host's address, of the listener's IP version, and not the listener itself.

@@ -5,18 +5,19 @@
 //! them; only the last are ever taken away, so that a number always means the same socket.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use nix::sys::socket::sockopt::{GetStruct, Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce};
 use nix::sys::socket::{getsockopt, setsockopt};
-use socket2::{Domain, Protocol, Socket, Type};
-use tracing::warn;
+use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
+use tracing::{info, warn};
 
 use super::mmsg::wait_for_network_stack;
 use super::steer;
-use crate::model::{HashOn, Policy};
+use crate::model::{HashOn, Policy, is_bound_to_link};
+use crate::plan::LinkRef;
 
 /// `SO_MEMINFO` of `asm-generic/socket.h`.
 const MEMINFO: libc::c_int = 55;
@@ -41,6 +42,8 @@ pub struct Group {
     default_buffer: usize,
     /// The address need not be the host's.
     unowned: bool,
+    /// Where the multicast group has been joined.
+    joined: Vec<LinkRef>,
     /// New datagrams are turned away, which the kernel counts as drops too.
     refusing: bool,
 }
@@ -85,8 +88,32 @@ impl Group {
             members: vec![Member { socket: Arc::new(socket), drops: 0 }],
             default_buffer,
             unowned,
+            joined: Vec::new(),
             refusing: false,
         })
+    }
+
+    /// Joins the multicast group that the address is on these interfaces, and leaves it on others.
+    ///
+    /// There is one socket then: several would each get every datagram.
+    ///
+    /// # Errors
+    /// Names the interface, the reason and the fix. The group has been joined on those before it.
+    pub fn join(&mut self, links: &[LinkRef]) -> Result<()> {
+        let Some(member) = self.members.first() else { return Ok(()) };
+        for link in self.joined.extract_if(.., |link| !links.contains(link)) {
+            // An interface that is gone has taken its membership along.
+            let _ = membership(&member.socket, self.address.ip(), &link, false);
+        }
+        for link in links {
+            if !self.joined.contains(link) {
+                membership(&member.socket, self.address.ip(), link, true)
+                    .map_err(|error| join_error(self.address.ip(), link, &error))?;
+                info!(group = %self.address.ip(), interface = link.name, "joined multicast group");
+                self.joined.push(link.clone());
+            }
+        }
+        Ok(())
     }
 
     /// The address the sockets are bound to.
@@ -237,6 +264,15 @@ fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket>
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    if address.ip().is_multicast() {
+        // Every socket of a group gets every datagram, so nobody loses anything to others; and it gets those of the
+        // interfaces that it has joined the group on, not of those that others have.
+        socket.set_reuse_address(true)?;
+        match address {
+            SocketAddr::V4(_) => socket.set_multicast_all_v4(false)?,
+            SocketAddr::V6(_) => socket.set_multicast_all_v6(false)?,
+        }
+    }
     if shared {
         socket.set_reuse_port(true)?;
     }
@@ -250,9 +286,34 @@ fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket>
     Ok(socket)
 }
 
+/// Joins a group on an interface, or leaves it.
+fn membership(socket: &Socket, group: IpAddr, link: &LinkRef, join: bool) -> io::Result<()> {
+    let index = InterfaceIndexOrAddress::Index(link.index);
+    match (group, join) {
+        (IpAddr::V4(v4), true) => socket.join_multicast_v4_n(&v4, &index),
+        (IpAddr::V4(v4), false) => socket.leave_multicast_v4_n(&v4, &index),
+        (IpAddr::V6(v6), true) => socket.join_multicast_v6(&v6, link.index),
+        (IpAddr::V6(v6), false) => socket.leave_multicast_v6(&v6, link.index),
+    }
+}
+
+fn join_error(group: IpAddr, link: &LinkRef, error: &io::Error) -> anyhow::Error {
+    let name = &link.name;
+    match error.raw_os_error() {
+        Some(libc::ENOBUFS) => anyhow!(
+            "cannot join {group} on {name}: this host has joined as many groups as net.ipv4.igmp_max_memberships or \
+             net.ipv6.mld_max_msf allow; raise it"
+        ),
+        _ => anyhow!("cannot join {group} on {name}: {error}"),
+    }
+}
+
 fn bind_error(address: SocketAddr, error: &io::Error) -> anyhow::Error {
     let port = address.port();
     match error.kind() {
+        io::ErrorKind::InvalidInput if is_bound_to_link(address.ip()) => {
+            anyhow!("cannot bind {address}: its interface does not exist (see `ip link`)")
+        }
         io::ErrorKind::AddrInUse => anyhow!(
             "cannot bind {address}: address already in use; another program listens there (see `ss -ulpn sport = :{port}`)"
         ),

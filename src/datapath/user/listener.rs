@@ -57,6 +57,7 @@ impl Listener {
             cursor: Arc::default(),
         };
         listener.group.grow(worker_count(plan, cpus))?;
+        listener.group.join(&plan.joins)?;
         listener.group.set_receive_buffer(&plan.name, plan.settings.recv_buf_size);
         let prepared = listener.prepare(plan, &listener.group.sockets(), &table)?;
         listener.ledger.retain(table.addresses());
@@ -103,6 +104,7 @@ impl Listener {
         if plan.bind != self.plan.bind {
             return self.relocate(plan, cpus, beside_ours);
         }
+        self.group.join(&plan.joins)?;
         let count = worker_count(plan, cpus);
         // A worker that has not asked for addresses so far may hold a batch without them, of which nobody can say
         // whether its senders may send.
@@ -264,8 +266,12 @@ impl Listener {
     }
 }
 
-/// How many workers the plan asks for. Where the TC program does the work, one is enough for what it passes up.
+/// How many workers the plan asks for. Where the TC program does the work, one is enough for what it passes up; and each
+/// of several sockets would get all datagrams of a multicast group.
 fn worker_count(plan: &ListenerPlan, cpus: usize) -> usize {
+    if plan.bind.ip().is_multicast() {
+        return 1;
+    }
     match (plan.settings.workers, plan.mode) {
         (0, Mode::TcEbpf) => 1,
         (0, Mode::Userspace) => cpus.max(1),

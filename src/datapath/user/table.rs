@@ -177,6 +177,7 @@ pub mod tests {
             bind,
             match_addresses: Vec::new(),
             links: Vec::new(),
+            joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),
             meter: None,
