@@ -123,7 +123,9 @@ __noinline int look_back(void)
 		return FIRST_OF_NEW;
 	if (!known->first)
 		return FIRST_OF_PASSED;
-	return known->first == pkt->udp_header ? FIRST_REPEATED : FIRST_OF_NEW;
+	/* One that is otherwise the same but older has been in a loop: each round counts, until its time is over. */
+	return known->first == pkt->udp_header && known->ttl == pkt->ttl ? FIRST_REPEATED
+									 : FIRST_OF_NEW;
 }
 
 /* Remembers for the others what has been decided about a first fragment (pkt->fate). The packet has been put down. */
@@ -143,6 +145,7 @@ __noinline int remember_fate(__u32 listener_id, __u32 to_id)
 	if (before && !before->first)
 		begun = *before;
 	begun.first = pkt->udp_header;
+	begun.ttl = pkt->ttl;
 	begun.fate = pkt->fate;
 	begun.listener = listener_id;
 	begun.to_id = to_id;

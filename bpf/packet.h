@@ -67,7 +67,7 @@ struct fragments {
 	__u32 listener; /* its id, for FRAGMENTS_COPIED */
 	__u32 to_id; /* of the downstream, for FRAGMENTS_FORWARDED */
 	struct listener_key to; /* its address: the id may have become another's */
-	__u32 pad;
+	__u32 ttl; /* of the first */
 };
 
 #endif

@@ -5,8 +5,9 @@
 //! - `places`: where receivers can be, in each mode, both families.
 //! - `overlays`: where network plugins put them.
 //! - `packets`: sizes, checksums, super-packets. `fragments`: datagrams that come in several. `foreign`: what is not a listener's datagram.
+//! - `vlans`: VLAN devices, where the kernel has them.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
-//! - `multicast`: listeners that join a group.
+//! - `loops`: two hosts that forward to each other. `multicast`: listeners that join a group.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
 //! - `pods`: straight into them, past whoever does not mind.
 //! - `old_kernel`: without the helpers of 5.10.
@@ -26,6 +27,8 @@ mod foreign;
 mod fragments;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
+#[path = "netns_delivery/loops.rs"]
+mod loops;
 #[path = "netns_delivery/multicast.rs"]
 mod multicast;
 #[path = "netns_delivery/old_kernel.rs"]
@@ -42,5 +45,7 @@ mod places;
 #[path = "netns_delivery/pods.rs"]
 mod pods;
 mod support;
+#[path = "netns_delivery/vlans.rs"]
+mod vlans;
 #[path = "netns_delivery/wire.rs"]
 mod wire;

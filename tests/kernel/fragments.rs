@@ -19,8 +19,8 @@ pub type Incomplete = BTreeMap<(IpAddr, IpAddr, u32), Known>;
 /// What is known of one of them.
 #[derive(Debug, Clone, Default)]
 pub struct Known {
-    /// The UDP header, once the first fragment has come.
-    first: Option<[u8; 8]>,
+    /// The UDP header and the time to live, once the first fragment has come.
+    first: Option<([u8; 8], u8)>,
     /// In which KiB fragments have begun.
     begun: BTreeSet<usize>,
     fresh: usize,
@@ -67,7 +67,9 @@ pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
     let disordered = before.as_ref().is_some_and(|known| known.first.is_none());
     let mut known = before.filter(|_| disordered).unwrap_or_default();
     let fate = match owner(plan, datagram) {
-        Some(_) if known_first == Some(piece.udp_header) => return follow(history, datagram, piece, frame),
+        Some(_) if known_first == Some((piece.udp_header, datagram.ttl)) => {
+            return follow(history, datagram, piece, frame);
+        }
         Some(listener) => {
             let (fate, target) = judge(listener, history, datagram, frame, Gso::default(), disordered);
             known.destiny = match (&fate, target) {
@@ -80,7 +82,7 @@ pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
         None if is_listened_on(plan, datagram.destination.ip()) => Fate::Foreign,
         None => return Fate::Foreign,
     };
-    known.first = Some(piece.udp_header);
+    known.first = Some((piece.udp_header, datagram.ttl));
     if known.note(piece) {
         history.incomplete.remove(&key(datagram, piece));
     } else {
