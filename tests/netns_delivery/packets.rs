@@ -2,9 +2,11 @@
 //! packet, from the gateway itself.
 
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::support::lab::{INGRESS, Site};
+use crate::support::traffic::bind;
 use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Report, Sender};
 use crate::wire::{Wire, mac, udp_errors};
 
@@ -45,6 +47,33 @@ fn netns_datagrams_too_long_for_the_way_out_go_through_the_socket_whole() {
         assert_eq!(report.counts(), [20; 3], "{report}");
         let kernel = Books { received: 420, forwarded: 300, dropped: 0, passed: 120 };
         audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(120));
+    }
+}
+
+/// The gateway is where they were sent to, not a router on the way: that they may not be fragmented has been heeded.
+#[test]
+fn netns_what_is_too_long_for_the_way_out_arrives_whether_it_may_be_fragmented_or_not() {
+    for ipv6 in [false, true] {
+        let lab = Lab::builder().receiver(Place::BehindRouter).ipv6(ipv6).build().unwrap();
+        widen_ingress(&lab, 9_000);
+        let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
+        let receiver = bind(lab.namespace_of(&lab.sites[0]), lab.sites[0].address).unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let wire = Wire::open(&lab.sender, "eth0").unwrap();
+        // In IPv6 nobody but the sender may ever.
+        for dont_fragment in if ipv6 { &[0][..] } else { &[0, 0x4000] } {
+            for bytes in [1_500, 4_000, 8_000] {
+                let mut frame = wire.frame_to(&lab);
+                (frame.payload, frame.fragment) = (vec![7; bytes], *dont_fragment);
+                wire.send(&frame.bytes()).unwrap();
+                let mut buffer = vec![0; 65_536];
+                let length = receiver.recv(&mut buffer).unwrap();
+                assert!(length == bytes && buffer[..length].iter().all(|byte| *byte == 7), "{length} of {bytes}");
+            }
+        }
+        let count = if ipv6 { 3 } else { 6 };
+        let kernel = Books { received: count, forwarded: 0, dropped: 0, passed: count };
+        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(count));
     }
 }
 
