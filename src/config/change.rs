@@ -66,6 +66,8 @@ impl Config {
         for (key, new, old) in [
             ("max_listeners", self.limits.max_listeners, running.limits.max_listeners),
             ("max_downstreams", self.limits.max_downstreams, running.limits.max_downstreams),
+            ("max_sources", self.limits.max_sources, running.limits.max_sources),
+            ("max_senders", self.limits.max_senders, running.limits.max_senders),
         ] {
             if has_maps && new != old {
                 let message = format!(

@@ -410,6 +410,23 @@ fn root_another_limit_begins_with_full_buckets_and_none_lets_everything_pass() {
 }
 
 #[test]
+fn root_a_flood_of_senders_leaves_memory_alone_and_no_busy_one_forgotten() {
+    let program = Program::load(limited(slow(5)));
+    let busy = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
+    let mut passed = 0;
+    // Far more senders than are kept apart, each with a full bucket, and one that goes on sending.
+    for n in 0..20_000u32 {
+        let from = format!("198.18.{}.{}:9", n >> 8, n & 255);
+        let other = Frame::new(&from, "192.0.2.1:5000", b"x").bytes();
+        assert_eq!(program.run(&other, Gso::default()).verdict, REDIRECT);
+        if n % 50 == 0 {
+            passed += u32::from(program.run(&busy, Gso::default()).verdict == REDIRECT);
+        }
+    }
+    assert_eq!(passed, 5);
+}
+
+#[test]
 fn root_a_super_packet_needs_one_token_and_owes_the_others() {
     let program = Program::load(limited(slow(2)));
     let frame = Frame::new(SENDER, "192.0.2.1:5000", &[7; 60]).bytes();

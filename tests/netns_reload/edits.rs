@@ -31,6 +31,13 @@ fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
     edit(&|config| config.listeners[0].extra = "policy = \"hash\"".into());
     edit(&|config| config.listeners[0].extra = "protocol = \"gelf\"".into());
     edit(&|config| config.listeners.swap(0, 1));
+    // All of them let the sender in.
+    edit(&|config| config.listeners[0].extra = "sources = { allow = \"10.0.0.0/24\", deny = \"10.0.0.77\" }".into());
+    edit(&|config| {
+        let limit = "rate_limit = { packets_per_second = 10000000, burst = 100000000 }";
+        config.listeners[0].extra = format!("sources = {{ allow = [\"10.0.0.2\", \"10.9.0.0/16\"] }}\n{limit}");
+    });
+    edit(&|config| config.listeners[0].extra = "sources.deny = [\"10.0.0.0/24\"]\nsources.allow = \"10.0.0.2\"".into());
     edit(&|config| config.listeners[0].settings = "workers = 2\nbatch_size = 8".into());
     edit(&|config| config.listeners[0].settings = "recv_buf_size = 1000000".into());
     edit(&|config| {
@@ -96,6 +103,37 @@ fn edits_cost_nothing(mode: &str) {
     assert_eq!(seen, second.sent(), "{mode}");
     let (status, _, log) = daemon.stop().unwrap();
     assert!(status.success(), "{log}");
+}
+
+#[test]
+fn netns_who_may_send_changes_with_the_file() {
+    let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
+    for mode in ["tc_ebpf", "userspace"] {
+        let with = |rules: &str| {
+            let mut config = two_listeners(&lab, mode);
+            config.listeners[0].extra = rules.to_owned();
+            config
+        };
+        let mut daemon = start(&lab, &with("sources.deny = \"10.0.0.2\""));
+        for round in 1..=5u64 {
+            let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+            let mut denied = Sender::in_lab(&lab).unwrap();
+            denied.burst(30, &collectors).unwrap();
+            let deadline = Instant::now() + PATIENCE;
+            while metrics(&lab).sum("udp_fanout_packets_dropped_total", &[("reason", "source_denied")]) < 30 * round {
+                assert!(Instant::now() < deadline, "{mode}: not all are dropped");
+            }
+            daemon.reload(&with(&format!("sources.allow = [\"10.0.0.2\", \"10.7.{round}.0/24\"]")).to_toml()).unwrap();
+            let collected = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+            let mut allowed = Sender::in_lab(&lab).unwrap();
+            allowed.send(30, &collected).unwrap();
+            let report = collected.finish(&[&allowed]).unwrap();
+            assert!(report.is_complete(), "{mode}: {report}");
+            assert_eq!(collectors.progress().now().1, 0, "{mode}: what was denied has arrived");
+            daemon.reload(&with("sources.deny = \"10.0.0.2\"").to_toml()).unwrap();
+        }
+        daemon.stop().unwrap();
+    }
 }
 
 #[test]
