@@ -46,7 +46,7 @@ use crate::model::{Downstream, ListenerId, Policy};
 
 /// Allowed `workers`.
 pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
-/// Allowed `batch_size`, in datagrams.
+/// Allowed `batch_size`, in messages.
 pub const BATCH_SIZES: RangeInclusive<u32> = 1..=1_024;
 /// Allowed `recv_buf_size`, in bytes. The kernel keeps twice the number in a signed 32-bit one.
 pub const RECV_BUF_SIZES: RangeInclusive<u32> = 4_096..=1_073_741_823;
@@ -172,7 +172,7 @@ pub struct KubernetesSource {
 pub struct Settings {
     /// Worker threads, each with its own socket; 0 means one per CPU.
     pub workers: u32,
-    /// Datagrams taken from and given to the kernel per system call, 1 to 1024.
+    /// Messages taken from the kernel per system call, 1 to 1024.
     pub batch_size: u32,
     /// Pin worker n to CPU n.
     pub pin_cpus: bool,

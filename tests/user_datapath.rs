@@ -7,6 +7,8 @@
 mod admission;
 #[path = "user_datapath/flow.rs"]
 mod flow;
+#[path = "user_datapath/joined.rs"]
+mod joined;
 #[path = "support/netns_thread.rs"]
 mod netns_thread;
 #[path = "user_datapath/policies.rs"]

@@ -266,7 +266,7 @@ impl Service {
 pub(super) struct Settings {
     /// Threads; 0, one per CPU, by default.
     pub(super) workers: u32,
-    /// Datagrams per system call; 64 by default.
+    /// Messages per system call; 64 by default.
     pub(super) batch_size: u32,
     /// Keep worker n on CPU n; off by default.
     pub(super) pin_cpus: bool,

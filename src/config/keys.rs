@@ -407,7 +407,7 @@ pub static SETTINGS: &[Key] = &[
         Kind::Integer(wide(BATCH_SIZES)),
         Absent::Default("64"),
         "128",
-        "Most datagrams taken from or given to the kernel in one system call.",
+        "Most messages taken from or given to the kernel in one system call. A message is one datagram, or up to 64 of one sender that arrived together.",
     ),
     key("pin_cpus", Kind::Flag, Absent::Default("false"), "true", "Keep each worker on a CPU of its own."),
     key(
@@ -422,7 +422,7 @@ pub static SETTINGS: &[Key] = &[
         Kind::Integer(wide(PACKET_SIZES)),
         Absent::Default("65507"),
         "9000",
-        "Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`. Smaller values save memory.",
+        "Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`.",
     ),
 ];
 

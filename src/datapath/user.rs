@@ -5,18 +5,21 @@
 //! UserDatapath ─► listener ─┬─► group, steer     the sockets, and which of them a datagram goes to
 //!   (main thread)           ├─► table, gate      what the plan says, in the form that workers ask
 //!                           ├─► count            cells the workers write and the main thread sums
-//!                           └─► worker ─► forward ─┬─► replicate one copy for everyone
-//!                                  (thread)        ├─► mmsg      receive and send, whole batches
+//!                           └─► worker ─► forward ─┬─► deal      datagrams sorted by downstream
+//!                                  (thread)        ├─► replicate one copy for everyone
+//!                                                  ├─► outcome   what has become of each
+//!                                                  ├─► mmsg      receive and send, whole batches, joined and cut apart
 //!                                                  ├─► lane      what errors mean, whom they cost
 //!                                                  └─► standing  errors that come back later
 //! ```
 //!
-//! **A datagram** is taken from a worker's socket with up to `batch_size` others, given a place in the listener's table
+//! **A datagram** is taken from a worker's socket together with others: in a message with those of its sender that the
+//! kernel has joined it with, and that message with up to `batch_size` others. It is given a place in the listener's table
 //! (the next of the round, from one shared cursor moved once per batch; or the one that its hash names), and sent from the
-//! memory it was received into. Under `replicate` it is sent from there to every downstream. The path takes no lock and
-//! allocates nothing. A datagram is counted when its batch has been sent; whatever was received is either forwarded or
-//! dropped for a reason, in every reading. One that was replicated counts as forwarded once, if any copy was sent; the
-//! copies that failed are counted beside.
+//! memory it was received into, in a message with others for the same downstream. Under `replicate` it is sent from there
+//! to every downstream. The path takes no lock and allocates nothing. A datagram is counted when its batch has been sent;
+//! whatever was received is either forwarded or dropped for a reason, in every reading. One that was replicated counts as
+//! forwarded once, if any copy was sent; the copies that failed are counted beside.
 //!
 //! **A new table** goes to the workers through their channels. A worker looks there after it has taken a batch and before
 //! it chooses, so what is sent to the listener after [`Datapath::apply`] has returned follows the new table, and a

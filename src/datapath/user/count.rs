@@ -15,6 +15,7 @@ use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters};
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct WorkerCells {
+    messages: AtomicU64,
     packets_forwarded: AtomicU64,
     bytes_received: AtomicU64,
     bytes_forwarded: AtomicU64,
@@ -39,8 +40,9 @@ fn add(cell: &AtomicU64, n: u64) {
 
 impl WorkerCells {
     /// Adds what became of one batch. How many were received is not stored: it is what became of them, summed, and so
-    /// every reading balances.
-    pub fn publish(&self, batch: &ListenerCounters) {
+    /// every reading balances. `messages` is how many messages held the datagrams when the kernel handed them over.
+    pub fn publish(&self, batch: &ListenerCounters, messages: u64) {
+        add(&self.messages, messages);
         // In this order, so that a reader who goes the other way never sees more bytes forwarded than received.
         add(&self.bytes_received, batch.bytes_received);
         add(&self.packets_forwarded, batch.packets_forwarded);
@@ -78,9 +80,9 @@ impl WorkerCells {
 }
 
 impl DownstreamCells {
-    /// Adds one datagram of this many bytes.
-    pub fn add(&self, bytes: u64) {
-        add(&self.packets, 1);
+    /// Adds datagrams of this many bytes together.
+    pub fn add(&self, packets: u64, bytes: u64) {
+        add(&self.packets, packets);
         add(&self.bytes, bytes);
     }
 
@@ -88,6 +90,15 @@ impl DownstreamCells {
         sum.packets += self.packets.load(Ordering::Acquire);
         sum.bytes += self.bytes.load(Ordering::Acquire);
     }
+}
+
+/// What workers have taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Datagrams.
+    pub datagrams: u64,
+    /// Messages that the kernel handed over, of which each holds at least one datagram.
+    pub messages: u64,
 }
 
 /// Tells the workers of one listener apart, also those that have gone.
@@ -149,6 +160,18 @@ impl Ledger {
                 counts.base.bytes += earlier.base.bytes;
             }
         }
+    }
+
+    /// How many datagrams and messages the present workers have taken since they started.
+    pub fn taken(&self) -> Taken {
+        let mut sum = Taken::default();
+        for cells in self.workers.values() {
+            // In this order, there are never more messages than datagrams.
+            let messages = cells.messages.load(Ordering::Acquire);
+            let datagrams = cells.read().packets_received;
+            sum = Taken { datagrams: sum.datagrams + datagrams, messages: sum.messages + messages.min(datagrams) };
+        }
+        sum
     }
 
     /// Datagrams that a worker has taken.
@@ -259,8 +282,8 @@ mod tests {
                 Step::Forward { worker, downstream, bytes } if worker < workers.len() => {
                     let (key, cells) = &workers[worker];
                     let at = downstream % current.len();
-                    ledger.downstreams(*key, &current)[at].add(bytes);
-                    cells.publish(&one_forwarded(bytes));
+                    ledger.downstreams(*key, &current)[at].add(1, bytes);
+                    cells.publish(&one_forwarded(bytes), 1);
                     let sum = expected.get_mut(&current[at]).unwrap();
                     *sum = DownstreamCounters { packets: sum.packets + 1, bytes: sum.bytes + bytes };
                     (received, forwarded) = (received + 1, forwarded + 1);
@@ -270,7 +293,7 @@ mod tests {
                     batch.dropped.add(DropReason::ALL[reason], 1);
                     batch.copies_dropped.add(DropReason::ALL[reason], 3);
                     copies_dropped += 3;
-                    workers[worker].1.publish(&batch);
+                    workers[worker].1.publish(&batch, 1);
                     received += 1;
                 }
                 Step::Lose(n) => {

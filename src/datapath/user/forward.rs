@@ -1,6 +1,12 @@
 //! The way of one batch: taken from the listener's socket, each datagram given a downstream, sent, accounted for.
+//!
+//! The kernel hands datagrams over joined, several of one sender in a message. They are told apart, dealt out one by one
+//! as the policy says, sorted by downstream, and given back joined again, for each downstream its own.
 
+mod deal;
+mod outcome;
 mod replicate;
+mod screen;
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,30 +20,39 @@ use rand::rngs::SmallRng;
 use socket2::Socket;
 use tracing::warn;
 
+use self::deal::Deal;
+use self::outcome::{Queue, Verdict};
 use self::replicate::Fate;
+use self::screen::Screen;
 use super::count::WorkerCells;
-use super::lane::{self, Lane, MAIN, TROUBLED};
+use super::lane::{self, Event, Lane, MAIN, TROUBLED};
+use super::mmsg::incoming::Piece;
 use super::mmsg::{Batch, Family, LANES};
 use super::standing::Standing;
-use super::table::WorkerTable;
+use super::table::{Round, Table, WorkerTable};
 use crate::config::Settings;
 use crate::model::{DropReason, ListenerCounters, Policy};
 use crate::plan::hash;
 
 /// Shortest time between two log lines about failed sends of one worker.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+/// Most datagrams sorted and sent together. Messages can hold more of them than a batch has room for messages.
+const TOGETHER: usize = 1024;
 
 /// What a worker does with datagrams, apart from waiting for them.
 #[derive(Debug)]
 pub struct Forwarder {
     listener: Arc<str>,
     batch: Batch,
+    /// What is left of the batch's datagrams by who may send, and how fast.
+    screen: Screen,
     lanes: [Lane; LANES],
-    /// For each whole datagram of the batch, the hash that gives it its place, or none if the round does.
-    hashes: Vec<Option<u32>>,
-    /// What each lane's list in `batch` holds, position by position.
-    queued: [Vec<Queued>; LANES],
-    /// For each datagram of the batch, what has become of its copies; empty unless the policy is to replicate.
+    /// Datagrams that have been given a downstream, and wait for being queued.
+    deal: Deal,
+    /// What each lane's list in `batch` holds.
+    queues: [Queue; LANES],
+    /// The datagrams to replicate, and for each what has become of its copies.
+    originals: Vec<Piece>,
     fates: Vec<Fate>,
     /// Draws samples.
     random: SmallRng,
@@ -49,12 +64,15 @@ pub struct Forwarder {
     complaints: Complaints,
 }
 
-#[derive(Debug)]
-struct Queued {
-    slot: usize,
-    target: u32,
-    bytes: u64,
-    lost: Option<DropReason>,
+/// How the downstreams of the datagrams in one message are found.
+#[derive(Debug, Clone, Copy)]
+enum Choice {
+    /// Each is the next of the round.
+    Round,
+    /// All have this one: they come from one sender.
+    Fixed(u32),
+    /// Chunks of a GELF message have the one that belongs to its ID, the others are the next of the round.
+    Message,
 }
 
 impl Forwarder {
@@ -72,19 +90,21 @@ impl Forwarder {
         let count = settings.batch_size.max(1) as usize;
         let max_length = settings.max_packet_size.max(1) as usize;
         let family = Family::of(table.table.listener());
-        let mut batch = Batch::new(count, max_length).with_context(|| {
-            format!("no memory for {count} datagrams of {max_length} bytes; lower batch_size or max_packet_size")
-        })?;
+        let mut batch = Batch::new(count, max_length, TOGETHER)
+            .with_context(|| format!("no memory for {count} messages; lower batch_size"))?;
         batch.want_addresses(table.table.needs_addresses());
+        let downstreams = table.table.addresses().len();
         Ok(Forwarder {
             listener,
             batch,
-            hashes: Vec::with_capacity(count),
+            screen: Screen::default(),
             lanes: [Lane::open(MAIN, family)?, Lane::open(TROUBLED, family)?],
-            queued: std::array::from_fn(|_| Vec::with_capacity(count)),
-            fates: Vec::with_capacity(count),
+            deal: Deal::new(TOGETHER, downstreams),
+            queues: std::array::from_fn(|_| Queue::new(TOGETHER, downstreams)),
+            originals: Vec::with_capacity(TOGETHER),
+            fates: Vec::with_capacity(TOGETHER),
             random: rand::make_rng(),
-            standing: Standing::new(table.table.addresses().len()),
+            standing: Standing::new(downstreams),
             table,
             cursor,
             cells,
@@ -96,138 +116,215 @@ impl Forwarder {
     pub fn set_table(&mut self, table: WorkerTable) {
         self.batch.want_addresses(table.table.needs_addresses());
         self.standing = self.standing.moved(&self.table.table, &table.table);
+        let downstreams = table.table.addresses().len();
+        self.deal.resize(downstreams);
+        self.queues.iter_mut().for_each(|queue| queue.resize(downstreams));
         self.table = table;
     }
 
-    /// Takes a batch from the socket and says how many datagrams it holds.
+    /// Takes a batch from the socket and says how many messages it holds.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: &Socket) -> io::Result<usize> {
-        self.queued.iter_mut().for_each(Vec::clear);
         self.batch.receive(socket.as_fd())
     }
 
     /// Forwards the batch just taken. Every one of its datagrams is counted when this returns.
     pub fn forward(&mut self, received: usize) {
         let mut outcome = ListenerCounters {
-            bytes_received: (0..received).map(|slot| self.batch.length(slot) as u64).sum(),
+            bytes_received: (0..received).map(|slot| self.batch.message(slot).length()).sum(),
             ..Default::default()
         };
-        self.screen(received, &mut outcome);
-        if self.table.table.policy() == Policy::Replicate {
-            self.replicate(received, &mut outcome);
+        // Kept for the whole batch, which thus follows one table.
+        let table = Arc::clone(&self.table.table);
+        self.admit(received, &table, &mut outcome);
+        if table.policy() == Policy::Replicate {
+            self.replicate(received, &table, &mut outcome);
         } else {
-            self.choose(received, &mut outcome);
-            for lane in 0..LANES {
-                self.flush(lane);
-            }
-            self.account(&mut outcome);
+            self.balance(received, &table, &mut outcome);
         }
-        self.cells.publish(&outcome);
+        self.cells.publish(&outcome, received as u64);
     }
 
-    /// Sets aside what is not to be forwarded: from senders who may not send or send too fast, and what does not fit.
-    fn screen(&mut self, received: usize, outcome: &mut ListenerCounters) {
-        let gate = self.table.table.gate();
-        if !gate.is_open() {
-            let now = gate.now();
-            for slot in 0..received {
-                if let Some(reason) = gate.refusal(self.batch.sender(slot), now) {
-                    outcome.dropped.add(reason, 1);
-                    self.batch.discard(slot);
+    /// Takes out what comes from senders who may not send or send too fast.
+    fn admit(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
+        self.screen.clear();
+        let gate = table.gate();
+        if gate.is_open() {
+            return;
+        }
+        let now = gate.now();
+        for slot in 0..received {
+            let sender = self.batch.sender(slot);
+            let count = self.batch.message(slot).count();
+            if gate.denies(sender) {
+                outcome.dropped.add(DropReason::SourceDenied, count as u64);
+                self.screen.message((0..count).map(|_| true));
+            } else {
+                let limited = |_| {
+                    let limited = gate.limits(sender, now);
+                    outcome.dropped.add(DropReason::RateLimited, u64::from(limited));
+                    limited
+                };
+                self.screen.message((0..count).map(limited));
+            }
+        }
+    }
+
+    /// Gives every datagram that can be forwarded a downstream, and sends them.
+    fn balance(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
+        // One shared cursor, moved once per batch, keeps the round exact across all workers.
+        let in_the_round: usize = (0..received).map(|slot| self.turns(slot, table)).sum();
+        let position = self.cursor.fetch_add(in_the_round as u64, Ordering::Relaxed);
+        let mut round = table.round_from(position);
+        for slot in 0..received {
+            let message = self.batch.message(slot);
+            let choice = self.choice(slot, table);
+            for (number, piece) in message.pieces().enumerate() {
+                if self.screen.takes_out(slot, number) {
+                    continue;
+                }
+                match (piece, &mut round) {
+                    (None, _) => outcome.dropped.add(DropReason::Truncated, 1),
+                    (Some(_), None) => outcome.dropped.add(DropReason::NoDownstream, 1),
+                    (Some(piece), Some(round)) => {
+                        if self.deal.full() {
+                            self.send_dealt(table, outcome);
+                        }
+                        let target = self.target(piece, choice, table, round);
+                        self.deal.add(target, piece);
+                    }
                 }
             }
         }
-        let truncated = (0..received).filter(|&slot| self.batch.truncated(slot)).count();
-        outcome.dropped.add(DropReason::Truncated, truncated as u64);
+        self.send_dealt(table, outcome);
     }
 
-    /// Gives every datagram that can be forwarded a downstream and a lane.
-    fn choose(&mut self, received: usize, outcome: &mut ListenerCounters) {
-        let table = &self.table.table;
-        self.hashes.clear();
-        for slot in (0..received).filter(|&slot| self.batch.whole(slot).is_some()) {
-            self.hashes.push(hash_of(&self.batch, slot, table.policy(), table.listener()));
+    /// How the downstreams of a message's datagrams are found: the same as in the TC program's `place`.
+    fn choice(&self, slot: usize, table: &Table) -> Choice {
+        match table.policy() {
+            Policy::RoundRobin | Policy::Replicate => Choice::Round,
+            Policy::GelfMessage => Choice::Message,
+            Policy::Hash(on) => {
+                // Taken before the policy changed, a batch has no addresses: it still goes round.
+                let Some(source) = self.batch.sender(slot) else { return Choice::Round };
+                let listener = table.listener();
+                let destination = self.batch.destination(slot).unwrap_or(listener.ip());
+                let hash = hash::flow_hash(on, source.into(), SocketAddr::new(destination, listener.port()));
+                table.placed(hash).map_or(Choice::Round, Choice::Fixed)
+            }
         }
-        // One shared cursor, moved once per batch, keeps the round exact across all workers.
-        let in_the_round = self.hashes.iter().filter(|hash| hash.is_none()).count();
-        let position = self.cursor.fetch_add(in_the_round as u64, Ordering::Relaxed);
-        let Some(mut round) = table.round_from(position) else {
-            outcome.dropped.add(DropReason::NoDownstream, self.hashes.len() as u64);
-            return;
+    }
+
+    /// How many of a message's datagrams are the round's turn.
+    fn turns(&self, slot: usize, table: &Table) -> usize {
+        let message = self.batch.message(slot);
+        let choice = self.choice(slot, table);
+        let is_turn = |(number, piece): (usize, Option<Piece>)| {
+            let left = piece.filter(|_| !self.screen.takes_out(slot, number));
+            left.is_some_and(|piece| matches!(choice, Choice::Round) || self.message_hash(piece).is_none())
         };
-        let now = self.standing.any_trouble().then(Instant::now);
-        if let Some(now) = now {
-            self.standing.forgive(now);
+        match choice {
+            Choice::Fixed(_) => 0,
+            Choice::Round if self.screen.is_clear() && message.all_whole() => message.count(),
+            Choice::Round | Choice::Message => message.pieces().enumerate().filter(|&each| is_turn(each)).count(),
         }
-        let mut hashes = self.hashes.iter();
-        for slot in 0..received {
-            let Some(bytes) = self.batch.whole(slot) else { continue };
-            let placed = hashes.next().copied().flatten().and_then(|hash| table.placed(hash));
-            let target = placed.unwrap_or_else(|| round.step());
-            let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
-            let lane = if troubled { TROUBLED } else { MAIN };
-            self.batch.queue(lane, slot, table.encoded(target));
-            self.queued[lane].push(Queued { slot, target, bytes: bytes as u64, lost: None });
+    }
+
+    fn target(&self, piece: Piece, choice: Choice, table: &Table, round: &mut Round<'_>) -> u32 {
+        match choice {
+            Choice::Fixed(target) => target,
+            Choice::Round => round.step(),
+            Choice::Message => {
+                self.message_hash(piece).and_then(|hash| table.placed(hash)).unwrap_or_else(|| round.step())
+            }
         }
+    }
+
+    /// The hash of the GELF message that a datagram is a chunk of, if it is one.
+    fn message_hash(&self, piece: Piece) -> Option<u32> {
+        match self.batch.first_bytes(piece)? {
+            // A chunk: two bytes of magic, then its message's ID.
+            [0x1e, 0x0f, a, b, c, d, e, f, g, h] => Some(hash::message_hash([a, b, c, d, e, f, g, h])),
+            _ => None,
+        }
+    }
+
+    /// The time, if anything is noted about any downstream.
+    fn time_if_needed(&mut self) -> Option<Instant> {
+        let now = self.standing.any_note().then(Instant::now)?;
+        self.standing.forgive(now);
+        Some(now)
+    }
+
+    /// What follows goes to this downstream, by the lane returned.
+    fn turn_to(&mut self, target: u32, table: &Table, now: Option<Instant>) -> usize {
+        let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
+        let most_joined = now.map_or(u32::MAX, |now| self.standing.most_joined(target, now));
+        let lane = if troubled { TROUBLED } else { MAIN };
+        self.batch.address(lane, table.encoded(target), most_joined);
+        lane
+    }
+
+    /// Sends what has been dealt out, and accounts for it.
+    fn send_dealt(&mut self, table: &Table, outcome: &mut ListenerCounters) {
+        let now = self.time_if_needed();
+        for index in 0..self.deal.downstreams().len() {
+            let target = self.deal.downstreams()[index];
+            let lane = self.turn_to(target, table, now);
+            for piece in self.deal.pieces(target) {
+                self.batch.queue(lane, piece);
+            }
+            self.queues[lane].add_messages(self.batch.messages(lane), target);
+        }
+        self.deal.clear();
+        for lane in 0..LANES {
+            self.flush(lane);
+            let cells = &self.table.cells;
+            self.queues[lane].verdicts(&self.batch, lane, &mut self.standing, |verdict| match verdict {
+                Verdict::Sent { target, datagrams, bytes } => {
+                    let packets = datagrams.len() as u64;
+                    outcome.packets_forwarded += packets;
+                    outcome.bytes_forwarded += bytes;
+                    cells[target as usize].add(packets, bytes);
+                }
+                Verdict::Lost { reason, .. } => outcome.dropped.add(reason, 1),
+            });
+            self.empty(lane);
+        }
+    }
+
+    fn empty(&mut self, lane: usize) {
+        self.batch.clear(lane);
+        self.queues[lane].clear();
     }
 
     fn flush(&mut self, number: usize) {
-        let Forwarder { listener, batch, lanes, queued, table, standing, complaints, .. } = self;
-        let lane = &mut lanes[number];
-        lane.flush(batch, |position, error| {
-            let datagram = &mut queued[number][position];
-            let reason = lane::reason(error.raw_os_error().unwrap_or_default());
-            datagram.lost = Some(reason);
-            if reason != DropReason::SendBufferFull {
-                standing.trouble(datagram.target, Instant::now());
-            }
-            if reason == DropReason::SendFailed
-                && let Some(unreported) = complaints.due(Instant::now())
-            {
-                let downstream = table.table.addresses()[datagram.target as usize];
-                warn!(%listener, %downstream, %error, unreported, "cannot send to downstream");
+        let Forwarder { listener, batch, lanes, queues, table, standing, complaints, .. } = self;
+        let (lane, queue) = (&mut lanes[number], &mut queues[number]);
+        lane.flush(batch, |event| match event {
+            Event::Apart { message, each, .. } => standing.keep_apart(queue.target(message), each - 1, Instant::now()),
+            Event::Lost { message, datagram, error } => {
+                let (target, reason) = (queue.target(message), lane::reason(error.raw_os_error().unwrap_or_default()));
+                queue.lose(datagram, reason);
+                if reason != DropReason::SendBufferFull {
+                    standing.trouble(target, Instant::now());
+                }
+                if reason == DropReason::SendFailed
+                    && let Some(unreported) = complaints.due(Instant::now())
+                {
+                    let downstream = table.table.addresses()[target as usize];
+                    warn!(%listener, %downstream, %error, unreported, "cannot send to downstream");
+                }
             }
         });
         for report in lane.reports() {
             if let Some(target) = table.table.target(&report.to) {
-                standing.charge(target, lane::reason(report.errno), Instant::now());
+                let datagrams = queue.reported(batch, number, target);
+                standing.charge(target, datagrams, lane::reason(report.errno), Instant::now());
             }
         }
-    }
-
-    /// Sums up what became of the datagrams that had a downstream.
-    fn account(&mut self, outcome: &mut ListenerCounters) {
-        for datagram in self.queued.iter().flatten() {
-            match datagram.lost.or_else(|| self.standing.settle(datagram.target)) {
-                Some(reason) => outcome.dropped.add(reason, 1),
-                None => {
-                    outcome.packets_forwarded += 1;
-                    outcome.bytes_forwarded += datagram.bytes;
-                    self.table.cells[datagram.target as usize].add(datagram.bytes);
-                }
-            }
-        }
-    }
-}
-
-/// The hash that gives a datagram its place in the table, or none if it is the round's turn: the same as in the TC
-/// program's `place`.
-fn hash_of(batch: &Batch, slot: usize, policy: Policy, listener: SocketAddr) -> Option<u32> {
-    match policy {
-        Policy::RoundRobin | Policy::Replicate => None,
-        Policy::Hash(on) => {
-            // Taken before the policy changed, a batch has no addresses: it still goes round.
-            let source = batch.sender(slot)?;
-            let destination = batch.destination(slot).unwrap_or(listener.ip());
-            Some(hash::flow_hash(on, source.into(), SocketAddr::new(destination, listener.port())))
-        }
-        Policy::GelfMessage => match batch.first_bytes(slot)? {
-            // A chunk: two bytes of magic, then its message's ID.
-            [0x1e, 0x0f, a, b, c, d, e, f, g, h] => Some(hash::message_hash([a, b, c, d, e, f, g, h])),
-            _ => None,
-        },
     }
 }
 

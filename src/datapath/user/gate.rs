@@ -12,7 +12,6 @@ use std::time::Instant;
 
 use super::mmsg::Endpoint;
 use crate::admission::{Meter, Ranges, Sources, TICKS_PER_SECOND, Verdict};
-use crate::model::DropReason;
 use crate::plan::ListenerPlan;
 
 /// Buckets in a set.
@@ -66,16 +65,20 @@ impl Gate {
         self.buckets.as_ref().map(|buckets| buckets.meter)
     }
 
-    /// Why a datagram is not taken, if it is not. `now` is from [`Gate::now`].
+    /// True if this sender may not send.
     #[must_use]
-    pub fn refusal(&self, sender: Option<Endpoint>, now: u64) -> Option<DropReason> {
+    pub fn denies(&self, sender: Option<Endpoint>) -> bool {
         // Whoever cannot be told is nobody who may send.
-        let Some((sender, _)) = sender else { return Some(DropReason::SourceDenied) };
-        if self.ranges.as_ref().is_some_and(|ranges| ranges.verdict(sender) == Verdict::Deny) {
-            return Some(DropReason::SourceDenied);
-        }
-        let limited = self.buckets.as_ref().is_some_and(|buckets| !buckets.take(sender, now));
-        limited.then_some(DropReason::RateLimited)
+        sender.is_none_or(|(sender, _)| {
+            self.ranges.as_ref().is_some_and(|ranges| ranges.verdict(sender) == Verdict::Deny)
+        })
+    }
+
+    /// True if this sender is too fast: to be asked for each datagram that is not denied. `now` is from [`Gate::now`].
+    #[must_use]
+    pub fn limits(&self, sender: Option<Endpoint>, now: u64) -> bool {
+        let buckets = self.buckets.as_ref().zip(sender);
+        buckets.is_some_and(|(buckets, (sender, _))| !buckets.take(sender, now))
     }
 
     /// The time by the meter's clock.
@@ -147,12 +150,21 @@ mod tests {
     use super::super::table::tests::plan;
     use super::*;
     use crate::admission::{Prefix, RateLimit};
+    use crate::model::DropReason;
 
     fn limited(burst: u32, senders: u32) -> ListenerPlan {
         let mut plan = plan("192.0.2.1:514".parse().unwrap(), &[]);
         let limit = RateLimit { packets_per_second: 1, burst, ipv4_prefix: 32, ipv6_prefix: 64, senders };
         plan.meter = Some(limit.meter(plan.bind.ip()));
         plan
+    }
+
+    /// Why a datagram is not taken, if it is not.
+    fn refusal(gate: &Gate, sender: Option<Endpoint>, now: u64) -> Option<DropReason> {
+        if gate.denies(sender) {
+            return Some(DropReason::SourceDenied);
+        }
+        gate.limits(sender, now).then_some(DropReason::RateLimited)
     }
 
     fn from(last: u8) -> Option<Endpoint> {
@@ -163,26 +175,26 @@ mod tests {
     fn each_sender_has_a_bucket_of_its_own() {
         let gate = Gate::new(&limited(2, 64), None);
         let now = gate.now();
-        let mut passed = |last| gate.refusal(from(last), now).is_none();
+        let mut passed = |last| refusal(&gate, from(last), now).is_none();
         assert_eq!([1, 1, 1, 2, 2, 2, 1].map(&mut passed), [true, true, false, true, true, false, false]);
-        assert_eq!(gate.refusal(from(1), now), Some(DropReason::RateLimited));
-        assert_eq!(gate.refusal(from(1), now + TICKS_PER_SECOND), None);
-        assert_eq!(gate.refusal(from(1), now + TICKS_PER_SECOND), Some(DropReason::RateLimited));
+        assert_eq!(refusal(&gate, from(1), now), Some(DropReason::RateLimited));
+        assert_eq!(refusal(&gate, from(1), now + TICKS_PER_SECOND), None);
+        assert_eq!(refusal(&gate, from(1), now + TICKS_PER_SECOND), Some(DropReason::RateLimited));
     }
 
     #[test]
     fn too_many_senders_take_the_places_of_those_nearest_to_a_full_bucket() {
         let gate = Gate::new(&limited(4, 1), None);
         let now = gate.now();
-        let mut busy = |last| (0..4).for_each(|_| assert_eq!(gate.refusal(from(last), now), None));
+        let mut busy = |last| (0..4).for_each(|_| assert_eq!(refusal(&gate, from(last), now), None));
         (1..=7).for_each(&mut busy);
         // The eighth place has seen one datagram only.
-        assert_eq!(gate.refusal(from(8), now), None);
+        assert_eq!(refusal(&gate, from(8), now), None);
         for newcomer in 20..=255 {
-            assert_eq!(gate.refusal(from(newcomer), now), None);
+            assert_eq!(refusal(&gate, from(newcomer), now), None);
         }
         for last in 1..=7 {
-            assert_eq!(gate.refusal(from(last), now), Some(DropReason::RateLimited), "{last} was forgotten");
+            assert_eq!(refusal(&gate, from(last), now), Some(DropReason::RateLimited), "{last} was forgotten");
         }
     }
 
@@ -191,10 +203,10 @@ mod tests {
         let mut plan = limited(1, 64);
         plan.sources = Sources { allow: vec![Prefix::parse("10.0.0.1").unwrap()], deny: Vec::new() }.into();
         let gate = Gate::new(&plan, None);
-        assert_eq!(gate.refusal(from(2), 1), Some(DropReason::SourceDenied));
-        assert_eq!(gate.refusal(None, 1), Some(DropReason::SourceDenied));
-        assert_eq!(gate.refusal(from(1), 1), None);
-        assert_eq!(gate.refusal(from(1), 1), Some(DropReason::RateLimited));
+        assert_eq!(refusal(&gate, from(2), 1), Some(DropReason::SourceDenied));
+        assert_eq!(refusal(&gate, None, 1), Some(DropReason::SourceDenied));
+        assert_eq!(refusal(&gate, from(1), 1), None);
+        assert_eq!(refusal(&gate, from(1), 1), Some(DropReason::RateLimited));
     }
 
     #[test]
@@ -202,15 +214,15 @@ mod tests {
         let mut plan = limited(1, 64);
         let gate = Gate::new(&plan, None);
         assert!(!gate.differs_from(&plan) && !gate.is_open() && !Gate::would_be_open(&plan));
-        assert_eq!(gate.refusal(from(1), 1), None);
+        assert_eq!(refusal(&gate, from(1), 1), None);
         plan.sources = Sources { allow: Vec::new(), deny: vec![Prefix::parse("10.0.0.9").unwrap()] }.into();
         assert!(gate.differs_from(&plan));
         let next = Gate::new(&plan, Some(&gate));
-        assert_eq!(next.refusal(from(1), 1), Some(DropReason::RateLimited));
-        assert_eq!(next.refusal(from(9), 1), Some(DropReason::SourceDenied));
+        assert_eq!(refusal(&next, from(1), 1), Some(DropReason::RateLimited));
+        assert_eq!(refusal(&next, from(9), 1), Some(DropReason::SourceDenied));
         plan.meter = None;
         let unlimited = Gate::new(&plan, Some(&next));
-        assert_eq!([unlimited.refusal(from(1), 1), unlimited.refusal(from(1), 1)], [None, None]);
+        assert_eq!([refusal(&unlimited, from(1), 1), refusal(&unlimited, from(1), 1)], [None, None]);
         plan.sources = Arc::default();
         assert!(Gate::new(&plan, Some(&unlimited)).is_open());
     }

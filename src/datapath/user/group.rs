@@ -9,10 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use nix::sys::socket::sockopt::{GetStruct, Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce};
+use nix::sys::socket::sockopt::{GetStruct, Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce, UdpGroSegment};
 use nix::sys::socket::{getsockopt, setsockopt};
 use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::mmsg::wait_for_network_stack;
 use super::steer;
@@ -56,8 +56,9 @@ struct Member {
 }
 
 impl Member {
-    /// Datagrams the kernel has dropped at this socket since the last call. Nearly all of them for lack of room in the
-    /// receive buffer; the kernel counts bad UDP checksums in the same place.
+    /// Messages the kernel has dropped at this socket since the last call, each of one datagram or of several that it had
+    /// joined. Nearly all of them for lack of room in the receive buffer; the kernel counts bad UDP checksums in the same
+    /// place.
     fn new_drops(&mut self) -> u64 {
         let Ok(info) = getsockopt(&*self.socket, MemInfo) else { return 0 };
         let now = info[libc::SK_MEMINFO_DROPS as usize];
@@ -164,6 +165,18 @@ impl Group {
         Ok(())
     }
 
+    /// Says whether the kernel may hand over datagrams of one sender that arrived together as one message, which saves it
+    /// most of its work. It then joins them before the TC program sees them, too, which would send all of them to one
+    /// downstream: only for listeners that have no such program.
+    pub fn join_datagrams(&self, yes: bool) {
+        for member in &self.members {
+            if let Err(errno) = setsockopt(&*member.socket, UdpGroSegment, &yes) {
+                // Before Linux 5.0 there is no such option.
+                debug!(%errno, "cannot set UDP_GRO: each datagram is received by itself");
+            }
+        }
+    }
+
     /// Makes the kernel choose among the sockets as the policy demands, and say what the policy needs to know.
     ///
     /// # Errors
@@ -198,7 +211,7 @@ impl Group {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
-    /// Closes all but the first `count` sockets, last first. Returns the drops they had not yet reported.
+    /// Closes all but the first `count` sockets, last first. Returns the dropped messages they had not yet reported.
     pub fn shrink(&mut self, count: usize) -> u64 {
         let mut drops = 0;
         while self.members.len() > count {
@@ -207,7 +220,7 @@ impl Group {
         drops
     }
 
-    /// Datagrams the kernel has dropped at these sockets since the last call, until they began to turn all away.
+    /// Messages the kernel has dropped at these sockets since the last call, until they began to turn all away.
     pub fn new_drops(&mut self) -> u64 {
         if self.refusing {
             return 0;
@@ -215,7 +228,7 @@ impl Group {
         self.members.iter_mut().map(Member::new_drops).sum()
     }
 
-    /// Turns away what arrives from now on, and reports the drops until then. What is queued stays. The result says
+    /// Turns away what arrives from now on, and reports the messages dropped until then. What is queued stays. The result says
     /// whether the kernel agreed.
     pub fn refuse_all(&mut self) -> (u64, Result<()>) {
         // Drops are read first: those that the program makes are datagrams that come after the end.

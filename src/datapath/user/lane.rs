@@ -50,6 +50,27 @@ struct MtuDiscover;
 
 nix::setsockopt_impl!(MtuDiscover, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::c_int, SetStruct<'_, libc::c_int>);
 
+/// What may happen to a lane's list on its way. Messages and datagrams are named by their numbers in the list.
+#[derive(Debug, Clone, Copy)]
+pub enum Event<'a> {
+    /// A datagram could not be sent.
+    Lost {
+        /// The message it is in.
+        message: usize,
+        /// Its own number.
+        datagram: usize,
+        /// Why.
+        error: &'a io::Error,
+    },
+    /// The kernel does not take this message in one piece: its datagrams are sent one by one.
+    Apart {
+        /// Its number.
+        message: usize,
+        /// The bytes of each of them, but for the last.
+        each: u32,
+    },
+}
+
 /// One sending socket of a worker.
 #[derive(Debug)]
 pub struct Lane {
@@ -86,30 +107,44 @@ impl Lane {
         Ok(Lane { number, socket, no_wait_until: None, reports: Vec::new() })
     }
 
-    /// Sends this lane's list of the batch. `lost` is told the position and the error of each datagram that could not
-    /// be sent; the others were.
-    pub fn flush(&mut self, batch: &mut Batch, mut lost: impl FnMut(usize, &io::Error)) {
-        let (mut next, mut retries) = (0, 0);
-        while next < batch.queued(self.number) {
-            match batch.send(self.number, next, self.socket.as_fd()) {
-                Ok(sent) => next += sent,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // The kernel hands an error that came back for an earlier datagram to whichever call is next, and
-                // does not send then. Reports in the queue tell such an error from this datagram's own.
-                Err(error) if retries < MAX_RETRIES && self.try_again(&error) => {
+    /// Sends this lane's list of the batch. `tell` hears of each datagram that could not be sent; the others were.
+    pub fn flush(&mut self, batch: &mut Batch, mut tell: impl FnMut(Event<'_>)) {
+        let (mut message, mut retries) = (0, 0);
+        while message < batch.messages(self.number) {
+            match batch.send(self.number, message, self.socket.as_fd()) {
+                Ok(sent) => message += sent,
+                Err(error) if retries < MAX_RETRIES && self.again(&error) => {
                     retries += 1;
                     continue;
                 }
                 Err(error) => {
-                    lost(next, &error);
-                    next += 1;
+                    let datagrams = batch.datagrams(self.number, message);
+                    if datagrams.len() > 1 && wants_datagrams_apart(&error) {
+                        tell(Event::Apart { message, each: batch.length(self.number, datagrams.start) as u32 });
+                        datagrams.for_each(|datagram| self.send_apart(batch, message, datagram, &mut tell));
+                    } else {
+                        datagrams.for_each(|datagram| tell(Event::Lost { message, datagram, error: &error }));
+                    }
+                    message += 1;
                 }
             }
             retries = 0;
         }
-        if next > 0 {
+        if message > 0 {
             // On this host and its links, errors come back before the call that caused them returns.
             self.collect();
+        }
+    }
+
+    /// Sends one datagram of a message by itself.
+    fn send_apart(&mut self, batch: &mut Batch, message: usize, datagram: usize, tell: &mut impl FnMut(Event<'_>)) {
+        let mut retries = 0;
+        while let Err(error) = batch.send_apart(self.number, message, datagram, self.socket.as_fd()) {
+            if retries == MAX_RETRIES || !self.again(&error) {
+                tell(Event::Lost { message, datagram, error: &error });
+                return;
+            }
+            retries += 1;
         }
     }
 
@@ -118,8 +153,13 @@ impl Lane {
         self.reports.drain(..)
     }
 
-    fn try_again(&mut self, error: &io::Error) -> bool {
+    /// True if a send is worth repeating.
+    ///
+    /// The kernel hands an error that came back for an earlier datagram to whichever call is next, and does not send then.
+    /// Reports in the queue tell such an error from the message's own.
+    fn again(&mut self, error: &io::Error) -> bool {
         match error.kind() {
+            io::ErrorKind::Interrupted => true,
             io::ErrorKind::WouldBlock => self.wait(),
             // Never an error of the datagram at hand: nothing but an answer can tell that a port is closed.
             io::ErrorKind::ConnectionRefused => {
@@ -166,6 +206,12 @@ impl Lane {
     }
 }
 
+/// True if an error may be about the datagrams' sharing a message: each is longer than the route's MTU (`EMSGSIZE`, in
+/// older kernels `EINVAL`), or the device lacks what it takes (`EIO`).
+fn wants_datagrams_apart(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO | libc::EOPNOTSUPP))
+}
+
 /// The reason under which an error is counted.
 pub fn reason(errno: i32) -> DropReason {
     match errno {
@@ -194,8 +240,13 @@ mod tests {
             // Blocks until it is there.
             through.peek(&mut [0; 1]).unwrap();
             assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
-            batch.queue(lane.number, 0, &RawAddress::new(to, Family::V4));
-            lane.flush(batch, |_, error| errors.push(error.raw_os_error()));
+            let piece = batch.message(0).pieces().next().unwrap().unwrap();
+            batch.address(lane.number, &RawAddress::new(to, Family::V4), u32::MAX);
+            batch.queue(lane.number, piece);
+            lane.flush(batch, |event| match event {
+                Event::Lost { error, .. } => errors.push(error.raw_os_error()),
+                Event::Apart { .. } => panic!("{event:?}"),
+            });
         }
         errors
     }
@@ -224,7 +275,7 @@ mod tests {
         ip("ntable change name arp_cache dev fo0 retrans 500 mcast_probes 2");
         let dead = SocketAddr::from(([10, 77, 0, 2], 514));
         let living = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let (mut batch, mut main) = (Batch::new(1, 2000).unwrap(), Lane::open(MAIN, Family::V4).unwrap());
+        let (mut batch, mut main) = (Batch::new(1, 2000, 1).unwrap(), Lane::open(MAIN, Family::V4).unwrap());
         let mut troubled = Lane::open(TROUBLED, Family::V4).unwrap();
         main.socket.set_send_buffer_size(20_000).unwrap();
 
@@ -255,7 +306,7 @@ mod tests {
     fn an_error_that_came_back_costs_no_other_datagram() {
         let closed = UdpSocket::bind("127.0.0.5:0").unwrap().local_addr().unwrap();
         let living = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let (mut batch, mut lane) = (Batch::new(1, 2000).unwrap(), Lane::open(MAIN, Family::V4).unwrap());
+        let (mut batch, mut lane) = (Batch::new(1, 2000, 1).unwrap(), Lane::open(MAIN, Family::V4).unwrap());
         for _ in 0..5 {
             assert_eq!(send(&mut lane, &mut batch, closed), []);
             assert_eq!(send(&mut lane, &mut batch, living.local_addr().unwrap()), []);

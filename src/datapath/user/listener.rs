@@ -9,7 +9,7 @@ use anyhow::Result;
 use socket2::Socket;
 use tracing::{debug, info};
 
-use super::count::Ledger;
+use super::count::{Ledger, Taken};
 use super::forward::Forwarder;
 use super::gate::Gate;
 use super::group::Group;
@@ -30,7 +30,33 @@ pub struct Listener {
     workers: Vec<Worker>,
     table: Arc<Table>,
     ledger: Ledger,
+    joined: Joined,
     cursor: Arc<AtomicU64>,
+}
+
+/// How many datagrams a message has held lately.
+#[derive(Debug, Default)]
+struct Joined {
+    last: Taken,
+    lately: Taken,
+}
+
+impl Joined {
+    /// How many datagrams were in messages that nobody has seen, going by those taken since the last call, or if there
+    /// were none, by those before.
+    fn datagrams(&mut self, now: Taken, messages: u64) -> u64 {
+        // Workers that have gone take their numbers with them.
+        let since = if now.messages < self.last.messages { Taken::default() } else { self.last };
+        self.last = now;
+        if now.messages > since.messages {
+            let datagrams = now.datagrams.saturating_sub(since.datagrams);
+            self.lately = Taken { datagrams, messages: now.messages - since.messages };
+        }
+        let Taken { datagrams, messages: of } = self.lately;
+        let all = u128::from(messages) * u128::from(datagrams) + u128::from(of) / 2;
+        let estimate = all.checked_div(u128::from(of)).and_then(|all| u64::try_from(all).ok());
+        estimate.unwrap_or(messages).max(messages)
+    }
 }
 
 impl Listener {
@@ -54,10 +80,12 @@ impl Listener {
             workers: Vec::new(),
             table: Arc::clone(&table),
             ledger: Ledger::default(),
+            joined: Joined::default(),
             cursor: Arc::default(),
         };
         listener.group.grow(worker_count(plan, cpus))?;
         listener.group.join(&plan.joins)?;
+        listener.group.join_datagrams(plan.mode == Mode::Userspace);
         listener.group.set_receive_buffer(&plan.name, plan.settings.recv_buf_size);
         let prepared = listener.prepare(plan, &listener.group.sockets(), &table)?;
         listener.ledger.retain(table.addresses());
@@ -112,6 +140,9 @@ impl Listener {
         let new_staff =
             plan.settings != self.plan.settings || count != self.workers.len() || self.has_dead_worker() || new_gate;
         let new_table = self.table.differs_from(plan);
+        if plan.mode != self.plan.mode {
+            self.group.join_datagrams(plan.mode == Mode::Userspace);
+        }
         let done = if new_staff {
             if self.has_dead_worker() && count < self.group.len() {
                 // Somebody must forward what the dead worker's socket holds before it goes.
@@ -163,6 +194,7 @@ impl Listener {
     fn try_restaff(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
         let table = Arc::new(self.table.next(plan)?);
         self.group.grow(count)?;
+        self.group.join_datagrams(plan.mode == Mode::Userspace);
         let prepared = self.prepare(plan, &self.group.sockets()[..count], &table)?;
         if count < self.group.len() {
             self.group.confine(plan.policy, count)?;
@@ -206,7 +238,7 @@ impl Listener {
     /// Turns away what arrives from now on and tells the workers to forward what is queued. [`Listener::finish`] waits.
     pub fn stop(&mut self) {
         let (lost, refused) = self.group.refuse_all();
-        self.ledger.lost(DropReason::ReceiveQueueFull, lost);
+        self.lose(lost);
         if let Err(error) = refused {
             // The drain's deadline ends it also while datagrams keep coming.
             debug!(listener = %self.plan.name, "{error:#}");
@@ -231,13 +263,19 @@ impl Listener {
 
     fn lose_sockets(&mut self, count: usize) {
         let lost = self.group.shrink(count);
-        self.ledger.lost(DropReason::ReceiveQueueFull, lost);
+        self.lose(lost);
+    }
+
+    /// Counts messages that no worker has seen, because the queue was full.
+    fn lose(&mut self, messages: u64) {
+        let datagrams = self.joined.datagrams(self.ledger.taken(), messages);
+        self.ledger.lost(DropReason::ReceiveQueueFull, datagrams);
     }
 
     /// The listener's totals.
     pub fn totals(&mut self) -> ListenerCounters {
         let lost = self.group.new_drops();
-        self.ledger.lost(DropReason::ReceiveQueueFull, lost);
+        self.lose(lost);
         self.ledger.totals()
     }
 
@@ -391,6 +429,20 @@ mod tests {
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"still", listener.address()).unwrap();
         assert_eq!(sink.recv(&mut [0; 16]).unwrap(), 5);
+    }
+
+    #[test]
+    fn what_was_lost_unseen_counts_as_what_was_taken_lately() {
+        let taken = |datagrams, messages| Taken { datagrams, messages };
+        let mut joined = Joined::default();
+        assert_eq!(joined.datagrams(taken(0, 0), 7), 7);
+        assert_eq!(joined.datagrams(taken(100, 100), 7), 7);
+        assert_eq!(joined.datagrams(taken(100 + 640, 110), 7), 7 * 64);
+        assert_eq!(joined.datagrams(taken(740, 110), 3), 3 * 64);
+        assert_eq!(joined.datagrams(taken(742, 111), 3), 6);
+        // New workers.
+        assert_eq!(joined.datagrams(taken(15, 10), 3), 5);
+        assert_eq!(joined.datagrams(taken(15, 10), 0), 0);
     }
 
     #[test]

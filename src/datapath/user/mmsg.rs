@@ -3,21 +3,30 @@
 //! [`Batch`] owns the memory that `recvmmsg` writes datagrams into and that `sendmmsg` reads them from, so that a
 //! datagram is never copied in between and nothing is allocated once a worker runs. What goes where is decided in
 //! `forward`; what an error means, in `lane`.
+//!
+//! The kernel hands over datagrams of one sender that arrived together as one message, which it has joined (`UDP_GRO`),
+//! and takes datagrams for one downstream as one message, which it cuts apart (`UDP_SEGMENT`). [`incoming`] undoes the
+//! first, [`outgoing`] prepares the second.
+
+pub mod incoming;
+pub mod outgoing;
 
 use std::fmt;
 use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use self::incoming::{Incoming, Joined, Piece};
+use self::outgoing::Outgoing;
+
 /// How many lists of outgoing datagrams a batch can hold at once, each for a sending socket of its own.
 pub const LANES: usize = 2;
-
-const CACHE_LINE: usize = 64;
 
 /// The address family of a sending socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,54 +153,10 @@ impl Drop for Memory {
     }
 }
 
-/// Headers for one `recvmmsg` or `sendmmsg`. Each header points to the vector and the name of the same index; the
-/// vectors never grow or shrink, so the pointers stay good.
-struct Headers {
-    headers: Vec<libc::mmsghdr>,
-    vectors: Vec<libc::iovec>,
-    names: Vec<RawAddress>,
-}
-
-impl Headers {
-    fn new(count: usize) -> Self {
-        // SAFETY: zero is a valid value for every field of both structs: integers and nullable pointers.
-        let (header, vector): (libc::mmsghdr, libc::iovec) = unsafe { (mem::zeroed(), mem::zeroed()) };
-        let mut new = Headers {
-            headers: vec![header; count],
-            vectors: vec![vector; count],
-            names: vec![RawAddress::zeroed(); count],
-        };
-        let (vectors, names) = (new.vectors.as_mut_ptr(), new.names.as_mut_ptr());
-        for (index, header) in new.headers.iter_mut().enumerate() {
-            header.msg_hdr.msg_iov = vectors.wrapping_add(index);
-            header.msg_hdr.msg_iovlen = 1;
-            header.msg_hdr.msg_name = names.wrapping_add(index).cast();
-        }
-        new
-    }
-}
-
-/// Room for what the kernel says about one datagram besides its sender: the address that it was sent to. In u64 for the
-/// alignment of the headers.
-type Control = [u64; 8];
-
 /// The memory and the message headers of one worker.
 pub struct Batch {
-    memory: Memory,
-    stride: usize,
-    max_length: usize,
-    incoming: Headers,
-    /// One for each header of `incoming`, which points to it; never grows or shrinks.
-    controls: Vec<Control>,
-    /// Whether the next batch is to be taken with addresses.
-    want_addresses: bool,
-    /// Whether this one was.
-    with_addresses: bool,
-    received: usize,
-    /// Datagrams that nobody is to have, by slot.
-    discarded: Vec<bool>,
-    outgoing: [Headers; LANES],
-    queued: [usize; LANES],
+    incoming: Incoming,
+    outgoing: [Outgoing; LANES],
 }
 
 // SAFETY: the raw pointers all point into memory that the batch itself owns, and every use of them goes through
@@ -199,193 +164,110 @@ pub struct Batch {
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// Room for `count` datagrams of up to `max_length` bytes.
+    /// Room to take `count` messages with datagrams of up to `max_length` bytes, and to send `lists` datagrams per lane
+    /// at once.
     ///
     /// # Errors
     /// When the kernel has no memory for it.
-    pub fn new(count: usize, max_length: usize) -> io::Result<Self> {
-        // An odd number of cache lines apart, so that the datagrams' beginnings fall into different sets of the cache.
-        let stride = (max_length.div_ceil(CACHE_LINE) | 1) * CACHE_LINE;
-        let length = count.checked_mul(stride).and_then(NonZeroUsize::new);
-        let memory = Memory::new(length.ok_or(io::ErrorKind::InvalidInput)?)?;
-        let mut incoming = Headers::new(count);
-        for (slot, vector) in incoming.vectors.iter_mut().enumerate() {
-            vector.iov_base = memory.start.as_ptr().wrapping_byte_add(slot * stride);
-            vector.iov_len = max_length;
-        }
-        let mut controls = vec![Control::default(); count];
-        let first = controls.as_mut_ptr();
-        for (slot, header) in incoming.headers.iter_mut().enumerate() {
-            header.msg_hdr.msg_control = first.wrapping_add(slot).cast();
-        }
-        let outgoing = std::array::from_fn(|_| Headers::new(count));
-        Ok(Batch {
-            memory,
-            stride,
-            max_length,
-            incoming,
-            controls,
-            want_addresses: false,
-            with_addresses: false,
-            received: 0,
-            discarded: vec![false; count],
-            outgoing,
-            queued: [0; LANES],
-        })
+    pub fn new(count: usize, max_length: usize, lists: usize) -> io::Result<Self> {
+        let outgoing = std::array::from_fn(|_| Outgoing::new(lists));
+        Ok(Batch { incoming: Incoming::new(count, max_length)?, outgoing })
     }
 
-    /// Whether the batches to come say where each datagram came from and where it was sent to.
+    /// Whether the batches to come say where each message came from and where it was sent to.
     pub fn want_addresses(&mut self, wanted: bool) {
-        self.want_addresses = wanted;
+        self.incoming.want_addresses(wanted);
     }
 
-    /// Says anew in the first headers how much room there is; the kernel has written there how much it used.
-    fn make_room(&mut self, headers: usize) {
-        let (name, control) = if self.with_addresses { (size::<Storage>(), mem::size_of::<Control>()) } else { (0, 0) };
-        for header in &mut self.incoming.headers[..headers] {
-            header.msg_hdr.msg_namelen = name;
-            header.msg_hdr.msg_controllen = control as _;
-        }
-    }
-
-    /// Takes what the socket holds, up to the batch's size, without waiting; the slots from 0 then hold the datagrams.
-    /// What was queued for sending is forgotten.
+    /// Takes what the socket holds, up to the batch's size, without waiting; the slots from 0 then hold messages. What was
+    /// queued for sending is forgotten.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        if self.want_addresses == self.with_addresses {
-            self.make_room(self.received);
-        } else {
-            self.with_addresses = self.want_addresses;
-            self.make_room(self.controls.len());
-        }
-        self.discarded[..self.received].fill(false);
-        self.received = 0;
-        self.queued = [0; LANES];
-        let headers = &mut self.incoming.headers;
-        // MSG_TRUNC makes the kernel report a datagram's real length even where it did not fit.
-        // SAFETY: the headers point to names, control buffers and vectors owned by `self`, for no more than their sizes;
-        // each vector describes `max_length` bytes of its own slot within `self.memory`, to which no Rust reference ever
-        // exists.
-        let taken = unsafe {
-            libc::recvmmsg(
-                socket.as_raw_fd(),
-                headers.as_mut_ptr(),
-                headers.len() as _,
-                (libc::MSG_DONTWAIT | libc::MSG_TRUNC) as _,
-                ptr::null_mut(),
-            )
-        };
-        self.received = usize::try_from(taken).map_err(|_| io::Error::last_os_error())?;
-        Ok(self.received)
+        self.outgoing.iter_mut().for_each(Outgoing::clear);
+        self.incoming.receive(socket)
     }
 
-    /// The length in bytes that the datagram of this slot was sent with, or none if it is longer than fits or has been
-    /// discarded.
+    /// The message of this slot.
     #[must_use]
-    pub fn whole(&self, slot: usize) -> Option<usize> {
-        let length = self.length(slot);
-        (length <= self.max_length && !self.discarded[slot]).then_some(length)
+    pub fn message(&self, slot: usize) -> Joined {
+        self.incoming.message(slot)
     }
 
-    /// Makes the datagram of this slot one that is not there: [`Batch::whole`] has none any more.
-    pub fn discard(&mut self, slot: usize) {
-        self.discarded[slot] = true;
-    }
-
-    /// True if the datagram of this slot is longer than fits, and has not been discarded.
+    /// The first bytes of a datagram of this batch, if it has as many.
     #[must_use]
-    pub fn truncated(&self, slot: usize) -> bool {
-        self.length(slot) > self.max_length && !self.discarded[slot]
+    pub fn first_bytes<const N: usize>(&self, piece: Piece) -> Option<[u8; N]> {
+        self.incoming.first_bytes(piece)
     }
 
-    /// The length in bytes that the datagram of this slot was sent with.
-    #[must_use]
-    pub fn length(&self, slot: usize) -> usize {
-        assert!(slot < self.received, "slot {slot} holds no datagram");
-        self.incoming.headers[slot].msg_len as usize
-    }
-
-    /// The first bytes of the datagram of this slot, if it has as many.
-    #[must_use]
-    pub fn first_bytes<const N: usize>(&self, slot: usize) -> Option<[u8; N]> {
-        if self.length(slot) < N || self.max_length < N {
-            return None;
-        }
-        let mut bytes = [0; N];
-        let start = self.memory.start.as_ptr().wrapping_byte_add(slot * self.stride).cast::<u8>();
-        // SAFETY: the slot has `max_length` bytes, which is not less than N, and mapped memory is always initialised.
-        unsafe { ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), N) };
-        Some(bytes)
-    }
-
-    /// Who sent the datagram of this slot, if the batch was taken with addresses.
+    /// Who sent the message of this slot, if the batch was taken with addresses.
     #[must_use]
     pub fn sender(&self, slot: usize) -> Option<Endpoint> {
-        assert!(slot < self.received, "slot {slot} holds no datagram");
-        self.with_addresses.then(|| self.incoming.names[slot].endpoint())
+        self.incoming.sender(slot)
     }
 
-    /// The address that the datagram of this slot was sent to, if the batch was taken with addresses and the socket has
+    /// The address that the message of this slot was sent to, if the batch was taken with addresses and the socket has
     /// `IP_PKTINFO` or `IPV6_RECVPKTINFO` set.
     #[must_use]
     pub fn destination(&self, slot: usize) -> Option<IpAddr> {
-        assert!(slot < self.received, "slot {slot} holds no datagram");
-        let header = &self.incoming.headers[slot].msg_hdr;
-        // SAFETY: `recvmmsg` has filled the header of every slot below `received` and the control buffer it points to,
-        // whose used length it has written, zero if no room was given.
-        unsafe {
-            find::<libc::in_pktinfo>(header, libc::SOL_IP, libc::IP_PKTINFO)
-                .map(|info| Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()).into())
-                .or_else(|| {
-                    find::<libc::in6_pktinfo>(header, libc::SOL_IPV6, libc::IPV6_PKTINFO)
-                        .map(|info| Ipv6Addr::from(info.ipi6_addr.s6_addr).into())
-                })
-        }
+        self.incoming.destination(slot)
     }
 
-    /// Appends the datagram of this slot, which must be whole, to a lane's list, which must not be full.
-    pub fn queue(&mut self, lane: usize, slot: usize, to: &RawAddress) {
-        let length = self.whole(slot);
-        let at = self.queued[lane];
-        let outgoing = &mut self.outgoing[lane];
-        let header = &mut outgoing.headers[at].msg_hdr;
-        header.msg_namelen = to.length;
-        outgoing.names[at] = *to;
-        outgoing.vectors[at] = libc::iovec {
-            iov_base: self.memory.start.as_ptr().wrapping_byte_add(slot * self.stride),
-            // Never more than the slot holds, whatever the caller has overlooked.
-            iov_len: length.unwrap_or(0),
-        };
-        self.queued[lane] = at + 1;
+    /// What is queued in a lane from now on is for this address. Datagrams of more than `most_joined` bytes go out one
+    /// by one.
+    pub fn address(&mut self, lane: usize, to: &RawAddress, most_joined: u32) {
+        self.outgoing[lane].address(to, most_joined);
+    }
+
+    /// Appends a datagram to a lane's list, which must not be full.
+    pub fn queue(&mut self, lane: usize, piece: Piece) {
+        self.outgoing[lane].push(self.incoming.vector(piece));
     }
 
     /// True if a lane's list has no room for another datagram.
     #[must_use]
     pub fn full(&self, lane: usize) -> bool {
-        self.queued[lane] == self.outgoing[lane].headers.len()
+        self.outgoing[lane].full()
     }
 
     /// Empties a lane's list.
     pub fn clear(&mut self, lane: usize) {
-        self.queued[lane] = 0;
+        self.outgoing[lane].clear();
     }
 
-    /// How many datagrams a lane's list holds.
+    /// How many messages a lane's list holds.
     #[must_use]
-    pub fn queued(&self, lane: usize) -> usize {
-        self.queued[lane]
+    pub fn messages(&self, lane: usize) -> usize {
+        self.outgoing[lane].messages()
     }
 
-    /// Sends a lane's list from position `from`, which must be in it, and says how many were sent: at least one.
+    /// The numbers of the datagrams in a message of a lane's list.
+    #[must_use]
+    pub fn datagrams(&self, lane: usize, message: usize) -> Range<usize> {
+        self.outgoing[lane].datagrams(message)
+    }
+
+    /// The bytes of all datagrams in a message of a lane's list.
+    #[must_use]
+    pub fn bytes(&self, lane: usize, message: usize) -> u64 {
+        self.outgoing[lane].bytes(message)
+    }
+
+    /// The length in bytes of a datagram of a lane's list, by its number.
+    #[must_use]
+    pub fn length(&self, lane: usize, datagram: usize) -> usize {
+        self.outgoing[lane].length(datagram)
+    }
+
+    /// Sends a lane's list from message `from`, which must be in it, and says how many messages were sent: at least one.
     ///
     /// # Errors
     /// What kept the first of them from being sent.
     pub fn send(&mut self, lane: usize, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let headers = &mut self.outgoing[lane].headers[from..self.queued[lane]];
-        // SAFETY: the headers in this range were filled by `queue`: they point to names and vectors owned by `self`,
-        // and the vectors to bytes within `self.memory`.
+        let headers = self.outgoing[lane].headers(from);
+        // SAFETY: the headers in this range were filled by `push`: they point to names, control messages and vectors
+        // owned by `outgoing`, and the vectors to bytes within the memory of `incoming`.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -396,11 +278,30 @@ impl Batch {
         };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
+
+    /// Sends one datagram of a message by itself.
+    ///
+    /// # Errors
+    /// What kept it from being sent.
+    pub fn send_apart(
+        &mut self,
+        lane: usize,
+        message: usize,
+        datagram: usize,
+        socket: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let header = self.outgoing[lane].apart(message, datagram);
+        // SAFETY: as for `send`; the header points to one vector and no control message.
+        let sent =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
 }
 
 impl fmt::Debug for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Batch").field("received", &self.received).field("queued", &self.queued).finish_non_exhaustive()
+        let queued: Vec<usize> = self.outgoing.iter().map(Outgoing::messages).collect();
+        f.debug_struct("Batch").field("received", &self.incoming.received()).field("queued", &queued).finish()
     }
 }
 
@@ -513,19 +414,21 @@ mod tests {
     fn a_batch_takes_and_sends_datagrams_of_every_length() {
         let (from, through, to) = (socket(), socket(), socket());
         let target = RawAddress::new(to.local_addr().unwrap(), Family::V4);
-        let mut batch = Batch::new(4, 1000).unwrap();
+        let mut batch = Batch::new(4, 1000, 4).unwrap();
         assert_eq!(batch.receive(through.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         for length in [0, 1, 1000, 1001, 7] {
             from.send_to(&vec![length as u8; length], through.local_addr().unwrap()).unwrap();
         }
         assert_eq!(batch.receive(through.as_fd()).unwrap(), 4);
-        let whole: Vec<_> = (0..4).map(|slot| batch.whole(slot)).collect();
-        assert_eq!(whole, [Some(0), Some(1), Some(1000), None]);
-        assert_eq!(batch.length(3), 1001);
-        for slot in 0..3 {
-            batch.queue(1, slot, &target);
+        let pieces: Vec<_> = (0..4).flat_map(|slot| batch.message(slot).pieces()).collect();
+        let lengths: Vec<_> = pieces.iter().map(|piece| piece.map(Piece::length)).collect();
+        assert_eq!(lengths, [Some(0), Some(1), Some(1000), None]);
+        assert_eq!((batch.message(3).length(), batch.message(3).count()), (1001, 1));
+        batch.address(1, &target, u32::MAX);
+        for piece in &pieces[..3] {
+            batch.queue(1, piece.unwrap());
         }
-        assert_eq!((batch.queued(0), batch.queued(1)), (0, 3));
+        assert_eq!((batch.messages(0), batch.messages(1)), (0, 3));
         assert_eq!(batch.send(1, 1, through.as_fd()).unwrap(), 2);
         let mut buffer = [0; 2000];
         assert_eq!(to.recv(&mut buffer).unwrap(), 1);
@@ -533,7 +436,7 @@ mod tests {
         assert_eq!(to.recv(&mut buffer).unwrap(), 1000);
         assert!(buffer[..1000].iter().all(|&byte| byte == 1000u32 as u8));
         assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
-        assert_eq!((batch.whole(0), batch.queued(1)), (Some(7), 0));
+        assert_eq!((batch.message(0).length(), batch.messages(1)), (7, 0));
     }
 
     #[test]
@@ -543,7 +446,7 @@ mod tests {
         setsockopt(&wildcard, Ipv4PacketInfo, &true).unwrap();
         let wildcard6 = UdpSocket::bind("[::]:0").unwrap();
         setsockopt(&wildcard6, Ipv6RecvPacketInfo, &true).unwrap();
-        let mut batch = Batch::new(4, 20).unwrap();
+        let mut batch = Batch::new(4, 20, 4).unwrap();
         for (through, from, to) in [
             (&wildcard, "127.0.0.1:0", "127.0.0.1"),
             (&wildcard, "127.0.0.1:0", "127.3.2.1"),
@@ -560,9 +463,10 @@ mod tests {
                 assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
                 assert_eq!(batch.sender(0), wanted.then_some((sender.ip(), sender.port())));
                 assert_eq!(batch.destination(0), wanted.then_some(to));
-                assert_eq!(batch.first_bytes(0), Some(*b"0123456789"));
-                assert_eq!(batch.first_bytes::<11>(0), None);
-                assert_eq!(batch.first_bytes::<21>(0), None);
+                let piece = batch.message(0).pieces().next().unwrap().unwrap();
+                assert_eq!(batch.first_bytes(piece), Some(*b"0123456789"));
+                assert_eq!(batch.first_bytes::<11>(piece), None);
+                assert_eq!(batch.first_bytes::<21>(piece), None);
             }
         }
     }

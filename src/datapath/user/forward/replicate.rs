@@ -4,14 +4,12 @@
 //! arrival and through one lane, and a lane is flushed whenever it is full. A large batch thus goes out regrouped by
 //! downstream; one datagram for many downstreams takes one system call.
 
-use std::time::Instant;
-
 use rand::Rng;
 use rand::rngs::SmallRng;
 
-use super::super::lane::{MAIN, TROUBLED};
 use super::super::mmsg::LANES;
-use super::{Forwarder, Queued};
+use super::super::table::Table;
+use super::{Forwarder, TOGETHER, Verdict};
 use crate::model::{Downstream, DropReason, ListenerCounters};
 
 /// What has become of a datagram's copies so far.
@@ -35,71 +33,82 @@ impl Fate {
 
 impl Forwarder {
     /// Sends every datagram of the batch to every downstream and accounts for it.
-    pub(super) fn replicate(&mut self, received: usize, outcome: &mut ListenerCounters) {
-        let targets = self.table.table.round().len();
-        if targets == 0 {
-            let whole = (0..received).filter(|&slot| self.batch.whole(slot).is_some()).count();
-            outcome.dropped.add(DropReason::NoDownstream, whole as u64);
-            return;
+    pub(super) fn replicate(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
+        for slot in 0..received {
+            for (number, piece) in self.batch.message(slot).pieces().enumerate() {
+                if self.screen.takes_out(slot, number) {
+                    continue;
+                }
+                match piece {
+                    None => outcome.dropped.add(DropReason::Truncated, 1),
+                    Some(_) if table.round().is_empty() => outcome.dropped.add(DropReason::NoDownstream, 1),
+                    Some(piece) => {
+                        if self.originals.len() == TOGETHER {
+                            self.send_to_all(table, outcome);
+                        }
+                        self.originals.push(piece);
+                    }
+                }
+            }
         }
+        self.send_to_all(table, outcome);
+    }
+
+    /// Sends what has been gathered to every downstream, and accounts for it.
+    fn send_to_all(&mut self, table: &Table, outcome: &mut ListenerCounters) {
         self.fates.clear();
-        self.fates.resize(received, Fate::Unwanted);
-        let now = self.standing.any_trouble().then(Instant::now);
-        if let Some(now) = now {
-            self.standing.forgive(now);
-        }
-        for index in 0..targets {
-            let target = self.table.table.round()[index];
-            let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
-            self.queue_copies(received, target, if troubled { TROUBLED } else { MAIN }, outcome);
+        self.fates.resize(self.originals.len(), Fate::Unwanted);
+        let now = self.time_if_needed();
+        for &target in table.round() {
+            let lane = self.turn_to(target, table, now);
+            self.queue_copies(target, lane, table, outcome);
         }
         for lane in 0..LANES {
             self.send_copies(lane, outcome);
         }
-        for slot in 0..received {
-            let Some(bytes) = self.batch.whole(slot) else { continue };
-            match self.fates[slot] {
-                Fate::Failed(reason) => outcome.dropped.add(reason, 1),
+        for (piece, fate) in self.originals.drain(..).zip(&self.fates) {
+            match fate {
+                Fate::Failed(reason) => outcome.dropped.add(*reason, 1),
                 Fate::Sent | Fate::Unwanted => {
                     outcome.packets_forwarded += 1;
-                    outcome.bytes_forwarded += bytes as u64;
+                    outcome.bytes_forwarded += u64::from(piece.length());
                 }
             }
         }
     }
 
     /// Queues the copies for one downstream, and sends those that there is no room for any more.
-    fn queue_copies(&mut self, received: usize, target: u32, lane: usize, outcome: &mut ListenerCounters) {
-        let sample = self.table.table.sample(target);
-        for slot in 0..received {
-            let Some(bytes) = self.batch.whole(slot) else { continue };
+    fn queue_copies(&mut self, target: u32, lane: usize, table: &Table, outcome: &mut ListenerCounters) {
+        let sample = table.sample(target);
+        for original in 0..self.originals.len() {
             if !wanted(sample, &mut self.random) {
                 continue;
             }
             if self.batch.full(lane) {
+                self.queues[lane].add_messages(self.batch.messages(lane), target);
                 self.send_copies(lane, outcome);
             }
-            self.batch.queue(lane, slot, self.table.table.encoded(target));
-            self.queued[lane].push(Queued { slot, target, bytes: bytes as u64, lost: None });
+            self.batch.queue(lane, self.originals[original]);
+            self.queues[lane].add_copy(original);
         }
+        self.queues[lane].add_messages(self.batch.messages(lane), target);
     }
 
     /// Sends the copies that a lane holds, notes what became of them, and empties the lane.
     fn send_copies(&mut self, lane: usize, outcome: &mut ListenerCounters) {
         self.flush(lane);
-        for copy in self.queued[lane].drain(..) {
-            match copy.lost.or_else(|| self.standing.settle(copy.target)) {
-                Some(reason) => {
-                    outcome.copies_dropped.add(reason, 1);
-                    self.fates[copy.slot].failed(reason);
-                }
-                None => {
-                    self.table.cells[copy.target as usize].add(copy.bytes);
-                    self.fates[copy.slot] = Fate::Sent;
-                }
+        let (cells, fates, queue) = (&self.table.cells, &mut self.fates, &self.queues[lane]);
+        queue.verdicts(&self.batch, lane, &mut self.standing, |verdict| match verdict {
+            Verdict::Sent { target, datagrams, bytes } => {
+                cells[target as usize].add(datagrams.len() as u64, bytes);
+                datagrams.for_each(|copy| fates[queue.original(copy)] = Fate::Sent);
             }
-        }
-        self.batch.clear(lane);
+            Verdict::Lost { datagram, reason } => {
+                outcome.copies_dropped.add(reason, 1);
+                fates[queue.original(datagram)].failed(reason);
+            }
+        });
+        self.empty(lane);
     }
 }
 
