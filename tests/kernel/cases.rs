@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::ListenerId;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
+use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan};
 
 use crate::oracle::{REDIRECT, SHOT, UNSPEC};
 use crate::packet::{Checksum, Frame};
@@ -251,6 +251,67 @@ fn root_malformed_packets_pass_untouched() {
 
 fn check_truncated(whole: &[u8], length: usize) {
     check_foreign(&whole[..length]);
+}
+
+/// A listener whose only downstream is a neighbour that user space knows.
+fn known_neighbour(into_pod: bool) -> Program {
+    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
+    let delivery =
+        Delivery::Neighbour { link: 77, next_hop: "198.51.100.7".parse().unwrap(), mtu: 1500, macs, into_pod };
+    Program::load(vec![listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", delivery)])])
+}
+
+/// What must come out: as it was but for the destination and the TTL, addressed or not.
+fn delivered(addressed: bool) -> Vec<u8> {
+    let mut out = Frame::new(SENDER, "198.51.100.7:6000", b"hello");
+    out.ttl = 63;
+    let mut bytes = out.bytes();
+    if addressed {
+        bytes[..12].copy_from_slice(&[2, 0, 0, 0, 0, 7, 2, 0, 0, 0, 0, 1]);
+    }
+    bytes
+}
+
+#[test]
+fn root_a_known_neighbour_is_addressed_and_now_and_then_left_to_the_kernel() {
+    let program = known_neighbour(false);
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
+    let mut addressed = 0;
+    for n in 0..2_000 {
+        let ran = program.run(&frame, Gso::default());
+        assert_eq!(ran.verdict, REDIRECT);
+        assert!(n > 0 || ran.packet == delivered(false), "the first one makes the kernel check up on the neighbour");
+        if ran.packet == delivered(true) {
+            addressed += 1;
+        } else {
+            assert_eq!(ran.packet, delivered(false));
+        }
+    }
+    assert!(addressed > 0);
+}
+
+#[test]
+fn root_what_goes_straight_into_a_pod_is_always_addressed() {
+    let program = known_neighbour(true);
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
+    for _ in 0..2_000 {
+        let ran = program.run(&frame, Gso::default());
+        assert_eq!(ran, Ran { verdict: REDIRECT, packet: delivered(true) });
+    }
+}
+
+#[test]
+fn root_an_old_kernel_addresses_what_it_can_and_leaves_the_rest_to_the_socket() {
+    let plan = known_neighbour(false).plan.listeners;
+    let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
+    let program = Program::load_with(plan, |setup| setup.redirects = false);
+    for _ in 0..2_000 {
+        assert_eq!(program.run(&frame, Gso::default()), Ran { verdict: REDIRECT, packet: delivered(true) });
+    }
+    let unknown = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
+    let program = Program::load_with(vec![unknown], |setup| setup.redirects = false);
+    assert_eq!(program.run(&frame, Gso::default()), Ran { verdict: UNSPEC, packet: frame });
+    assert_eq!(program.stats(0), [1, 0, 0, 1, 5, 0]);
 }
 
 #[test]

@@ -1,0 +1,35 @@
+//! What the program costs the verifier, held under a budget: kernels give up at a million instructions looked at and at
+//! 512 bytes of stack. Newer ones look at more instructions than older ones, because they remember more.
+
+use udp_fanout::config::Limits;
+use udp_fanout::datapath::kernel::{Setup, skel};
+
+/// Instructions looked at: less than a sixth of what kernels put up with.
+const INSTRUCTIONS: u32 = 150_000;
+/// Bytes of the deepest stack of one function.
+const STACK: u32 = 320;
+
+fn setup(redirects: bool, ring_buffer: bool) -> Setup {
+    let limits = Limits { max_listeners: 4, max_downstreams: 16, max_sources: 16, max_senders: 16 };
+    Setup { redirects, ring_buffer, ..Setup::new(&limits) }
+}
+
+/// The number that follows these words.
+fn after(text: &str, words: &str) -> Option<String> {
+    let rest = &text[text.find(words)? + words.len()..];
+    Some(rest.split_whitespace().next()?.to_owned())
+}
+
+#[test]
+fn root_the_verifier_is_not_burdened_beyond_its_budget() {
+    for (redirects, ring_buffer) in [(true, true), (true, false), (false, false)] {
+        let text = skel::verifier_statistics(&setup(redirects, ring_buffer)).unwrap();
+        println!("redirects {redirects}, ring buffer {ring_buffer}:\n{text}");
+        let looked_at: u32 = after(&text, "processed ").unwrap().parse().unwrap();
+        assert!(looked_at <= INSTRUCTIONS, "the verifier looks at {looked_at} instructions, more than {INSTRUCTIONS}");
+        let depths = after(&text, "stack depth ").unwrap();
+        let depths: Vec<u32> = depths.split('+').map(|depth| depth.parse().unwrap()).collect();
+        let deepest = depths.iter().max().unwrap();
+        assert!(*deepest <= STACK, "a function has {deepest} bytes of stack, more than {STACK}");
+    }
+}
