@@ -10,6 +10,7 @@ mod prose;
 use std::ffi::OsString;
 use std::io::{ErrorKind as IoErrorKind, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::error::ErrorKind;
@@ -37,6 +38,8 @@ pub enum Invocation {
         log: logging::Options,
         /// Where to find the API server of Kubernetes, if named.
         kubeconfig: Option<PathBuf>,
+        /// The status socket, in place of the one that the configuration names.
+        status_socket: Option<PathBuf>,
     },
     /// Say whether a configuration is right, and what it amounts to.
     Check {
@@ -51,6 +54,19 @@ pub enum Invocation {
         account: String,
         /// Its namespace.
         namespace: String,
+    },
+    /// Say what the running daemon is doing.
+    Status {
+        /// The configuration file that names the daemon's status socket, if one is named.
+        config: Option<PathBuf>,
+        /// The socket itself, if it is named.
+        socket: Option<PathBuf>,
+        /// JSON instead of tables.
+        json: bool,
+        /// Again and again.
+        watch: bool,
+        /// The time over which rates are taken.
+        interval: Duration,
     },
     /// Print a completion script; see [`completions`].
     Completions(Shell),
@@ -91,6 +107,12 @@ enum Command {
     /// One Role for each namespace in which listeners follow Services, its binding, and a ClusterRole to read nodes if a
     /// listener prefers its zone; as YAML for `kubectl apply -f -`. Looks at nothing but the file.
     Rbac(RbacArgs),
+    /// Show what the running daemon is doing
+    ///
+    /// Asks it through its status socket, twice, to show rates: listeners with their datapath and why they have it, what
+    /// they receive, forward and drop, and for which reasons; downstreams with their health, their share and what they
+    /// get; Kubernetes Services; and what is wrong at the moment. Takes the rights of root or of the daemon's user.
+    Status(StatusArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -121,6 +143,9 @@ struct RunArgs {
     /// else $KUBECONFIG, else ~/.kube/config]
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+    /// Unix socket on which to answer `udp-fanout status`, in place of the configuration's status_socket
+    #[arg(long, value_name = "PATH")]
+    status_socket: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -139,6 +164,29 @@ struct RbacArgs {
 struct CheckArgs {
     #[command(flatten)]
     file: ConfigArg,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// The daemon's status socket [default: the one that its configuration names]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Print JSON, one line a report
+    #[arg(long)]
+    json: bool,
+    /// Go on, and show every interval anew, until interrupted
+    #[arg(short, long)]
+    watch: bool,
+    /// Seconds over which rates are taken, from 0.1 to 3600
+    #[arg(long, value_name = "SECS", default_value = "1", value_parser = interval)]
+    interval: Duration,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds: &f64| (0.1..=3600.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.1 to 3600".to_owned())
 }
 
 /// What the process's own command line asks for. Ends the process, in clap's manner, after `--help`, `--version` or
@@ -165,15 +213,16 @@ where
             log_level: once("--log-level <LEVEL>", before.log_level, after.log_level)?,
             log_format: once("--log-format <FORMAT>", before.log_format, after.log_format)?,
             kubeconfig: once("--kubeconfig <FILE>", before.kubeconfig, after.kubeconfig)?,
+            status_socket: once("--status-socket <PATH>", before.status_socket, after.status_socket)?,
         }),
         Some(Command::Check(after)) => {
-            only_config("check", &before)?;
-            let config = once("--config <FILE>", before.file.config, after.file.config)?;
-            Invocation::Check { config: or_default(config) }
+            Invocation::Check { config: or_default(only_config("check", before, after.file)?) }
+        }
+        Some(Command::Status(StatusArgs { file, socket, json, watch, interval })) => {
+            Invocation::Status { config: only_config("status", before, file)?, socket, json, watch, interval }
         }
         Some(Command::Rbac(after)) => {
-            only_config("rbac", &before)?;
-            let config = once("--config <FILE>", before.file.config, after.file.config)?;
+            let config = only_config("rbac", before, after.file)?;
             let (account, namespace) = (after.service_account, after.service_account_namespace);
             Invocation::Rbac { config: or_default(config), account, namespace }
         }
@@ -191,7 +240,15 @@ where
 fn run(args: RunArgs) -> Invocation {
     let log =
         logging::Options { level: args.log_level.unwrap_or_default(), format: args.log_format.unwrap_or_default() };
-    Invocation::Run { config: or_default(args.file.config), log, kubeconfig: args.kubeconfig }
+    let RunArgs { file, kubeconfig, status_socket, .. } = args;
+    Invocation::Run { config: or_default(file.config), log, kubeconfig, status_socket }
+}
+
+/// The configuration file, which is all that may stand before the name of a command other than `run`.
+fn only_config(command: &str, before: RunArgs, after: ConfigArg) -> Result<Option<PathBuf>, clap::Error> {
+    let config = once("--config <FILE>", before.file.config.clone(), after.config)?;
+    no_options(command, &RunArgs { file: ConfigArg::default(), ..before })?;
+    Ok(config)
 }
 
 fn or_default(config: Option<PathBuf>) -> PathBuf {
@@ -208,14 +265,10 @@ fn once<T>(option: &str, before: Option<T>, after: Option<T>) -> Result<Option<T
 
 fn no_options(command: &str, before: &RunArgs) -> Result<(), clap::Error> {
     not_with(command, "--config <FILE>", before.file.config.is_some())?;
-    only_config(command, before)
-}
-
-/// Of the options before its name, such a command takes only the configuration file.
-fn only_config(command: &str, before: &RunArgs) -> Result<(), clap::Error> {
     not_with(command, "--log-level <LEVEL>", before.log_level.is_some())?;
     not_with(command, "--log-format <FORMAT>", before.log_format.is_some())?;
-    not_with(command, "--kubeconfig <FILE>", before.kubeconfig.is_some())
+    not_with(command, "--kubeconfig <FILE>", before.kubeconfig.is_some())?;
+    not_with(command, "--status-socket <PATH>", before.status_socket.is_some())
 }
 
 fn not_with(command: &str, option: &str, given: bool) -> Result<(), clap::Error> {
@@ -248,10 +301,18 @@ pub fn completions(shell: Shell) -> Vec<u8> {
 /// # Errors
 /// When standard output refuses, a full disk for example.
 pub fn print(text: &[u8]) -> anyhow::Result<()> {
+    print_to_reader(text).map(drop)
+}
+
+/// Writes to standard output. False if nobody reads it any more.
+///
+/// # Errors
+/// As for [`print`].
+pub fn print_to_reader(text: &[u8]) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == IoErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to standard output"),
+        Err(error) if error.kind() == IoErrorKind::BrokenPipe => Ok(false),
+        result => result.map(|()| true).context("cannot write to standard output"),
     }
 }
 

@@ -73,6 +73,9 @@ pub const PACKET_RATES: RangeInclusive<u32> = 1..=10_000_000;
 /// Allowed `burst`.
 pub const BURSTS: RangeInclusive<u32> = 1..=100_000_000;
 
+/// Where the status socket is unless the file says otherwise.
+pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
+
 /// Largest file read, in bytes: room for a million downstreams, and an end to `/dev/zero`.
 const MAX_FILE_SIZE: u64 = 128 << 20;
 
@@ -92,6 +95,8 @@ pub struct Config {
     pub metrics: Option<MetricsConfig>,
     /// Sizes of the kernel program's maps.
     pub limits: Limits,
+    /// The Unix socket on which the daemon answers `udp-fanout status`: an absolute path.
+    pub status_socket: PathBuf,
     /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
     pub warnings: Vec<String>,
 }
@@ -269,6 +274,18 @@ impl Config {
     /// with keys and types; else everything that breaks a rule.
     pub fn parse(text: &str, path: &Path) -> anyhow::Result<Config> {
         Ok(parse(text, path)?)
+    }
+
+    /// The path of the status socket that a file names, as far as it can be read: whoever wants to know what the daemon
+    /// is doing may have just broken its file. None if it names none.
+    #[must_use]
+    pub fn status_socket_of(path: &Path) -> Option<PathBuf> {
+        let text = String::from_utf8(read(path).ok()?).ok()?;
+        let document = document::Document::read(&text, path).ok()?;
+        match document.top("status_socket") {
+            Some(document::Value::Text(socket)) => Some(PathBuf::from(socket)),
+            _ => None,
+        }
     }
 
     /// The effective configuration, every default written out, as TOML with the file's keys. Read again, it gives an

@@ -4,16 +4,18 @@
 //! reads no clock and spawns nothing, so that a test can drive it through any history. The event loop turns what
 //! happens into events and carries the actions out.
 
+pub mod ages;
 mod itself;
 pub mod mode;
 mod reload;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Result;
 
+use self::ages::Ages;
 pub use self::mode::ModeChoice;
 pub use self::reload::Prepared;
 use self::reload::Previous;
@@ -95,6 +97,7 @@ pub struct Controller {
     warned: BTreeSet<String>,
     /// What to go back to, until the configuration is in force.
     previous: Option<Previous>,
+    ages: Ages,
 }
 
 #[derive(Debug, Clone)]
@@ -122,6 +125,7 @@ impl Controller {
             applied: Err("not applied yet".to_owned()),
             warned: BTreeSet::new(),
             previous: None,
+            ages: Ages::default(),
         };
         let prepared = controller.prepare(config, tc_support)?;
         controller.adopt(prepared);
@@ -131,6 +135,22 @@ impl Controller {
     /// Each listener's mode and why it was chosen.
     pub fn modes(&self) -> impl Iterator<Item = (&ListenerConfig, &ModeChoice)> {
         self.listeners.iter().map(|listener| (&listener.config, &listener.choice))
+    }
+
+    /// Each listener's downstreams, those that are left out of the round included; none before the first set has come.
+    pub fn sets(&self) -> impl Iterator<Item = (ListenerId, Option<&DownstreamSet>)> {
+        self.listeners.iter().map(|listener| (listener.config.id, listener.set.as_ref()))
+    }
+
+    /// Since when this has been one of the listener's downstreams.
+    #[must_use]
+    pub fn since(&self, id: ListenerId, downstream: SocketAddr) -> Duration {
+        self.ages.since(id, downstream)
+    }
+
+    /// What the operator has been warned about and still holds.
+    pub fn standing_warnings(&self) -> impl Iterator<Item = &str> {
+        self.warned.iter().map(String::as_str)
     }
 
     /// The addresses whose routes the plan depends on.
@@ -181,6 +201,12 @@ impl Controller {
         self.listeners.iter().find(|listener| listener.config.id == id).map(|listener| listener.config.name.as_str())
     }
 
+    /// The host as it was last looked at.
+    #[must_use]
+    pub fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+
     /// The plan last handed out.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -218,7 +244,7 @@ impl Controller {
                 self.facts = facts;
                 self.replan(false, now)
             }
-            Event::Downstreams { listener, set } => self.take_set(listener, set),
+            Event::Downstreams { listener, set } => self.take_set(listener, set, now),
             Event::Applied => {
                 self.applied = Ok(());
                 self.settle()
@@ -230,7 +256,13 @@ impl Controller {
                 }
                 vec![Action::Warn(reason), Action::WakeAt(now + RETRY)]
             }
-            Event::Config(prepared) => self.reconfigure(prepared),
+            Event::Config(prepared) => {
+                let before: BTreeMap<ListenerId, DownstreamSet> =
+                    self.sets().filter_map(|(id, set)| Some((id, set?.clone()))).collect();
+                let actions = self.reconfigure(prepared);
+                self.note_ages(&before, now);
+                actions
+            }
             Event::Disturbed(reason) => {
                 let mut actions = vec![Action::Warn(reason)];
                 actions.extend(self.replan(true, now));
@@ -247,11 +279,26 @@ impl Controller {
         }
     }
 
-    fn take_set(&mut self, id: ListenerId, set: DownstreamSet) -> Vec<Action> {
+    /// Takes note of what has become of the listeners' sets under a new configuration.
+    fn note_ages(&mut self, before: &BTreeMap<ListenerId, DownstreamSet>, now: Duration) {
+        for listener in &self.listeners {
+            let id = listener.config.id;
+            if let Some(set) = listener.set.as_ref().filter(|set| before.get(&id) != Some(set)) {
+                self.ages.note(id, before.get(&id), set, now);
+            }
+        }
+    }
+
+    fn take_set(&mut self, id: ListenerId, set: DownstreamSet, now: Duration) -> Vec<Action> {
         if let Some(previous) = &mut self.previous {
             previous.take_set(id, &set);
         }
-        let taken = self.listeners.iter_mut().any(|listener| listener.take_set(id, &set));
+        let listener = self.listeners.iter_mut().find(|listener| listener.config.id == id);
+        let before = listener.as_ref().and_then(|listener| listener.set.clone());
+        let taken = listener.is_some_and(|listener| listener.take_set(id, &set));
+        if taken {
+            self.ages.note(id, before.as_ref(), &set, now);
+        }
         // The plan follows when the routes are known.
         if taken { vec![Action::LookAtHost(self.route_addresses())] } else { Vec::new() }
     }

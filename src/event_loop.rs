@@ -4,8 +4,10 @@
 //! `controller`, how to do it in `datapath` and `host`.
 
 mod answer;
+mod control;
 mod drops;
 mod reload;
+mod report;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -21,6 +23,7 @@ use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
 use crate::config::{Config, ListenerConfig, RequestedMode};
@@ -55,12 +58,21 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// Changes of the host that follow each other within this time are looked at together.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// Runs the daemon until a signal ends it. `kubeconfig` is the file the operator named, if any.
+/// What the operator has said on the command line, which a configuration does not change.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Where to find the API server of Kubernetes.
+    pub kubeconfig: Option<PathBuf>,
+    /// The status socket, in place of the configuration's.
+    pub status_socket: Option<PathBuf>,
+}
+
+/// Runs the daemon until a signal ends it.
 ///
 /// # Errors
 /// When something in the configuration does not fit this host; nothing is left attached or bound then.
-pub fn run(config: Config, kubeconfig: Option<PathBuf>) -> Result<()> {
-    let mut daemon = Daemon::start(config, kubeconfig)?;
+pub fn run(config: Config, options: Options) -> Result<()> {
+    let mut daemon = Daemon::start(config, options)?;
     let result = daemon.turn_until_stopped();
     let stopped = daemon.stop();
     result.and(stopped)
@@ -81,6 +93,7 @@ struct Daemon {
     /// Where to find the API server, if the operator has said so.
     kubeconfig: Option<PathBuf>,
     health: Option<Health>,
+    control: Control,
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
@@ -119,7 +132,7 @@ fn take_due(timer: &mut Option<Instant>, now: Instant) -> bool {
 }
 
 impl Daemon {
-    fn start(config: Config, kubeconfig: Option<PathBuf>) -> Result<Daemon> {
+    fn start(config: Config, options: Options) -> Result<Daemon> {
         let poll = Poll::new().context("cannot create an event queue (epoll)")?;
         // Signals first: one that comes during the start must still end in a clean stop.
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
@@ -127,6 +140,8 @@ impl Daemon {
         let mut monitor = Monitor::open()?;
         poll.registry().register(&mut monitor, NETLINK, Interest::READABLE).context("cannot watch netlink")?;
         let mut host = Host::open()?;
+        let Options { kubeconfig, status_socket } = options;
+        let (control, no_control) = Control::open(&config, status_socket, poll.registry())?;
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
         if let Some(kernel) = &kernel {
@@ -156,6 +171,7 @@ impl Daemon {
             discovery_lost: false,
             kubeconfig,
             health,
+            control,
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
             drop_log: DropLog::default(),
@@ -175,6 +191,9 @@ impl Daemon {
             return Err(error);
         }
         daemon.serving = true;
+        if let Some(error) = no_control {
+            tracing::warn!("{error:#}");
+        }
         // Only now, so that there is no moment without either the old filter or the socket that takes its place.
         attach::remove_leftovers(&daemon.controller.unused_links());
         daemon.watch_health();
@@ -203,6 +222,7 @@ impl Daemon {
                         self.take_updates();
                         self.answer_requests();
                     }
+                    token if self.control.owns(token) => self.control_event(token),
                     token => self.health_event(token),
                 }
             }

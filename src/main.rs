@@ -1,19 +1,26 @@
 //! Entry point: reads the command line, hands over to the library, turns its answer into an exit code.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
+use udp_fanout::control::status;
 use udp_fanout::discovery::rbac::{self, Account};
 use udp_fanout::{event_loop, logging, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
-        Invocation::Run { config, log, kubeconfig } => return run(&config, log, kubeconfig),
+        Invocation::Run { config, log, kubeconfig, status_socket } => {
+            return run(&config, log, event_loop::Options { kubeconfig, status_socket });
+        }
         Invocation::Check { config } => check(&config),
         Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
+        Invocation::Status { config, socket, json, watch, interval } => {
+            let socket = status::socket(config.as_deref(), socket);
+            status::run(&status::Options { socket, json, watch, interval })
+        }
         Invocation::Completions(shell) => cli::print(&cli::completions(shell)),
         Invocation::Man => cli::man().map_err(Into::into).and_then(|page| cli::print(&page)),
     };
@@ -27,7 +34,7 @@ fn main() -> ExitCode {
 }
 
 /// Is the daemon. What goes wrong is a line in the log, in the log's format.
-fn run(config: &Path, log: logging::Options, kubeconfig: Option<PathBuf>) -> ExitCode {
+fn run(config: &Path, log: logging::Options, options: event_loop::Options) -> ExitCode {
     if let Err(error) = logging::init(log) {
         eprintln!("{error:#}");
         return ExitCode::FAILURE;
@@ -38,7 +45,7 @@ fn run(config: &Path, log: logging::Options, kubeconfig: Option<PathBuf>) -> Exi
             tracing::warn!("{warning}");
         }
     });
-    match config.and_then(|config| event_loop::run(config, kubeconfig)) {
+    match config.and_then(|config| event_loop::run(config, options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             for line in format!("{error:#}").lines() {

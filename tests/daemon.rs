@@ -58,7 +58,7 @@ struct Running {
     child: Child,
     log: BufReader<ChildStderr>,
     receivers: Vec<UdpSocket>,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Running {
@@ -70,9 +70,10 @@ impl Running {
         let (directory, path) = example(address);
         let mut command = udp_fanout();
         command.args(["run", "--config"]).arg(path).args(options).stderr(Stdio::piped());
+        command.arg("--status-socket").arg(directory.path().join("status.sock"));
         let mut child = command.spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
-        let mut running = Running { address, child, log, receivers: receivers.into(), _directory: directory };
+        let mut running = Running { address, child, log, receivers: receivers.into(), directory };
         // The last thing it says at the start.
         running.read_log_until("serving metrics");
         running
@@ -200,8 +201,11 @@ fn signals_end_it_well_and_what_is_queued_is_forwarded_first() {
 #[test]
 fn the_log_reads_as_the_guide_says() {
     let address = own_address();
-    let (_directory, path) = example(address);
-    let mut child = udp_fanout().arg("-c").arg(path).stderr(Stdio::piped()).spawn().unwrap();
+    let (directory, path) = example(address);
+    let socket = directory.path().join("status.sock");
+    let mut command = udp_fanout();
+    command.arg("-c").arg(path).arg("--status-socket").arg(socket);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
     let mut lines = Vec::new();
     while !lines.last().is_some_and(|line: &String| line.contains("serving metrics")) {
@@ -325,4 +329,95 @@ fn the_command_line_explains_itself() {
         assert_eq!((output.status.code(), stdout(&output)), (Some(2), ""), "{words:?}");
         assert!(stderr(&output).starts_with("error: "), "{words:?}: {}", stderr(&output));
     }
+}
+
+fn status(running: &Running, options: &[&str]) -> Command {
+    let mut command = udp_fanout();
+    command.args(["status", "--interval", "0.1", "--socket"]).arg(running.directory.path().join("status.sock"));
+    command.args(options);
+    command
+}
+
+#[test]
+fn status_shows_what_the_daemon_does() {
+    let running = Running::start(&[]);
+    running.send(99);
+    assert_eq!(running.receive([33; 3]).len(), 99);
+    // A worker writes a batch down once it has sent it, which may be a moment after it has arrived.
+    let report = loop {
+        let output = status(&running, &["--json"]).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        if report["listeners"][0]["forwarded"] == 99 {
+            break report;
+        }
+    };
+    assert_eq!(report["daemon"]["pid"], running.child.id());
+    assert_eq!(report["problems"], Value::Array(vec![]));
+    let listener = &report["listeners"][0];
+    assert_eq!((listener["name"].as_str(), listener["mode"].as_str()), (Some("demo"), Some("userspace")));
+    assert_eq!((&listener["received"], &listener["dropped"]), (&99.into(), &0.into()));
+    assert!(listener["rates"]["packets"].is_number());
+    for (nth, port) in RECEIVERS.iter().enumerate() {
+        let downstream = &listener["downstreams"][nth];
+        assert_eq!(downstream["address"], format!("{}:{port}", running.address));
+        assert_eq!((&downstream["packets"], &downstream["bytes"]), (&33.into(), &(33 * 32).into()));
+        assert!((downstream["share"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-9);
+    }
+
+    let output = status(&running, &[]).output().unwrap();
+    let table = stdout(&output);
+    assert!(output.status.success() && !table.contains('\u{1b}'), "no colours in a pipe: {table}");
+    let start = format!("udp-fanout {} (", env!("CARGO_PKG_VERSION"));
+    assert!(table.starts_with(&start), "{table}");
+    let row = |start: &str| table.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{table}"));
+    let words: Vec<&str> = row("demo ").split_whitespace().collect();
+    assert_eq!((words[2], words[4], words[9], words[10]), ("userspace", "round_robin", "99", "0"), "{table}");
+    assert_eq!(table.lines().filter(|line| line.contains("  33%  ") && line.contains("  33  ")).count(), 3, "{table}");
+}
+
+#[test]
+fn status_goes_on_for_as_long_as_somebody_reads() {
+    let running = Running::start(&[]);
+    let mut watching = status(&running, &["--watch", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let uptimes: Vec<f64> = lines
+        .by_ref()
+        .take(3)
+        .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap()["daemon"]["uptime_secs"].as_f64().unwrap())
+        .collect();
+    assert!(uptimes.is_sorted_by(|a, b| a < b), "{uptimes:?}");
+    drop(lines);
+    assert!(watching.wait().unwrap().success());
+}
+
+#[test]
+fn status_without_a_daemon_says_what_to_do() {
+    let (directory, path) = example(own_address());
+    // Also where the file is broken by now, it is asked where the socket is.
+    let text = fs::read_to_string(&path).unwrap();
+    let socket = directory.path().join("own.sock");
+    fs::write(&path, format!("status_socket = {socket:?}\nwatch = \"the birds\"\n{text}")).unwrap();
+    let output = run(&["status", "--config", path.to_str().unwrap()]);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(1), ""));
+    let expected = format!(
+        "no udp-fanout answers at {}: start it (`systemctl start udp-fanout`), or name its configuration with --config or \
+         its socket with --socket\n",
+        socket.display()
+    );
+    assert_eq!(stderr(&output), expected);
+}
+
+#[test]
+fn the_status_socket_is_one_daemons_own_and_goes_with_it() {
+    let running = Running::start(&[]);
+    let socket = running.directory.path().join("status.sock");
+    let (_directory, other) = example(own_address());
+    let output =
+        udp_fanout().arg("-c").arg(other).arg("--status-socket").arg(&socket).args(["-l", "warn"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("another udp-fanout answers there already"), "{}", stderr(&output));
+    assert!(status(&running, &[]).output().unwrap().status.success());
+    let (ended, _) = running.end(Signal::SIGTERM);
+    assert!(ended.success() && !socket.exists());
 }

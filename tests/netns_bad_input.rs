@@ -15,7 +15,7 @@ use support::lab::INGRESS;
 use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 use tempfile::TempDir;
 
-/// A directory anyone can read, with a copy of the program that anyone can run: the one that cargo has built may be
+/// A directory anyone can use, with a copy of the program that anyone can run: the one that cargo has built may be
 /// below a home that only its owner may enter.
 struct Stage {
     directory: TempDir,
@@ -24,8 +24,9 @@ struct Stage {
 impl Stage {
     fn new() -> Stage {
         let prefix = format!("{}{}-", support::cleanup::DIRECTORY_PREFIX, std::process::id());
-        let open = Permissions::from_mode(0o755);
-        Stage { directory: tempfile::Builder::new().prefix(&prefix).permissions(open).tempdir().unwrap() }
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir().unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
+        Stage { directory }
     }
 
     /// Writes a file that anyone can read.
@@ -67,7 +68,8 @@ fn refusal(namespace: &Namespace, before: &[&str], program: &Path, config: &Path
     let mut words: Vec<&str> = before.to_vec();
     let (program, config) = (program.to_str().unwrap(), config.to_str().unwrap());
     // Refusing takes no time; whoever runs on has not refused.
-    words.extend(["timeout", "30", program, "run", "--config", config]);
+    let socket = Path::new(config).with_file_name("status.sock");
+    words.extend(["timeout", "30", program, "run", "--config", config, "--status-socket", socket.to_str().unwrap()]);
     let mut command = namespace.command(words[0]);
     let output = command.args(&words[1..]).env_remove("RUST_LOG").env("NO_COLOR", "1").output().unwrap();
     let log = String::from_utf8_lossy(&output.stderr).into_owned();

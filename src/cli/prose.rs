@@ -8,9 +8,10 @@ pub(super) const ABOUT: &str = "Hand each UDP datagram that arrives at this host
 /// The forms of the command line, one a line; clap's own would show neither which options go with which command nor
 /// that `run` may be left out.
 pub(super) const USAGE: &str = "\
-udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE]
+udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] [--status-socket PATH]
        udp-fanout check [-c FILE]
        udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
+       udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -42,6 +43,8 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout -c ./syslog.toml -l debug", "Run on another file and log more."),
             ("udp-fanout check -c ./syslog.toml", "Find out whether a file is right before restarting with it."),
             ("udp-fanout rbac -c ./syslog.toml | kubectl apply -f -", "Allow what a file needs in the cluster."),
+            ("udp-fanout status", "See what the running daemon is doing, and what is wrong."),
+            ("udp-fanout status --watch", "The same, every second."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
             ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
@@ -49,7 +52,10 @@ pub(super) const SECTIONS: [Section; 5] = [
     },
     Section {
         title: "Files",
-        entries: &[("/etc/udp-fanout/config.toml", "The configuration, unless --config names another.")],
+        entries: &[
+            ("/etc/udp-fanout/config.toml", "The configuration, unless --config names another."),
+            ("/run/udp-fanout/status.sock", "Where the daemon answers `udp-fanout status`, unless told otherwise."),
+        ],
     },
     Section {
         title: "Environment",
@@ -74,7 +80,7 @@ pub(super) const SECTIONS: [Section; 5] = [
     Section {
         title: "Exit status",
         entries: &[
-            ("0", "Stopped by a signal; or the configuration checked is right."),
+            ("0", "Stopped by a signal; or the configuration checked is right; or the daemon has told its status."),
             ("1", "Something is wrong, and one line on standard error says what, where, and how to put it right."),
             ("2", "The command line is wrong."),
         ],

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 use crate::logging::{Format, Level, Options};
 
@@ -31,16 +33,25 @@ fn command_lines_mean_what_they_say() {
         config: config.into(),
         log: Options { level, format },
         kubeconfig: None,
+        status_socket: None,
     };
     let kubeconfig = |file: &str| Invocation::Run {
         config: default_config(),
         log: Options { level: Level::Info, format: Format::Text },
         kubeconfig: Some(file.into()),
+        status_socket: None,
     };
     let rbac = |config: &str, account: &str, namespace: &str| Invocation::Rbac {
         config: config.into(),
         account: account.into(),
         namespace: namespace.into(),
+    };
+    let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
+        config: config.map(Into::into),
+        socket: socket.map(Into::into),
+        json,
+        watch,
+        interval: Duration::from_millis(interval),
     };
     let default = "/etc/udp-fanout/config.toml";
     let cases = [
@@ -66,6 +77,9 @@ fn command_lines_mean_what_they_say() {
         ("udp-fanout rbac", rbac(default, "udp-fanout", "udp-fanout")),
         ("udp-fanout -c a rbac --service-account b", rbac("a", "b", "udp-fanout")),
         ("udp-fanout rbac -c a --service-account-namespace b", rbac("a", "udp-fanout", "b")),
+        ("udp-fanout status", status(None, None, false, false, 1_000)),
+        ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
+        ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
         ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
         ("udp-fanout man", Invocation::Man),
     ];
@@ -93,6 +107,9 @@ fn mistakes_are_refused_with_what_is_wrong() {
         ("udp-fanout check -l info", ["'-l'", "unexpected", "argument"]),
         ("udp-fanout -c a man", ["'--config <FILE>'", "cannot be used", "'man'"]),
         ("udp-fanout --log-format json completions bash", ["'--log-format <FORMAT>'", "cannot", "'completions'"]),
+        ("udp-fanout status --interval 0", ["'--interval <SECS>'", "0.1", "3600"]),
+        ("udp-fanout -l info status", ["'--log-level <LEVEL>'", "cannot be used", "'status'"]),
+        ("udp-fanout --status-socket s status", ["'--status-socket <PATH>'", "cannot be used", "'status'"]),
         ("udp-fanout completions", ["<SHELL>", "required", "not provided"]),
         ("udp-fanout completions dos", ["'dos'", "bash", "zsh"]),
         ("udp-fanout run a.toml", ["'a.toml'", "unexpected", "argument"]),
@@ -111,7 +128,8 @@ fn mistakes_are_refused_with_what_is_wrong() {
 fn every_form_of_the_usage_is_accepted() {
     let forms = prose::USAGE.lines().map(str::trim);
     for form in forms.clone() {
-        let with_options = form.replace(['[', ']'], "").replace("LEVEL", "warn").replace("FORMAT", "json");
+        let with_options =
+            form.replace(['[', ']'], "").replace("LEVEL", "warn").replace("FORMAT", "json").replace("SECS", "2");
         parsed(&with_options.replace("SHELL", "bash"));
     }
     for sub in command().get_subcommands() {

@@ -82,6 +82,14 @@ impl Document {
         Ok(Document { format, root })
     }
 
+    /// The value of a key at the top of the file.
+    pub(super) fn top(&self, key: &str) -> Option<&Value> {
+        match &self.root.value {
+            Value::Table(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, node)| &node.value),
+            _ => None,
+        }
+    }
+
     /// The line of a key, or of the nearest thing around it that is in the file.
     pub(super) fn line(&self, key: &KeyPath) -> Option<usize> {
         let mut node = &self.root;

@@ -6,17 +6,18 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HealthProtocol, Protocol, RequestedMode};
+use super::{HealthProtocol, Protocol, RequestedMode, STATUS_SOCKET};
 use crate::discovery::{Locality, PortRef, Terminating};
 use crate::model;
 
 /// A whole file.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
     /// Whether a change of the file is a reason to read it again; it is by default.
-    #[serde(default = "yes")]
     pub(super) watch_config: bool,
+    /// An absolute path; under /run by default.
+    pub(super) status_socket: String,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -28,8 +29,17 @@ pub(super) struct File {
     pub(super) limits: Limits,
 }
 
-fn yes() -> bool {
-    true
+impl Default for File {
+    fn default() -> File {
+        File {
+            watch_config: true,
+            status_socket: STATUS_SOCKET.to_owned(),
+            listeners: Vec::new(),
+            health: Health::default(),
+            metrics: None,
+            limits: Limits::default(),
+        }
+    }
 }
 
 /// One of `listeners`.
@@ -389,6 +399,7 @@ mod tests {
     fn every_field() -> File {
         File {
             watch_config: true,
+            status_socket: "s".into(),
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),

@@ -159,6 +159,13 @@ pub static FILE: &[Key] = &[
         "false",
         "Read the file again when it changes, as on SIGHUP. See [Changing a running daemon](#changing-a-running-daemon).",
     ),
+    key(
+        "status_socket",
+        Kind::Text("an absolute path of at most 107 bytes"),
+        Absent::Default("\"/run/udp-fanout/status.sock\""),
+        "\"/run/udp-fanout/edge.sock\"",
+        "The Unix socket on which the daemon answers `udp-fanout status`; only its own user and root may open it. Daemons that share a file system need one each.",
+    ),
 ];
 
 /// The keys of one of `listeners`.

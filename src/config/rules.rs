@@ -43,6 +43,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     rules.distinct_binds(&file);
     let health = rules.health(&file.health);
     let metrics = rules.metrics(file.metrics.as_ref());
+    let status_socket = rules.check(&top("status_socket"), texts::socket_path(&file.status_socket));
     let warnings = rules.warnings;
     if !problems.is_empty() {
         return None;
@@ -59,6 +60,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
             max_sources: file.limits.max_sources,
             max_senders: file.limits.max_senders,
         },
+        status_socket: status_socket?.into(),
         warnings,
     })
 }

@@ -26,6 +26,7 @@ fn defaults_are_the_documented_ones() {
         config.limits,
         Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
     );
+    assert_eq!(config.status_socket, Path::new("/run/udp-fanout/status.sock"));
     let listener = config.listener(ListenerId(0)).unwrap();
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
@@ -283,6 +284,7 @@ fn a_rendering_reads_well() {
     let text = ONE.replace("name", "interface = [\"eth0\", \"eth1\"]\nname")
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
     let expected = r#"watch_config = true
+status_socket = "/run/udp-fanout/status.sock"
 
 [[listeners]]
 name = "a"

@@ -29,7 +29,7 @@ impl Daemon {
         }
     }
 
-    fn snapshot(&mut self) -> Result<Snapshot> {
+    pub(super) fn snapshot(&mut self) -> Result<Snapshot> {
         let kernel = self.kernel.as_mut().map(Datapath::counters).transpose()?;
         let user = self.user.counters()?;
         let mut readings: Vec<(Mode, &Counters)> = Vec::with_capacity(2);

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::config::watch::Watch;
 use crate::config::{Config, ListenerConfig, Numbers};
+use crate::control::server::Server;
 use crate::controller::Event;
 use crate::discovery::{self, Discovery, Update};
 use crate::metrics::Reloads;
@@ -59,6 +60,8 @@ struct Attempt {
     config: Config,
     http: Change<(http::Server, Receiver<Request>)>,
     discovery: Change<(Discovery, Receiver<Update>)>,
+    /// The status socket, if it is another.
+    control: Option<Server>,
 }
 
 /// What becomes of a part.
@@ -185,6 +188,7 @@ impl Daemon {
         };
         let prepared = self.controller.prepare(config.clone(), &support)?;
         let discovery = self.new_discovery(&config)?;
+        let control = self.control.succeeding(&self.config, &config, self.poll.registry())?;
         if prepared.wants_kernel()
             && let Some(mut kernel) = kernel
         {
@@ -192,7 +196,7 @@ impl Daemon {
             watch_events(&mut kernel, self.poll.registry())?;
             self.kernel = Some(kernel);
         }
-        self.reloading.attempt = Some(Attempt { config, http, discovery });
+        self.reloading.attempt = Some(Attempt { config, http, discovery, control });
         self.handle(Event::Config(prepared));
         Ok(())
     }
@@ -237,7 +241,7 @@ impl Daemon {
 
     /// The plan is in force: the rest follows, none of which can fail any more.
     fn commit(&mut self, attempt: Attempt) {
-        let Attempt { config, http, discovery } = attempt;
+        let Attempt { config, http, discovery, control } = attempt;
         // Whoever has asked the old endpoint gets an answer before it goes.
         self.answer_requests();
         if let Some((server, _)) = http.carry_out(&mut self.http) {
@@ -252,6 +256,9 @@ impl Daemon {
             && let Err(error) = discovery.update_requests(discovery_requests(&config))
         {
             tracing::error!("{error:#}");
+        }
+        if let Some(control) = control {
+            self.control.succeed(control);
         }
         tell_changes(&self.config, &config);
         self.config = config;

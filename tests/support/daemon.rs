@@ -221,6 +221,7 @@ impl Daemon {
         }
         command.env("NO_COLOR", "1").env("HOME", directory.path());
         command.envs(surroundings.environment.iter().map(|(name, value)| (name, value)));
+        command.arg("--status-socket").arg(status_socket(&directory)?);
         // A group of its own: Ctrl-C reaches us, and we end it, in this order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut registry = cleanup::registry();
@@ -263,6 +264,11 @@ impl Daemon {
     pub fn log(&mut self) -> &str {
         while self.next_line(Duration::ZERO).is_ok() {}
         &self.log
+    }
+
+    /// Where it answers `udp-fanout status`.
+    pub fn status_socket(&self) -> PathBuf {
+        self.directory.path().join("run/status.sock")
     }
 
     /// The process id.
@@ -392,6 +398,14 @@ impl Drop for Daemon {
             let _ = self.child.wait();
         }
     }
+}
+
+/// A socket's path in a directory to which whoever the daemon runs as may write.
+fn status_socket(directory: &TempDir) -> Result<PathBuf> {
+    let run = directory.path().join("run");
+    fs::create_dir(&run)?;
+    fs::set_permissions(&run, Permissions::from_mode(0o777))?;
+    Ok(run.join("status.sock"))
 }
 
 fn pid_of(child: &Child) -> Pid {

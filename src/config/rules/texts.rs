@@ -50,6 +50,25 @@ pub(super) fn port_name(name: &str) -> Result<&str, String> {
     kubernetes_name(name, "a Service's port").map_err(|message| format!("{message}, or the port's number"))
 }
 
+/// Longest path of a Unix socket: the kernel's `sun_path`, without the zero at its end.
+const SOCKET_PATH: usize = 107;
+
+/// The path of a Unix socket.
+pub(super) fn socket_path(path: &str) -> Result<&str, String> {
+    let shown = quoted(path);
+    let example = "write for example \"/run/udp-fanout/status.sock\"";
+    if !path.starts_with('/') {
+        return Err(format!("{shown} is not an absolute path; {example}"));
+    }
+    if path.ends_with('/') || path.contains(char::is_control) {
+        return Err(format!("{shown} is not a file's path; {example}"));
+    }
+    if path.len() > SOCKET_PATH {
+        return Err(format!("{shown} has {} bytes, and a socket's path at most {SOCKET_PATH}; {example}", path.len()));
+    }
+    Ok(path)
+}
+
 /// The path of the Prometheus page.
 pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
     let shown = quoted(path);

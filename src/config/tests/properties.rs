@@ -376,15 +376,22 @@ fn good_file() -> impl Strategy<Value = Value> {
             .prop_map(|(enabled, bind, path)| table([("enabled", enabled), ("bind", bind), ("path", path)]));
     let limits = (maybe(10u32..=4_096), maybe(100u32..=1_000_000))
         .prop_map(|(listeners, downstreams)| table([("max_listeners", listeners), ("max_downstreams", downstreams)]));
-    (prop::collection::vec(listener(), 1..8), maybe(health), maybe(metrics), maybe(limits)).prop_map(
-        |(mut listeners, health, metrics, limits)| {
+    let socket = maybe("/[a-z0-9/._-]{0,60}x");
+    (prop::collection::vec(listener(), 1..8), maybe(health), maybe(metrics), maybe(limits), socket).prop_map(
+        |(mut listeners, health, metrics, limits, socket)| {
             for (index, listener) in listeners.iter_mut().enumerate() {
                 let text = |key: &str| listener[key].as_str().unwrap().to_owned();
                 let (name, bind) = (format!("{}-{index}", text("name")), format!("{}:{}", text("bind"), 5_000 + index));
                 listener["name"] = name.into();
                 listener["bind"] = bind.into();
             }
-            table([("listeners", Some(listeners.into())), ("health", health), ("metrics", metrics), ("limits", limits)])
+            table([
+                ("listeners", Some(listeners.into())),
+                ("health", health),
+                ("metrics", metrics),
+                ("limits", limits),
+                ("status_socket", socket),
+            ])
         },
     )
 }

@@ -1,0 +1,75 @@
+//! The command's end of the status socket.
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::protocol::{Request, Response};
+use super::report::Report;
+
+/// How long the daemon may take to answer. It answers between two turns of its loop, so that this is long.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection to a daemon.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the daemon whose status socket this is.
+    ///
+    /// # Errors
+    /// In one line: that none runs, or that this user may not ask it, and the fix.
+    pub fn connect(path: &Path) -> Result<Client> {
+        let stream = UnixStream::connect(path).map_err(|error| explain(&error, path))?;
+        stream.set_read_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
+        stream.set_write_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
+        Ok(Client { stream: BufReader::new(stream) })
+    }
+
+    /// Asks for a report.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, ends meanwhile, or speaks another version.
+    pub fn report(&mut self) -> Result<Report> {
+        match self.ask(&Request::Status)? {
+            Response::Report(report) => Ok(*report),
+            Response::Error(reason) => bail!("the daemon refuses: {reason}"),
+        }
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Response> {
+        // A daemon that has just closed the connection may have said why.
+        let sent = self.stream.get_mut().write_all(&request.to_line());
+        let mut line = Vec::new();
+        match self.stream.read_until(b'\n', &mut line) {
+            Ok(_) if line.ends_with(b"\n") => Response::from_line(&line),
+            Ok(_) => {
+                sent.context("the daemon has closed the connection")?;
+                bail!("the daemon has closed the connection without an answer; it may be ending: ask again");
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                bail!("the daemon has not answered within {PATIENCE:?}; it may be stuck: see its log, or restart it")
+            }
+            Err(error) => Err(error).context("the daemon's answer cannot be read"),
+        }
+    }
+}
+
+fn explain(error: &std::io::Error, path: &Path) -> anyhow::Error {
+    let path = path.display();
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
+            "no udp-fanout answers at {path}: start it (`systemctl start udp-fanout`), or name its configuration with \
+             --config or its socket with --socket"
+        ),
+        ErrorKind::PermissionDenied => {
+            anyhow!("cannot ask the udp-fanout at {path}: permission denied; run this as root or as the daemon's user")
+        }
+        _ => anyhow!("cannot ask the udp-fanout at {path}: {error}; is it the path of a status socket?"),
+    }
+}

@@ -1,0 +1,284 @@
+//! The daemon's end of the status socket, on the event loop.
+//!
+//! It never waits: a request that has come in part, or a client that does not read its answer, is left until the
+//! kernel says that there is more to do. Each client has one request at a time, so what is kept for it is bounded; of
+//! clients there are at most [`CONNECTIONS`], and one more costs the one that has been silent the longest its place. So
+//! nobody who holds the socket open keeps others out.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net;
+use std::path::{Path, PathBuf};
+use std::{fs, mem};
+
+use anyhow::{Context, Result, anyhow, bail};
+use mio::net::{UnixListener, UnixStream};
+use mio::{Interest, Registry, Token};
+use nix::sys::stat::{Mode, fchmod};
+use slab::Slab;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::protocol::{Request, Response};
+
+/// Clients at one time.
+pub const CONNECTIONS: usize = 16;
+/// Tokens that must be free from the first on.
+pub const TOKENS: usize = CONNECTIONS + 1;
+/// Longest request, in bytes.
+const REQUEST: usize = 4096;
+
+/// The socket and its clients. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    /// Device and inode of the socket's file: only our own is removed.
+    file: (u64, u64),
+    listener: UnixListener,
+    registry: Registry,
+    first: usize,
+    connections: Slab<Connection>,
+    /// Counts what clients have done, to tell who has been silent the longest.
+    turn: u64,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    written: usize,
+    /// When it last did anything.
+    turn: u64,
+    /// The answer is its last: the request made no sense.
+    closing: bool,
+}
+
+/// Whether a connection goes on.
+enum Then {
+    Stays,
+    Ends,
+}
+
+impl Server {
+    /// Puts the socket there, for its owner alone, in place of one that a daemon which died has left. `registry`'s tokens
+    /// from `first` on must be free, [`TOKENS`] of them.
+    ///
+    /// # Errors
+    /// When another daemon answers there, when something else is there, or with the kernel's reason; in one line with
+    /// the fix.
+    pub fn bind(path: &Path, registry: &Registry, first: Token) -> Result<Server> {
+        let listener =
+            listen(path).with_context(|| format!("cannot answer `udp-fanout status` at {}", path.display()))?;
+        let file = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino())).unwrap_or_default();
+        let mut server = Server {
+            path: path.to_owned(),
+            file,
+            listener: UnixListener::from_std(listener),
+            registry: registry.try_clone().context("cannot share the event loop with the status socket")?,
+            first: first.0,
+            connections: Slab::with_capacity(CONNECTIONS),
+            turn: 0,
+        };
+        registry.register(&mut server.listener, first, Interest::READABLE).context("cannot watch the status socket")?;
+        Ok(server)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether an event with this token is for [`on_event`](Self::on_event).
+    #[must_use]
+    pub fn owns(&self, token: Token) -> bool {
+        (self.first..self.first + TOKENS).contains(&token.0)
+    }
+
+    /// Takes in what has come, and answers what is complete.
+    pub fn on_event(&mut self, token: Token, mut answer: impl FnMut(&Request) -> Response) {
+        if token.0 == self.first {
+            self.accept();
+            return;
+        }
+        let key = token.0 - self.first - 1;
+        self.turn += 1;
+        let turn = self.turn;
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        connection.turn = turn;
+        if let Then::Ends = connection.proceed(&mut answer) {
+            self.close(key);
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
+                Err(error) => {
+                    tracing::warn!("cannot take a connection to the status socket: {error}");
+                    return;
+                }
+            };
+            if self.connections.len() == CONNECTIONS
+                && let Some(silent) = self.connections.iter().min_by_key(|(_, c)| c.turn).map(|(key, _)| key)
+            {
+                self.close(silent);
+            }
+            self.turn += 1;
+            let (input, output) = (Vec::new(), Vec::new());
+            let connection = Connection { stream, input, output, written: 0, turn: self.turn, closing: false };
+            let key = self.connections.insert(connection);
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            let token = Token(self.first + 1 + key);
+            if let Err(error) = self.registry.register(&mut self.connections[key].stream, token, interest) {
+                tracing::warn!("cannot watch a connection to the status socket: {error}");
+                self.connections.remove(key);
+            }
+        }
+    }
+
+    fn close(&mut self, key: usize) {
+        let mut connection = self.connections.remove(key);
+        // Closing the stream would end the watch as well.
+        let _ = self.registry.deregister(&mut connection.stream);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Another daemon may have put its own there, should someone have removed ours.
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!("cannot remove the status socket {}: {error}", self.path.display());
+        }
+    }
+}
+
+impl Connection {
+    /// Writes and reads as far as both go.
+    fn proceed(&mut self, answer: &mut impl FnMut(&Request) -> Response) -> Then {
+        loop {
+            match self.write() {
+                Ok(true) if self.closing => return Then::Ends,
+                Ok(true) => {}
+                // Nothing more is read before the answer is out: that is what bounds what is kept here.
+                Ok(false) => return Then::Stays,
+                Err(_) => return Then::Ends,
+            }
+            if let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
+                let response = match Request::from_line(&self.input[..end]) {
+                    Ok(_) if end + 1 < self.input.len() => self.refuse("one request at a time: wait for the answer"),
+                    Ok(request) => answer(&request),
+                    Err(reason) => self.refuse(&reason),
+                };
+                self.input.clear();
+                self.output = response.to_line();
+                self.written = 0;
+                continue;
+            }
+            if self.input.len() >= REQUEST {
+                self.output = self.refuse(&format!("a request has at most {REQUEST} bytes")).to_line();
+                self.input.clear();
+                continue;
+            }
+            match self.read() {
+                Ok(true) => {}
+                Ok(false) => return Then::Stays,
+                Err(_) => return Then::Ends,
+            }
+        }
+    }
+
+    fn refuse(&mut self, reason: &str) -> Response {
+        self.closing = true;
+        Response::Error(reason.to_owned())
+    }
+
+    /// True once everything is written.
+    fn write(&mut self) -> io::Result<bool> {
+        while self.written < self.output.len() {
+            match self.stream.write(&self.output[self.written..]) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => self.written += n,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if self.written > 0 {
+            // An answer may be large, and the next request far away.
+            self.written = 0;
+            drop(mem::take(&mut self.output));
+        }
+        Ok(true)
+    }
+
+    /// True if there was something to read.
+    fn read(&mut self) -> io::Result<bool> {
+        let mut buffer = [0; REQUEST];
+        loop {
+            match self.stream.read(&mut buffer[self.input.len()..]) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    self.input.extend_from_slice(&buffer[self.input.len()..][..n]);
+                    return Ok(true);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// A listening socket at this path that only its owner may open.
+fn listen(path: &Path) -> Result<net::UnixListener> {
+    if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
+        made.map_err(|error| explain(&error, &format!("cannot make the directory {}", directory.display())))?;
+    }
+    make_room(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    // The file gets the socket's mode as it is when it is bound, so there is no moment at which others can open it.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("cannot set a socket's mode")?;
+    socket.bind(&SockAddr::unix(path)?).map_err(|error| explain(&error, "cannot make it"))?;
+    socket.listen(CONNECTIONS as libc::c_int)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
+/// Removes the socket of a daemon that died.
+fn make_room(path: &Path) -> Result<()> {
+    let there = match fs::symlink_metadata(path) {
+        Ok(there) => there,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(explain(&error, "cannot look at it")),
+    };
+    if !there.file_type().is_socket() {
+        bail!("something that is no socket is there already; remove it, or set status_socket to another path");
+    }
+    match net::UnixStream::connect(path) {
+        Ok(_) => bail!("another udp-fanout answers there already; give this one a status_socket of its own"),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(|error| explain(&error, "cannot remove the one that is left there"))
+        }
+        Err(error) => Err(explain(&error, "cannot find out who answers there")),
+    }
+}
+
+fn explain(error: &io::Error, what: &str) -> anyhow::Error {
+    let fix = match error.kind() {
+        ErrorKind::PermissionDenied => {
+            "; run as root, or set status_socket to a path in a directory that this user may write to"
+        }
+        ErrorKind::ReadOnlyFilesystem => "; mount a writable directory there, or set status_socket to another path",
+        _ => "; set status_socket to another path",
+    };
+    anyhow!("{what}: {error}{fix}")
+}
+
+#[cfg(test)]
+mod tests;

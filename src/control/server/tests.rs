@@ -1,0 +1,200 @@
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as Client;
+use std::thread;
+use std::time::Duration;
+
+use mio::{Events, Poll, Waker};
+use tempfile::TempDir;
+
+use super::*;
+use crate::control::report::Report;
+
+const FIRST: Token = Token(100);
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A server in a thread of its own, as the event loop would run it.
+struct Running {
+    directory: TempDir,
+    waker: Waker,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Running {
+    fn start(answer: impl FnMut(&Request) -> Response + Send + 'static) -> Running {
+        let directory = tempfile::tempdir().unwrap();
+        let poll = Poll::new().unwrap();
+        let waker = Waker::new(poll.registry(), Token(0)).unwrap();
+        let server = Server::bind(&directory.path().join("sub/status.sock"), poll.registry(), FIRST).unwrap();
+        let thread = Some(thread::spawn(move || serve(poll, server, answer)));
+        Running { directory, waker, thread }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("sub/status.sock")
+    }
+
+    fn client(&self) -> Client {
+        let client = Client::connect(self.path()).unwrap();
+        client.set_read_timeout(Some(LIMIT)).unwrap();
+        client
+    }
+
+    fn stop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.waker.wake().unwrap();
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn serve(mut poll: Poll, mut server: Server, mut answer: impl FnMut(&Request) -> Response) {
+    let mut events = Events::with_capacity(8);
+    loop {
+        poll.poll(&mut events, None).unwrap();
+        for event in &events {
+            if event.token() == Token(0) {
+                return;
+            }
+            assert!(server.owns(event.token()));
+            server.on_event(event.token(), &mut answer);
+        }
+    }
+}
+
+fn large() -> Response {
+    let problems = vec!["a long way down".repeat(1_000); 200];
+    Response::Report(Box::new(Report { problems, ..Default::default() }))
+}
+
+fn ask(client: &Client) -> Response {
+    (&mut &*client).write_all(&Request::Status.to_line()).unwrap();
+    read(client)
+}
+
+fn read(client: &Client) -> Response {
+    let mut line = Vec::new();
+    BufReader::new(client).read_until(b'\n', &mut line).unwrap();
+    Response::from_line(&line).unwrap()
+}
+
+fn is_closed(client: &Client) -> bool {
+    matches!((&mut &*client).read(&mut [0; 64]), Ok(0) | Err(_))
+}
+
+#[test]
+fn the_socket_is_its_owners_alone_and_goes_with_the_server() {
+    let mut running = Running::start(|_| large());
+    let mode = fs::symlink_metadata(running.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    running.stop();
+    assert!(!running.path().exists());
+}
+
+#[test]
+fn a_client_asks_as_often_as_it_likes_and_gets_whole_answers() {
+    let mut asked = 0;
+    let running = Running::start(move |request| {
+        assert_eq!(*request, Request::Status);
+        asked += 1;
+        if asked % 2 == 0 { large() } else { Response::Error(format!("{asked}")) }
+    });
+    let client = running.client();
+    for round in 0..5 {
+        assert_eq!(ask(&client), Response::Error(format!("{}", 2 * round + 1)));
+        assert_eq!(ask(&client), large());
+    }
+}
+
+#[test]
+fn a_request_may_come_byte_by_byte() {
+    let running = Running::start(|_| Response::Error("answered".into()));
+    let client = running.client();
+    for byte in Request::Status.to_line() {
+        (&client).write_all(&[byte]).unwrap();
+    }
+    assert_eq!(read(&client), Response::Error("answered".into()));
+}
+
+#[test]
+fn nonsense_is_answered_and_ends_the_connection() {
+    let running = Running::start(|_| large());
+    let two = [Request::Status.to_line(), Request::Status.to_line()].concat();
+    let endless = vec![b'x'; REQUEST];
+    for (sent, reason) in [(&b"GET /\n"[..], "expected a line"), (&two, "one request"), (&endless, "at most 4096")] {
+        let client = running.client();
+        (&client).write_all(sent).unwrap();
+        let Response::Error(answer) = read(&client) else { panic!("{sent:?} was accepted") };
+        assert!(answer.contains(reason), "{answer}");
+        assert!(is_closed(&client));
+    }
+    assert_eq!(ask(&running.client()), large());
+}
+
+#[test]
+fn clients_that_hold_the_socket_open_keep_nobody_out() {
+    let running = Running::start(|_| large());
+    // Some say nothing, some stop in the middle, some do not read what they are told.
+    let silent: Vec<Client> = (0..40)
+        .map(|n| {
+            let client = running.client();
+            match n % 3 {
+                0 => {}
+                1 => (&client).write_all(b"{\"version\"").unwrap(),
+                _ => (&client).write_all(&Request::Status.to_line()).unwrap(),
+            }
+            client
+        })
+        .collect();
+    let client = running.client();
+    for _ in 0..3 {
+        assert_eq!(ask(&client), large());
+    }
+    assert!(is_closed(&silent[0]), "the longest silent has gone");
+    drop(silent);
+    assert_eq!(ask(&client), large());
+}
+
+#[test]
+fn a_socket_that_is_left_over_is_replaced_and_a_living_one_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("status.sock");
+    let poll = Poll::new().unwrap();
+    let bind = || Server::bind(&path, poll.registry(), FIRST).map(drop).map_err(|error| format!("{error:#}"));
+    drop(net::UnixListener::bind(&path).unwrap());
+    assert!(path.exists(), "as after a kill");
+    bind().unwrap();
+    assert!(!path.exists());
+
+    let living = net::UnixListener::bind(&path).unwrap();
+    let refused = bind().unwrap_err();
+    assert!(refused.contains(path.to_str().unwrap()) && refused.contains("another udp-fanout answers"), "{refused}");
+    drop(living);
+
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "precious").unwrap();
+    let refused = bind().unwrap_err();
+    assert!(refused.contains("no socket") && refused.contains("status_socket"), "{refused}");
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn a_socket_of_somebody_else_is_not_removed_at_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("status.sock");
+    let poll = Poll::new().unwrap();
+    let server = Server::bind(&path, poll.registry(), FIRST).unwrap();
+    fs::remove_file(&path).unwrap();
+    // Keeps the inode's number from being used again.
+    fs::write(directory.path().join("filler"), "x").unwrap();
+    let theirs = net::UnixListener::bind(&path).unwrap();
+    drop(server);
+    assert!(path.exists());
+    drop(theirs);
+}

@@ -1,0 +1,67 @@
+//! The command `udp-fanout status`: asks, works out the rates, prints.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::client::Client;
+use super::report::Report;
+use super::{rates, table};
+use crate::cli;
+use crate::config::{Config, STATUS_SOCKET};
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// The daemon's status socket.
+    pub socket: PathBuf,
+    /// JSON, one line a report, instead of tables.
+    pub json: bool,
+    /// Go on until interrupted.
+    pub watch: bool,
+    /// The time over which rates are taken.
+    pub interval: Duration,
+}
+
+/// The status socket to ask at: the one named, or that of the configuration file named or else the default one, or the
+/// default. A file that cannot be understood is as good as one that names none: this is the moment to ask the daemon.
+#[must_use]
+pub fn socket(config: Option<&Path>, socket: Option<PathBuf>) -> PathBuf {
+    let of_config = || Config::status_socket_of(config.unwrap_or(Path::new(cli::DEFAULT_CONFIG)));
+    socket.or_else(of_config).unwrap_or_else(|| PathBuf::from(STATUS_SOCKET))
+}
+
+/// Clears a terminal and puts the cursor in its upper left corner.
+const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
+
+/// Prints what the daemon is doing: once, or again and again until interrupted or until nobody reads on.
+///
+/// # Errors
+/// When there is no daemon to ask, in one line with the fix; or when standard output refuses.
+pub fn run(options: &Options) -> Result<()> {
+    let mut client = Client::connect(&options.socket)?;
+    let terminal = std::io::stdout().is_terminal();
+    let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let mut before = client.report()?;
+    loop {
+        thread::sleep(options.interval);
+        let mut now = client.report()?;
+        rates::add(&mut now, &before);
+        let mut text = if options.json { json(&now)? } else { table::render(&now, colour) };
+        if options.watch && !options.json {
+            text = if terminal { format!("{CLEAR}{text}") } else { format!("{text}\n") };
+        }
+        let read = cli::print_to_reader(text.as_bytes())?;
+        if !options.watch || !read {
+            return Ok(());
+        }
+        before = now;
+    }
+}
+
+fn json(report: &Report) -> Result<String> {
+    Ok(serde_json::to_string(report).context("cannot write the report as JSON")? + "\n")
+}
