@@ -9,6 +9,7 @@ mod prose;
 
 use std::ffi::OsString;
 use std::io::{ErrorKind as IoErrorKind, Write};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use clap_complete::Shell;
 pub use man::man;
 
 use crate::discovery::rbac;
-use crate::{logging, version};
+use crate::{doctor, logging, version};
 
 /// The configuration file that is read when none is named.
 pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
@@ -68,6 +69,8 @@ pub enum Invocation {
         /// The time over which rates are taken.
         interval: Duration,
     },
+    /// Look for what silently breaks forwarding on this host.
+    Doctor(doctor::Options),
     /// Print a completion script; see [`completions`].
     Completions(Shell),
     /// Print the manual page; see [`man`](fn@man).
@@ -113,6 +116,13 @@ enum Command {
     /// they receive, forward and drop, and for which reasons; downstreams with their health, their share and what they
     /// get; Kubernetes Services; and what is wrong at the moment. Takes the rights of root or of the daemon's user.
     Status(StatusArgs),
+    /// Look at this host for what silently breaks forwarding
+    ///
+    /// Privileges and kernel, the interfaces and who is on them before us, routes and neighbours of every downstream,
+    /// MTU, source validation, forwarding, buffers, pings, the API server and our rights there, and what the running
+    /// daemon says. Each finding is a line: ok, warning or problem, and the fix. Changes nothing. Exits with 1 if there is
+    /// a problem. Run it as the daemon runs, or as root.
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -184,6 +194,21 @@ struct StatusArgs {
     interval: Duration,
 }
 
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// Also try whether the host lets in what comes from this address; may be given several times
+    #[arg(long, value_name = "IP")]
+    sender: Vec<IpAddr>,
+    /// File that says where the API server of Kubernetes is and who we are there, as for run
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
 fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds: &f64| (0.1..=3600.0).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.1 to 3600".to_owned())
@@ -225,6 +250,10 @@ where
             let config = only_config("rbac", before, after.file)?;
             let (account, namespace) = (after.service_account, after.service_account_namespace);
             Invocation::Rbac { config: or_default(config), account, namespace }
+        }
+        Some(Command::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
+            let config = or_default(only_config("doctor", before, file)?);
+            Invocation::Doctor(doctor::Options { config, senders: sender, kubeconfig, json })
         }
         Some(Command::Completions { shell }) => {
             no_options("completions", &before)?;

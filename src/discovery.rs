@@ -299,6 +299,14 @@ impl Drop for Discovery {
     }
 }
 
+/// Lists the endpoints of a Service and begins to watch them, once, waiting for the answers.
+///
+/// # Errors
+/// What stands in the way and the fix, in one line.
+pub fn explain(settings: &Settings, namespace: &str, service: &str) -> Result<(), String> {
+    watch::explain(settings, namespace, service)
+}
+
 /// Checks what can be checked without a cluster.
 ///
 /// # Errors

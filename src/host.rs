@@ -10,19 +10,21 @@ pub mod filters;
 mod guards;
 mod links;
 mod monitor;
-mod neighbours;
+pub mod neighbours;
 mod netlink;
 pub mod probe;
 pub mod programs;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::IpAddr;
 
 use anyhow::Result;
 
 pub use facts::{Address, HostFacts, Link, Mac, Neighbour, Route};
 pub use monitor::Monitor;
+use neighbours::Standing;
 pub use probe::{Ability, Obstacle, tc_ebpf_support};
 
 /// The host's network as the kernel tells it, in the network namespace in which this was opened.
@@ -146,6 +148,37 @@ impl Host {
         let links = links.into_iter().map(|seen| seen.link).collect();
         let facts = HostFacts { links, ..HostFacts::default() };
         Ok(self.find_guards(&facts) != self.guarded)
+    }
+}
+
+impl Host {
+    /// Has the kernel look for these neighbours, as it would if there were a packet for each. That takes `CAP_NET_ADMIN`;
+    /// without it nothing happens. [`Host::standings`] tells what has come of it: after three seconds of silence the kernel
+    /// gives up.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn look_for(&mut self, hops: &BTreeSet<(u32, IpAddr)>) -> Result<()> {
+        let seen = neighbours::list(&mut self.connection, hops)?;
+        neighbours::remind(&mut self.connection, hops, &seen)
+    }
+
+    /// How far the kernel has got with finding these neighbours; those it has not heard of are not there.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn standings(&mut self, hops: &BTreeSet<(u32, IpAddr)>) -> Result<BTreeMap<(u32, IpAddr), Standing>> {
+        let seen = neighbours::list(&mut self.connection, hops)?;
+        Ok(seen.into_iter().map(|seen| (seen.hop, seen.standing)).collect())
+    }
+
+    /// Whether the host's stack would take a packet to `destination`, one of its own addresses, that comes in from
+    /// `sender` by this link: source validation (`rp_filter`) may refuse it.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked; inside, its refusal.
+    pub fn accepts(&mut self, sender: IpAddr, link: u32, destination: IpAddr) -> Result<io::Result<()>> {
+        routes::accepts(&mut self.connection, sender, link, destination)
     }
 }
 

@@ -16,6 +16,7 @@ pub mod control;
 pub mod controller;
 pub mod datapath;
 pub mod discovery;
+pub mod doctor;
 pub mod event_loop;
 pub mod health;
 pub mod host;

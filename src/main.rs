@@ -8,13 +8,14 @@ use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
 use udp_fanout::control::status;
 use udp_fanout::discovery::rbac::{self, Account};
-use udp_fanout::{event_loop, logging, version};
+use udp_fanout::{doctor, event_loop, logging, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
         Invocation::Run { config, log, kubeconfig, status_socket } => {
             return run(&config, log, event_loop::Options { kubeconfig, status_socket });
         }
+        Invocation::Doctor(options) => return doctor(&options),
         Invocation::Check { config } => check(&config),
         Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
         Invocation::Status { config, socket, json, watch, interval } => {
@@ -64,6 +65,17 @@ fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
         eprintln!("{}: no listener follows Services of Kubernetes, so nothing is needed there", config.path.display());
     }
     cli::print(rbac::manifests(&requests, &account).as_bytes())
+}
+
+fn doctor(options: &doctor::Options) -> ExitCode {
+    match doctor::run(options) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn check(config: &Path) -> Result<()> {

@@ -12,6 +12,7 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout check [-c FILE]
        udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
        udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
+       udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -45,6 +46,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout rbac -c ./syslog.toml | kubectl apply -f -", "Allow what a file needs in the cluster."),
             ("udp-fanout status", "See what the running daemon is doing, and what is wrong."),
             ("udp-fanout status --watch", "The same, every second."),
+            ("udp-fanout doctor", "Find out why datagrams do not arrive."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
             ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
@@ -80,7 +82,11 @@ pub(super) const SECTIONS: [Section; 5] = [
     Section {
         title: "Exit status",
         entries: &[
-            ("0", "Stopped by a signal; or the configuration checked is right; or the daemon has told its status."),
+            (
+                "0",
+                "Stopped by a signal; or the configuration checked is right; or the daemon has told its status, or \
+                the doctor has found no problem.",
+            ),
             ("1", "Something is wrong, and one line on standard error says what, where, and how to put it right."),
             ("2", "The command line is wrong."),
         ],

@@ -80,6 +80,15 @@ fn command_lines_mean_what_they_say() {
         ("udp-fanout status", status(None, None, false, false, 1_000)),
         ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
+        (
+            "udp-fanout doctor -c a --sender 10.0.0.2 --sender ::1 --json --kubeconfig k",
+            Invocation::Doctor(doctor::Options {
+                config: "a".into(),
+                senders: vec!["10.0.0.2".parse().unwrap(), "::1".parse().unwrap()],
+                kubeconfig: Some("k".into()),
+                json: true,
+            }),
+        ),
         ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
         ("udp-fanout man", Invocation::Man),
     ];
@@ -110,6 +119,7 @@ fn mistakes_are_refused_with_what_is_wrong() {
         ("udp-fanout status --interval 0", ["'--interval <SECS>'", "0.1", "3600"]),
         ("udp-fanout -l info status", ["'--log-level <LEVEL>'", "cannot be used", "'status'"]),
         ("udp-fanout --status-socket s status", ["'--status-socket <PATH>'", "cannot be used", "'status'"]),
+        ("udp-fanout doctor --sender x", ["'x'", "--sender <IP>", "invalid IP address"]),
         ("udp-fanout completions", ["<SHELL>", "required", "not provided"]),
         ("udp-fanout completions dos", ["'dos'", "bash", "zsh"]),
         ("udp-fanout run a.toml", ["'a.toml'", "unexpected", "argument"]),
@@ -128,8 +138,12 @@ fn mistakes_are_refused_with_what_is_wrong() {
 fn every_form_of_the_usage_is_accepted() {
     let forms = prose::USAGE.lines().map(str::trim);
     for form in forms.clone() {
-        let with_options =
-            form.replace(['[', ']'], "").replace("LEVEL", "warn").replace("FORMAT", "json").replace("SECS", "2");
+        let with_options = form
+            .replace(['[', ']'], "")
+            .replace("LEVEL", "warn")
+            .replace("FORMAT", "json")
+            .replace("SECS", "2")
+            .replace("IP...", "10.0.0.2");
         parsed(&with_options.replace("SHELL", "bash"));
     }
     for sub in command().get_subcommands() {

@@ -8,6 +8,7 @@
 mod backoff;
 mod client;
 mod credentials;
+mod explain;
 mod failure;
 mod link;
 mod lookup;
@@ -62,6 +63,15 @@ impl Commands {
     pub(super) fn replace(&self, requests: Vec<Request>) -> Result<()> {
         self.0.send(requests).ok().context("the discovery thread has ended: restart the daemon")
     }
+}
+
+/// Finds out by single questions why the endpoints of a Service are not to be had.
+pub(super) fn explain(settings: &Settings, namespace: &str, service: &str) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start a runtime: {error}"))?;
+    let outcome = runtime.block_on(explain::explain(settings, namespace, service));
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Reads the credentials, so that a mistake there is reported at once, and starts the thread.

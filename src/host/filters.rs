@@ -1,4 +1,4 @@
-//! The BPF filters on an interface's TC ingress, as netlink lists them.
+//! The filters on an interface's TC ingress, as netlink lists them.
 //!
 //! A program's name could be had from the program itself, but only with `CAP_SYS_ADMIN`; the name its filter was given
 //! costs nothing.
@@ -17,6 +17,19 @@ const TCA_BPF_NAME: u16 = 7;
 /// The ingress side of `clsact` (`TC_H_CLSACT` with `TC_H_MIN_INGRESS` of `linux/pkt_sched.h`).
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff2 };
 
+/// A filter of any kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter {
+    /// Its kind, such as `bpf` or `flower`.
+    pub kind: String,
+    /// Its priority (`pref`); those with smaller ones run first.
+    pub priority: u32,
+    /// Its handle.
+    pub handle: u32,
+    /// The name of a `bpf` filter, which libbpf makes from the program's: `name:[id]`. Empty if it has none.
+    pub name: String,
+}
+
 /// A `bpf` filter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BpfFilter {
@@ -33,6 +46,15 @@ pub struct BpfFilter {
 /// # Errors
 /// When the kernel cannot be asked.
 pub fn ingress_bpf_filters(link: u32) -> Result<Vec<BpfFilter>> {
+    let filters = ingress_filters(link)?.into_iter().filter(|filter| filter.kind == "bpf");
+    Ok(filters.map(|Filter { priority, handle, name, .. }| BpfFilter { priority, handle, name }).collect())
+}
+
+/// All filters on the ingress of the interface with this index, in the network namespace of the calling thread.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn ingress_filters(link: u32) -> Result<Vec<Filter>> {
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(link)?;
     request.header.parent = INGRESS;
@@ -45,15 +67,14 @@ pub fn ingress_bpf_filters(link: u32) -> Result<Vec<BpfFilter>> {
     })
 }
 
-/// None for filters of another kind, and for the entry that stands for a whole priority and has no handle.
-fn read(header: &TcHeader, payload: &[u8]) -> Result<Option<BpfFilter>> {
+/// None for the entry that stands for a whole priority and has no handle.
+fn read(header: &TcHeader, payload: &[u8]) -> Result<Option<Filter>> {
     let handle = u32::from(header.handle.major) << 16 | u32::from(header.handle.minor);
-    let mut filter = BpfFilter { priority: header.info >> 16, handle, name: String::new() };
-    let mut is_bpf = false;
+    let mut filter = Filter { kind: String::new(), priority: header.info >> 16, handle, name: String::new() };
     for attribute in attributes(after_header(payload, TC_HEADER_LENGTH)?) {
         match attribute? {
-            (TCA_KIND, value) => is_bpf = parse_string(value)? == "bpf",
-            (TCA_OPTIONS, options) => {
+            (TCA_KIND, value) => filter.kind = parse_string(value)?,
+            (TCA_OPTIONS, options) if filter.kind == "bpf" => {
                 for option in attributes(options) {
                     if let (TCA_BPF_NAME, value) = option? {
                         filter.name = parse_string(value)?;
@@ -63,5 +84,5 @@ fn read(header: &TcHeader, payload: &[u8]) -> Result<Option<BpfFilter>> {
             _ => {}
         }
     }
-    Ok((is_bpf && handle != 0).then_some(filter))
+    Ok((handle != 0).then_some(filter))
 }

@@ -28,6 +28,19 @@ pub(super) struct Observed {
     pub(super) mac: Option<Mac>,
     /// Written down by an administrator, not found out.
     pub(super) fixed: bool,
+    /// How far the kernel has got with finding it.
+    pub(super) standing: Standing,
+}
+
+/// How far the kernel has got with finding a neighbour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It was found, needs not be, or has not been asked for.
+    Well,
+    /// It is being asked for.
+    Asked,
+    /// It was asked for, and nobody answered.
+    Failed,
 }
 
 /// Those of `wanted` that the kernel has heard of.
@@ -99,7 +112,12 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
         NeighbourState::Reachable | NeighbourState::Stale | NeighbourState::Delay | NeighbourState::Probe
     );
     let mac = mac.filter(|_| fixed || found);
-    Ok(address.map(|address| Observed { hop: (header.ifindex, address), mac, fixed }))
+    let standing = match header.state {
+        NeighbourState::Incomplete => Standing::Asked,
+        NeighbourState::Failed => Standing::Failed,
+        _ => Standing::Well,
+    };
+    Ok(address.map(|address| Observed { hop: (header.ifindex, address), mac, fixed, standing }))
 }
 
 #[cfg(test)]
@@ -138,6 +156,18 @@ mod tests {
     }
 
     #[test]
+    fn a_neighbour_that_nobody_answers_for_is_told_from_one_still_asked_for() {
+        for (state, standing) in [
+            (NeighbourState::Failed, Standing::Failed),
+            (NeighbourState::Incomplete, Standing::Asked),
+            (NeighbourState::None, Standing::Well),
+            (NeighbourState::Stale, Standing::Well),
+        ] {
+            assert_eq!(observed(state, NeighbourFlags::empty(), &MAC).unwrap().standing, standing, "{state:?}");
+        }
+    }
+
+    #[test]
     fn what_an_administrator_has_written_is_told_apart() {
         let fixed = |state| observed(state, NeighbourFlags::empty(), &MAC).unwrap().fixed;
         assert!(fixed(NeighbourState::Permanent) && fixed(NeighbourState::Noarp));
@@ -153,7 +183,7 @@ mod tests {
     #[test]
     fn known_neighbours_become_facts() {
         let hop = (3, "10.0.0.7".parse().unwrap());
-        let seen = |mac| Observed { hop, mac, fixed: false };
+        let seen = |mac| Observed { hop, mac, fixed: false, standing: Standing::Well };
         assert_eq!(known(&[seen(None), seen(Some(MAC))]), [Neighbour { link: 3, address: hop.1, mac: MAC }]);
     }
 }

@@ -1,4 +1,4 @@
-//! BPF programs attached to an interface by way of the kernel's list of them (TCX since Linux 6.6, netkit).
+//! BPF programs attached to an interface by way of the kernel's list of them (TCX since Linux 6.6, netkit), or as XDP.
 
 use std::ffi::CStr;
 use std::io;
@@ -57,6 +57,16 @@ pub fn list(link: u32, hook: Hook) -> io::Result<Vec<u32>> {
         libc::EINVAL => Ok(Vec::new()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
+}
+
+/// The XDP program on an interface, by id, if there is one.
+#[must_use]
+pub fn xdp(link: u32) -> Option<u32> {
+    let index = i32::try_from(link).ok()?;
+    let mut id = 0;
+    // SAFETY: `id` is ours and lives across the call, which writes it.
+    let found = unsafe { libbpf_sys::bpf_xdp_query_id(index, 0, &raw mut id) } == 0;
+    (found && id != 0).then_some(id)
 }
 
 /// What to call a program: its name, which takes `CAP_SYS_ADMIN` to find out, or its id.

@@ -106,6 +106,27 @@ pub(super) fn request_for(address: IpAddr) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRoute(request)
 }
 
+/// Asks where a packet from `sender` that comes in by `link` would go: nowhere, if source validation refuses it.
+pub(super) fn accepts(
+    connection: &mut Connection,
+    sender: IpAddr,
+    link: u32,
+    destination: IpAddr,
+) -> Result<io::Result<()>> {
+    let RouteNetlinkMessage::GetRoute(mut request) = request_for(destination) else {
+        bail!("a question for a route is none");
+    };
+    request.header.source_prefix_length = request.header.destination_prefix_length;
+    request.attributes.push(RouteAttribute::Source(sender.into()));
+    request.attributes.push(RouteAttribute::Iif(link));
+    let mut outcome = Ok(());
+    connection.ask(&[RouteNetlinkMessage::GetRoute(request)], |_, reply| {
+        outcome = reply.map(drop);
+        Ok(())
+    })?;
+    Ok(outcome)
+}
+
 /// The kernel's words, and what it means by the two that mislead.
 fn refusal(error: &io::Error) -> String {
     match error.raw_os_error() {

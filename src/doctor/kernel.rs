@@ -1,0 +1,154 @@
+//! What does not depend on the network: privileges, the kernel, the program itself, pings, socket buffers.
+
+use std::fs;
+
+use anyhow::Result;
+use caps::Capability;
+
+use super::Findings;
+use crate::config::{Config, HealthProtocol, RequestedMode};
+use crate::datapath::kernel::KernelDatapath;
+use crate::health::probers::{Unsent, icmp};
+use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
+
+/// Looks, and says whether the kernel program can be used.
+pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<Result<(), Obstacle>> {
+    let ability = Ability::probe()?;
+    let support = if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
+        Ok(())
+    } else {
+        let support = tc_ebpf_support(&ability).and_then(|()| load(config));
+        judge_support(&ability, &support, demanded(config), findings);
+        support
+    };
+    ping(config, findings);
+    let allowed = ability.effective_caps.contains(&Capability::CAP_NET_ADMIN);
+    judge_buffers(config, allowed, number("/proc/sys/net/core/rmem_max"), findings);
+    Ok(support)
+}
+
+fn demanded(config: &Config) -> bool {
+    config.listeners.iter().any(|listener| listener.mode == RequestedMode::TcEbpf)
+}
+
+/// Loads the program as the daemon would, with maps of the configured sizes, and lets go of it again.
+fn load(config: &Config) -> Result<(), Obstacle> {
+    KernelDatapath::new(&config.limits).map(drop).map_err(|error| Obstacle::Kernel(format!("{error:#}")))
+}
+
+fn judge_support(ability: &Ability, support: &Result<(), Obstacle>, demanded: bool, findings: &mut Findings) {
+    let release = &ability.kernel_release;
+    let (check, obstacle) = match support {
+        Ok(()) => {
+            findings.ok("privileges", "this process may load and attach the kernel program");
+            findings.ok("kernel", format!("{release} has all that the kernel program needs, and takes it"));
+            return;
+        }
+        Err(obstacle @ Obstacle::Privilege(_)) => ("privileges", obstacle),
+        Err(obstacle @ Obstacle::Kernel(_)) => ("kernel", obstacle),
+    };
+    let text = obstacle.to_string();
+    let (what, fix) = text.split_once(": ").unwrap_or((&text, "see what is missing"));
+    if demanded {
+        findings.problem(check, what, format!("{fix}, or set mode = \"userspace\""));
+    } else {
+        findings.warning(check, format!("{what}, so that mode = \"auto\" takes userspace"), fix);
+    }
+}
+
+/// Whether ICMP health checks can be made.
+fn ping(config: &Config, findings: &mut Findings) {
+    if !config.health.as_ref().is_some_and(|health| health.protocol == HealthProtocol::Icmp) {
+        return;
+    }
+    let families: std::collections::BTreeSet<bool> = config.listeners.iter().map(|l| l.bind.is_ipv6()).collect();
+    for v6 in families {
+        let name = if v6 { "IPv6" } else { "IPv4" };
+        match icmp::open(v6) {
+            Ok((_, access)) => {
+                let how = if access == icmp::Access::Ping { "a ping socket" } else { "a raw socket" };
+                findings.ok("ping", format!("ICMP health checks can be made over {name}, through {how}"));
+            }
+            Err(Unsent::Trouble(reason)) => {
+                let (what, fix) = reason.split_once("; ").unwrap_or((&reason, "choose another health.protocol"));
+                findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {what}"), fix);
+            }
+            Err(Unsent::Failed(failure)) => {
+                let fix = "give this host an address of that version, or choose another health.protocol";
+                findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {failure}"), fix);
+            }
+        }
+    }
+}
+
+/// Whether the receive buffers asked for can be had. `forced` says that this process may exceed `rmem_max`.
+fn judge_buffers(config: &Config, forced: bool, rmem_max: Option<u64>, findings: &mut Findings) {
+    let Some(most) = rmem_max else { return };
+    for listener in &config.listeners {
+        let Some(wanted) = listener.settings.recv_buf_size else { continue };
+        let name = &listener.name;
+        if forced || u64::from(wanted) <= most {
+            findings.ok("buffer", format!("listener {name:?}: a receive buffer of {wanted} bytes can be had"));
+        } else {
+            findings.warning(
+                "buffer",
+                format!(
+                    "listener {name:?}: recv_buf_size is {wanted}, and the kernel gives {most} (net.core.rmem_max)"
+                ),
+                format!("sysctl -w net.core.rmem_max={wanted}, or grant CAP_NET_ADMIN, which is not bound by it"),
+            );
+        }
+    }
+}
+
+fn number(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::Level;
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        let text = format!(
+            "[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:1\"\ndownstream = [{{ address = \"10.0.0.1:1\" }}]\n{text}"
+        );
+        Config::parse(&text, Path::new("c.toml")).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn a_buffer_beyond_the_limit_takes_a_privilege() {
+        let wanting = config("settings = { recv_buf_size = 1000000 }\n");
+        for (forced, most, level) in
+            [(false, 1_000_000, Level::Ok), (false, 999_999, Level::Warning), (true, 1, Level::Ok)]
+        {
+            let mut findings = Findings::default();
+            judge_buffers(&wanting, forced, Some(most), &mut findings);
+            assert_eq!(findings.0.iter().map(|finding| finding.level).collect::<Vec<_>>(), [level]);
+        }
+        let mut findings = Findings::default();
+        judge_buffers(&config(""), false, Some(1), &mut findings);
+        assert!(findings.0.is_empty(), "the host's default is what it is");
+    }
+
+    #[test]
+    fn what_stands_in_the_programs_way_is_a_problem_only_where_it_is_demanded() {
+        let ability = Ability::probe().unwrap();
+        let missing = Err(Obstacle::Privilege("CAP_BPF is missing: run as root".into()));
+        let judge = |demanded| {
+            let mut findings = Findings::default();
+            judge_support(&ability, &missing, demanded, &mut findings);
+            findings.0.remove(0)
+        };
+        let demanded = judge(true);
+        assert_eq!(
+            (demanded.level, demanded.check, demanded.text.as_str()),
+            (Level::Problem, "privileges", "CAP_BPF is missing")
+        );
+        assert_eq!(demanded.fix.as_deref(), Some("run as root, or set mode = \"userspace\""));
+        assert_eq!(judge(false).level, Level::Warning);
+    }
+}

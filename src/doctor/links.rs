@@ -1,0 +1,232 @@
+//! Interfaces: are they there, do they carry anything, and who is on them before us. And whether the listeners' own
+//! addresses can be had.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
+
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+
+use super::Findings;
+use crate::config::{Config, Interfaces, ListenerConfig, RequestedMode};
+use crate::controller::ModeChoice;
+use crate::controller::mode::choose as choose_mode;
+use crate::datapath::kernel::attach::{HANDLE, PRIORITY, PROGRAM_NAME};
+use crate::host::filters::{Filter, ingress_filters};
+use crate::host::probe::Obstacle;
+use crate::host::programs::{self, Hook};
+use crate::host::{HostFacts, Link};
+use crate::model::{ListenerId, Mode};
+
+/// The datapath that each listener would get; listeners that could not run are found, and left out.
+pub(super) fn choose(
+    config: &Config,
+    tc_support: &Result<(), Obstacle>,
+    facts: &HostFacts,
+    findings: &mut Findings,
+) -> BTreeMap<ListenerId, ModeChoice> {
+    let mut choices = BTreeMap::new();
+    for listener in &config.listeners {
+        let name = &listener.name;
+        // What the kernel program lacks has been said, once; here it is about interfaces.
+        let support = if listener.mode == RequestedMode::TcEbpf { &Ok(()) } else { tc_support };
+        match choose_mode(listener, support, facts) {
+            Ok(choice) => {
+                let fell_back = listener.mode == RequestedMode::Auto && choice.mode == Mode::Userspace;
+                if fell_back && tc_support.is_ok() && !listener.bind.ip().is_loopback() {
+                    findings.warning(
+                        "interface",
+                        format!("listener {name:?}: mode = \"auto\" takes userspace: {}", choice.reason),
+                        "correct `interface`, or set mode = \"userspace\" if that is meant",
+                    );
+                }
+                choices.insert(listener.id, choice);
+            }
+            Err(error) => {
+                let fix = "correct `interface`, or set mode = \"userspace\"";
+                findings.problem("interface", format!("{error:#}"), fix);
+            }
+        }
+    }
+    choices
+}
+
+/// Looks at the interfaces that the listeners use, and at their addresses.
+pub(super) fn look(
+    config: &Config,
+    choices: &BTreeMap<ListenerId, ModeChoice>,
+    facts: &HostFacts,
+    daemon_runs: bool,
+    findings: &mut Findings,
+) {
+    let running = running();
+    for link in attached_links(config, choices, facts) {
+        judge_link(link, running.as_ref().map(|running| running.contains(&link.name)), findings);
+        match ingress_filters(link.index) {
+            Ok(filters) => judge_programs(link, &filters, &Ahead::of(link), daemon_runs, findings),
+            Err(error) => {
+                findings.warning(
+                    "filter",
+                    format!("{}: {error:#}", link.name),
+                    "look with `tc filter show dev … ingress`",
+                );
+            }
+        }
+    }
+    for listener in &config.listeners {
+        let kernel = choices.get(&listener.id).is_some_and(|choice| choice.mode == Mode::TcEbpf);
+        let free = if daemon_runs { Ok(()) } else { try_bind(listener.bind) };
+        judge_bind(listener, kernel, facts, free, findings);
+    }
+}
+
+/// The programs that see a link's packets before any TC filter does, in words, as far as this process may know.
+#[derive(Debug, Default)]
+struct Ahead {
+    xdp: Option<String>,
+    tcx: Vec<String>,
+}
+
+impl Ahead {
+    fn of(link: &Link) -> Ahead {
+        let tcx = programs::list(link.index, Hook::TcxIngress).unwrap_or_default();
+        Ahead {
+            xdp: programs::xdp(link.index).map(programs::describe),
+            tcx: tcx.into_iter().map(programs::describe).collect(),
+        }
+    }
+}
+
+/// The interfaces that the kernel program would be attached to.
+fn attached_links<'a>(
+    config: &Config,
+    choices: &BTreeMap<ListenerId, ModeChoice>,
+    facts: &'a HostFacts,
+) -> Vec<&'a Link> {
+    let mut indices = BTreeSet::new();
+    let kernel = |id| choices.get(id).is_some_and(|choice| choice.mode == Mode::TcEbpf);
+    for listener in config.listeners.iter().filter(|listener| kernel(&listener.id)) {
+        match &listener.interfaces {
+            Interfaces::Auto => indices.extend(&facts.default_route_links),
+            Interfaces::Named(names) => {
+                indices.extend(names.iter().filter_map(|name| facts.link_named(name)).map(|link| link.index));
+            }
+        }
+    }
+    indices.into_iter().filter_map(|index| facts.link(index)).collect()
+}
+
+/// Names of the interfaces that carry something: up, with a cable in them. None where the kernel does not say.
+fn running() -> Option<BTreeSet<String>> {
+    let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_RUNNING));
+    Some(running.map(|seen| seen.interface_name).collect())
+}
+
+fn judge_link(link: &Link, running: Option<bool>, findings: &mut Findings) {
+    let name = &link.name;
+    if !link.up {
+        findings.problem(
+            "interface",
+            format!("{name} is down: nothing comes in by it"),
+            format!("ip link set {name} up"),
+        );
+    } else if running == Some(false) {
+        findings.problem(
+            "interface",
+            format!("{name} is up, and its other end is not: nothing comes in by it"),
+            "look at the cable, the switch, or the peer",
+        );
+    } else {
+        findings.ok("interface", format!("{name} is up, and takes packets of {} bytes", link.mtu));
+    }
+}
+
+/// Who sees the packets of a link before us, and whether our place is free.
+fn judge_programs(link: &Link, filters: &[Filter], ahead: &Ahead, daemon_runs: bool, findings: &mut Findings) {
+    let (name, before) = (&link.name, findings.0.len());
+    let fix =
+        "make sure that it lets the listeners' datagrams pass on (TC_ACT_UNSPEC or TC_ACT_PIPE), or move it behind";
+    if let Some(program) = &ahead.xdp {
+        findings.warning(
+            "filter",
+            format!("{name}: XDP, {program}, sees packets before us, and may take the listeners' datagrams"),
+            format!("see `bpftool net show dev {name}`; make sure that it passes them on (XDP_PASS)"),
+        );
+    }
+    for program in &ahead.tcx {
+        findings.warning(
+            "filter",
+            format!("{name}: TCX, {program}, runs before our filter, and may take the listeners' datagrams"),
+            fix,
+        );
+    }
+    for filter in filters {
+        let ours = filter.priority == PRIORITY && filter.handle == HANDLE;
+        let program = filter.name.split(":[").next().unwrap_or_default();
+        let what = if program.is_empty() { filter.kind.clone() } else { format!("{} ({program})", filter.kind) };
+        if filter.priority < PRIORITY {
+            let text = format!(
+                "{name}: the filter {what} at pref {} runs before ours, and may take the listeners' datagrams",
+                filter.priority
+            );
+            findings.warning("filter", text, fix);
+        } else if ours && program != PROGRAM_NAME {
+            findings.problem(
+                "filter",
+                format!("{name}: our place, pref {PRIORITY} handle {HANDLE:#x}, has another program's filter, {what}"),
+                format!("tc filter del dev {name} ingress pref {PRIORITY} handle {HANDLE:#x} bpf, if it is not needed"),
+            );
+        } else if ours && !daemon_runs {
+            findings.warning(
+                "filter",
+                format!("{name}: a udp-fanout that ended has left its filter, which forwards to yesterday's receivers"),
+                format!("start the daemon, or: tc filter del dev {name} ingress pref {PRIORITY}"),
+            );
+        }
+    }
+    findings.ok_unless_found(before, "filter", format!("{name}: no other program sees packets before ours"));
+}
+
+/// Takes a listener's address, and gives it back at once.
+fn try_bind(address: SocketAddr) -> Result<(), ErrorKind> {
+    UdpSocket::bind(address).map(drop).map_err(|error| error.kind())
+}
+
+fn judge_bind(
+    listener: &ListenerConfig,
+    kernel: bool,
+    facts: &HostFacts,
+    free: Result<(), ErrorKind>,
+    findings: &mut Findings,
+) {
+    let (name, bind) = (&listener.name, listener.bind);
+    let ip = bind.ip();
+    let ours = ip.is_unspecified() || ip.is_loopback() || facts.addresses.iter().any(|own| own.address == ip);
+    match free {
+        Ok(()) if ours => findings.ok("bind", format!("listener {name:?}: {bind} can be had")),
+        Err(ErrorKind::AddrInUse) => findings.problem(
+            "bind",
+            format!("listener {name:?}: another program listens at {bind}"),
+            format!("`ss -ulpn sport = :{}` shows it; stop it, or choose another port", bind.port()),
+        ),
+        Err(ErrorKind::PermissionDenied) => findings.problem(
+            "bind",
+            format!("listener {name:?}: this process may not listen at {bind}"),
+            "run as root, grant CAP_NET_BIND_SERVICE, or choose a port from 1024 up",
+        ),
+        _ if kernel => findings.warning(
+            "bind",
+            format!("listener {name:?}: no interface has {ip}: what the kernel program leaves to the socket is lost"),
+            "all is well if a load balancer announces that address and nothing is fragmented; else correct `bind`",
+        ),
+        _ => findings.problem(
+            "bind",
+            format!("listener {name:?}: {ip} is no address of this host"),
+            "`ip address` shows those there are; 0.0.0.0 or [::] stand for all",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

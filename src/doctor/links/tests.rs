@@ -1,0 +1,90 @@
+use super::super::{Finding, Level};
+use super::*;
+
+fn link(up: bool) -> Link {
+    Link {
+        index: 2,
+        name: "eth0".into(),
+        kind: None,
+        up,
+        ethernet: true,
+        bare: false,
+        loopback: false,
+        mtu: 1500,
+        mac: None,
+        into_namespace: false,
+    }
+}
+
+fn found(judge: impl FnOnce(&mut Findings)) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    judge(&mut findings);
+    findings.0
+}
+
+fn levels(judge: impl FnOnce(&mut Findings)) -> Vec<Level> {
+    found(judge).into_iter().map(|finding| finding.level).collect()
+}
+
+#[test]
+fn a_link_must_be_up_at_both_ends() {
+    for (up, running, level) in [
+        (true, Some(true), Level::Ok),
+        (true, None, Level::Ok),
+        (true, Some(false), Level::Problem),
+        (false, Some(false), Level::Problem),
+    ] {
+        assert_eq!(levels(|findings| judge_link(&link(up), running, findings)), [level]);
+    }
+}
+
+fn filter(kind: &str, priority: u32, handle: u32, name: &str) -> Filter {
+    Filter { kind: kind.into(), priority, handle, name: name.into() }
+}
+
+#[test]
+fn who_comes_before_us_is_named_and_who_comes_behind_is_not() {
+    let ours = filter("bpf", PRIORITY, HANDLE, "udp_fanout:[42]");
+    let judge = |filters: &[Filter], ahead: &Ahead, daemon_runs| {
+        found(|findings| judge_programs(&link(true), filters, ahead, daemon_runs, findings))
+    };
+    let alone = judge(&[ours.clone(), filter("bpf", 50_000, 1, "later:[1]")], &Ahead::default(), true);
+    assert_eq!(alone.iter().map(|finding| finding.level).collect::<Vec<_>>(), [Level::Ok]);
+
+    let ahead = Ahead { xdp: Some("seven".into()), tcx: vec!["eight".into(), "nine".into()] };
+    let others = [filter("bpf", 1, 1, "cil_from_netdev:[3]"), filter("flower", 2, 1, ""), ours.clone()];
+    let texts: Vec<String> = judge(&others, &ahead, true).into_iter().map(|finding| finding.text).collect();
+    assert_eq!(texts.len(), 5, "{texts:?}");
+    for (text, word) in texts.iter().zip(["XDP, seven", "TCX, eight", "TCX, nine", "bpf (cil_from_netdev)", "flower"]) {
+        assert!(text.starts_with("eth0: ") && text.contains(word), "{text}");
+    }
+
+    let taken = judge(&[filter("bpf", PRIORITY, HANDLE, "theirs:[4]")], &Ahead::default(), false);
+    assert!(taken[0].level == Level::Problem && taken[0].text.contains("theirs"), "{taken:?}");
+    let left = judge(&[ours], &Ahead::default(), false);
+    assert!(left[0].level == Level::Warning && left[0].text.contains("has left its filter"), "{left:?}");
+}
+
+#[test]
+fn an_address_must_be_ours_and_free() {
+    let facts = HostFacts {
+        addresses: vec![crate::host::Address { link: 2, address: [10, 0, 0, 1].into() }],
+        ..Default::default()
+    };
+    let judge = |bind: &str, kernel, free| {
+        let text =
+            format!("[[listeners]]\nname = \"a\"\nbind = \"{bind}\"\ndownstream = [{{ address = \"10.9.9.9:1\" }}]\n");
+        let config = Config::parse(&text, std::path::Path::new("c.toml")).unwrap();
+        levels(|findings| judge_bind(&config.listeners[0], kernel, &facts, free, findings))
+    };
+    for kernel in [false, true] {
+        assert_eq!(judge("10.0.0.1:514", kernel, Ok(())), [Level::Ok]);
+        assert_eq!(judge("0.0.0.0:514", kernel, Ok(())), [Level::Ok]);
+        assert_eq!(judge("10.0.0.1:514", kernel, Err(ErrorKind::AddrInUse)), [Level::Problem]);
+        assert_eq!(judge("10.0.0.1:514", kernel, Err(ErrorKind::PermissionDenied)), [Level::Problem]);
+    }
+    for free in [Ok(()), Err(ErrorKind::AddrNotAvailable)] {
+        assert_eq!(judge("10.0.0.9:514", false, free), [Level::Problem]);
+        assert_eq!(judge("10.0.0.9:514", true, free), [Level::Warning], "a load balancer may announce it");
+    }
+}
