@@ -39,6 +39,8 @@ pub enum Event {
     Downstreams {
         /// Whose.
         listener: ListenerId,
+        /// Who says so.
+        origin: Origin,
         /// All of them.
         set: DownstreamSet,
     },
@@ -54,6 +56,15 @@ pub enum Event {
     Tick,
     /// Follow this configuration from now on, if it can be put in force.
     Config(Prepared),
+}
+
+/// Who finds out about downstreams while the daemon runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Discovery, from EndpointSlices.
+    Kubernetes,
+    /// The resolver, from names.
+    Names,
 }
 
 /// Something to do.
@@ -218,7 +229,7 @@ impl Controller {
                 self.facts = facts;
                 self.replan(false, now)
             }
-            Event::Downstreams { listener, set } => self.take_set(listener, set),
+            Event::Downstreams { listener, origin, set } => self.take_set(listener, origin, &set),
             Event::Applied => {
                 self.applied = Ok(());
                 self.settle()
@@ -247,11 +258,11 @@ impl Controller {
         }
     }
 
-    fn take_set(&mut self, id: ListenerId, set: DownstreamSet) -> Vec<Action> {
+    fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet) -> Vec<Action> {
         if let Some(previous) = &mut self.previous {
-            previous.take_set(id, &set);
+            previous.take_set(id, origin, set);
         }
-        let taken = self.listeners.iter_mut().any(|listener| listener.take_set(id, &set));
+        let taken = self.listeners.iter_mut().any(|listener| listener.take_set(id, origin, set));
         // The plan follows when the routes are known.
         if taken { vec![Action::LookAtHost(self.route_addresses())] } else { Vec::new() }
     }
