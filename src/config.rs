@@ -43,6 +43,7 @@ use crate::health::settings::{
     self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
 };
 use crate::model::{Downstream, ListenerId, Policy};
+use crate::names;
 
 /// Allowed `workers`.
 pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
@@ -56,6 +57,8 @@ pub const PACKET_SIZES: RangeInclusive<u32> = 1..=65_507;
 pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
 /// Allowed `sample`.
 pub const SAMPLES: RangeInclusive<f64> = 0.000_001..=1.0;
+/// Allowed `resolve_interval_secs`.
+pub const RESOLVE_SECONDS: RangeInclusive<f64> = 1.0..=3_600.0;
 /// Allowed `interval_secs` and `timeout_secs`.
 pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
 /// Allowed `max_listeners`.
@@ -157,8 +160,19 @@ pub enum RequestedMode {
 pub enum Source {
     /// The configuration file; at least one.
     Static(Vec<Downstream>),
+    /// The configuration file, and the names in it.
+    Names(NamedSource),
     /// The EndpointSlices of Services.
     Kubernetes(KubernetesSource),
+}
+
+/// Downstreams of which at least one is known by its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NamedSource {
+    /// In the order of the round.
+    pub entries: Vec<names::Entry>,
+    /// How long the addresses of a name are believed.
+    pub interval: Duration,
 }
 
 /// The Services whose endpoints are the downstreams, and which of their endpoints.
@@ -340,11 +354,26 @@ fn explain(error: &io::Error) -> String {
 }
 
 impl ListenerConfig {
+    /// What is to be found out about the names of its downstreams, if they have any.
+    #[must_use]
+    pub fn names_request(&self) -> Option<names::Request> {
+        match &self.source {
+            Source::Static(_) | Source::Kubernetes(_) => None,
+            Source::Names(NamedSource { entries, interval }) => Some(names::Request {
+                listener: self.id,
+                name: self.name.as_str().into(),
+                family: Family::of(self.bind.ip()),
+                entries: entries.clone(),
+                interval: *interval,
+            }),
+        }
+    }
+
     /// What discovery is to find out for it, if its downstreams come from Kubernetes.
     #[must_use]
     pub fn discovery_request(&self) -> Option<discovery::Request> {
         match &self.source {
-            Source::Static(_) => None,
+            Source::Static(_) | Source::Names(_) => None,
             Source::Kubernetes(source) => Some(discovery::Request {
                 listener: self.id,
                 services: source.services.clone(),

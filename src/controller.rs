@@ -41,6 +41,8 @@ pub enum Event {
     Downstreams {
         /// Whose.
         listener: ListenerId,
+        /// Who says so.
+        origin: Origin,
         /// All of them.
         set: DownstreamSet,
     },
@@ -56,6 +58,15 @@ pub enum Event {
     Tick,
     /// Follow this configuration from now on, if it can be put in force.
     Config(Prepared),
+}
+
+/// Who finds out about downstreams while the daemon runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Discovery, from EndpointSlices.
+    Kubernetes,
+    /// The resolver, from names.
+    Names,
 }
 
 /// Something to do.
@@ -244,7 +255,7 @@ impl Controller {
                 self.facts = facts;
                 self.replan(false, now)
             }
-            Event::Downstreams { listener, set } => self.take_set(listener, set, now),
+            Event::Downstreams { listener, origin, set } => self.take_set(listener, origin, &set, now),
             Event::Applied => {
                 self.applied = Ok(());
                 self.settle()
@@ -289,15 +300,15 @@ impl Controller {
         }
     }
 
-    fn take_set(&mut self, id: ListenerId, set: DownstreamSet, now: Duration) -> Vec<Action> {
+    fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet, now: Duration) -> Vec<Action> {
         if let Some(previous) = &mut self.previous {
-            previous.take_set(id, &set);
+            previous.take_set(id, origin, set);
         }
         let listener = self.listeners.iter_mut().find(|listener| listener.config.id == id);
         let before = listener.as_ref().and_then(|listener| listener.set.clone());
-        let taken = listener.is_some_and(|listener| listener.take_set(id, &set));
+        let taken = listener.is_some_and(|listener| listener.take_set(id, origin, set));
         if taken {
-            self.ages.note(id, before.as_ref(), &set, now);
+            self.ages.note(id, before.as_ref(), set, now);
         }
         // The plan follows when the routes are known.
         if taken { vec![Action::LookAtHost(self.route_addresses())] } else { Vec::new() }

@@ -4,6 +4,7 @@
 //! configuration ─► kernel     privileges, kernel, the program itself, pings, buffers
 //!                ─► links      interfaces, and who is on them before us
 //!                ─► cluster    the API server: may we list, may we watch, what is there
+//!                ─► names      names of downstreams, and what the resolver says
 //!                ─► daemon     the running daemon's own word
 //!                ─► ways       routes, neighbours, MTU, source validation, forwarding ─► show
 //! ```
@@ -15,6 +16,7 @@ mod cluster;
 mod daemon;
 mod kernel;
 mod links;
+mod names;
 mod show;
 mod ways;
 
@@ -159,7 +161,8 @@ fn examine(config: &Config, options: &Options, findings: &mut Findings) -> Resul
     let choices = links::choose(config, &tc_support, &facts, findings);
     let report = daemon::ask(config, findings);
     links::look(config, &choices, &facts, report.is_some(), findings);
-    let discovered = cluster::look(config, options.kubeconfig.as_deref(), report.as_ref(), findings);
+    let mut discovered = cluster::look(config, options.kubeconfig.as_deref(), report.as_ref(), findings);
+    discovered.append(&mut names::look(config, findings));
     let subjects = subjects(config, choices, discovered);
     ways::look(&mut host, &subjects, &options.senders, findings)
 }
@@ -174,7 +177,7 @@ fn subjects(
     for listener in &config.listeners {
         let downstreams = match &listener.source {
             Source::Static(downstreams) => downstreams.clone(),
-            Source::Kubernetes(_) => discovered.remove(&listener.id).unwrap_or_default(),
+            Source::Kubernetes(_) | Source::Names(_) => discovered.remove(&listener.id).unwrap_or_default(),
         };
         if let Some(choice) = choices.remove(&listener.id) {
             subjects.push(Subject { config: listener, choice, downstreams });

@@ -8,13 +8,14 @@ mod control;
 mod drops;
 mod reload;
 mod report;
+mod sources;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
@@ -26,18 +27,18 @@ use signal_hook_mio::v1_0::Signals;
 use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
-use crate::config::{Config, ListenerConfig, RequestedMode};
+use self::sources::Sources;
+use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
 use crate::datapath::kernel::{KernelDatapath, Setup, attach};
 use crate::datapath::user::UserDatapath;
-use crate::discovery::{self, Discovery, Update};
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
-use crate::model::{DownstreamSet, ListenerId, Mode};
+use crate::model::Mode;
 use crate::plan::Plan;
 
 const SIGNALS: Token = Token(0);
@@ -87,11 +88,7 @@ struct Daemon {
     user: UserDatapath,
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
-    discovery: Option<(Discovery, Receiver<Update>)>,
-    /// The operator has been told that discovery has failed for good.
-    discovery_lost: bool,
-    /// Where to find the API server, if the operator has said so.
-    kubeconfig: Option<PathBuf>,
+    sources: Sources,
     health: Option<Health>,
     control: Control,
     plan_applies: PlanApplies,
@@ -150,7 +147,7 @@ impl Daemon {
         }
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
-        let discovery = start_discovery(&config, kubeconfig.as_deref(), &waker)?;
+        let sources = Sources::start(&config, kubeconfig, &waker)?;
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
@@ -167,9 +164,7 @@ impl Daemon {
             user: UserDatapath::new(),
             kernel,
             http: None,
-            discovery,
-            discovery_lost: false,
-            kubeconfig,
+            sources,
             health,
             control,
             plan_applies: PlanApplies::default(),
@@ -218,22 +213,22 @@ impl Daemon {
                     NETLINK => self.drain_netlink(),
                     KERNEL => self.take_kernel_events(),
                     CONFIG => self.reloading.drain_watch(),
-                    WAKE => {
-                        self.take_updates();
-                        self.answer_requests();
-                    }
+                    WAKE => self.answer_requests(),
                     token if self.control.owns(token) => self.control_event(token),
                     token => self.health_event(token),
                 }
             }
+            self.take_downstreams();
             self.run_health();
             self.run_timers();
         }
     }
 
     fn next_due(&self) -> Option<Instant> {
-        let probe = self.health.as_ref().and_then(Health::next_deadline).map(|due| self.started + due);
-        self.timers.next().into_iter().chain(self.reloading.due).chain(probe).min()
+        let probe = self.health.as_ref().and_then(Health::next_deadline);
+        let since_start = probe.into_iter().chain(self.sources.next_deadline()).min();
+        let since_start = since_start.map(|due| self.started + due);
+        self.timers.next().into_iter().chain(self.reloading.due).chain(since_start).min()
     }
 
     fn health_event(&mut self, token: Token) {
@@ -302,18 +297,6 @@ impl Daemon {
         }
     }
 
-    fn take_updates(&mut self) {
-        let updates: Vec<Update> = match &self.discovery {
-            Some((_, updates)) => updates.try_iter().collect(),
-            None => return,
-        };
-        // Each set replaces the one before, so of several for one listener only the last matters.
-        let last: BTreeMap<ListenerId, DownstreamSet> =
-            updates.into_iter().map(|update| (update.listener, update.set)).collect();
-        self.handle_all(last.into_iter().map(|(listener, set)| Event::Downstreams { listener, set }).collect());
-        self.watch_health();
-    }
-
     fn run_timers(&mut self) {
         let now = Instant::now();
         self.look_at_config(now);
@@ -328,7 +311,7 @@ impl Daemon {
         }
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
-            self.tend_discovery();
+            self.sources.tend();
             self.reloading.tend();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
@@ -346,17 +329,6 @@ impl Daemon {
                     "the TC filter has been taken off by someone else; attaching again".into(),
                 ));
             }
-        }
-    }
-
-    /// Says once that nothing new will come any more; what is known stays in force.
-    fn tend_discovery(&mut self) {
-        if !self.discovery_lost && self.discovery.as_ref().is_some_and(|(discovery, _)| !discovery.is_running()) {
-            self.discovery_lost = true;
-            tracing::error!(
-                "the thread that follows EndpointSlices has failed: the last known endpoints stay in use, and changes \
-                 are no longer seen; restart the daemon"
-            );
         }
     }
 
@@ -451,43 +423,13 @@ impl Daemon {
         if let Some((server, _)) = self.http.take() {
             server.shutdown();
         }
-        if let Some((discovery, _)) = self.discovery.take() {
+        if let Some((discovery, _)) = self.sources.discovery.take() {
             discovery.shutdown();
         }
         let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
         let user = self.user.shutdown();
         kernel.and(user)
     }
-}
-
-/// What the listeners whose downstreams come from Kubernetes want to know.
-fn discovery_requests(config: &Config) -> Vec<discovery::Request> {
-    config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect()
-}
-
-/// Starts following the Services that listeners want, if any does. Sets that come before the loop turns wait in the
-/// channel.
-///
-/// # Errors
-/// When there are no credentials for the API server, or the node's name is needed and not known.
-fn start_discovery(
-    config: &Config,
-    kubeconfig: Option<&Path>,
-    waker: &Arc<Waker>,
-) -> Result<Option<(Discovery, Receiver<Update>)>> {
-    let requests = discovery_requests(config);
-    if requests.is_empty() {
-        return Ok(None);
-    }
-    let settings = discovery_settings(config, kubeconfig);
-    let (sender, updates) = mpsc::channel();
-    Ok(Some((Discovery::start(requests, settings, sender, Arc::clone(waker))?, updates)))
-}
-
-fn discovery_settings(config: &Config, kubeconfig: Option<&Path>) -> discovery::Settings {
-    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
-    let kubeconfig = kubeconfig.map(Path::to_owned);
-    discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() }
 }
 
 /// From now on the host's facts include what the kernel program's ways of delivery depend on.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! config file ──► config::file ──► Config ─────┐
-//! EndpointSlices ──► DownstreamSet ────────────┼──► controller ──► Plan ──► Datapath::apply
+//! EndpointSlices, DNS ──► DownstreamSet ───────┼──► controller ──► Plan ──► Datapath::apply
 //! netlink ──► HostFacts ───────────────────────┘    (pure)         (data)   (kernel | user)
 //! ```
 //!
@@ -23,5 +23,6 @@ pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod model;
+pub mod names;
 pub mod plan;
 pub mod version;

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use udp_fanout::controller::{Action, Controller, Event};
+use udp_fanout::controller::{Action, Controller, Event, Origin};
 use udp_fanout::host::{Address, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId};
 
@@ -65,7 +65,7 @@ fn the_listener_itself_is_none_of_its_downstreams() {
     let own: SocketAddr = "192.0.2.7:5002".parse().unwrap();
     let downstream = |address| Downstream { name: "d".into(), address, weight: 1, sample: Downstream::ALL };
     let set = DownstreamSet { generation: 2, downstreams: vec![downstream(address(1)), downstream(own)] };
-    world.step_surely(&mut controller, Event::Downstreams { listener, set }, true);
+    world.step_surely(&mut controller, Event::Downstreams { listener, origin: Origin::Kubernetes, set }, true);
     let planned = |controller: &Controller| -> Vec<SocketAddr> {
         let plan = controller.plan().listeners.iter().find(|plan| plan.id == listener).unwrap();
         plan.targets.iter().map(|target| target.downstream.address).collect()

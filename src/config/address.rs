@@ -3,6 +3,40 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::problem::quoted;
+use crate::names::Address;
+
+/// Reads an address and port, or a name and port. A name is one that DNS could have; one that looks like a misspelt IP
+/// address is taken for that.
+///
+/// # Errors
+/// The value, what is wrong with it, and the fix.
+pub(super) fn parse_or_name(text: &str, example: &str) -> Result<Address, String> {
+    let name = text.rsplit_once(':').filter(|(host, port)| is_host_name(host) && as_port(port).is_some());
+    match name {
+        Some((_, port)) if as_port(port) == Some(0) => {
+            Err(format!("{} has port 0; give a port from 1 to 65535", quoted(text)))
+        }
+        Some((host, port)) => {
+            // Names are the same in either case.
+            Ok(Address::Name { host: host.to_ascii_lowercase().into(), port: as_port(port).unwrap_or_default() })
+        }
+        None => parse(text, example).map(Address::Ip),
+    }
+}
+
+/// Labels of up to 63 letters, digits, `-` and `_`, of which the last is not only digits, as in an IPv4 address.
+fn is_host_name(text: &str) -> bool {
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.chars().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let last = name.rsplit('.').next().unwrap_or_default();
+    name.len() <= 253 && name.split('.').all(is_label) && !last.chars().all(|c| c.is_ascii_digit())
+}
 
 /// Reads an address and port. The port is not 0; an IPv6 address is no IPv4 address in disguise and, if link-local,
 /// names its zone by number. `example` is shown where nothing better can be made of the text.
@@ -55,9 +89,7 @@ fn explain(text: &str, example: &str) -> String {
         }
         Some((host, port)) if as_port(port).is_some() => {
             let host = quoted(host);
-            format!(
-                "{shown}: {host} is not an IP address, and names are not looked up; write for example \"{example}\""
-            )
+            format!("{shown}: {host} is not an IP address; write for example \"{example}\"")
         }
         _ => format!("{shown} is not IP:port; write for example \"{example}\""),
     }
@@ -79,6 +111,27 @@ mod tests {
     }
 
     #[test]
+    fn names_are_those_that_dns_could_have() {
+        let name = |text: &str| match parse_or_name(text, "10.0.1.10:5514") {
+            Ok(Address::Name { host, port }) => format!("{host} {port}"),
+            other => format!("{other:?}"),
+        };
+        assert_eq!(name("collector.example.org:514"), "collector.example.org 514");
+        assert_eq!(name("Vector-1.Logging.svc.:5514"), "vector-1.logging.svc. 5514");
+        assert_eq!(name("localhost:1"), "localhost 1");
+        assert_eq!(name("_sink.x9:1"), "_sink.x9 1");
+        assert_eq!(name("10.0.0.1:1"), "Ok(Ip(10.0.0.1:1))");
+        assert_eq!(name("[::1]:1"), "Ok(Ip([::1]:1))");
+        for wrong in
+            ["10.0.0:1", "300.1.1.1:1", "1:1", "a..b:1", "-a.b:1", "a b:1", ".:1", ":1", "host", "host:x", "host:0"]
+        {
+            assert!(name(wrong).starts_with("Err("), "{wrong}: {}", name(wrong));
+        }
+        assert!(name(&format!("{}:1", "x.".repeat(128))).starts_with("Err("));
+        assert!(name(&format!("{}.x:1", "x".repeat(64))).starts_with("Err("));
+    }
+
+    #[test]
     fn bad_addresses_are_explained() {
         for (text, message) in [
             ("0.0.0.0", r#""0.0.0.0" has no port; write for example "0.0.0.0:5514""#),
@@ -93,7 +146,7 @@ mod tests {
             ("[1.2.3.4]:5", r#""[1.2.3.4]:5" has no valid IPv6 address in its brackets; write for example "[::1]:5""#),
             (
                 "localhost:5514",
-                r#""localhost:5514": "localhost" is not an IP address, and names are not looked up; write for example "0.0.0.0:5514""#,
+                r#""localhost:5514": "localhost" is not an IP address; write for example "0.0.0.0:5514""#,
             ),
             ("", r#""" is not IP:port; write for example "0.0.0.0:5514""#),
             ("*:*", r#""*:*" is not IP:port; write for example "0.0.0.0:5514""#),

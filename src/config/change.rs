@@ -89,6 +89,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::Limits;
 
     fn config(limits: &str, listeners: &[(&str, u16)]) -> Config {
         let mut text = format!("limits = {{ {limits} }}\n");
@@ -147,6 +148,13 @@ mod tests {
                         256; restart udp-fanout, or write 256 again\nc.toml: limits.max_downstreams: 100 needs a restart, \
                         since the kernel program's maps have been made for 16384; restart udp-fanout, or write 16384 again";
         assert_eq!(change(true).unwrap_err().to_string(), expected);
+        // Every one of them, those added one day included.
+        let Limits { max_listeners: _, max_downstreams: _, max_sources, max_senders } = running.limits.clone();
+        for (key, value) in [("max_sources", max_sources), ("max_senders", max_senders)] {
+            let new = config(&format!("{key} = {}", value + 1), &[("a", 1)]);
+            let refusal = new.succeeding(&running, true, &mut Numbers::default()).unwrap_err().to_string();
+            assert!(refusal.contains(&format!("limits.{key}: {} needs a restart", value + 1)), "{refusal}");
+        }
     }
 
     proptest! {

@@ -74,6 +74,9 @@ pub(super) struct Listener {
     /// Receivers known beforehand; this or `kubernetes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) downstream: Option<Vec<Downstream>>,
+    /// Seconds for which the addresses of a downstream's name are believed; 30 by default.
+    #[serde(default = "resolve_interval_secs", serialize_with = "number")]
+    pub(super) resolve_interval_secs: f64,
     /// The Service to follow; this or `downstream`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) kubernetes: Option<Kubernetes>,
@@ -194,7 +197,7 @@ pub(super) struct Downstream {
     /// Unique within the listener; its address by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) name: Option<String>,
-    /// `IP:port`, unique within the listener; no default.
+    /// `IP:port` or `name:port`, unique within the listener; no default.
     pub(super) address: String,
     /// Share relative to the others; 1 by default.
     #[serde(default = "one")]
@@ -202,6 +205,13 @@ pub(super) struct Downstream {
     /// Part of the datagrams copied to it; 1, all, by default.
     #[serde(default = "all", serialize_with = "number")]
     pub(super) sample: f64,
+}
+
+/// `resolve_interval_secs` where it is not given.
+pub(super) const RESOLVE_INTERVAL_SECS: f64 = 30.0;
+
+fn resolve_interval_secs() -> f64 {
+    RESOLVE_INTERVAL_SECS
 }
 
 fn one() -> u32 {
@@ -419,6 +429,7 @@ mod tests {
                     weight: 1,
                     sample: 1.0,
                 }]),
+                resolve_interval_secs: 1.0,
                 kubernetes: Some(Kubernetes {
                     namespace: Some("n".into()),
                     service: Some("s".into()),

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 
 use super::{
     BATCH_SIZES, BURSTS, MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SENDERS, MAX_SOURCES, PACKET_RATES, PACKET_SIZES,
-    RECV_BUF_SIZES, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
+    RECV_BUF_SIZES, RESOLVE_SECONDS, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
 };
 
 /// One key.
@@ -241,6 +241,13 @@ pub static LISTENER: &[Key] = &[
         "The receivers, where they are known beforehand. Either this or `kubernetes`.",
     ),
     key(
+        "resolve_interval_secs",
+        Kind::Seconds(RESOLVE_SECONDS),
+        Absent::Default("30"),
+        "5",
+        "Seconds after which the names of downstreams that are given by name are looked up again.",
+    ),
+    key(
         "kubernetes",
         Kind::Table(KUBERNETES),
         Absent::Means("`downstream` must be there"),
@@ -314,10 +321,10 @@ pub static DOWNSTREAM: &[Key] = &[
     ),
     key(
         "address",
-        Kind::Text("IP:port"),
+        Kind::Text("IP:port or name:port"),
         Absent::Refused,
         "\"10.0.1.10:5514\"",
-        "Where its datagrams are sent: an address of one host, of the same IP version as the listener's `bind`. No two downstreams of a listener share one.",
+        "Where its datagrams are sent: an address of one host, of the same IP version as the listener's `bind`, or a DNS name, of which each address of that version is a downstream. No two downstreams of a listener share one.",
     ),
     key(
         "weight",

@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use super::file::{
-    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes, RateLimit, Service,
-    ServiceTable, Settings, Sources,
+    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes,
+    RESOLVE_INTERVAL_SECS, RateLimit, Service, ServiceTable, Settings, Sources,
 };
 use super::rules::part_of;
 use super::{Config, Interfaces, KubernetesSource, ListenerConfig, Source};
 use crate::admission::{self, Prefix};
 use crate::discovery::ServiceRef;
 use crate::model;
+use crate::names;
 
 /// The file that says all that the configuration says.
 pub(super) fn file(config: &Config) -> File {
@@ -80,6 +81,15 @@ fn listener(listener: &ListenerConfig) -> Listener {
             };
             (Some(downstreams.iter().map(downstream).collect()), None)
         }
+        Source::Names(source) => {
+            let downstream = |entry: &names::Entry| Downstream {
+                name: Some(entry.name.to_string()),
+                address: entry.address.to_string(),
+                weight: entry.weight,
+                sample: part_of(entry.sample),
+            };
+            (Some(source.entries.iter().map(downstream).collect()), None)
+        }
         Source::Kubernetes(source) => (None, Some(kubernetes(source))),
     };
     let (policy, hash_on) = match listener.policy {
@@ -109,6 +119,10 @@ fn listener(listener: &ListenerConfig) -> Listener {
             ipv6_prefix: limit.ipv6_prefix,
         }),
         downstream,
+        resolve_interval_secs: match &listener.source {
+            Source::Names(source) => seconds(source.interval),
+            Source::Static(_) | Source::Kubernetes(_) => RESOLVE_INTERVAL_SECS,
+        },
         kubernetes,
         settings: Settings {
             workers: listener.settings.workers,

@@ -3,6 +3,7 @@
 //! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
 //! breaks one is added to the problems with the key, the value and the fix.
 
+mod downstreams;
 mod kubernetes;
 mod policies;
 mod senders;
@@ -18,13 +19,11 @@ use super::file::{self, File};
 use super::problem::{Problems, quoted};
 use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
-use crate::model::{self, Downstream, ListenerId};
+use crate::model::{self, ListenerId};
 
 pub(super) use policies::part_of;
-use policies::sample_of;
 
 const BIND_EXAMPLE: &str = "0.0.0.0:5514";
-const DOWNSTREAM_EXAMPLE: &str = "10.0.1.10:5514";
 const METRICS_EXAMPLE: &str = "0.0.0.0:9090";
 
 /// Checks a file and makes it a configuration; none if `problems` has got any.
@@ -237,46 +236,10 @@ impl Rules<'_> {
                 None
             }
             (Some(downstreams), None) => {
-                self.downstreams(&at.then("downstream"), downstreams, bind).map(Source::Static)
+                self.downstreams(&at.then("downstream"), downstreams, listener.resolve_interval_secs, bind)
             }
             (None, Some(service)) => self.kubernetes(&at.then("kubernetes"), service).map(Source::Kubernetes),
         }
-    }
-
-    fn downstreams(
-        &mut self,
-        at: &KeyPath,
-        downstreams: &[file::Downstream],
-        bind: Option<SocketAddr>,
-    ) -> Option<Vec<Downstream>> {
-        let mut names: HashMap<String, usize> = HashMap::new();
-        let mut addresses: HashMap<SocketAddr, usize> = HashMap::new();
-        let mut good = Vec::with_capacity(downstreams.len());
-        for (index, downstream) in downstreams.iter().enumerate() {
-            let at = at.then(index);
-            let address = address::parse(&downstream.address, DOWNSTREAM_EXAMPLE)
-                .and_then(|address| texts::downstream(address, bind).map(|()| address));
-            let Some(address) = self.check(&at.then("address"), address) else { continue };
-            if let Some(first) = addresses.insert(address, index) {
-                let message =
-                    format!("\"{address}\" is downstream[{first}] already; remove one, or give it a `weight`");
-                self.fault(&at.then("address"), message);
-                continue;
-            }
-            let name = match &downstream.name {
-                Some(name) => self.check(&at.then("name"), texts::downstream_name(name)).map(str::to_owned),
-                None => Some(address.to_string()),
-            };
-            let Some(name) = name else { continue };
-            if let Some(first) = names.insert(name.clone(), index) {
-                let message = format!("{} is the name of downstream[{first}] already; rename one", quoted(&name));
-                self.fault(&at.then("name"), message);
-                continue;
-            }
-            let sample = sample_of(downstream.sample);
-            good.push(Downstream { name: name.into(), address, weight: downstream.weight, sample });
-        }
-        (good.len() == downstreams.len()).then_some(good)
     }
 
     fn distinct_names(&mut self, file: &File) {

@@ -216,6 +216,24 @@ fn services_share_what_they_do_not_say_themselves() {
 }
 
 #[test]
+fn a_name_among_the_downstreams_makes_all_of_them_a_source_of_names() {
+    let text = one_with("resolve_interval_secs = 2.5", ", weight = 2").replace("10.0.0.1:1", "Vector.example:1");
+    let config = config(&text);
+    let Source::Names(source) = &config.listeners[0].source else { panic!() };
+    assert_eq!(source.interval, Duration::from_millis(2_500));
+    let entry = &source.entries[0];
+    assert_eq!(
+        (entry.address.to_string(), &*entry.name, entry.weight),
+        ("vector.example:1".into(), "vector.example:1", 2)
+    );
+    assert!(config.render().contains("resolve_interval_secs = 2.5\n"), "{}", config.render());
+    assert!(config.render().contains("address = \"vector.example:1\"\n"), "{}", config.render());
+    let request = config.listeners[0].names_request().unwrap();
+    assert_eq!((request.entries, request.interval), (source.entries.clone(), source.interval));
+    assert!(config.listeners[0].discovery_request().is_none());
+}
+
+#[test]
 fn listeners_may_share_a_port_where_their_sockets_can() {
     for [first, second] in [
         ["127.0.0.1:53", "127.0.0.2:53"],
@@ -293,6 +311,7 @@ interface = ["eth0", "eth1"]
 mode = "auto"
 protocol = "raw"
 policy = "round_robin"
+resolve_interval_secs = 30
 
 [[listeners.downstream]]
 name = "10.0.0.1:1"

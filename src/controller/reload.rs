@@ -9,7 +9,7 @@
 use anyhow::Result;
 
 use super::mode::{self, ModeChoice};
-use super::{Action, Controller, Listener};
+use super::{Action, Controller, Listener, Origin};
 use crate::config::{Config, HealthConfig, ListenerConfig, Source};
 use crate::health::settings::HealthSettings;
 use crate::host::probe::Obstacle;
@@ -43,9 +43,9 @@ pub(super) struct Previous {
 }
 
 impl Previous {
-    pub(super) fn take_set(&mut self, id: ListenerId, set: &DownstreamSet) {
+    pub(super) fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet) {
         for listener in &mut self.listeners {
-            listener.take_set(id, set);
+            listener.take_set(id, origin, set);
         }
     }
 }
@@ -62,7 +62,7 @@ impl Listener {
                     Some(DownstreamSet { generation, downstreams: downstreams.clone() })
                 }
             },
-            Source::Kubernetes(_) => before.and_then(|before| before.set_to_go_on_with(&config)),
+            Source::Kubernetes(_) | Source::Names(_) => before.and_then(|before| before.set_to_go_on_with(&config)),
         };
         Listener { config, choice, set }
     }
@@ -78,11 +78,15 @@ impl Listener {
     }
 
     /// Takes a set if it is this listener's and newer than the one it has. True if it was.
-    pub(super) fn take_set(&mut self, id: ListenerId, set: &DownstreamSet) -> bool {
+    pub(super) fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet) -> bool {
         // What a source had found before it was given up may arrive late.
-        let dynamic = !matches!(self.config.source, Source::Static(_));
+        let wanted = match self.config.source {
+            Source::Static(_) => false,
+            Source::Names(_) => origin == Origin::Names,
+            Source::Kubernetes(_) => origin == Origin::Kubernetes,
+        };
         let newer = self.set.as_ref().is_none_or(|old| old.generation < set.generation);
-        let taken = self.config.id == id && dynamic && newer;
+        let taken = self.config.id == id && wanted && newer;
         if taken {
             self.set = Some(set.clone());
         }

@@ -61,7 +61,7 @@ impl Daemon {
 
     /// A thread that has failed has left its last word behind, which no longer holds.
     fn discovery_status(&self) -> Vec<ServiceStatus> {
-        let Some((discovery, _)) = &self.discovery else { return Vec::new() };
+        let Some((discovery, _)) = &self.sources.discovery else { return Vec::new() };
         let mut services = discovery.status().services();
         if !discovery.is_running() {
             services.iter_mut().for_each(|service| service.synced = false);

@@ -17,14 +17,12 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::{
-    Daemon, discovery_requests, discovery_settings, follow_ways, load_kernel, start_discovery, take_due, watch_events,
-};
+use super::{Daemon, follow_ways, load_kernel, take_due, watch_events};
 use crate::config::watch::Watch;
-use crate::config::{Config, ListenerConfig, Numbers};
+use crate::config::{Config, ListenerConfig, Numbers, Source};
 use crate::control::server::Server;
 use crate::controller::Event;
-use crate::discovery::{self, Discovery, Update};
+use crate::discovery::{Discovery, Update};
 use crate::metrics::Reloads;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
@@ -217,13 +215,11 @@ impl Daemon {
     }
 
     fn new_discovery(&self, config: &Config) -> Result<Change<(Discovery, Receiver<Update>)>> {
-        let requests = discovery_requests(config);
-        // One that has failed begins anew: restarting the daemon would do no more.
-        if self.discovery.as_ref().is_some_and(|(discovery, _)| discovery.is_running()) {
-            discovery::validate(&requests, &discovery_settings(config, self.kubeconfig.as_deref()))?;
-            return Ok(if requests.is_empty() { Change::End } else { Change::Keep });
+        let wanted = config.listeners.iter().any(|listener| matches!(listener.source, Source::Kubernetes(_)));
+        if wanted && self.sources.can_follow(config)? {
+            return Ok(Change::Keep);
         }
-        let new = start_discovery(config, self.kubeconfig.as_deref(), &self.waker)?;
+        let new = self.sources.start_discovery(config, &self.waker)?;
         Ok(new.map_or(Change::End, Change::Begin))
     }
 
@@ -248,18 +244,17 @@ impl Daemon {
             server.shutdown();
         }
         let follows = matches!(discovery, Change::Keep);
-        if let Some((discovery, _)) = discovery.carry_out(&mut self.discovery) {
+        if let Some((discovery, _)) = discovery.carry_out(&mut self.sources.discovery) {
             discovery.shutdown();
-            self.discovery_lost = false;
+            self.sources.lost = false;
         }
-        if let Some((discovery, _)) = self.discovery.as_ref().filter(|_| follows)
-            && let Err(error) = discovery.update_requests(discovery_requests(&config))
-        {
+        if follows && let Err(error) = self.sources.follow_services(&config) {
             tracing::error!("{error:#}");
         }
         if let Some(control) = control {
             self.control.succeed(control);
         }
+        self.sources.follow_names(&config, self.started.elapsed());
         tell_changes(&self.config, &config);
         self.config = config;
         self.tell_modes();

@@ -89,7 +89,7 @@ impl Daemon {
     }
 
     fn services(&self) -> Vec<ServiceReport> {
-        let Some((discovery, _)) = &self.discovery else { return Vec::new() };
+        let Some((discovery, _)) = &self.sources.discovery else { return Vec::new() };
         let services = discovery.status().services().into_iter().map(|service| ServiceReport {
             namespace: service.namespace,
             service: service.service,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use udp_fanout::config::{Config, Numbers, Source};
-use udp_fanout::controller::{Action, Controller, Event, RETRY};
+use udp_fanout::controller::{Action, Controller, Event, Origin, RETRY};
 use udp_fanout::health::share::{HealthMap, Standing};
 use udp_fanout::host::{Address, HostFacts, Link, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId, Mode};
@@ -288,7 +288,7 @@ impl World {
                 if let Some(fallback) = &mut self.fallback {
                     fallback.take_set(listener, &set);
                 }
-                Event::Downstreams { listener, set }
+                Event::Downstreams { listener, origin: Origin::Kubernetes, set }
             }
         }
     }

@@ -199,7 +199,7 @@ fn a_pod_has_what_the_daemon_looks_for() {
 pub fn services(config: &Config) -> BTreeSet<(String, String)> {
     let sources = config.listeners.iter().filter_map(|listener| match &listener.source {
         Source::Kubernetes(source) => Some(&source.services),
-        Source::Static(_) => None,
+        Source::Static(_) | Source::Names(_) => None,
     });
     sources
         .flatten()

@@ -30,6 +30,10 @@ fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
     edit(&|config| config.listeners[0].downstreams.reverse());
     edit(&|config| config.listeners[0].extra = "policy = \"hash\"".into());
     edit(&|config| config.listeners[0].extra = "protocol = \"gelf\"".into());
+    edit(&|config| {
+        config.listeners[0].extra = "sources = { allow = [\"10.0.0.0/8\"], deny = [\"10.9.0.0/16\"] }".into()
+    });
+    edit(&|config| config.listeners[0].extra = "rate_limit = { packets_per_second = 5000000 }".into());
     edit(&|config| config.listeners.swap(0, 1));
     // All of them let the sender in.
     edit(&|config| config.listeners[0].extra = "sources = { allow = \"10.0.0.0/24\", deny = \"10.0.0.77\" }".into());

@@ -1,0 +1,81 @@
+//! Rules about a listener's `downstream`: each address and name once, and none that cannot be a receiver.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::policies::sample_of;
+use super::{Rules, texts};
+use crate::config::document::KeyPath;
+use crate::config::problem::quoted;
+use crate::config::{NamedSource, Source, address, file};
+use crate::model::Downstream;
+use crate::names::{Address, Entry};
+
+const EXAMPLE: &str = "10.0.1.10:5514";
+
+impl Rules<'_> {
+    /// The listener's downstreams as a source: static if all are known by address.
+    pub(super) fn downstreams(
+        &mut self,
+        at: &KeyPath,
+        downstreams: &[file::Downstream],
+        resolve_interval_secs: f64,
+        bind: Option<SocketAddr>,
+    ) -> Option<Source> {
+        let entries = self.entries(at, downstreams, bind)?;
+        let fixed = |entry: &Entry| match entry.address {
+            Address::Ip(address) => {
+                let Entry { name, weight, sample, .. } = entry.clone();
+                Some(Downstream { name, address, weight, sample })
+            }
+            Address::Name { .. } => None,
+        };
+        Some(match entries.iter().map(fixed).collect() {
+            Some(downstreams) => Source::Static(downstreams),
+            // `shape` has seen that it is within RESOLVE_SECONDS, which every Duration can hold.
+            None => Source::Names(NamedSource {
+                entries,
+                interval: Duration::try_from_secs_f64(resolve_interval_secs).unwrap_or_default(),
+            }),
+        })
+    }
+
+    fn entries(
+        &mut self,
+        at: &KeyPath,
+        downstreams: &[file::Downstream],
+        bind: Option<SocketAddr>,
+    ) -> Option<Vec<Entry>> {
+        let mut names: HashMap<String, usize> = HashMap::new();
+        let mut addresses: HashMap<Address, usize> = HashMap::new();
+        let mut good = Vec::with_capacity(downstreams.len());
+        for (index, downstream) in downstreams.iter().enumerate() {
+            let at = at.then(index);
+            let address = address::parse_or_name(&downstream.address, EXAMPLE).and_then(|address| match address {
+                Address::Ip(ip) => texts::downstream(ip, bind).map(|()| address),
+                Address::Name { .. } => Ok(address),
+            });
+            let Some(address) = self.check(&at.then("address"), address) else { continue };
+            if let Some(first) = addresses.insert(address.clone(), index) {
+                let message =
+                    format!("\"{address}\" is downstream[{first}] already; remove one, or give it a `weight`");
+                self.fault(&at.then("address"), message);
+                continue;
+            }
+            let name = match &downstream.name {
+                Some(name) => self.check(&at.then("name"), texts::downstream_name(name)).map(str::to_owned),
+                None => Some(address.to_string()),
+            };
+            let Some(name) = name else { continue };
+            if let Some(first) = names.insert(name.clone(), index) {
+                let message = format!("{} is the name of downstream[{first}] already; rename one", quoted(&name));
+                self.fault(&at.then("name"), message);
+                continue;
+            }
+            let sample = sample_of(downstream.sample);
+            good.push(Entry { name: name.into(), address, weight: downstream.weight, sample });
+        }
+        (good.len() == downstreams.len()).then_some(good)
+    }
+}

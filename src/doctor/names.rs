@@ -1,0 +1,106 @@
+//! Names of downstreams: whether the resolver knows them, and addresses that the listener can use.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use super::Findings;
+use crate::config::{Config, ListenerConfig};
+use crate::discovery::Family;
+use crate::model::{Downstream, ListenerId};
+use crate::names::state::Names;
+use crate::names::{Address, Entry, Request, lookup};
+
+type Answers = BTreeMap<Arc<str>, Result<Vec<IpAddr>, String>>;
+
+/// Looks up every name once, as the daemon does when it starts. Returns the downstreams of listeners that have names.
+pub(super) fn look(config: &Config, findings: &mut Findings) -> BTreeMap<ListenerId, Vec<Downstream>> {
+    let requests: Vec<Request> = config.listeners.iter().filter_map(ListenerConfig::names_request).collect();
+    let mut names = Names::default();
+    names.replace(requests.clone(), Duration::ZERO);
+    let answers = ask(&names.due(Duration::ZERO));
+    for request in &requests {
+        judge(request, &answers, findings);
+    }
+    for (name, answer) in answers {
+        names.answered(&name, answer, Duration::ZERO);
+    }
+    names.take_updates().into_iter().collect()
+}
+
+/// Asks for all of them at once: a resolver that is silent is waited for only once.
+fn ask(hosts: &[Arc<str>]) -> Answers {
+    thread::scope(|scope| {
+        let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(|| lookup::system(host)))).collect();
+        let answer = |(host, thread): (&Arc<str>, thread::ScopedJoinHandle<'_, _>)| {
+            (Arc::clone(host), thread.join().unwrap_or_else(|_| Err("the lookup failed".to_owned())))
+        };
+        asked.into_iter().map(answer).collect()
+    })
+}
+
+fn judge(request: &Request, answers: &Answers, findings: &mut Findings) {
+    for Entry { name, address, .. } in &request.entries {
+        let Address::Name { host, .. } = address else { continue };
+        let who = format!("listener {}: {name} ({address})", request.name);
+        match answers.get(host) {
+            Some(Ok(found)) => {
+                let usable: Vec<String> =
+                    found.iter().filter(|ip| Family::of(**ip) == request.family).map(ToString::to_string).collect();
+                if usable.is_empty() {
+                    let fix =
+                        "the listener waits for one; listen on an address of the other IP version, or correct the name";
+                    findings.problem("names", format!("{who}: no {} address", request.family), fix);
+                } else {
+                    findings.ok("names", format!("{who}: {}", usable.join(", ")));
+                }
+            }
+            Some(Err(reason)) => {
+                let fix = "correct the name, or /etc/resolv.conf; the listener waits for an answer, and asks again";
+                findings.problem("names", format!("{who} cannot be resolved: {reason}"), fix);
+            }
+            None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn each_name_is_judged_by_the_listeners_own_family() {
+        let entry = |host: &str| Entry {
+            name: "d".into(),
+            address: Address::Name { host: host.into(), port: 514 },
+            weight: 1,
+            sample: Downstream::ALL,
+        };
+        let request = Request {
+            listener: ListenerId(0),
+            name: "syslog".into(),
+            family: Family::V4,
+            entries: vec![entry("both"), entry("six"), entry("none")],
+            interval: Duration::from_secs(30),
+        };
+        let addresses = |all: &[&str]| Ok(all.iter().map(|ip| ip.parse().unwrap()).collect());
+        let answers: Answers = [
+            ("both".into(), addresses(&["192.0.2.1", "2001:db8::1"])),
+            ("six".into(), addresses(&["2001:db8::1"])),
+            ("none".into(), Err("Name or service not known".to_owned())),
+        ]
+        .into();
+        let mut findings = Findings::default();
+        judge(&request, &answers, &mut findings);
+        let texts: Vec<_> = findings.0.iter().map(|finding| (finding.level, finding.text.as_str())).collect();
+        let expected = [
+            (Level::Ok, "listener syslog: d (both:514): 192.0.2.1"),
+            (Level::Problem, "listener syslog: d (six:514): no IPv4 address"),
+            (Level::Problem, "listener syslog: d (none:514) cannot be resolved: Name or service not known"),
+        ];
+        assert_eq!(texts, expected);
+    }
+}

@@ -1,0 +1,78 @@
+//! Downstreams known by DNS names: from the names of a listener's downstreams to a set of addresses, again and again.
+//!
+//! ```text
+//! requests ─► state::Names (pure) ─► hosts that are due ─► lookup (threads, getaddrinfo) ─► event loop
+//!                    └─► Update ─► controller           └──────── answers ◄──────────┘
+//! ```
+//!
+//! The event loop owns both parts. [`state`] decides what is asked when and what follows from answers; [`lookup`] asks,
+//! away from the main thread, since a name server that is silent keeps whoever asks it waiting for long.
+//!
+//! Only addresses change a set: a name that cannot be resolved any more, for whatever reason, keeps the addresses that it
+//! had last, because the resolver cannot tell an outage from a name that has gone, and datagrams must go somewhere.
+
+pub mod lookup;
+pub mod state;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::discovery::Family;
+use crate::model::ListenerId;
+
+/// Where a downstream of a configuration is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Address {
+    /// Here.
+    Ip(SocketAddr),
+    /// At each of the addresses that this name has.
+    Name {
+        /// The name.
+        host: Arc<str>,
+        /// The port, on each.
+        port: u16,
+    },
+}
+
+/// As it is written in a configuration.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Ip(address) => address.fmt(f),
+            Address::Name { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// A downstream of a configuration, which stands for as many downstreams as its name has addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Entry {
+    /// Its name in logs.
+    pub name: Arc<str>,
+    /// Where it is.
+    pub address: Address,
+    /// See [`Downstream::weight`](crate::model::Downstream::weight); of each.
+    pub weight: u32,
+    /// See [`Downstream::sample`](crate::model::Downstream::sample); of each.
+    pub sample: u32,
+}
+
+/// What is to be found out for a listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Request {
+    /// Whose downstreams they are.
+    pub listener: ListenerId,
+    /// Its name, for the log.
+    pub name: Arc<str>,
+    /// Its own IP version; addresses of the other one are left out.
+    pub family: Family,
+    /// In the order of the round.
+    pub entries: Vec<Entry>,
+    /// How long an answer is believed.
+    pub interval: Duration,
+}

@@ -1,0 +1,179 @@
+//! Asks the system's resolver (`getaddrinfo`), which knows of `/etc/hosts`, `/etc/nsswitch.conf` and `/etc/resolv.conf`.
+//!
+//! It cannot be told to hurry or to stop: each name is asked for on one of a few threads, `fo-dns-N`, started as they are
+//! needed. When the daemon ends, they are left behind.
+
+use std::fmt;
+use std::net::{IpAddr, ToSocketAddrs};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mio::Waker;
+
+/// Most names that are asked for at one time, so that a few whose servers are silent do not hold up the others.
+const THREADS: usize = 8;
+
+/// What has come of asking for a name.
+#[derive(Debug)]
+pub struct Answer {
+    /// The name.
+    pub host: Arc<str>,
+    /// Its addresses, or why there are none.
+    pub addresses: Result<Vec<IpAddr>, String>,
+}
+
+/// How a name is resolved; may take long.
+pub type Resolve = fn(&str) -> Result<Vec<IpAddr>, String>;
+
+/// The threads that ask.
+pub struct Lookups {
+    resolve: Resolve,
+    waker: Arc<Waker>,
+    jobs: Sender<Arc<str>>,
+    /// Shared by the threads, of which one at a time waits for a job.
+    inbox: Arc<Mutex<Receiver<Arc<str>>>>,
+    outbox: Sender<Answer>,
+    answers: Receiver<Answer>,
+    threads: usize,
+    /// Asked for and not answered.
+    outstanding: usize,
+}
+
+impl fmt::Debug for Lookups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lookups").field("threads", &self.threads).field("outstanding", &self.outstanding).finish()
+    }
+}
+
+impl Lookups {
+    /// Without threads, until they are needed. `waker` is woken after each answer.
+    #[must_use]
+    pub fn new(waker: Arc<Waker>, resolve: Resolve) -> Lookups {
+        let (jobs, inbox) = mpsc::channel();
+        let (outbox, answers) = mpsc::channel();
+        let inbox = Arc::new(Mutex::new(inbox));
+        Lookups { resolve, waker, jobs, inbox, outbox, answers, threads: 0, outstanding: 0 }
+    }
+
+    /// Asks for a name. Its answer comes later.
+    pub fn ask(&mut self, host: Arc<str>) {
+        self.outstanding += 1;
+        if self.outstanding > self.threads && self.threads < THREADS {
+            match self.start_thread() {
+                Ok(()) => self.threads += 1,
+                Err(error) if self.threads == 0 => {
+                    let addresses = Err(format!("cannot start a thread to ask for it: {error}"));
+                    // The receiver is ours.
+                    let _ = self.outbox.send(Answer { host, addresses });
+                    return;
+                }
+                // Those there are do it.
+                Err(_) => {}
+            }
+        }
+        // Fails only if there is no receiver, which is ours as well.
+        let _ = self.jobs.send(host);
+    }
+
+    /// The next answer, if there is one.
+    pub fn answer(&mut self) -> Option<Answer> {
+        let answer = self.answers.try_recv().ok()?;
+        self.outstanding -= 1;
+        Some(answer)
+    }
+
+    fn start_thread(&self) -> std::io::Result<()> {
+        let (inbox, outbox, waker) = (Arc::clone(&self.inbox), self.outbox.clone(), Arc::clone(&self.waker));
+        let resolve = self.resolve;
+        let body = move || {
+            // Ends with the sender of jobs, or when nobody wants the answers any more.
+            loop {
+                let job = inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let Ok(host) = job else { return };
+                let addresses = resolve(&host);
+                if outbox.send(Answer { host, addresses }).is_err() {
+                    return;
+                }
+                if let Err(error) = waker.wake() {
+                    tracing::error!(%error, "cannot wake the event loop: it learns of addresses when something else wakes it");
+                }
+            }
+        };
+        std::thread::Builder::new().name(format!("fo-dns-{}", self.threads)).spawn(body).map(drop)
+    }
+}
+
+/// Asks the system's resolver.
+///
+/// # Errors
+/// Its words, in which an outage and a name that does not exist may look alike.
+pub fn system(host: &str) -> Result<Vec<IpAddr>, String> {
+    // The port matters to nobody.
+    let found = (host, 0).to_socket_addrs().map_err(|error| {
+        let text = error.to_string();
+        text.strip_prefix("failed to lookup address information: ").unwrap_or(&text).to_owned()
+    })?;
+    Ok(found.map(|address| address.ip().to_canonical()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Barrier;
+    use std::time::Duration;
+
+    use mio::{Events, Poll, Token};
+
+    use super::*;
+
+    fn answers(poll: &mut Poll, lookups: &mut Lookups, count: usize) -> Vec<Answer> {
+        let mut events = Events::with_capacity(8);
+        let mut answers = Vec::new();
+        while answers.len() < count {
+            poll.poll(&mut events, Some(Duration::from_secs(20))).unwrap();
+            assert!(!events.is_empty(), "{answers:?}");
+            answers.extend(std::iter::from_fn(|| lookups.answer()));
+        }
+        answers
+    }
+
+    #[test]
+    fn the_system_knows_this_host() {
+        let mut poll = Poll::new().unwrap();
+        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
+        let mut lookups = Lookups::new(waker, system);
+        lookups.ask("localhost".into());
+        // Longer than any name may be, so that no server is asked.
+        let impossible = "x.".repeat(200);
+        lookups.ask(impossible.as_str().into());
+        let answers = answers(&mut poll, &mut lookups, 2);
+        let of = |host: &str| &answers.iter().find(|answer| &*answer.host == host).unwrap().addresses;
+        assert!(of("localhost").as_ref().unwrap().iter().all(IpAddr::is_loopback));
+        assert!(!of(&impossible).as_ref().unwrap_err().is_empty());
+        assert_eq!(lookups.outstanding, 0);
+    }
+
+    /// All threads but one are held up by names whose servers are silent.
+    #[test]
+    fn silent_servers_hold_up_nobody_else() {
+        static SILENCE: Barrier = Barrier::new(THREADS);
+        fn resolve(host: &str) -> Result<Vec<IpAddr>, String> {
+            if host.starts_with("silent") {
+                SILENCE.wait();
+            }
+            Ok(vec![])
+        }
+        let mut poll = Poll::new().unwrap();
+        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
+        let mut lookups = Lookups::new(waker, resolve);
+        (1..THREADS).for_each(|n| lookups.ask(format!("silent{n}").into()));
+        (0..20).for_each(|n| lookups.ask(format!("quick{n}").into()));
+        let quick = answers(&mut poll, &mut lookups, 20);
+        assert!(quick.iter().all(|answer| answer.host.starts_with("quick")));
+        assert_eq!((lookups.threads, lookups.outstanding), (THREADS, THREADS - 1));
+        SILENCE.wait();
+        let rest: BTreeSet<Arc<str>> =
+            answers(&mut poll, &mut lookups, THREADS - 1).into_iter().map(|a| a.host).collect();
+        assert_eq!(rest.len(), THREADS - 1);
+    }
+}
