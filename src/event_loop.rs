@@ -172,7 +172,7 @@ impl Daemon {
             drop_log: DropLog::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
             config,
-            waker: Arc::clone(&waker),
+            waker,
             started: now,
             started_at,
             failure: None,
@@ -180,23 +180,29 @@ impl Daemon {
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
-        daemon.tell_modes();
-        daemon.look_at_host(&daemon.controller.route_addresses())?;
-        if let Some(error) = daemon.failure.take() {
+        daemon.begin(page, no_control)?;
+        Ok(daemon)
+    }
+
+    /// Puts the first plan in force, and lets others look on.
+    fn begin(&mut self, page: Option<http::Bound>, no_control: Option<anyhow::Error>) -> Result<()> {
+        self.tell_modes();
+        self.look_at_host(&self.controller.route_addresses())?;
+        if let Some(error) = self.failure.take() {
             return Err(error);
         }
-        daemon.serving = true;
+        self.serving = true;
         if let Some(error) = no_control {
             tracing::warn!("{error:#}");
         }
         // Only now, so that there is no moment without either the old filter or the socket that takes its place.
-        attach::remove_leftovers(&daemon.controller.unused_links());
-        daemon.watch_health();
+        attach::remove_leftovers(&self.controller.unused_links());
+        self.watch_health();
         if let Some(page) = page {
             tracing::info!(address = %page.address(), "serving metrics");
-            daemon.http = Some(page.serve(waker, http::Limits::default())?);
+            self.http = Some(page.serve(Arc::clone(&self.waker), http::Limits::default())?);
         }
-        Ok(daemon)
+        Ok(())
     }
 
     fn turn_until_stopped(&mut self) -> Result<()> {

@@ -27,6 +27,12 @@ fn the_definitions_are_sound() {
     command().debug_assert();
 }
 
+fn check(cases: &[(&str, Invocation)]) {
+    for (line, expected) in cases {
+        assert_eq!(parsed(line), *expected, "{line}");
+    }
+}
+
 #[test]
 fn command_lines_mean_what_they_say() {
     let run = |config: &str, level, format| Invocation::Run {
@@ -41,20 +47,8 @@ fn command_lines_mean_what_they_say() {
         kubeconfig: Some(file.into()),
         status_socket: None,
     };
-    let rbac = |config: &str, account: &str, namespace: &str| Invocation::Rbac {
-        config: config.into(),
-        account: account.into(),
-        namespace: namespace.into(),
-    };
-    let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
-        config: config.map(Into::into),
-        socket: socket.map(Into::into),
-        json,
-        watch,
-        interval: Duration::from_millis(interval),
-    };
     let default = "/etc/udp-fanout/config.toml";
-    let cases = [
+    check(&[
         ("udp-fanout", run(default, Level::Info, Format::Text)),
         ("udp-fanout run", run(default, Level::Info, Format::Text)),
         ("udp-fanout -c a.toml", run("a.toml", Level::Info, Format::Text)),
@@ -68,12 +62,31 @@ fn command_lines_mean_what_they_say() {
         ("udp-fanout --log-format json", run(default, Level::Info, Format::Json)),
         ("udp-fanout -l off -c a run --log-format json", run("a", Level::Off, Format::Json)),
         ("udp-fanout --log-format text run -l warn -c b", run("b", Level::Warn, Format::Text)),
-        ("udp-fanout check", Invocation::Check { config: default.into() }),
-        ("udp-fanout check --config a.yaml", Invocation::Check { config: "a.yaml".into() }),
-        ("udp-fanout -c a.yaml check", Invocation::Check { config: "a.yaml".into() }),
         ("udp-fanout --kubeconfig k", kubeconfig("k")),
         ("udp-fanout --kubeconfig k run", kubeconfig("k")),
         ("udp-fanout run --kubeconfig=k", kubeconfig("k")),
+    ]);
+}
+
+#[test]
+fn questions_mean_what_they_say() {
+    let rbac = |config: &str, account: &str, namespace: &str| Invocation::Rbac {
+        config: config.into(),
+        account: account.into(),
+        namespace: namespace.into(),
+    };
+    let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
+        config: config.map(Into::into),
+        socket: socket.map(Into::into),
+        json,
+        watch,
+        interval: Duration::from_millis(interval),
+    };
+    let default = "/etc/udp-fanout/config.toml";
+    check(&[
+        ("udp-fanout check", Invocation::Check { config: default.into() }),
+        ("udp-fanout check --config a.yaml", Invocation::Check { config: "a.yaml".into() }),
+        ("udp-fanout -c a.yaml check", Invocation::Check { config: "a.yaml".into() }),
         ("udp-fanout rbac", rbac(default, "udp-fanout", "udp-fanout")),
         ("udp-fanout -c a rbac --service-account b", rbac("a", "b", "udp-fanout")),
         ("udp-fanout rbac -c a --service-account-namespace b", rbac("a", "udp-fanout", "b")),
@@ -91,10 +104,7 @@ fn command_lines_mean_what_they_say() {
         ),
         ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
         ("udp-fanout man", Invocation::Man),
-    ];
-    for (line, expected) in cases {
-        assert_eq!(parsed(line), expected, "{line}");
-    }
+    ]);
 }
 
 #[test]
