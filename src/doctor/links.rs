@@ -118,8 +118,10 @@ fn attached_links<'a>(
 }
 
 /// Names of the interfaces that carry something: up, with a cable in them. None where the kernel does not say.
+///
+/// Not `IFF_RUNNING`, which follows the cable up to a second later (`net/core/link_watch.c`).
 fn running() -> Option<BTreeSet<String>> {
-    let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_RUNNING));
+    let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_LOWER_UP));
     Some(running.map(|seen| seen.interface_name).collect())
 }
 
