@@ -15,13 +15,19 @@ KERNELS ?=
 PREFIX     ?= /usr/local
 SYSCONFDIR ?= /etc
 DESTDIR    ?=
+# make image
+IMAGE      ?= udp-fanout:latest
+ENGINE     ?=
+BASE       ?=
+RUST_IMAGE ?=
+IMAGE_ARGS ?=
 # make vmlinux
 BTF ?= /sys/kernel/btf/vmlinux
 
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench install clean vmlinux
+.PHONY: help deps build run demo test test-kernels lint fmt bench install image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -68,6 +74,9 @@ bench: ## Run the benchmarks, beside the programs that others use instead (insta
 
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
+
+image: ## Build the container image IMAGE=udp-fanout:latest with docker, podman or buildah: BASE=, RUST_IMAGE=
+	@IMAGE='$(IMAGE)' ENGINE='$(ENGINE)' BASE='$(BASE)' RUST_IMAGE='$(RUST_IMAGE)' IMAGE_ARGS='$(IMAGE_ARGS)' scripts/image.sh
 
 clean: ## Remove what was built
 	$(CARGO) clean
