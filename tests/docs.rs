@@ -125,7 +125,19 @@ fn every_link_leads_somewhere() {
 
 /// Names in backquotes that can only be files of this repository.
 fn files_spoken_of(text: &str) -> impl Iterator<Item = &str> {
-    let directories = ["src/", "bpf/", "tests/", "scripts/", "config/", "docs/", "systemd/", "examples/", "vmlinux/"];
+    let directories = [
+        "src/",
+        "bpf/",
+        "tests/",
+        "scripts/",
+        "config/",
+        "docs/",
+        "systemd/",
+        "examples/",
+        "vmlinux/",
+        "k8s/",
+        "deploy/",
+    ];
     let in_quotes = text.split('`').skip(1).step_by(2);
     in_quotes.filter(move |name| {
         let is_path = !name.contains(char::is_whitespace) && !name.contains(['*', '…', '{', '<']);
