@@ -27,7 +27,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench install image clean vmlinux
+.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -66,11 +66,15 @@ lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd uni
 fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
 	$(CARGO) fmt
-	clang-format -i bpf/*.c bpf/*.h benches/support/*.c
+	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
 
 bench: ## Run the benchmarks, beside the programs that others use instead (installs them)
 	@scripts/deps.sh build run test bench
 	@scripts/bench.sh $(ARGS)
+
+bench-kernel: ## Compare the kernel program with the least that any could do, and with other ways through the kernel
+	@scripts/deps.sh build run test bench
+	@scripts/bench.sh --bench kernel -- $(ARGS)
 
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh

@@ -63,7 +63,7 @@ static __always_inline int forwarded(struct outcome *outcome, int verdict)
 static __always_inline int forward_local(struct __sk_buff *skb, struct packet *pkt,
 					 struct outcome *outcome)
 {
-	if (rewrite_destination(skb, pkt, outcome->to, false))
+	if (rewrite(skb, pkt, outcome->to, NULL, pkt->ttl))
 		return drop(outcome, DROP_REWRITE_FAILED);
 	pkt->way = WAY_LOCAL;
 	return forwarded(outcome, TC_ACT_UNSPEC);
@@ -73,6 +73,7 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 				       struct outcome *outcome)
 {
 	const struct downstream *to = outcome->to;
+	int verdict;
 
 	if (!may_travel(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
@@ -81,16 +82,16 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 		return pass(outcome);
 	if (!has_way_out(skb, pkt, to, outcome->to_id))
 		return pass(outcome);
-	if (rewrite_destination(skb, pkt, to, false) || decrement_ttl(skb, pkt))
+	verdict = deliver_out(skb, pkt, to, outcome->to_id, true);
+	if (verdict == NOT_REWRITTEN)
 		return drop(outcome, DROP_REWRITE_FAILED);
-	if (deliver_out(skb, pkt, to, outcome->to_id, true) != TC_ACT_REDIRECT)
+	if (verdict != TC_ACT_REDIRECT)
 		return drop(outcome, DROP_REDIRECT_FAILED);
 	return forwarded(outcome, TC_ACT_REDIRECT);
 }
 
 /*
- * To all downstreams. Every copy is one hop older, also one that stays on this host. A later fragment goes by the table as
- * it is now: whoever was in it and still is gets all of them.
+ * To all downstreams. A later fragment goes by the table as it is now: whoever was in it and still is gets all of them.
  */
 static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 				     const struct packet *pkt, const struct table *table,
@@ -102,8 +103,6 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 		return drop(outcome, DROP_TTL_EXPIRED);
 	if (pkt->ip_len > table->least_mtu)
 		return pass(outcome);
-	if (decrement_ttl(skb, pkt))
-		return drop(outcome, DROP_REWRITE_FAILED);
 	if (!send_copies(skb, pkt, listener_id, table, &verdict))
 		return drop(outcome, DROP_NO_ROUTE);
 	return forwarded(outcome, verdict);

@@ -108,6 +108,14 @@ impl Generator {
         Ok(Generator { sockets, load, cpu, next: 0, turn: 0, messages })
     }
 
+    /// Limits what may be on its way from each socket, in bytes as the kernel counts memory: sending waits for it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn limit_buffers(&self, bytes: usize) -> Result<()> {
+        Ok(self.sockets.iter().try_for_each(|socket| socket.set_send_buffer_size(bytes))?)
+    }
+
     /// The number that the next datagram gets.
     pub fn next(&self) -> u64 {
         self.next
