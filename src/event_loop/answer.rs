@@ -8,7 +8,6 @@ use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Counters, Datapath};
 use crate::discovery::ServiceStatus;
-use crate::health;
 use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
 use crate::metrics::{HealthSnapshot, ListenerSnapshot, Snapshot};
 use crate::model::{ListenerId, Mode};
@@ -42,7 +41,7 @@ impl Daemon {
             .iter()
             .map(|plan| ListenerSnapshot::collect(plan, self.mode_reason(plan.id), &readings))
             .collect();
-        let health = self.health.iter().flat_map(health::Health::downstreams).filter_map(|checked| {
+        let health = self.health.downstreams().filter_map(|checked| {
             let listener = self.listener_name(checked.listener)?;
             Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
         });
