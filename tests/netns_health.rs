@@ -93,6 +93,15 @@ fn comes_and_goes(mode: &str) {
     daemon.wait_for_line(&updated(mode, 3)).unwrap();
     assert_eq!(shares(&lab, 300), [100, 100, 100]);
     assert_eq!(health(&endpoint), 1);
+    let page = metrics(&lab);
+    for to in ["unhealthy", "healthy"] {
+        let labels = [("listener", "lab"), ("to", to)];
+        assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &labels), 1, "{to}");
+    }
+    let answered = page.sum("udp_fanout_health_probes_total", &[("protocol", "icmp"), ("result", "answered")]);
+    assert!(answered >= 5, "three at first, two to be back: {answered}");
+    let times = page.sum("udp_fanout_health_probe_round_trip_seconds_count", &[("protocol", "icmp")]);
+    assert!((1..=answered).contains(&times), "{times} of {answered}");
 
     // A firewall that eats pings must not stop the datagrams: with all of them deaf, all get their share.
     for receiver in 0..3 {

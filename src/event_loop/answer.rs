@@ -46,6 +46,9 @@ impl Daemon {
             Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
         });
         let health = health.collect();
+        let transitions = self.health.transitions();
+        let transitions = transitions.filter_map(|(id, counted)| Some((self.listener_name(id)?, counted)));
+        let health_transitions = transitions.collect();
         let discovery = self.discovery_status();
         Ok(Snapshot {
             started: self.started_at,
@@ -54,6 +57,8 @@ impl Daemon {
             listeners,
             fragments: kernel.as_ref().map(|counters| counters.fragments).unwrap_or_default(),
             health,
+            health_transitions,
+            probes: self.health.tallies().clone(),
             discovery,
         })
     }
