@@ -351,7 +351,18 @@ impl Daemon {
             }
         }
         self.guarded.clone_from(&facts.guarded);
+        self.recheck(&facts);
         Ok(facts)
+    }
+
+    /// Has those probed soon whom the host may have lost, or found again.
+    fn recheck(&mut self, facts: &HostFacts) {
+        if self.health.next_deadline().is_none() {
+            return;
+        }
+        for address in self.controller.facts().changed_ways(facts) {
+            self.health.recheck(address, self.started.elapsed());
+        }
     }
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.

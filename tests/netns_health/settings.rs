@@ -73,6 +73,24 @@ fn netns_one_that_is_back_starts_small() {
 }
 
 #[test]
+fn netns_what_the_host_notices_is_looked_into_at_once() {
+    let lab = Lab::builder().receivers([Place::OtherInterface, Place::BehindRouter]).build().unwrap();
+    // Within the hour nothing would be probed.
+    let rare = "[health]\nenabled = true\ninterval_secs = 3600\ntimeout_secs = 0.4\nhealthy_threshold = 1\n";
+    for mode in ["tc_ebpf", "userspace"] {
+        let mut daemon = start(&lab, &config(&lab, mode, rare));
+        let address = lab.sites[1].address.ip();
+        lab.gateway.ip(&format!("route add unreachable {address}/32")).unwrap();
+        let line = daemon.wait_for_line("health check failed").unwrap();
+        assert!(line.contains(&format!("downstream={}", lab.sites[1].address)), "{line}");
+        daemon.wait_for_line(&updated(mode, 1)).unwrap();
+        lab.gateway.ip(&format!("route del unreachable {address}/32")).unwrap();
+        daemon.wait_for_line("health check passed again").unwrap();
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
 fn netns_a_reload_changes_who_is_checked_and_how() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     deaf(&lab, 1, true);
