@@ -39,9 +39,7 @@ pub use protocol::Protocol;
 
 use crate::admission::{RateLimit, Sources};
 use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
-use crate::health::settings::{
-    self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
-};
+use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
 use crate::names;
 
@@ -59,8 +57,6 @@ pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
 pub const SAMPLES: RangeInclusive<f64> = 0.000_001..=1.0;
 /// Allowed `resolve_interval_secs`.
 pub const RESOLVE_SECONDS: RangeInclusive<f64> = 1.0..=3_600.0;
-/// Allowed `interval_secs` and `timeout_secs`.
-pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
 /// Allowed `max_listeners`.
 pub const MAX_LISTENERS: RangeInclusive<u32> = 1..=4_096;
 /// Allowed `max_downstreams`.
@@ -92,8 +88,8 @@ pub struct Config {
     /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::succeeding`] gives
     /// it another.
     pub listeners: Vec<ListenerConfig>,
-    /// Health checks, if enabled.
-    pub health: Option<HealthConfig>,
+    /// The health checks of listeners without a `health` of their own, if enabled.
+    pub health: Option<HealthSettings>,
     /// The HTTP endpoint, if enabled.
     pub metrics: Option<MetricsConfig>,
     /// Sizes of the kernel program's maps.
@@ -127,6 +123,8 @@ pub struct ListenerConfig {
     pub rate_limit: Option<RateLimit>,
     /// Where its downstreams come from.
     pub source: Source,
+    /// How they are checked, if they are.
+    pub health: Option<HealthSettings>,
     /// Settings of its userspace datapath.
     pub settings: Settings,
 }
@@ -199,48 +197,6 @@ pub struct Settings {
     pub recv_buf_size: Option<u32>,
     /// Longest datagram forwarded, in bytes of UDP payload, 1 to 65,507.
     pub max_packet_size: u32,
-}
-
-/// Health checks of downstreams.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct HealthConfig {
-    /// Time between the starts of two probes of one downstream.
-    pub interval: Duration,
-    /// How long an answer may take.
-    pub timeout: Duration,
-    /// What is sent.
-    pub protocol: HealthProtocol,
-}
-
-impl HealthConfig {
-    /// The settings of the health checks themselves, with their defaults for what the file has no key for yet.
-    #[must_use]
-    pub fn settings(&self) -> HealthSettings {
-        HealthSettings {
-            probe: ProbeSettings {
-                protocol: match self.protocol {
-                    HealthProtocol::Icmp => probe::Protocol::Icmp,
-                    HealthProtocol::UdpEcho => probe::Protocol::UdpEcho { port: None },
-                },
-                interval: self.interval,
-                timeout: self.timeout,
-                unhealthy_threshold: UNHEALTHY_THRESHOLD,
-                healthy_threshold: HEALTHY_THRESHOLD,
-            },
-            fail_open: FAIL_OPEN,
-            slow_start: Duration::ZERO,
-        }
-    }
-}
-
-/// How a downstream is probed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum HealthProtocol {
-    /// ICMP echo.
-    Icmp,
-    /// A UDP datagram that the application sends back unchanged.
-    UdpEcho,
 }
 
 /// The HTTP endpoint for metrics and probes.

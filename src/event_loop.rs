@@ -89,7 +89,7 @@ struct Daemon {
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
     sources: Sources,
-    health: Option<Health>,
+    health: Health,
     control: Control,
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
@@ -148,7 +148,7 @@ impl Daemon {
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
         let sources = Sources::start(&config, kubeconfig, &waker)?;
-        let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
+        let health = Health::new(poll.registry(), HEALTH)?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
         if let Some(kernel) = &mut kernel {
@@ -231,32 +231,29 @@ impl Daemon {
     }
 
     fn next_due(&self) -> Option<Instant> {
-        let probe = self.health.as_ref().and_then(Health::next_deadline);
+        let probe = self.health.next_deadline();
         let since_start = probe.into_iter().chain(self.sources.next_deadline()).min();
         let since_start = since_start.map(|due| self.started + due);
         self.timers.next().into_iter().chain(self.reloading.due).chain(since_start).min()
     }
 
     fn health_event(&mut self, token: Token) {
-        if let Some(health) = self.health.as_mut().filter(|health| health.owns(token)) {
-            health.on_event(token, self.started.elapsed());
+        if self.health.owns(token) {
+            self.health.on_event(token, self.started.elapsed());
         }
     }
 
     /// Gives the probes that are due and takes what they have found out.
     fn run_health(&mut self) {
-        let Some(health) = &mut self.health else { return };
-        health.on_timer(self.started.elapsed());
-        if let Some(map) = health.take_change() {
+        self.health.on_timer(self.started.elapsed());
+        if let Some(map) = self.health.take_change() {
             self.handle(Event::Health(map));
         }
     }
 
     /// Tells the health checks whom to check, after any change of downstreams.
     fn watch_health(&mut self) {
-        if let Some(health) = &mut self.health {
-            health.set_targets(&self.controller.watches(), self.started.elapsed());
-        }
+        self.health.set_targets(&self.controller.watches(), self.started.elapsed());
     }
 
     /// Says which datapath each listener has, and why.
@@ -354,7 +351,18 @@ impl Daemon {
             }
         }
         self.guarded.clone_from(&facts.guarded);
+        self.recheck(&facts);
         Ok(facts)
+    }
+
+    /// Has those probed soon whom the host may have lost, or found again.
+    fn recheck(&mut self, facts: &HostFacts) {
+        if self.health.next_deadline().is_none() {
+            return;
+        }
+        for address in self.controller.facts().changed_ways(facts) {
+            self.health.recheck(address, self.started.elapsed());
+        }
     }
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.

@@ -97,6 +97,8 @@ fn snapshot(downstreams: u32) -> Snapshot {
         }],
         fragments: FragmentCounters::default(),
         health: Vec::new(),
+        health_transitions: Vec::new(),
+        probes: udp_fanout::health::tally::Tallies::default(),
         discovery: Vec::new(),
     }
 }

@@ -6,8 +6,9 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HealthProtocol, Protocol, RequestedMode, STATUS_SOCKET};
+use super::{Protocol, RequestedMode, STATUS_SOCKET};
 use crate::discovery::{Locality, PortRef, Terminating};
+use crate::health::keys::Keys;
 use crate::model;
 
 /// A whole file.
@@ -21,7 +22,7 @@ pub(super) struct File {
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
-    pub(super) health: Health,
+    pub(super) health: Keys,
     /// The HTTP endpoint; absent means disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Option<Metrics>,
@@ -35,7 +36,7 @@ impl Default for File {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
             listeners: Vec::new(),
-            health: Health::default(),
+            health: Keys::default(),
             metrics: None,
             limits: Limits::default(),
         }
@@ -80,6 +81,9 @@ pub(super) struct Listener {
     /// The Service to follow; this or `downstream`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) kubernetes: Option<Kubernetes>,
+    /// Health checks of its downstreams; what is not there is as in the file's own `health`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health: Option<Keys>,
     /// The userspace datapath.
     #[serde(default)]
     pub(super) settings: Settings,
@@ -303,28 +307,6 @@ impl Default for Settings {
     }
 }
 
-/// `health`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct Health {
-    /// Off by default.
-    pub(super) enabled: bool,
-    /// 5 by default.
-    #[serde(serialize_with = "number")]
-    pub(super) interval_secs: f64,
-    /// 2 by default.
-    #[serde(serialize_with = "number")]
-    pub(super) timeout_secs: f64,
-    /// ICMP by default.
-    pub(super) protocol: HealthProtocol,
-}
-
-impl Default for Health {
-    fn default() -> Health {
-        Health { enabled: false, interval_secs: 5.0, timeout_secs: 2.0, protocol: HealthProtocol::Icmp }
-    }
-}
-
 /// Whole numbers are written as people write them, without `.0`.
 #[expect(clippy::cast_possible_truncation, reason = "seconds and parts are far below where an i64 ends")]
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
@@ -404,6 +386,24 @@ mod tests {
 
     use super::*;
     use crate::config::keys::{self, Kind};
+    use crate::health::settings::ProtocolKind;
+
+    fn every_health_field() -> Keys {
+        Keys {
+            enabled: Some(true),
+            interval_secs: Some(1.0),
+            timeout_secs: Some(0.5),
+            protocol: Some(ProtocolKind::Icmp),
+            port: Some(1),
+            payload: Some("p".into()),
+            expect: Some("e".into()),
+            path: Some("/".into()),
+            unhealthy_threshold: Some(1),
+            healthy_threshold: Some(1),
+            fail_open: Some(true),
+            slow_start_secs: Some(1.0),
+        }
+    }
 
     /// Every field of every type, written out so that a new field does not compile until it is here.
     fn every_field() -> File {
@@ -442,6 +442,7 @@ mod tests {
                         port: Some(PortRef::Name("p".into())),
                     })]),
                 }),
+                health: Some(every_health_field()),
                 settings: Settings {
                     workers: 1,
                     batch_size: 1,
@@ -450,7 +451,7 @@ mod tests {
                     max_packet_size: 1,
                 },
             }],
-            health: Health { enabled: true, interval_secs: 1.0, timeout_secs: 0.5, protocol: HealthProtocol::Icmp },
+            health: every_health_field(),
             metrics: Some(Metrics { enabled: true, bind: "b".into(), path: "p".into() }),
             limits: Limits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
         }
@@ -504,11 +505,11 @@ mod tests {
                     "listeners[].hash_on" => known::<model::HashOn>(choices),
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
-                    "health.protocol" => known::<HealthProtocol>(choices),
+                    "health.protocol" | "listeners[].health.protocol" => known::<ProtocolKind>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 7);
+        assert_eq!(seen, 8);
     }
 }

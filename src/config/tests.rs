@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::*;
 use crate::discovery::PortRef;
+use crate::health::settings as probe;
 use crate::model::HashOn;
 
 /// A file with one listener, without anything that need not be there.
@@ -58,8 +59,29 @@ fn a_health_table_must_enable_health_checks() {
     let health = |text: &str| config(&format!("{ONE}[health]\n{text}")).health;
     assert_eq!(health("interval_secs = 1.5\ntimeout_secs = 1"), None);
     let enabled = health("enabled = true\ninterval_secs = 0.25\ntimeout_secs = 0.25").unwrap();
-    assert_eq!((enabled.interval, enabled.timeout), (Duration::from_millis(250), Duration::from_millis(250)));
-    assert_eq!(enabled.protocol, HealthProtocol::Icmp);
+    assert_eq!(
+        (enabled.probe.interval, enabled.probe.timeout),
+        (Duration::from_millis(250), Duration::from_millis(250))
+    );
+    assert_eq!(enabled.probe.protocol, probe::Protocol::Icmp);
+}
+
+#[test]
+fn a_listeners_health_table_wins_key_by_key() {
+    let text = "[health]\nprotocol = \"http\"\nport = 80\nfail_open = false\n";
+    let of = |own: &str| config(&format!("{text}{ONE}[listeners.health]\n{own}"));
+    let health = |own: &str| of(own).listeners[0].health.clone();
+    let enabled = health("enabled = true").unwrap();
+    assert_eq!(enabled.probe.protocol, probe::Protocol::Http { port: Some(80), path: "/".into() });
+    assert!(!enabled.fail_open);
+    let other = health("enabled = true\nprotocol = \"tcp\"\nfail_open = true").unwrap();
+    assert_eq!(other.probe.protocol, probe::Protocol::Tcp { port: None });
+    assert!(other.fail_open);
+    assert_eq!(health("port = 81"), None);
+    let warning = "listeners[0].health: nothing is checked, since health checks are not enabled; add enabled = true";
+    assert_eq!(of("port = 81").warnings, [warning]);
+    assert_eq!(of("enabled = false\nport = 81").warnings, [""; 0]);
+    assert_eq!(of("").warnings, [""; 0]);
 }
 
 #[test]
@@ -330,6 +352,10 @@ enabled = true
 interval_secs = 5
 timeout_secs = 0.5
 protocol = "icmp"
+unhealthy_threshold = 1
+healthy_threshold = 2
+fail_open = true
+slow_start_secs = 0
 
 [metrics]
 enabled = false

@@ -10,8 +10,7 @@ use anyhow::Result;
 
 use super::mode::{self, ModeChoice};
 use super::{Action, Controller, Listener, Origin};
-use crate::config::{Config, HealthConfig, ListenerConfig, Source};
-use crate::health::settings::HealthSettings;
+use crate::config::{Config, ListenerConfig, Source};
 use crate::host::probe::Obstacle;
 use crate::model::{DownstreamSet, ListenerId, Mode};
 
@@ -19,7 +18,6 @@ use crate::model::{DownstreamSet, ListenerId, Mode};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
     listeners: Vec<(ListenerConfig, ModeChoice)>,
-    health: Option<HealthSettings>,
 }
 
 impl Prepared {
@@ -39,7 +37,6 @@ impl Prepared {
 #[derive(Debug)]
 pub(super) struct Previous {
     listeners: Vec<Listener>,
-    health: Option<HealthSettings>,
 }
 
 impl Previous {
@@ -103,7 +100,6 @@ impl Controller {
     /// # Errors
     /// When a listener demands what the host cannot do, as for [`Controller::new`].
     pub fn prepare(&self, config: Config, tc_support: &Result<(), Obstacle>) -> Result<Prepared> {
-        let health = config.health.as_ref().map(HealthConfig::settings);
         let choose = |listener: ListenerConfig| {
             let choice = mode::choose(&listener, tc_support, &self.facts);
             // An interface that is away at the moment, as happens, is no reason to refuse or move a listener of which
@@ -116,7 +112,7 @@ impl Controller {
             Ok((listener, choice))
         };
         let listeners = config.listeners.into_iter().map(choose).collect::<Result<_>>()?;
-        Ok(Prepared { listeners, health })
+        Ok(Prepared { listeners })
     }
 
     /// The mode of the listener as it is, if under the new configuration it must be chosen by the same considerations.
@@ -141,11 +137,10 @@ impl Controller {
             Listener::new(config, choice, before)
         };
         self.listeners = prepared.listeners.into_iter().map(listener).collect();
-        self.health = prepared.health;
     }
 
     pub(super) fn reconfigure(&mut self, prepared: Prepared) -> Vec<Action> {
-        let previous = Previous { listeners: self.listeners.clone(), health: self.health.clone() };
+        let previous = Previous { listeners: self.listeners.clone() };
         // The one in force, of two that follow each other quickly.
         self.previous.get_or_insert(previous);
         self.adopt(prepared);
@@ -162,7 +157,6 @@ impl Controller {
     pub(super) fn go_back(&mut self, reason: String) -> Vec<Action> {
         let Some(previous) = self.previous.take() else { return Vec::new() };
         self.listeners = previous.listeners;
-        self.health = previous.health;
         vec![Action::Settled(Err(reason)), Action::LookAtHost(self.route_addresses())]
     }
 }

@@ -13,6 +13,7 @@ fn link(up: bool) -> Link {
         mtu: 1500,
         mac: None,
         into_namespace: false,
+        running: true,
     }
 }
 
