@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HealthProtocol, Protocol, RequestedMode, STATUS_SOCKET};
+use super::{AttachHook, HealthProtocol, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
 use crate::discovery::{Locality, PortRef, Terminating};
 use crate::model;
 
@@ -18,6 +18,10 @@ pub(super) struct File {
     pub(super) watch_config: bool,
     /// An absolute path; under /run by default.
     pub(super) status_socket: String,
+    /// The hook; `clsact` by default.
+    pub(super) attach: AttachHook,
+    /// The place among TCX programs; first by default.
+    pub(super) tcx_order: TcxOrder,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -34,6 +38,8 @@ impl Default for File {
         File {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
+            attach: AttachHook::default(),
+            tcx_order: TcxOrder::default(),
             listeners: Vec::new(),
             health: Health::default(),
             metrics: None,
@@ -410,6 +416,8 @@ mod tests {
         File {
             watch_config: true,
             status_socket: "s".into(),
+            attach: AttachHook::Clsact,
+            tcx_order: TcxOrder::First,
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),
@@ -498,6 +506,8 @@ mod tests {
             if let Kind::Choice(choices) = key.kind {
                 seen += 1;
                 match path {
+                    "attach" => known::<AttachHook>(choices),
+                    "tcx_order" => known::<TcxOrder>(choices),
                     "listeners[].mode" => known::<RequestedMode>(choices),
                     "listeners[].protocol" => known::<Protocol>(choices),
                     "listeners[].policy" => known::<Policy>(choices),
@@ -509,6 +519,6 @@ mod tests {
                 }
             }
         });
-        assert_eq!(seen, 7);
+        assert_eq!(seen, 9);
     }
 }

@@ -29,6 +29,8 @@ pub(super) fn file(config: &Config) -> File {
     File {
         watch_config: config.watch,
         status_socket: config.status_socket.display().to_string(),
+        attach: config.attach.hook,
+        tcx_order: config.attach.order,
         listeners: config.listeners.iter().map(listener).collect(),
         health: health.unwrap_or_default(),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),

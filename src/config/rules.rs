@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
+use super::{Attach, Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::model::{self, ListenerId};
 
@@ -60,6 +60,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
             max_senders: file.limits.max_senders,
         },
         status_socket: status_socket?.into(),
+        attach: Attach { hook: file.attach, order: file.tcx_order },
         warnings,
     })
 }

@@ -115,7 +115,7 @@ impl Daemon {
         let troubles = self.health.iter().flat_map(health::Health::troubles);
         let troubles =
             troubles.map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        unread.chain(refused).chain(warnings).chain(troubles).collect()
+        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).collect()
     }
 }
 
