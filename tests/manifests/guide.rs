@@ -194,7 +194,10 @@ fn kubectl_understands_every_command() {
         let mut child = Command::new(kubectl);
         // No cluster is to be asked, whatever this machine knows: what is understood ends in a refused connection.
         child.current_dir(repository()).env("KUBECONFIG", "/dev/null").env("HOME", "/nonexistent");
-        child.arg("--server=http://127.0.0.1:1").args(&command[1..]).stdin(fs::File::open(repository().join("k8s/rbac.yaml")).unwrap());
+        child
+            .arg("--server=http://127.0.0.1:1")
+            .args(&command[1..])
+            .stdin(fs::File::open(repository().join("k8s/rbac.yaml")).unwrap());
         let output = child.output().unwrap();
         let log = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && log.contains("127.0.0.1:1"), "{command:?}: {log}");
