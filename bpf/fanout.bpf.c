@@ -2,7 +2,7 @@
 /*
  * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage.
  *
- * Attached at TC ingress (clsact) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
+ * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
  * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
  * where TC_ACT_OK would end their turn.
  */
@@ -171,6 +171,27 @@ static __always_inline enum fragments_fate fate_of(const struct outcome *outcome
 	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
 }
 
+/*
+ * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
+ * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
+ */
+#define SEEN_FIRST_WORD 0x5a17fa0d
+#define SEEN_SECOND_WORD 0xc3d20e91
+
+static __always_inline bool was_seen(const struct __sk_buff *skb)
+{
+	return skb->cb[0] == SEEN_FIRST_WORD && skb->cb[1] == SEEN_SECOND_WORD;
+}
+
+static __always_inline int seen(struct __sk_buff *skb, int verdict)
+{
+	if (verdict == TC_ACT_UNSPEC) {
+		skb->cb[0] = SEEN_FIRST_WORD;
+		skb->cb[1] = SEEN_SECOND_WORD;
+	}
+	return verdict;
+}
+
 /* A first fragment of somebody else's. The later ones, which do not tell whose they are, shall be left alone too. */
 static __always_inline int leave(struct packet *pkt)
 {
@@ -198,10 +219,10 @@ int udp_fanout(struct __sk_buff *skb)
 	int verdict = TC_ACT_UNSPEC, before;
 	bool later = false;
 
-	if (parse(skb, &pkt) != PARSE_OK)
+	if (parse(skb, &pkt) != PARSE_OK || was_seen(skb))
 		return TC_ACT_UNSPEC;
 	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
-		return verdict;
+		return seen(skb, verdict);
 	if (pkt.part == LATER_FRAGMENT) {
 		later = true;
 	} else {
@@ -219,17 +240,17 @@ int udp_fanout(struct __sk_buff *skb)
 	if (later) {
 		verdict = follow_up(skb, &pkt);
 		if (verdict < TO_ALL)
-			return verdict;
+			return seen(skb, verdict);
 		listener_id = verdict - TO_ALL;
 	}
 	verdict = take(skb, listener_id, flags, &pkt, later, &outcome);
 	if (later)
-		return outcome.kind == EVENT_FORWARDED ? verdict : lose_fragment();
+		return outcome.kind == EVENT_FORWARDED ? seen(skb, verdict) : lose_fragment();
 	settle(skb, listener_id, &pkt, &outcome);
 	if (pkt.part) {
 		pkt.fate = fate_of(&outcome);
 		if (put_down(&pkt))
 			remember_fate(listener_id, outcome.to_id);
 	}
-	return verdict;
+	return seen(skb, verdict);
 }

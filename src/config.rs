@@ -96,8 +96,43 @@ pub struct Config {
     pub limits: Limits,
     /// The Unix socket on which the daemon answers `udp-fanout status`: an absolute path.
     pub status_socket: PathBuf,
+    /// How the TC program is attached to interfaces.
+    pub attach: Attach,
     /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
     pub warnings: Vec<String>,
+}
+
+/// How the TC program is attached to interfaces, all of them alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
+pub struct Attach {
+    /// Where.
+    pub hook: AttachHook,
+    /// Its place among other TCX programs, where it is one.
+    pub order: TcxOrder,
+}
+
+/// The hook of an interface that the TC program is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttachHook {
+    /// A filter of the `clsact` queueing discipline, as on all kernels. TCX programs run before it.
+    #[default]
+    Clsact,
+    /// The list of TCX programs, which Linux has since 6.6, or an error.
+    Tcx,
+    /// TCX where the kernel has it, else `clsact`.
+    Auto,
+}
+
+/// A place in an interface's list of TCX programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TcxOrder {
+    /// Before those that are there.
+    #[default]
+    First,
+    /// Behind those that are there.
+    Last,
 }
 
 /// One listener.

@@ -19,7 +19,7 @@ use self::ages::Ages;
 pub use self::mode::ModeChoice;
 pub use self::reload::Prepared;
 use self::reload::Previous;
-use crate::config::{Config, ListenerConfig};
+use crate::config::{Attach, Config, ListenerConfig};
 use crate::health::Watch;
 use crate::health::share::{HealthMap, shares};
 use crate::host::HostFacts;
@@ -97,6 +97,7 @@ pub enum NotReady {
 #[derive(Debug)]
 pub struct Controller {
     listeners: Vec<Listener>,
+    attach: Attach,
     health_map: HealthMap,
     facts: HostFacts,
     /// The plan last handed out, and whether it is in force.
@@ -127,6 +128,7 @@ impl Controller {
     pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
         let mut controller = Controller {
             listeners: Vec::new(),
+            attach: Attach::default(),
             health_map: HealthMap::default(),
             facts,
             plan: Plan::default(),
@@ -325,7 +327,7 @@ impl Controller {
             .collect();
         // In the file they may be in another order, since they keep their numbers when it changes.
         listeners.sort_by_key(|listener| listener.id);
-        let plan = Plan { listeners };
+        let plan = Plan { listeners, attach: self.attach };
         let mut actions: Vec<Action> = self.new_warnings(&plan).into_iter().map(Action::Warn).collect();
         if force || plan != self.plan || self.applied.is_err() {
             self.plan = plan.clone();

@@ -3,6 +3,7 @@
 //! It owns every map write, the netlink sockets, the signals and the timers. Dispatch only: what to do is decided in
 //! `controller`, how to do it in `datapath` and `host`.
 
+mod ahead;
 mod answer;
 mod control;
 mod drops;
@@ -24,6 +25,7 @@ use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::ahead::Ahead;
 use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
@@ -94,6 +96,8 @@ struct Daemon {
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
+    /// Who is on interfaces before our program.
+    ahead: Ahead,
     drop_log: DropLog,
     /// What is in force.
     config: Config,
@@ -169,6 +173,7 @@ impl Daemon {
             control,
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
+            ahead: Ahead::new(),
             drop_log: DropLog::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
             config,
@@ -197,6 +202,7 @@ impl Daemon {
         }
         // Only now, so that there is no moment without either the old filter or the socket that takes its place.
         attach::remove_leftovers(&self.controller.unused_links());
+        self.look_ahead();
         self.watch_health();
         if let Some(page) = page {
             tracing::info!(address = %page.address(), "serving metrics");
@@ -315,6 +321,7 @@ impl Daemon {
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
             self.sources.tend();
+            self.look_ahead();
             self.reloading.tend();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
@@ -475,6 +482,7 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     let setup = Setup {
         redirects: ability.redirect_neigh == Some(true),
         ring_buffer: ability.ring_buffer == Some(true),
+        tcx: ability.tcx == Some(true),
         ..Setup::new(&config.limits)
     };
     match KernelDatapath::open(&setup) {

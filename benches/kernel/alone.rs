@@ -47,7 +47,7 @@ fn ours(to: SocketAddr, pods: usize) -> Result<KernelDatapath> {
     let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
     let delivery = Delivery::Neighbour { link: 1, next_hop: to.ip(), mtu: 1500, macs, into_pod: true };
     let targets: Vec<Target> = (0..pods).map(|_| target(&to.to_string(), delivery)).collect();
-    datapath.apply(&Plan { listeners: vec![listener(0, &to.to_string(), targets)] })?;
+    datapath.apply(&Plan { listeners: vec![listener(0, &to.to_string(), targets)], ..Plan::default() })?;
     Ok(datapath)
 }
 

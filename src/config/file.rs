@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{Protocol, RequestedMode, STATUS_SOCKET};
+use super::{AttachHook, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
 use crate::discovery::{Locality, PortRef, Terminating};
 use crate::health::keys::Keys;
 use crate::model;
@@ -19,6 +19,10 @@ pub(super) struct File {
     pub(super) watch_config: bool,
     /// An absolute path; under /run by default.
     pub(super) status_socket: String,
+    /// The hook; `clsact` by default.
+    pub(super) attach: AttachHook,
+    /// The place among TCX programs; first by default.
+    pub(super) tcx_order: TcxOrder,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -35,6 +39,8 @@ impl Default for File {
         File {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
+            attach: AttachHook::default(),
+            tcx_order: TcxOrder::default(),
             listeners: Vec::new(),
             health: Keys::default(),
             metrics: None,
@@ -410,6 +416,8 @@ mod tests {
         File {
             watch_config: true,
             status_socket: "s".into(),
+            attach: AttachHook::Clsact,
+            tcx_order: TcxOrder::First,
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),
@@ -499,6 +507,8 @@ mod tests {
             if let Kind::Choice(choices) = key.kind {
                 seen += 1;
                 match path {
+                    "attach" => known::<AttachHook>(choices),
+                    "tcx_order" => known::<TcxOrder>(choices),
                     "listeners[].mode" => known::<RequestedMode>(choices),
                     "listeners[].protocol" => known::<Protocol>(choices),
                     "listeners[].policy" => known::<Policy>(choices),
@@ -510,6 +520,6 @@ mod tests {
                 }
             }
         });
-        assert_eq!(seen, 8);
+        assert_eq!(seen, 9);
     }
 }

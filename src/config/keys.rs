@@ -169,6 +169,20 @@ pub static FILE: &[Key] = &[
         "\"/run/udp-fanout/edge.sock\"",
         "The Unix socket on which the daemon answers `udp-fanout status`; only its own user and root may open it. Daemons that share a file system need one each.",
     ),
+    key(
+        "attach",
+        Kind::Choice(&["clsact", "tcx", "auto"]),
+        Absent::Default("\"clsact\""),
+        "\"tcx\"",
+        "How the kernel program is attached to interfaces. See [Other programs on the same interface](#other-programs-on-the-same-interface).",
+    ),
+    key(
+        "tcx_order",
+        Kind::Choice(&["first", "last"]),
+        Absent::Default("\"first\""),
+        "\"last\"",
+        "Its place among an interface's TCX programs, where it is attached as one: before or behind those that are there.",
+    ),
 ];
 
 /// The keys of one of `listeners`.

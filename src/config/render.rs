@@ -25,6 +25,8 @@ pub(super) fn file(config: &Config) -> File {
     File {
         watch_config: config.watch,
         status_socket: config.status_socket.display().to_string(),
+        attach: config.attach.hook,
+        tcx_order: config.attach.order,
         listeners: config.listeners.iter().map(|one| listener(one, config)).collect(),
         health: health(config.health.as_ref()),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),

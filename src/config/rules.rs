@@ -17,7 +17,7 @@ use std::path::Path;
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
+use super::{Attach, Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::health::keys::Keys;
 use crate::model::{self, ListenerId};
@@ -61,6 +61,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
             max_senders: file.limits.max_senders,
         },
         status_socket: status_socket?.into(),
+        attach: Attach { hook: file.attach, order: file.tcx_order },
         warnings,
     })
 }

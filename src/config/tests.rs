@@ -28,6 +28,7 @@ fn defaults_are_the_documented_ones() {
         Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
     );
     assert_eq!(config.status_socket, Path::new("/run/udp-fanout/status.sock"));
+    assert_eq!(config.attach, Attach { hook: AttachHook::Clsact, order: TcxOrder::First });
     let listener = config.listener(ListenerId(0)).unwrap();
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
@@ -325,6 +326,8 @@ fn a_rendering_reads_well() {
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
     let expected = r#"watch_config = true
 status_socket = "/run/udp-fanout/status.sock"
+attach = "clsact"
+tcx_order = "first"
 
 [[listeners]]
 name = "a"

@@ -26,13 +26,13 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
 use self::admission::Admissions;
-use self::attach::Attachment;
+use self::attach::{Attachment, Way};
 use self::events::Events;
 use self::maps::{address_key, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, FRAGMENT_LOST, FRAGMENT_STRAY, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::table::Tables;
 use super::{Counters, Datapath};
-use crate::config::Limits;
+use crate::config::{Attach, Limits};
 use crate::model::{DownstreamCounters, DropReason, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
@@ -64,6 +64,8 @@ pub struct Setup {
     pub redirects: bool,
     /// The kernel has ring buffers (Linux 5.8), through which the program tells of single datagrams.
     pub ring_buffer: bool,
+    /// The kernel has lists of TCX programs (Linux 6.6).
+    pub tcx: bool,
     /// How long after the latest fragment of a datagram another is waited for.
     pub fragment_patience: Duration,
 }
@@ -76,6 +78,7 @@ impl Setup {
             sizes: Sizes::of(limits),
             redirects: true,
             ring_buffer: true,
+            tcx: true,
             // Fragments of one datagram follow each other closely, and its number is used again soon.
             fragment_patience: Duration::from_secs(2),
         }
@@ -133,6 +136,15 @@ impl KernelDatapath {
     #[must_use]
     pub fn attached_everywhere(&self) -> bool {
         self.attachments.iter().all(Attachment::in_place)
+    }
+
+    /// For each interface that the program is attached to, who sees its packets before, in words.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn ahead(&self) -> Result<BTreeMap<String, Vec<String>>> {
+        let ahead = |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.ahead()?));
+        self.attachments.iter().map(ahead).collect()
     }
 
     /// The raw `STATS` entry of a listener, summed over CPUs: received, forwarded, dropped, passed, bytes received,
@@ -205,13 +217,19 @@ impl KernelDatapath {
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
-    fn apply_links(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+    fn apply_links(&mut self, plan: &[&ListenerPlan], attach: Attach) -> Result<()> {
+        let way = Way::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
         // One that someone has taken off goes first: it holds its interface's claim.
         self.attachments.retain(Attachment::in_place);
         for &link in &wanted {
-            if !self.attachments.iter().any(|attachment| attachment.link() == link) {
-                self.attachments.push(Attachment::new(self.loaded.program.as_fd(), link)?);
+            match self.attachments.iter_mut().find(|attachment| attachment.link() == link) {
+                None => self.attachments.push(Attachment::new(self.loaded.program.as_fd(), link, way)?),
+                Some(attachment) if attachment.way() != way => {
+                    let loaded = &self.loaded;
+                    attachment.move_to(way, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
+                }
+                Some(_) => {}
             }
         }
         let (keep, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
@@ -284,7 +302,7 @@ impl Datapath for KernelDatapath {
             }
         }
         self.apply_keys(&ours)?;
-        self.apply_links(&ours)?;
+        self.apply_links(&ours, plan.attach)?;
         let gone: Vec<ListenerId> =
             self.programmed.keys().filter(|id| ours.iter().all(|listener| listener.id != **id)).copied().collect();
         for id in gone {

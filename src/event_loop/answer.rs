@@ -56,6 +56,7 @@ impl Daemon {
             reloads: self.reloading.record,
             listeners,
             fragments: kernel.as_ref().map(|counters| counters.fragments).unwrap_or_default(),
+            programs_ahead: self.ahead.iter().map(|(name, ahead)| (name.as_str().into(), ahead.len())).collect(),
             health,
             health_transitions,
             probes: self.health.tallies().clone(),

@@ -116,7 +116,7 @@ impl Daemon {
             .health
             .troubles()
             .map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        unread.chain(refused).chain(warnings).chain(troubles).collect()
+        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).collect()
     }
 }
 

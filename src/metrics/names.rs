@@ -155,6 +155,13 @@ pub const LISTENER_MODE: Metric = gauge(
     "The datapath that carries the listener, and why it was chosen; always 1.",
 );
 
+/// `udp_fanout_programs_ahead`
+pub const PROGRAMS_AHEAD: Metric = gauge(
+    "udp_fanout_programs_ahead",
+    &["interface"],
+    "XDP and TCX programs and TC filters that see the interface's packets before the TC program, and may take datagrams from it.",
+);
+
 /// `udp_fanout_discovery_synced`
 pub const DISCOVERY_SYNCED: Metric = gauge(
     "udp_fanout_discovery_synced",
@@ -220,7 +227,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 27] = [
+pub const ALL: [&Metric; 28] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -238,6 +245,7 @@ pub const ALL: [&Metric; 27] = [
     &FRAGMENTS_STRAY,
     &FRAGMENTS_LOST,
     &LISTENER_MODE,
+    &PROGRAMS_AHEAD,
     &DISCOVERY_SYNCED,
     &DISCOVERY_LAST_EVENT_AGE,
     &DISCOVERY_WATCH_RESTARTS,

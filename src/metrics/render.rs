@@ -39,6 +39,11 @@ pub fn render(snapshot: &Snapshot) -> String {
     page.health_checks(snapshot);
     page.counter(&names::FRAGMENTS_STRAY, [], snapshot.fragments.strays);
     page.counter(&names::FRAGMENTS_LOST, [], snapshot.fragments.lost);
+    for (interface, programs) in &snapshot.programs_ahead {
+        let interface = SharedString::from_shared(Arc::clone(interface));
+        #[expect(clippy::cast_precision_loss, reason = "an interface has at most some dozen")]
+        page.gauge(&names::PROGRAMS_AHEAD, [interface], *programs as f64);
+    }
     for service in &snapshot.discovery {
         page.service(service);
     }

@@ -24,6 +24,8 @@ pub struct Snapshot {
     pub listeners: Vec<ListenerSnapshot>,
     /// Fragments that could not be treated like the rest of their datagram.
     pub fragments: FragmentCounters,
+    /// For each interface that carries the TC program, how many programs and filters see its packets before.
+    pub programs_ahead: Vec<(Arc<str>, usize)>,
     /// The downstreams that are checked, those left out of a round included.
     pub health: Vec<HealthSnapshot>,
     /// How often downstreams have changed their state, by the names of the listeners whose downstreams are checked.

@@ -145,6 +145,7 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
         },
         listeners,
         fragments: FragmentCounters { strays: 6, lost: 1 },
+        programs_ahead: vec![("eth0".into(), 2)],
         health: vec![HealthSnapshot {
             listener: "syslog".into(),
             endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
