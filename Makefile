@@ -68,7 +68,7 @@ fmt: ## Format the Rust and C sources
 	$(CARGO) fmt
 	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
 
-bench: ## Run the benchmarks, beside the programs that others use instead (installs them)
+bench: ## Run the benchmarks, beside the programs that others use instead (installs them): ARGS=--quick
 	@scripts/deps.sh build run test bench
 	@scripts/bench.sh $(ARGS)
 
