@@ -10,7 +10,7 @@
 //! - `loops`: two hosts that forward to each other. `multicast`: listeners that join a group.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'. `attach`: our TCX program.
 //! - `pods`: straight into them, past whoever does not mind.
-//! - `tables`: changed under load.
+//! - `tables`: changed under load. `scale`: long ones, and many listeners.
 //! - `old_kernel`: without the helpers of 5.10.
 //! - `changes`: neighbours, interfaces, addresses and routes that change.
 
@@ -47,6 +47,8 @@ mod packets;
 mod places;
 #[path = "netns_delivery/pods.rs"]
 mod pods;
+#[path = "netns_delivery/scale.rs"]
+mod scale;
 mod support;
 #[path = "netns_delivery/tables.rs"]
 mod tables;

@@ -239,16 +239,25 @@ impl KernelDatapath {
         gone.into_iter().try_for_each(Attachment::detach)
     }
 
-    /// Removes a listener. Its number may be another listener's later, so its counters are cleared, once no CPU is still
-    /// counting.
-    fn forget(&mut self, id: ListenerId) -> Result<()> {
-        let keys = self.keys.iter().filter(|(_, (owner, _))| *owner == id).map(|(&address, _)| address);
+    /// Removes listeners. Their numbers may be other listeners' later, so their counters are cleared, once no CPU is still
+    /// counting. To wait for that takes some milliseconds, so it is done once for all of them.
+    fn forget(&mut self, ids: &BTreeSet<ListenerId>) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let keys = self.keys.iter().filter(|(_, (owner, _))| ids.contains(owner)).map(|(&address, _)| address);
         for address in keys.collect::<Vec<_>>() {
             self.remove_key(address)?;
         }
-        self.tables.remove(id);
-        self.admissions.forget(id);
+        for &id in ids {
+            self.tables.remove(id);
+            self.admissions.forget(id);
+        }
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
+        ids.iter().try_for_each(|&id| self.clear(id))
+    }
+
+    fn clear(&mut self, id: ListenerId) -> Result<()> {
         zero_on_all_cpus(&self.loaded.stats, id.0)?;
         for offset in 0..DROP_REASONS {
             zero_on_all_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
@@ -292,10 +301,11 @@ impl Datapath for KernelDatapath {
 
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
+        let programmed = |id| self.programmed.get(&id);
+        let others = ours.iter().filter(|now| programmed(now.id).is_some_and(|before| is_another(before, now)));
+        let others = others.map(|listener| listener.id).collect();
+        self.forget(&others)?;
         for &listener in &ours {
-            if self.programmed.get(&listener.id).is_some_and(|before| is_another(before, listener)) {
-                self.forget(listener.id)?;
-            }
             if self.programmed.get(&listener.id) != Some(listener) {
                 self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
                 self.programmed.insert(listener.id, listener.clone());
@@ -303,11 +313,9 @@ impl Datapath for KernelDatapath {
         }
         self.apply_keys(&ours)?;
         self.apply_links(&ours, plan.attach)?;
-        let gone: Vec<ListenerId> =
-            self.programmed.keys().filter(|id| ours.iter().all(|listener| listener.id != **id)).copied().collect();
-        for id in gone {
-            self.forget(id)?;
-        }
+        let wanted: BTreeSet<ListenerId> = ours.iter().map(|listener| listener.id).collect();
+        let gone = self.programmed.keys().copied().filter(|id| !wanted.contains(id)).collect();
+        self.forget(&gone)?;
         self.admissions.sweep(&self.loaded)
     }
 

@@ -98,7 +98,8 @@ pub struct HostFacts {
     pub default_route_links: Vec<u32>,
     /// For each downstream address asked about, where the kernel would send to.
     pub routes: BTreeMap<IpAddr, Route>,
-    /// The next hops of those routes whose link-layer addresses the kernel knows; only if asked for.
+    /// The next hops of those routes whose link-layer addresses the kernel knows, ordered by link and address; only if
+    /// asked for.
     pub neighbours: Vec<Neighbour>,
     /// Of the interfaces that lead into other namespaces and that those routes use: the ones on whose way out somebody
     /// looks at packets, and who. Only if asked for.
@@ -115,13 +116,14 @@ impl HostFacts {
     /// The interface of this index.
     #[must_use]
     pub fn link(&self, index: u32) -> Option<&Link> {
-        self.links.iter().find(|link| link.index == index)
+        self.links.binary_search_by_key(&index, |link| link.index).ok().map(|place| &self.links[place])
     }
 
     /// The link-layer address of a neighbour, if the kernel knows it.
     #[must_use]
     pub fn neighbour(&self, link: u32, address: IpAddr) -> Option<Mac> {
-        self.neighbours.iter().find(|seen| seen.link == link && seen.address == address).map(|seen| seen.mac)
+        let found = self.neighbours.binary_search_by_key(&(link, address), |seen| (seen.link, seen.address));
+        found.ok().map(|place| self.neighbours[place].mac)
     }
 
     /// True if a packet may be handed straight to the other end of this interface's pair: nothing on this end would
