@@ -1,6 +1,8 @@
 //! As many listeners and downstreams as there may be: everyone has their share, and a change of one of many is soon in
 //! force.
 
+#![allow(clippy::print_stdout, reason = "how long it took is worth knowing, and nothing to fail for")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
