@@ -106,7 +106,7 @@ impl Daemon {
     }
 
     /// What is wrong at the moment.
-    fn problems(&self) -> Vec<String> {
+    pub(super) fn problems(&self) -> Vec<String> {
         let unread = self.reloading.refusal.iter().map(|(_, reason)| {
             format!("the configuration file was changed, and cannot be followed: {}", reason.replace('\n', "; "))
         });
