@@ -520,6 +520,6 @@ mod tests {
                 }
             }
         });
-        assert_eq!(seen, 9);
+        assert_eq!(seen, 10);
     }
 }
