@@ -175,6 +175,11 @@ impl Health {
         self.listeners.downstreams(&self.monitor)
     }
 
+    /// The names of the listeners all of whose downstreams are unhealthy, and what is done with their datagrams.
+    pub fn all_out(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.listeners.all_out()
+    }
+
     /// How often downstreams have become unhealthy, and healthy again, by listener.
     pub fn transitions(&self) -> impl Iterator<Item = (ListenerId, Transitions)> + '_ {
         self.listeners.transitions()

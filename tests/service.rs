@@ -199,7 +199,8 @@ fn a_change_of_the_file_is_a_reload_too_and_health_is_part_of_the_status() {
     manager.write(&format!("{watched}{health}"));
     manager.hear_reloading();
     assert_eq!(manager.hear(), ["READY=1", READY]);
-    assert_eq!(manager.hear(), [format!("{READY} (1 unhealthy)")]);
+    let problem = "listener \"a\": all downstreams fail their health checks: still sending to all of them, since fail_open = true";
+    assert_eq!(manager.hear(), [format!("{READY} (1 unhealthy); 1 problem: {problem}")]);
 }
 
 #[test]

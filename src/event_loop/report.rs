@@ -116,7 +116,10 @@ impl Daemon {
             .health
             .troubles()
             .map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).collect()
+        let out = self.health.all_out();
+        let out =
+            out.map(|(name, fate)| format!("listener {name:?}: all downstreams fail their health checks: {fate}"));
+        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).chain(out).collect()
     }
 }
 
