@@ -275,12 +275,12 @@ impl Daemon {
         self.sources.follow_names(&config, self.started.elapsed());
         let old = std::mem::replace(&mut self.config, config);
         self.watch_health();
+        self.look_ahead();
         self.reloading.watch_or_not(&self.config, self.poll.registry(), super::CONFIG);
         self.count_success();
         // Whoever waits for these lines may rely on all of the above.
         tell_changes(&old, &self.config);
         self.tell_modes();
-        self.look_ahead();
     }
 
     fn count_success(&mut self) {
