@@ -13,9 +13,10 @@ use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
 use netns_thread::{in_new_netns, ip};
 use nix::errno::Errno;
-use udp_fanout::config::Limits;
+use udp_fanout::config::{Limits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::attach::{Attachment, Way};
+use udp_fanout::host::programs;
 use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
 
@@ -602,7 +603,13 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
         })?;
         let attachment = Attachment::new(datapath.program(), &eth0, Way::Clsact)?;
         assert!(attachment.in_place());
-        attachment.detach()
+        attachment.detach()?;
+        if programs::has_tcx() {
+            let attachment = Attachment::new(datapath.program(), &eth0, Way::Tcx(TcxOrder::First))?;
+            assert!(attachment.in_place() && attachment.ahead()?.is_empty());
+            attachment.detach()?;
+        }
+        Ok(())
     })
 }
 
