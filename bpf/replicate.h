@@ -191,15 +191,31 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	return COPY_SENT;
 }
 
-/* The packet itself: up the stack (COPY_SENT) or out (COPY_REDIRECTED). A global function for the same reason. */
+/*
+ * The packet itself, to a receiver on this host: around as well, like the clones of others, which it would overtake on
+ * the straight way up the stack.
+ */
+static __always_inline int redirect_around(struct __sk_buff *skb, struct work *work,
+					   const struct downstream *to, __u32 to_id)
+{
+	work->pkt.way = WAY_LOCAL;
+	if (to_id & AROUND_MASK)
+		return TC_ACT_SHOT;
+	if (rewrite(skb, &work->pkt, to, work->macs, next_ttl(&work->pkt)))
+		return NOT_REWRITTEN;
+	skb->mark = AROUND_MARK | to_id;
+	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
+/* The packet itself. A global function for the same reason. */
 __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
 	__u32 zero = 0, to_id = 0;
 	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	struct downstream *to = downstream_at(slot, &to_id);
-	enum copy_result result = COPY_SENT;
-	int verdict = TC_ACT_UNSPEC;
+	enum copy_result result;
 	struct packet *pkt;
+	int verdict;
 
 	if (!work || !to || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
@@ -208,20 +224,16 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
 	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
 		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
-	pkt->way = WAY_LOCAL;
-	if (to->delivery == DELIVER_NEIGHBOUR) {
-		/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
-		verdict = deliver_out(skb, pkt, to, to_id, false);
-		if (verdict != TC_ACT_REDIRECT)
-			result = verdict == NOT_REWRITTEN ? COPY_BROKEN : COPY_FAILED;
-	} else if (rewrite(skb, pkt, to, NULL, next_ttl(pkt))) {
-		result = COPY_BROKEN;
-	}
-	if (result != COPY_SENT)
+	/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
+	verdict = to->delivery == DELIVER_NEIGHBOUR ? deliver_out(skb, pkt, to, to_id, false)
+						    : redirect_around(skb, work, to, to_id);
+	if (verdict != TC_ACT_REDIRECT) {
+		result = verdict == NOT_REWRITTEN ? COPY_BROKEN : COPY_FAILED;
 		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
+	}
 	became_copy(pkt, to);
 	copy_sent(skb, listener_id, work, to, to_id);
-	return verdict == TC_ACT_REDIRECT ? COPY_REDIRECTED : COPY_SENT;
+	return COPY_REDIRECTED;
 }
 
 /*
@@ -273,9 +285,7 @@ static __always_inline bool send_copies(struct __sk_buff *skb, const struct pack
 	seen = send_each(skb, listener_id, table->first, slots, start);
 	last = seen >> 8;
 	seen &= 0xff;
-	if (last == COPY_SENT)
-		*verdict = TC_ACT_UNSPEC;
-	else if (last == COPY_REDIRECTED)
+	if (last == COPY_REDIRECTED)
 		*verdict = TC_ACT_REDIRECT;
 	return seen & (1 << COPY_SENT | 1 << COPY_REDIRECTED) || seen == 1 << COPY_NOT_WANTED;
 }
