@@ -114,6 +114,9 @@ fn balancers() -> Vec<Contender> {
     let single = Calls { take: 64, joined: false };
     let mut all = ours();
     all.extend([
+        Contender::program("userspace, preserve_source", |bed, task| {
+            daemon::start(bed, task, "userspace", "preserve_source = true\n")
+        }),
         Contender::direct("plain forwarding"),
         Contender::kernel("nftables, stateless", netfilter::nft_stateless),
         Contender::kernel("nftables, DNAT", netfilter::nft_nat),
