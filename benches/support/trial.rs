@@ -12,7 +12,7 @@ use super::sink::{Arrived, Latencies, Look};
 /// How often a rate is tried before it counts as too high.
 const TRIES: usize = 3;
 /// How often a trial that other programs have disturbed is repeated before it counts after all.
-const DISTURBANCES: usize = 12;
+const DISTURBANCES: usize = 6;
 /// The part of a trial's length for which another program may have had a CPU.
 const TOLERANCE: f64 = 0.05;
 /// As exactly as `/proc/stat` knows, in seconds.

@@ -1,6 +1,7 @@
 //! udp-fanout itself.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -22,10 +23,24 @@ impl Running for Serving {
 /// # Errors
 /// When it does not become ready.
 pub fn start(bed: &Bed, task: &Task, mode: &str, settings: &str) -> Result<Box<dyn Running>> {
-    let config = config(task, mode, settings);
+    run(bed, &config(task, mode, settings))
+}
+
+/// As [`start`] in user space, with two more downstreams.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn start_beside(bed: &Bed, task: &Task, others: [SocketAddr; 2]) -> Result<Box<dyn Running>> {
+    let mut config = config(task, "userspace", "");
+    let others = others.into_iter().enumerate().map(|(n, address)| (format!("other{n}"), address, 1));
+    config.listeners[0].downstreams.extend(others);
+    run(bed, &config)
+}
+
+fn run(bed: &Bed, config: &DaemonConfig) -> Result<Box<dyn Running>> {
     let cpu = bed.contender_cpu().to_string();
     let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
-    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, &config)?;
+    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, config)?;
     Ok(Box::new(Serving(daemon)))
 }
 
