@@ -1,5 +1,6 @@
 //! One load on one contender, and the search for the highest rate without loss.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -17,6 +18,15 @@ const DISTURBANCES: usize = 6;
 const TOLERANCE: f64 = 0.05;
 /// As exactly as `/proc/stat` knows, in seconds.
 const TICKS: f64 = 0.012;
+
+/// Trials so far that counted, and how many of them were disturbed all the same.
+static COUNTED: AtomicUsize = AtomicUsize::new(0);
+static DISTURBED: AtomicUsize = AtomicUsize::new(0);
+
+/// The part of all trials so far that other programs have disturbed, 0 to 1.
+pub fn disturbed() -> f64 {
+    DISTURBED.load(Ordering::Relaxed) as f64 / COUNTED.load(Ordering::Relaxed).max(1) as f64
+}
 
 /// What a trial is about.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +89,8 @@ pub fn run(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result
         }
         trial = once(at, rate, terms, inspect)?;
     }
+    COUNTED.fetch_add(1, Ordering::Relaxed);
+    DISTURBED.fetch_add(usize::from(trial.disturbed), Ordering::Relaxed);
     Ok(trial)
 }
 
