@@ -69,7 +69,7 @@ fn rates(table: &Table, path: &Path) -> Result<()> {
     let bars: Vec<Bar> = found
         .iter()
         .map(|(name, value)| {
-            let colour = if OURS.contains(&name.as_str()) { OUR_COLOUR } else { THEIR_COLOUR };
+            let colour = if name.starts_with(OURS) { OUR_COLOUR } else { THEIR_COLOUR };
             Bar { name, value: *value, colour }
         })
         .collect();
