@@ -1,12 +1,15 @@
 //! One load on one contender, and the search for the highest rate without loss.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
 
 use super::bed::Bed;
-use super::contenders::Running;
+use super::contenders::{Running, cpu_seconds};
 use super::generator::{Generator, Sent};
 use super::sink::{Arrived, Latencies, Look};
 
@@ -102,7 +105,10 @@ fn once(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result<Tr
     bed.sink.reset()?;
     generator.restart();
     let cpu = || contender.cpu_seconds().map_or_else(|| busy_seconds(bed.contender_cpu()), Ok);
+    // Packets that the kernel has put off to a thread of its own are nobody else's work.
+    let put_off = |cpu| kernel_thread_seconds(&format!("ksoftirqd/{cpu}"));
     let (before, busy_before) = (cpu()?, busy_seconds(bed.contender_cpu())?);
+    let put_off_before = [put_off(bed.generator_cpu()), put_off(bed.contender_cpu())];
     let sent = generator.run(rate, terms.length)?;
     let at_end = bed.sink.arrived()?.datagrams;
     let arrived = bed.sink.settle(sent.datagrams * u64::from(terms.copies))?;
@@ -110,7 +116,9 @@ fn once(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result<Tr
     let latencies = if inspect { Some(bed.sink.latencies()?) } else { None };
     // Of a forwarder in the kernel it cannot be told apart who was busy.
     let others = busy_seconds(bed.contender_cpu())? - busy_before - busy;
-    let disturbed = sent.held_up > sent.seconds * TOLERANCE || others > sent.seconds * TOLERANCE + TICKS;
+    let there = sent.held_up - (put_off(bed.generator_cpu()) - put_off_before[0]);
+    let here = others - (put_off(bed.contender_cpu()) - put_off_before[1]);
+    let disturbed = there > sent.seconds * TOLERANCE || here > sent.seconds * TOLERANCE + TICKS;
     Ok(Trial { sent, arrived, rate: at_end as f64 / sent.seconds, busy, latencies, disturbed })
 }
 
@@ -154,12 +162,26 @@ fn try_rate(at: &mut Setup<'_>, rate: f64, terms: Terms) -> Result<Option<f64>> 
     Ok(None)
 }
 
+/// The CPU time of the kernel's thread of this name, in seconds; 0 if it cannot be seen.
+fn kernel_thread_seconds(name: &str) -> f64 {
+    static TASKS: Mutex<BTreeMap<String, Option<String>>> = Mutex::new(BTreeMap::new());
+    let mut tasks = TASKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let tasks = tasks.entry(name.to_owned()).or_insert_with(|| {
+        let is_it = |entry: &fs::DirEntry| {
+            fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        };
+        let entry = fs::read_dir("/proc").ok()?.flatten().find(is_it)?;
+        Some(entry.path().join("task").display().to_string())
+    });
+    tasks.as_ref().and_then(|tasks| cpu_seconds(tasks, None)).unwrap_or(0.0)
+}
+
 /// The time that a CPU has worked since the start, in seconds: for programs, the kernel and interrupts alike.
 ///
 /// # Errors
 /// When `/proc/stat` does not say.
 pub fn busy_seconds(cpu: usize) -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/stat")?;
+    let text = fs::read_to_string("/proc/stat")?;
     let name = format!("cpu{cpu} ");
     let line = text.lines().find(|line| line.starts_with(&name)).unwrap_or_default();
     let ticks: Vec<f64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
