@@ -2,7 +2,8 @@
 //! `cargo bench --bench fanout`.
 //!
 //! Each contender gets the same load in the same network, one after the other, several times round. Without arguments
-//! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced. With
+//! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced, unless other
+//! programs have disturbed too many of the trials. With
 //! `--quick`, which takes less than three minutes, or with words, which choose sections whose names begin so, the report
 //! goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` says how often.
 
@@ -25,7 +26,7 @@ use anyhow::{Context, Result};
 use bench::bed::Bed;
 use bench::results::{Machine, Results};
 use bench::suite::{self, Effort};
-use bench::{control, report};
+use bench::{control, report, trial};
 
 /// What the command line asks for.
 #[derive(Default)]
@@ -62,21 +63,27 @@ fn main() -> Result<()> {
     }
     let (effort, bed) = (options.effort(), Bed::build()?);
     let mut tables = Vec::new();
-    for section in suite::sections(options.quick).iter().filter(|section| options.wants(&section.key)) {
+    // Whoever names sections gets them all, however short each is to be.
+    let short = options.quick && options.sections.is_empty();
+    for section in suite::sections(short).iter().filter(|section| options.wants(&section.key)) {
         tables.push(suite::compare(&bed, section, effort)?);
     }
     let control = if options.wants("control") { control::measure(&bed, effort.rounds.max(3))? } else { Vec::new() };
-    let results = Results { machine, rounds: effort.rounds, tables, control };
+    let results = Results { machine, rounds: effort.rounds, disturbed: trial::disturbed(), tables, control };
+    let publish = options.full() && results.to_be_trusted();
     println!("\n{}", report::tables(&results, "."));
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
     let directory = match &options.out {
         Some(directory) => directory.clone(),
-        None if options.full() => project.join("docs/benchmarks"),
+        None if publish => project.join("docs/benchmarks"),
         None => Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("benchmarks"),
     };
     report::write(&results, &directory)?;
     println!("Written: {}", directory.display());
-    if options.full() {
+    if options.full() && !publish {
+        println!("docs/ is as it was: this machine does too much else. Run it again when it is idle.");
+    }
+    if publish {
         report::insert(&results, &project.join("docs/BENCHMARKS.md"), "benchmarks")?;
         println!("Written: docs/BENCHMARKS.md");
     }

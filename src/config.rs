@@ -232,6 +232,8 @@ pub struct Settings {
     pub recv_buf_size: Option<u32>,
     /// Longest datagram forwarded, in bytes of UDP payload, 1 to 65,507.
     pub max_packet_size: u32,
+    /// Send in the senders' names, which takes `CAP_NET_RAW`.
+    pub preserve_source: bool,
 }
 
 /// The HTTP endpoint for metrics and probes.

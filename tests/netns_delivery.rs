@@ -2,7 +2,7 @@
 //! datagram looks like, and whatever changes meanwhile; and books that agree with what arrived.
 //!
 //! - `books`: what the daemon has counted, from its metrics and from the kernel's map.
-//! - `places`: where receivers can be, in each mode, both families.
+//! - `places`: where receivers can be, in each mode, both families. `onbehalf`: sources kept in user space.
 //! - `overlays`: where network plugins put them.
 //! - `packets`: sizes, checksums, super-packets. `fragments`: datagrams that come in several. `foreign`: what is not a listener's datagram.
 //! - `vlans`: VLAN devices, where the kernel has them.
@@ -36,6 +36,8 @@ mod loops;
 mod multicast;
 #[path = "netns_delivery/old_kernel.rs"]
 mod old_kernel;
+#[path = "netns_delivery/onbehalf.rs"]
+mod onbehalf;
 #[path = "netns_delivery/overlays.rs"]
 mod overlays;
 #[path = "kernel/packet.rs"]

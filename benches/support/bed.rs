@@ -80,6 +80,11 @@ impl Bed {
         (1..=count).map(|number| SocketAddr::new(Ipv4Addr::from(first + number).into(), PORT)).collect()
     }
 
+    /// The CPU that generators run on.
+    pub fn generator_cpu(&self) -> usize {
+        self.cpus[0]
+    }
+
     /// The CPU that contenders run on.
     pub fn contender_cpu(&self) -> usize {
         self.cpus[1]

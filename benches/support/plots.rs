@@ -69,7 +69,7 @@ fn rates(table: &Table, path: &Path) -> Result<()> {
     let bars: Vec<Bar> = found
         .iter()
         .map(|(name, value)| {
-            let colour = if OURS.contains(&name.as_str()) { OUR_COLOUR } else { THEIR_COLOUR };
+            let colour = if name.starts_with(OURS) { OUR_COLOUR } else { THEIR_COLOUR };
             Bar { name, value: *value, colour }
         })
         .collect();
@@ -155,7 +155,7 @@ fn draw_lines(area: &Area<'_>, series: &BTreeMap<&str, Vec<(f64, f64)>>) -> Resu
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .right_y_label_area_size(NAMES - 30)
+        .margin_right(NAMES)
         .build_cartesian_2d((1.0..1000.0).log_scale(), 0.0..highest * 1.05)?;
     chart
         .configure_mesh()
@@ -165,17 +165,16 @@ fn draw_lines(area: &Area<'_>, series: &BTreeMap<&str, Vec<(f64, f64)>>) -> Resu
         .x_label_formatter(&|value| format!("{value:.0}"))
         .y_label_formatter(&|value| format!("{value:.0}"))
         .draw()?;
-    for ((name, points), colour) in series.iter().zip(LINE_COLOURS.into_iter().cycle()) {
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)).point_size(3))?
-            .label((*name).to_owned())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+    // Ours come first, so that their colours are always the same.
+    let mut series: Vec<_> = series.iter().collect();
+    series.sort_by_key(|(name, _)| !name.starts_with(OURS));
+    for (at, ((name, points), colour)) in series.into_iter().zip(LINE_COLOURS.into_iter().cycle()).enumerate() {
+        let line = LineSeries::new(points.iter().copied(), colour.stroke_width(2)).point_size(3);
+        chart.draw_series(line)?;
+        let (x, y) = ((WIDTH - NAMES) as i32 + 10, 50 + 22 * at as i32);
+        area.draw(&PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)))?;
+        area.draw(&Text::new((*name).to_owned(), (x + 26, y - 6), ("sans-serif", 13).into_font()))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::Coordinate(WIDTH as i32 - 215 - 60, 10))
-        .background_style(WHITE.mix(0.8))
-        .draw()?;
     area.present()?;
     Ok(())
 }

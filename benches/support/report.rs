@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::plots;
 use super::results::{
-    CPU, DUPLICATED, Goal, HALF, LOSS, LOSSLESS, MODEST, Machine, Measure, OVERLOAD, REORDERED, Results, Row, Table,
+    CPU, DUPLICATED, Goal, HALF, LOSS, LOSSLESS, MODEST, Measure, OVERLOAD, REORDERED, Results, Row, Table,
 };
 
 /// Between these lines of the document the tables are replaced.
@@ -34,7 +34,9 @@ pub fn write(results: &Results, directory: &Path) -> Result<()> {
 /// # Errors
 /// When the document cannot be read or written, or has no place for them.
 pub fn insert(results: &Results, document: &Path, plots: &str) -> Result<()> {
-    splice(document, [BEGIN, END], &tables(results, plots))
+    let tables = tables(results, plots);
+    let text = format!("All of it, for programs: [results.json]({plots}/results.json).\n\n{tables}");
+    splice(document, [BEGIN, END], &text)
 }
 
 /// Replaces what is between two lines of a document.
@@ -52,7 +54,7 @@ pub fn splice(document: &Path, [begin, end]: [&str; 2], text: &str) -> Result<()
 
 /// All tables, in Markdown.
 pub fn tables(results: &Results, plots: &str) -> String {
-    let mut text = machine(&results.machine, results.rounds);
+    let mut text = machine(results);
     for table in &results.tables {
         let _ = write!(text, "\n### {}\n\n{}", table.title, one(table));
         if plots::worth_a_plot(table) {
@@ -72,9 +74,10 @@ pub fn tables(results: &Results, plots: &str) -> String {
     text
 }
 
-fn machine(machine: &Machine, rounds: usize) -> String {
+fn machine(results: &Results) -> String {
+    let Results { machine, rounds, disturbed, .. } = results;
     let packages: Vec<String> = machine.packages.iter().map(|(name, version)| format!("{name} {version}")).collect();
-    format!(
+    let mut text = format!(
         "{} CPUs ({}), Linux {}, load average before the run {:.2}. Medians of {rounds}, with the lowest and the highest \
          in brackets where they differ by more than a tenth. {}.\n",
         machine.cpus,
@@ -82,7 +85,14 @@ fn machine(machine: &Machine, rounds: usize) -> String {
         machine.kernel,
         machine.load_before,
         packages.join(", ")
-    )
+    );
+    let share = disturbed * 100.0;
+    if !results.to_be_trusted() {
+        let _ = writeln!(text, "\n**These figures say nothing**: other programs disturbed {share:.0} % of the trials.");
+    } else if *disturbed > 0.0 {
+        let _ = writeln!(text, "\nOther programs disturbed {share:.1} % of the trials.");
+    }
+    text
 }
 
 fn one(table: &Table) -> String {

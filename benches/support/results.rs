@@ -176,6 +176,9 @@ fn packages(names: &[&str]) -> BTreeMap<String, String> {
     text.lines().filter_map(|line| line.split_once(' ')).map(|(name, is)| (name.into(), is.into())).collect()
 }
 
+/// The most that may be disturbed for figures to say anything.
+const TOO_MUCH: f64 = 0.1;
+
 /// Everything.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
@@ -183,8 +186,17 @@ pub struct Results {
     pub machine: Machine,
     /// How often each was measured.
     pub rounds: usize,
+    /// The part of all trials, 0 to 1, during which other programs had one of the CPUs.
+    pub disturbed: f64,
     /// Forwarding.
     pub tables: Vec<Table>,
     /// The daemon's own work.
     pub control: Vec<Goal>,
+}
+
+impl Results {
+    /// False if the machine was doing too much else.
+    pub fn to_be_trusted(&self) -> bool {
+        self.disturbed <= TOO_MUCH
+    }
 }

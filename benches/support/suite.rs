@@ -1,5 +1,6 @@
 //! The comparisons: who does what with which load, and how that is measured.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -16,8 +17,11 @@ const SAME_FOR_ALL: f64 = 250_000.0;
 /// The rate at which latencies are compared.
 const MODEST_RATE: f64 = 20_000.0;
 
-/// What udp-fanout's rows are called.
-pub const OURS: [&str; 2] = ["udp-fanout tc_ebpf", "udp-fanout userspace"];
+/// The row that troubled ones are compared with.
+const WELL: &str = "all well";
+
+/// What the names of udp-fanout's rows begin with.
+pub const OURS: &str = "udp-fanout";
 
 /// How long and how often.
 #[derive(Debug, Clone, Copy)]
@@ -90,15 +94,15 @@ pub fn sections(quick: bool) -> Vec<Section> {
         whole: true,
     });
     if !quick {
-        all.extend([special("dns", Content::Dns), special("syslog", Content::Syslog)]);
+        all.extend([troubled(), special("dns", Content::Dns), special("syslog", Content::Syslog)]);
     }
     all
 }
 
 fn ours() -> Vec<Contender> {
     vec![
-        Contender::kernel(OURS[0], |bed, task| daemon::start(bed, task, "tc_ebpf", "")),
-        Contender::program(OURS[1], |bed, task| daemon::start(bed, task, "userspace", "")),
+        Contender::kernel("udp-fanout tc_ebpf", |bed, task| daemon::start(bed, task, "tc_ebpf", "")),
+        Contender::program("udp-fanout userspace", |bed, task| daemon::start(bed, task, "userspace", "")),
     ]
 }
 
@@ -114,6 +118,9 @@ fn balancers() -> Vec<Contender> {
     let single = Calls { take: 64, joined: false };
     let mut all = ours();
     all.extend([
+        Contender::program("udp-fanout preserve_source", |bed, task| {
+            daemon::start(bed, task, "userspace", "preserve_source = true\n")
+        }),
         Contender::direct("plain forwarding"),
         Contender::kernel("nftables, stateless", netfilter::nft_stateless),
         Contender::kernel("nftables, DNAT", netfilter::nft_nat),
@@ -152,6 +159,33 @@ fn replicators() -> Vec<Contender> {
         Contender::program("sendto loop", bare::copier),
     ]);
     all
+}
+
+/// Whether downstreams that are not well cost the others anything. Those that count are the first three.
+fn troubled() -> Section {
+    // The last host drops what is for an address that it does not have.
+    let silent = [SocketAddr::from(([10, 1, 255, 1], 9)), SocketAddr::from(([10, 1, 255, 2], 9))];
+    let refuses = SocketAddr::from(([10, 0, 1, 2], 9));
+    let not_there = SocketAddr::from(([10, 0, 1, 77], 9));
+    let beside = |name: &str, others: [SocketAddr; 2]| {
+        Contender::program(name, move |bed, task| daemon::start_beside(bed, task, others))
+    };
+    Section {
+        key: "trouble".into(),
+        title: "One sender, 64 bytes, userspace, a copy to each of five, of whom two may be in trouble; rates are those of \
+                the other three's copies"
+            .into(),
+        task: Task { downstreams: 3, replicate: true },
+        load: Load::one_sender(64),
+        contenders: vec![
+            beside(WELL, silent),
+            beside("one refuses", [refuses, silent[0]]),
+            beside("one is not there", [not_there, silent[0]]),
+            beside("one refuses, one is not there", [refuses, not_there]),
+        ],
+        beside: WELL,
+        whole: false,
+    }
 }
 
 /// A protocol, and the program that is made for it.

@@ -1,22 +1,35 @@
 //! One load on one contender, and the search for the highest rate without loss.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
 
 use super::bed::Bed;
-use super::contenders::Running;
+use super::contenders::{Running, cpu_seconds};
 use super::generator::{Generator, Sent};
 use super::sink::{Arrived, Latencies, Look};
 
 /// How often a rate is tried before it counts as too high.
 const TRIES: usize = 3;
 /// How often a trial that other programs have disturbed is repeated before it counts after all.
-const DISTURBANCES: usize = 12;
+const DISTURBANCES: usize = 6;
 /// The part of a trial's length for which another program may have had a CPU.
 const TOLERANCE: f64 = 0.05;
 /// As exactly as `/proc/stat` knows, in seconds.
 const TICKS: f64 = 0.012;
+
+/// Trials so far that counted, and how many of them were disturbed all the same.
+static COUNTED: AtomicUsize = AtomicUsize::new(0);
+static DISTURBED: AtomicUsize = AtomicUsize::new(0);
+
+/// The part of all trials so far that other programs have disturbed, 0 to 1.
+pub fn disturbed() -> f64 {
+    DISTURBED.load(Ordering::Relaxed) as f64 / COUNTED.load(Ordering::Relaxed).max(1) as f64
+}
 
 /// What a trial is about.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +92,8 @@ pub fn run(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result
         }
         trial = once(at, rate, terms, inspect)?;
     }
+    COUNTED.fetch_add(1, Ordering::Relaxed);
+    DISTURBED.fetch_add(usize::from(trial.disturbed), Ordering::Relaxed);
     Ok(trial)
 }
 
@@ -90,7 +105,10 @@ fn once(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result<Tr
     bed.sink.reset()?;
     generator.restart();
     let cpu = || contender.cpu_seconds().map_or_else(|| busy_seconds(bed.contender_cpu()), Ok);
+    // Packets that the kernel has put off to a thread of its own are nobody else's work.
+    let put_off = |cpu| kernel_thread_seconds(&format!("ksoftirqd/{cpu}"));
     let (before, busy_before) = (cpu()?, busy_seconds(bed.contender_cpu())?);
+    let put_off_before = [put_off(bed.generator_cpu()), put_off(bed.contender_cpu())];
     let sent = generator.run(rate, terms.length)?;
     let at_end = bed.sink.arrived()?.datagrams;
     let arrived = bed.sink.settle(sent.datagrams * u64::from(terms.copies))?;
@@ -98,7 +116,9 @@ fn once(at: &mut Setup<'_>, rate: f64, terms: Terms, inspect: bool) -> Result<Tr
     let latencies = if inspect { Some(bed.sink.latencies()?) } else { None };
     // Of a forwarder in the kernel it cannot be told apart who was busy.
     let others = busy_seconds(bed.contender_cpu())? - busy_before - busy;
-    let disturbed = sent.held_up > sent.seconds * TOLERANCE || others > sent.seconds * TOLERANCE + TICKS;
+    let there = sent.held_up - (put_off(bed.generator_cpu()) - put_off_before[0]);
+    let here = others - (put_off(bed.contender_cpu()) - put_off_before[1]);
+    let disturbed = there > sent.seconds * TOLERANCE || here > sent.seconds * TOLERANCE + TICKS;
     Ok(Trial { sent, arrived, rate: at_end as f64 / sent.seconds, busy, latencies, disturbed })
 }
 
@@ -142,12 +162,26 @@ fn try_rate(at: &mut Setup<'_>, rate: f64, terms: Terms) -> Result<Option<f64>> 
     Ok(None)
 }
 
+/// The CPU time of the kernel's thread of this name, in seconds; 0 if it cannot be seen.
+fn kernel_thread_seconds(name: &str) -> f64 {
+    static TASKS: Mutex<BTreeMap<String, Option<String>>> = Mutex::new(BTreeMap::new());
+    let mut tasks = TASKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let tasks = tasks.entry(name.to_owned()).or_insert_with(|| {
+        let is_it = |entry: &fs::DirEntry| {
+            fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        };
+        let entry = fs::read_dir("/proc").ok()?.flatten().find(is_it)?;
+        Some(entry.path().join("task").display().to_string())
+    });
+    tasks.as_ref().and_then(|tasks| cpu_seconds(tasks, None)).unwrap_or(0.0)
+}
+
 /// The time that a CPU has worked since the start, in seconds: for programs, the kernel and interrupts alike.
 ///
 /// # Errors
 /// When `/proc/stat` does not say.
 pub fn busy_seconds(cpu: usize) -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/stat")?;
+    let text = fs::read_to_string("/proc/stat")?;
     let name = format!("cpu{cpu} ");
     let line = text.lines().find(|line| line.starts_with(&name)).unwrap_or_default();
     let ticks: Vec<f64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();

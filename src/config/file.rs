@@ -305,11 +305,20 @@ pub(super) struct Settings {
     pub(super) recv_buf_size: Option<u32>,
     /// Longest payload forwarded; 65,507, the longest there is, by default.
     pub(super) max_packet_size: u32,
+    /// Send in the senders' names; off by default.
+    pub(super) preserve_source: bool,
 }
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings { workers: 0, batch_size: 64, pin_cpus: false, recv_buf_size: None, max_packet_size: 65_507 }
+        Settings {
+            workers: 0,
+            batch_size: 64,
+            pin_cpus: false,
+            recv_buf_size: None,
+            max_packet_size: 65_507,
+            preserve_source: false,
+        }
     }
 }
 
@@ -457,6 +466,7 @@ mod tests {
                     pin_cpus: true,
                     recv_buf_size: Some(1),
                     max_packet_size: 1,
+                    preserve_source: true,
                 },
             }],
             health: every_health_field(),

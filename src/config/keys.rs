@@ -462,6 +462,13 @@ pub static SETTINGS: &[Key] = &[
         "9000",
         "Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`.",
     ),
+    key(
+        "preserve_source",
+        Kind::Flag,
+        Absent::Default("false"),
+        "true",
+        "Send in the senders' names: receivers see the sender's address and port, as in `tc_ebpf` mode. Takes `CAP_NET_RAW`.",
+    ),
 ];
 
 /// The keys of `metrics`.

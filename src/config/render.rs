@@ -135,6 +135,7 @@ fn listener(listener: &ListenerConfig, config: &Config) -> Listener {
     }
 }
 
+/// The settings of the userspace datapath.
 fn settings(settings: &super::Settings) -> Settings {
     Settings {
         workers: settings.workers,
@@ -142,6 +143,7 @@ fn settings(settings: &super::Settings) -> Settings {
         pin_cpus: settings.pin_cpus,
         recv_buf_size: settings.recv_buf_size,
         max_packet_size: settings.max_packet_size,
+        preserve_source: settings.preserve_source,
     }
 }
 

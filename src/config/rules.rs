@@ -156,6 +156,7 @@ impl Rules<'_> {
                 pin_cpus: listener.settings.pin_cpus,
                 recv_buf_size: listener.settings.recv_buf_size,
                 max_packet_size: listener.settings.max_packet_size,
+                preserve_source: listener.settings.preserve_source,
             },
         })
     }

@@ -40,8 +40,14 @@ fn defaults_are_the_documented_ones() {
     assert_eq!((downstreams[0].weight, downstreams[0].sample), (1, Downstream::ALL));
     assert_eq!(listener.protocol, Protocol::Raw);
     assert_eq!(config.warnings, [""; 0]);
-    let settings =
-        Settings { workers: 0, batch_size: 64, pin_cpus: false, recv_buf_size: None, max_packet_size: 65_507 };
+    let settings = Settings {
+        workers: 0,
+        batch_size: 64,
+        pin_cpus: false,
+        recv_buf_size: None,
+        max_packet_size: 65_507,
+        preserve_source: false,
+    };
     assert_eq!(listener.settings, settings);
     assert_eq!(config.listener(ListenerId(1)), None);
 }
@@ -349,6 +355,7 @@ workers = 0
 batch_size = 64
 pin_cpus = false
 max_packet_size = 65507
+preserve_source = false
 
 [health]
 enabled = true

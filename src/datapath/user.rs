@@ -29,6 +29,7 @@
 //! Listeners are told apart by name: one that moves within the file keeps its sockets and its counts, and so does one that
 //! changes its name alone.
 
+mod behalf;
 mod count;
 mod forward;
 mod gate;

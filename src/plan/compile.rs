@@ -209,6 +209,7 @@ mod tests {
                 pin_cpus: false,
                 recv_buf_size: None,
                 max_packet_size: 65_507,
+                preserve_source: false,
             },
         }
     }

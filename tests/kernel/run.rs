@@ -136,6 +136,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
             pin_cpus: false,
             recv_buf_size: None,
             max_packet_size: 65_507,
+            preserve_source: false,
         },
     }
 }

@@ -52,6 +52,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
             pin_cpus: false,
             recv_buf_size: None,
             max_packet_size: 65_507,
+            preserve_source: false,
         },
     }
 }

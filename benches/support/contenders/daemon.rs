@@ -1,6 +1,7 @@
 //! udp-fanout itself.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -17,21 +18,35 @@ impl Running for Serving {
     }
 }
 
-/// Starts the daemon in a mode, with one worker on the contender's CPU. `extra` are further lines for the listener.
+/// Starts the daemon in a mode, with one worker on the contender's CPU. `settings` are further lines of the listener's settings.
 ///
 /// # Errors
 /// When it does not become ready.
-pub fn start(bed: &Bed, task: &Task, mode: &str, extra: &str) -> Result<Box<dyn Running>> {
-    let config = config(task, mode, extra);
+pub fn start(bed: &Bed, task: &Task, mode: &str, settings: &str) -> Result<Box<dyn Running>> {
+    run(bed, &config(task, mode, settings))
+}
+
+/// As [`start`] in user space, with two more downstreams.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn start_beside(bed: &Bed, task: &Task, others: [SocketAddr; 2]) -> Result<Box<dyn Running>> {
+    let mut config = config(task, "userspace", "");
+    let others = others.into_iter().enumerate().map(|(n, address)| (format!("other{n}"), address, 1));
+    config.listeners[0].downstreams.extend(others);
+    run(bed, &config)
+}
+
+fn run(bed: &Bed, config: &DaemonConfig) -> Result<Box<dyn Running>> {
     let cpu = bed.contender_cpu().to_string();
     let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
-    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, &config)?;
+    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, config)?;
     Ok(Box::new(Serving(daemon)))
 }
 
 /// The daemon's configuration for a task.
-pub fn config(task: &Task, mode: &str, extra: &str) -> DaemonConfig {
-    let mut extra = extra.to_owned();
+pub fn config(task: &Task, mode: &str, settings: &str) -> DaemonConfig {
+    let mut extra = String::new();
     if task.replicate {
         let _ = writeln!(extra, "policy = \"replicate\"");
     }
@@ -44,7 +59,7 @@ pub fn config(task: &Task, mode: &str, extra: &str) -> DaemonConfig {
         downstreams: downstreams.map(|(n, address)| (format!("d{n}"), address, 1)).collect(),
         samples: Vec::new(),
         extra,
-        settings: "workers = 1\nrecv_buf_size = 4194304\n".into(),
+        settings: format!("workers = 1\nrecv_buf_size = 4194304\n{settings}"),
     };
     DaemonConfig { listeners: vec![listener], metrics: Some(([127, 0, 0, 1], 9090).into()), head: String::new() }
 }

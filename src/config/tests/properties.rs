@@ -197,15 +197,18 @@ fn maybe<T: std::fmt::Debug + Clone + Into<Value>>(
 
 fn settings() -> impl Strategy<Value = Value> {
     let numbers = (maybe(0u32..=1_024), maybe(1u32..=1_024), maybe(4_096u32..=1_073_741_823), maybe(1u32..=65_507));
-    (numbers, maybe(any::<bool>())).prop_map(|((workers, batch, buffer, packet), pin)| {
-        table([
-            ("workers", workers),
-            ("batch_size", batch),
-            ("recv_buf_size", buffer),
-            ("max_packet_size", packet),
-            ("pin_cpus", pin),
-        ])
-    })
+    (numbers, maybe(any::<bool>()), maybe(any::<bool>())).prop_map(
+        |((workers, batch, buffer, packet), pin, preserve)| {
+            table([
+                ("workers", workers),
+                ("batch_size", batch),
+                ("recv_buf_size", buffer),
+                ("max_packet_size", packet),
+                ("pin_cpus", pin),
+                ("preserve_source", preserve),
+            ])
+        },
+    )
 }
 
 fn interface() -> impl Strategy<Value = Value> {

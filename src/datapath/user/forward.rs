@@ -4,6 +4,7 @@
 //! as the policy says, sorted by downstream, and given back joined again, for each downstream its own.
 
 mod deal;
+mod onbehalf;
 mod outcome;
 mod replicate;
 mod screen;
@@ -21,9 +22,11 @@ use socket2::Socket;
 use tracing::warn;
 
 use self::deal::Deal;
+use self::onbehalf::Kind;
 use self::outcome::{Queue, Verdict};
-use self::replicate::Fate;
+use self::replicate::{Fate, Original};
 use self::screen::Screen;
+use super::behalf::Behalf;
 use super::count::WorkerCells;
 use super::lane::{self, Event, Lane, MAIN, TROUBLED};
 use super::mmsg::incoming::Piece;
@@ -47,12 +50,14 @@ pub struct Forwarder {
     /// What is left of the batch's datagrams by who may send, and how fast.
     screen: Screen,
     lanes: [Lane; LANES],
+    /// For datagrams that leave in their senders' names, if they are to.
+    behalf: Option<Behalf>,
     /// Datagrams that have been given a downstream, and wait for being queued.
     deal: Deal,
     /// What each lane's list in `batch` holds.
     queues: [Queue; LANES],
     /// The datagrams to replicate, and for each what has become of its copies.
-    originals: Vec<Piece>,
+    originals: Vec<Original>,
     fates: Vec<Fate>,
     /// Draws samples.
     random: SmallRng,
@@ -94,11 +99,16 @@ impl Forwarder {
             .with_context(|| format!("no memory for {count} messages; lower batch_size"))?;
         batch.want_addresses(table.table.needs_addresses());
         let downstreams = table.table.addresses().len();
+        let behalf = settings.preserve_source.then(|| Behalf::open(family, TOGETHER)).transpose()?;
+        if behalf.is_some() {
+            batch.make_room_on_behalf(TOGETHER);
+        }
         Ok(Forwarder {
             listener,
             batch,
             screen: Screen::default(),
             lanes: [Lane::open(MAIN, family)?, Lane::open(TROUBLED, family)?],
+            behalf,
             deal: Deal::new(TOGETHER, downstreams),
             queues: std::array::from_fn(|_| Queue::new(TOGETHER, downstreams)),
             originals: Vec::with_capacity(TOGETHER),
@@ -181,6 +191,7 @@ impl Forwarder {
         for slot in 0..received {
             let message = self.batch.message(slot);
             let choice = self.choice(slot, table);
+            let from = self.name_to_keep(slot);
             for (number, piece) in message.pieces().enumerate() {
                 if self.screen.takes_out(slot, number) {
                     continue;
@@ -189,16 +200,21 @@ impl Forwarder {
                     (None, _) => outcome.dropped.add(DropReason::Truncated, 1),
                     (Some(_), None) => outcome.dropped.add(DropReason::NoDownstream, 1),
                     (Some(piece), Some(round)) => {
+                        let target = self.target(piece, choice, table, round);
+                        if from.is_some_and(|from| self.queue_on_behalf(from, target, 0, piece, table)) {
+                            self.send_on_behalf_if_full(outcome, Kind::Whole);
+                            continue;
+                        }
                         if self.deal.full() {
                             self.send_dealt(table, outcome);
                         }
-                        let target = self.target(piece, choice, table, round);
                         self.deal.add(target, piece);
                     }
                 }
             }
         }
         self.send_dealt(table, outcome);
+        self.send_on_behalf(outcome, Kind::Whole);
     }
 
     /// How the downstreams of a message's datagrams are found: the same as in the TC program's `place`.

@@ -31,11 +31,11 @@ pub const TROUBLED: usize = 1;
 
 /// Bytes of send buffer asked for. One unanswering neighbour holds up to 208 KiB of it (`unres_qlen_bytes`), so this
 /// is enough for some twenty at once until their errors are back.
-const SEND_BUFFER: usize = 4 << 20;
+pub const SEND_BUFFER: usize = 4 << 20;
 /// Longest wait for a full buffer to empty by half.
-const PATIENCE: Duration = Duration::from_millis(5);
+pub const PATIENCE: Duration = Duration::from_millis(5);
 /// How long nobody waits after a wait in vain.
-const IMPATIENCE: Duration = Duration::from_secs(1);
+pub const IMPATIENCE: Duration = Duration::from_secs(1);
 /// How often one datagram is tried again because the error was another's. Each time, reports of earlier datagrams have
 /// been read, so this is never reached unless somebody forges ICMP messages faster than we can read them.
 const MAX_RETRIES: u32 = 64;
@@ -96,8 +96,7 @@ impl Lane {
         // Reports ICMP errors together with the destination, and drops in our own host's queues as ENOBUFS, which are
         // silent otherwise.
         setsockopt(&socket, Ipv4RecvErr, &true).context("cannot set IP_RECVERR")?;
-        // A datagram that is longer than some link is fragmented on its way rather than lost.
-        setsockopt(&socket, MtuDiscover, &libc::IP_PMTUDISC_DONT).context("cannot set IP_MTU_DISCOVER")?;
+        mark_fragmentable(&socket)?;
         if setsockopt(&socket, SndBufForce, &SEND_BUFFER).is_err() {
             // Without CAP_NET_ADMIN the kernel gives what net.core.wmem_max allows.
             socket.set_send_buffer_size(SEND_BUFFER).context("cannot set SO_SNDBUF")?;
@@ -204,6 +203,14 @@ impl Lane {
             }
         }
     }
+}
+
+/// Has what a socket sends over IPv4 fragmented on its way, where it is longer than some link, rather than lost.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn mark_fragmentable(socket: &Socket) -> Result<()> {
+    setsockopt(socket, MtuDiscover, &libc::IP_PMTUDISC_DONT).context("cannot set IP_MTU_DISCOVER")
 }
 
 /// True if an error may be about the datagrams' sharing a message: each is longer than the route's MTU (`EMSGSIZE`, in

@@ -6,9 +6,10 @@
 //!
 //! The kernel hands over datagrams of one sender that arrived together as one message, which it has joined (`UDP_GRO`),
 //! and takes datagrams for one downstream as one message, which it cuts apart (`UDP_SEGMENT`). [`incoming`] undoes the
-//! first, [`outgoing`] prepares the second.
+//! first, [`outgoing`] prepares the second. [`onbehalf`] is for datagrams that leave in their senders' names.
 
 pub mod incoming;
+pub mod onbehalf;
 pub mod outgoing;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use std::ptr::NonNull;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use self::incoming::{Incoming, Joined, Piece};
+use self::onbehalf::OnBehalf;
 use self::outgoing::Outgoing;
 
 /// How many lists of outgoing datagrams a batch can hold at once, each for a sending socket of its own.
@@ -157,6 +159,7 @@ impl Drop for Memory {
 pub struct Batch {
     incoming: Incoming,
     outgoing: [Outgoing; LANES],
+    on_behalf: OnBehalf,
 }
 
 // SAFETY: the raw pointers all point into memory that the batch itself owns, and every use of them goes through
@@ -171,7 +174,12 @@ impl Batch {
     /// When the kernel has no memory for it.
     pub fn new(count: usize, max_length: usize, lists: usize) -> io::Result<Self> {
         let outgoing = std::array::from_fn(|_| Outgoing::new(lists));
-        Ok(Batch { incoming: Incoming::new(count, max_length)?, outgoing })
+        Ok(Batch { incoming: Incoming::new(count, max_length)?, outgoing, on_behalf: OnBehalf::new(0) })
+    }
+
+    /// Makes room for so many datagrams that are sent in the senders' names.
+    pub fn make_room_on_behalf(&mut self, datagrams: usize) {
+        self.on_behalf = OnBehalf::new(datagrams);
     }
 
     /// Whether the batches to come say where each message came from and where it was sent to.
@@ -186,6 +194,7 @@ impl Batch {
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         self.outgoing.iter_mut().for_each(Outgoing::clear);
+        self.on_behalf.clear();
         self.incoming.receive(socket)
     }
 
@@ -223,6 +232,34 @@ impl Batch {
     /// Appends a datagram to a lane's list, which must not be full.
     pub fn queue(&mut self, lane: usize, piece: Piece) {
         self.outgoing[lane].push(self.incoming.vector(piece));
+    }
+
+    /// Appends a datagram to the list of those sent in the senders' names, which must not be full. Both addresses must be
+    /// of one family.
+    pub fn queue_on_behalf(&mut self, from: Endpoint, to: SocketAddr, piece: Piece) {
+        let payload = self.incoming.vector(piece);
+        // SAFETY: `vector` has checked that it lies within memory that lives as long as the batch; mapped memory is always
+        // initialised, and nothing writes there before the next batch is taken.
+        unsafe { self.on_behalf.push(from, to, payload) };
+    }
+
+    /// True if that list has no room for another.
+    #[must_use]
+    pub fn full_on_behalf(&self) -> bool {
+        self.on_behalf.full()
+    }
+
+    /// Empties that list.
+    pub fn clear_on_behalf(&mut self) {
+        self.on_behalf.clear();
+    }
+
+    /// Sends that list from datagram `from`, which must be in it, and says how many were sent: at least one.
+    ///
+    /// # Errors
+    /// What kept the first of them from being sent.
+    pub fn send_on_behalf(&mut self, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        send_all(self.on_behalf.headers(from), socket)
     }
 
     /// True if a lane's list has no room for another datagram.
@@ -265,18 +302,7 @@ impl Batch {
     /// # Errors
     /// What kept the first of them from being sent.
     pub fn send(&mut self, lane: usize, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let headers = self.outgoing[lane].headers(from);
-        // SAFETY: the headers in this range were filled by `push`: they point to names, control messages and vectors
-        // owned by `outgoing`, and the vectors to bytes within the memory of `incoming`.
-        let sent = unsafe {
-            libc::sendmmsg(
-                socket.as_raw_fd(),
-                headers.as_mut_ptr(),
-                headers.len() as _,
-                (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _,
-            )
-        };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        send_all(self.outgoing[lane].headers(from), socket)
     }
 
     /// Sends one datagram of a message by itself.
@@ -296,6 +322,21 @@ impl Batch {
             unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
+}
+
+/// Sends messages of a list in a batch, and says how many were sent.
+fn send_all(headers: &mut [libc::mmsghdr], socket: BorrowedFd<'_>) -> io::Result<usize> {
+    // SAFETY: the headers were filled by their list's `push`: they point to names, control messages and vectors that the
+    // list owns, and the vectors to its own memory or to bytes within the memory of `incoming`.
+    let sent = unsafe {
+        libc::sendmmsg(
+            socket.as_raw_fd(),
+            headers.as_mut_ptr(),
+            headers.len() as _,
+            (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _,
+        )
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
 impl fmt::Debug for Batch {

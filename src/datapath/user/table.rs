@@ -23,6 +23,8 @@ pub struct Table {
     round: Box<[u32]>,
     samples: Box<[u32]>,
     targets: HashMap<Endpoint, u32>,
+    /// Datagrams leave in their senders' names.
+    keeps_senders: bool,
 }
 
 impl Table {
@@ -58,6 +60,7 @@ impl Table {
             samples: plan.targets.iter().map(|target| target.downstream.sample).collect(),
             targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
             addresses,
+            keeps_senders: plan.settings.preserve_source,
         })
     }
 
@@ -82,7 +85,7 @@ impl Table {
 
     /// True if it must be known where datagrams come from, and which of the host's addresses they go to.
     pub fn needs_addresses(&self) -> bool {
-        matches!(self.policy, Policy::Hash(_)) || !self.gate.is_open()
+        matches!(self.policy, Policy::Hash(_)) || !self.gate.is_open() || self.keeps_senders
     }
 
     /// How a datagram's place is found.
@@ -190,6 +193,7 @@ pub mod tests {
                 pin_cpus: false,
                 recv_buf_size: None,
                 max_packet_size: 65_507,
+                preserve_source: false,
             },
         }
     }

@@ -7,10 +7,19 @@
 use rand::Rng;
 use rand::rngs::SmallRng;
 
-use super::super::mmsg::LANES;
+use super::super::mmsg::incoming::Piece;
+use super::super::mmsg::{Endpoint, LANES};
 use super::super::table::Table;
-use super::{Forwarder, TOGETHER, Verdict};
+use super::{Forwarder, Kind, TOGETHER, Verdict};
 use crate::model::{Downstream, DropReason, ListenerCounters};
+
+/// A datagram to replicate.
+#[derive(Debug, Clone, Copy)]
+pub struct Original {
+    piece: Piece,
+    /// In whose name copies are to leave.
+    from: Option<Endpoint>,
+}
 
 /// What has become of a datagram's copies so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +33,7 @@ pub enum Fate {
 }
 
 impl Fate {
-    fn failed(&mut self, reason: DropReason) {
+    pub(super) fn failed(&mut self, reason: DropReason) {
         if *self != Fate::Sent {
             *self = Fate::Failed(reason);
         }
@@ -35,6 +44,7 @@ impl Forwarder {
     /// Sends every datagram of the batch to every downstream and accounts for it.
     pub(super) fn replicate(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
         for slot in 0..received {
+            let from = self.name_to_keep(slot);
             for (number, piece) in self.batch.message(slot).pieces().enumerate() {
                 if self.screen.takes_out(slot, number) {
                     continue;
@@ -46,7 +56,7 @@ impl Forwarder {
                         if self.originals.len() == TOGETHER {
                             self.send_to_all(table, outcome);
                         }
-                        self.originals.push(piece);
+                        self.originals.push(Original { piece, from });
                     }
                 }
             }
@@ -66,7 +76,8 @@ impl Forwarder {
         for lane in 0..LANES {
             self.send_copies(lane, outcome);
         }
-        for (piece, fate) in self.originals.drain(..).zip(&self.fates) {
+        self.send_on_behalf(outcome, Kind::Copies);
+        for (Original { piece, .. }, fate) in self.originals.drain(..).zip(&self.fates) {
             match fate {
                 Fate::Failed(reason) => outcome.dropped.add(*reason, 1),
                 Fate::Sent | Fate::Unwanted => {
@@ -84,11 +95,16 @@ impl Forwarder {
             if !wanted(sample, &mut self.random) {
                 continue;
             }
+            let Original { piece, from } = self.originals[original];
+            if from.is_some_and(|from| self.queue_on_behalf(from, target, original, piece, table)) {
+                self.send_on_behalf_if_full(outcome, Kind::Copies);
+                continue;
+            }
             if self.batch.full(lane) {
                 self.queues[lane].add_messages(self.batch.messages(lane), target);
                 self.send_copies(lane, outcome);
             }
-            self.batch.queue(lane, self.originals[original]);
+            self.batch.queue(lane, piece);
             self.queues[lane].add_copy(original);
         }
         self.queues[lane].add_messages(self.batch.messages(lane), target);
