@@ -21,7 +21,7 @@ use clap_complete::Shell;
 pub use man::man;
 
 use crate::discovery::rbac;
-use crate::{doctor, logging, version};
+use crate::{detach, doctor, logging, version};
 
 /// The configuration file that is read when none is named.
 pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
@@ -71,6 +71,8 @@ pub enum Invocation {
     },
     /// Look for what silently breaks forwarding on this host.
     Doctor(doctor::Options),
+    /// Remove what daemons have left in force.
+    Detach(detach::Options),
     /// Print a completion script; see [`completions`].
     Completions(Shell),
     /// Print the manual page; see [`man`](fn@man).
@@ -123,6 +125,12 @@ enum Command {
     /// daemon says. Each finding is a line: ok, warning or problem, and the fix. Changes nothing. Exits with 1 if there is
     /// a problem. Run it as the daemon runs, or as root.
     Doctor(DoctorArgs),
+    /// Remove what daemons have left in force on this host
+    ///
+    /// With on_exit = "keep", and when it is killed, the daemon leaves its TC program in force. This takes it off all
+    /// interfaces of this network namespace, or off those named, and removes what is pinned of it. Says what it has
+    /// removed; to have nothing to remove is no mistake. Refuses while a daemon runs.
+    Detach(DetachArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -209,6 +217,24 @@ struct DoctorArgs {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct DetachArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// Only from this interface; may be given several times
+    #[arg(short, long, value_name = "NAME")]
+    interface: Vec<String>,
+    /// From all interfaces, as without --interface; and also remove what is pinned of other network namespaces
+    #[arg(long, conflicts_with = "interface")]
+    all: bool,
+    /// Where the program is pinned [default: the pin_path of the configuration]
+    #[arg(long, value_name = "PATH")]
+    pin_path: Option<PathBuf>,
+    /// Also while a daemon runs, which will put its program back within seconds
+    #[arg(long)]
+    force: bool,
+}
+
 fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds: &f64| (0.1..=3600.0).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.1 to 3600".to_owned())
@@ -254,6 +280,11 @@ where
         Some(Command::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
             let config = or_default(only_config("doctor", before, file)?);
             Invocation::Doctor(doctor::Options { config, senders: sender, kubeconfig, json })
+        }
+        Some(Command::Detach(DetachArgs { file, interface, all, pin_path, force })) => {
+            let config = only_config("detach", before, file)?;
+            let pin_path = detach::pin_path(config.as_deref(), pin_path);
+            Invocation::Detach(detach::Options { pin_path, interfaces: interface, all, force })
         }
         Some(Command::Completions { shell }) => {
             no_options("completions", &before)?;

@@ -9,6 +9,7 @@ mod drops;
 mod reload;
 mod report;
 mod sources;
+mod succession;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -31,7 +32,7 @@ use self::sources::Sources;
 use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, Setup, attach};
+use crate::datapath::kernel::{KernelDatapath, Setup};
 use crate::datapath::user::UserDatapath;
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
@@ -115,11 +116,12 @@ struct Timers {
     tick: Option<Instant>,
     look_at_host: Option<Instant>,
     upkeep: Option<Instant>,
+    beat: Option<Instant>,
 }
 
 impl Timers {
     fn next(&self) -> Option<Instant> {
-        [self.tick, self.look_at_host, self.upkeep].into_iter().flatten().min()
+        [self.tick, self.look_at_host, self.upkeep, self.beat].into_iter().flatten().min()
     }
 }
 
@@ -151,9 +153,7 @@ impl Daemon {
         let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
-        if let Some(kernel) = &mut kernel {
-            watch_events(kernel, poll.registry())?;
-        }
+        kernel.as_mut().map(|kernel| succession::begin(kernel, &config, poll.registry())).transpose()?;
 
         let (now, started_at) = (Instant::now(), SystemTime::now());
         let mut daemon = Daemon {
@@ -180,23 +180,28 @@ impl Daemon {
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
-        daemon.tell_modes();
-        daemon.look_at_host(&daemon.controller.route_addresses())?;
-        if let Some(error) = daemon.failure.take() {
-            return Err(error);
-        }
-        daemon.serving = true;
+        daemon.begin()?;
         if let Some(error) = no_control {
             tracing::warn!("{error:#}");
         }
-        // Only now, so that there is no moment without either the old filter or the socket that takes its place.
-        attach::remove_leftovers(&daemon.controller.unused_links());
+        daemon.succeed_predecessors();
         daemon.watch_health();
         if let Some(page) = page {
             tracing::info!(address = %page.address(), "serving metrics");
             daemon.http = Some(page.serve(waker, http::Limits::default())?);
         }
         Ok(daemon)
+    }
+
+    /// Puts the first plan in force.
+    fn begin(&mut self) -> Result<()> {
+        self.tell_modes();
+        self.look_at_host(&self.controller.route_addresses())?;
+        if let Some(error) = self.failure.take() {
+            return Err(error);
+        }
+        self.serving = true;
+        Ok(())
     }
 
     fn turn_until_stopped(&mut self) -> Result<()> {
@@ -299,6 +304,7 @@ impl Daemon {
 
     fn run_timers(&mut self) {
         let now = Instant::now();
+        self.beat(now);
         self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
@@ -391,6 +397,7 @@ impl Daemon {
 
     /// Sockets first: from the moment the TC program is attached, something must be there for what it passes up.
     fn apply(&mut self, plan: &Plan) -> Event {
+        self.hold_links();
         let user = self.user.apply(plan);
         // A start that has failed already must not touch any interface. Later, what one datapath lacks must not keep the
         // other from the new plan.
@@ -402,6 +409,7 @@ impl Daemon {
             Ok(()) => {
                 self.plan_applies.success += 1;
                 self.failure = None;
+                self.settle_kernel();
                 Event::Applied
             }
             Err(error) => {

@@ -13,6 +13,8 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
        udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
        udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]
+       udp-fanout detach [-c FILE] [--all] [--pin-path PATH] [--force]
+       udp-fanout detach [-c FILE] [--interface NAME]... [--pin-path PATH] [--force]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -47,6 +49,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout status", "See what the running daemon is doing, and what is wrong."),
             ("udp-fanout status --watch", "The same, every second."),
             ("udp-fanout doctor", "Find out why datagrams do not arrive."),
+            ("udp-fanout detach", "Remove what a daemon with on_exit = \"keep\" has left, for good."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
             ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
@@ -56,6 +59,10 @@ pub(super) const SECTIONS: [Section; 5] = [
         title: "Files",
         entries: &[
             ("/etc/udp-fanout/config.toml", "The configuration, unless --config names another."),
+            (
+                "/sys/fs/bpf/udp-fanout",
+                "Where the TC program is kept under on_exit = \"keep\", unless pin_path says otherwise.",
+            ),
             ("/run/udp-fanout/status.sock", "Where the daemon answers `udp-fanout status`, unless told otherwise."),
         ],
     },
@@ -76,7 +83,8 @@ pub(super) const SECTIONS: [Section; 5] = [
         title: "Signals",
         entries: &[(
             "SIGTERM, SIGINT",
-            "Take the TC program off the interfaces, forward what has been taken in, and exit with 0.",
+            "Take the TC program off the interfaces (or leave it in force, with on_exit = \"keep\"), forward what has been \
+             taken in, and exit with 0.",
         )],
     },
     Section {

@@ -80,6 +80,17 @@ fn command_lines_mean_what_they_say() {
         ("udp-fanout status", status(None, None, false, false, 1_000)),
         ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
+        ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
+        ("udp-fanout man", Invocation::Man),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(parsed(line), expected, "{line}");
+    }
+}
+
+#[test]
+fn options_of_commands_that_look_at_the_host_mean_what_they_say() {
+    let cases = [
         (
             "udp-fanout doctor -c a --sender 10.0.0.2 --sender ::1 --json --kubeconfig k",
             Invocation::Doctor(doctor::Options {
@@ -89,8 +100,15 @@ fn command_lines_mean_what_they_say() {
                 json: true,
             }),
         ),
-        ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
-        ("udp-fanout man", Invocation::Man),
+        (
+            "udp-fanout detach --pin-path p -i eth0 --interface eth1 --force",
+            Invocation::Detach(detach::Options {
+                pin_path: "p".into(),
+                interfaces: vec!["eth0".into(), "eth1".into()],
+                all: false,
+                force: true,
+            }),
+        ),
     ];
     for (line, expected) in cases {
         assert_eq!(parsed(line), expected, "{line}");
@@ -143,6 +161,7 @@ fn every_form_of_the_usage_is_accepted() {
             .replace("LEVEL", "warn")
             .replace("FORMAT", "json")
             .replace("SECS", "2")
+            .replace("NAME...", "eth0")
             .replace("IP...", "10.0.0.2");
         parsed(&with_options.replace("SHELL", "bash"));
     }

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HealthProtocol, Protocol, RequestedMode, STATUS_SOCKET};
+use super::{HEADLESS, HealthProtocol, OnExit, PIN_PATH, Protocol, RequestedMode, STATUS_SOCKET};
 use crate::discovery::{Locality, PortRef, Terminating};
 use crate::model;
 
@@ -18,6 +18,12 @@ pub(super) struct File {
     pub(super) watch_config: bool,
     /// An absolute path; under /run by default.
     pub(super) status_socket: String,
+    /// What becomes of the kernel program when the daemon ends; detached by default.
+    pub(super) on_exit: OnExit,
+    /// An absolute path; under /sys/fs/bpf by default.
+    pub(super) pin_path: String,
+    /// How long the kernel program goes on without a daemon; 300 by default.
+    pub(super) max_headless_secs: u32,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -34,6 +40,9 @@ impl Default for File {
         File {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
+            on_exit: OnExit::default(),
+            pin_path: PIN_PATH.to_owned(),
+            max_headless_secs: HEADLESS,
             listeners: Vec::new(),
             health: Health::default(),
             metrics: None,
@@ -410,6 +419,9 @@ mod tests {
         File {
             watch_config: true,
             status_socket: "s".into(),
+            on_exit: OnExit::Keep,
+            pin_path: "p".into(),
+            max_headless_secs: 1,
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),
@@ -505,10 +517,11 @@ mod tests {
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
                     "health.protocol" => known::<HealthProtocol>(choices),
+                    "on_exit" => known::<OnExit>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 7);
+        assert_eq!(seen, 8);
     }
 }

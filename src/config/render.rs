@@ -29,6 +29,9 @@ pub(super) fn file(config: &Config) -> File {
     File {
         watch_config: config.watch,
         status_socket: config.status_socket.display().to_string(),
+        on_exit: config.succession.on_exit,
+        pin_path: config.succession.pin_path.display().to_string(),
+        max_headless_secs: config.succession.max_headless.map_or(0, |most| most.as_secs() as u32),
         listeners: config.listeners.iter().map(listener).collect(),
         health: health.unwrap_or_default(),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),

@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
+use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source, Succession};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::model::{self, ListenerId};
 
@@ -43,6 +43,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     let health = rules.health(&file.health);
     let metrics = rules.metrics(file.metrics.as_ref());
     let status_socket = rules.check(&top("status_socket"), texts::socket_path(&file.status_socket));
+    let pin_path = rules.check(&top("pin_path"), texts::pin_path(&file.pin_path));
     let warnings = rules.warnings;
     if !problems.is_empty() {
         return None;
@@ -60,6 +61,11 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
             max_senders: file.limits.max_senders,
         },
         status_socket: status_socket?.into(),
+        succession: Succession {
+            on_exit: file.on_exit,
+            pin_path: pin_path?.into(),
+            max_headless: (file.max_headless_secs > 0).then(|| Duration::from_secs(file.max_headless_secs.into())),
+        },
         warnings,
     })
 }

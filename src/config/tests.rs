@@ -303,6 +303,9 @@ fn a_rendering_reads_well() {
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
     let expected = r#"watch_config = true
 status_socket = "/run/udp-fanout/status.sock"
+on_exit = "detach"
+pin_path = "/sys/fs/bpf/udp-fanout"
+max_headless_secs = 300
 
 [[listeners]]
 name = "a"

@@ -7,10 +7,12 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
+use super::pins::{self, Left};
 use crate::host::filters::{BpfFilter, ingress_bpf_filters};
 use crate::plan::LinkRef;
 
@@ -28,6 +30,10 @@ pub struct Attachment {
     program: OwnedFd,
     program_id: u32,
     attached: bool,
+    /// It outlives this value.
+    stays: bool,
+    /// The program that was there before, which gets its place back while there is a way back.
+    before: Option<OwnedFd>,
     /// Held while this daemon serves the interface, so that a second one does not take it over unnoticed.
     _claim: UnixDatagram,
 }
@@ -38,14 +44,22 @@ impl Attachment {
     /// # Errors
     /// When another live daemon serves the interface, when a foreign filter has our place, or with the kernel's reason.
     pub fn new(program: BorrowedFd<'_>, link: &LinkRef) -> Result<Attachment> {
+        Self::instead_of(&[], program, link)
+    }
+
+    /// Likewise, and gives the place back to the one of these programs that had it, if it is dropped before
+    /// [`Attachment::commit`] has been called.
+    ///
+    /// # Errors
+    /// As for [`Attachment::new`].
+    pub fn instead_of(before: &[Left], program: BorrowedFd<'_>, link: &LinkRef) -> Result<Attachment> {
         let claim = claim(link)?;
         let program = program.try_clone_to_owned().context("cannot keep the program's file descriptor")?;
         let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
         let mut hook = hook(program.as_fd(), link.index)?;
         hook.create().map_err(|error| explain(error, link))?;
-        if let Some(occupant) = occupant(link)?
-            && occupant != PROGRAM_NAME
-        {
+        let (occupant, id) = occupant(link)?.unzip();
+        if let Some(occupant) = occupant.filter(|occupant| occupant != PROGRAM_NAME) {
             bail!(
                 "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it with \
                  `tc filter del dev {} ingress pref {PRIORITY} handle {HANDLE:#x} bpf` if it is not needed",
@@ -54,15 +68,28 @@ impl Attachment {
                 link.name
             );
         }
+        let before = before.iter().find(|left| Some(left.id()) == id.flatten()).and_then(Left::program);
+        let before = before.map(|before| before.try_clone_to_owned()).transpose().context("cannot keep a program")?;
         hook.attach().map_err(|error| explain(error, link))?;
         tracing::info!(interface = link.name, "attached TC eBPF program to ingress");
-        Ok(Attachment { link: link.clone(), program, program_id, attached: true, _claim: claim })
+        let (link, attached, stays) = (link.clone(), true, false);
+        Ok(Attachment { link, program, program_id, attached, stays, before, _claim: claim })
     }
 
     /// The interface.
     #[must_use]
     pub fn link(&self) -> &LinkRef {
         &self.link
+    }
+
+    /// Whether it outlives this value.
+    pub fn stay(&mut self, stays: bool) {
+        self.stays = stays;
+    }
+
+    /// There is no way back: the program that was there before is forgotten.
+    pub fn commit(&mut self) {
+        self.before = None;
     }
 
     /// True while the filter on the interface is the one that was attached here.
@@ -85,6 +112,13 @@ impl Attachment {
         if !std::mem::take(&mut self.attached) || !self.in_place() {
             return Ok(());
         }
+        if let Some(before) = self.before.take() {
+            hook(before.as_fd(), self.link.index)?
+                .attach()
+                .with_context(|| format!("cannot give {} back to the earlier TC program", self.link.name))?;
+            tracing::info!(interface = self.link.name, "the TC program of the earlier daemon has its place back");
+            return Ok(());
+        }
         hook(self.program.as_fd(), self.link.index)?
             .detach()
             .with_context(|| format!("cannot detach the TC program from {}", self.link.name))?;
@@ -95,7 +129,11 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
+        if self.stays && self.attached {
+            if self.in_place() {
+                tracing::info!(interface = self.link.name, "the TC eBPF program stays in force without a daemon");
+            }
+        } else if let Err(error) = self.remove() {
             tracing::error!("{error:#}");
         }
     }
@@ -104,14 +142,16 @@ impl Drop for Attachment {
 /// Takes off the filters that daemons which died have left on these interfaces. A filter without its daemon goes on
 /// forwarding by itself, to receivers of yesterday. Those of living daemons, this one included, are left alone.
 ///
-/// Where that takes more privilege than there is, a warning tells the operator what to do.
-pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
+/// Those of daemons that have their pins beside ours, not in the same directory, are left alone too. Where it takes more
+/// privilege than there is, a warning tells the operator what to do.
+pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_path: &Path) {
     super::quiet::route_libbpf_messages();
     // Neither asking nor taking off looks at the program's descriptor: any will do.
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
         let Ok(mut hook) = hook(any.as_fd(), link.index) else { continue };
-        if !occupant(link).is_ok_and(|name| name.as_deref() == Some(PROGRAM_NAME)) {
+        let Ok(Some((name, id))) = occupant(link) else { continue };
+        if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_kept_elsewhere(pin_path, id)) {
             continue;
         }
         // A living daemon holds its own.
@@ -130,19 +170,76 @@ pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
     }
 }
 
+/// Takes the filters of these programs off wherever they are in this network namespace.
+pub fn remove_programs(ids: &[u32]) {
+    for link in all_links() {
+        let theirs = |(_, id): &(String, Option<u32>)| id.is_some_and(|id| ids.contains(&id));
+        if occupant(&link).is_ok_and(|occupant| occupant.as_ref().is_some_and(theirs))
+            && let Err(error) = take_off(&link)
+        {
+            tracing::warn!("{error:#}");
+        }
+    }
+}
+
+/// Takes the filter in our place off an interface, whose ever it is.
+///
+/// # Errors
+/// With the kernel's reason.
+pub fn take_off(link: &LinkRef) -> Result<()> {
+    super::quiet::route_libbpf_messages();
+    // The kernel does not look at the program's descriptor: any will do.
+    let any = UnixDatagram::unbound().context("cannot open a socket")?;
+    let detached = hook(any.as_fd(), link.index)?.detach();
+    detached.with_context(|| format!("cannot take the TC filter off {}", link.name))
+}
+
+/// The program of ours on an interface, be it this daemon's or another's: its id, if the filter's name tells it.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn ours_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
+    Ok(occupant(link)?.filter(|(name, _)| name == PROGRAM_NAME).map(|(_, id)| id))
+}
+
+/// True if a filter of ours is there, and no living daemon's.
+#[must_use]
+pub fn is_left_behind(link: &LinkRef) -> bool {
+    ours_on(link).is_ok_and(|program| program.is_some()) && !is_served(link)
+}
+
+/// True if a living daemon of this network namespace serves the interface.
+#[must_use]
+pub fn is_served(link: &LinkRef) -> bool {
+    claim(link).is_err()
+}
+
+/// The interfaces of this network namespace.
+#[must_use]
+pub fn all_links() -> Vec<LinkRef> {
+    let links = nix::net::if_::if_nameindex();
+    let link = |link: &nix::net::if_::Interface| LinkRef {
+        index: link.index(),
+        name: link.name().to_string_lossy().into_owned(),
+    };
+    links.iter().flat_map(|links| links.iter().map(link).collect::<Vec<_>>()).collect()
+}
+
 fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     let index = i32::try_from(link).context("an interface index is out of range")?;
     let mut builder = TcHookBuilder::new(program);
     Ok(builder.ifindex(index).replace(true).handle(HANDLE).priority(PRIORITY).hook(TC_INGRESS))
 }
 
-/// The name of the program whose filter is in our place on an interface, if there is one. libbpf names a filter after
-/// its program and adds the program's id in brackets.
-fn occupant(link: &LinkRef) -> Result<Option<String>> {
+/// The name and id of the program whose filter is in our place on an interface, if there is one. libbpf names a filter
+/// after its program and adds the program's id in brackets.
+fn occupant(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
     let in_our_place = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
-    let program =
-        |filter: BpfFilter| filter.name.split_once(":[").map_or(filter.name.clone(), |(name, _)| name.to_owned());
+    let program = |filter: BpfFilter| match filter.name.split_once(":[") {
+        Some((name, rest)) => (name.to_owned(), rest.strip_suffix(']').and_then(|id| id.parse().ok())),
+        None => (filter.name, None),
+    };
     Ok(filters.into_iter().find(in_our_place).map(program))
 }
 
