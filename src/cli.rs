@@ -69,6 +69,21 @@ pub enum Invocation {
         /// The time over which rates are taken.
         interval: Duration,
     },
+    /// Show what becomes of single datagrams.
+    Trace {
+        /// The configuration file that names the daemon's status socket, if one is named.
+        config: Option<PathBuf>,
+        /// The socket itself, if it is named.
+        socket: Option<PathBuf>,
+        /// Only this listener's datagrams.
+        listener: Option<String>,
+        /// Only those from these addresses.
+        source: Option<String>,
+        /// End after so many.
+        count: Option<u64>,
+        /// JSON instead of text.
+        json: bool,
+    },
     /// Look for what silently breaks forwarding on this host.
     Doctor(doctor::Options),
     /// Remove what daemons have left in force.
@@ -118,6 +133,13 @@ enum Command {
     /// they receive, forward and drop, and for which reasons; downstreams with their health, their share and what they
     /// get; Kubernetes Services; and what is wrong at the moment. Takes the rights of root or of the daemon's user.
     Status(StatusArgs),
+    /// Show live what becomes of single datagrams
+    ///
+    /// For each one that the kernel program handles: when, from whom, for which listener, which downstream was chosen and
+    /// by which way it leaves; or why it was dropped, or left to the listener's socket. At most 1000 in a second. Costs
+    /// nothing while nobody looks. What is forwarded in user space is not shown. Takes the rights of root or of the
+    /// daemon's user.
+    Trace(TraceArgs),
     /// Look at this host for what silently breaks forwarding
     ///
     /// Privileges and kernel, the interfaces and who is on them before us, routes and neighbours of every downstream,
@@ -203,6 +225,27 @@ struct StatusArgs {
 }
 
 #[derive(Debug, Args)]
+struct TraceArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// The daemon's status socket [default: the one that its configuration names]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Only datagrams of this listener
+    #[arg(long, value_name = "NAME")]
+    listener: Option<String>,
+    /// Only datagrams from this address, or from addresses with this prefix
+    #[arg(long, value_name = "CIDR")]
+    source: Option<String>,
+    /// End after so many lines
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Print JSON, one line for each
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct DoctorArgs {
     #[command(flatten)]
     file: ConfigArg,
@@ -271,6 +314,10 @@ where
         }
         Some(Command::Status(StatusArgs { file, socket, json, watch, interval })) => {
             Invocation::Status { config: only_config("status", before, file)?, socket, json, watch, interval }
+        }
+        Some(Command::Trace(TraceArgs { file, socket, listener, source, count, json })) => {
+            let config = only_config("trace", before, file)?;
+            Invocation::Trace { config, socket, listener, source, count, json }
         }
         Some(Command::Rbac(after)) => {
             let config = only_config("rbac", before, after.file)?;

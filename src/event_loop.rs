@@ -10,6 +10,7 @@ mod reload;
 mod report;
 mod sources;
 mod succession;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -29,6 +30,7 @@ use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
 use self::sources::Sources;
+use self::trace::Tracing;
 use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
@@ -96,6 +98,7 @@ struct Daemon {
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
     drop_log: DropLog,
+    tracing: Tracing,
     /// What is in force.
     config: Config,
     reloading: Reloading,
@@ -117,11 +120,12 @@ struct Timers {
     look_at_host: Option<Instant>,
     upkeep: Option<Instant>,
     beat: Option<Instant>,
+    trace: Option<Instant>,
 }
 
 impl Timers {
     fn next(&self) -> Option<Instant> {
-        [self.tick, self.look_at_host, self.upkeep, self.beat].into_iter().flatten().min()
+        [self.tick, self.look_at_host, self.upkeep, self.beat, self.trace].into_iter().flatten().min()
     }
 }
 
@@ -170,6 +174,7 @@ impl Daemon {
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
             drop_log: DropLog::default(),
+            tracing: Tracing::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
             config,
             waker: Arc::clone(&waker),
@@ -296,7 +301,12 @@ impl Daemon {
                 for event in events {
                     let name = self.controller.listener_name(event.listener).unwrap_or_default();
                     self.drop_log.write(&event, name);
+                    if event.traced {
+                        self.tell_traced(&event);
+                    }
                 }
+                // Someone may have gone meanwhile.
+                self.follow_traces();
             }
             Err(error) => tracing::error!("{error:#}"),
         }
@@ -305,6 +315,7 @@ impl Daemon {
     fn run_timers(&mut self) {
         let now = Instant::now();
         self.beat(now);
+        self.resume_trace(now);
         self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())

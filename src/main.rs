@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
-use udp_fanout::control::status;
+use udp_fanout::control::{follow, status};
 use udp_fanout::discovery::rbac::{self, Account};
 use udp_fanout::{detach, doctor, event_loop, logging, version};
 
@@ -21,6 +21,10 @@ fn main() -> ExitCode {
         Invocation::Status { config, socket, json, watch, interval } => {
             let socket = status::socket(config.as_deref(), socket);
             status::run(&status::Options { socket, json, watch, interval })
+        }
+        Invocation::Trace { config, socket, listener, source, count, json } => {
+            let socket = status::socket(config.as_deref(), socket);
+            follow::run(&follow::Options { socket, listener, source, count, json })
         }
         Invocation::Detach(options) => detach::run(&options),
         Invocation::Completions(shell) => cli::print(&cli::completions(shell)),

@@ -101,6 +101,17 @@ fn options_of_commands_that_look_at_the_host_mean_what_they_say() {
             }),
         ),
         (
+            "udp-fanout -c a trace --listener l --source 10.0.0.0/8 --count 3 --json",
+            Invocation::Trace {
+                config: Some("a".into()),
+                socket: None,
+                listener: Some("l".into()),
+                source: Some("10.0.0.0/8".into()),
+                count: Some(3),
+                json: true,
+            },
+        ),
+        (
             "udp-fanout detach --pin-path p -i eth0 --interface eth1 --force",
             Invocation::Detach(detach::Options {
                 pin_path: "p".into(),
@@ -161,6 +172,8 @@ fn every_form_of_the_usage_is_accepted() {
             .replace("LEVEL", "warn")
             .replace("FORMAT", "json")
             .replace("SECS", "2")
+            .replace("CIDR", "10.0.0.0/8")
+            .replace("-n N", "-n 3")
             .replace("NAME...", "eth0")
             .replace("IP...", "10.0.0.2");
         parsed(&with_options.replace("SHELL", "bash"));

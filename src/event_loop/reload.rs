@@ -238,6 +238,7 @@ impl Daemon {
         if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
             self.give_kernel_up();
         }
+        self.trace_anew();
     }
 
     /// The plan is in force: the rest follows, none of which can fail any more.
