@@ -15,13 +15,19 @@ KERNELS ?=
 PREFIX     ?= /usr/local
 SYSCONFDIR ?= /etc
 DESTDIR    ?=
+# make image
+IMAGE      ?= udp-fanout:latest
+ENGINE     ?=
+BASE       ?=
+RUST_IMAGE ?=
+IMAGE_ARGS ?=
 # make vmlinux
 BTF ?= /sys/kernel/btf/vmlinux
 
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench install clean vmlinux
+.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -60,14 +66,21 @@ lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd uni
 fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
 	$(CARGO) fmt
-	clang-format -i bpf/*.c bpf/*.h benches/support/*.c
+	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
 
-bench: ## Run the benchmarks, beside the programs that others use instead (installs them)
+bench: ## Run the benchmarks, beside the programs that others use instead (installs them): ARGS=--quick
 	@scripts/deps.sh build run test bench
 	@scripts/bench.sh $(ARGS)
 
+bench-kernel: ## Compare the kernel program with the least that any could do, and with other ways through the kernel
+	@scripts/deps.sh build run test bench
+	@scripts/bench.sh --bench kernel -- $(ARGS)
+
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
+
+image: ## Build the container image IMAGE=udp-fanout:latest with docker, podman or buildah: BASE=, RUST_IMAGE=
+	@IMAGE='$(IMAGE)' ENGINE='$(ENGINE)' BASE='$(BASE)' RUST_IMAGE='$(RUST_IMAGE)' IMAGE_ARGS='$(IMAGE_ARGS)' scripts/image.sh
 
 clean: ## Remove what was built
 	$(CARGO) clean

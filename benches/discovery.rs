@@ -8,7 +8,7 @@
 //! - to the arrival of the update on the event loop's channel.
 //! - slices to downstreams, which is the part of our own code that does no I/O.
 //!
-//! `cargo bench --bench discovery` prints the distributions; `-- --test` runs it briefly. The first is held to 10 ms at the
+//! `cargo bench --bench discovery` prints the distributions; `-- --test` or `-- --quick` runs it briefly. The first is held to 10 ms at the
 //! 99th percentile.
 
 #![allow(
@@ -49,7 +49,7 @@ fn changed(flip: bool) -> serde_json::Value {
 }
 
 fn main() {
-    let brief = std::env::args().any(|argument| argument == "--test");
+    let brief = std::env::args().any(|argument| argument == "--test" || argument == "--quick");
     let rounds = if brief { 20 } else { 2000 };
     let pause = Limits::default().coalesce * 2;
     if nix::unistd::geteuid().is_root() {

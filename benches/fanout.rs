@@ -1,8 +1,10 @@
-//! How fast datagrams are forwarded, beside what else could forward them: `cargo bench --bench fanout`, as root.
+//! How fast datagrams are forwarded, beside what else could forward them: `make bench`, or, as root,
+//! `cargo bench --bench fanout`.
 //!
-//! Each contender gets the same load in the same network, one after the other, several times round. Arguments name the
-//! contenders that take part, by the beginnings of their names; `--rounds N`, `--size BYTES`, `--downstreams N`, `--many`
-//! choose the rest.
+//! Each contender gets the same load in the same network, one after the other, several times round. Without arguments
+//! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced. With
+//! `--quick`, which takes less than three minutes, or with words, which choose sections whose names begin so, the report
+//! goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` says how often.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,94 +18,83 @@ mod bench;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::bed::Bed;
-use bench::contenders::bare::{self, Calls};
-use bench::contenders::{Contender, Task, daemon, nginx};
-use bench::generator::Load;
-use bench::trial::{self, Setup, Terms};
+use bench::results::{Machine, Results};
+use bench::suite::{self, Effort};
+use bench::{control, report};
 
 /// What the command line asks for.
+#[derive(Default)]
 struct Options {
-    names: Vec<String>,
-    rounds: usize,
-    size: usize,
-    downstreams: u32,
-    many: bool,
+    sections: Vec<String>,
+    rounds: Option<usize>,
+    quick: bool,
+    out: Option<PathBuf>,
+}
+
+impl Options {
+    fn wants(&self, section: &str) -> bool {
+        self.sections.is_empty() || self.sections.iter().any(|name| section.starts_with(name.as_str()))
+    }
+
+    /// Everything is measured thoroughly, so that the project's documents may say so.
+    fn full(&self) -> bool {
+        self.sections.is_empty() && !self.quick && self.out.is_none()
+    }
+
+    fn effort(&self) -> Effort {
+        if self.quick {
+            return Effort { rounds: self.rounds.unwrap_or(1), length: Duration::from_millis(150), precision: 0.08 };
+        }
+        Effort { rounds: self.rounds.unwrap_or(5), length: Duration::from_millis(300), precision: 0.04 }
+    }
 }
 
 fn main() -> Result<()> {
     let options = options()?;
-    let bed = Bed::build()?;
-    let mut contenders = contenders();
-    contenders.retain(|contender| {
-        options.names.is_empty() || options.names.iter().any(|name| contender.name.starts_with(name.as_str()))
-    });
-    let task = Task { downstreams: options.downstreams, replicate: false };
-    let load = if options.many { Load::many_senders(options.size) } else { Load::one_sender(options.size) };
-    println!("{load:?}, {task:?}");
-    println!(
-        "{:<16} {:>11} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9}",
-        "", "lossless/s", "overload/s", "ns each", "ns, half", "p50 us", "p99 us", "p99.9 us"
-    );
-    for _ in 0..options.rounds {
-        for contender in &contenders {
-            measure(&bed, contender, &task, load).with_context(|| contender.name.clone())?;
-        }
+    let machine = Machine::here();
+    if machine.load_before > 0.5 {
+        eprintln!("Other programs are running (load average {:.2}): figures will be too low.", machine.load_before);
+    }
+    let (effort, bed) = (options.effort(), Bed::build()?);
+    let mut tables = Vec::new();
+    for section in suite::sections(options.quick).iter().filter(|section| options.wants(&section.key)) {
+        tables.push(suite::compare(&bed, section, effort)?);
+    }
+    let control = if options.wants("control") { control::measure(&bed, effort.rounds.max(3))? } else { Vec::new() };
+    let results = Results { machine, rounds: effort.rounds, tables, control };
+    println!("\n{}", report::tables(&results, "."));
+    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let directory = match &options.out {
+        Some(directory) => directory.clone(),
+        None if options.full() => project.join("docs/benchmarks"),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("benchmarks"),
+    };
+    report::write(&results, &directory)?;
+    println!("Written: {}", directory.display());
+    if options.full() {
+        report::insert(&results, &project.join("docs/BENCHMARKS.md"), "benchmarks")?;
+        println!("Written: docs/BENCHMARKS.md");
     }
     Ok(())
 }
 
-/// The lossless rate; what is carried at twice that; latency at half of it.
-fn measure(bed: &Bed, contender: &Contender, task: &Task, load: Load) -> Result<()> {
-    let terms = Terms { length: Duration::from_millis(300), copies: 1 };
-    let mut at = Setup { bed, generator: bed.sender(load)?, contender: (contender.start)(bed, task)? };
-    // Neighbours are resolved and memory is touched.
-    trial::run(&mut at, 1000.0, Terms { length: Duration::from_millis(50), copies: 1 }, false)?;
-    let best = trial::lossless(&mut at, terms, 0.04)?;
-    let over = trial::run(&mut at, best * 2.0, terms, false)?;
-    let half = trial::run(&mut at, best / 2.0, terms, true)?;
-    let latency = |share| half.latencies.as_ref().and_then(|all| all.quantile(share)).unwrap_or(0) as f64 / 1e3;
-    println!(
-        "{:<16} {best:>11.0} {:>11.0} {:>9.0} {:>9.0} {:>9.1} {:>9.1} {:>9.1}",
-        contender.name,
-        over.rate,
-        over.cpu(),
-        half.cpu(),
-        latency(0.5),
-        latency(0.99),
-        latency(0.999)
-    );
-    Ok(())
-}
-
-fn contenders() -> Vec<Contender> {
-    let joined = Calls { take: 32, joined: true };
-    let single = Calls { take: 64, joined: false };
-    vec![
-        Contender::program("bare", move |bed, task| bare::start(bed, task, joined)),
-        Contender::program("bare single", move |bed, task| bare::start(bed, task, single)),
-        Contender::program("udp-fanout", |bed, task| daemon::start(bed, task, "userspace", "")),
-        Contender::program("nginx packet", |bed, task| nginx::start(bed, task, true)),
-        Contender::program("nginx session", |bed, task| nginx::start(bed, task, false)),
-    ]
-}
-
 fn options() -> Result<Options> {
-    let mut options = Options { names: Vec::new(), rounds: 3, size: 100, downstreams: 3, many: false };
+    let mut options = Options::default();
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
         match word.as_str() {
             // Given by cargo.
             "--bench" => {}
-            "--rounds" => options.rounds = value()?.parse()?,
-            "--size" => options.size = value()?.parse()?,
-            "--downstreams" => options.downstreams = value()?.parse()?,
-            "--many" => options.many = true,
-            _ => options.names.push(word),
+            "--quick" => options.quick = true,
+            "--rounds" => options.rounds = Some(value()?.parse()?),
+            "--out" => options.out = Some(value()?.into()),
+            _ => options.sections.push(word),
         }
     }
     Ok(options)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Hands a rewritten datagram on, the fastest way that is safe.
+ * Rewrites a datagram and hands it on, the fastest way that is safe.
  *
  * Asking the kernel for the neighbour of every packet would cost more than all the rest of this program, so each CPU
  * remembers what it was told. It forgets within two clock ticks (2 to 20 ms, after CONFIG_HZ), and the packet that asks
@@ -72,8 +72,6 @@ static __always_inline int redirect_known(struct __sk_buff *skb, struct packet *
 					  const struct downstream *to, const struct next_hop *known,
 					  bool straight)
 {
-	if (bpf_skb_store_bytes(skb, 0, known->macs, sizeof(known->macs), 0))
-		return TC_ACT_SHOT;
 	if (straight && leads_into_pod(to, known))
 		return redirect_into_pod(skb, pkt, known);
 	pkt->way = WAY_KNOWN;
@@ -181,21 +179,41 @@ static __always_inline bool has_way_out(struct __sk_buff *skb, const struct pack
 	return known->ifindex;
 }
 
-static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
-				       const struct downstream *to, __u32 to_id, bool straight)
+/* Chooses the way out. Nothing is sent before the program ends. */
+static __always_inline int redirect_out(struct __sk_buff *skb, struct packet *pkt,
+					const struct downstream *to, struct next_hop *known,
+					bool straight)
 {
-	struct next_hop *known;
-
-	if (to->flags & DOWNSTREAM_BARE) {
-		pkt->way = WAY_BARE;
-		return bpf_redirect(to->ifindex, 0);
-	}
-	known = bpf_map_lookup_elem(&next_hops, &to_id);
-	if (!known)
-		return TC_ACT_SHOT;
 	if (fresh(known) || (!has_redirects && known->ifindex))
 		return redirect_known(skb, pkt, to, known, straight);
 	return look_up_and_redirect(skb, pkt, to, known, straight);
+}
+
+/* What deliver_out() answers if the packet could not be written to, beside TC_ACT_REDIRECT and TC_ACT_SHOT. */
+#define NOT_REWRITTEN -2
+
+/* Rewrites a datagram and sends it out, one hop older. */
+static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
+				       const struct downstream *to, __u32 to_id, bool straight)
+{
+	const __u8 *macs = NULL;
+	struct next_hop *known;
+	int verdict;
+
+	if (to->flags & DOWNSTREAM_BARE) {
+		pkt->way = WAY_BARE;
+		verdict = bpf_redirect(to->ifindex, 0);
+	} else {
+		known = bpf_map_lookup_elem(&next_hops, &to_id);
+		if (!known)
+			return TC_ACT_SHOT;
+		verdict = redirect_out(skb, pkt, to, known, straight);
+		if (pkt->way != WAY_NEIGHBOUR)
+			macs = known->macs;
+	}
+	if (verdict != TC_ACT_REDIRECT)
+		return TC_ACT_SHOT;
+	return rewrite(skb, pkt, to, macs, next_ttl(pkt)) ? NOT_REWRITTEN : verdict;
 }
 
 #endif

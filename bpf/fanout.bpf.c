@@ -2,7 +2,7 @@
 /*
  * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage.
  *
- * Attached at TC ingress (clsact) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
+ * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
  * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
  * where TC_ACT_OK would end their turn.
  */
@@ -64,7 +64,7 @@ static __always_inline int forwarded(struct outcome *outcome, int verdict)
 static __always_inline int forward_local(struct __sk_buff *skb, struct packet *pkt,
 					 struct outcome *outcome)
 {
-	if (rewrite_destination(skb, pkt, outcome->to, false))
+	if (rewrite(skb, pkt, outcome->to, NULL, pkt->ttl))
 		return drop(outcome, DROP_REWRITE_FAILED);
 	pkt->way = WAY_LOCAL;
 	return forwarded(outcome, TC_ACT_UNSPEC);
@@ -74,6 +74,7 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 				       struct outcome *outcome)
 {
 	const struct downstream *to = outcome->to;
+	int verdict;
 
 	if (!may_travel(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
@@ -82,16 +83,16 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 		return pass(outcome);
 	if (!has_way_out(skb, pkt, to, outcome->to_id))
 		return pass(outcome);
-	if (rewrite_destination(skb, pkt, to, false) || decrement_ttl(skb, pkt))
+	verdict = deliver_out(skb, pkt, to, outcome->to_id, true);
+	if (verdict == NOT_REWRITTEN)
 		return drop(outcome, DROP_REWRITE_FAILED);
-	if (deliver_out(skb, pkt, to, outcome->to_id, true) != TC_ACT_REDIRECT)
+	if (verdict != TC_ACT_REDIRECT)
 		return drop(outcome, DROP_REDIRECT_FAILED);
 	return forwarded(outcome, TC_ACT_REDIRECT);
 }
 
 /*
- * To all downstreams. Every copy is one hop older, also one that stays on this host. A later fragment goes by the table as
- * it is now: whoever was in it and still is gets all of them.
+ * To all downstreams. A later fragment goes by the table as it is now: whoever was in it and still is gets all of them.
  */
 static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 				     const struct packet *pkt, const struct table *table,
@@ -103,8 +104,6 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 		return drop(outcome, DROP_TTL_EXPIRED);
 	if (pkt->ip_len > table->least_mtu)
 		return pass(outcome);
-	if (decrement_ttl(skb, pkt))
-		return drop(outcome, DROP_REWRITE_FAILED);
 	if (!send_copies(skb, pkt, listener_id, table, &verdict))
 		return drop(outcome, DROP_NO_ROUTE);
 	return forwarded(outcome, verdict);
@@ -173,7 +172,31 @@ static __always_inline enum fragments_fate fate_of(const struct outcome *outcome
 	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
 }
 
-/* A datagram or first fragment of somebody else's, or that nobody is there for. The later ones, which do not tell whose they are, shall be left alone too. */
+/*
+ * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
+ * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
+ */
+#define SEEN_FIRST_WORD 0x5a17fa0d
+#define SEEN_SECOND_WORD 0xc3d20e91
+
+static __always_inline bool was_seen(const struct __sk_buff *skb)
+{
+	return skb->cb[0] == SEEN_FIRST_WORD && skb->cb[1] == SEEN_SECOND_WORD;
+}
+
+static __always_inline int seen(struct __sk_buff *skb, int verdict)
+{
+	if (verdict == TC_ACT_UNSPEC) {
+		skb->cb[0] = SEEN_FIRST_WORD;
+		skb->cb[1] = SEEN_SECOND_WORD;
+	}
+	return verdict;
+}
+
+/*
+ * A datagram or first fragment of somebody else's, or that no daemon is there for. The later fragments, which do not tell
+ * whose they are, shall be left alone too.
+ */
 static __always_inline int leave(struct packet *pkt)
 {
 	pkt->fate = FRAGMENTS_PASSED;
@@ -200,10 +223,10 @@ int udp_fanout(struct __sk_buff *skb)
 	int verdict = TC_ACT_UNSPEC, before;
 	bool later = false;
 
-	if (parse(skb, &pkt) != PARSE_OK)
+	if (parse(skb, &pkt) != PARSE_OK || was_seen(skb))
 		return TC_ACT_UNSPEC;
 	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
-		return verdict;
+		return seen(skb, verdict);
 	if (pkt.part == LATER_FRAGMENT) {
 		later = true;
 	} else {
@@ -221,17 +244,17 @@ int udp_fanout(struct __sk_buff *skb)
 	if (later) {
 		verdict = follow_up(skb, &pkt);
 		if (verdict < TO_ALL)
-			return verdict;
+			return seen(skb, verdict);
 		listener_id = verdict - TO_ALL;
 	}
 	verdict = take(skb, listener_id, flags, &pkt, later, &outcome);
 	if (later)
-		return outcome.kind == EVENT_FORWARDED ? verdict : lose_fragment();
+		return outcome.kind == EVENT_FORWARDED ? seen(skb, verdict) : lose_fragment();
 	settle(skb, listener_id, &pkt, &outcome);
 	if (pkt.part) {
 		pkt.fate = fate_of(&outcome);
 		if (put_down(&pkt))
 			remember_fate(listener_id, outcome.to_id);
 	}
-	return verdict;
+	return seen(skb, verdict);
 }

@@ -166,17 +166,16 @@ static __always_inline int forward_fragment(struct __sk_buff *skb, struct packet
 {
 	__u32 to_id = of->to_id;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
-	bool later = pkt->part == LATER_FRAGMENT;
 
 	if (!to || to->addr_be[0] != of->to.addr_be[0] || to->addr_be[1] != of->to.addr_be[1] ||
 	    to->addr_be[2] != of->to.addr_be[2] || to->addr_be[3] != of->to.addr_be[3] ||
 	    to->port_be != of->to.port_be)
 		return lose_fragment();
 	if (to->delivery == DELIVER_LOCAL)
-		return rewrite_destination(skb, pkt, to, later) ? lose_fragment() : TC_ACT_UNSPEC;
+		return rewrite(skb, pkt, to, NULL, pkt->ttl) ? lose_fragment() : TC_ACT_UNSPEC;
 	if (to->delivery != DELIVER_NEIGHBOUR || !may_travel(pkt) || pkt->ip_len > to->mtu ||
-	    !has_way_out(skb, pkt, to, to_id) || rewrite_destination(skb, pkt, to, later) ||
-	    decrement_ttl(skb, pkt) || deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
+	    !has_way_out(skb, pkt, to, to_id) ||
+	    deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
 		return lose_fragment();
 	return TC_ACT_REDIRECT;
 }

@@ -12,20 +12,10 @@
 #define FANOUT_REPLICATE_H
 
 /*
- * A clone that enters this host once more. The kernel looks at the link-layer address again and leaves to others what
- * is not addressed to this host, so the one that the packet came with must be there, and not a downstream's.
+ * A clone that enters this host once more. Marked, so that this program leaves it alone when it meets it again; it would
+ * take a fragment for one that it has not seen.
  */
-static __always_inline int clone_inwards(struct __sk_buff *skb, const struct work *work)
-{
-	return bpf_skb_store_bytes(skb, 0, work->macs, sizeof(work->macs), 0)
-		       ?: bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
-}
-
-/*
- * Marked, so that this program leaves it alone when it meets it again. It would take a fragment for one that it has
- * not seen.
- */
-static __always_inline int send_around(struct __sk_buff *skb, const struct work *work, __u32 to_id)
+static __always_inline int send_around(struct __sk_buff *skb, __u32 to_id)
 {
 	__u32 mark = skb->mark;
 	int err;
@@ -33,7 +23,7 @@ static __always_inline int send_around(struct __sk_buff *skb, const struct work 
 	if (to_id & AROUND_MASK)
 		return -1;
 	skb->mark = AROUND_MARK | to_id;
-	err = clone_inwards(skb, work);
+	err = bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	skb->mark = mark;
 	return err;
 }
@@ -82,28 +72,61 @@ static __always_inline bool find_known(struct __sk_buff *skb, const struct packe
 	return found->ifindex;
 }
 
-static __always_inline int send_clone(struct __sk_buff *skb, struct work *work,
-				      const struct downstream *to, __u32 to_id)
+enum copy_result {
+	COPY_SENT = 0,
+	COPY_NOT_WANTED = 1, /* not in this downstream's sample */
+	COPY_FAILED = 2, /* counted; the next copy is not affected */
+	COPY_BROKEN = 3, /* counted; the packet is no longer whole */
+	COPY_REDIRECTED = 4, /* sent, and the packet itself is on its way out */
+};
+
+/* The packet has become the copy for one downstream; the next rewrite begins from there. */
+static __always_inline void became_copy(struct packet *pkt, const struct downstream *to)
+{
+	__builtin_memcpy(pkt->dst.addr_be, to->addr_be, sizeof(to->addr_be));
+	pkt->dst.port_be = to->port_be;
+}
+
+/* Makes the packet the copy for one downstream. Every copy is one hop older, also one that stays on this host. */
+static __always_inline bool become_copy(struct __sk_buff *skb, struct packet *pkt,
+					const struct downstream *to, const __u8 *macs)
+{
+	if (rewrite(skb, pkt, to, macs, next_ttl(pkt)))
+		return false;
+	became_copy(pkt, to);
+	return true;
+}
+
+/*
+ * A clone. One that goes around meets the kernel's look at the link-layer address again, which leaves to others what is
+ * not addressed to this host: so it has the one that the packet came with, and not a downstream's.
+ */
+static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct work *work,
+						   const struct downstream *to, __u32 to_id)
 {
 	struct packet *pkt = &work->pkt;
-	struct next_hop found;
+	struct next_hop found = { .ifindex = to->ifindex };
+	const __u8 *macs = NULL;
 
+	pkt->way = WAY_BARE;
 	if (to->delivery == DELIVER_LOCAL) {
 		pkt->way = WAY_LOCAL;
-		return send_around(skb, work, to_id);
+		macs = work->macs;
+	} else if (!(to->flags & DOWNSTREAM_BARE)) {
+		pkt->way = WAY_KNOWN;
+		macs = found.macs;
+		if (!find_known(skb, pkt, to, to_id, &found)) {
+			pkt->way = WAY_NEIGHBOUR;
+			macs = work->macs;
+		}
 	}
-	if (to->flags & DOWNSTREAM_BARE) {
-		pkt->way = WAY_BARE;
-		return bpf_clone_redirect(skb, to->ifindex, 0);
-	}
-	if (!find_known(skb, pkt, to, to_id, &found)) {
-		pkt->way = WAY_NEIGHBOUR;
-		return has_redirects ? send_around(skb, work, to_id) : -1;
-	}
-	pkt->way = WAY_KNOWN;
-	if (bpf_skb_store_bytes(skb, 0, found.macs, sizeof(found.macs), 0))
-		return -1;
-	return bpf_clone_redirect(skb, found.ifindex, 0);
+	if (pkt->way == WAY_NEIGHBOUR && !has_redirects)
+		return COPY_FAILED;
+	if (!become_copy(skb, pkt, to, macs))
+		return COPY_BROKEN;
+	if (pkt->way == WAY_LOCAL || pkt->way == WAY_NEIGHBOUR)
+		return send_around(skb, to_id) ? COPY_FAILED : COPY_SENT;
+	return bpf_clone_redirect(skb, found.ifindex, 0) ? COPY_FAILED : COPY_SENT;
 }
 
 /* The lot that all fragments of a datagram draw for one downstream. */
@@ -114,30 +137,14 @@ static __noinline __u32 lot_of(const struct packet *pkt, const struct downstream
 	return hash_end(hash_word(hash_words4(hash, to->addr_be), to->port_be), 40);
 }
 
+#define SAMPLE_ALL 0xffffffff
+
 /* True if the downstream is to have a copy. */
 static __always_inline bool in_sample(const struct packet *pkt, const struct downstream *to)
 {
-	return (pkt->part ? lot_of(pkt, to) : bpf_get_prandom_u32()) <= to->sample;
+	return to->sample == SAMPLE_ALL ||
+	       (pkt->part ? lot_of(pkt, to) : bpf_get_prandom_u32()) <= to->sample;
 }
-
-/* Makes the packet the copy for one downstream. Its destination then is that downstream's, for the next rewrite. */
-static __always_inline int become_copy(struct __sk_buff *skb, struct packet *pkt,
-				       const struct downstream *to)
-{
-	if (rewrite_destination(skb, pkt, to, pkt->part == LATER_FRAGMENT))
-		return -1;
-	__builtin_memcpy(pkt->dst.addr_be, to->addr_be, sizeof(to->addr_be));
-	pkt->dst.port_be = to->port_be;
-	return 0;
-}
-
-enum copy_result {
-	COPY_SENT = 0,
-	COPY_NOT_WANTED = 1, /* not in this downstream's sample */
-	COPY_FAILED = 2, /* counted; the next copy is not affected */
-	COPY_BROKEN = 3, /* counted; the packet is no longer whole */
-	COPY_REDIRECTED = 4, /* sent, and the packet itself is on its way out */
-};
 
 static __always_inline enum copy_result fail_copy(struct __sk_buff *skb, __u32 listener_id,
 						  const struct work *work,
@@ -157,6 +164,11 @@ static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
 	note(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPIED);
 }
 
+static __always_inline enum drop_reason reason_of(enum copy_result failure)
+{
+	return failure == COPY_BROKEN ? DROP_REWRITE_FAILED : DROP_REDIRECT_FAILED;
+}
+
 /*
  * One clone. A global function, which the verifier checks once and not once for every copy; such functions take only
  * the context and numbers on every kernel, so the packet comes through a map.
@@ -166,17 +178,15 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	__u32 zero = 0, to_id = 0;
 	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	struct downstream *to = downstream_at(slot, &to_id);
-	struct packet *pkt;
+	enum copy_result result;
 
 	if (!work || !to || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
-	pkt = &work->pkt;
 	if (to->delivery == DELIVER_NOWHERE)
 		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
-	if (become_copy(skb, pkt, to))
-		return fail_copy(skb, listener_id, work, to, DROP_REWRITE_FAILED, COPY_BROKEN);
-	if (send_clone(skb, work, to, to_id))
-		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
+	result = send_clone(skb, work, to, to_id);
+	if (result != COPY_SENT)
+		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
 	copy_sent(skb, listener_id, work, to, to_id);
 	return COPY_SENT;
 }
@@ -187,8 +197,9 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	__u32 zero = 0, to_id = 0;
 	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
 	struct downstream *to = downstream_at(slot, &to_id);
-	struct packet *pkt;
+	enum copy_result result = COPY_SENT;
 	int verdict = TC_ACT_UNSPEC;
+	struct packet *pkt;
 
 	if (!work || !to || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
@@ -197,16 +208,18 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
 	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
 		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
-	if (become_copy(skb, pkt, to))
-		return fail_copy(skb, listener_id, work, to, DROP_REWRITE_FAILED, COPY_BROKEN);
 	pkt->way = WAY_LOCAL;
 	if (to->delivery == DELIVER_NEIGHBOUR) {
 		/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
 		verdict = deliver_out(skb, pkt, to, to_id, false);
 		if (verdict != TC_ACT_REDIRECT)
-			return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED,
-					 COPY_FAILED);
+			result = verdict == NOT_REWRITTEN ? COPY_BROKEN : COPY_FAILED;
+	} else if (rewrite(skb, pkt, to, NULL, next_ttl(pkt))) {
+		result = COPY_BROKEN;
 	}
+	if (result != COPY_SENT)
+		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
+	became_copy(pkt, to);
 	copy_sent(skb, listener_id, work, to, to_id);
 	return verdict == TC_ACT_REDIRECT ? COPY_REDIRECTED : COPY_SENT;
 }

@@ -5,74 +5,18 @@
  *
  * Of a datagram in fragments, the UDP checksum is in the first, and is changed there by the difference that the new address
  * makes; the later ones have an address only.
+ *
+ * Whatever else changes lies side by side, and is written at once: a helper's call costs as much as all of this program's
+ * arithmetic. Not written directly, which would have the kernel unshare every packet before this program sees it, also
+ * those that are none of ours.
  */
 #ifndef FANOUT_REWRITE_H
 #define FANOUT_REWRITE_H
 
 #define L4_CSUM_OFF (offsetof(struct udphdr, check))
-#define IPV4_OFF(field) (L3_OFF + offsetof(struct iphdr, field))
-#define IPV6_OFF(field) (L3_OFF + offsetof(struct ipv6hdr, field))
 
 /* A UDP checksum of zero means "none" and stays zero; one that becomes zero is written as 0xffff (RFC 768). */
 #define UDP_CSUM BPF_F_MARK_MANGLED_0
-
-static __always_inline int rewrite_port(struct __sk_buff *skb, const struct packet *pkt,
-					__be16 port_be)
-{
-	if (port_be == pkt->dst.port_be)
-		return 0;
-	return bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, pkt->dst.port_be, port_be,
-				   UDP_CSUM | sizeof(port_be))
-		       ?: bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest),
-					      &port_be, sizeof(port_be), 0);
-}
-
-static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
-					__be32 addr_be, bool later)
-{
-	__be32 old_be = pkt->dst.addr_be[3];
-
-	if (!later && bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, old_be, addr_be,
-					  BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(addr_be)))
-		return -1;
-	return bpf_l3_csum_replace(skb, IPV4_OFF(check), old_be, addr_be, sizeof(addr_be))
-		       ?: bpf_skb_store_bytes(skb, IPV4_OFF(daddr), &addr_be, sizeof(addr_be), 0);
-}
-
-/*
- * In IPv6 the address is covered by the UDP checksum alone. For CHECKSUM_COMPLETE the two changes cancel out in the
- * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the store must for the address.
- */
-static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-					const __be32 *addr_be, bool later)
-{
-	__s64 diff;
-
-	if (!later) {
-		diff = bpf_csum_diff((__be32 *)pkt->dst.addr_be, 16, (__be32 *)addr_be, 16, 0);
-		if (bpf_l4_csum_replace(skb, pkt->l4_off + L4_CSUM_OFF, 0, diff,
-					BPF_F_PSEUDO_HDR | UDP_CSUM))
-			return -1;
-	}
-	return bpf_skb_store_bytes(skb, IPV6_OFF(daddr), addr_be, 16, BPF_F_RECOMPUTE_CSUM);
-}
-
-/*
- * Writes the downstream's address and port; in a later fragment, the address alone. On an error the packet may be half
- * changed and must be dropped.
- */
-static __always_inline int rewrite_destination(struct __sk_buff *skb, const struct packet *pkt,
-					       const struct downstream *to, bool later)
-{
-	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
-	int err;
-
-	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
-		return -1;
-	err = pkt->v6 ? rewrite_ipv6(skb, pkt, to->addr_be, later)
-		      : rewrite_ipv4(skb, pkt, to->addr_be[3], later);
-	return err || later ? err : rewrite_port(skb, pkt, to->port_be);
-}
 
 /* How long to live a datagram to a group has from here on: as long as one that a host sends (RFC 1340). */
 #define DEFAULT_TTL 64
@@ -86,18 +30,156 @@ static __always_inline bool may_travel(const struct packet *pkt)
 	return pkt->ttl > 1 || pkt->group;
 }
 
-/* One hop less to live, as any router would (RFC 1812, 5.3.1). The caller has seen that it may travel. */
-static __always_inline int decrement_ttl(struct __sk_buff *skb, const struct packet *pkt)
+/* One hop less to live, as any router would have it (RFC 1812, 5.3.1). The caller has seen that it may travel. */
+static __always_inline __u8 next_ttl(const struct packet *pkt)
 {
-	__u8 ttl = pkt->group ? DEFAULT_TTL : pkt->ttl - 1;
+	return pkt->group ? DEFAULT_TTL : pkt->ttl - 1;
+}
 
-	if (pkt->v6)
-		return bpf_skb_store_bytes(skb, IPV6_OFF(hop_limit), &ttl, sizeof(ttl),
-					   BPF_F_RECOMPUTE_CSUM);
+/* Everything before the payload of a datagram over IPv4, or before that of its later fragment, without the ports. */
+struct head_ipv4 {
+	__u16 padding; /* so that the stack may be accessed in words */
+	__u8 macs[12];
+	__be16 protocol_be;
+	struct iphdr ip;
+	__be16 ports_be[2];
+};
+
+/* The checksum's new value when `sum` is the sum of the words that came and, inverted, of those that went (RFC 1624). */
+static __always_inline __u16 csum_after(__u16 check, __u32 sum)
+{
+	sum += (__u16)~check;
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~((sum & 0xffff) + (sum >> 16));
+}
+
+static __always_inline __u32 words_of(__be32 addr_be)
+{
+	return (addr_be & 0xffff) + (addr_be >> 16);
+}
+
+static __always_inline void change_ipv4(struct iphdr *ip, __be32 addr_be, __u8 ttl)
+{
 	/* The checksum works on 16-bit words: TTL is the high byte of the one it shares with the protocol. */
-	return bpf_l3_csum_replace(skb, IPV4_OFF(check), bpf_htons(pkt->ttl << 8 | IPPROTO_UDP),
-				   bpf_htons(ttl << 8 | IPPROTO_UDP), sizeof(__u16))
-		       ?: bpf_skb_store_bytes(skb, IPV4_OFF(ttl), &ttl, sizeof(ttl), 0);
+	__u16 old = bpf_htons(ip->ttl << 8), new = bpf_htons(ttl << 8);
+
+	ip->check =
+		csum_after(ip->check, words_of(~ip->daddr) + words_of(addr_be) + (__u16)~old + new);
+	ip->ttl = ttl;
+	ip->daddr = addr_be;
+}
+
+/* Whether the checksum helper has changed what the new address and port change. A later fragment has neither. */
+static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct downstream *to)
+{
+	__u32 offset = pkt->l4_off + L4_CSUM_OFF;
+
+	if (pkt->part == LATER_FRAGMENT)
+		return true;
+	if (bpf_l4_csum_replace(skb, offset, pkt->dst.addr_be[3], to->addr_be[3],
+				BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(__be32)))
+		return false;
+	return to->port_be == pkt->dst.port_be ||
+	       !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
+				    UDP_CSUM | sizeof(__be16));
+}
+
+static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
+					const struct downstream *to, const __u8 *macs, __u8 ttl)
+{
+	bool later = pkt->part == LATER_FRAGMENT;
+	void *data, *data_end;
+	struct head_ipv4 head;
+	__u32 length;
+
+	if (!csum_ipv4(skb, pkt, to))
+		return -1;
+	data = frame_start(skb);
+	data_end = frame_end(skb);
+	if (data + L3_OFF + sizeof(head.ip) > data_end)
+		return -1;
+	__builtin_memcpy(&head.ip, data + L3_OFF, sizeof(head.ip));
+	change_ipv4(&head.ip, to->addr_be[3], ttl);
+	head.ports_be[0] = pkt->sport_be;
+	head.ports_be[1] = to->port_be;
+	length = sizeof(head.ip) + (later ? 0 : sizeof(head.ports_be));
+	if (!macs)
+		return bpf_skb_store_bytes(skb, L3_OFF, &head.ip, length, 0);
+	__builtin_memcpy(head.macs, macs, sizeof(head.macs));
+	head.protocol_be = bpf_htons(ETH_P_IP);
+	return bpf_skb_store_bytes(skb, 0, head.macs, L3_OFF + length, 0);
+}
+
+/* The difference that another address makes to a sum of 16-bit words. */
+static __always_inline __u32 difference(const __be32 *old_be, const __be32 *new_be)
+{
+	__u64 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		sum += (__u64)(__u32)~old_be[i] + new_be[i];
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return (sum & 0xffffffff) + (sum >> 32);
+}
+
+static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct downstream *to)
+{
+	__u32 offset = pkt->l4_off + L4_CSUM_OFF;
+
+	if (pkt->part == LATER_FRAGMENT)
+		return true;
+	if (bpf_l4_csum_replace(skb, offset, 0, difference(pkt->dst.addr_be, to->addr_be),
+				BPF_F_PSEUDO_HDR | UDP_CSUM))
+		return false;
+	if (to->port_be == pkt->dst.port_be)
+		return true;
+	return !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
+				    UDP_CSUM | sizeof(__be16)) &&
+	       !bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest), &to->port_be,
+				    sizeof(to->port_be), 0);
+}
+
+/*
+ * In IPv6 the address is covered by the UDP checksum alone. For CHECKSUM_COMPLETE the two changes cancel out in the
+ * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the store must for the address. That sum
+ * does not cover the frame's addresses.
+ */
+static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
+					const struct downstream *to, const __u8 *macs, __u8 ttl)
+{
+	const __u32 from = offsetof(struct ipv6hdr, nexthdr);
+	void *data, *data_end;
+	struct ipv6hdr ip;
+
+	if (!csum_ipv6(skb, pkt, to))
+		return -1;
+	data = frame_start(skb);
+	data_end = frame_end(skb);
+	if (data + L3_OFF + sizeof(ip) > data_end)
+		return -1;
+	__builtin_memcpy(&ip, data + L3_OFF, sizeof(ip));
+	ip.hop_limit = ttl;
+	__builtin_memcpy(&ip.daddr, to->addr_be, sizeof(ip.daddr));
+	return bpf_skb_store_bytes(skb, L3_OFF + from, (void *)&ip + from, sizeof(ip) - from,
+				   BPF_F_RECOMPUTE_CSUM) ||
+	       (macs && bpf_skb_store_bytes(skb, 0, macs, 12, 0));
+}
+
+/*
+ * Writes the downstream's address and port and the time to live; in a later fragment, no port. Also the frame's
+ * addresses, destination first, if they are given. On an error the packet may be half changed and must be dropped. A
+ * function of its own for the sake of the stack.
+ */
+static __noinline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
+			      const struct downstream *to, const __u8 *macs, __u8 ttl)
+{
+	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
+	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
+		return -1;
+	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl)
+		       : rewrite_ipv4(skb, pkt, to, macs, ttl);
 }
 
 #endif

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs the benchmarks: cargo builds them as you, and they run as root, which network namespaces and BPF programs need.
 #
-# usage: scripts/bench.sh [ARGUMENT OF cargo bench]...
+# usage: scripts/bench.sh [--quick] [ARGUMENT OF cargo bench]...
+#
+# --quick, first, takes a few minutes and leaves the project's documents alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,4 +22,9 @@ if [[ $EUID -ne 0 ]]; then
     echo "The benchmarks run through sudo: they make network namespaces and load BPF programs."
 fi
 
-exec "$cargo" bench --locked "$@"
+case ${1-} in
+    # Not the library's unit tests, which would not know what to make of the argument.
+    --quick) exec "$cargo" bench --locked --bench '*' "${@:2}" -- --quick ;;
+    '') exec "$cargo" bench --locked --bench '*' ;;
+    *) exec "$cargo" bench --locked "$@" ;;
+esac

@@ -33,6 +33,12 @@ test  | python3        | command:python3      | runs the tools of scripts/tools.
 test  | python3-venv   | python:ensurepip     | installs them
 lint  | python3        | command:python3      | runs the tools of scripts/tools.sh
 lint  | python3-venv   | python:ensurepip     | installs them
+bench | dnsdist        | command:dnsdist      | a contender
+bench | iptables       | command:iptables-nft-restore | a contender
+bench | nftables       | command:nft          | a contender
+bench | rsyslog        | command:rsyslogd     | a contender
+bench | socat          | command:socat        | a contender
+bench | ethtool        | command:ethtool      | switches offloads of the network that it runs in
 bench | nginx          | command:nginx        | a contender
 bench | libnginx-mod-stream | file:/usr/lib/nginx/modules/ngx_stream_module.so | its module for UDP
 lint  | clang-format   | command:clang-format | format of bpf/

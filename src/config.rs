@@ -39,9 +39,7 @@ pub use protocol::Protocol;
 
 use crate::admission::{RateLimit, Sources};
 use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
-use crate::health::settings::{
-    self as probe, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, ProbeSettings, UNHEALTHY_THRESHOLD,
-};
+use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
 use crate::names;
 
@@ -59,8 +57,6 @@ pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
 pub const SAMPLES: RangeInclusive<f64> = 0.000_001..=1.0;
 /// Allowed `resolve_interval_secs`.
 pub const RESOLVE_SECONDS: RangeInclusive<f64> = 1.0..=3_600.0;
-/// Allowed `interval_secs` and `timeout_secs`.
-pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
 /// Allowed `max_listeners`.
 pub const MAX_LISTENERS: RangeInclusive<u32> = 1..=4_096;
 /// Allowed `max_downstreams`.
@@ -100,18 +96,53 @@ pub struct Config {
     /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::succeeding`] gives
     /// it another.
     pub listeners: Vec<ListenerConfig>,
-    /// Health checks, if enabled.
-    pub health: Option<HealthConfig>,
+    /// The health checks of listeners without a `health` of their own, if enabled.
+    pub health: Option<HealthSettings>,
     /// The HTTP endpoint, if enabled.
     pub metrics: Option<MetricsConfig>,
     /// Sizes of the kernel program's maps.
     pub limits: Limits,
     /// The Unix socket on which the daemon answers `udp-fanout status`: an absolute path.
     pub status_socket: PathBuf,
+    /// How the TC program is attached to interfaces.
+    pub attach: Attach,
     /// What becomes of the kernel program without a daemon.
     pub succession: Succession,
     /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
     pub warnings: Vec<String>,
+}
+
+/// How the TC program is attached to interfaces, all of them alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
+pub struct Attach {
+    /// Where.
+    pub hook: AttachHook,
+    /// Its place among other TCX programs, where it is one.
+    pub order: TcxOrder,
+}
+
+/// The hook of an interface that the TC program is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttachHook {
+    /// A filter of the `clsact` queueing discipline, as on all kernels. TCX programs run before it.
+    #[default]
+    Clsact,
+    /// The list of TCX programs, which Linux has since 6.6, or an error.
+    Tcx,
+    /// TCX where the kernel has it, else `clsact`.
+    Auto,
+}
+
+/// A place in an interface's list of TCX programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TcxOrder {
+    /// Before those that are there.
+    #[default]
+    First,
+    /// Behind those that are there.
+    Last,
 }
 
 /// What becomes of the kernel program when the daemon ends, and until the next one comes.
@@ -169,6 +200,8 @@ pub struct ListenerConfig {
     pub rate_limit: Option<RateLimit>,
     /// Where its downstreams come from.
     pub source: Source,
+    /// How they are checked, if they are.
+    pub health: Option<HealthSettings>,
     /// Settings of its userspace datapath.
     pub settings: Settings,
 }
@@ -241,48 +274,6 @@ pub struct Settings {
     pub recv_buf_size: Option<u32>,
     /// Longest datagram forwarded, in bytes of UDP payload, 1 to 65,507.
     pub max_packet_size: u32,
-}
-
-/// Health checks of downstreams.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct HealthConfig {
-    /// Time between the starts of two probes of one downstream.
-    pub interval: Duration,
-    /// How long an answer may take.
-    pub timeout: Duration,
-    /// What is sent.
-    pub protocol: HealthProtocol,
-}
-
-impl HealthConfig {
-    /// The settings of the health checks themselves, with their defaults for what the file has no key for yet.
-    #[must_use]
-    pub fn settings(&self) -> HealthSettings {
-        HealthSettings {
-            probe: ProbeSettings {
-                protocol: match self.protocol {
-                    HealthProtocol::Icmp => probe::Protocol::Icmp,
-                    HealthProtocol::UdpEcho => probe::Protocol::UdpEcho { port: None },
-                },
-                interval: self.interval,
-                timeout: self.timeout,
-                unhealthy_threshold: UNHEALTHY_THRESHOLD,
-                healthy_threshold: HEALTHY_THRESHOLD,
-            },
-            fail_open: FAIL_OPEN,
-            slow_start: Duration::ZERO,
-        }
-    }
-}
-
-/// How a downstream is probed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum HealthProtocol {
-    /// ICMP echo.
-    Icmp,
-    /// A UDP datagram that the application sends back unchanged.
-    UdpEcho,
 }
 
 /// The HTTP endpoint for metrics and probes.

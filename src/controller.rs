@@ -19,9 +19,8 @@ use self::ages::Ages;
 pub use self::mode::ModeChoice;
 pub use self::reload::Prepared;
 use self::reload::Previous;
-use crate::config::{Config, ListenerConfig};
+use crate::config::{Attach, Config, ListenerConfig};
 use crate::health::Watch;
-use crate::health::settings::HealthSettings;
 use crate::health::share::{HealthMap, shares};
 use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
@@ -98,7 +97,7 @@ pub enum NotReady {
 #[derive(Debug)]
 pub struct Controller {
     listeners: Vec<Listener>,
-    health: Option<HealthSettings>,
+    attach: Attach,
     health_map: HealthMap,
     facts: HostFacts,
     /// The plan last handed out, and whether it is in force.
@@ -129,7 +128,7 @@ impl Controller {
     pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
         let mut controller = Controller {
             listeners: Vec::new(),
-            health: None,
+            attach: Attach::default(),
             health_map: HealthMap::default(),
             facts,
             plan: Plan::default(),
@@ -178,7 +177,6 @@ impl Controller {
     /// Whose downstreams are to be checked, and how.
     #[must_use]
     pub fn watches(&self) -> Vec<Watch> {
-        let Some(settings) = &self.health else { return Vec::new() };
         self.listeners
             .iter()
             .filter_map(|listener| {
@@ -186,7 +184,7 @@ impl Controller {
                     listener: listener.config.id,
                     name: listener.config.name.as_str().into(),
                     downstreams: self.others(listener, listener.set.as_ref()?).map(|to| to.address).collect(),
-                    settings: settings.clone(),
+                    settings: listener.config.health.clone()?,
                 })
             })
             .collect()
@@ -337,7 +335,7 @@ impl Controller {
             .collect();
         // In the file they may be in another order, since they keep their numbers when it changes.
         listeners.sort_by_key(|listener| listener.id);
-        let plan = Plan { listeners };
+        let plan = Plan { listeners, attach: self.attach };
         let mut actions: Vec<Action> = self.new_warnings(&plan).into_iter().map(Action::Warn).collect();
         if force || plan != self.plan || self.applied.is_err() {
             self.plan = plan.clone();
@@ -358,7 +356,7 @@ impl Controller {
     ) -> (DownstreamSet, Option<Duration>) {
         let generation = set.generation;
         let mut downstreams: Vec<Downstream> = self.others(listener, set).cloned().collect();
-        let Some(health) = &self.health else { return (DownstreamSet { generation, downstreams }, None) };
+        let Some(health) = &listener.config.health else { return (DownstreamSet { generation, downstreams }, None) };
         let id = listener.config.id;
         let shares = shares(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
         for (downstream, &weight) in downstreams.iter_mut().zip(&shares.weights) {

@@ -58,7 +58,11 @@ pub fn run(options: &Options) -> Result<()> {
     let in_force: BTreeSet<u32> =
         attach::all_links().iter().filter_map(|link| attach::ours_on(link).ok().flatten().flatten()).collect();
     for left in Left::find(&options.pin_path, options.all)? {
-        if in_force.contains(&left.id()) {
+        for link in links.iter().filter(|link| left.holds(link.index)) {
+            left.let_go(link.index)?;
+            let _ = writeln!(text, "{}: removed the TCX program {PROGRAM_NAME} {}", link.name, left.id());
+        }
+        if in_force.contains(&left.id()) || !options.interfaces.is_empty() && left.holds_any() {
             continue;
         }
         let path = left.path().display().to_string();

@@ -3,6 +3,7 @@
 //! It owns every map write, the netlink sockets, the signals and the timers. Dispatch only: what to do is decided in
 //! `controller`, how to do it in `datapath` and `host`.
 
+mod ahead;
 mod answer;
 mod control;
 mod drops;
@@ -26,6 +27,7 @@ use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use self::ahead::Ahead;
 use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
@@ -92,11 +94,13 @@ struct Daemon {
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
     sources: Sources,
-    health: Option<Health>,
+    health: Health,
     control: Control,
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
     guarded: BTreeMap<u32, String>,
+    /// Who is on interfaces before our program.
+    ahead: Ahead,
     drop_log: DropLog,
     tracing: Tracing,
     /// What is in force.
@@ -154,7 +158,7 @@ impl Daemon {
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
         let sources = Sources::start(&config, kubeconfig, &waker)?;
-        let health = config.health.is_some().then(|| Health::new(poll.registry(), HEALTH)).transpose()?;
+        let health = Health::new(poll.registry(), HEALTH)?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
         kernel.as_mut().map(|kernel| succession::begin(kernel, &config, poll.registry())).transpose()?;
@@ -173,11 +177,12 @@ impl Daemon {
             control,
             plan_applies: PlanApplies::default(),
             guarded: BTreeMap::new(),
+            ahead: Ahead::new(),
             drop_log: DropLog::default(),
             tracing: Tracing::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
             config,
-            waker: Arc::clone(&waker),
+            waker,
             started: now,
             started_at,
             failure: None,
@@ -185,27 +190,28 @@ impl Daemon {
             timers: Timers { upkeep: Some(now + UPKEEP), ..Timers::default() },
             poll,
         };
-        daemon.begin()?;
-        if let Some(error) = no_control {
-            tracing::warn!("{error:#}");
-        }
-        daemon.succeed_predecessors();
-        daemon.watch_health();
-        if let Some(page) = page {
-            tracing::info!(address = %page.address(), "serving metrics");
-            daemon.http = Some(page.serve(waker, http::Limits::default())?);
-        }
+        daemon.begin(page, no_control)?;
         Ok(daemon)
     }
 
-    /// Puts the first plan in force.
-    fn begin(&mut self) -> Result<()> {
+    /// Puts the first plan in force, and lets others look on.
+    fn begin(&mut self, page: Option<http::Bound>, no_control: Option<anyhow::Error>) -> Result<()> {
         self.tell_modes();
         self.look_at_host(&self.controller.route_addresses())?;
         if let Some(error) = self.failure.take() {
             return Err(error);
         }
         self.serving = true;
+        if let Some(error) = no_control {
+            tracing::warn!("{error:#}");
+        }
+        self.succeed_predecessors();
+        self.look_ahead();
+        self.watch_health();
+        if let Some(page) = page {
+            tracing::info!(address = %page.address(), "serving metrics");
+            self.http = Some(page.serve(Arc::clone(&self.waker), http::Limits::default())?);
+        }
         Ok(())
     }
 
@@ -235,32 +241,29 @@ impl Daemon {
     }
 
     fn next_due(&self) -> Option<Instant> {
-        let probe = self.health.as_ref().and_then(Health::next_deadline);
+        let probe = self.health.next_deadline();
         let since_start = probe.into_iter().chain(self.sources.next_deadline()).min();
         let since_start = since_start.map(|due| self.started + due);
         self.timers.next().into_iter().chain(self.reloading.due).chain(since_start).min()
     }
 
     fn health_event(&mut self, token: Token) {
-        if let Some(health) = self.health.as_mut().filter(|health| health.owns(token)) {
-            health.on_event(token, self.started.elapsed());
+        if self.health.owns(token) {
+            self.health.on_event(token, self.started.elapsed());
         }
     }
 
     /// Gives the probes that are due and takes what they have found out.
     fn run_health(&mut self) {
-        let Some(health) = &mut self.health else { return };
-        health.on_timer(self.started.elapsed());
-        if let Some(map) = health.take_change() {
+        self.health.on_timer(self.started.elapsed());
+        if let Some(map) = self.health.take_change() {
             self.handle(Event::Health(map));
         }
     }
 
     /// Tells the health checks whom to check, after any change of downstreams.
     fn watch_health(&mut self) {
-        if let Some(health) = &mut self.health {
-            health.set_targets(&self.controller.watches(), self.started.elapsed());
-        }
+        self.health.set_targets(&self.controller.watches(), self.started.elapsed());
     }
 
     /// Says which datapath each listener has, and why.
@@ -329,6 +332,7 @@ impl Daemon {
         if take_due(&mut self.timers.upkeep, now) {
             self.timers.upkeep = Some(now + UPKEEP);
             self.sources.tend();
+            self.look_ahead();
             self.reloading.tend();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
@@ -365,7 +369,18 @@ impl Daemon {
             }
         }
         self.guarded.clone_from(&facts.guarded);
+        self.recheck(&facts);
         Ok(facts)
+    }
+
+    /// Has those probed soon whom the host may have lost, or found again.
+    fn recheck(&mut self, facts: &HostFacts) {
+        if self.health.next_deadline().is_none() {
+            return;
+        }
+        for address in self.controller.facts().changed_ways(facts) {
+            self.health.recheck(address, self.started.elapsed());
+        }
     }
 
     /// Gives the controller an event, carries out what it answers with, and goes on with what follows from that.
@@ -480,6 +495,7 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     let setup = Setup {
         redirects: ability.redirect_neigh == Some(true),
         ring_buffer: ability.ring_buffer == Some(true),
+        tcx: ability.tcx == Some(true),
         ..Setup::new(&config.limits)
     };
     match KernelDatapath::open(&setup) {

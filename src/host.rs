@@ -5,6 +5,7 @@
 //! needs is found out once, by [`Ability::probe`], and judged by [`tc_ebpf_support`], which is a pure function.
 
 mod addresses;
+pub mod ahead;
 pub mod facts;
 pub mod filters;
 mod guards;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::admission::{Meter, Sources};
-use crate::config::Settings;
+use crate::config::{Attach, Settings};
 use crate::host::Mac;
 use crate::model::{Downstream, ListenerId, Mode, Policy};
 
@@ -23,6 +23,8 @@ use crate::model::{Downstream, ListenerId, Mode, Policy};
 pub struct Plan {
     /// Ordered by id.
     pub listeners: Vec<ListenerPlan>,
+    /// How the TC program is attached.
+    pub attach: Attach,
 }
 
 /// What to do with one listener's datagrams.

@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use udp_fanout::config::keys::{self, Absent, Key, Kind};
-use udp_fanout::config::{Config, HealthProtocol, Interfaces, RequestedMode, Source};
+use udp_fanout::config::{Config, Interfaces, RequestedMode, Source};
 use udp_fanout::discovery::{PortRef, ServiceRef};
+use udp_fanout::health::settings::Protocol;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -97,8 +98,10 @@ fn the_reference_holds_every_key() {
     let text = fs::read_to_string(repository().join("config/reference.toml")).unwrap();
     let set = leaves(&text.parse::<toml::Table>().unwrap());
     let uncommented = uncomment(&text);
-    let shown = leaves(&uncommented.parse::<toml::Table>().unwrap());
-    Config::parse(&uncommented, Path::new("reference.toml")).unwrap_or_else(|error| panic!("{error}"));
+    let mut uncommented: toml::Table = uncommented.parse().unwrap();
+    let shown = leaves(&uncommented);
+    probe_by_udp(&mut uncommented);
+    Config::parse(&uncommented.to_string(), Path::new("reference.toml")).unwrap_or_else(|error| panic!("{error}"));
     keys::walk(&mut |path, key| {
         if !key.kind.children().is_empty() {
             return;
@@ -121,6 +124,20 @@ fn the_reference_holds_every_key() {
             }
         }
     });
+}
+
+/// Leaves of the keys of all health checks those that go with `udp`: some exclude each other.
+fn probe_by_udp(table: &mut toml::Table) {
+    for (key, value) in table.iter_mut() {
+        match value {
+            toml::Value::Table(health) if key == "health" => {
+                health.insert("protocol".to_owned(), "udp".into());
+                health.remove("path");
+            }
+            toml::Value::Array(items) => items.iter_mut().filter_map(toml::Value::as_table_mut).for_each(probe_by_udp),
+            _ => {}
+        }
+    }
 }
 
 /// Removes the `# ` from lines such as `# key = value` and `# [listeners.table]`.
@@ -193,6 +210,20 @@ fn with(path: &str, value: &str) -> String {
     if let (Some(policy), Some(listeners)) = (needs, text["listeners"].as_array_mut()) {
         listeners[0].as_table_mut().unwrap().insert("policy".to_owned(), policy.into());
     }
+    // What goes with one protocol of health checks only.
+    let protocol = match key {
+        "port" => Some("tcp"),
+        "payload" | "expect" => Some("udp"),
+        "path" => Some("http"),
+        _ => None,
+    };
+    if let Some(protocol) = protocol.filter(|_| tables.ends_with("health")) {
+        let health = match tables.starts_with("listeners") {
+            true => &mut text["listeners"][0]["health"],
+            false => &mut text["health"],
+        };
+        health.as_table_mut().unwrap().insert("protocol".to_owned(), protocol.into());
+    }
     // A rate limit has a rate.
     let limit = text["listeners"][0].get_mut("rate_limit").and_then(toml::Value::as_table_mut);
     if let Some(limit) = limit.filter(|limit| !limit.contains_key("packets_per_second")) {
@@ -246,8 +277,10 @@ fn every_range_in_the_table_is_the_real_one() {
                 (vec![low_inside.to_string(), high.to_string()], vec![(low - 1).to_string(), (high + 1).to_string()])
             }
             Kind::Seconds(range) => {
-                let inside = if name == "health.interval_secs" { range.end() } else { range.start() };
-                (vec![format!("{inside:?}")], vec!["0".into(), "-1".into(), "3601".into(), "nan".into(), "inf".into()])
+                let inside = if name.ends_with("health.interval_secs") { range.end() } else { range.start() };
+                let (below, above) = (range.start() - 0.001, range.end() + 0.001);
+                let outside = [below, -1.0, above, f64::NAN, f64::INFINITY];
+                (vec![format!("{inside:?}")], outside.map(|value| format!("{value:?}").to_lowercase()).into())
             }
             Kind::Number(range) => (
                 vec![format!("{:?}", range.start()), format!("{:?}", range.end())],
@@ -430,9 +463,9 @@ fn every_configuration_in_the_deployment_guide_loads_and_means_what_the_guide_sa
     assert_eq!(userspace.settings.batch_size, 64);
     assert_eq!((userspace.settings.workers, userspace.settings.pin_cpus), (4, true));
 
-    let health = configs[3].health.as_ref().unwrap();
+    let health = &configs[3].health.as_ref().unwrap().probe;
     assert_eq!((health.interval, health.timeout), (Duration::from_secs(5), Duration::from_secs(2)));
-    assert_eq!(health.protocol, HealthProtocol::Icmp);
+    assert_eq!(health.protocol, Protocol::Icmp);
 
     let metrics = configs[4].metrics.as_ref().unwrap();
     assert_eq!((metrics.bind.to_string().as_str(), metrics.path.as_str()), ("0.0.0.0:9090", "/metrics"));

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use udp_fanout::discovery::ErrorKind;
+use udp_fanout::health::model::Outcome;
 use udp_fanout::metrics::names;
 use udp_fanout::model::DropReason;
 
@@ -57,6 +58,14 @@ fn every_drop_reason_has_its_row() {
     for (row, reason) in rows.iter().zip(DropReason::ALL) {
         assert!(row.len() == 3 && row.iter().all(|cell| !cell.is_empty()), "what to do about {}", reason.label());
     }
+}
+
+#[test]
+fn every_result_of_a_probe_has_its_row() {
+    let rows = table(&read("docs/METRICS.md"), "Result");
+    let documented: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
+    let counted: Vec<String> = Outcome::ALL.iter().map(|outcome| code(outcome.label())).collect();
+    assert_eq!(documented, counted, "in numeric order");
 }
 
 #[test]
@@ -125,7 +134,19 @@ fn every_link_leads_somewhere() {
 
 /// Names in backquotes that can only be files of this repository.
 fn files_spoken_of(text: &str) -> impl Iterator<Item = &str> {
-    let directories = ["src/", "bpf/", "tests/", "scripts/", "config/", "docs/", "systemd/", "examples/", "vmlinux/"];
+    let directories = [
+        "src/",
+        "bpf/",
+        "tests/",
+        "scripts/",
+        "config/",
+        "docs/",
+        "systemd/",
+        "examples/",
+        "vmlinux/",
+        "k8s/",
+        "deploy/",
+    ];
     let in_quotes = text.split('`').skip(1).step_by(2);
     in_quotes.filter(move |name| {
         let is_path = !name.contains(char::is_whitespace) && !name.contains(['*', '…', '{', '<']);

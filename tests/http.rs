@@ -96,7 +96,10 @@ fn snapshot(downstreams: u32) -> Snapshot {
             downstreams: (0..downstreams).map(downstream).collect(),
         }],
         fragments: FragmentCounters::default(),
+        programs_ahead: Vec::new(),
         health: Vec::new(),
+        health_transitions: Vec::new(),
+        probes: udp_fanout::health::tally::Tallies::default(),
         discovery: Vec::new(),
     }
 }

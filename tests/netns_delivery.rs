@@ -8,13 +8,16 @@
 //! - `vlans`: VLAN devices, where the kernel has them.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `loops`: two hosts that forward to each other. `multicast`: listeners that join a group.
-//! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'.
+//! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'. `attach`: our TCX program.
 //! - `pods`: straight into them, past whoever does not mind.
+//! - `tables`: changed under load. `scale`: long ones, and many listeners.
 //! - `old_kernel`: without the helpers of 5.10.
 //! - `changes`: neighbours, interfaces, addresses and routes that change.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
+#[path = "netns_delivery/attach.rs"]
+mod attach;
 #[path = "netns_delivery/books.rs"]
 mod books;
 #[path = "netns_delivery/changes.rs"]
@@ -44,7 +47,11 @@ mod packets;
 mod places;
 #[path = "netns_delivery/pods.rs"]
 mod pods;
+#[path = "netns_delivery/scale.rs"]
+mod scale;
 mod support;
+#[path = "netns_delivery/tables.rs"]
+mod tables;
 #[path = "netns_delivery/vlans.rs"]
 mod vlans;
 #[path = "netns_delivery/wire.rs"]

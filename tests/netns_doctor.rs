@@ -217,7 +217,9 @@ fn netns_programs_of_others_on_the_interface_are_found() {
     add("pref 7");
     let found = doctor(&lab, &good);
     let text = found.only(&[("warning", "filter")]).the("warning", "filter");
-    assert!(text.contains("eth0: the filter bpf at pref 7 runs before ours"), "{text}");
+    assert!(text.contains("eth0: the filter bpf at pref 7 sees packets before us"), "{text}");
+    // As a TCX program, ours comes before all filters.
+    doctor(&lab, &format!("attach = \"tcx\"\n{good}")).only(&[]);
     lab.gateway.tc("filter del dev eth0 ingress pref 7").unwrap();
     add("pref 49152 handle 0x7566");
     let found = doctor(&lab, &good);

@@ -1,10 +1,19 @@
 //! Health checks in the real daemon: a receiver that stops answering leaves the round and comes back.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 #![allow(dead_code, reason = "each test file uses a part of the laboratory")]
 
+#[path = "netns_health/kinds.rs"]
+mod kinds;
+#[path = "health/servers.rs"]
+mod servers;
+#[path = "netns_health/settings.rs"]
+mod settings;
 mod support;
 
+use std::net::SocketAddr;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use support::scrape::Metrics;
 use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
@@ -25,10 +34,24 @@ fn active(lab: &Lab) -> u64 {
     metrics(lab).sum("udp_fanout_downstream_active", &[("listener", "lab")])
 }
 
+/// Waits until the page says so; it is as current as the daemon itself.
+fn wait_for_metrics(lab: &Lab, what: &str, mut is_so: impl FnMut(&Metrics) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_so(&metrics(lab)) {
+        assert!(Instant::now() < deadline, "still not: {what}");
+        thread::yield_now();
+    }
+}
+
 /// What `n` datagrams give each receiver.
 fn shares(lab: &Lab, n: u64) -> Vec<u64> {
+    shares_by(lab, lab.listener(), n)
+}
+
+/// The same of another listener.
+fn shares_by(lab: &Lab, listener: SocketAddr, n: u64) -> Vec<u64> {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
-    let mut sender = Sender::in_lab(lab).unwrap();
+    let mut sender = Sender::open(&lab.sender, (lab.sender_address(), 0), listener).unwrap();
     sender.send(n, &collectors).unwrap();
     let report = collectors.finish(&[&sender]).unwrap();
     assert!(report.is_complete(), "{report}");
@@ -70,6 +93,15 @@ fn comes_and_goes(mode: &str) {
     daemon.wait_for_line(&updated(mode, 3)).unwrap();
     assert_eq!(shares(&lab, 300), [100, 100, 100]);
     assert_eq!(health(&endpoint), 1);
+    let page = metrics(&lab);
+    for to in ["unhealthy", "healthy"] {
+        let labels = [("listener", "lab"), ("to", to)];
+        assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &labels), 1, "{to}");
+    }
+    let answered = page.sum("udp_fanout_health_probes_total", &[("protocol", "icmp"), ("result", "answered")]);
+    assert!(answered >= 5, "three at first, two to be back: {answered}");
+    let times = page.sum("udp_fanout_health_probe_round_trip_seconds_count", &[("protocol", "icmp")]);
+    assert!((1..=answered).contains(&times), "{times} of {answered}");
 
     // A firewall that eats pings must not stop the datagrams: with all of them deaf, all get their share.
     for receiver in 0..3 {

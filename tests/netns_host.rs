@@ -15,7 +15,7 @@ use netns_thread::{in_new_netns, ip};
 use nix::errno::Errno;
 use udp_fanout::config::Limits;
 use udp_fanout::datapath::kernel::KernelDatapath;
-use udp_fanout::datapath::kernel::attach::Attachment;
+use udp_fanout::datapath::kernel::attach::{Attachment, Way};
 use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
 
@@ -603,7 +603,7 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
             max_sources: 64,
             max_senders: 1_024,
         })?;
-        let attachment = Attachment::new(datapath.program(), &eth0)?;
+        let attachment = Attachment::new(datapath.program(), &eth0, Way::Clsact)?;
         assert!(attachment.in_place());
         attachment.detach()
     })

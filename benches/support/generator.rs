@@ -35,17 +35,68 @@ pub struct Load {
     pub senders: usize,
     /// Most datagrams that one sender sends in a row, 1 to 64.
     pub train: usize,
+    /// What they look like.
+    pub content: Content,
+}
+
+/// What a datagram looks like, besides its number and the time it was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Dots.
+    Plain,
+    /// A DNS query, with number and time inside the name that is asked for. At least 51 bytes, at most 250.
+    Dns,
+    /// A syslog message (RFC 5424), with number and time at its end.
+    Syslog,
+}
+
+impl Content {
+    /// A datagram of this many bytes.
+    fn template(self, size: usize) -> Vec<u8> {
+        let mut text = match self {
+            Content::Plain => Vec::new(),
+            Content::Syslog => b"<134>1 2026-01-01T00:00:00Z host application 1 - - ".to_vec(),
+            Content::Dns => return query(size),
+        };
+        text.resize(size.max(text.len()), b'.');
+        text
+    }
+
+    /// Bytes before number and time.
+    pub fn stamp_at(self, size: usize) -> usize {
+        match self {
+            Content::Plain => 0,
+            // The header, and the length of the name's first label.
+            Content::Dns => 13,
+            Content::Syslog => size - STAMP,
+        }
+    }
+}
+
+/// A query for an address.
+fn query(size: usize) -> Vec<u8> {
+    let mut message = vec![0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, STAMP as u8];
+    message.resize(message.len() + STAMP, 0);
+    // What is left for labels: the name's end, type and class come after them.
+    while let Some(left @ 2..) = size.checked_sub(message.len() + 5) {
+        // No label of one byte is left over, which would have no room for its length.
+        let label = if left == 65 { 62 } else { (left - 1).min(63) };
+        message.push(label as u8);
+        message.resize(message.len() + label, b'x');
+    }
+    message.extend([0, 0, 1, 0, 1]);
+    message
 }
 
 impl Load {
     /// One busy sender of datagrams of this size.
     pub fn one_sender(size: usize) -> Load {
-        Load { size, senders: 1, train: 64.min(65_000 / size) }
+        Load { size, senders: 1, train: 64.min(65_000 / size), content: Content::Plain }
     }
 
     /// Many senders, of which each sends a few datagrams at a time.
     pub fn many_senders(size: usize) -> Load {
-        Load { size, senders: 256, train: 4 }
+        Load { size, senders: 256, train: 4, content: Content::Plain }
     }
 }
 
@@ -56,6 +107,8 @@ pub struct Sent {
     pub datagrams: u64,
     /// How long it took.
     pub seconds: f64,
+    /// How much of that it was kept from sending, because another program had its CPU.
+    pub held_up: f64,
 }
 
 impl Sent {
@@ -103,9 +156,24 @@ impl Generator {
             };
             (0..load.senders.max(to.len())).map(open).collect::<Result<Vec<_>>>()
         })?;
-        let message = || Message { payload: vec![b'.'; longest], datagrams: 0 };
+        let template = load.content.template(load.size);
+        ensure!(template.len() == load.size, "{load:?} does not fit its content");
+        let message = || Message { payload: template.repeat(load.train), datagrams: 0 };
         let messages = (0..MESSAGES).map(|_| message()).collect();
         Ok(Generator { sockets, load, cpu, next: 0, turn: 0, messages })
+    }
+
+    /// Limits what may be on its way from each socket, in bytes as the kernel counts memory: sending waits for it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn limit_buffers(&self, bytes: usize) -> Result<()> {
+        Ok(self.sockets.iter().try_for_each(|socket| socket.set_send_buffer_size(bytes))?)
+    }
+
+    /// What it sends.
+    pub fn load(&self) -> Load {
+        self.load
     }
 
     /// The number that the next datagram gets.
@@ -129,7 +197,9 @@ impl Generator {
                 let mut only = CpuSet::new();
                 only.set(cpu)?;
                 sched_setaffinity(Pid::from_raw(0), &only).context("cannot stay on one CPU")?;
-                self.paced(rate, duration)
+                let before = waited();
+                let sent = self.paced(rate, duration)?;
+                Ok(Sent { held_up: waited() - before, ..sent })
             });
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
@@ -144,7 +214,7 @@ impl Generator {
         loop {
             let elapsed = (now() - start) as f64 / 1e9;
             if elapsed >= length {
-                return Ok(Sent { datagrams: sent, seconds: elapsed });
+                return Ok(Sent { datagrams: sent, seconds: elapsed, held_up: 0.0 });
             }
             let mut due = rate * (elapsed - forgiven) - sent as f64;
             let most = (rate * SLACK).max(least as f64);
@@ -163,6 +233,7 @@ impl Generator {
     /// Sends so many datagrams, or as many as one call takes, and says how many.
     fn burst(&mut self, datagrams: usize) -> Result<usize> {
         let (size, stamp) = (self.load.size, now());
+        let stamp_at = self.load.content.stamp_at(size);
         let datagrams = datagrams.min(MESSAGES * self.load.train);
         // One of many senders sends one train, then it is the next one's turn.
         let at_once = if self.sockets.len() > 1 { 1 } else { MESSAGES };
@@ -173,8 +244,9 @@ impl Generator {
                 let message = &mut self.messages[filled];
                 message.datagrams = left.min(self.load.train);
                 for datagram in message.payload.chunks_exact_mut(size).take(message.datagrams) {
-                    datagram[..8].copy_from_slice(&self.next.to_ne_bytes());
-                    datagram[8..STAMP].copy_from_slice(&stamp.to_ne_bytes());
+                    let place = &mut datagram[stamp_at..stamp_at + STAMP];
+                    place[..8].copy_from_slice(&self.next.to_ne_bytes());
+                    place[8..].copy_from_slice(&stamp.to_ne_bytes());
                     self.next += 1;
                 }
                 left -= message.datagrams;
@@ -223,6 +295,13 @@ impl Generator {
         }
         Ok(())
     }
+}
+
+/// How long the calling thread has waited for its CPU so far, in seconds; 0 if the kernel does not say.
+fn waited() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds: u64 = text.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+    nanoseconds as f64 / 1e9
 }
 
 /// The control message that has the kernel cut a message into datagrams of this many bytes.

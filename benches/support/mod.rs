@@ -6,6 +6,8 @@
 //! - [`programs`]: compiles and loads BPF programs of benchmarks.
 //! - [`contenders`]: who is compared.
 //! - [`trial`]: one load on one contender, and the search for the highest rate without loss.
+//! - [`suite`]: the comparisons; [`control`]: what else the daemon does.
+//! - [`results`], [`report`], [`plots`]: what was found, and how it is shown.
 //!
 //! Needs `tests/support` beside it, as `crate::support`.
 
@@ -13,7 +15,12 @@
 
 pub mod bed;
 pub mod contenders;
+pub mod control;
 pub mod generator;
+pub mod plots;
 pub mod programs;
+pub mod report;
+pub mod results;
 pub mod sink;
+pub mod suite;
 pub mod trial;

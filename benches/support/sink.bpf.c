@@ -26,7 +26,8 @@ struct settings {
 	__u32 inspect; /* read numbers and times */
 	__u32 copies; /* receivers that get a copy of each datagram; 1 if one of them gets it */
 	__u16 port_be;
-	__u16 unused[3];
+	__u16 stamp_at; /* bytes of payload before the number and the time */
+	__u16 unused[2];
 };
 
 struct counts {
@@ -123,13 +124,13 @@ static __always_inline void note_duplicate(struct counts *counts, const struct s
 }
 
 static __always_inline void inspect(struct __sk_buff *skb, struct counts *counts, __u32 receiver,
-				    __u32 copies)
+				    const struct settings *set)
 {
 	__u64 now = bpf_ktime_get_ns(), *last, *bucket;
 	struct stamp stamp;
 	__u32 index;
 
-	if (bpf_skb_load_bytes(skb, sizeof(struct head), &stamp, sizeof(stamp)))
+	if (bpf_skb_load_bytes(skb, sizeof(struct head) + set->stamp_at, &stamp, sizeof(stamp)))
 		return;
 	index = bucket_of(now > stamp.sent ? now - stamp.sent : 0);
 	bucket = bpf_map_lookup_elem(&latencies, &index);
@@ -142,7 +143,7 @@ static __always_inline void inspect(struct __sk_buff *skb, struct counts *counts
 		else
 			*last = stamp.number;
 	}
-	note_duplicate(counts, &stamp, receiver, copies);
+	note_duplicate(counts, &stamp, receiver, set->copies);
 }
 
 SEC("tc")
@@ -167,7 +168,7 @@ int sink(struct __sk_buff *skb)
 	if (count)
 		*count += datagrams;
 	if (set->inspect)
-		inspect(skb, counts, receiver, set->copies);
+		inspect(skb, counts, receiver, set);
 	return TC_ACT_SHOT;
 }
 

@@ -3,6 +3,7 @@
 //! One program stands for any number of receivers: they are told apart by the last two bytes of their addresses, of which
 //! 0 is nobody's.
 
+use std::cell::Cell;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -53,6 +54,8 @@ pub struct Arrived {
 pub struct Sink {
     object: Object,
     port: u16,
+    stamp_at: Cell<u16>,
+    inspecting: Cell<bool>,
 }
 
 impl Sink {
@@ -71,9 +74,15 @@ impl Sink {
             hook.create().and_then(|mut hook| hook.attach()).context("cannot attach the sink")?;
             Ok(())
         })?;
-        let sink = Sink { object, port };
+        let sink = Sink { object, port, stamp_at: Cell::new(0), inspecting: Cell::new(true) };
+        sink.reset()?;
         sink.look(Look::Count)?;
         Ok(sink)
+    }
+
+    /// Says how many bytes of payload come before the number and the time, from the next [`Sink::look`] on.
+    pub fn stamps_at(&self, offset: u16) {
+        self.stamp_at.set(offset);
     }
 
     /// Says what to look at from now on.
@@ -89,6 +98,8 @@ impl Sink {
         value[0..4].copy_from_slice(&inspect.to_ne_bytes());
         value[4..8].copy_from_slice(&copies.to_ne_bytes());
         value[8..10].copy_from_slice(&self.port.to_be_bytes());
+        value[10..12].copy_from_slice(&self.stamp_at.get().to_ne_bytes());
+        self.inspecting.set(inspect == 1);
         self.map("settings")?.update(&0u32.to_ne_bytes(), &value, MapFlags::ANY)?;
         Ok(())
     }
@@ -101,9 +112,15 @@ impl Sink {
         let cpus = libbpf_rs::num_possible_cpus()?;
         self.map("totals")?.update_percpu(&0u32.to_ne_bytes(), &vec![vec![0; 32]; cpus], MapFlags::ANY)?;
         let zeroes = vec![vec![0; 8]; cpus];
-        for (name, entries) in [("latencies", BUCKETS), ("receivers", 2048)] {
+        for (name, entries) in
+            [("latencies", BUCKETS), ("receivers", 2048)].into_iter().skip(usize::from(!self.inspecting.get()))
+        {
             let map = self.map(name)?;
             (0..entries).try_for_each(|key| map.update_percpu(&key.to_ne_bytes(), &zeroes, MapFlags::ANY))?;
+        }
+        if !self.inspecting.get() {
+            // Megabytes, which nobody has written to.
+            return Ok(());
         }
         for (name, entries) in [("seen", SEEN_WORDS), ("newest", RECEIVERS)] {
             clear(&self.map(name)?, entries)?;

@@ -27,6 +27,12 @@ fn the_definitions_are_sound() {
     command().debug_assert();
 }
 
+fn check(cases: &[(&str, Invocation)]) {
+    for (line, expected) in cases {
+        assert_eq!(parsed(line), *expected, "{line}");
+    }
+}
+
 #[test]
 fn command_lines_mean_what_they_say() {
     let run = |config: &str, level, format| Invocation::Run {
@@ -41,20 +47,8 @@ fn command_lines_mean_what_they_say() {
         kubeconfig: Some(file.into()),
         status_socket: None,
     };
-    let rbac = |config: &str, account: &str, namespace: &str| Invocation::Rbac {
-        config: config.into(),
-        account: account.into(),
-        namespace: namespace.into(),
-    };
-    let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
-        config: config.map(Into::into),
-        socket: socket.map(Into::into),
-        json,
-        watch,
-        interval: Duration::from_millis(interval),
-    };
     let default = "/etc/udp-fanout/config.toml";
-    let cases = [
+    check(&[
         ("udp-fanout", run(default, Level::Info, Format::Text)),
         ("udp-fanout run", run(default, Level::Info, Format::Text)),
         ("udp-fanout -c a.toml", run("a.toml", Level::Info, Format::Text)),
@@ -68,29 +62,37 @@ fn command_lines_mean_what_they_say() {
         ("udp-fanout --log-format json", run(default, Level::Info, Format::Json)),
         ("udp-fanout -l off -c a run --log-format json", run("a", Level::Off, Format::Json)),
         ("udp-fanout --log-format text run -l warn -c b", run("b", Level::Warn, Format::Text)),
-        ("udp-fanout check", Invocation::Check { config: default.into() }),
-        ("udp-fanout check --config a.yaml", Invocation::Check { config: "a.yaml".into() }),
-        ("udp-fanout -c a.yaml check", Invocation::Check { config: "a.yaml".into() }),
         ("udp-fanout --kubeconfig k", kubeconfig("k")),
         ("udp-fanout --kubeconfig k run", kubeconfig("k")),
         ("udp-fanout run --kubeconfig=k", kubeconfig("k")),
+    ]);
+}
+
+#[test]
+fn questions_mean_what_they_say() {
+    let rbac = |config: &str, account: &str, namespace: &str| Invocation::Rbac {
+        config: config.into(),
+        account: account.into(),
+        namespace: namespace.into(),
+    };
+    let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
+        config: config.map(Into::into),
+        socket: socket.map(Into::into),
+        json,
+        watch,
+        interval: Duration::from_millis(interval),
+    };
+    let default = "/etc/udp-fanout/config.toml";
+    check(&[
+        ("udp-fanout check", Invocation::Check { config: default.into() }),
+        ("udp-fanout check --config a.yaml", Invocation::Check { config: "a.yaml".into() }),
+        ("udp-fanout -c a.yaml check", Invocation::Check { config: "a.yaml".into() }),
         ("udp-fanout rbac", rbac(default, "udp-fanout", "udp-fanout")),
         ("udp-fanout -c a rbac --service-account b", rbac("a", "b", "udp-fanout")),
         ("udp-fanout rbac -c a --service-account-namespace b", rbac("a", "udp-fanout", "b")),
         ("udp-fanout status", status(None, None, false, false, 1_000)),
         ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
-        ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
-        ("udp-fanout man", Invocation::Man),
-    ];
-    for (line, expected) in cases {
-        assert_eq!(parsed(line), expected, "{line}");
-    }
-}
-
-#[test]
-fn options_of_commands_that_look_at_the_host_mean_what_they_say() {
-    let cases = [
         (
             "udp-fanout doctor -c a --sender 10.0.0.2 --sender ::1 --json --kubeconfig k",
             Invocation::Doctor(doctor::Options {
@@ -100,6 +102,14 @@ fn options_of_commands_that_look_at_the_host_mean_what_they_say() {
                 json: true,
             }),
         ),
+        ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
+        ("udp-fanout man", Invocation::Man),
+    ]);
+}
+
+#[test]
+fn options_of_commands_that_look_at_the_kernel_mean_what_they_say() {
+    check(&[
         (
             "udp-fanout -c a trace --listener l --source 10.0.0.0/8 --count 3 --json",
             Invocation::Trace {
@@ -120,10 +130,7 @@ fn options_of_commands_that_look_at_the_host_mean_what_they_say() {
                 force: true,
             }),
         ),
-    ];
-    for (line, expected) in cases {
-        assert_eq!(parsed(line), expected, "{line}");
-    }
+    ]);
 }
 
 #[test]

@@ -6,8 +6,9 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{HEADLESS, HealthProtocol, OnExit, PIN_PATH, Protocol, RequestedMode, STATUS_SOCKET};
+use super::{AttachHook, HEADLESS, OnExit, PIN_PATH, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
 use crate::discovery::{Locality, PortRef, Terminating};
+use crate::health::keys::Keys;
 use crate::model;
 
 /// A whole file.
@@ -18,6 +19,10 @@ pub(super) struct File {
     pub(super) watch_config: bool,
     /// An absolute path; under /run by default.
     pub(super) status_socket: String,
+    /// The hook; `clsact` by default.
+    pub(super) attach: AttachHook,
+    /// The place among TCX programs; first by default.
+    pub(super) tcx_order: TcxOrder,
     /// What becomes of the kernel program when the daemon ends; detached by default.
     pub(super) on_exit: OnExit,
     /// An absolute path; under /sys/fs/bpf by default.
@@ -27,7 +32,7 @@ pub(super) struct File {
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
-    pub(super) health: Health,
+    pub(super) health: Keys,
     /// The HTTP endpoint; absent means disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Option<Metrics>,
@@ -40,11 +45,13 @@ impl Default for File {
         File {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
+            attach: AttachHook::default(),
+            tcx_order: TcxOrder::default(),
             on_exit: OnExit::default(),
             pin_path: PIN_PATH.to_owned(),
             max_headless_secs: HEADLESS,
             listeners: Vec::new(),
-            health: Health::default(),
+            health: Keys::default(),
             metrics: None,
             limits: Limits::default(),
         }
@@ -89,6 +96,9 @@ pub(super) struct Listener {
     /// The Service to follow; this or `downstream`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) kubernetes: Option<Kubernetes>,
+    /// Health checks of its downstreams; what is not there is as in the file's own `health`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health: Option<Keys>,
     /// The userspace datapath.
     #[serde(default)]
     pub(super) settings: Settings,
@@ -312,28 +322,6 @@ impl Default for Settings {
     }
 }
 
-/// `health`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct Health {
-    /// Off by default.
-    pub(super) enabled: bool,
-    /// 5 by default.
-    #[serde(serialize_with = "number")]
-    pub(super) interval_secs: f64,
-    /// 2 by default.
-    #[serde(serialize_with = "number")]
-    pub(super) timeout_secs: f64,
-    /// ICMP by default.
-    pub(super) protocol: HealthProtocol,
-}
-
-impl Default for Health {
-    fn default() -> Health {
-        Health { enabled: false, interval_secs: 5.0, timeout_secs: 2.0, protocol: HealthProtocol::Icmp }
-    }
-}
-
 /// Whole numbers are written as people write them, without `.0`.
 #[expect(clippy::cast_possible_truncation, reason = "seconds and parts are far below where an i64 ends")]
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
@@ -413,12 +401,32 @@ mod tests {
 
     use super::*;
     use crate::config::keys::{self, Kind};
+    use crate::health::settings::ProtocolKind;
+
+    fn every_health_field() -> Keys {
+        Keys {
+            enabled: Some(true),
+            interval_secs: Some(1.0),
+            timeout_secs: Some(0.5),
+            protocol: Some(ProtocolKind::Icmp),
+            port: Some(1),
+            payload: Some("p".into()),
+            expect: Some("e".into()),
+            path: Some("/".into()),
+            unhealthy_threshold: Some(1),
+            healthy_threshold: Some(1),
+            fail_open: Some(true),
+            slow_start_secs: Some(1.0),
+        }
+    }
 
     /// Every field of every type, written out so that a new field does not compile until it is here.
     fn every_field() -> File {
         File {
             watch_config: true,
             status_socket: "s".into(),
+            attach: AttachHook::Clsact,
+            tcx_order: TcxOrder::First,
             on_exit: OnExit::Keep,
             pin_path: "p".into(),
             max_headless_secs: 1,
@@ -454,6 +462,7 @@ mod tests {
                         port: Some(PortRef::Name("p".into())),
                     })]),
                 }),
+                health: Some(every_health_field()),
                 settings: Settings {
                     workers: 1,
                     batch_size: 1,
@@ -462,7 +471,7 @@ mod tests {
                     max_packet_size: 1,
                 },
             }],
-            health: Health { enabled: true, interval_secs: 1.0, timeout_secs: 0.5, protocol: HealthProtocol::Icmp },
+            health: every_health_field(),
             metrics: Some(Metrics { enabled: true, bind: "b".into(), path: "p".into() }),
             limits: Limits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
         }
@@ -510,18 +519,20 @@ mod tests {
             if let Kind::Choice(choices) = key.kind {
                 seen += 1;
                 match path {
+                    "attach" => known::<AttachHook>(choices),
+                    "tcx_order" => known::<TcxOrder>(choices),
                     "listeners[].mode" => known::<RequestedMode>(choices),
                     "listeners[].protocol" => known::<Protocol>(choices),
                     "listeners[].policy" => known::<Policy>(choices),
                     "listeners[].hash_on" => known::<model::HashOn>(choices),
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
-                    "health.protocol" => known::<HealthProtocol>(choices),
+                    "health.protocol" | "listeners[].health.protocol" => known::<ProtocolKind>(choices),
                     "on_exit" => known::<OnExit>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 8);
+        assert_eq!(seen, 11);
     }
 }

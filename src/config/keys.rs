@@ -3,11 +3,14 @@
 //! It is the one place that says what a key is. `shape` checks files against it, the tests hold the serde types of
 //! `file`, `config/reference.toml` and `docs/CONFIGURATION.md` to it, and a key missing from either fails them.
 
+mod health;
+
 use std::ops::RangeInclusive;
 
+pub use self::health::{HEALTH, LISTENER_HEALTH};
 use super::{
     BATCH_SIZES, BURSTS, HEADLESS_SECONDS, MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SENDERS, MAX_SOURCES, PACKET_RATES,
-    PACKET_SIZES, RECV_BUF_SIZES, RESOLVE_SECONDS, SAMPLES, SECONDS, WEIGHTS, WORKER_COUNTS,
+    PACKET_SIZES, RECV_BUF_SIZES, RESOLVE_SECONDS, SAMPLES, WEIGHTS, WORKER_COUNTS,
 };
 
 /// One key.
@@ -167,6 +170,20 @@ pub static FILE: &[Key] = &[
         "The Unix socket on which the daemon answers `udp-fanout status`; only its own user and root may open it. Daemons that share a file system need one each.",
     ),
     key(
+        "attach",
+        Kind::Choice(&["clsact", "tcx", "auto"]),
+        Absent::Default("\"clsact\""),
+        "\"tcx\"",
+        "How the kernel program is attached to interfaces. See [Other programs on the same interface](#other-programs-on-the-same-interface).",
+    ),
+    key(
+        "tcx_order",
+        Kind::Choice(&["first", "last"]),
+        Absent::Default("\"first\""),
+        "\"last\"",
+        "Its place among an interface's TCX programs, where it is attached as one: before or behind those that are there.",
+    ),
+    key(
         "on_exit",
         Kind::Choice(&["detach", "keep"]),
         Absent::Default("\"detach\""),
@@ -274,6 +291,13 @@ pub static LISTENER: &[Key] = &[
         Absent::Means("`downstream` must be there"),
         "",
         "The Services whose ready endpoints are the receivers. Either this or `downstream`.",
+    ),
+    key(
+        "health",
+        Kind::Table(LISTENER_HEALTH),
+        Absent::Means("as in `health`"),
+        "",
+        "Health checks of this listener's downstreams, where they differ from those of all listeners.",
     ),
     key(
         "settings",
@@ -458,38 +482,6 @@ pub static SETTINGS: &[Key] = &[
         Absent::Default("65507"),
         "9000",
         "Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`.",
-    ),
-];
-
-/// The keys of `health`.
-pub static HEALTH: &[Key] = &[
-    key(
-        "enabled",
-        Kind::Flag,
-        Absent::Default("false"),
-        "true",
-        "Probe the downstreams, and send nothing to those that do not answer.",
-    ),
-    key(
-        "interval_secs",
-        Kind::Seconds(SECONDS),
-        Absent::Default("5"),
-        "2.5",
-        "Seconds from one probe of a downstream to the next.",
-    ),
-    key(
-        "timeout_secs",
-        Kind::Seconds(SECONDS),
-        Absent::Default("2"),
-        "0.5",
-        "Seconds that an answer may take. Not more than `interval_secs`.",
-    ),
-    key(
-        "protocol",
-        Kind::Choice(&["icmp", "udp_echo"]),
-        Absent::Default("\"icmp\""),
-        "\"udp_echo\"",
-        "What a probe is: an ICMP echo request (`icmp`), or a UDP datagram that the receiving application must send back unchanged (`udp_echo`).",
     ),
 ];
 

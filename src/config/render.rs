@@ -3,24 +3,20 @@
 use std::time::Duration;
 
 use super::file::{
-    Downstream, File, Health, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes,
-    RESOLVE_INTERVAL_SECS, RateLimit, Service, ServiceTable, Settings, Sources,
+    Downstream, File, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes, RESOLVE_INTERVAL_SECS,
+    RateLimit, Service, ServiceTable, Settings, Sources,
 };
 use super::rules::part_of;
 use super::{Config, Interfaces, KubernetesSource, ListenerConfig, Source};
 use crate::admission::{self, Prefix};
 use crate::discovery::ServiceRef;
+use crate::health::keys::Keys;
+use crate::health::settings::HealthSettings;
 use crate::model;
 use crate::names;
 
 /// The file that says all that the configuration says.
 pub(super) fn file(config: &Config) -> File {
-    let health = config.health.as_ref().map(|health| Health {
-        enabled: true,
-        interval_secs: seconds(health.interval),
-        timeout_secs: seconds(health.timeout),
-        protocol: health.protocol,
-    });
     let metrics = config.metrics.as_ref().map(|metrics| Metrics {
         enabled: true,
         bind: metrics.bind.to_string(),
@@ -29,11 +25,13 @@ pub(super) fn file(config: &Config) -> File {
     File {
         watch_config: config.watch,
         status_socket: config.status_socket.display().to_string(),
+        attach: config.attach.hook,
+        tcx_order: config.attach.order,
         on_exit: config.succession.on_exit,
         pin_path: config.succession.pin_path.display().to_string(),
         max_headless_secs: config.succession.max_headless.map_or(0, |most| most.as_secs() as u32),
-        listeners: config.listeners.iter().map(listener).collect(),
-        health: health.unwrap_or_default(),
+        listeners: config.listeners.iter().map(|one| listener(one, config)).collect(),
+        health: health(config.health.as_ref()),
         metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),
         limits: Limits {
             max_listeners: config.limits.max_listeners,
@@ -41,6 +39,14 @@ pub(super) fn file(config: &Config) -> File {
             max_sources: config.limits.max_sources,
             max_senders: config.limits.max_senders,
         },
+    }
+}
+
+/// Health checks with every key that means something to their protocol.
+fn health(settings: Option<&HealthSettings>) -> Keys {
+    match settings {
+        Some(settings) => Keys::from(settings),
+        None => Keys { enabled: Some(false), ..Keys::from(&HealthSettings::default()) },
     }
 }
 
@@ -73,7 +79,7 @@ fn kubernetes(source: &KubernetesSource) -> Kubernetes {
     table
 }
 
-fn listener(listener: &ListenerConfig) -> Listener {
+fn listener(listener: &ListenerConfig, config: &Config) -> Listener {
     let (downstream, kubernetes) = match &listener.source {
         Source::Static(downstreams) => {
             let downstream = |d: &model::Downstream| Downstream {
@@ -127,13 +133,18 @@ fn listener(listener: &ListenerConfig) -> Listener {
             Source::Static(_) | Source::Kubernetes(_) => RESOLVE_INTERVAL_SECS,
         },
         kubernetes,
-        settings: Settings {
-            workers: listener.settings.workers,
-            batch_size: listener.settings.batch_size,
-            pin_cpus: listener.settings.pin_cpus,
-            recv_buf_size: listener.settings.recv_buf_size,
-            max_packet_size: listener.settings.max_packet_size,
-        },
+        health: (listener.health != config.health).then(|| health(listener.health.as_ref())),
+        settings: settings(&listener.settings),
+    }
+}
+
+fn settings(settings: &super::Settings) -> Settings {
+    Settings {
+        workers: settings.workers,
+        batch_size: settings.batch_size,
+        pin_cpus: settings.pin_cpus,
+        recv_buf_size: settings.recv_buf_size,
+        max_packet_size: settings.max_packet_size,
     }
 }
 

@@ -4,6 +4,7 @@
 //! breaks one is added to the problems with the key, the value and the fix.
 
 mod downstreams;
+mod health;
 mod kubernetes;
 mod policies;
 mod senders;
@@ -17,8 +18,9 @@ use std::time::Duration;
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{Config, HealthConfig, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source, Succession};
+use super::{Attach, Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source, Succession};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
+use crate::health::keys::Keys;
 use crate::model::{self, ListenerId};
 
 pub(super) use policies::part_of;
@@ -28,10 +30,11 @@ const METRICS_EXAMPLE: &str = "0.0.0.0:9090";
 
 /// Checks a file and makes it a configuration; none if `problems` has got any.
 pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut Problems) -> Option<Config> {
-    let mut rules = Rules { document, problems, warnings: Vec::new() };
+    let mut rules = Rules { document, problems, warnings: Vec::new(), health: None };
     if !rules.counts(&file) {
         return None;
     }
+    let health = rules.health(&file.health);
     let listeners: Vec<Option<ListenerConfig>> = file
         .listeners
         .iter()
@@ -40,7 +43,6 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         .collect();
     rules.distinct_names(&file);
     rules.distinct_binds(&file);
-    let health = rules.health(&file.health);
     let metrics = rules.metrics(file.metrics.as_ref());
     let status_socket = rules.check(&top("status_socket"), texts::socket_path(&file.status_socket));
     let pin_path = rules.check(&top("pin_path"), texts::pin_path(&file.pin_path));
@@ -61,6 +63,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
             max_senders: file.limits.max_senders,
         },
         status_socket: status_socket?.into(),
+        attach: Attach { hook: file.attach, order: file.tcx_order },
         succession: Succession {
             on_exit: file.on_exit,
             pin_path: pin_path?.into(),
@@ -74,6 +77,8 @@ struct Rules<'a> {
     document: &'a Document,
     problems: &'a mut Problems,
     warnings: Vec<String>,
+    /// The file's own `health`, if there is nothing wrong with it.
+    health: Option<Keys>,
 }
 
 fn top(key: &str) -> KeyPath {
@@ -138,6 +143,7 @@ impl Rules<'_> {
         }
         let source = self.source(&at, listener, bind);
         let policy = self.policy(&at, listener);
+        let health = self.listener_health(id, listener.health.as_ref());
         let sources = self.sources(&at.then("sources"), listener.sources.as_ref(), bind);
         Some(ListenerConfig {
             id,
@@ -150,6 +156,7 @@ impl Rules<'_> {
             sources: sources?.into(),
             rate_limit: listener.rate_limit.as_ref().map(|limit| senders::rate_limit(limit, limits.max_senders)),
             source: source?,
+            health,
             settings: Settings {
                 workers: listener.settings.workers,
                 batch_size: listener.settings.batch_size,
@@ -281,22 +288,6 @@ impl Rules<'_> {
             );
             self.fault(&top("listeners").then(index).then("bind"), message);
         }
-    }
-
-    fn health(&mut self, health: &file::Health) -> Option<HealthConfig> {
-        if health.timeout_secs > health.interval_secs {
-            let message = format!(
-                "{} is longer than interval_secs, {}; make it at most that",
-                health.timeout_secs, health.interval_secs
-            );
-            self.fault(&top("health").then("timeout_secs"), message);
-        }
-        // `shape` has seen that both are within SECONDS, which every Duration can hold.
-        health.enabled.then_some(HealthConfig {
-            interval: Duration::try_from_secs_f64(health.interval_secs).unwrap_or_default(),
-            timeout: Duration::try_from_secs_f64(health.timeout_secs).unwrap_or_default(),
-            protocol: health.protocol,
-        })
     }
 
     fn metrics(&mut self, metrics: Option<&file::Metrics>) -> Option<MetricsConfig> {

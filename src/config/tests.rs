@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::*;
 use crate::discovery::PortRef;
+use crate::health::settings as probe;
 use crate::model::HashOn;
 
 /// A file with one listener, without anything that need not be there.
@@ -27,6 +28,7 @@ fn defaults_are_the_documented_ones() {
         Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
     );
     assert_eq!(config.status_socket, Path::new("/run/udp-fanout/status.sock"));
+    assert_eq!(config.attach, Attach { hook: AttachHook::Clsact, order: TcxOrder::First });
     let listener = config.listener(ListenerId(0)).unwrap();
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
@@ -58,8 +60,29 @@ fn a_health_table_must_enable_health_checks() {
     let health = |text: &str| config(&format!("{ONE}[health]\n{text}")).health;
     assert_eq!(health("interval_secs = 1.5\ntimeout_secs = 1"), None);
     let enabled = health("enabled = true\ninterval_secs = 0.25\ntimeout_secs = 0.25").unwrap();
-    assert_eq!((enabled.interval, enabled.timeout), (Duration::from_millis(250), Duration::from_millis(250)));
-    assert_eq!(enabled.protocol, HealthProtocol::Icmp);
+    assert_eq!(
+        (enabled.probe.interval, enabled.probe.timeout),
+        (Duration::from_millis(250), Duration::from_millis(250))
+    );
+    assert_eq!(enabled.probe.protocol, probe::Protocol::Icmp);
+}
+
+#[test]
+fn a_listeners_health_table_wins_key_by_key() {
+    let text = "[health]\nprotocol = \"http\"\nport = 80\nfail_open = false\n";
+    let of = |own: &str| config(&format!("{text}{ONE}[listeners.health]\n{own}"));
+    let health = |own: &str| of(own).listeners[0].health.clone();
+    let enabled = health("enabled = true").unwrap();
+    assert_eq!(enabled.probe.protocol, probe::Protocol::Http { port: Some(80), path: "/".into() });
+    assert!(!enabled.fail_open);
+    let other = health("enabled = true\nprotocol = \"tcp\"\nfail_open = true").unwrap();
+    assert_eq!(other.probe.protocol, probe::Protocol::Tcp { port: None });
+    assert!(other.fail_open);
+    assert_eq!(health("port = 81"), None);
+    let warning = "listeners[0].health: nothing is checked, since health checks are not enabled; add enabled = true";
+    assert_eq!(of("port = 81").warnings, [warning]);
+    assert_eq!(of("enabled = false\nport = 81").warnings, [""; 0]);
+    assert_eq!(of("").warnings, [""; 0]);
 }
 
 #[test]
@@ -303,6 +326,8 @@ fn a_rendering_reads_well() {
         + "[health]\nenabled = true\ntimeout_secs = 0.5\n";
     let expected = r#"watch_config = true
 status_socket = "/run/udp-fanout/status.sock"
+attach = "clsact"
+tcx_order = "first"
 on_exit = "detach"
 pin_path = "/sys/fs/bpf/udp-fanout"
 max_headless_secs = 300
@@ -333,6 +358,10 @@ enabled = true
 interval_secs = 5
 timeout_secs = 0.5
 protocol = "icmp"
+unhealthy_threshold = 1
+healthy_threshold = 2
+fail_open = true
+slow_start_secs = 0
 
 [metrics]
 enabled = false

@@ -10,8 +10,7 @@ use anyhow::Result;
 
 use super::mode::{self, ModeChoice};
 use super::{Action, Controller, Listener, Origin};
-use crate::config::{Config, HealthConfig, ListenerConfig, Source};
-use crate::health::settings::HealthSettings;
+use crate::config::{Attach, Config, ListenerConfig, Source};
 use crate::host::probe::Obstacle;
 use crate::model::{DownstreamSet, ListenerId, Mode};
 
@@ -19,7 +18,7 @@ use crate::model::{DownstreamSet, ListenerId, Mode};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
     listeners: Vec<(ListenerConfig, ModeChoice)>,
-    health: Option<HealthSettings>,
+    attach: Attach,
 }
 
 impl Prepared {
@@ -39,7 +38,7 @@ impl Prepared {
 #[derive(Debug)]
 pub(super) struct Previous {
     listeners: Vec<Listener>,
-    health: Option<HealthSettings>,
+    attach: Attach,
 }
 
 impl Previous {
@@ -103,7 +102,7 @@ impl Controller {
     /// # Errors
     /// When a listener demands what the host cannot do, as for [`Controller::new`].
     pub fn prepare(&self, config: Config, tc_support: &Result<(), Obstacle>) -> Result<Prepared> {
-        let health = config.health.as_ref().map(HealthConfig::settings);
+        let attach = config.attach;
         let choose = |listener: ListenerConfig| {
             let choice = mode::choose(&listener, tc_support, &self.facts);
             // An interface that is away at the moment, as happens, is no reason to refuse or move a listener of which
@@ -116,7 +115,7 @@ impl Controller {
             Ok((listener, choice))
         };
         let listeners = config.listeners.into_iter().map(choose).collect::<Result<_>>()?;
-        Ok(Prepared { listeners, health })
+        Ok(Prepared { listeners, attach })
     }
 
     /// The mode of the listener as it is, if under the new configuration it must be chosen by the same considerations.
@@ -141,11 +140,11 @@ impl Controller {
             Listener::new(config, choice, before)
         };
         self.listeners = prepared.listeners.into_iter().map(listener).collect();
-        self.health = prepared.health;
+        self.attach = prepared.attach;
     }
 
     pub(super) fn reconfigure(&mut self, prepared: Prepared) -> Vec<Action> {
-        let previous = Previous { listeners: self.listeners.clone(), health: self.health.clone() };
+        let previous = Previous { listeners: self.listeners.clone(), attach: self.attach };
         // The one in force, of two that follow each other quickly.
         self.previous.get_or_insert(previous);
         self.adopt(prepared);
@@ -162,7 +161,7 @@ impl Controller {
     pub(super) fn go_back(&mut self, reason: String) -> Vec<Action> {
         let Some(previous) = self.previous.take() else { return Vec::new() };
         self.listeners = previous.listeners;
-        self.health = previous.health;
+        self.attach = previous.attach;
         vec![Action::Settled(Err(reason)), Action::LookAtHost(self.route_addresses())]
     }
 }

@@ -32,7 +32,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
 use self::admission::Admissions;
-use self::attach::Attachment;
+use self::attach::{Attachment, Way};
 use self::books::Maps;
 use self::events::Events;
 use self::maps::{address_key, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
@@ -40,7 +40,7 @@ use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::succession::Line;
 use self::table::Tables;
 use super::{Counters, Datapath};
-use crate::config::Limits;
+use crate::config::{Attach, Limits};
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
@@ -73,6 +73,8 @@ pub struct Setup {
     pub redirects: bool,
     /// The kernel has ring buffers (Linux 5.8), through which the program tells of single datagrams.
     pub ring_buffer: bool,
+    /// The kernel has lists of TCX programs (Linux 6.6).
+    pub tcx: bool,
     /// How long after the latest fragment of a datagram another is waited for.
     pub fragment_patience: Duration,
 }
@@ -85,6 +87,7 @@ impl Setup {
             sizes: Sizes::of(limits),
             redirects: true,
             ring_buffer: true,
+            tcx: true,
             // Fragments of one datagram follow each other closely, and its number is used again soon.
             fragment_patience: Duration::from_secs(2),
         }
@@ -144,6 +147,15 @@ impl KernelDatapath {
     #[must_use]
     pub fn attached_everywhere(&self) -> bool {
         self.attachments.iter().all(Attachment::in_place)
+    }
+
+    /// For each interface that the program is attached to, who sees its packets before, in words.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn ahead(&self) -> Result<BTreeMap<String, Vec<String>>> {
+        let ahead = |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.ahead()?));
+        self.attachments.iter().map(ahead).collect()
     }
 
     /// The raw `STATS` entry of a listener, summed over CPUs: received, forwarded, dropped, passed, bytes received,
@@ -216,19 +228,26 @@ impl KernelDatapath {
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
-    fn apply_links(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+    fn apply_links(&mut self, plan: &[&ListenerPlan], attach: Attach) -> Result<()> {
+        let way = Way::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
         // One that someone has taken off goes first: it holds its interface's claim.
         self.attachments.retain(Attachment::in_place);
         for &link in &wanted {
-            if !self.attachments.iter().any(|attachment| attachment.link() == link) {
-                if self.line.leaves(link) {
-                    continue;
+            match self.attachments.iter_mut().find(|attachment| attachment.link() == link) {
+                None if self.line.leaves(link) => {}
+                None => {
+                    let mut attachment =
+                        Attachment::instead_of(self.line.before(), self.loaded.program.as_fd(), link, way)?;
+                    self.line.apply_to_one(&mut attachment);
+                    self.attachments.push(attachment);
                 }
-                let before = self.line.before();
-                let mut attachment = Attachment::instead_of(before, self.loaded.program.as_fd(), link)?;
-                attachment.stay(self.line.stays());
-                self.attachments.push(attachment);
+                Some(attachment) if attachment.way() != way => {
+                    let loaded = &self.loaded;
+                    attachment.move_to(way, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
+                    self.line.apply_to_one(attachment);
+                }
+                Some(_) => {}
             }
         }
         let (keep, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
@@ -238,17 +257,26 @@ impl KernelDatapath {
         gone.into_iter().try_for_each(Attachment::detach)
     }
 
-    /// Removes a listener. Its number may be another listener's later, so its counters are cleared, once no CPU is still
-    /// counting.
-    fn forget(&mut self, id: ListenerId) -> Result<()> {
-        let keys = self.keys.iter().filter(|(_, (owner, _))| *owner == id).map(|(&address, _)| address);
+    /// Removes listeners. Their numbers may be other listeners' later, so their counters are cleared, once no CPU is still
+    /// counting. To wait for that takes some milliseconds, so it is done once for all of them.
+    fn forget(&mut self, ids: &BTreeSet<ListenerId>) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let keys = self.keys.iter().filter(|(_, (owner, _))| ids.contains(owner)).map(|(&address, _)| address);
         for address in keys.collect::<Vec<_>>() {
             self.remove_key(address)?;
         }
-        self.tables.remove(&self.loaded, id);
-        self.line.forget(&self.loaded, id)?;
-        self.admissions.forget(id);
+        for &id in ids {
+            self.tables.remove(&self.loaded, id);
+            self.line.forget(&self.loaded, id)?;
+            self.admissions.forget(id);
+        }
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
+        ids.iter().try_for_each(|&id| self.clear(id))
+    }
+
+    fn clear(&mut self, id: ListenerId) -> Result<()> {
         zero_on_all_cpus(&self.loaded.stats, id.0)?;
         for offset in 0..DROP_REASONS {
             zero_on_all_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
@@ -277,22 +305,21 @@ impl Datapath for KernelDatapath {
 
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
+        let programmed = |id| self.programmed.get(&id);
+        let others = ours.iter().filter(|now| programmed(now.id).is_some_and(|before| is_another(before, now)));
+        let others = others.map(|listener| listener.id).collect();
+        self.forget(&others)?;
         for &listener in &ours {
-            if self.programmed.get(&listener.id).is_some_and(|before| is_another(before, listener)) {
-                self.forget(listener.id)?;
-            }
             if self.programmed.get(&listener.id) != Some(listener) {
                 self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
                 self.programmed.insert(listener.id, listener.clone());
             }
         }
         self.apply_keys(&ours)?;
-        self.apply_links(&ours)?;
-        let gone: Vec<ListenerId> =
-            self.programmed.keys().filter(|id| ours.iter().all(|listener| listener.id != **id)).copied().collect();
-        for id in gone {
-            self.forget(id)?;
-        }
+        self.apply_links(&ours, plan.attach)?;
+        let wanted: BTreeSet<ListenerId> = ours.iter().map(|listener| listener.id).collect();
+        let gone = self.programmed.keys().copied().filter(|id| !wanted.contains(id)).collect();
+        self.forget(&gone)?;
         self.admissions.sweep(&self.loaded)
     }
 

@@ -1,14 +1,16 @@
 //! What does not depend on the network: privileges, the kernel, the program itself, pings, socket buffers.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::Result;
 use caps::Capability;
 
 use super::Findings;
-use crate::config::{Config, HealthProtocol, RequestedMode};
+use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::datapath::kernel::KernelDatapath;
 use crate::health::probers::{Unsent, icmp};
+use crate::health::settings::Protocol;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 
 /// Looks, and says whether the kernel program can be used.
@@ -58,10 +60,8 @@ fn judge_support(ability: &Ability, support: &Result<(), Obstacle>, demanded: bo
 
 /// Whether ICMP health checks can be made.
 fn ping(config: &Config, findings: &mut Findings) {
-    if !config.health.as_ref().is_some_and(|health| health.protocol == HealthProtocol::Icmp) {
-        return;
-    }
-    let families: std::collections::BTreeSet<bool> = config.listeners.iter().map(|l| l.bind.is_ipv6()).collect();
+    let pings = |l: &&ListenerConfig| l.health.as_ref().is_some_and(|h| h.probe.protocol == Protocol::Icmp);
+    let families: BTreeSet<bool> = config.listeners.iter().filter(pings).map(|l| l.bind.is_ipv6()).collect();
     for v6 in families {
         let name = if v6 { "IPv6" } else { "IPv4" };
         match icmp::open(v6) {

@@ -9,10 +9,11 @@ use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 
 use super::Findings;
-use crate::config::{Config, Interfaces, ListenerConfig, RequestedMode};
+use crate::config::{Config, Interfaces, ListenerConfig, RequestedMode, TcxOrder};
 use crate::controller::ModeChoice;
 use crate::controller::mode::choose as choose_mode;
-use crate::datapath::kernel::attach::{HANDLE, PRIORITY, PROGRAM_NAME};
+use crate::datapath::kernel::attach::{self, HANDLE, PRIORITY, PROGRAM_NAME, Way};
+use crate::host::ahead::{self, Place};
 use crate::host::filters::{Filter, ingress_filters};
 use crate::host::probe::Obstacle;
 use crate::host::programs::{self, Hook};
@@ -63,13 +64,15 @@ pub(super) fn look(
     let running = running();
     for link in attached_links(config, choices, facts) {
         judge_link(link, running.as_ref().map(|running| running.contains(&link.name)), findings);
-        match ingress_filters(link.index) {
-            Ok(filters) => judge_programs(link, &filters, &Ahead::of(link), daemon_runs, findings),
+        let looked = ahead::of(link.index, place(config, link.index))
+            .and_then(|ahead| Ok((ahead, ingress_filters(link.index)?)));
+        match looked {
+            Ok((ahead, filters)) => judge_programs(link, &filters, &ahead, daemon_runs, findings),
             Err(error) => {
                 findings.warning(
                     "filter",
                     format!("{}: {error:#}", link.name),
-                    "look with `tc filter show dev … ingress`",
+                    "look with `bpftool net show` and `tc filter show dev … ingress`",
                 );
             }
         }
@@ -81,20 +84,16 @@ pub(super) fn look(
     }
 }
 
-/// The programs that see a link's packets before any TC filter does, in words, as far as this process may know.
-#[derive(Debug, Default)]
-struct Ahead {
-    xdp: Option<String>,
-    tcx: Vec<String>,
-}
-
-impl Ahead {
-    fn of(link: &Link) -> Ahead {
-        let tcx = programs::list(link.index, Hook::TcxIngress).unwrap_or_default();
-        Ahead {
-            xdp: programs::xdp(link.index).map(programs::describe),
-            tcx: tcx.into_iter().map(programs::describe).collect(),
+/// Where the kernel program is on a link, or where it would be if it were attached now.
+fn place(config: &Config, link: u32) -> Place {
+    match Way::choose(config.attach, programs::has_tcx()) {
+        Ok(Way::Tcx(order)) => {
+            let there = programs::list(link, Hook::TcxIngress).unwrap_or_default();
+            let ours = there.iter().find(|&&id| programs::name(id).as_deref() == Some(PROGRAM_NAME));
+            let first = if order == TcxOrder::First { there.first() } else { None };
+            Place::Tcx { program: ours.or(first).copied() }
         }
+        _ => attach::FILTER,
     }
 }
 
@@ -118,8 +117,10 @@ fn attached_links<'a>(
 }
 
 /// Names of the interfaces that carry something: up, with a cable in them. None where the kernel does not say.
+///
+/// Not `IFF_RUNNING`, which follows the cable up to a second later (`net/core/link_watch.c`).
 fn running() -> Option<BTreeSet<String>> {
-    let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_RUNNING));
+    let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_LOWER_UP));
     Some(running.map(|seen| seen.interface_name).collect())
 }
 
@@ -143,35 +144,23 @@ fn judge_link(link: &Link, running: Option<bool>, findings: &mut Findings) {
 }
 
 /// Who sees the packets of a link before us, and whether our place is free.
-fn judge_programs(link: &Link, filters: &[Filter], ahead: &Ahead, daemon_runs: bool, findings: &mut Findings) {
+fn judge_programs(link: &Link, filters: &[Filter], ahead: &[String], daemon_runs: bool, findings: &mut Findings) {
     let (name, before) = (&link.name, findings.0.len());
-    let fix =
-        "make sure that it lets the listeners' datagrams pass on (TC_ACT_UNSPEC or TC_ACT_PIPE), or move it behind";
-    if let Some(program) = &ahead.xdp {
+    for program in ahead {
         findings.warning(
             "filter",
-            format!("{name}: XDP, {program}, sees packets before us, and may take the listeners' datagrams"),
-            format!("see `bpftool net show dev {name}`; make sure that it passes them on (XDP_PASS)"),
-        );
-    }
-    for program in &ahead.tcx {
-        findings.warning(
-            "filter",
-            format!("{name}: TCX, {program}, runs before our filter, and may take the listeners' datagrams"),
-            fix,
+            format!("{name}: {program} sees packets before us, and may take the listeners' datagrams"),
+            format!(
+                "make sure that it lets them pass on (TC_ACT_UNSPEC, TC_ACT_PIPE, XDP_PASS), or, unless it is XDP, go before \
+                 it with attach = \"tcx\"; `bpftool net show dev {name}` shows the order"
+            ),
         );
     }
     for filter in filters {
         let ours = filter.priority == PRIORITY && filter.handle == HANDLE;
         let program = filter.name.split(":[").next().unwrap_or_default();
         let what = if program.is_empty() { filter.kind.clone() } else { format!("{} ({program})", filter.kind) };
-        if filter.priority < PRIORITY {
-            let text = format!(
-                "{name}: the filter {what} at pref {} runs before ours, and may take the listeners' datagrams",
-                filter.priority
-            );
-            findings.warning("filter", text, fix);
-        } else if ours && program != PROGRAM_NAME {
+        if ours && program != PROGRAM_NAME {
             findings.problem(
                 "filter",
                 format!("{name}: our place, pref {PRIORITY} handle {HANDLE:#x}, has another program's filter, {what}"),

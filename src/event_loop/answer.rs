@@ -8,7 +8,6 @@ use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Counters, Datapath};
 use crate::discovery::ServiceStatus;
-use crate::health;
 use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
 use crate::metrics::{HealthSnapshot, ListenerSnapshot, Snapshot};
 use crate::model::{ListenerId, Mode};
@@ -42,11 +41,14 @@ impl Daemon {
             .iter()
             .map(|plan| ListenerSnapshot::collect(plan, self.mode_reason(plan.id), &readings))
             .collect();
-        let health = self.health.iter().flat_map(health::Health::downstreams).filter_map(|checked| {
+        let health = self.health.downstreams().filter_map(|checked| {
             let listener = self.listener_name(checked.listener)?;
             Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
         });
         let health = health.collect();
+        let transitions = self.health.transitions();
+        let transitions = transitions.filter_map(|(id, counted)| Some((self.listener_name(id)?, counted)));
+        let health_transitions = transitions.collect();
         let discovery = self.discovery_status();
         Ok(Snapshot {
             started: self.started_at,
@@ -54,7 +56,10 @@ impl Daemon {
             reloads: self.reloading.record,
             listeners,
             fragments: kernel.as_ref().map(|counters| counters.fragments).unwrap_or_default(),
+            programs_ahead: self.ahead.iter().map(|(name, ahead)| (name.as_str().into(), ahead.len())).collect(),
             health,
+            health_transitions,
+            probes: self.health.tallies().clone(),
             discovery,
         })
     }

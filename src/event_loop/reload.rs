@@ -269,6 +269,7 @@ impl Daemon {
         self.config = config;
         self.tell_modes();
         self.watch_health();
+        self.look_ahead();
         self.reloading.watch_or_not(&self.config, self.poll.registry(), super::CONFIG);
         self.count_success();
     }

@@ -76,7 +76,7 @@ impl Daemon {
     }
 
     fn healths(&self, now: Duration) -> Healths {
-        let checked = self.health.iter().flat_map(health::Health::downstreams);
+        let checked = self.health.downstreams();
         let report = |checked: health::listeners::DownstreamHealth<'_>| {
             let status = checked.status;
             let report = HealthReport {
@@ -114,10 +114,11 @@ impl Daemon {
         });
         let refused = self.failure.iter().map(|error| format!("the last change is not in force: {error:#}"));
         let warnings = self.controller.standing_warnings().map(str::to_owned);
-        let troubles = self.health.iter().flat_map(health::Health::troubles);
-        let troubles =
-            troubles.map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        unread.chain(refused).chain(warnings).chain(troubles).collect()
+        let troubles = self
+            .health
+            .troubles()
+            .map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
+        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::settings::{
     Bytes, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeSettings, Protocol,
@@ -22,10 +22,10 @@ pub struct Keys {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
     /// Seconds from one round of probes to the next; [`INTERVAL_SECS`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
     pub interval_secs: Option<f64>,
     /// Seconds without an answer after which a round has failed; [`TIMEOUT_SECS`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
     pub timeout_secs: Option<f64>,
     /// What is sent; ICMP.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -52,8 +52,48 @@ pub struct Keys {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fail_open: Option<bool>,
     /// Seconds over which a recovered downstream's share grows; 0.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
     pub slow_start_secs: Option<f64>,
+}
+
+/// Whole numbers are written as people write them, without `.0`.
+#[expect(clippy::cast_possible_truncation, reason = "seconds are far below where an i64 ends")]
+#[expect(clippy::ref_option, reason = "serde passes fields by reference")]
+fn number<S: Serializer>(number: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match *number {
+        Some(number) if number.fract() == 0.0 => serializer.serialize_i64(number as i64),
+        Some(number) => serializer.serialize_f64(number),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// The keys that say all that the settings say, and nothing that means nothing to the protocol.
+impl From<&HealthSettings> for Keys {
+    fn from(settings: &HealthSettings) -> Keys {
+        let HealthSettings { probe, fail_open, slow_start } = settings;
+        let (payload, expect) = match &probe.protocol {
+            Protocol::Udp { payload, expect, .. } => (Some(payload.to_string()), Some(expect.to_string())),
+            _ => (None, None),
+        };
+        let path = match &probe.protocol {
+            Protocol::Http { path, .. } => Some(path.to_string()),
+            _ => None,
+        };
+        Keys {
+            enabled: Some(true),
+            interval_secs: Some(probe.interval.as_secs_f64()),
+            timeout_secs: Some(probe.timeout.as_secs_f64()),
+            protocol: Some(probe.protocol.kind()),
+            port: probe.protocol.port(),
+            payload,
+            expect,
+            path,
+            unhealthy_threshold: Some(probe.unhealthy_threshold),
+            healthy_threshold: Some(probe.healthy_threshold),
+            fail_open: Some(*fail_open),
+            slow_start_secs: Some(slow_start.as_secs_f64()),
+        }
+    }
 }
 
 /// What is wrong with one key.

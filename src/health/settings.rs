@@ -210,7 +210,9 @@ impl Bytes {
     pub fn read(text: &str) -> Result<Bytes, String> {
         let bytes = match text.strip_prefix(HEX) {
             Some(digits) => from_hex(digits).ok_or_else(|| {
-                format!("{text:?}: after \"{HEX}\" come pairs of hexadecimal digits, such as \"{HEX}00ff 7b\"")
+                format!(
+                    "{text:?} is not hexadecimal after \"{HEX}\"; write pairs of hexadecimal digits, such as \"{HEX}00ff 7b\""
+                )
             })?,
             None => text.as_bytes().to_vec(),
         };

@@ -64,7 +64,8 @@ pub enum Event {
     },
     /// A probe could not be sent for a reason that lies with this host.
     NotSent(ProbeId),
-    /// Something may have happened to this host: begin a round now, unless one has begun within the timeout.
+    /// Something may have happened to this host: begin a round now, or, where one has begun within the timeout, when that
+    /// has passed.
     Recheck(IpAddr),
     /// The time of [`Monitor::next_deadline`] has come.
     Tick,
@@ -137,6 +138,8 @@ struct Round {
     pending: Vec<Attempt>,
     /// The last refusal.
     refusal: Option<Failure>,
+    /// Something has happened since it began, so the next is not to wait for its turn.
+    again: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -331,7 +334,7 @@ impl Monitor {
             }
             self.connecting += 1;
         }
-        watched.round = Some(Round { started: now, sent: 0, pending: Vec::new(), refusal: None });
+        watched.round = Some(Round { started: now, sent: 0, pending: Vec::new(), refusal: None, again: false });
         watched.last_start = Some(now);
         self.attempt(number, now, actions);
     }
@@ -413,10 +416,14 @@ impl Monitor {
     fn recheck(&mut self, host: IpAddr, now: Duration) {
         let numbers: Vec<u64> = self.hosts.range((host, 0)..=(host, u64::MAX)).map(|&(_, number)| number).collect();
         for number in numbers {
-            let Some(watched) = self.targets.get(&number) else { continue };
-            let rested = watched.last_start.is_none_or(|start| start + watched.timeout() <= now);
-            if watched.round.is_none() && rested && watched.due.is_some_and(|due| due > now) {
-                self.set_due(number, Some(now));
+            let Some(watched) = self.targets.get_mut(&number) else { continue };
+            if let Some(round) = &mut watched.round {
+                round.again = true;
+                continue;
+            }
+            let rested = watched.last_start.map_or(now, |start| now.max(start + watched.timeout()));
+            if watched.due.is_some_and(|due| due > rested) {
+                self.set_due(number, Some(rested));
             }
         }
     }
@@ -459,7 +466,8 @@ impl Monitor {
             actions.push(Action::Cancel { probe: attempt.probe, target: Arc::clone(&watched.target) });
         }
         // Where the round has taken longer than the interval, the next is due already.
-        let due = watched.start_after(round.started).max(now);
+        let turn = watched.start_after(round.started);
+        let due = if round.again { turn.min(round.started + watched.timeout()) } else { turn }.max(now);
         self.set_due(number, Some(due));
     }
 

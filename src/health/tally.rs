@@ -58,11 +58,11 @@ pub struct Tally {
 }
 
 impl Tally {
-    pub(super) fn sent(&mut self) {
+    pub(crate) fn sent(&mut self) {
         self.sent += 1;
     }
 
-    pub(super) fn ended(&mut self, outcome: Outcome) {
+    pub(crate) fn ended(&mut self, outcome: Outcome) {
         self.ended[outcome as usize] += 1;
     }
 
@@ -75,6 +75,12 @@ impl Tally {
     #[must_use]
     pub fn count(&self, outcome: Outcome) -> u64 {
         self.ended[outcome as usize]
+    }
+
+    /// Probes begun.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.sent
     }
 
     /// Probes on their way: begun and not ended.
@@ -95,7 +101,7 @@ impl Tallies {
         &self.0[kind as usize]
     }
 
-    pub(super) fn of_mut(&mut self, kind: ProtocolKind) -> &mut Tally {
+    pub(crate) fn of_mut(&mut self, kind: ProtocolKind) -> &mut Tally {
         &mut self.0[kind as usize]
     }
 }

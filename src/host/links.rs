@@ -58,6 +58,7 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
     let mut link = Link {
         index: header.index,
         up: header.flags.contains(LinkFlags::Up),
+        running: header.flags.contains(LinkFlags::Up) && header.flags.contains(LinkFlags::LowerUp),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         bare: is_bare(header.link_layer_type),
         loopback: header.flags.contains(LinkFlags::Loopback),
@@ -82,8 +83,7 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
             _ => {}
         }
     }
-    let connected = link.up && header.flags.contains(LinkFlags::LowerUp);
-    link.into_namespace = driver.pair && elsewhere && connected && !enslaved && !queues;
+    link.into_namespace = driver.pair && elsewhere && link.running && !enslaved && !queues;
     link.kind = driver.kind;
     Ok((!link.name.is_empty()).then_some(Observed { link, routed_tunnel }))
 }
@@ -177,6 +177,7 @@ mod tests {
             name: "eth0".into(),
             kind: Some("veth".into()),
             up: true,
+            running: true,
             ethernet: true,
             mac: Some([2, 0, 0, 0, 0, 7]),
             mtu: 1450,

@@ -53,10 +53,12 @@ pub(super) fn list(connection: &mut Connection, wanted: &BTreeSet<Hop>) -> Resul
         .dump("neighbours", &request, |payload| Ok(read(payload)?.filter(|observed| wanted.contains(&observed.hop))))
 }
 
-/// As a fact.
+/// As facts, in their order.
 pub(super) fn known(observed: &[Observed]) -> Vec<Neighbour> {
     let fact = |seen: &Observed| Some(Neighbour { link: seen.hop.0, address: seen.hop.1, mac: seen.mac? });
-    observed.iter().filter_map(fact).collect()
+    let mut known: Vec<Neighbour> = observed.iter().filter_map(fact).collect();
+    known.sort_unstable_by_key(|neighbour| (neighbour.link, neighbour.address));
+    known
 }
 
 /// Makes the kernel treat these neighbours as if a packet had just been sent to them: it asks for those it does not know
@@ -66,8 +68,8 @@ pub(super) fn known(observed: &[Observed]) -> Vec<Neighbour> {
 /// When the kernel cannot be asked. What it refuses for a single neighbour (its interface may be down or gone) is no
 /// error: that neighbour stays unknown.
 pub(super) fn remind(connection: &mut Connection, hops: &BTreeSet<Hop>, observed: &[Observed]) -> Result<()> {
-    let fixed = |hop: &Hop| observed.iter().any(|seen| seen.fixed && seen.hop == *hop);
-    let requests: Vec<_> = hops.iter().filter(|hop| !fixed(hop)).map(request).collect();
+    let fixed: BTreeSet<Hop> = observed.iter().filter(|seen| seen.fixed).map(|seen| seen.hop).collect();
+    let requests: Vec<_> = hops.difference(&fixed).map(request).collect();
     connection.tell(&requests).context("cannot have the kernel look for the downstreams' neighbours")
 }
 

@@ -15,10 +15,12 @@ use caps::{CapSet, Capability, CapsHashSet};
 use libbpf_rs::{MapType, ProgramType, libbpf_sys};
 use nix::errno::Errno;
 
+use super::programs;
+
 /// Where the kernel offers its own types, which CO-RE programs are fitted to when they are loaded.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Set to anything, makes this host look like one whose kernel lacks `bpf_redirect_neigh` and ring buffers, so that tests
+/// Set to anything, makes this host look like one whose kernel lacks `bpf_redirect_neigh`, ring buffers and TCX, so that tests
 /// can show what happens there.
 const PRETEND_OLD: &str = "UDP_FANOUT_PRETEND_OLD_KERNEL";
 
@@ -42,6 +44,8 @@ pub struct Ability {
     pub redirect_neigh: Option<bool>,
     /// Whether the kernel has BPF ring buffers (Linux 5.8). None where nothing can be loaded.
     pub ring_buffer: Option<bool>,
+    /// Whether the kernel has TCX (Linux 6.6). None where nothing can be loaded.
+    pub tcx: Option<bool>,
     /// Kernel types are at hand.
     pub has_btf: bool,
 }
@@ -158,7 +162,7 @@ impl Ability {
     pub fn probe() -> Result<Self> {
         let effective_caps = caps::read(None, CapSet::Effective).context("cannot read this process's capabilities")?;
         let current = std::env::var_os(PRETEND_OLD).is_none();
-        let (load, redirect_neigh, ring_buffer) = quietly(|| {
+        let (load, redirect_neigh, ring_buffer, tcx) = quietly(|| {
             let load = load_nothing();
             // libbpf takes a refusal to load anything at all for the helper's existence.
             let redirect_neigh = load.is_ok().then(|| {
@@ -166,7 +170,8 @@ impl Ability {
                 current && ProgramType::SchedCls.is_helper_supported(helper).unwrap_or(false)
             });
             let ring_buffer = load.is_ok().then(|| current && MapType::RingBuf.is_supported().unwrap_or(false));
-            (load, redirect_neigh, ring_buffer)
+            let tcx = load.is_ok().then(|| current && programs::has_tcx());
+            (load, redirect_neigh, ring_buffer, tcx)
         });
         Ok(Self {
             kernel_release: nix::sys::utsname::uname()
@@ -180,6 +185,7 @@ impl Ability {
             load,
             redirect_neigh,
             ring_buffer,
+            tcx,
             has_btf: has_btf(),
         })
     }
@@ -265,6 +271,7 @@ mod tests {
             load: Ok(()),
             redirect_neigh: Some(true),
             ring_buffer: Some(true),
+            tcx: Some(true),
             has_btf: true,
         }
     }

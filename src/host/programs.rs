@@ -59,6 +59,19 @@ pub fn list(link: u32, hook: Hook) -> io::Result<Vec<u32>> {
     }
 }
 
+/// True if the kernel has lists of TCX programs. Takes `CAP_NET_ADMIN`.
+#[must_use]
+pub fn has_tcx() -> bool {
+    let mut opts = libbpf_sys::bpf_prog_query_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    /// The loopback interface, which every network namespace has, under this index.
+    const LOOPBACK: i32 = 1;
+    // SAFETY: the options live across the call; they name no buffers to fill.
+    unsafe { libbpf_sys::bpf_prog_query_opts(LOOPBACK, Hook::TcxIngress.number(), &raw mut opts) == 0 }
+}
+
 /// The XDP program on an interface, by id, if there is one.
 #[must_use]
 pub fn xdp(link: u32) -> Option<u32> {
@@ -78,7 +91,9 @@ pub fn describe(id: u32) -> String {
     }
 }
 
-fn name(id: u32) -> Option<String> {
+/// A program's name, as far as the kernel keeps it: 15 bytes. None without `CAP_SYS_ADMIN`.
+#[must_use]
+pub fn name(id: u32) -> Option<String> {
     // SAFETY: takes a number, touches no memory of ours.
     let fd = unsafe { libbpf_sys::bpf_prog_get_fd_by_id(id) };
     if fd < 0 {

@@ -10,6 +10,8 @@ pub enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// Counts of what is at most so much, for several limits; each counter only grows.
+    Histogram,
 }
 
 impl Kind {
@@ -19,6 +21,7 @@ impl Kind {
         match self {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         }
     }
 }
@@ -42,6 +45,10 @@ const fn counter(name: &'static str, labels: &'static [&'static str], help: &'st
 
 const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
     Metric { name, kind: Kind::Gauge, help, labels }
+}
+
+const fn histogram(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
+    Metric { name, kind: Kind::Histogram, help, labels }
 }
 
 /// `udp_fanout_packets_received_total`
@@ -106,6 +113,27 @@ pub const DOWNSTREAM_HEALTH: Metric = gauge(
     "What health checks say of the downstream: 1 for healthy or not yet known, 0 for unhealthy. Only with health checks.",
 );
 
+/// `udp_fanout_downstream_health_transitions_total`
+pub const HEALTH_TRANSITIONS: Metric = counter(
+    "udp_fanout_downstream_health_transitions_total",
+    &["listener", "to"],
+    "Times a downstream of the listener has become unhealthy, or healthy again. Only with health checks.",
+);
+
+/// `udp_fanout_health_probes_total`
+pub const HEALTH_PROBES: Metric = counter(
+    "udp_fanout_health_probes_total",
+    &["protocol", "result"],
+    "Health probes by how they ended. Only of protocols in use.",
+);
+
+/// `udp_fanout_health_probe_round_trip_seconds`
+pub const HEALTH_ROUND_TRIP: Metric = histogram(
+    "udp_fanout_health_probe_round_trip_seconds",
+    &["protocol"],
+    "Seconds from a health probe to its answer. Only of protocols in use.",
+);
+
 /// `udp_fanout_fragments_stray_total`
 pub const FRAGMENTS_STRAY: Metric = counter(
     "udp_fanout_fragments_stray_total",
@@ -125,6 +153,13 @@ pub const LISTENER_MODE: Metric = gauge(
     "udp_fanout_listener_mode_info",
     &["listener", "mode", "reason"],
     "The datapath that carries the listener, and why it was chosen; always 1.",
+);
+
+/// `udp_fanout_programs_ahead`
+pub const PROGRAMS_AHEAD: Metric = gauge(
+    "udp_fanout_programs_ahead",
+    &["interface"],
+    "XDP and TCX programs and TC filters that see the interface's packets before the TC program, and may take datagrams from it.",
 );
 
 /// `udp_fanout_discovery_synced`
@@ -192,7 +227,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 24] = [
+pub const ALL: [&Metric; 28] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -204,9 +239,13 @@ pub const ALL: [&Metric; 24] = [
     &DOWNSTREAM_PACKETS,
     &DOWNSTREAM_BYTES,
     &DOWNSTREAM_HEALTH,
+    &HEALTH_TRANSITIONS,
+    &HEALTH_PROBES,
+    &HEALTH_ROUND_TRIP,
     &FRAGMENTS_STRAY,
     &FRAGMENTS_LOST,
     &LISTENER_MODE,
+    &PROGRAMS_AHEAD,
     &DISCOVERY_SYNCED,
     &DISCOVERY_LAST_EVENT_AGE,
     &DISCOVERY_WATCH_RESTARTS,
@@ -259,6 +298,7 @@ mod tests {
             "udp_fanout_bytes_forwarded_total",
             "udp_fanout_downstream_active",
             "udp_fanout_downstream_packets_total",
+            "udp_fanout_downstream_health",
             "udp_fanout_build_info",
         ] {
             assert!(ALL.iter().any(|metric| metric.name == name), "{name}");

@@ -2,7 +2,10 @@
 //!
 //! Every page has a recorder of its own, filled with absolute values and thrown away: nothing is left over of a
 //! downstream that is gone, and no value is older than the snapshot. The recorder is spoken to directly rather than
-//! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values.
+//! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values. Histograms
+//! it cannot be given as they are; `histogram` writes them.
+
+mod histogram;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,6 +16,8 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use super::names::{self, Kind, Metric};
 use super::snapshot::{ListenerSnapshot, Snapshot};
 use crate::discovery::ServiceStatus;
+use crate::health::settings::ProtocolKind;
+use crate::health::tally::Tally;
 use crate::version;
 
 /// The page's media type.
@@ -31,8 +36,14 @@ pub fn render(snapshot: &Snapshot) -> String {
         let endpoint = SharedString::from_owned(checked.endpoint.to_string());
         page.gauge(&names::DOWNSTREAM_HEALTH, [listener, endpoint], f64::from(u8::from(checked.healthy)));
     }
+    page.health_checks(snapshot);
     page.counter(&names::FRAGMENTS_STRAY, [], snapshot.fragments.strays);
     page.counter(&names::FRAGMENTS_LOST, [], snapshot.fragments.lost);
+    for (interface, programs) in &snapshot.programs_ahead {
+        let interface = SharedString::from_shared(Arc::clone(interface));
+        #[expect(clippy::cast_precision_loss, reason = "an interface has at most some dozen")]
+        page.gauge(&names::PROGRAMS_AHEAD, [interface], *programs as f64);
+    }
     for service in &snapshot.discovery {
         page.service(service);
     }
@@ -47,12 +58,22 @@ pub fn render(snapshot: &Snapshot) -> String {
     let build = [version::PACKAGE, version::REVISION, std::env::consts::ARCH];
     page.gauge(&names::BUILD_INFO, build.map(SharedString::const_str), 1.0);
     page.gauge(&names::START_TIME, [], seconds(snapshot.started));
-    in_order(&page.recorder.handle().render())
+    let round_trips = histogram::text(
+        &names::HEALTH_ROUND_TRIP,
+        probed(snapshot).map(|(kind, tally)| (kind.name(), &tally.round_trips)),
+    );
+    in_order(&(page.recorder.handle().render() + &round_trips))
 }
 
 /// Since 1970.
 fn seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// The protocols by which anything has been probed.
+fn probed(snapshot: &Snapshot) -> impl Iterator<Item = (ProtocolKind, &Tally)> {
+    let all = ProtocolKind::ALL.into_iter().map(|kind| (kind, snapshot.probes.of(kind)));
+    all.filter(|(_, tally)| tally.begun() > 0)
 }
 
 struct Page {
@@ -67,6 +88,7 @@ impl Page {
             match metric.kind {
                 Kind::Counter => recorder.describe_counter(name, None, help),
                 Kind::Gauge => recorder.describe_gauge(name, None, help),
+                Kind::Histogram => {}
             }
         }
         Page { recorder }
@@ -104,6 +126,21 @@ impl Page {
         let mode = SharedString::const_str(listener.mode.name());
         let reason = SharedString::from_shared(listener.mode_reason.clone());
         self.gauge(&names::LISTENER_MODE, [name(), mode, reason], 1.0);
+    }
+
+    fn health_checks(&self, snapshot: &Snapshot) {
+        for (listener, transitions) in &snapshot.health_transitions {
+            for (to, times) in [("unhealthy", transitions.failed), ("healthy", transitions.recovered)] {
+                let listener = SharedString::from_shared(Arc::clone(listener));
+                self.counter(&names::HEALTH_TRANSITIONS, [listener, SharedString::const_str(to)], times);
+            }
+        }
+        for (kind, tally) in probed(snapshot) {
+            for (outcome, probes) in tally.outcomes() {
+                let labels = [kind.name(), outcome.label()].map(SharedString::const_str);
+                self.counter(&names::HEALTH_PROBES, labels, probes);
+            }
+        }
     }
 
     fn service(&self, service: &ServiceStatus) {
@@ -154,10 +191,12 @@ fn in_order(page: &str) -> String {
         .collect();
     metrics.sort_unstable_by_key(|&(position, _)| position);
     let mut sorted = String::with_capacity(page.len());
-    for (_, text) in metrics {
+    for (position, text) in metrics {
         let (head, mut series): (Vec<&str>, Vec<&str>) =
             text.lines().filter(|line| !line.is_empty()).partition(|line| line.starts_with('#'));
-        series.sort_unstable();
+        if names::ALL[position].kind != Kind::Histogram {
+            series.sort_unstable();
+        }
         for line in head.into_iter().chain(series) {
             sorted.push_str(line);
             sorted.push('\n');

@@ -6,6 +6,8 @@ use std::time::SystemTime;
 
 use crate::datapath::Counters;
 use crate::discovery::ServiceStatus;
+use crate::health::listeners::Transitions;
+use crate::health::tally::Tallies;
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
@@ -22,8 +24,14 @@ pub struct Snapshot {
     pub listeners: Vec<ListenerSnapshot>,
     /// Fragments that could not be treated like the rest of their datagram.
     pub fragments: FragmentCounters,
+    /// For each interface that carries the TC program, how many programs and filters see its packets before.
+    pub programs_ahead: Vec<(Arc<str>, usize)>,
     /// The downstreams that are checked, those left out of a round included.
     pub health: Vec<HealthSnapshot>,
+    /// How often downstreams have changed their state, by the names of the listeners whose downstreams are checked.
+    pub health_transitions: Vec<(Arc<str>, Transitions)>,
+    /// Health probes of all listeners.
+    pub probes: Tallies,
     /// The Services that are followed.
     pub discovery: Vec<ServiceStatus>,
 }

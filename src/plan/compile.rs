@@ -196,6 +196,7 @@ mod tests {
             sources: Arc::default(),
             rate_limit: None,
             source: Source::Static(Vec::new()),
+            health: None,
             settings: Settings {
                 workers: 0,
                 batch_size: 64,

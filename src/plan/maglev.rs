@@ -12,6 +12,17 @@ const SIZES: [usize; 5] = [4_099, 16_411, 65_537, 262_147, 1_048_583];
 /// A table has at least this many places per downstream: the more, the closer each share is to its weight, and the fewer
 /// senders move needlessly.
 const PLACES_EACH: usize = 100;
+/// From this length on a table need not become longer for that, as long as each downstream has some places.
+const LONG: usize = 65_537;
+/// How many those are.
+const LEAST_PLACES_EACH: usize = 16;
+
+/// How long the table of so many downstreams is, unless it has been longer before.
+#[must_use]
+pub fn places(downstreams: usize) -> usize {
+    let wanted = (downstreams * PLACES_EACH).min(LONG).max(downstreams * LEAST_PLACES_EACH);
+    SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1])
+}
 
 /// The table for downstreams and their weights: for each place, an index into `downstreams`. Empty for no downstreams.
 ///
@@ -22,7 +33,7 @@ pub fn table(downstreams: &[(SocketAddr, u32)], at_least: usize) -> Vec<u32> {
     if downstreams.is_empty() {
         return Vec::new();
     }
-    let wanted = at_least.max(downstreams.len() * PLACES_EACH);
+    let wanted = at_least.max(places(downstreams.len()));
     let places = SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1]);
     let heaviest = downstreams.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1).max(1);
     let mut claimants: Vec<Claimant> = downstreams
@@ -111,13 +122,23 @@ mod tests {
 
     #[test]
     fn shares_are_even() {
-        for n in [1, 2, 3, 10, 100, 1000] {
+        for n in [1, 2, 3, 10, 100, 1000, 10_000] {
             let table = table(&downstreams(n), 0);
             let fair = table.len() as f64 / n as f64;
             for share in shares(&table, n) {
                 assert!((share as f64 - fair).abs() <= 1.0 + fair * 0.01, "{share} of {fair} with {n}");
             }
         }
+    }
+
+    #[test]
+    fn a_table_for_many_has_places_for_each() {
+        for (count, expected) in
+            [(1, 4_099), (41, 16_411), (655, 65_537), (4_096, 65_537), (4_097, 262_147), (16_384, 262_147)]
+        {
+            assert_eq!(places(count), expected, "{count}");
+        }
+        assert!(places(1_000_000) >= 1_000_000);
     }
 
     #[test]
@@ -135,7 +156,7 @@ mod tests {
 
     #[test]
     fn when_one_leaves_only_about_its_share_moves() {
-        for n in [2, 3, 5, 10, 50, 200] {
+        for n in [2, 3, 5, 10, 50, 200, 4_096, 10_000] {
             let before = downstreams(n);
             let old = table(&before, 0);
             for gone in [0, n / 2, n - 1] {

@@ -409,7 +409,7 @@ fn root_rules_that_do_not_fit_change_nothing() {
     let mut program = Program::load(allowing(&["203.0.113.0/24"]));
     let many: Vec<String> = (0..600).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    let error = program.datapath.apply(&Plan { listeners: allowing(&many) }).unwrap_err();
+    let error = program.datapath.apply(&Plan { listeners: allowing(&many), ..Plan::default() }).unwrap_err();
     assert!(format!("{error:#}").contains("raise limits.max_sources"), "{error:#}");
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
     assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);

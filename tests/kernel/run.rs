@@ -50,13 +50,13 @@ impl Program {
         let mut setup = Setup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
-        let plan = Plan { listeners };
+        let plan = Plan { listeners, ..Plan::default() };
         datapath.apply(&plan).unwrap();
         Program { datapath, plan }
     }
 
     pub fn apply(&mut self, listeners: Vec<ListenerPlan>) {
-        self.plan = Plan { listeners };
+        self.plan = Plan { listeners, ..Plan::default() };
         self.datapath.apply(&self.plan).unwrap();
     }
 

@@ -1,12 +1,12 @@
 //! What the manifests say: names, configurations, privileges; and that the chart says the same.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
 use udp_fanout::config::{Config, Source};
 
-use crate::render::{chart, everything, objects, only, overlay, plain, read, repository, values};
+use crate::render::{chart, everything, objects, only, overlay, plain, rbac, read, repository, values};
 
 /// The configurations in the ConfigMaps among some objects.
 pub fn configurations(objects: &[Value]) -> Vec<Config> {
@@ -207,41 +207,37 @@ pub fn services(config: &Config) -> BTreeSet<(String, String)> {
         .collect()
 }
 
-/// The Services to which the Roles reach that are bound to the daemon's account.
-fn reached(objects: &[Value]) -> BTreeSet<(String, String)> {
-    let account = &only(objects, "DaemonSet")["spec"]["template"]["spec"]["serviceAccountName"];
-    let mut reached = BTreeSet::new();
-    for role in objects.iter().filter(|object| object["kind"] == "Role") {
-        let (name, namespace) = (&role["metadata"]["name"], &role["metadata"]["namespace"]);
-        let binding = objects.iter().find(|object| {
-            object["kind"] == "RoleBinding"
-                && &object["metadata"]["namespace"] == namespace
-                && &object["roleRef"]["name"] == name
-        });
-        let subject = &binding.unwrap()["subjects"][0];
-        assert_eq!((&subject["name"], &subject["namespace"]), (account, &json!("udp-fanout")));
-        let slices = json!({
-            "apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]
-        });
-        assert_eq!(role["rules"][0], slices);
-        for service in role["rules"][1]["resourceNames"].as_array().unwrap() {
-            reached.insert((namespace.as_str().unwrap().to_owned(), service.as_str().unwrap().to_owned()));
-        }
-    }
-    reached
+/// Roles and bindings of all kinds, by kind, namespace and name, without labels: what they allow, to whom.
+fn rights(objects: &[Value]) -> BTreeMap<String, Value> {
+    let rights = objects.iter().filter(|object| {
+        ["Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"].iter().any(|kind| object["kind"] == *kind)
+    });
+    rights
+        .map(|object| {
+            let mut object = object.clone();
+            object["metadata"].as_object_mut().unwrap().remove("labels");
+            let place = format!("{} {}", object["kind"], object["metadata"]);
+            (place, object)
+        })
+        .collect()
 }
 
 #[test]
-fn the_roles_reach_exactly_what_the_configuration_follows() {
-    let mut renders = vec![manifests(), objects(&overlay(&[])), objects(&chart(None, "1.30"))];
-    renders.push(objects(&chart(Some("everything-values.yaml"), "1.30")));
+fn the_rights_are_exactly_those_that_the_configuration_needs() {
+    let mut renders = vec![("udp-fanout", manifests()), ("udp-fanout", objects(&overlay(&[])))];
+    renders.push(("udp-fanout", objects(&chart(None, "1.30"))));
+    renders.push(("fanout", objects(&chart(Some("everything-values.yaml"), "1.30"))));
     assert_eq!(values().len(), 2, "a file of values that is not tried here");
-    for all in renders {
-        let config = configurations(&all).pop().unwrap();
-        let services = services(&config);
-        assert!(!services.is_empty());
-        assert_eq!(reached(&all), services);
+    for (account, all) in &renders {
+        let needed = rights(&objects(&rbac(all, account)));
+        assert!(needed.len() >= 2);
+        assert_eq!(rights(all), needed);
     }
+    let everything = rights(&renders[3].1);
+    assert_eq!(everything.len(), 8, "three namespaces, and nodes: {everything:#?}");
+    // And MetalLB's example needs no others than the DaemonSet's.
+    let metallb = objects(&read("k8s/example-metallb.yaml"));
+    assert_eq!(rights(&objects(&rbac(&metallb, "udp-fanout"))), rights(&manifests()));
 }
 
 #[test]

@@ -103,6 +103,17 @@ pub fn chart(values: Option<&str>, kubernetes: &str) -> String {
     run(&mut command)
 }
 
+/// What `udp-fanout rbac` prints for the configuration of a ConfigMap, for this service account.
+pub fn rbac(objects: &[Value], account: &str) -> String {
+    let map = objects.iter().find(|object| object["kind"] == "ConfigMap" && object["metadata"]["name"] == "udp-fanout");
+    let (name, text) = map.unwrap()["data"].as_object().unwrap().iter().next().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join(name);
+    fs::write(&file, text.as_str().unwrap()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_udp-fanout"));
+    run(command.arg("rbac").args(["--service-account", account, "--config"]).arg(file))
+}
+
 /// The files with values that the chart is tried with, beside its own.
 pub fn values() -> Vec<String> {
     let entries = fs::read_dir(repository().join(CHART).join("ci")).unwrap();
@@ -123,7 +134,13 @@ pub fn everything(kubernetes: &str) -> Vec<(String, String)> {
     all.push(("all components".into(), overlay(&names)));
     all.push(("the chart".into(), chart(None, kubernetes)));
     for values in values() {
-        all.push((format!("the chart with {values}"), chart(Some(&values), kubernetes)));
+        let text = chart(Some(&values), kubernetes);
+        let objects = objects(&text);
+        let followed = objects.iter().any(|object| object["kind"] == "Role");
+        all.push((format!("the chart with {values}"), text));
+        if followed {
+            all.push((format!("udp-fanout rbac, for {values}"), rbac(&objects, "fanout")));
+        }
     }
     all
 }

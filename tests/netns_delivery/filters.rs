@@ -59,7 +59,7 @@ impl Other {
         self.link = Some(namespace.run(attach).unwrap());
     }
 
-    fn attach(&self, namespace: &Namespace, hook: TcAttachPoint, (priority, handle): (u32, u32)) {
+    pub fn attach(&self, namespace: &Namespace, hook: TcAttachPoint, (priority, handle): (u32, u32)) {
         let index = i32::try_from(namespace.link(INGRESS).unwrap().index).unwrap();
         // That there is a clsact already is no news.
         libbpf_rs::set_print(None);
@@ -95,7 +95,7 @@ impl Stats {
 }
 
 /// Sends so many datagrams to the listener, of which each receiver must get the same share.
-fn exchange(lab: &Lab, count: u64) {
+pub fn exchange(lab: &Lab, count: u64) {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
     sender.send(count, &collectors).unwrap();

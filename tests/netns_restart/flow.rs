@@ -86,3 +86,46 @@ fn netns_a_reload_changes_what_becomes_of_the_program() {
     daemon.reload(&config.to_toml()).unwrap();
     assert_eq!((filter(&lab), others.path().exists()), (None, false));
 }
+
+/// The order in which daemons hang the program differently: as a filter, as a TCX program before or behind others.
+const WAYS: [(&str, &str); 6] =
+    [("tcx", "first"), ("tcx", "first"), ("tcx", "last"), ("clsact", "first"), ("clsact", "first"), ("tcx", "first")];
+
+#[test]
+fn netns_restarts_lose_nothing_whatever_the_hook_before_and_after() {
+    let (lab, pins) = (lab(), Pins::new());
+    let config = |(attach, order): (&str, &str)| {
+        let mut config = pins.config(&lab, "keep");
+        config.head += &format!("attach = \"{attach}\"\ntcx_order = \"{order}\"\n");
+        config
+    };
+    let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
+    let mut sender = Sender::in_lab(&lab).unwrap();
+    let mut daemon = start(&lab, &config(WAYS[0]));
+    let done = AtomicBool::new(false);
+    let (daemon, sender) = thread::scope(|scope| {
+        let traffic = scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                sender.send(200, &collectors).unwrap();
+            }
+            sender
+        });
+        for (turn, way) in WAYS.into_iter().enumerate().skip(1) {
+            end(daemon, if turn % 2 == 0 { Signal::SIGTERM } else { Signal::SIGKILL });
+            daemon = start(&lab, &config(way));
+            daemon.wait_for_logged("counters go on").unwrap();
+            assert_eq!((filter(&lab).is_some(), pins.programs().len()), (way.0 == "clsact", 1), "{way:?}");
+        }
+        done.store(true, Ordering::SeqCst);
+        (daemon, traffic.join().unwrap())
+    });
+    let sent = sender.sent();
+    let report = collectors.finish(&[&sender]).unwrap();
+    assert!(report.is_complete() && report.duplicated == 0, "{report}");
+    assert_eq!(counted(&lab, &daemon), (sent, sent, sent));
+    end(daemon, Signal::SIGTERM);
+    exchange(&lab, 300);
+    let text = String::from_utf8(crate::run(&lab, &["detach", "--interface", "eth0"], &pins).stdout).unwrap();
+    assert!(text.starts_with("eth0: removed the TCX program udp_fanout ") && text.lines().count() == 2, "{text}");
+    assert!(!pins.path().exists());
+}

@@ -58,7 +58,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
 
 /// A plan of these listeners.
 pub fn plan(listeners: &[&ListenerPlan]) -> Plan {
-    Plan { listeners: listeners.iter().map(|&listener| listener.clone()).collect() }
+    Plan { listeners: listeners.iter().map(|&listener| listener.clone()).collect(), ..Plan::default() }
 }
 
 /// Tries until it holds.

@@ -4,15 +4,28 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt::UdpGroSegment};
+use nix::unistd::Pid;
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::user::UserDatapath;
 use udp_fanout::model::{DownstreamCounters, DropReason, HashOn, ListenerCounters, Policy};
-use udp_fanout::plan::{hash, maglev};
+use udp_fanout::plan::{ListenerPlan, hash, maglev};
 
 use crate::flow::{Flow, GUARD, ID, final_counters, listener, serving, until};
 use crate::netns_thread::{in_new_netns, ip};
+
+/// A datapath that serves these listeners, on one CPU together with the calling thread: loopback keeps no order between
+/// datagrams that a thread sends from one CPU and then from another.
+fn serving_in_order(listeners: &[&ListenerPlan]) -> UserDatapath {
+    let this = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this).unwrap();
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap()).unwrap();
+    sched_setaffinity(this, &one).unwrap();
+    serving(listeners)
+}
 
 /// Sends datagrams of one length, but for the last, which may be shorter, in one piece.
 fn send_joined(from: &UdpSocket, to: SocketAddr, payload: &[u8], each: u16) {
@@ -69,7 +82,7 @@ fn joined_datagrams_go_round_one_by_one_and_in_order() {
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &addresses(&sinks));
     // With one worker, where each goes is certain.
     syslog.settings.workers = 1;
-    let mut datapath = serving(&[&syslog]);
+    let mut datapath = serving_in_order(&[&syslog]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     let mut next = 0;
     for (count, each, last) in [(2, 8, 8), (64, 100, 100), (5, 1400, 9), (44, 1472, 8), (64, 8, 8), (7, 100, 99)] {
@@ -91,7 +104,7 @@ fn datagrams_of_any_length_between_each_other_arrive_whole_and_in_order() {
     let sinks = sinks(1);
     let mut mixed = listener(0, "mixed", "127.0.0.1:0", &addresses(&sinks));
     mixed.settings.workers = 1;
-    let mut datapath = serving(&[&mixed]);
+    let mut datapath = serving_in_order(&[&mixed]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     let mut next = 0;
     for round in 0..200u64 {
@@ -114,7 +127,7 @@ fn empty_datagrams_between_others_keep_their_place() {
     let sinks = sinks(1);
     let mut empty = listener(0, "empty", "127.0.0.1:0", &addresses(&sinks));
     empty.settings.workers = 1;
-    let mut datapath = serving(&[&empty]);
+    let mut datapath = serving_in_order(&[&empty]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     let lengths = [5, 0, 0, 5, 5, 0, 3, 5];
     for _ in 0..100 {
@@ -138,7 +151,7 @@ fn each_of_joined_datagrams_takes_a_token_and_those_refused_take_no_turn() {
         limited.meter = Some(Meter { interval, depth: 5 * interval, prefix: 32, senders: 1024 });
         let deny = vec![Prefix::parse("127.0.0.3").unwrap()];
         limited.sources = Sources { allow: Vec::new(), deny }.into();
-        let mut datapath = serving(&[&limited]);
+        let mut datapath = serving_in_order(&[&limited]);
         let to = datapath.local_address(ID).unwrap();
         for (source, numbers) in [("127.0.0.3:0", 0..10), ("127.0.0.1:0", 10..20), ("127.0.0.2:0", 20..22)] {
             send_joined(&UdpSocket::bind(source).unwrap(), to, &numbered(numbers, 100, 50), 100);
@@ -161,7 +174,7 @@ fn of_joined_datagrams_only_those_longer_than_the_limit_are_missing() {
     let sinks = sinks(1);
     let mut short = listener(0, "short", "127.0.0.1:0", &addresses(&sinks));
     short.settings.max_packet_size = 99;
-    let mut datapath = serving(&[&short]);
+    let mut datapath = serving_in_order(&[&short]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     send_joined(&from, to, &numbered(0..10, 100, 99), 100);
     send_joined(&from, to, &numbered(10..20, 99, 20), 99);
@@ -177,7 +190,7 @@ fn chunks_of_gelf_messages_are_told_apart_within_what_was_joined() {
     let sinks = sinks(3);
     let mut gelf = listener(0, "gelf", "127.0.0.1:0", &addresses(&sinks));
     gelf.policy = Policy::GelfMessage;
-    let mut datapath = serving(&[&gelf]);
+    let mut datapath = serving_in_order(&[&gelf]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     sinks.iter().for_each(|sink| sink.set_nonblocking(true).unwrap());
     let (mut expected, mut chunks, mut round, mut whole) = ([0u64; 3], [0u64; 3], [0u64; 3], 0);
@@ -222,7 +235,7 @@ fn hashing_and_replicating_see_each_of_the_joined() {
         if let Policy::Hash(_) = policy {
             each.table = maglev::table(&addresses(&sinks), 0);
         }
-        let mut datapath = serving(&[&each]);
+        let mut datapath = serving_in_order(&[&each]);
         let to = datapath.local_address(ID).unwrap();
         for _ in 0..20 {
             let from = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -247,7 +260,7 @@ fn what_a_full_queue_loses_counts_as_many_datagrams_as_were_joined() {
     sinks[0].set_nonblocking(true).unwrap();
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &addresses(&sinks));
     syslog.settings.recv_buf_size = Some(4096);
-    let mut datapath = serving(&[&syslog]);
+    let mut datapath = serving_in_order(&[&syslog]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     let payload = numbered(0..10, 100, 100);
     for _ in 0..2000 {
@@ -265,7 +278,7 @@ fn a_closed_port_is_charged_for_every_datagram_of_a_message() {
     let closed = UdpSocket::bind("127.0.0.8:0").unwrap().local_addr().unwrap();
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &[addresses(&sinks)[0], (closed, 1)]);
     syslog.settings.workers = 1;
-    let mut datapath = serving(&[&syslog]);
+    let mut datapath = serving_in_order(&[&syslog]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     for _ in 0..50 {
         send_joined(&from, to, &numbered(0..64, 64, 64), 64);
@@ -302,7 +315,7 @@ fn netns_datagrams_longer_than_the_mtu_go_out_one_by_one_and_cost_the_others_not
         let far: SocketAddr = "10.77.0.2:514".parse().unwrap();
         let mut both = listener(0, "both", "127.0.0.1:0", &[addresses(&sinks)[0], (far, 1)]);
         both.settings.workers = 1;
-        let mut datapath = serving(&[&both]);
+        let mut datapath = serving_in_order(&[&both]);
         let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         let sent = || -> u64 {
             let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
@@ -337,7 +350,7 @@ fn netns_a_device_that_cannot_cut_messages_apart_still_gets_them_all() {
         let far: SocketAddr = "10.77.0.2:514".parse().unwrap();
         let mut syslog = listener(0, "syslog", "127.0.0.1:0", &[(far, 1)]);
         syslog.settings.workers = 1;
-        let mut datapath = serving(&[&syslog]);
+        let mut datapath = serving_in_order(&[&syslog]);
         let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         for _ in 0..10 {
             send_joined(&from, to, &numbered(0..30, 500, 100), 500);
@@ -355,7 +368,7 @@ fn joined_ipv6_datagrams_reach_downstreams_of_both_families() {
     let downstreams = [(v6.local_addr().unwrap(), 1), (v4.local_addr().unwrap(), 1)];
     let mut both = listener(0, "both", "[::1]:0", &downstreams);
     both.settings.workers = 1;
-    let mut datapath = serving(&[&both]);
+    let mut datapath = serving_in_order(&[&both]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("[::1]:0").unwrap());
     for _ in 0..20 {
         send_joined(&from, to, &numbered(0..40, 1200, 700), 1200);
@@ -373,7 +386,7 @@ fn receivers_that_join_what_arrives_get_what_was_sent_together_together() {
     sinks.iter().for_each(|sink| setsockopt(sink, UdpGroSegment, &true).unwrap());
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &addresses(&sinks));
     syslog.settings.workers = 1;
-    let mut datapath = serving(&[&syslog]);
+    let mut datapath = serving_in_order(&[&syslog]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
     send_joined(&from, to, &numbered(0..40, 64, 64), 64);
     let mut buffer = [0; 65_536];
@@ -389,7 +402,7 @@ fn flow_of_a_wildcard_listener_knows_the_destination_of_what_was_joined() {
     let mut wide = listener(0, "wide", "0.0.0.0:0", &flow.receivers());
     wide.policy = Policy::Hash(HashOn::Flow);
     wide.table = maglev::table(&flow.receivers(), 0);
-    let mut datapath = serving(&[&wide]);
+    let mut datapath = serving_in_order(&[&wide]);
     let port = datapath.local_address(ID).unwrap().port();
     let mut expected = [0u64; 3];
     for n in 1..=40u8 {

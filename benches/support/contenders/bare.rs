@@ -2,7 +2,9 @@
 //!
 //! A loop takes what has arrived, as the kernel has joined it (`UDP_GRO`), deals the datagrams out in turn, and sends each
 //! downstream its share (`UDP_SEGMENT`). It counts nothing, looks at no error, follows no change, and assumes that all
-//! datagrams of a message have the same length.
+//! datagrams of a message have the same length. Under replication, each downstream's share is everything.
+//!
+//! [`copier`] is the other extreme: one `recvfrom`, and one `sendto` for each downstream, as samplicator has it.
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -10,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use std::{mem, ptr};
+use std::{io, mem, ptr};
 
 use anyhow::{Context, Result};
 use nix::sys::socket::setsockopt;
@@ -63,12 +65,32 @@ impl Drop for Loop {
 /// # Errors
 /// When a socket cannot be had.
 pub fn start(bed: &Bed, task: &Task, calls: Calls) -> Result<Box<dyn Running>> {
+    let replicate = task.replicate;
+    spawn(bed, task, calls.joined, move |take, send, downstreams, stop| {
+        forward(take, send, downstreams, (calls, replicate), stop);
+    })
+}
+
+/// Starts a loop that copies each datagram to each downstream, one system call each, on the contender's CPU.
+///
+/// # Errors
+/// When a socket cannot be had.
+pub fn copier(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    spawn(bed, task, false, copy)
+}
+
+fn spawn(
+    bed: &Bed,
+    task: &Task,
+    joined: bool,
+    work: impl FnOnce(&Socket, &Socket, &[SocketAddr], &AtomicBool) + Send + 'static,
+) -> Result<Box<dyn Running>> {
     let (take, send) = bed.gateway.run(|| {
         let take = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
         take.bind(&LISTENER.into())?;
         setsockopt(&take, RcvBufForce, &RECEIVE_BUFFER)?;
         take.set_read_timeout(Some(Duration::from_millis(20)))?;
-        if calls.joined {
+        if joined {
             setsockopt(&take, UdpGroSegment, &true)?;
         }
         let send = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
@@ -80,7 +102,7 @@ pub fn start(bed: &Bed, task: &Task, calls: Calls) -> Result<Box<dyn Running>> {
     let (tell, told) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name("bare".into()).spawn(move || {
         if stay_on(cpu).is_ok() && tell.send(nix::unistd::gettid()).is_ok() {
-            forward(&take, &send, &downstreams, calls, &stopped);
+            work(&take, &send, &downstreams, &stopped);
         }
     });
     let thread = Some(thread.context("cannot start a thread")?);
@@ -92,7 +114,25 @@ pub fn start(bed: &Bed, task: &Task, calls: Calls) -> Result<Box<dyn Running>> {
 #[derive(Clone, Copy)]
 struct Control([u8; 24]);
 
-fn forward(take: &Socket, send: &Socket, downstreams: &[SocketAddr], calls: Calls, stop: &AtomicBool) {
+fn copy(take: &Socket, send: &Socket, downstreams: &[SocketAddr], stop: &AtomicBool) {
+    let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
+    let mut memory = vec![0u8; ROOM];
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(length) = io::Read::read(&mut &*take, &mut memory) else { continue };
+        for name in &names {
+            // As such loops do: what cannot be sent is lost.
+            let _ = send.send_to(&memory[..length], name);
+        }
+    }
+}
+
+fn forward(
+    take: &Socket,
+    send: &Socket,
+    downstreams: &[SocketAddr],
+    (calls, replicate): (Calls, bool),
+    stop: &AtomicBool,
+) {
     let mut memory = vec![0u8; calls.take * ROOM];
     let mut controls = vec![Control([0; 24]); calls.take];
     let mut vectors: Vec<libc::iovec> =
@@ -130,8 +170,13 @@ fn forward(take: &Socket, send: &Socket, downstreams: &[SocketAddr], calls: Call
                 let this = size.min(length - at);
                 // SAFETY: within the slot's memory.
                 let start = unsafe { memory.as_mut_ptr().add(slot * ROOM + at) };
-                shares[turn].push(libc::iovec { iov_base: start.cast(), iov_len: this });
-                turn = if turn + 1 == shares.len() { 0 } else { turn + 1 };
+                let vector = libc::iovec { iov_base: start.cast(), iov_len: this };
+                if replicate {
+                    shares.iter_mut().for_each(|share| share.push(vector));
+                } else {
+                    shares[turn].push(vector);
+                    turn = if turn + 1 == shares.len() { 0 } else { turn + 1 };
+                }
                 at += this;
             }
         }

@@ -2,18 +2,21 @@
 
 pub mod bare;
 pub mod daemon;
+pub mod netfilter;
 pub mod nginx;
+pub mod programs;
 
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::bed::Bed;
+use super::bed::{Bed, PORT};
 use crate::support::cleanup;
 
 /// What a contender is to do.
@@ -42,6 +45,8 @@ pub struct Contender {
     pub in_kernel: bool,
     /// Senders send to the downstreams themselves: the yardstick, without any balancing.
     pub direct: bool,
+    /// What it forwards arrives byte by byte as it was sent.
+    pub keeps: bool,
     /// Starts it.
     pub start: Start,
 }
@@ -49,7 +54,22 @@ pub struct Contender {
 impl Contender {
     /// A program that forwards.
     pub fn program(name: &str, start: impl Fn(&Bed, &Task) -> Result<Box<dyn Running>> + 'static) -> Contender {
-        Contender { name: name.into(), in_kernel: false, direct: false, start: Box::new(start) }
+        Contender { name: name.into(), in_kernel: false, direct: false, keeps: true, start: Box::new(start) }
+    }
+
+    /// Something in the kernel that forwards.
+    pub fn kernel(name: &str, start: impl Fn(&Bed, &Task) -> Result<Box<dyn Running>> + 'static) -> Contender {
+        Contender { in_kernel: true, ..Contender::program(name, start) }
+    }
+
+    /// The kernel's own forwarding, for senders that name the downstreams themselves.
+    pub fn direct(name: &str) -> Contender {
+        Contender { direct: true, ..Contender::kernel(name, netfilter::nothing) }
+    }
+
+    /// As this one, which changes what it forwards: number and time cannot be read after it.
+    pub fn changes(self) -> Contender {
+        Contender { keeps: false, ..self }
     }
 }
 
@@ -105,6 +125,22 @@ impl Process {
         let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
         registry.add_child(Pid::from_raw(child.id().cast_signed()));
         Ok(Process { child, _directory: directory })
+    }
+
+    /// Waits until a socket in its namespace is bound to the listener's port.
+    ///
+    /// # Errors
+    /// When it ends instead, or takes too long.
+    pub fn listens(&mut self) -> Result<()> {
+        let table = format!("/proc/{}/net/udp", self.child.id());
+        let port = format!(":{PORT:04X} ");
+        let start = Instant::now();
+        while !fs::read_to_string(&table).is_ok_and(|text| text.contains(&port)) {
+            self.alive()?;
+            anyhow::ensure!(start.elapsed() < Duration::from_secs(10), "it does not listen after ten seconds");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Fails if it has ended.

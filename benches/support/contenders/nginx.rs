@@ -2,9 +2,8 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::bench::bed::{Bed, PORT};
 use crate::bench::contenders::{Process, Running, Task};
@@ -35,17 +34,9 @@ pub fn start(bed: &Bed, task: &Task, per_packet: bool) -> Result<Box<dyn Running
     );
     let config = directory.path().join("nginx.conf");
     fs::write(&config, text)?;
-    let pid = directory.path().join("pid");
     let mut command = bed.gateway.command("/usr/sbin/nginx");
     command.arg("-c").arg(config);
     let mut process = Process::start(bed, &mut command, Some(directory))?;
-    let start = Instant::now();
-    while fs::read_to_string(&pid).map_or(true, |text| text.trim().is_empty()) {
-        process.alive()?;
-        if start.elapsed() > Duration::from_secs(10) {
-            bail!("nginx has not started after ten seconds");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    process.listens()?;
     Ok(Box::new(process))
 }

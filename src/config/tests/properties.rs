@@ -317,10 +317,11 @@ fn listener() -> impl Strategy<Value = Value> {
         mode,
         (maybe(select(PROTOCOLS.to_vec())), select(POLICIES.to_vec())),
         maybe(settings()),
+        maybe(health(true)),
     );
     let source = source().prop_flat_map(|(v6, source)| (Just(v6), Just(source), senders(v6)));
     (keys, source).prop_map(
-        |((name, wildcard, interface, mode, (protocol, policy), settings), (v6, mut source, senders))| {
+        |((name, wildcard, interface, mode, (protocol, policy), settings, health), (v6, mut source, senders))| {
             let ip = match (v6, wildcard) {
                 (true, true) => "[::]",
                 (true, false) => "[2001:db8::ffff:1]",
@@ -349,6 +350,7 @@ fn listener() -> impl Strategy<Value = Value> {
                 ("policy", policy.map(Into::into)),
                 ("downstream", source.get("downstream").cloned()),
                 ("kubernetes", source.get("kubernetes").cloned()),
+                ("health", health),
                 ("settings", settings),
                 ("sources", senders.0),
                 ("rate_limit", senders.1),
@@ -357,20 +359,45 @@ fn listener() -> impl Strategy<Value = Value> {
     )
 }
 
-/// A whole file that breaks no rule.
-fn good_file() -> impl Strategy<Value = Value> {
-    let centiseconds = (1u32..=360_000).prop_flat_map(|interval| (Just(interval), 1..=interval));
-    let health = (maybe(any::<bool>()), centiseconds, maybe(select(vec!["icmp", "udp_echo"]))).prop_map(
-        |(enabled, (interval, timeout), protocol)| {
+/// A `health` table; with `own`, a listener's, which says whether it is enabled.
+fn health(own: bool) -> impl Strategy<Value = Value> {
+    let centiseconds = (1u32..=360_000).prop_flat_map(|interval| (Just(interval), 1..=interval, 0..=interval));
+    let text = || maybe(prop_oneof!["[ -~]{0,20}", "hex:([0-9a-f]{2} ?){0,9}"]);
+    let of_protocol = (maybe(1u16..), text(), text(), maybe("/[a-z0-9%/]{0,20}"));
+    let protocol = maybe(select(vec!["icmp", "udp_echo", "udp", "tcp", "http"]));
+    let judgement = (maybe(1u32..=100), maybe(1u32..=100), maybe(any::<bool>()));
+    let enabled = maybe(any::<bool>()).prop_map(move |given| if own { given.or(Some(json!(true))) } else { given });
+    (enabled, centiseconds, protocol, of_protocol, judgement).prop_map(
+        |(enabled, (interval, timeout, slow), protocol, (port, payload, expect, path), (unhealthy, healthy, open))| {
             let seconds = |n: u32| if n.is_multiple_of(100) { json!(n / 100) } else { json!(f64::from(n) / 100.0) };
+            let name = protocol.as_ref().and_then(Value::as_str).unwrap_or("icmp").to_owned();
+            let goes = |key: &str, value: Option<Value>| {
+                value.filter(|_| match key {
+                    "path" => name == "http",
+                    "port" => name != "icmp",
+                    _ => name == "udp",
+                })
+            };
             table([
                 ("enabled", enabled),
                 ("interval_secs", Some(seconds(interval))),
                 ("timeout_secs", Some(seconds(timeout))),
-                ("protocol", protocol),
+                ("port", goes("port", port)),
+                ("payload", goes("payload", payload)),
+                ("expect", goes("expect", expect)),
+                ("path", goes("path", path)),
+                ("protocol", Some(protocol.unwrap_or_else(|| "icmp".into()))),
+                ("unhealthy_threshold", unhealthy),
+                ("healthy_threshold", healthy),
+                ("fail_open", open),
+                ("slow_start_secs", Some(seconds(slow))),
             ])
         },
-    );
+    )
+}
+
+/// A whole file that breaks no rule.
+fn good_file() -> impl Strategy<Value = Value> {
     let metrics =
         (maybe(any::<bool>()), maybe(select(vec!["[::]:9100", "127.0.0.1:1"])), maybe("/[a-z0-9._~-]{0,20}x"))
             .prop_map(|(enabled, bind, path)| table([("enabled", enabled), ("bind", bind), ("path", path)]));
@@ -378,7 +405,7 @@ fn good_file() -> impl Strategy<Value = Value> {
         .prop_map(|(listeners, downstreams)| table([("max_listeners", listeners), ("max_downstreams", downstreams)]));
     let socket = maybe("/[a-z0-9/._-]{0,60}x");
     let succession = (maybe(select(vec!["detach", "keep"])), maybe("/[a-z0-9/_-]{0,60}x"), maybe(0u32..=31_536_000));
-    (prop::collection::vec(listener(), 1..8), maybe(health), maybe(metrics), maybe(limits), socket, succession)
+    (prop::collection::vec(listener(), 1..8), maybe(health(false)), maybe(metrics), maybe(limits), socket, succession)
         .prop_map(|(mut listeners, health, metrics, limits, socket, (on_exit, pins, headless))| {
             for (index, listener) in listeners.iter_mut().enumerate() {
                 let text = |key: &str| listener[key].as_str().unwrap().to_owned();

@@ -1,8 +1,14 @@
 //! Puts the program on interfaces and takes it off again.
 //!
-//! A `clsact` filter with a fixed handle and priority, so that `tc filter show dev eth0 ingress` always prints it the
-//! same way and a daemon that died can be cleaned up after. Only that filter is ever touched: a `clsact` qdisc is
-//! shared with other programs, is never removed here, and costs nothing while empty.
+//! By one of two ways, see [`Way`]. A `clsact` filter has a fixed handle and priority, so that `tc filter show dev eth0
+//! ingress` always prints it the same way and a daemon that died can be cleaned up after. Only that filter is ever touched:
+//! a `clsact` qdisc is shared with other programs, is never removed here, and costs nothing while empty. A TCX program
+//! (`tcx`) goes with the daemon.
+//!
+//! From one way to the other the program goes by hanging on both hooks for a moment; it then takes each datagram at the
+//! first and leaves it alone at the second.
+
+mod tcx;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -12,7 +18,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
+use self::tcx::TcxLink;
 use super::pins::{self, Left};
+use crate::config::{Attach, AttachHook, TcxOrder};
+use crate::host::ahead::{self, FilterPlace, Place};
 use crate::host::filters::{BpfFilter, ingress_bpf_filters};
 use crate::plan::LinkRef;
 
@@ -23,16 +32,49 @@ pub const HANDLE: u32 = 0x7566;
 /// The program's name, by which a filter is recognised as ours.
 pub const PROGRAM_NAME: &str = "udp_fanout";
 
-/// The program on one interface. Dropping it takes the filter off.
+/// The place of our filter.
+pub const FILTER: Place = Place::Filter(FilterPlace { priority: PRIORITY, handle: HANDLE });
+
+/// How the program is attached to an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// As a filter of `clsact`.
+    Clsact,
+    /// As a TCX program.
+    Tcx(TcxOrder),
+}
+
+impl Way {
+    /// What a configuration means on this host, where the kernel has TCX or not.
+    ///
+    /// # Errors
+    /// When it asks for TCX and the kernel has none.
+    pub fn choose(wanted: Attach, has_tcx: bool) -> Result<Way> {
+        match wanted.hook {
+            AttachHook::Clsact => Ok(Way::Clsact),
+            AttachHook::Tcx if !has_tcx => bail!(
+                "attach = \"tcx\" needs Linux 6.6, with CONFIG_NET_XGRESS; set attach = \"clsact\", or \"auto\" to take what \
+                 there is"
+            ),
+            AttachHook::Auto if !has_tcx => Ok(Way::Clsact),
+            AttachHook::Tcx | AttachHook::Auto => Ok(Way::Tcx(wanted.order)),
+        }
+    }
+}
+
+/// The program on one interface. Dropping it takes the program off.
 #[derive(Debug)]
 pub struct Attachment {
     link: LinkRef,
     program: OwnedFd,
     program_id: u32,
-    attached: bool,
+    way: Way,
+    /// Whether our filter is on the interface, as far as we have seen to it.
+    filter: bool,
+    tcx: Option<TcxLink>,
     /// It outlives this value.
     stays: bool,
-    /// The program that was there before, which gets its place back while there is a way back.
+    /// The program whose filter was there before, which gets its place back while there is a way back.
     before: Option<OwnedFd>,
     /// Held while this daemon serves the interface, so that a second one does not take it over unnoticed.
     _claim: UnixDatagram,
@@ -43,37 +85,45 @@ impl Attachment {
     ///
     /// # Errors
     /// When another live daemon serves the interface, when a foreign filter has our place, or with the kernel's reason.
-    pub fn new(program: BorrowedFd<'_>, link: &LinkRef) -> Result<Attachment> {
-        Self::instead_of(&[], program, link)
+    pub fn new(program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
+        Self::instead_of(&[], program, link, way)
     }
 
-    /// Likewise, and gives the place back to the one of these programs that had it, if it is dropped before
+    /// Likewise, and gives the place of the filter back to the one of these programs that had it, if it is dropped before
     /// [`Attachment::commit`] has been called.
     ///
     /// # Errors
     /// As for [`Attachment::new`].
-    pub fn instead_of(before: &[Left], program: BorrowedFd<'_>, link: &LinkRef) -> Result<Attachment> {
+    pub fn instead_of(before: &[Left], program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
         let claim = claim(link)?;
         let program = program.try_clone_to_owned().context("cannot keep the program's file descriptor")?;
         let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
-        let mut hook = hook(program.as_fd(), link.index)?;
-        hook.create().map_err(|error| explain(error, link))?;
-        let (occupant, id) = occupant(link)?.unzip();
-        if let Some(occupant) = occupant.filter(|occupant| occupant != PROGRAM_NAME) {
-            bail!(
-                "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it with \
-                 `tc filter del dev {} ingress pref {PRIORITY} handle {HANDLE:#x} bpf` if it is not needed",
-                link.name,
-                occupant,
-                link.name
-            );
+        let id = occupant(link)?.and_then(|(_, id)| id);
+        let left = before.iter().find(|left| Some(left.id()) == id);
+        let before = left.and_then(Left::program).map(|before| before.try_clone_to_owned()).transpose();
+        let mut attachment = Attachment {
+            link: link.clone(),
+            program,
+            program_id,
+            way,
+            filter: false,
+            tcx: None,
+            stays: false,
+            before: before.context("cannot keep a program")?,
+            _claim: claim,
+        };
+        attachment.hang(way)?;
+        match way {
+            Way::Clsact => tracing::info!(interface = link.name, "attached TC eBPF program to ingress"),
+            Way::Tcx(_) => {
+                tracing::info!(interface = link.name, hook = "tcx", "attached TC eBPF program to ingress");
+                // One that may get its place back goes later: behind ours it is left nothing that ours has seen.
+                if left.is_none() {
+                    attachment.replace_leftover();
+                }
+            }
         }
-        let before = before.iter().find(|left| Some(left.id()) == id.flatten()).and_then(Left::program);
-        let before = before.map(|before| before.try_clone_to_owned()).transpose().context("cannot keep a program")?;
-        hook.attach().map_err(|error| explain(error, link))?;
-        tracing::info!(interface = link.name, "attached TC eBPF program to ingress");
-        let (link, attached, stays) = (link.clone(), true, false);
-        Ok(Attachment { link, program, program_id, attached, stays, before, _claim: claim })
+        Ok(attachment)
     }
 
     /// The interface.
@@ -82,7 +132,7 @@ impl Attachment {
         &self.link
     }
 
-    /// Whether it outlives this value.
+    /// Whether it outlives this value. A TCX program does only if its link is pinned: see [`Attachment::tcx_link`].
     pub fn stay(&mut self, stays: bool) {
         self.stays = stays;
     }
@@ -92,15 +142,62 @@ impl Attachment {
         self.before = None;
     }
 
-    /// True while the filter on the interface is the one that was attached here.
+    /// The BPF link that holds the program on the interface, where it is a TCX program.
     #[must_use]
-    pub fn in_place(&self) -> bool {
-        hook(self.program.as_fd(), self.link.index)
-            .and_then(|mut hook| Ok(hook.query()?))
-            .is_ok_and(|id| id == self.program_id)
+    pub fn tcx_link(&self) -> Option<BorrowedFd<'_>> {
+        self.tcx.as_ref().map(TcxLink::descriptor)
     }
 
-    /// Takes the filter off, unless it has gone already or is not this daemon's any more.
+    /// How the program is attached.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// True while the program on the interface is the one that was attached here.
+    #[must_use]
+    pub fn in_place(&self) -> bool {
+        match self.way {
+            Way::Clsact => self.filter_in_place(),
+            Way::Tcx(_) => self.tcx.as_ref().is_some_and(TcxLink::in_place),
+        }
+    }
+
+    /// Attaches another way, and takes the program off where it was. There is no moment at which it is nowhere.
+    ///
+    /// `settle` waits until no CPU is still at a packet that came in before it was called.
+    ///
+    /// # Errors
+    /// As for [`Attachment::new`]; the program then stays where it was.
+    pub fn move_to(&mut self, way: Way, settle: &dyn Fn() -> Result<()>) -> Result<()> {
+        if let (Way::Tcx(_), Way::Tcx(_)) = (self.way, way) {
+            // It cannot have two places in one list, so it waits at the other hook.
+            self.move_to(Way::Clsact, settle)?;
+        }
+        self.hang(way)?;
+        settle()?;
+        match way {
+            Way::Clsact => self.take_off_tcx()?,
+            Way::Tcx(_) => self.take_off_filter()?,
+        }
+        self.way = way;
+        tracing::info!(interface = self.link.name, ?way, "attached TC eBPF program to ingress another way");
+        Ok(())
+    }
+
+    /// The programs and filters that see the interface's packets before ours does, in words.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn ahead(&self) -> Result<Vec<String>> {
+        let place = match self.way {
+            Way::Clsact => FILTER,
+            Way::Tcx(_) => Place::Tcx { program: Some(self.program_id) },
+        };
+        ahead::of(self.link.index, place)
+    }
+
+    /// Takes the program off, unless it has gone already or is not this daemon's any more.
     ///
     /// # Errors
     /// With the kernel's reason.
@@ -108,8 +205,54 @@ impl Attachment {
         self.remove()
     }
 
-    fn remove(&mut self) -> Result<()> {
-        if !std::mem::take(&mut self.attached) || !self.in_place() {
+    /// Attaches, beside what is attached already.
+    fn hang(&mut self, way: Way) -> Result<()> {
+        let link = &self.link;
+        match way {
+            Way::Clsact => {
+                let mut hook = hook(self.program.as_fd(), link.index)?;
+                hook.create().map_err(|error| explain(error, link))?;
+                if let Some((occupant, _)) = occupant(link)?
+                    && occupant != PROGRAM_NAME
+                {
+                    bail!(
+                        "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it \
+                         with `tc filter del dev {} ingress pref {PRIORITY} handle {HANDLE:#x} bpf` if it is not needed",
+                        link.name,
+                        occupant,
+                        link.name
+                    );
+                }
+                hook.attach().map_err(|error| explain(error, link))?;
+                self.filter = true;
+            }
+            // From an attempt to move that has failed half-way.
+            Way::Tcx(_) if self.tcx.as_ref().is_some_and(TcxLink::in_place) => {}
+            Way::Tcx(order) => {
+                let tcx = TcxLink::new(self.program.as_fd(), link.index, order)
+                    .map_err(|error| explain(libbpf_rs::Error::from(error), link))?;
+                self.tcx = Some(tcx);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes off the filter that a daemon which died has left on an interface where ours is no filter. It would take
+    /// nothing of ours, but what our program leaves to others.
+    fn replace_leftover(&self) {
+        if ours_on(&self.link).is_ok_and(|program| program.is_some()) {
+            take_off_leftover(self.program.as_fd(), &self.link);
+        }
+    }
+
+    fn filter_in_place(&self) -> bool {
+        hook(self.program.as_fd(), self.link.index)
+            .and_then(|mut hook| Ok(hook.query()?))
+            .is_ok_and(|id| id == self.program_id)
+    }
+
+    fn take_off_filter(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.filter) || !self.filter_in_place() {
             return Ok(());
         }
         if let Some(before) = self.before.take() {
@@ -121,15 +264,32 @@ impl Attachment {
         }
         hook(self.program.as_fd(), self.link.index)?
             .detach()
-            .with_context(|| format!("cannot detach the TC program from {}", self.link.name))?;
-        tracing::info!(interface = self.link.name, "detached TC eBPF program from ingress");
+            .with_context(|| format!("cannot detach the TC program from {}", self.link.name))
+    }
+
+    fn take_off_tcx(&mut self) -> Result<()> {
+        let Some(tcx) = self.tcx.take() else { return Ok(()) };
+        tcx.detach().with_context(|| format!("cannot detach the TCX program from {}", self.link.name))
+    }
+
+    fn remove(&mut self) -> Result<()> {
+        if !self.filter && self.tcx.is_none() {
+            return Ok(());
+        }
+        let there = self.in_place();
+        let (filter, tcx) = (self.take_off_filter(), self.take_off_tcx());
+        filter.and(tcx)?;
+        if there {
+            tracing::info!(interface = self.link.name, "detached TC eBPF program from ingress");
+        }
         Ok(())
     }
 }
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if self.stays && self.attached {
+        let attached = self.filter || self.tcx.is_some();
+        if self.stays && attached {
             if self.in_place() {
                 tracing::info!(interface = self.link.name, "the TC eBPF program stays in force without a daemon");
             }
@@ -149,24 +309,29 @@ pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_pa
     // Neither asking nor taking off looks at the program's descriptor: any will do.
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
-        let Ok(mut hook) = hook(any.as_fd(), link.index) else { continue };
         let Ok(Some((name, id))) = occupant(link) else { continue };
         if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_kept_elsewhere(pin_path, id)) {
             continue;
         }
         // A living daemon holds its own.
         let Ok(_claim) = claim(link) else { continue };
-        match hook.detach() {
-            Ok(()) => {
-                tracing::info!(interface = link.name, "removed the TC filter that a udp-fanout which died had left");
-            }
-            Err(error) => tracing::warn!(
-                interface = link.name,
-                "a udp-fanout which died has left its TC filter, which goes on forwarding ({error}); remove it with \
-                 `tc filter del dev {} ingress pref {PRIORITY}`",
-                link.name
-            ),
+        take_off_leftover(any.as_fd(), link);
+    }
+}
+
+/// Takes off a filter of ours whose daemon has died. `any` may be any descriptor.
+fn take_off_leftover(any: BorrowedFd<'_>, link: &LinkRef) {
+    let Ok(mut hook) = hook(any, link.index) else { return };
+    match hook.detach() {
+        Ok(()) => {
+            tracing::info!(interface = link.name, "removed the TC filter that a udp-fanout which died had left");
         }
+        Err(error) => tracing::warn!(
+            interface = link.name,
+            "a udp-fanout which died has left its TC filter, which goes on forwarding ({error}); remove it with \
+             `tc filter del dev {} ingress pref {PRIORITY}`",
+            link.name
+        ),
     }
 }
 

@@ -4,6 +4,7 @@
 //! pin_path/                   daemons of several network namespaces may share it
 //!   4711/                     the program's id
 //!     program, about, lease, STATS, …
+//!     link-2                  where it is a TCX program: what holds it on the interface of that index
 //! ```
 //!
 //! A living daemon holds a lock on the directory of its program; what nobody holds a lock on was left behind. Its version
@@ -32,6 +33,8 @@ use super::skel::{ABSORBED, Loaded, PINS_VERSION, types};
 const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
 /// The name of the program's pin.
 const PROGRAM: &str = "program";
+/// With what the names of pinned links begin, which hold TCX programs on interfaces.
+const LINK: &str = "link-";
 /// Those of the maps, in the order of [`Content`].
 const MAPS: [&str; 9] =
     ["STATS", "DROPS", "COPY_DROPS", "DOWNSTREAM_STAT", "FRAGMENT_STAT", "downstreams", "names", "owners", "ledger"];
@@ -101,6 +104,25 @@ impl Pins {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Pins what holds a TCX program on an interface, in place of what did before.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn hold(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
+        let Some(directory) = &self.directory else { return Ok(()) };
+        let path = directory.path.join(link_name(interface));
+        // It may have been there, or on another interface of that index.
+        let _ = fs::remove_file(&path);
+        pin(link, &path)
+    }
+
+    /// Unpins it.
+    pub fn let_go(&self, interface: u32) {
+        if let Some(directory) = &self.directory {
+            let _ = fs::remove_file(directory.path.join(link_name(interface)));
+        }
     }
 
     /// Whether they outlive this value.
@@ -183,6 +205,28 @@ impl Left {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.directory.path
+    }
+
+    /// True if it is on this interface as a TCX program.
+    #[must_use]
+    pub fn holds(&self, interface: u32) -> bool {
+        self.directory.path.join(link_name(interface)).exists()
+    }
+
+    /// True if it is on any interface as a TCX program.
+    #[must_use]
+    pub fn holds_any(&self) -> bool {
+        let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(LINK))
+    }
+
+    /// Takes it off this interface as a TCX program.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn let_go(&self, interface: u32) -> Result<()> {
+        let path = self.directory.path.join(link_name(interface));
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
     }
 
     /// Its program.
@@ -296,6 +340,10 @@ fn about(directory: &Path) -> Option<types::pins_about> {
     let mut bytes = map.lookup(&0u32.to_ne_bytes(), libbpf_rs::MapFlags::ANY).ok()??;
     bytes.resize(known, 0);
     super::maps::value_of(&bytes)
+}
+
+fn link_name(interface: u32) -> String {
+    format!("{LINK}{interface}")
 }
 
 fn ensure_bpf_fs(path: &Path) -> Result<()> {

@@ -13,6 +13,7 @@ use libbpf_rs::{AsRawLibbpf, MapHandle, OpenObject, libbpf_sys};
 use super::Setup;
 use crate::config::Limits;
 use crate::model::{HashOn, Policy};
+use crate::plan::maglev;
 use crate::plan::table::MAX_SLOTS;
 
 #[allow(
@@ -192,7 +193,8 @@ pub struct Sizes {
     pub listeners: u32,
     /// Downstream ids: twice the configured number, so that a whole new set fits beside the old one.
     pub downstreams: u32,
-    /// Table slots of all listeners together, with the same room for new beside old.
+    /// Table slots of all listeners together: a short table for each listener, and room for the longest there can be, new
+    /// beside old. Entries of tables that have been replaced are used again when there is no other room.
     pub slots: u32,
     /// Prefixes in all listeners' rules together, with the same room, and one more for each listener's others.
     pub sources: u32,
@@ -205,11 +207,13 @@ impl Sizes {
     #[must_use]
     pub fn of(limits: &Limits) -> Sizes {
         let downstreams = limits.max_downstreams.max(1).saturating_mul(2);
-        let weighted = u32::try_from(MAX_SLOTS).unwrap_or(u32::MAX).saturating_mul(16);
+        let most = limits.max_downstreams.max(1) as usize;
+        let longest = maglev::places(most).max(usize::try_from(MAX_SLOTS).unwrap_or(usize::MAX));
+        let short = maglev::places(1).saturating_mul(limits.max_listeners.max(1) as usize);
         Sizes {
             listeners: limits.max_listeners.max(1),
             downstreams,
-            slots: downstreams.saturating_mul(2).max(weighted),
+            slots: u32::try_from(short.saturating_add(longest.saturating_mul(2))).unwrap_or(u32::MAX),
             sources: limits.max_sources.saturating_add(limits.max_listeners).max(1).saturating_mul(2),
             senders: limits.max_senders.max(1),
         }

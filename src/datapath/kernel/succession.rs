@@ -98,7 +98,8 @@ impl Line {
 
     /// True if the program there is to go on for the time being.
     pub(super) fn leaves(&mut self, link: &LinkRef) -> bool {
-        let leaves = self.held.contains(&link.index) && attach::is_left_behind(link);
+        let there = || attach::is_left_behind(link) || self.before.iter().any(|left| left.holds(link.index));
+        let leaves = self.held.contains(&link.index) && there();
         if leaves && self.told.insert(link.index) {
             tracing::info!(
                 interface = link.name,
@@ -108,9 +109,23 @@ impl Line {
         leaves
     }
 
+    /// Lets what is attached stay, if it is to.
+    pub(super) fn apply_to_one(&self, attachment: &mut Attachment) {
+        attachment.stay(self.stays());
+        let index = attachment.link().index;
+        let Some(pins) = self.pins.as_ref().filter(|_| self.stays()) else { return };
+        let held = match attachment.tcx_link() {
+            Some(link) => pins.hold(index, link),
+            None => return pins.let_go(index),
+        };
+        if let Err(error) = held {
+            tracing::error!("{error:#}: the TCX program will not outlive this daemon");
+        }
+    }
+
     fn apply_to(&mut self, attachments: &mut [Attachment]) {
         let stays = self.stays();
-        attachments.iter_mut().for_each(|attachment| attachment.stay(stays));
+        attachments.iter_mut().for_each(|attachment| self.apply_to_one(attachment));
         if let Some(pins) = &mut self.pins {
             pins.stay(stays);
         }

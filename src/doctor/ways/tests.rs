@@ -20,6 +20,7 @@ fn facts() -> HostFacts {
         mtu,
         mac: None,
         into_namespace: false,
+        running: true,
     };
     let next_hop: IpAddr = "10.1.0.9".parse().unwrap();
     HostFacts {

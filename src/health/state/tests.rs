@@ -323,22 +323,31 @@ fn a_hint_brings_the_next_round_forward_but_no_more_than_one_a_timeout() {
     let start = bench.now;
     bench.answer(probe);
     let hint = || Event::Recheck(address(1).ip());
-    bench.now = start + ms(1999);
-    assert_eq!(bench.handle(hint()), []);
-    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(5000)));
-    bench.now = start + ms(2000);
+    bench.now = start + ms(1000);
     bench.handle(Event::Recheck(address(2).ip()));
     assert_eq!(bench.monitor.next_deadline(), Some(start + ms(5000)));
+    assert_eq!(bench.handle(hint()), []);
+    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(2000)));
+    assert_eq!(bench.handle(hint()), []);
+    let probe = bench.next_probe();
+    assert_eq!(bench.now, start + ms(2000));
+    bench.answer(probe);
+    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(5000)));
+    bench.now = start + ms(4500);
     bench.handle(hint());
     assert_eq!(bench.monitor.next_deadline(), Some(bench.now));
     let probe = bench.next_probe();
-    // During a round a hint changes nothing.
+    // One in a round says that what its probes have found may be out of date.
     let due = bench.monitor.next_deadline();
     bench.now += ms(100);
     bench.handle(hint());
     assert_eq!(bench.monitor.next_deadline(), due);
     bench.answer(probe);
-    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(5000)));
+    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(5000)), "its turn comes first");
+    let probe = bench.next_probe();
+    bench.handle(hint());
+    bench.answer(probe);
+    assert_eq!(bench.monitor.next_deadline(), Some(start + ms(7000)));
 }
 
 #[test]

@@ -8,6 +8,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::discovery::ErrorKind;
+use crate::health::listeners::Transitions;
+use crate::health::model::Outcome;
+use crate::health::settings::ProtocolKind;
+use crate::health::tally::{BOUNDS, Tallies};
 use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies, Reloads};
 use crate::model::{DownstreamCounters, DropReason, Drops, FragmentCounters, ListenerCounters, Mode};
 
@@ -38,6 +42,15 @@ fn parse(page: &str) -> BTreeMap<String, Family> {
             kind.clone_into(&mut family.kind);
         } else {
             let (name, labels, value) = parse_series(line);
+            // The parts of a histogram stand under its name, told apart by a label that it cannot have.
+            let part = ["bucket", "sum", "count"].into_iter().find_map(|part| {
+                let whole = name.strip_suffix(part)?.strip_suffix('_')?;
+                families.get(whole).is_some_and(|family| family.kind == "histogram").then_some((whole, part))
+            });
+            let (name, labels) = match part {
+                Some((whole, part)) => (whole, labels.into_iter().chain([("part".into(), part.into())]).collect()),
+                None => (name, labels),
+            };
             let family = families.get_mut(name).unwrap_or_else(|| panic!("{name} has no HELP"));
             assert!(!family.kind.is_empty(), "{name} has no TYPE");
             assert!(family.series.insert(labels, value.to_owned()).is_none(), "series comes twice: {line}");
@@ -105,6 +118,21 @@ fn listener(name: &str) -> ListenerSnapshot {
     }
 }
 
+/// Of ICMP, four: two answered, one not, one under way.
+fn probes() -> Tallies {
+    let mut tallies = Tallies::default();
+    let icmp = tallies.of_mut(ProtocolKind::Icmp);
+    (0..4).for_each(|_| icmp.sent());
+    for (outcome, millis) in [(Outcome::Answered, Some(1)), (Outcome::Answered, Some(3_000)), (Outcome::NoAnswer, None)]
+    {
+        icmp.ended(outcome);
+        if let Some(millis) = millis {
+            icmp.round_trips.observe(Duration::from_millis(millis));
+        }
+    }
+    tallies
+}
+
 fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
     Snapshot {
         started: UNIX_EPOCH + Duration::from_millis(1_700_000_000_250),
@@ -117,11 +145,14 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
         },
         listeners,
         fragments: FragmentCounters { strays: 6, lost: 1 },
+        programs_ahead: vec![("eth0".into(), 2)],
         health: vec![HealthSnapshot {
             listener: "syslog".into(),
             endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
             healthy: false,
         }],
+        health_transitions: vec![("syslog".into(), Transitions { failed: 3, recovered: 2 })],
+        probes: probes(),
         discovery: vec![ServiceStatus {
             namespace: "logging".to_owned(),
             service: "vector".to_owned(),
@@ -158,6 +189,10 @@ fn every_metric_is_there_with_its_type_help_and_labels() {
         assert_eq!(family.kind, metric.kind.name());
         for series in family.series.keys() {
             let mut wanted = metric.labels.to_vec();
+            if metric.kind == Kind::Histogram {
+                wanted.push("part");
+                wanted.extend((series["part"] == "bucket").then_some("le"));
+            }
             wanted.sort_unstable();
             assert!(series.keys().eq(wanted), "{}: {series:?}", metric.name);
         }
@@ -191,6 +226,36 @@ fn values_are_those_of_the_snapshot() {
     let build = page["udp_fanout_build_info"].series.first_key_value().expect("a series");
     assert_eq!(build.0["version"], env!("CARGO_PKG_VERSION"));
     assert!(!build.0["revision"].is_empty());
+}
+
+#[test]
+fn health_checks_are_counted_for_the_protocols_in_use() {
+    let text = render(&snapshot(vec![listener("syslog")]));
+    let page = parse(&text);
+    let to = |to| page[names::HEALTH_TRANSITIONS.name].series[&labels(&[("listener", "syslog"), ("to", to)])].as_str();
+    assert_eq!((to("unhealthy"), to("healthy")), ("3", "2"));
+    let probes = &page[names::HEALTH_PROBES.name].series;
+    assert_eq!(probes.len(), Outcome::ALL.len());
+    for outcome in Outcome::ALL {
+        let expected = match outcome {
+            Outcome::Answered => "2",
+            Outcome::NoAnswer => "1",
+            _ => "0",
+        };
+        assert_eq!(probes[&labels(&[("protocol", "icmp"), ("result", outcome.label())])], expected);
+    }
+    // As Prometheus wants it: cumulative, in order, up to infinity.
+    let name = names::HEALTH_ROUND_TRIP.name;
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with(name)).collect();
+    let bounds = BOUNDS.iter().map(|bound| format!("{name}_bucket{{protocol=\"icmp\",le=\"{bound}\"}} "));
+    let counts = BOUNDS.iter().map(|bound| u64::from(*bound >= 0.001));
+    let mut expected: Vec<String> = bounds.zip(counts).map(|(series, count)| format!("{series}{count}")).collect();
+    expected.push(format!("{name}_bucket{{protocol=\"icmp\",le=\"+Inf\"}} 2"));
+    expected.push(format!("{name}_sum{{protocol=\"icmp\"}} 3.001"));
+    expected.push(format!("{name}_count{{protocol=\"icmp\"}} 2"));
+    assert_eq!(lines, expected);
+    let unused = Snapshot { probes: Tallies::default(), ..snapshot(Vec::new()) };
+    assert!(!render(&unused).contains("udp_fanout_health_probe"));
 }
 
 #[test]

@@ -1,0 +1,227 @@
+//! How near the kernel program is to the least that any program could do: `make bench-kernel`.
+//!
+//! Every way is set up, measured and taken away in turn, and that several times over, so that whatever else the machine
+//! does hits all alike; what counts is the median of the ratios within a round. `-- --quick` is shorter and coarser,
+//! `-- --json FILE` also writes the figures there.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a bench that cannot go on should stop, and prints"
+)]
+
+#[path = "kernel/alone.rs"]
+mod alone;
+#[path = "support/mod.rs"]
+mod bench;
+#[path = "../tests/kernel/run.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod kernel_run;
+#[path = "../tests/kernel/packet.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod packet;
+#[path = "kernel/pods.rs"]
+mod pods;
+#[path = "../tests/support/mod.rs"]
+mod support;
+#[path = "kernel/ways.rs"]
+mod ways;
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use pods::Pods;
+use serde::Serialize;
+use ways::Way;
+
+/// Payload of each datagram in bytes.
+const SIZE: usize = 100;
+
+/// Ways that do the same work, the yardstick first.
+struct Comparison {
+    title: &'static str,
+    /// The pods that receive.
+    pods: u8,
+    /// Datagrams must leave by the device.
+    by_device: bool,
+    /// Senders address the pods, not the listener.
+    foreign: bool,
+    /// Copies of each datagram.
+    copies: u64,
+    ways: &'static [(&'static str, Way)],
+}
+
+const ALONE: &str = "The programs alone (ns for each datagram)";
+const OURS: &str = "udp-fanout";
+
+const COMPARISONS: [Comparison; 4] = [
+    Comparison {
+        title: "Into local pods, three of them",
+        pods: 3,
+        by_device: false,
+        foreign: false,
+        copies: 1,
+        ways: &[
+            ("floor: one pod, known, bpf_redirect_peer", Way::Reference("floor_pod")),
+            (OURS, Way::Balance(3)),
+            ("the obvious way: bpf_redirect_neigh", Way::Reference("obvious")),
+            ("plain kernel forwarding, no balancing", Way::Forwarding),
+        ],
+    },
+    Comparison {
+        title: "Out of a device, three receivers",
+        pods: 3,
+        by_device: true,
+        foreign: false,
+        copies: 1,
+        ways: &[
+            ("floor: one receiver, known, bpf_redirect", Way::Reference("floor_device")),
+            (OURS, Way::Balance(3)),
+            ("the obvious way: bpf_redirect_neigh", Way::Reference("obvious")),
+            ("plain kernel forwarding, no balancing", Way::Forwarding),
+        ],
+    },
+    Comparison {
+        title: "Traffic that is not ours, forwarded by the kernel",
+        pods: 3,
+        by_device: false,
+        foreign: true,
+        copies: 1,
+        ways: &[
+            ("no program", Way::Forwarding),
+            ("an empty program", Way::Reference("nothing")),
+            (OURS, Way::Balance(3)),
+        ],
+    },
+    Comparison {
+        title: "A copy to each of eight pods (copies a second)",
+        pods: 8,
+        by_device: false,
+        foreign: false,
+        copies: 8,
+        ways: &[("iptables TEE", Way::Tee(8)), ("nftables dup", Way::Dup(8)), (OURS, Way::Replicate(8))],
+    },
+];
+
+/// What came of one way.
+#[derive(Debug, Serialize)]
+struct Line {
+    way: &'static str,
+    /// Median, in datagrams per second.
+    rate: f64,
+    /// Median of the ratios to the yardstick of the same round, and the least and the greatest.
+    ratio: [f64; 3],
+}
+
+#[derive(Debug, Serialize)]
+struct Outcome {
+    title: &'static str,
+    lines: Vec<Line>,
+}
+
+struct Options {
+    rounds: usize,
+    length: Duration,
+    json: Option<String>,
+    only: Option<String>,
+}
+
+fn main() -> Result<()> {
+    let options = options();
+    let mut outcomes = Vec::new();
+    if options.only.as_ref().is_none_or(|only| ALONE.contains(only.as_str())) {
+        println!("{ALONE}");
+        for (name, nanoseconds) in alone::costs()? {
+            println!("  {name:<42} {nanoseconds:>12.0}");
+        }
+        println!();
+    }
+    for comparison in &COMPARISONS {
+        if options.only.as_ref().is_some_and(|only| !comparison.title.contains(only.as_str())) {
+            continue;
+        }
+        let outcome = compare(comparison, &options).with_context(|| comparison.title)?;
+        show(&outcome);
+        outcomes.push(outcome);
+    }
+    if let Some(path) = options.json {
+        std::fs::write(&path, serde_json::to_string_pretty(&outcomes)?)
+            .with_context(|| format!("cannot write {path}"))?;
+    }
+    Ok(())
+}
+
+fn options() -> Options {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let after = |name: &str| words.iter().position(|word| word == name).and_then(|at| words.get(at + 1)).cloned();
+    let quick = words.iter().any(|word| word == "--quick" || word == "--test");
+    Options {
+        rounds: if quick { 3 } else { 9 },
+        length: Duration::from_millis(if quick { 200 } else { 500 }),
+        json: after("--json"),
+        only: after("--only"),
+    }
+}
+
+fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
+    let bed = Pods::build(comparison.pods)?;
+    if comparison.by_device {
+        ways::forbid_shortcuts(&bed)?;
+    }
+    let mut rounds: Vec<Vec<f64>> = Vec::new();
+    for round in 0..options.rounds {
+        let mut rates = Vec::new();
+        for (name, way) in comparison.ways {
+            print!("\r\x1b[K{}: round {} of {}, {name}", comparison.title, round + 1, options.rounds);
+            std::io::stdout().flush()?;
+            let running = way.start(&bed).with_context(|| *name)?;
+            let to = if comparison.foreign { bed.pods[0].address } else { way.destination(&bed) };
+            rates.push(bed.measure(to, SIZE, comparison.copies, options.length).with_context(|| *name)?);
+            drop(running);
+        }
+        rounds.push(rates);
+    }
+    print!("\r\x1b[K");
+    let lines = comparison.ways.iter().enumerate().map(|(at, (way, _))| Line {
+        way,
+        rate: quantiles(rounds.iter().map(|rates| rates[at]))[1],
+        ratio: {
+            let [least, median, greatest] = quantiles(rounds.iter().map(|rates| rates[at] / rates[0]));
+            [median, least, greatest]
+        },
+    });
+    Ok(Outcome { title: comparison.title, lines: lines.collect() })
+}
+
+/// The least, the median and the greatest.
+fn quantiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    [values[0], values[values.len() / 2], values[values.len() - 1]]
+}
+
+fn show(outcome: &Outcome) {
+    println!("{}", outcome.title);
+    println!("  {:<42} {:>12}  {:>5}  spread", "", "datagrams/s", "ratio");
+    for line in &outcome.lines {
+        let [median, least, greatest] = line.ratio;
+        println!("  {:<42} {:>12.0}  {median:>5.2}  {least:.2} to {greatest:.2}", line.way, line.rate);
+    }
+    if let Some(ours) = outcome.lines.iter().find(|line| line.way == OURS) {
+        for other in outcome.lines.iter().filter(|line| line.way != OURS) {
+            println!(
+                "  {:<42} {:>12}  {:>5.2}",
+                format!("{OURS} to {}", short(other.way)),
+                "",
+                ours.ratio[0] / other.ratio[0]
+            );
+        }
+    }
+    println!();
+}
+
+fn short(way: &str) -> &str {
+    way.split([':', ',']).next().unwrap_or(way)
+}

@@ -1,0 +1,169 @@
+//! The network of the kernel program's benchmark: a generator, a gateway, and pods on the gateway.
+//!
+//! ```text
+//!   generator ──────────── gateway ──────────── pods, each in a namespace of its own
+//!   10.0.0.2   eth0    in  10.0.0.1   pod1 …    eth0  10.244.0.1 …, a TC program that counts and drops
+//! ```
+//!
+//! The generator has one CPU, everything from the gateway's receive queue on another, so that what one CPU forwards is
+//! what is measured. A sender's socket buffer is not free again before its datagrams have been dropped, so it never sends
+//! more than is carried.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+use crate::bench::generator::{Generator, Load};
+use crate::bench::sink::Sink;
+use crate::support::Namespace;
+use crate::support::netns::{End, connect};
+
+/// The port of the listener and of every pod.
+pub const PORT: u16 = 5514;
+/// Where senders send to.
+pub const LISTENER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), PORT);
+/// The gateway's interface that faces the generator.
+pub const IN: &str = "in";
+/// More than any generator can send: it sends as fast as it can.
+const AS_FAST_AS_IT_CAN: f64 = 1e8;
+
+/// What may be on its way, copies included, in bytes of the kernel's memory: some hundred datagrams, fewer than queues
+/// between devices hold. Copies are not charged to the socket, so what they need is taken from the rest.
+const IN_FLIGHT: usize = 200_000;
+
+/// A receiver.
+pub struct Pod {
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// The gateway's end of its link.
+    pub device: String,
+    /// The number of that link.
+    pub index: u32,
+    /// The hardware address of its own end.
+    pub mac: String,
+    /// The hardware address of the gateway's end.
+    pub gateway_mac: String,
+    sink: Sink,
+    _namespace: Namespace,
+}
+
+/// The namespaces. Everything goes when it is dropped.
+pub struct Pods {
+    /// Where datagrams come from.
+    generator: Namespace,
+    /// Where contenders run.
+    pub gateway: Namespace,
+    /// Where datagrams end.
+    pub pods: Vec<Pod>,
+    cpus: [usize; 2],
+}
+
+impl Pods {
+    /// Builds the network with so many pods.
+    ///
+    /// # Errors
+    /// When not root, on a machine with one CPU, or with the complaint of the command that failed.
+    pub fn build(count: u8) -> Result<Pods> {
+        let cpus = two_cpus()?;
+        let (generator, gateway) = (Namespace::create("generator")?, Namespace::create("gateway")?);
+        connect(
+            End { namespace: &gateway, device: IN, addresses: "10.0.0.1/24" },
+            End { namespace: &generator, device: "eth0", addresses: "10.0.0.2/24" },
+        )?;
+        generator.ip("route add default via 10.0.0.1")?;
+        generator.ethtool("-K eth0 tx-udp-segmentation off")?;
+        gateway.sysctl("net.ipv4.ip_forward", "1")?;
+        let pods = (1..=count).map(|number| pod(&gateway, number)).collect::<Result<Vec<_>>>()?;
+        let script = format!("echo {:x} > /sys/class/net/{IN}/queues/rx-0/rps_cpus", 1u64 << cpus[1]);
+        // Unlike a command inside the namespace, it has a /sys that shows the namespace's devices.
+        let status = std::process::Command::new("ip")
+            .args(["netns", "exec", gateway.name(), "sh", "-c", &script])
+            .status()
+            .context("cannot run ip (Debian package iproute2)")?;
+        ensure!(status.success(), "cannot choose the CPU that receives: `{script}` failed");
+        Ok(Pods { generator, gateway, pods, cpus })
+    }
+
+    /// The addresses of the first pods.
+    pub fn addresses(&self, count: usize) -> Vec<SocketAddr> {
+        self.pods.iter().take(count).map(|pod| pod.address).collect()
+    }
+
+    /// Sends to this address as fast as is carried; what has arrived in that time, in datagrams per second.
+    ///
+    /// # Errors
+    /// When sending fails, or when more than a thousandth was lost: then the rate says nothing.
+    pub fn measure(&self, to: SocketAddr, size: usize, copies: u64, length: Duration) -> Result<f64> {
+        let mut generator = Generator::open(&self.generator, &[to], Load::one_sender(size), self.cpus[0])?;
+        generator.limit_buffers(IN_FLIGHT / copies as usize)?;
+        generator.run(AS_FAST_AS_IT_CAN, length / 8)?;
+        self.settle()?;
+        let before = self.arrived()?;
+        let sent = generator.run(AS_FAST_AS_IT_CAN, length)?;
+        let at_end = self.arrived()? - before;
+        let arrived = self.settle()? - before;
+        let wanted = sent.datagrams * copies;
+        ensure!(
+            arrived * 1000 >= wanted * 999 && arrived <= wanted,
+            "of {wanted} datagrams {arrived} arrived: the rate means nothing"
+        );
+        Ok(at_end as f64 / sent.seconds)
+    }
+
+    fn arrived(&self) -> Result<u64> {
+        self.pods.iter().map(|pod| Ok(pod.sink.arrived()?.datagrams)).sum()
+    }
+
+    /// Waits until nothing more arrives, and says what has.
+    fn settle(&self) -> Result<u64> {
+        let mut last = self.arrived()?;
+        loop {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = self.arrived()?;
+            if now == last {
+                return Ok(now);
+            }
+            last = now;
+        }
+    }
+}
+
+fn pod(gateway: &Namespace, number: u8) -> Result<Pod> {
+    let namespace = Namespace::create(&format!("pod{number}"))?;
+    let (device, ip) = (format!("pod{number}"), Ipv4Addr::new(10, 244, 0, number));
+    connect(
+        End { namespace: gateway, device: &device, addresses: "" },
+        End { namespace: &namespace, device: "eth0", addresses: &format!("{ip}/32") },
+    )?;
+    gateway.ip(&format!("route add {ip} dev {device}"))?;
+    let near = gateway.link(&device)?;
+    namespace.ip_batch(&format!(
+        "neigh add 169.254.1.1 lladdr {} dev eth0 nud permanent\n\
+         route add 169.254.1.1 dev eth0 scope link\n\
+         route add default via 169.254.1.1 dev eth0\n",
+        near.mac
+    ))?;
+    let sink = Sink::attach(&namespace, "eth0", PORT)?;
+    Ok(Pod {
+        address: SocketAddr::new(ip.into(), PORT),
+        device,
+        index: near.index,
+        mac: namespace.link("eth0")?.mac,
+        gateway_mac: near.mac,
+        sink,
+        _namespace: namespace,
+    })
+}
+
+/// The first two CPUs that this process may use.
+fn two_cpus() -> Result<[usize; 2]> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+    match (cpus.next(), cpus.next()) {
+        (Some(first), Some(second)) => Ok([first, second]),
+        _ => anyhow::bail!("benchmarks need two CPUs: one for the generator, one for what forwards"),
+    }
+}

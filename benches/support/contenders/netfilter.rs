@@ -1,0 +1,137 @@
+//! What the kernel's packet filter does: destination NAT, rewriting without connection tracking, copying.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bench::bed::{Bed, PORT};
+use crate::bench::contenders::{Running, Task};
+
+/// The neighbour behind which all downstreams are.
+const NEIGHBOUR: &str = "10.0.1.2";
+
+/// Rules, until it is dropped.
+struct Rules {
+    undo: Command,
+}
+
+impl Running for Rules {
+    fn cpu_seconds(&self) -> Option<f64> {
+        None
+    }
+}
+
+impl Drop for Rules {
+    fn drop(&mut self) {
+        // The namespace is gone soon, too.
+        let _ = self.undo.status();
+    }
+}
+
+/// Nothing at all: the kernel forwards to whom the senders name.
+///
+/// # Errors
+/// None.
+pub fn nothing(bed: &Bed, _task: &Task) -> Result<Box<dyn Running>> {
+    Ok(guard(bed))
+}
+
+/// nftables, destination NAT with connection tracking, which keeps a sender with one downstream.
+///
+/// # Errors
+/// With nft's complaint.
+pub fn nft_nat(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let text = format!(
+        "table ip bench {{ chain prerouting {{ type nat hook prerouting priority dstnat;
+             udp dport {PORT} dnat to numgen inc mod {} map {{ {} }}; }}; }}",
+        task.downstreams,
+        turns(task)
+    );
+    apply(bed, &["nft", "-f", "-"], &text)
+}
+
+/// nftables without connection tracking: each datagram's destination is rewritten, the next downstream's in turn.
+///
+/// # Errors
+/// With nft's complaint.
+pub fn nft_stateless(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let text = format!(
+        "table ip bench {{ chain prerouting {{ type filter hook prerouting priority raw;
+             udp dport {PORT} notrack ip daddr set numgen inc mod {} map {{ {} }}; }}; }}",
+        task.downstreams,
+        turns(task)
+    );
+    apply(bed, &["nft", "-f", "-"], &text)
+}
+
+/// nftables' `dup`: copies to a gateway, with the destination as it is.
+///
+/// # Errors
+/// With nft's complaint.
+pub fn nft_dup(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let copies = format!("dup to {NEIGHBOUR} device \"out\" ").repeat(task.downstreams as usize);
+    let text = format!(
+        "table ip bench {{ chain prerouting {{ type filter hook prerouting priority mangle;
+             udp dport {PORT} {copies} drop; }}; }}"
+    );
+    apply(bed, &["nft", "-f", "-"], &text)
+}
+
+/// iptables' `statistic`: one rule for each downstream, which every so-many-th new flow meets.
+///
+/// # Errors
+/// With iptables' complaint.
+pub fn iptables_statistic(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let mut text = "*nat\n".to_owned();
+    for (before, downstream) in Bed::downstreams(task.downstreams).into_iter().enumerate() {
+        let every = task.downstreams as usize - before;
+        let _ = writeln!(
+            text,
+            "-A PREROUTING -p udp --dport {PORT} -m statistic --mode nth --every {every} --packet 0 \
+             -j DNAT --to-destination {downstream}"
+        );
+    }
+    apply(bed, &["iptables-nft-restore"], &(text + "COMMIT\n"))
+}
+
+/// iptables' `TEE`: copies to a gateway, with the destination as it is.
+///
+/// # Errors
+/// With iptables' complaint.
+pub fn iptables_tee(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let mut text = "*mangle\n".to_owned();
+    for _ in 0..task.downstreams {
+        let _ = writeln!(text, "-A PREROUTING -p udp --dport {PORT} -j TEE --gateway {NEIGHBOUR}");
+    }
+    let _ = writeln!(text, "-A PREROUTING -p udp --dport {PORT} -j DROP\nCOMMIT");
+    apply(bed, &["iptables-nft-restore"], &text)
+}
+
+/// The elements of a map from turns to downstreams.
+fn turns(task: &Task) -> String {
+    let downstreams = Bed::downstreams(task.downstreams).into_iter().enumerate();
+    downstreams.map(|(turn, downstream)| format!("{turn} : {}", downstream.ip())).collect::<Vec<_>>().join(", ")
+}
+
+fn guard(bed: &Bed) -> Box<Rules> {
+    // iptables' rules are nftables' ones, too.
+    let mut undo = bed.gateway.command("nft");
+    undo.args(["flush", "ruleset"]);
+    Box::new(Rules { undo })
+}
+
+fn apply(bed: &Bed, words: &[&str], text: &str) -> Result<Box<dyn Running>> {
+    let rules = guard(bed);
+    let mut command = bed.gateway.command(words[0]);
+    command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot run {} (on Debian: `make deps`)", words[0]))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(text.as_bytes()).with_context(|| format!("cannot write to {}", words[0]))?;
+    }
+    let output = child.wait_with_output()?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{} refuses: {}", words[0], complaint.trim().lines().next().unwrap_or_default());
+    Ok(rules)
+}

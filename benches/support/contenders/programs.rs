@@ -1,0 +1,73 @@
+//! Programs that forward datagrams, each with a configuration as its manual suggests for speed.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::process::Stdio;
+
+use anyhow::Result;
+
+use crate::bench::bed::{Bed, LISTENER, PORT};
+use crate::bench::contenders::{Process, Running, Task};
+
+/// socat: from one port to one downstream; it knows no more.
+///
+/// # Errors
+/// When it does not start.
+pub fn socat(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let downstream = Bed::downstreams(task.downstreams.min(1))[0];
+    let mut command = bed.gateway.command("socat");
+    command.args(["-u", &format!("UDP4-RECV:{PORT},rcvbuf=4194304"), &format!("UDP4-SENDTO:{downstream}")]);
+    let mut process = Process::start(bed, &mut command, None)?;
+    process.listens()?;
+    Ok(Box::new(process))
+}
+
+/// dnsdist: queries to downstreams in turn. Nobody answers them.
+///
+/// # Errors
+/// When it does not start.
+pub fn dnsdist(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let directory = tempfile::tempdir()?;
+    let mut text = format!("setLocal(\"{LISTENER}\")\nsetACL(\"0.0.0.0/0\")\nsetServerPolicy(roundrobin)\n");
+    for downstream in Bed::downstreams(task.downstreams) {
+        let _ = writeln!(text, "newServer{{address=\"{downstream}\", healthCheckMode=\"up\"}}");
+    }
+    let config = directory.path().join("dnsdist.conf");
+    fs::write(&config, text)?;
+    let mut command = bed.gateway.command("dnsdist");
+    command.args(["--supervised", "--disable-syslog", "--config"]).arg(config);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    process.listens()?;
+    Ok(Box::new(process))
+}
+
+/// rsyslog: messages as they are to one downstream; Debian 12's has no pools of targets.
+///
+/// # Errors
+/// When it does not start.
+pub fn rsyslog(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+    let directory = tempfile::tempdir()?;
+    let place = directory.path().display();
+    let downstream = Bed::downstreams(task.downstreams.min(1))[0];
+    let text = format!(
+        "global(workDirectory=\"{place}\")
+         module(load=\"imudp\" timeRequery=\"8\")
+         template(name=\"raw\" type=\"string\" string=\"%rawmsg%\")
+         input(type=\"imudp\" address=\"{}\" port=\"{PORT}\" rcvbufSize=\"4m\" ruleset=\"forward\")
+         ruleset(name=\"forward\") {{
+             action(type=\"omfwd\" target=\"{}\" port=\"{}\" protocol=\"udp\" template=\"raw\")
+         }}",
+        LISTENER.ip(),
+        downstream.ip(),
+        downstream.port()
+    );
+    let config = directory.path().join("rsyslog.conf");
+    fs::write(&config, text)?;
+    let mut command = bed.gateway.command("rsyslogd");
+    command.arg("-n").arg("-f").arg(config).arg("-i").arg(directory.path().join("pid"));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    process.listens()?;
+    Ok(Box::new(process))
+}

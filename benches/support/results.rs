@@ -1,0 +1,190 @@
+//! What a run has found: figures by section, contender and measure; medians and spread; the machine it was found on.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use serde::Serialize;
+
+/// A thing that is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measure {
+    /// Its name in the JSON file.
+    pub key: &'static str,
+    /// The head of its column.
+    pub title: &'static str,
+    /// Digits after the point.
+    pub digits: usize,
+}
+
+/// The highest rate of which nothing was lost.
+pub const LOSSLESS: Measure = Measure { key: "lossless_per_s", title: "lossless/s", digits: 0 };
+/// What is carried at twice that.
+pub const OVERLOAD: Measure = Measure { key: "carried_at_twice_per_s", title: "carried at 2x", digits: 0 };
+/// What is lost at one rate for all.
+pub const LOSS: Measure = Measure { key: "lost_at_250000_percent", title: "lost at 250 k/s, %", digits: 1 };
+/// CPU time for each datagram that arrives, at half of the lossless rate.
+pub const CPU: Measure = Measure { key: "cpu_ns", title: "CPU ns each", digits: 0 };
+/// Out of order, at half of the lossless rate.
+pub const REORDERED: Measure = Measure { key: "reordered_percent", title: "out of order, %", digits: 2 };
+/// Arrived twice, at half of the lossless rate.
+pub const DUPLICATED: Measure = Measure { key: "duplicated", title: "twice", digits: 0 };
+/// Latencies in microseconds at 20,000 datagrams a second.
+pub const MODEST: [Measure; 3] = [
+    Measure { key: "p50_at_20000_us", title: "p50 us, 20 k/s", digits: 1 },
+    Measure { key: "p99_at_20000_us", title: "p99 us, 20 k/s", digits: 1 },
+    Measure { key: "p999_at_20000_us", title: "p99.9 us, 20 k/s", digits: 1 },
+];
+/// Latencies in microseconds at half of the lossless rate.
+pub const HALF: [Measure; 3] = [
+    Measure { key: "p50_at_half_us", title: "p50 us, half", digits: 1 },
+    Measure { key: "p99_at_half_us", title: "p99 us, half", digits: 1 },
+    Measure { key: "p999_at_half_us", title: "p99.9 us, half", digits: 1 },
+];
+
+/// One figure, measured several times.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figure {
+    /// The middle one.
+    pub median: f64,
+    /// The lowest.
+    pub low: f64,
+    /// The highest.
+    pub high: f64,
+    /// All, in the order in which they were measured.
+    pub values: Vec<f64>,
+}
+
+impl Figure {
+    /// Of at least one value.
+    pub fn of(values: &[f64]) -> Figure {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        let median = match sorted.len() % 2 {
+            0 if !sorted.is_empty() => f64::midpoint(sorted[middle - 1], sorted[middle]),
+            _ => sorted.get(middle).copied().unwrap_or(0.0),
+        };
+        let end = |value: Option<&f64>| value.copied().unwrap_or(0.0);
+        Figure { median, low: end(sorted.first()), high: end(sorted.last()), values: values.to_vec() }
+    }
+}
+
+/// One contender in one section.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub name: String,
+    /// By the keys of measures.
+    pub figures: BTreeMap<&'static str, Figure>,
+    /// Why it did not run, if it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_run: Option<String>,
+    #[serde(skip)]
+    values: BTreeMap<&'static str, Vec<f64>>,
+}
+
+impl Row {
+    /// Nothing measured yet.
+    pub fn new(name: &str) -> Row {
+        Row { name: name.into(), ..Row::default() }
+    }
+
+    /// Adds a measurement.
+    pub fn add(&mut self, measure: Measure, value: f64) {
+        let values = self.values.entry(measure.key).or_default();
+        values.push(value);
+        self.figures.insert(measure.key, Figure::of(values));
+    }
+
+    /// The median so far.
+    pub fn median(&self, measure: Measure) -> Option<f64> {
+        self.figures.get(measure.key).map(|figure| figure.median)
+    }
+}
+
+/// One comparison.
+#[derive(Debug, Clone, Serialize)]
+pub struct Table {
+    /// A short name, that of its plot as well.
+    pub key: String,
+    /// What it is about.
+    pub title: String,
+    /// The contender that others are set in relation to.
+    pub beside: String,
+    /// In the order of the report.
+    pub rows: Vec<Row>,
+}
+
+impl Table {
+    /// How many times as much a contender carries as the one that all are compared with.
+    pub fn ratio(&self, row: &Row) -> Option<f64> {
+        let reference = self.rows.iter().find(|row| row.name == self.beside)?.median(LOSSLESS)?;
+        Some(row.median(LOSSLESS)? / reference)
+    }
+}
+
+/// One figure of the control plane, and what it should not exceed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Goal {
+    /// What.
+    pub title: String,
+    /// In these.
+    pub unit: &'static str,
+    /// What was measured.
+    pub figure: Figure,
+    /// What it is to stay below, if that has been said.
+    pub below: Option<f64>,
+}
+
+/// Where it was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// Processors that the benchmark may use.
+    pub cpus: usize,
+    /// Their kind.
+    pub architecture: &'static str,
+    /// The kernel's version.
+    pub kernel: String,
+    /// How much else was running when it began: the load average over a minute.
+    pub load_before: f64,
+    /// Versions of contenders, by package.
+    pub packages: BTreeMap<String, String>,
+}
+
+impl Machine {
+    /// This one, now.
+    pub fn here() -> Machine {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let release = read("/proc/sys/kernel/osrelease");
+        let kernel = release.trim().split(['.', '-']).take(2).collect::<Vec<_>>().join(".");
+        let load = read("/proc/loadavg").split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
+        Machine {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            architecture: std::env::consts::ARCH,
+            kernel,
+            load_before: load,
+            packages: packages(&["nginx", "nftables", "iptables", "socat", "dnsdist", "rsyslog"]),
+        }
+    }
+}
+
+/// The versions of Debian packages, of those that are installed.
+fn packages(names: &[&str]) -> BTreeMap<String, String> {
+    let output = Command::new("dpkg-query").args(["-W", "-f", "${Package} ${Version}\\n"]).args(names).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.lines().filter_map(|line| line.split_once(' ')).map(|(name, is)| (name.into(), is.into())).collect()
+}
+
+/// Everything.
+#[derive(Debug, Clone, Serialize)]
+pub struct Results {
+    /// Where.
+    pub machine: Machine,
+    /// How often each was measured.
+    pub rounds: usize,
+    /// Forwarding.
+    pub tables: Vec<Table>,
+    /// The daemon's own work.
+    pub control: Vec<Goal>,
+}

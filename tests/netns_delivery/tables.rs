@@ -1,0 +1,209 @@
+//! A listener's table changed a thousand times under traffic as fast as it goes, in each mode: what a datapath reads is one
+//! table or the next, whole, and never a place that has become another's.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::Result;
+use udp_fanout::config::{Attach, Config, ListenerConfig};
+use udp_fanout::datapath::Datapath;
+use udp_fanout::datapath::kernel::KernelDatapath;
+use udp_fanout::datapath::user::UserDatapath;
+use udp_fanout::host::{Follow, Host, HostFacts};
+use udp_fanout::model::{Downstream, DownstreamSet, HashOn, ListenerId, Mode, Policy};
+use udp_fanout::plan::Plan;
+use udp_fanout::plan::compile::compile;
+
+use crate::support::traffic::PATIENCE;
+use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
+
+const CHANGES: usize = 1_000;
+/// Datagrams that pass between two changes, at least.
+const BETWEEN: u64 = 150;
+
+/// Each receiver's two addresses: to whichever a datagram is sent, the same socket gets it.
+type Addresses = Vec<[SocketAddr; 2]>;
+
+fn lab() -> (Lab, Addresses) {
+    let places = [Place::OtherInterface, Place::Pod, Place::OtherInterface, Place::Pod];
+    let lab = Lab::builder().receivers(places).build().unwrap();
+    let second = |site: &crate::support::lab::Site, number: usize| {
+        let (place, inside) = (site.place, lab.namespace_of(site));
+        let IpAddr::V4(first) = site.address.ip() else { panic!("an IPv4 lab") };
+        let mut octets = first.octets();
+        if place == Place::Pod {
+            octets[2] = 1;
+            let address = IpAddr::from(octets);
+            inside.ip(&format!("addr add {address}/32 dev eth0")).unwrap();
+            lab.gateway.ip(&format!("route add {address}/32 dev pod{number}")).unwrap();
+        } else {
+            octets[3] = 9;
+            inside.ip(&format!("addr add {}/24 dev eth0", IpAddr::from(octets))).unwrap();
+        }
+        [site.address, SocketAddr::new(octets.into(), site.address.port())]
+    };
+    let addresses = lab.sites.iter().zip(1..).map(|(site, number)| second(site, number)).collect();
+    (lab, addresses)
+}
+
+fn collect(lab: &Lab, expect: Expect) -> Collectors {
+    let any = |site: &crate::support::lab::Site| SocketAddr::from(([0, 0, 0, 0], site.address.port()));
+    let places = lab.sites.iter().map(|site| (site.name.as_str(), lab.namespace_of(site), any(site)));
+    Collectors::start_at(places, expect).unwrap()
+}
+
+/// A datapath with one listener, without the rest of the daemon.
+struct Bare {
+    datapath: Box<dyn Datapath>,
+    mode: Mode,
+    listener: ListenerConfig,
+    facts: HostFacts,
+    slots: usize,
+}
+
+impl Bare {
+    fn open(mode: Mode, lab: &Lab, addresses: &Addresses) -> Result<Bare> {
+        let text = DaemonConfig::for_lab(lab, "tc_ebpf").to_toml() + "[limits]\nmax_downstreams = 16\n";
+        let config = Config::parse(&text, Path::new("c.toml"))?;
+        let mut host = Host::open()?;
+        host.follow(Follow::Ways);
+        let facts = host.facts(&addresses.iter().flatten().map(SocketAddr::ip).collect())?;
+        let datapath: Box<dyn Datapath> = match mode {
+            Mode::TcEbpf => Box::new(KernelDatapath::new(&config.limits)?),
+            Mode::Userspace => Box::new(UserDatapath::new()),
+        };
+        Ok(Bare { datapath, mode, listener: config.listeners[0].clone(), facts, slots: 0 })
+    }
+
+    fn put_in_force(&mut self, policy: Policy, downstreams: Vec<Downstream>) -> Result<()> {
+        self.listener.policy = policy;
+        let set = DownstreamSet { generation: 1, downstreams };
+        let plan = compile(&self.listener, &set, self.mode, &self.facts, self.slots);
+        self.slots = plan.table.len();
+        self.datapath.apply(&Plan { listeners: vec![plan], attach: Attach::default() })
+    }
+
+    /// Received and forwarded datagrams, and all that any other counter says, once so many have been received: a worker
+    /// writes a batch down a moment after it has arrived.
+    fn books(&mut self, received: u64) -> Result<[u64; 3]> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let counters = self.datapath.counters()?;
+            let of = counters.listeners[&ListenerId(0)];
+            if of.packets_received >= received || Instant::now() > deadline {
+                let others = of.packets_passed + of.dropped.total() + of.copies_dropped.total();
+                return Ok([of.packets_received, of.packets_forwarded, others]);
+            }
+        }
+    }
+}
+
+/// Numbers without order, the same ones in each run.
+fn scattered(n: usize) -> usize {
+    (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) + n
+}
+
+/// The receivers in an order of their own for each change, each under one or the other of its addresses.
+fn shuffled(addresses: &Addresses, change: usize) -> Vec<Downstream> {
+    let bits = scattered(change);
+    let mut set: Vec<Downstream> = (0..addresses.len())
+        .map(|index| Downstream {
+            name: format!("r{index}").into(),
+            address: addresses[index][bits >> index & 1],
+            weight: 1 + (bits >> (4 + index) & 3) as u32,
+            sample: Downstream::ALL,
+        })
+        .collect();
+    set.rotate_left(bits % 4);
+    if bits & 256 != 0 {
+        set.swap(0, 2);
+    }
+    set
+}
+
+/// Makes the changes while numbered datagrams flow. Each must arrive as often as it should, all of it by the datapath.
+fn change_under_load(mode: Mode, expect: Expect, set: impl Fn(&Addresses, usize) -> (Policy, Vec<Downstream>) + Send) {
+    let (lab, addresses) = lab();
+    let collectors = collect(&lab, expect);
+    let mut sender = Sender::in_lab(&lab).unwrap();
+    let (ready, done) = (AtomicBool::new(false), AtomicBool::new(false));
+    let copies = if expect == Expect::EachOfThem { addresses.len() as u64 } else { 1 };
+    let (through, all_through) = mpsc::channel::<()>();
+    let (reaches, begins, ends, networks) = (&collectors, &ready, &done, &lab);
+    let changes = move || -> Result<[u64; 3]> {
+        let _stops = Raised(ends);
+        let _starts = Raised(begins);
+        let mut bare = Bare::open(mode, networks, &addresses)?;
+        for change in 0..CHANGES {
+            let (policy, downstreams) = set(&addresses, change);
+            bare.put_in_force(policy, downstreams)?;
+            begins.store(true, Ordering::SeqCst);
+            let arrived = reaches.progress().now().1;
+            anyhow::ensure!(reaches.wait_for(arrived + BETWEEN * copies, PATIENCE), "nothing arrives any more");
+        }
+        ends.store(true, Ordering::SeqCst);
+        // The datapath stays until the last datagram is through: then the other end of this goes.
+        let _ = all_through.recv();
+        bare.books(reaches.progress().now().0)
+    };
+    let books = thread::scope(|scope| {
+        let changing = scope.spawn(move || networks.gateway.run(changes));
+        while !ready.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        while !done.load(Ordering::SeqCst) {
+            sender.send(500, &collectors).unwrap();
+        }
+        drop(through);
+        changing.join().unwrap().unwrap()
+    });
+    let report = collectors.finish(&[&sender]).unwrap();
+    assert!(report.is_complete(), "{report}");
+    assert_eq!(books, [sender.sent(), sender.sent(), 0], "{report}");
+    assert!(sender.sent() >= BETWEEN * CHANGES as u64);
+}
+
+/// Raised at the end, however that comes about.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+fn to_one(addresses: &Addresses, change: usize) -> (Policy, Vec<Downstream>) {
+    let mut set = shuffled(addresses, change);
+    // From one receiver to all of them, in turn and by hash.
+    set.truncate(1 + scattered(change) / 512 % 4);
+    let policy = if change.is_multiple_of(3) { Policy::Hash(HashOn::SourceIp) } else { Policy::RoundRobin };
+    (policy, set)
+}
+
+fn to_each(addresses: &Addresses, change: usize) -> (Policy, Vec<Downstream>) {
+    (Policy::Replicate, shuffled(addresses, change))
+}
+
+#[test]
+fn netns_a_thousand_changes_in_the_kernel_lose_and_double_nothing() {
+    change_under_load(Mode::TcEbpf, Expect::OneOfThem, to_one);
+}
+
+#[test]
+fn netns_a_thousand_changes_in_the_kernel_lose_and_double_no_copy() {
+    change_under_load(Mode::TcEbpf, Expect::EachOfThem, to_each);
+}
+
+#[test]
+fn netns_a_thousand_changes_in_user_space_lose_and_double_nothing() {
+    change_under_load(Mode::Userspace, Expect::OneOfThem, to_one);
+}
+
+#[test]
+fn netns_a_thousand_changes_in_user_space_lose_and_double_no_copy() {
+    change_under_load(Mode::Userspace, Expect::EachOfThem, to_each);
+}
