@@ -1,8 +1,8 @@
 //! How near the kernel program is to the least that any program could do: `make bench-kernel`.
 //!
 //! Every way is set up, measured and taken away in turn, and that several times over, so that whatever else the machine
-//! does hits all alike; what counts is the median of the ratios within a round. `-- --quick` is shorter and coarser,
-//! `-- --json FILE` also writes the figures there.
+//! does hits all alike; what counts is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
+//! `-- --quick`, which is shorter and coarser, or `-- --only WORDS`, for comparisons whose title has these words, is given.
 
 #![allow(
     clippy::unwrap_used,
@@ -29,9 +29,11 @@ mod support;
 mod ways;
 
 use std::io::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bench::report;
 use pods::Pods;
 use serde::Serialize;
 use ways::Way;
@@ -124,44 +126,86 @@ struct Outcome {
 struct Options {
     rounds: usize,
     length: Duration,
-    json: Option<String>,
     only: Option<String>,
+    /// The figures go into the document.
+    document: bool,
 }
+
+#[derive(Debug, Serialize)]
+struct Results {
+    /// Nanoseconds for each datagram.
+    alone: Vec<(&'static str, f64)>,
+    comparisons: Vec<Outcome>,
+}
+
+/// Between these lines of the document the tables are replaced.
+const PLACE: [&str; 2] = ["<!-- kernel: written by `make bench-kernel` -->", "<!-- end of kernel -->"];
 
 fn main() -> Result<()> {
     let options = options();
-    let mut outcomes = Vec::new();
-    if options.only.as_ref().is_none_or(|only| ALONE.contains(only.as_str())) {
+    let wanted = |title: &str| options.only.as_ref().is_none_or(|only| title.contains(only.as_str()));
+    let mut results = Results { alone: Vec::new(), comparisons: Vec::new() };
+    if wanted(ALONE) {
+        results.alone = alone::costs()?;
         println!("{ALONE}");
-        for (name, nanoseconds) in alone::costs()? {
+        for (name, nanoseconds) in &results.alone {
             println!("  {name:<42} {nanoseconds:>12.0}");
         }
         println!();
     }
-    for comparison in &COMPARISONS {
-        if options.only.as_ref().is_some_and(|only| !comparison.title.contains(only.as_str())) {
-            continue;
-        }
+    for comparison in COMPARISONS.iter().filter(|comparison| wanted(comparison.title)) {
         let outcome = compare(comparison, &options).with_context(|| comparison.title)?;
         show(&outcome);
-        outcomes.push(outcome);
+        results.comparisons.push(outcome);
     }
-    if let Some(path) = options.json {
-        std::fs::write(&path, serde_json::to_string_pretty(&outcomes)?)
-            .with_context(|| format!("cannot write {path}"))?;
+    if options.document {
+        let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+        report::splice(&project.join("docs/BENCHMARKS.md"), PLACE, &markdown(&results, options.rounds))?;
+        let path = project.join("docs/benchmarks/kernel.json");
+        std::fs::create_dir_all(project.join("docs/benchmarks"))?;
+        std::fs::write(&path, serde_json::to_string_pretty(&results)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The tables of the document.
+fn markdown(results: &Results, rounds: usize) -> String {
+    let mut text = format!(
+        "Medians of {rounds} rounds; in brackets the lowest and the highest ratio within one round.\n\n| {ALONE} | |\n\
+         | --- | ---: |\n"
+    );
+    for (name, nanoseconds) in &results.alone {
+        text += &format!("| {name} | {nanoseconds:.0} |\n");
+    }
+    for outcome in &results.comparisons {
+        let ours = outcome.lines.iter().find(|line| line.way == OURS).map_or(1.0, |line| line.ratio[0]);
+        text += &format!(
+            "\n| {} | datagrams/s | x {} | udp-fanout to this |\n| --- | ---: | ---: | ---: |\n",
+            outcome.title, outcome.lines[0].way
+        );
+        for Line { way, rate, ratio: [median, least, greatest] } in &outcome.lines {
+            let spread = if (*least, *greatest) == (1.0, 1.0) {
+                String::new()
+            } else {
+                format!(" ({least:.2} to {greatest:.2})")
+            };
+            text += &format!("| {way} | {rate:.0} | {median:.2}{spread} | {:.2} |\n", ours / median);
+        }
+    }
+    text
 }
 
 fn options() -> Options {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let after = |name: &str| words.iter().position(|word| word == name).and_then(|at| words.get(at + 1)).cloned();
     let quick = words.iter().any(|word| word == "--quick" || word == "--test");
+    let only = after("--only");
     Options {
         rounds: if quick { 3 } else { 9 },
         length: Duration::from_millis(if quick { 200 } else { 500 }),
-        json: after("--json"),
-        only: after("--only"),
+        document: !quick && only.is_none(),
+        only,
     }
 }
 

@@ -329,8 +329,8 @@ impl Controller {
             .filter_map(|listener| {
                 let (set, change) = self.taking_part(listener, listener.set.as_ref()?, now);
                 next_change = next_change.into_iter().chain(change).min();
-                let slots = self.slots_in_force(listener.config.id);
-                Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, slots))
+                let before = self.plan.listeners.iter().find(|before| before.id == listener.config.id);
+                Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, before))
             })
             .collect();
         // In the file they may be in another order, since they keep their numbers when it changes.
@@ -373,10 +373,6 @@ impl Controller {
         set: &'a DownstreamSet,
     ) -> impl Iterator<Item = &'a Downstream> + use<'a> {
         itself::others(listener.config.bind, &set.downstreams, &self.facts)
-    }
-
-    fn slots_in_force(&self, id: ListenerId) -> usize {
-        self.plan.listeners.iter().find(|listener| listener.id == id).map_or(0, |listener| listener.table.len())
     }
 
     /// What is wrong now and was not the last time.

@@ -9,6 +9,7 @@ mod control;
 mod drops;
 mod reload;
 mod report;
+mod service;
 mod sources;
 mod succession;
 mod trace;
@@ -31,6 +32,7 @@ use self::ahead::Ahead;
 use self::control::Control;
 use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
+use self::service::Service;
 use self::sources::Sources;
 use self::trace::Tracing;
 use crate::config::{Config, RequestedMode};
@@ -44,6 +46,7 @@ use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
+use crate::open_files;
 use crate::plan::Plan;
 
 const SIGNALS: Token = Token(0);
@@ -80,6 +83,7 @@ pub struct Options {
 pub fn run(config: Config, options: Options) -> Result<()> {
     let mut daemon = Daemon::start(config, options)?;
     let result = daemon.turn_until_stopped();
+    daemon.service.stopping();
     let stopped = daemon.stop();
     result.and(stopped)
 }
@@ -106,6 +110,7 @@ struct Daemon {
     /// What is in force.
     config: Config,
     reloading: Reloading,
+    service: Service,
     /// With which other threads wake this one.
     waker: Arc<Waker>,
     started: Instant,
@@ -140,6 +145,7 @@ fn take_due(timer: &mut Option<Instant>, now: Instant) -> bool {
 
 impl Daemon {
     fn start(config: Config, options: Options) -> Result<Daemon> {
+        fit_open_files(&config);
         let poll = Poll::new().context("cannot create an event queue (epoll)")?;
         // Signals first: one that comes during the start must still end in a clean stop.
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
@@ -181,6 +187,7 @@ impl Daemon {
             drop_log: DropLog::default(),
             tracing: Tracing::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
+            service: Service::from_environment(),
             config,
             waker,
             started: now,
@@ -212,6 +219,7 @@ impl Daemon {
             tracing::info!(address = %page.address(), "serving metrics");
             self.http = Some(page.serve(Arc::clone(&self.waker), http::Limits::default())?);
         }
+        self.tell_ready();
         Ok(())
     }
 
@@ -244,7 +252,8 @@ impl Daemon {
         let probe = self.health.next_deadline();
         let since_start = probe.into_iter().chain(self.sources.next_deadline()).min();
         let since_start = since_start.map(|due| self.started + due);
-        self.timers.next().into_iter().chain(self.reloading.due).chain(since_start).min()
+        let others = self.reloading.due.into_iter().chain(self.service.due);
+        self.timers.next().into_iter().chain(others).chain(since_start).min()
     }
 
     fn health_event(&mut self, token: Token) {
@@ -319,6 +328,7 @@ impl Daemon {
         let now = Instant::now();
         self.beat(now);
         self.resume_trace(now);
+        self.feed_watchdog(now);
         self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
@@ -334,6 +344,7 @@ impl Daemon {
             self.sources.tend();
             self.look_ahead();
             self.reloading.tend();
+            self.tell_status();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
@@ -463,6 +474,14 @@ impl Daemon {
         let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
         let user = self.user.shutdown();
         kernel.and(user)
+    }
+}
+
+/// Raises the limit of open files, and says so where that is not enough. That is no reason not to try.
+fn fit_open_files(config: &Config) {
+    match open_files::raise(config) {
+        Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
+        Err(error) => tracing::warn!("{error:#}"),
     }
 }
 

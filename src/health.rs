@@ -70,8 +70,8 @@ const LATE: Duration = Duration::from_millis(20);
 const TROUBLE: Duration = Duration::from_secs(60);
 
 /// Most sockets for connections, and the part of the limit of open files that they may take.
-const SOCKETS: u64 = 4096;
-const PART_OF_FILES: u64 = 4;
+pub(crate) const SOCKETS: u64 = 4096;
+pub(crate) const PART_OF_FILES: u64 = 4;
 
 /// All health checks of the daemon. Times are durations since it started, and do not go back.
 #[derive(Debug)]
@@ -173,6 +173,11 @@ impl Health {
     /// Everything known of every downstream that is watched, by listener and address.
     pub fn downstreams(&self) -> impl Iterator<Item = DownstreamHealth<'_>> {
         self.listeners.downstreams(&self.monitor)
+    }
+
+    /// The names of the listeners all of whose downstreams are unhealthy, and what is done with their datagrams.
+    pub fn all_out(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.listeners.all_out()
     }
 
     /// How often downstreams have become unhealthy, and healthy again, by listener.

@@ -184,6 +184,14 @@ impl Host {
 }
 
 impl Ways {
+    /// True if a way goes out of this interface. It need not lead into another namespace as things are: that may be
+    /// about to change, as when a queue is taken away.
+    #[must_use]
+    pub fn pass(&self, link: u32) -> bool {
+        let least = (link, IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+        self.hops.range(least..).next().is_some_and(|hop| hop.0 == link)
+    }
+
     /// The ways that these facts' routes take.
     fn of(facts: &HostFacts) -> Ways {
         let hops: BTreeSet<_> = facts

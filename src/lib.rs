@@ -25,5 +25,6 @@ pub mod logging;
 pub mod metrics;
 pub mod model;
 pub mod names;
+pub mod open_files;
 pub mod plan;
 pub mod version;

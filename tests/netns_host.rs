@@ -13,9 +13,10 @@ use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
 use netns_thread::{in_new_netns, ip};
 use nix::errno::Errno;
-use udp_fanout::config::Limits;
+use udp_fanout::config::{Limits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::attach::{Attachment, Way};
+use udp_fanout::host::programs;
 use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
 
@@ -99,14 +100,11 @@ fn netns_links_of_other_kinds() {
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
         assert!(tun.bare && tun.mac.is_none(), "{tun:?}");
 
+        // None of them up: a bridge's carrier follows its ports', and is a fact.
         ip("link add eth0 type veth peer name eth1");
-        for name in ["eth0", "eth1", "br0"] {
-            ip(&format!("link set {name} up"));
-        }
-        let monitor = &mut caught_up();
         ip("link set eth1 master br0");
+        let monitor = &mut caught_up();
         ip("link set eth1 type bridge_slave priority 7");
-        ip("link set eth1 nomaster");
         assert!(!monitor.drain().unwrap(), "what a bridge says of its ports is no fact");
     });
 }
@@ -605,7 +603,13 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
         })?;
         let attachment = Attachment::new(datapath.program(), &eth0, Way::Clsact)?;
         assert!(attachment.in_place());
-        attachment.detach()
+        attachment.detach()?;
+        if programs::has_tcx() {
+            let attachment = Attachment::new(datapath.program(), &eth0, Way::Tcx(TcxOrder::First))?;
+            assert!(attachment.in_place() && attachment.ahead()?.is_empty());
+            attachment.detach()?;
+        }
+        Ok(())
     })
 }
 

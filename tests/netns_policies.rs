@@ -1,4 +1,5 @@
 //! Policies, and who may send, through the real daemon, the same cases in both modes: who gets what, and what it costs when something fails.
+//! `parity` runs one list of cases every way there is.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
@@ -6,6 +7,8 @@
 mod admission;
 #[path = "netns_policies/choices.rs"]
 mod choices;
+#[path = "netns_policies/parity.rs"]
+mod parity;
 #[path = "netns_policies/replicate.rs"]
 mod replicate;
 mod support;

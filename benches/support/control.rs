@@ -89,15 +89,16 @@ fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Re
     let (mut whole, mut one) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let mut datapath = KernelDatapath::new(&config.limits)?;
-        let mut slots = 0;
+        let mut before = None;
         for (set, times) in [(set(many), &mut whole), (set(many + 1), &mut one)] {
             let start = Instant::now();
-            let mut compiled = compile(listener, &set, Mode::TcEbpf, &facts, slots);
+            let mut compiled = compile(listener, &set, Mode::TcEbpf, &facts, before.as_ref());
             // Nothing is to be attached here.
             compiled.links.clear();
-            slots = compiled.table.len();
-            datapath.apply(&Plan { listeners: vec![compiled], ..Plan::default() })?;
+            let mut plan = Plan { listeners: vec![compiled], ..Plan::default() };
+            datapath.apply(&plan)?;
             times.push(milliseconds(start));
+            before = plan.listeners.pop();
         }
     }
     let title = |what: String| format!("{what}, {policy}, compiled and published");

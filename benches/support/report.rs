@@ -34,11 +34,19 @@ pub fn write(results: &Results, directory: &Path) -> Result<()> {
 /// # Errors
 /// When the document cannot be read or written, or has no place for them.
 pub fn insert(results: &Results, document: &Path, plots: &str) -> Result<()> {
+    splice(document, [BEGIN, END], &tables(results, plots))
+}
+
+/// Replaces what is between two lines of a document.
+///
+/// # Errors
+/// When the document cannot be read or written, or lacks the lines.
+pub fn splice(document: &Path, [begin, end]: [&str; 2], text: &str) -> Result<()> {
     let name = document.display();
     let old = fs::read_to_string(document).with_context(|| format!("cannot read {name}"))?;
-    let (before, rest) = old.split_once(BEGIN).with_context(|| format!("{name} has no line {BEGIN}"))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("{name} has no line {END}"))?;
-    let new = format!("{before}{BEGIN}\n\n{}\n{END}{after}", tables(results, plots));
+    let (before, rest) = old.split_once(begin).with_context(|| format!("{name} has no line {begin}"))?;
+    let (_, after) = rest.split_once(end).with_context(|| format!("{name} has no line {end}"))?;
+    let new = format!("{before}{begin}\n\n{text}\n{end}{after}");
     fs::write(document, new).with_context(|| format!("cannot write {name}"))
 }
 

@@ -62,7 +62,15 @@ pub(super) fn look(
     findings: &mut Findings,
 ) {
     let running = running();
-    for link in attached_links(config, choices, facts) {
+    let links = attached_links(config, choices, facts);
+    if let Err(error) = Way::choose(config.attach, programs::has_tcx())
+        && !links.is_empty()
+    {
+        let text = format!("{error:#}");
+        let (what, fix) = text.split_once("; ").unwrap_or((&text, "set attach = \"clsact\""));
+        findings.problem("attach", what, fix);
+    }
+    for link in links {
         judge_link(link, running.as_ref().map(|running| running.contains(&link.name)), findings);
         let looked = ahead::of(link.index, place(config, link.index))
             .and_then(|ahead| Ok((ahead, ingress_filters(link.index)?)));

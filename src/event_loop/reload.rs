@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::{Daemon, follow_ways, load_kernel, succession, take_due};
+use super::{Daemon, fit_open_files, follow_ways, load_kernel, succession, take_due};
 use crate::config::watch::Watch;
 use crate::config::{Config, ListenerConfig, Numbers, Source};
 use crate::control::server::Server;
@@ -122,6 +122,11 @@ impl Reloading {
         }
     }
 
+    /// True while a configuration that has been read is neither in force nor refused.
+    pub(super) fn under_way(&self) -> bool {
+        self.attempt.is_some()
+    }
+
     fn file_may_have_changed(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + SETTLE);
     }
@@ -151,6 +156,14 @@ impl Daemon {
 
     /// Reads the file again and follows it, if it can be followed whole.
     pub(super) fn reload(&mut self, cause: Cause) {
+        if cause == Cause::Signal {
+            self.service.begin_reload();
+        }
+        self.read_and_follow(cause);
+        self.end_reload();
+    }
+
+    fn read_and_follow(&mut self, cause: Cause) {
         let read = Config::load(&self.config.path)
             .and_then(|config| config.succeeding(&self.config, self.kernel.is_some(), &mut self.reloading.numbers));
         let config = match read {
@@ -161,9 +174,13 @@ impl Daemon {
             return self.nothing_new(cause);
         }
         tracing::info!(config = %config.path.display(), cause = cause.name(), "reloading the configuration");
+        if cause == Cause::File {
+            self.service.begin_reload();
+        }
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
+        fit_open_files(&config);
         if let Err(error) = self.attempt(config) {
             self.refuse(&error, cause);
         }
@@ -230,15 +247,16 @@ impl Daemon {
 
     /// The controller's word on the last attempt.
     pub(super) fn settled(&mut self, outcome: Result<(), String>) {
+        if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
+            self.give_kernel_up();
+        }
         match (self.reloading.attempt.take(), outcome) {
             (Some(attempt), Ok(())) => self.commit(attempt),
             (Some(_), Err(reason)) => self.refuse(&anyhow::Error::msg(reason), Cause::Signal),
             (None, _) => {}
         }
-        if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
-            self.give_kernel_up();
-        }
         self.trace_anew();
+        self.end_reload();
     }
 
     /// The plan is in force: the rest follows, none of which can fail any more.
@@ -265,13 +283,14 @@ impl Daemon {
         }
         self.timers.beat = Some(Instant::now());
         self.sources.follow_names(&config, self.started.elapsed());
-        tell_changes(&self.config, &config);
-        self.config = config;
-        self.tell_modes();
+        let old = std::mem::replace(&mut self.config, config);
         self.watch_health();
         self.look_ahead();
         self.reloading.watch_or_not(&self.config, self.poll.registry(), super::CONFIG);
         self.count_success();
+        // Whoever waits for these lines may rely on all of the above.
+        tell_changes(&old, &self.config);
+        self.tell_modes();
     }
 
     fn count_success(&mut self) {

@@ -108,7 +108,7 @@ impl Daemon {
     }
 
     /// What is wrong at the moment.
-    fn problems(&self) -> Vec<String> {
+    pub(super) fn problems(&self) -> Vec<String> {
         let unread = self.reloading.refusal.iter().map(|(_, reason)| {
             format!("the configuration file was changed, and cannot be followed: {}", reason.replace('\n', "; "))
         });
@@ -118,7 +118,10 @@ impl Daemon {
             .health
             .troubles()
             .map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).collect()
+        let out = self.health.all_out();
+        let out =
+            out.map(|(name, fate)| format!("listener {name:?}: all downstreams fail their health checks: {fate}"));
+        unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).chain(out).collect()
     }
 }
 

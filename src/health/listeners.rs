@@ -162,12 +162,26 @@ impl Listeners {
         })
     }
 
+    /// Those all of whose downstreams are unhealthy, and what is done with their datagrams.
+    pub(super) fn all_out(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.listeners.values().filter(|listener| listener.all_out).map(|listener| (&*listener.name, listener.fate()))
+    }
+
     pub(super) fn transitions(&self) -> impl Iterator<Item = (ListenerId, Transitions)> + '_ {
         self.listeners.iter().map(|(&id, listener)| (id, listener.transitions))
     }
 }
 
 impl Listener {
+    /// What becomes of its datagrams while all downstreams are out.
+    fn fate(&self) -> &'static str {
+        if self.fail_open {
+            "still sending to all of them, since fail_open = true"
+        } else {
+            "dropping all datagrams, since fail_open = false"
+        }
+    }
+
     /// Says it loudly when the last downstream goes out, and when the first is back.
     fn tell_if_all_out(&mut self) {
         let all_out = !self.downstreams.is_empty() && self.out == self.downstreams.len();
@@ -178,18 +192,9 @@ impl Listener {
         let (listener, downstreams) = (&*self.name, self.downstreams.len());
         if !all_out {
             tracing::info!(listener, downstreams, "not all downstreams are unhealthy any more");
-        } else if self.fail_open {
-            tracing::error!(
-                listener,
-                downstreams,
-                "the health checks of all downstreams failed: still sending to all of them, since fail_open = true"
-            );
         } else {
-            tracing::error!(
-                listener,
-                downstreams,
-                "the health checks of all downstreams failed: dropping all datagrams, since fail_open = false"
-            );
+            let fate = self.fate();
+            tracing::error!(listener, downstreams, "the health checks of all downstreams failed: {fate}");
         }
     }
 }

@@ -191,7 +191,7 @@ impl Memory {
             },
             kind if RTM_TC.contains(&kind) || RTM_CHAINS.contains(&kind) => {
                 let index = TcHeader::parse(payload)?.index;
-                index == SHARED_FILTERS || u32::try_from(index).is_ok_and(|index| self.ways.links.contains(&index))
+                index == SHARED_FILTERS || u32::try_from(index).is_ok_and(|index| self.ways.pass(index))
             }
             RTM_NEWROUTE | RTM_DELROUTE => !routes::is_cached(payload),
             // Rules and next hops, and whatever else the groups may bring one day.

@@ -11,15 +11,15 @@ use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy, is_bound
 
 /// What both datapaths must do for one listener.
 ///
-/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable. `slots_before` is
-/// the length of the listener's table so far, 0 if it has none.
+/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable. `before` is the
+/// listener's part of the plan so far, if it has one: a long table takes long to fill, and most changes leave it as it is.
 #[must_use]
 pub fn compile(
     listener: &ListenerConfig,
     set: &DownstreamSet,
     mode: Mode,
     facts: &HostFacts,
-    slots_before: usize,
+    before: Option<&ListenerPlan>,
 ) -> ListenerPlan {
     let targets: Vec<Target> = set
         .downstreams
@@ -45,7 +45,7 @@ pub fn compile(
         meter: listener.rate_limit.map(|limit| limit.meter(listener.bind.ip())),
         socket_only: if kernel { socket_only(listener.policy, set, facts) } else { None },
         targets,
-        table: fill_table(listener.policy, &set.downstreams, slots_before),
+        table: fill_table(listener.policy, &set.downstreams, before),
         settings: listener.settings.clone(),
     }
 }
@@ -60,7 +60,13 @@ fn on_link(bind: SocketAddr, joins: &[LinkRef]) -> SocketAddr {
     }
 }
 
-fn fill_table(policy: Policy, downstreams: &[Downstream], slots_before: usize) -> Vec<u32> {
+fn fill_table(policy: Policy, downstreams: &[Downstream], before: Option<&ListenerPlan>) -> Vec<u32> {
+    let place = |downstream: &Downstream| (downstream.address, downstream.weight);
+    if let Some(before) = before.filter(|before| before.policy == policy)
+        && before.targets.iter().map(|target| place(&target.downstream)).eq(downstreams.iter().map(place))
+    {
+        return before.table.clone();
+    }
     match policy {
         Policy::RoundRobin | Policy::GelfMessage => {
             table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>())
@@ -69,7 +75,7 @@ fn fill_table(policy: Policy, downstreams: &[Downstream], slots_before: usize) -
         Policy::Replicate => (0..).zip(downstreams).map(|(index, _)| index).collect(),
         Policy::Hash(_) => {
             let weighted: Vec<_> = downstreams.iter().map(|to| (to.address, to.weight)).collect();
-            maglev::table(&weighted, slots_before)
+            maglev::table(&weighted, before.map_or(0, |before| before.table.len()))
         }
     }
 }
@@ -222,18 +228,38 @@ mod tests {
 
     #[test]
     fn a_wildcard_matches_the_hosts_addresses_of_its_family_once_each() {
-        let plan = compile(&listener("0.0.0.0:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), 0);
+        let plan = compile(&listener("0.0.0.0:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), None);
         let expected: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "198.51.100.1".parse().unwrap()];
         assert_eq!(plan.match_addresses, expected);
         assert_eq!(plan.links, [LinkRef { index: 2, name: "eth0".into() }]);
-        let plan = compile(&listener("[::]:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), 0);
+        let plan = compile(&listener("[::]:514", Interfaces::Auto), &set(&[]), Mode::TcEbpf, &facts(), None);
         assert_eq!(plan.match_addresses, ["2001:db8::1".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_table_is_what_it_would_be_had_there_been_none_before() {
+        let mut listener = listener("192.0.2.1:514", Interfaces::Auto);
+        for policy in [Policy::RoundRobin, Policy::Hash(crate::model::HashOn::Flow), Policy::Replicate] {
+            listener.policy = policy;
+            let mut before = None;
+            let first = set(&["192.0.2.9:1", "192.0.2.9:2", "10.0.0.1:1"]);
+            let mut heavier = first.clone();
+            heavier.downstreams[1].weight = 3;
+            let mut turned = heavier.clone();
+            turned.downstreams.swap(0, 2);
+            for set in [&first, &first, &heavier, &turned, &set(&["192.0.2.9:1"])] {
+                let anew = compile(&listener, set, Mode::TcEbpf, &facts(), None);
+                let after = compile(&listener, set, Mode::TcEbpf, &facts(), before.as_ref());
+                assert_eq!(after, anew);
+                before = Some(after);
+            }
+        }
     }
 
     #[test]
     fn interfaces_that_are_missing_are_left_out() {
         let named = Interfaces::Named(vec!["eth1".into(), "eth9".into()]);
-        let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts(), 0);
+        let plan = compile(&listener("192.0.2.1:514", named), &set(&[]), Mode::TcEbpf, &facts(), None);
         assert_eq!(plan.links, [LinkRef { index: 3, name: "eth1".into() }]);
         assert_eq!(plan.match_addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
     }
@@ -242,7 +268,7 @@ mod tests {
     fn a_group_is_joined_in_both_modes_and_knows_its_link() {
         let named = |names: &[&str]| Interfaces::Named(names.iter().map(ToString::to_string).collect());
         let compiled = |bind: &str, names: &[&str], mode| {
-            let plan = compile(&listener(bind, named(names)), &set(&[]), mode, &facts(), 0);
+            let plan = compile(&listener(bind, named(names)), &set(&[]), mode, &facts(), None);
             let joined = |links: &[LinkRef]| links.iter().map(|link| link.name.clone()).collect::<Vec<_>>();
             (plan.bind.to_string(), joined(&plan.joins), joined(&plan.links), plan.match_addresses)
         };
@@ -258,7 +284,7 @@ mod tests {
     #[test]
     fn each_route_becomes_its_delivery() {
         let set = set(&["192.0.2.9:1", "203.0.113.9:1", "192.0.2.1:1", "10.0.0.1:1", "10.0.0.2:1"]);
-        let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts(), 0);
+        let plan = compile(&listener("192.0.2.1:514", Interfaces::Auto), &set, Mode::TcEbpf, &facts(), None);
         let deliveries: Vec<Delivery> = plan.targets.iter().map(|target| target.delivery).collect();
         let neighbour = |link, next_hop: &str, mtu| Delivery::Neighbour {
             link,
@@ -286,7 +312,7 @@ mod tests {
         let mut facts = facts();
         change(&mut facts);
         let listener = listener("192.0.2.1:514", Interfaces::Auto);
-        compile(&listener, &set(&["192.0.2.9:1"]), Mode::TcEbpf, &facts, 0).targets[0].delivery
+        compile(&listener, &set(&["192.0.2.9:1"]), Mode::TcEbpf, &facts, None).targets[0].delivery
     }
 
     fn resolve(facts: &mut HostFacts) {
@@ -331,7 +357,7 @@ mod tests {
         let all: Vec<&str> = addresses.iter().map(String::as_str).collect();
         let mut listener = listener("192.0.2.1:514", Interfaces::Auto);
         let reason = |listener: &ListenerConfig, count: usize| {
-            compile(listener, &set(&all[..count]), Mode::TcEbpf, &facts(), 0).socket_only
+            compile(listener, &set(&all[..count]), Mode::TcEbpf, &facts(), None).socket_only
         };
         assert_eq!(reason(&listener, 65), None);
         listener.policy = Policy::Replicate;
@@ -344,9 +370,9 @@ mod tests {
     fn one_loopback_downstream_leaves_all_to_the_socket() {
         let set = set(&["192.0.2.9:1", "127.0.0.1:1"]);
         let listener = listener("192.0.2.1:514", Interfaces::Auto);
-        let plan = compile(&listener, &set, Mode::TcEbpf, &facts(), 0);
+        let plan = compile(&listener, &set, Mode::TcEbpf, &facts(), None);
         assert_eq!(plan.socket_only.as_deref(), Some("downstream 127.0.0.1:1 is on the loopback interface"));
-        let plan = compile(&listener, &set, Mode::Userspace, &facts(), 0);
+        let plan = compile(&listener, &set, Mode::Userspace, &facts(), None);
         assert_eq!((plan.socket_only, plan.links.len(), plan.match_addresses.len()), (None, 0, 0));
     }
 }

@@ -96,6 +96,7 @@ fn netns_each_of_ten_thousand_downstreams_has_its_share() {
 }
 
 /// Puts a new downstream in the place of one.
+#[expect(clippy::print_stdout, reason = "a figure to look at, on which no test depends")]
 fn replace_one(lab: &Lab, daemon: &mut Daemon, mode: &str, keys: &str) {
     let new = many(lab, mode, keys, Some(7_000));
     let begun = Instant::now();

@@ -15,8 +15,8 @@ use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::user::UserDatapath;
 use udp_fanout::host::{Follow, Host, HostFacts};
 use udp_fanout::model::{Downstream, DownstreamSet, HashOn, ListenerId, Mode, Policy};
-use udp_fanout::plan::Plan;
 use udp_fanout::plan::compile::compile;
+use udp_fanout::plan::{ListenerPlan, Plan};
 
 use crate::support::traffic::PATIENCE;
 use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
@@ -62,7 +62,7 @@ struct Bare {
     mode: Mode,
     listener: ListenerConfig,
     facts: HostFacts,
-    slots: usize,
+    before: Option<ListenerPlan>,
 }
 
 impl Bare {
@@ -76,14 +76,14 @@ impl Bare {
             Mode::TcEbpf => Box::new(KernelDatapath::new(&config.limits)?),
             Mode::Userspace => Box::new(UserDatapath::new()),
         };
-        Ok(Bare { datapath, mode, listener: config.listeners[0].clone(), facts, slots: 0 })
+        Ok(Bare { datapath, mode, listener: config.listeners[0].clone(), facts, before: None })
     }
 
     fn put_in_force(&mut self, policy: Policy, downstreams: Vec<Downstream>) -> Result<()> {
         self.listener.policy = policy;
         let set = DownstreamSet { generation: 1, downstreams };
-        let plan = compile(&self.listener, &set, self.mode, &self.facts, self.slots);
-        self.slots = plan.table.len();
+        let plan = compile(&self.listener, &set, self.mode, &self.facts, self.before.as_ref());
+        self.before = Some(plan.clone());
         self.datapath.apply(&Plan { listeners: vec![plan], attach: Attach::default() })
     }
 

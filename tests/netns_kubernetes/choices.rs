@@ -153,7 +153,8 @@ fn netns_locality_prefers_what_is_near() {
     ] {
         world.apply("a", all(ready(&here)));
         let mut daemon = start_on(&world, Some("n1"), &world.config(&keys(locality)));
-        daemon.wait_for_line(&world.updated(near.len())).unwrap();
+        daemon.wait_until_ready(&world.lab.gateway, 1).unwrap();
+        daemon.wait_for_logged(&world.updated(near.len())).unwrap();
         assert_eq!(at_lab(&world), shares(4, near), "{locality}");
         world.apply("a", all(leaving(&here)));
         // The strict one has nothing else, so for it nothing changes.
