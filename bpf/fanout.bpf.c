@@ -20,6 +20,7 @@
 #include "packet.h"
 #include "maps.h"
 #include "parse.h"
+#include "lease.h"
 #include "admit.h"
 #include "hash.h"
 #include "select.h"
@@ -192,7 +193,10 @@ static __always_inline int seen(struct __sk_buff *skb, int verdict)
 	return verdict;
 }
 
-/* A first fragment of somebody else's. The later ones, which do not tell whose they are, shall be left alone too. */
+/*
+ * A datagram or first fragment of somebody else's, or that no daemon is there for. The later fragments, which do not tell
+ * whose they are, shall be left alone too.
+ */
 static __always_inline int leave(struct packet *pkt)
 {
 	pkt->fate = FRAGMENTS_PASSED;
@@ -227,7 +231,7 @@ int udp_fanout(struct __sk_buff *skb)
 		later = true;
 	} else {
 		listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
-		if (!listener)
+		if (!listener || is_headless())
 			return leave(&pkt);
 		listener_id = listener->id;
 		flags = listener->flags;

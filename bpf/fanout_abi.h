@@ -218,6 +218,65 @@ struct drop_log {
 	__u64 held_back; /* datagrams */
 };
 
+/*
+ * The daemon's sign of life: until when the program acts without another one. After that it leaves everything alone, as if
+ * it were not there.
+ */
+struct lease {
+	__u64 until; /* nanoseconds, CLOCK_MONOTONIC; LEASE_FOR_EVER */
+};
+
+#define LEASE_FOR_EVER 0xffffffffffffffffULL
+
+/*
+ * What follows is of user space alone, for its successor: what ids mean, and what was counted before the maps were made.
+ * The program never looks at it.
+ */
+
+/* PINS_VERSION changes when a pinned map gets another meaning; with other sizes a map is refused anyway. */
+#define PINS_VERSION 1
+
+#define NAME_LENGTH 64
+
+/* Listener id -> its name in the configuration, zeros behind it. Empty: nobody's. */
+struct listener_name {
+	char name[NAME_LENGTH];
+};
+
+enum ledger_kind {
+	LEDGER_LISTENER = 0,
+	LEDGER_DOWNSTREAM = 1,
+	LEDGER_FRAGMENTS = 2,
+};
+
+struct ledger_key {
+	__be32 addr_be[4]; /* of the downstream; like listener_key's */
+	__be16 port_be;
+	__u16 kind; /* enum ledger_kind */
+	__u32 listener;
+};
+
+#define LEDGER_WORDS (4 + 2 * DROP_REASONS)
+
+/*
+ * Of a listener: forwarded, passed, bytes received, bytes forwarded, drops by reason, copies dropped by reason. Of a
+ * downstream: packets, bytes. Of fragments: by enum fragment_count. To be added to what the maps count.
+ */
+struct ledger_entry {
+	__u64 words[LEDGER_WORDS];
+};
+
+#define ABSORBED 8
+
+/* Whose pins these are. Version and network namespace stay where they are in all versions. */
+struct pins_about {
+	__u32 version; /* PINS_VERSION */
+	__u32 absorbed_count;
+	__u64 netns_device; /* of the network namespace, as stat(2) tells of /proc/self/ns/net */
+	__u64 netns_inode;
+	__u32 absorbed[ABSORBED]; /* programs whose counts this ledger has already */
+};
+
 #define TRACE_ALL_LISTENERS 0xffffffff
 
 /* Which datagrams are told of beside drops. Written by user space, `on` last when it goes on and first when it goes off. */

@@ -151,6 +151,40 @@ struct {
 	__type(value, struct drop_log);
 } drop_log SEC(".maps");
 
+/* Listener id -> its name. Written by user space, for its successor; so are the next three. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, struct listener_name);
+} names SEC(".maps");
+
+/* Downstream id -> 1 + the id of the listener that it counts for; 0 for nobody's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, __u32);
+	__type(value, __u32);
+} owners SEC(".maps");
+
+/* What was counted before: by predecessors, and under downstream ids that have been used again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1); /* set at load */
+	__type(key, struct ledger_key);
+	__type(value, struct ledger_entry);
+} ledger SEC(".maps");
+
+/* Whose pins these are. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pins_about);
+} about SEC(".maps");
+
 /*
  * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
  * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,

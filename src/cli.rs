@@ -21,7 +21,7 @@ use clap_complete::Shell;
 pub use man::man;
 
 use crate::discovery::rbac;
-use crate::{doctor, logging, version};
+use crate::{detach, doctor, logging, version};
 
 /// The configuration file that is read when none is named.
 pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
@@ -69,8 +69,25 @@ pub enum Invocation {
         /// The time over which rates are taken.
         interval: Duration,
     },
+    /// Show what becomes of single datagrams.
+    Trace {
+        /// The configuration file that names the daemon's status socket, if one is named.
+        config: Option<PathBuf>,
+        /// The socket itself, if it is named.
+        socket: Option<PathBuf>,
+        /// Only this listener's datagrams.
+        listener: Option<String>,
+        /// Only those from these addresses.
+        source: Option<String>,
+        /// End after so many.
+        count: Option<u64>,
+        /// JSON instead of text.
+        json: bool,
+    },
     /// Look for what silently breaks forwarding on this host.
     Doctor(doctor::Options),
+    /// Remove what daemons have left in force.
+    Detach(detach::Options),
     /// Print a completion script; see [`completions`].
     Completions(Shell),
     /// Print the manual page; see [`man`](fn@man).
@@ -116,6 +133,13 @@ enum Command {
     /// they receive, forward and drop, and for which reasons; downstreams with their health, their share and what they
     /// get; Kubernetes Services; and what is wrong at the moment. Takes the rights of root or of the daemon's user.
     Status(StatusArgs),
+    /// Show live what becomes of single datagrams
+    ///
+    /// For each one that the kernel program handles: when, from whom, for which listener, which downstream was chosen and
+    /// by which way it leaves; or why it was dropped, or left to the listener's socket. At most 1000 in a second. Costs
+    /// nothing while nobody looks. What is forwarded in user space is not shown. Takes the rights of root or of the
+    /// daemon's user.
+    Trace(TraceArgs),
     /// Look at this host for what silently breaks forwarding
     ///
     /// Privileges and kernel, the interfaces and who is on them before us, routes and neighbours of every downstream,
@@ -123,6 +147,12 @@ enum Command {
     /// daemon says. Each finding is a line: ok, warning or problem, and the fix. Changes nothing. Exits with 1 if there is
     /// a problem. Run it as the daemon runs, or as root.
     Doctor(DoctorArgs),
+    /// Remove what daemons have left in force on this host
+    ///
+    /// With on_exit = "keep", and when it is killed, the daemon leaves its TC program in force. This takes it off all
+    /// interfaces of this network namespace, or off those named, and removes what is pinned of it. Says what it has
+    /// removed; to have nothing to remove is no mistake. Refuses while a daemon runs.
+    Detach(DetachArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -195,6 +225,27 @@ struct StatusArgs {
 }
 
 #[derive(Debug, Args)]
+struct TraceArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// The daemon's status socket [default: the one that its configuration names]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Only datagrams of this listener
+    #[arg(long, value_name = "NAME")]
+    listener: Option<String>,
+    /// Only datagrams from this address, or from addresses with this prefix
+    #[arg(long, value_name = "CIDR")]
+    source: Option<String>,
+    /// End after so many lines
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Print JSON, one line for each
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct DoctorArgs {
     #[command(flatten)]
     file: ConfigArg,
@@ -207,6 +258,24 @@ struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct DetachArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    /// Only from this interface; may be given several times
+    #[arg(short, long, value_name = "NAME")]
+    interface: Vec<String>,
+    /// From all interfaces, as without --interface; and also remove what is pinned of other network namespaces
+    #[arg(long, conflicts_with = "interface")]
+    all: bool,
+    /// Where the program is pinned [default: the pin_path of the configuration]
+    #[arg(long, value_name = "PATH")]
+    pin_path: Option<PathBuf>,
+    /// Also while a daemon runs, which will put its program back within seconds
+    #[arg(long)]
+    force: bool,
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
@@ -246,6 +315,10 @@ where
         Some(Command::Status(StatusArgs { file, socket, json, watch, interval })) => {
             Invocation::Status { config: only_config("status", before, file)?, socket, json, watch, interval }
         }
+        Some(Command::Trace(TraceArgs { file, socket, listener, source, count, json })) => {
+            let config = only_config("trace", before, file)?;
+            Invocation::Trace { config, socket, listener, source, count, json }
+        }
         Some(Command::Rbac(after)) => {
             let config = only_config("rbac", before, after.file)?;
             let (account, namespace) = (after.service_account, after.service_account_namespace);
@@ -254,6 +327,11 @@ where
         Some(Command::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
             let config = or_default(only_config("doctor", before, file)?);
             Invocation::Doctor(doctor::Options { config, senders: sender, kubeconfig, json })
+        }
+        Some(Command::Detach(DetachArgs { file, interface, all, pin_path, force })) => {
+            let config = only_config("detach", before, file)?;
+            let pin_path = detach::pin_path(config.as_deref(), pin_path);
+            Invocation::Detach(detach::Options { pin_path, interfaces: interface, all, force })
         }
         Some(Command::Completions { shell }) => {
             no_options("completions", &before)?;

@@ -72,6 +72,14 @@ pub const PACKET_RATES: RangeInclusive<u32> = 1..=10_000_000;
 /// Allowed `burst`.
 pub const BURSTS: RangeInclusive<u32> = 1..=100_000_000;
 
+/// Allowed `max_headless_secs`.
+pub const HEADLESS_SECONDS: RangeInclusive<u32> = 0..=31_536_000;
+/// What `max_headless_secs` is unless the file says otherwise.
+const HEADLESS: u32 = 300;
+
+/// Where the kernel program is pinned unless the file says otherwise.
+pub const PIN_PATH: &str = "/sys/fs/bpf/udp-fanout";
+
 /// Where the status socket is unless the file says otherwise.
 pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
 
@@ -98,6 +106,8 @@ pub struct Config {
     pub status_socket: PathBuf,
     /// How the TC program is attached to interfaces.
     pub attach: Attach,
+    /// What becomes of the kernel program without a daemon.
+    pub succession: Succession,
     /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
     pub warnings: Vec<String>,
 }
@@ -133,6 +143,38 @@ pub enum TcxOrder {
     First,
     /// Behind those that are there.
     Last,
+}
+
+/// What becomes of the kernel program when the daemon ends, and until the next one comes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Succession {
+    /// Whether it stays.
+    pub on_exit: OnExit,
+    /// The directory of a BPF file system in which it is pinned: an absolute path.
+    pub pin_path: PathBuf,
+    /// How long it forwards without a daemon; none for ever.
+    pub max_headless: Option<Duration>,
+}
+
+impl Default for Succession {
+    fn default() -> Succession {
+        Succession {
+            on_exit: OnExit::Detach,
+            pin_path: PathBuf::from(PIN_PATH),
+            max_headless: Some(Duration::from_secs(HEADLESS.into())),
+        }
+    }
+}
+
+/// What becomes of the kernel program when the daemon ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnExit {
+    /// It is taken off the interfaces.
+    #[default]
+    Detach,
+    /// It goes on forwarding.
+    Keep,
 }
 
 /// One listener.
@@ -291,6 +333,17 @@ impl Config {
         let document = document::Document::read(&text, path).ok()?;
         match document.top("status_socket") {
             Some(document::Value::Text(socket)) => Some(PathBuf::from(socket)),
+            _ => None,
+        }
+    }
+
+    /// The path of the pins that a file names, likewise.
+    #[must_use]
+    pub fn pin_path_of(path: &Path) -> Option<PathBuf> {
+        let text = String::from_utf8(read(path).ok()?).ok()?;
+        let document = document::Document::read(&text, path).ok()?;
+        match document.top("pin_path") {
+            Some(document::Value::Text(directory)) => Some(PathBuf::from(directory)),
             _ => None,
         }
     }

@@ -204,6 +204,14 @@ impl Controller {
         unused.map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect()
     }
 
+    /// The interfaces, by index, on which a listener wants the TC program and still waits for its first set of downstreams.
+    #[must_use]
+    pub fn links_in_waiting(&self) -> BTreeSet<u32> {
+        let waiting = |listener: &&Listener| listener.choice.mode == Mode::TcEbpf && listener.set.is_none();
+        let wanted = self.listeners.iter().filter(waiting).map(|listener| &listener.config.interfaces);
+        wanted.flat_map(|interfaces| links(interfaces, &self.facts)).map(|link| link.index).collect()
+    }
+
     /// A listener's name.
     #[must_use]
     pub fn listener_name(&self, id: ListenerId) -> Option<&str> {

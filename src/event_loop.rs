@@ -11,6 +11,8 @@ mod reload;
 mod report;
 mod service;
 mod sources;
+mod succession;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -32,10 +34,11 @@ use self::drops::DropLog;
 use self::reload::{Cause, Reloading};
 use self::service::Service;
 use self::sources::Sources;
+use self::trace::Tracing;
 use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, Setup, attach};
+use crate::datapath::kernel::{KernelDatapath, Setup};
 use crate::datapath::user::UserDatapath;
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
@@ -103,6 +106,7 @@ struct Daemon {
     /// Who is on interfaces before our program.
     ahead: Ahead,
     drop_log: DropLog,
+    tracing: Tracing,
     /// What is in force.
     config: Config,
     reloading: Reloading,
@@ -124,11 +128,13 @@ struct Timers {
     tick: Option<Instant>,
     look_at_host: Option<Instant>,
     upkeep: Option<Instant>,
+    beat: Option<Instant>,
+    trace: Option<Instant>,
 }
 
 impl Timers {
     fn next(&self) -> Option<Instant> {
-        [self.tick, self.look_at_host, self.upkeep].into_iter().flatten().min()
+        [self.tick, self.look_at_host, self.upkeep, self.beat, self.trace].into_iter().flatten().min()
     }
 }
 
@@ -161,9 +167,7 @@ impl Daemon {
         let health = Health::new(poll.registry(), HEALTH)?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
-        if let Some(kernel) = &mut kernel {
-            watch_events(kernel, poll.registry())?;
-        }
+        kernel.as_mut().map(|kernel| succession::begin(kernel, &config, poll.registry())).transpose()?;
 
         let (now, started_at) = (Instant::now(), SystemTime::now());
         let mut daemon = Daemon {
@@ -181,6 +185,7 @@ impl Daemon {
             guarded: BTreeMap::new(),
             ahead: Ahead::new(),
             drop_log: DropLog::default(),
+            tracing: Tracing::default(),
             reloading: Reloading::new(&config, poll.registry(), CONFIG, started_at),
             service: Service::from_environment(),
             config,
@@ -207,8 +212,7 @@ impl Daemon {
         if let Some(error) = no_control {
             tracing::warn!("{error:#}");
         }
-        // Only now, so that there is no moment without either the old filter or the socket that takes its place.
-        attach::remove_leftovers(&self.controller.unused_links());
+        self.succeed_predecessors();
         self.look_ahead();
         self.watch_health();
         if let Some(page) = page {
@@ -309,7 +313,12 @@ impl Daemon {
                 for event in events {
                     let name = self.controller.listener_name(event.listener).unwrap_or_default();
                     self.drop_log.write(&event, name);
+                    if event.traced {
+                        self.tell_traced(&event);
+                    }
                 }
+                // Someone may have gone meanwhile.
+                self.follow_traces();
             }
             Err(error) => tracing::error!("{error:#}"),
         }
@@ -317,6 +326,8 @@ impl Daemon {
 
     fn run_timers(&mut self) {
         let now = Instant::now();
+        self.beat(now);
+        self.resume_trace(now);
         self.feed_watchdog(now);
         self.look_at_config(now);
         if take_due(&mut self.timers.look_at_host, now)
@@ -423,6 +434,7 @@ impl Daemon {
 
     /// Sockets first: from the moment the TC program is attached, something must be there for what it passes up.
     fn apply(&mut self, plan: &Plan) -> Event {
+        self.hold_links();
         let user = self.user.apply(plan);
         // A start that has failed already must not touch any interface. Later, what one datapath lacks must not keep the
         // other from the new plan.
@@ -434,6 +446,7 @@ impl Daemon {
             Ok(()) => {
                 self.plan_applies.success += 1;
                 self.failure = None;
+                self.settle_kernel();
                 Event::Applied
             }
             Err(error) => {

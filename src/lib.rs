@@ -15,6 +15,7 @@ pub mod config;
 pub mod control;
 pub mod controller;
 pub mod datapath;
+pub mod detach;
 pub mod discovery;
 pub mod doctor;
 pub mod event_loop;

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
-use udp_fanout::control::status;
+use udp_fanout::control::{follow, status};
 use udp_fanout::discovery::rbac::{self, Account};
-use udp_fanout::{doctor, event_loop, logging, version};
+use udp_fanout::{detach, doctor, event_loop, logging, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
@@ -22,6 +22,11 @@ fn main() -> ExitCode {
             let socket = status::socket(config.as_deref(), socket);
             status::run(&status::Options { socket, json, watch, interval })
         }
+        Invocation::Trace { config, socket, listener, source, count, json } => {
+            let socket = status::socket(config.as_deref(), socket);
+            follow::run(&follow::Options { socket, listener, source, count, json })
+        }
+        Invocation::Detach(options) => detach::run(&options),
         Invocation::Completions(shell) => cli::print(&cli::completions(shell)),
         Invocation::Man => cli::man().map_err(Into::into).and_then(|page| cli::print(&page)),
     };

@@ -12,7 +12,10 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout check [-c FILE]
        udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
        udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
+       udp-fanout trace [-c FILE] [--socket PATH] [--listener NAME] [--source CIDR] [-n N] [--json]
        udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]
+       udp-fanout detach [-c FILE] [--all] [--pin-path PATH] [--force]
+       udp-fanout detach [-c FILE] [--interface NAME]... [--pin-path PATH] [--force]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -46,7 +49,9 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout rbac -c ./syslog.toml | kubectl apply -f -", "Allow what a file needs in the cluster."),
             ("udp-fanout status", "See what the running daemon is doing, and what is wrong."),
             ("udp-fanout status --watch", "The same, every second."),
+            ("udp-fanout trace --source 10.0.0.7 -n 10", "See what becomes of the next ten datagrams of one sender."),
             ("udp-fanout doctor", "Find out why datagrams do not arrive."),
+            ("udp-fanout detach", "Remove what a daemon with on_exit = \"keep\" has left, for good."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
             ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
@@ -56,7 +61,14 @@ pub(super) const SECTIONS: [Section; 5] = [
         title: "Files",
         entries: &[
             ("/etc/udp-fanout/config.toml", "The configuration, unless --config names another."),
-            ("/run/udp-fanout/status.sock", "Where the daemon answers `udp-fanout status`, unless told otherwise."),
+            (
+                "/sys/fs/bpf/udp-fanout",
+                "Where the TC program is kept under on_exit = \"keep\", unless pin_path says otherwise.",
+            ),
+            (
+                "/run/udp-fanout/status.sock",
+                "Where the daemon answers `udp-fanout status` and `trace`, unless told otherwise.",
+            ),
         ],
     },
     Section {
@@ -76,7 +88,8 @@ pub(super) const SECTIONS: [Section; 5] = [
         title: "Signals",
         entries: &[(
             "SIGTERM, SIGINT",
-            "Take the TC program off the interfaces, forward what has been taken in, and exit with 0.",
+            "Take the TC program off the interfaces (or leave it in force, with on_exit = \"keep\"), forward what has been \
+             taken in, and exit with 0.",
         )],
     },
     Section {

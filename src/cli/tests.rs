@@ -108,6 +108,32 @@ fn questions_mean_what_they_say() {
 }
 
 #[test]
+fn options_of_commands_that_look_at_the_kernel_mean_what_they_say() {
+    check(&[
+        (
+            "udp-fanout -c a trace --listener l --source 10.0.0.0/8 --count 3 --json",
+            Invocation::Trace {
+                config: Some("a".into()),
+                socket: None,
+                listener: Some("l".into()),
+                source: Some("10.0.0.0/8".into()),
+                count: Some(3),
+                json: true,
+            },
+        ),
+        (
+            "udp-fanout detach --pin-path p -i eth0 --interface eth1 --force",
+            Invocation::Detach(detach::Options {
+                pin_path: "p".into(),
+                interfaces: vec!["eth0".into(), "eth1".into()],
+                all: false,
+                force: true,
+            }),
+        ),
+    ]);
+}
+
+#[test]
 fn mistakes_are_refused_with_what_is_wrong() {
     let cases = [
         ("udp-fanout -l verbose", ["'verbose'", "--log-level", "off, error, warn, info, debug, trace"]),
@@ -153,6 +179,9 @@ fn every_form_of_the_usage_is_accepted() {
             .replace("LEVEL", "warn")
             .replace("FORMAT", "json")
             .replace("SECS", "2")
+            .replace("CIDR", "10.0.0.0/8")
+            .replace("-n N", "-n 3")
+            .replace("NAME...", "eth0")
             .replace("IP...", "10.0.0.2");
         parsed(&with_options.replace("SHELL", "bash"));
     }

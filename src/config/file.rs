@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, Node, Value};
-use super::{AttachHook, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
+use super::{AttachHook, HEADLESS, OnExit, PIN_PATH, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
 use crate::discovery::{Locality, PortRef, Terminating};
 use crate::health::keys::Keys;
 use crate::model;
@@ -23,6 +23,12 @@ pub(super) struct File {
     pub(super) attach: AttachHook,
     /// The place among TCX programs; first by default.
     pub(super) tcx_order: TcxOrder,
+    /// What becomes of the kernel program when the daemon ends; detached by default.
+    pub(super) on_exit: OnExit,
+    /// An absolute path; under /sys/fs/bpf by default.
+    pub(super) pin_path: String,
+    /// How long the kernel program goes on without a daemon; 300 by default.
+    pub(super) max_headless_secs: u32,
     /// The listeners, in order.
     pub(super) listeners: Vec<Listener>,
     /// Health checks; disabled by default.
@@ -41,6 +47,9 @@ impl Default for File {
             status_socket: STATUS_SOCKET.to_owned(),
             attach: AttachHook::default(),
             tcx_order: TcxOrder::default(),
+            on_exit: OnExit::default(),
+            pin_path: PIN_PATH.to_owned(),
+            max_headless_secs: HEADLESS,
             listeners: Vec::new(),
             health: Keys::default(),
             metrics: None,
@@ -427,6 +436,9 @@ mod tests {
             status_socket: "s".into(),
             attach: AttachHook::Clsact,
             tcx_order: TcxOrder::First,
+            on_exit: OnExit::Keep,
+            pin_path: "p".into(),
+            max_headless_secs: 1,
             listeners: vec![Listener {
                 name: "n".into(),
                 bind: "b".into(),
@@ -526,10 +538,11 @@ mod tests {
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
                     "health.protocol" | "listeners[].health.protocol" => known::<ProtocolKind>(choices),
+                    "on_exit" => known::<OnExit>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }
             }
         });
-        assert_eq!(seen, 10);
+        assert_eq!(seen, 11);
     }
 }

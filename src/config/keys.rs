@@ -9,8 +9,8 @@ use std::ops::RangeInclusive;
 
 pub use self::health::{HEALTH, LISTENER_HEALTH};
 use super::{
-    BATCH_SIZES, BURSTS, MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SENDERS, MAX_SOURCES, PACKET_RATES, PACKET_SIZES,
-    RECV_BUF_SIZES, RESOLVE_SECONDS, SAMPLES, WEIGHTS, WORKER_COUNTS,
+    BATCH_SIZES, BURSTS, HEADLESS_SECONDS, MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SENDERS, MAX_SOURCES, PACKET_RATES,
+    PACKET_SIZES, RECV_BUF_SIZES, RESOLVE_SECONDS, SAMPLES, WEIGHTS, WORKER_COUNTS,
 };
 
 /// One key.
@@ -182,6 +182,27 @@ pub static FILE: &[Key] = &[
         Absent::Default("\"first\""),
         "\"last\"",
         "Its place among an interface's TCX programs, where it is attached as one: before or behind those that are there.",
+    ),
+    key(
+        "on_exit",
+        Kind::Choice(&["detach", "keep"]),
+        Absent::Default("\"detach\""),
+        "\"keep\"",
+        "What becomes of the kernel program when the daemon ends: it is taken off the interfaces (`detach`), or goes on forwarding until the next daemon takes over (`keep`). See [Restart and upgrade without loss](#restart-and-upgrade-without-loss).",
+    ),
+    key(
+        "pin_path",
+        Kind::Text("an absolute path in a BPF file system"),
+        Absent::Default("\"/sys/fs/bpf/udp-fanout\""),
+        "\"/sys/fs/bpf/udp-fanout-edge\"",
+        "The directory in which the program and its maps are kept under `on_exit = \"keep\"`, and in which the next daemon looks for them. Daemons of one network namespace need one each.",
+    ),
+    key(
+        "max_headless_secs",
+        Kind::Integer(wide(HEADLESS_SECONDS)),
+        Absent::Default("300"),
+        "3600",
+        "Seconds after which the kernel program, if no daemon has been there, passes everything up the host's stack instead of forwarding to receivers of which nobody knows whether they still are. 0 means never.",
     ),
 ];
 

@@ -13,11 +13,12 @@ mod texts;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use super::document::{Document, KeyPath};
 use super::file::{self, File};
 use super::problem::{Problems, quoted};
-use super::{Attach, Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source};
+use super::{Attach, Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source, Succession};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::health::keys::Keys;
 use crate::model::{self, ListenerId};
@@ -44,6 +45,7 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     rules.distinct_binds(&file);
     let metrics = rules.metrics(file.metrics.as_ref());
     let status_socket = rules.check(&top("status_socket"), texts::socket_path(&file.status_socket));
+    let pin_path = rules.check(&top("pin_path"), texts::pin_path(&file.pin_path));
     let warnings = rules.warnings;
     if !problems.is_empty() {
         return None;
@@ -62,6 +64,11 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         },
         status_socket: status_socket?.into(),
         attach: Attach { hook: file.attach, order: file.tcx_order },
+        succession: Succession {
+            on_exit: file.on_exit,
+            pin_path: pin_path?.into(),
+            max_headless: (file.max_headless_secs > 0).then(|| Duration::from_secs(file.max_headless_secs.into())),
+        },
         warnings,
     })
 }

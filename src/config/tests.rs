@@ -334,6 +334,9 @@ fn a_rendering_reads_well() {
 status_socket = "/run/udp-fanout/status.sock"
 attach = "clsact"
 tcx_order = "first"
+on_exit = "detach"
+pin_path = "/sys/fs/bpf/udp-fanout"
+max_headless_secs = 300
 
 [[listeners]]
 name = "a"

@@ -39,12 +39,37 @@ impl Client {
         match self.ask(&Request::Status)? {
             Response::Report(report) => Ok(*report),
             Response::Error(reason) => bail!("the daemon refuses: {reason}"),
+            Response::Traced(_) | Response::Note(_) => bail!("the daemon has answered something else than was asked"),
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Result<Response> {
+    /// Waits as long as it takes for answers from now on.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn wait_for_ever(&mut self) -> Result<()> {
+        self.stream.get_ref().set_read_timeout(None).context("cannot wait for the daemon")
+    }
+
+    /// The next of several answers.
+    ///
+    /// # Errors
+    /// When the daemon ends, or speaks another version.
+    pub fn next_answer(&mut self) -> Result<Response> {
+        self.read(Ok(()))
+    }
+
+    /// Asks, and waits for the first answer.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, ends meanwhile, or speaks another version.
+    pub fn ask(&mut self, request: &Request) -> Result<Response> {
         // A daemon that has just closed the connection may have said why.
         let sent = self.stream.get_mut().write_all(&request.to_line());
+        self.read(sent)
+    }
+
+    fn read(&mut self, sent: std::io::Result<()>) -> Result<Response> {
         let mut line = Vec::new();
         match self.stream.read_until(b'\n', &mut line) {
             Ok(_) if line.ends_with(b"\n") => Response::from_line(&line),

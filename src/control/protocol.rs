@@ -4,7 +4,13 @@
 //! {"version":1,"request":"status"}
 //! {"version":1,"daemon":"0.1.0","report":{ }}
 //! {"version":1,"daemon":"0.1.0","error":"what is wrong, and the fix"}
+//!
+//! {"version":1,"request":"trace","listener":"syslog","source":"10.0.0.0/8"}
+//! {"version":1,"daemon":"0.1.0","note":"tracing"}
+//! {"version":1,"daemon":"0.1.0","traced":{ }}
 //! ```
+//!
+//! A trace goes on, line by line, until the client closes the connection or says anything.
 //!
 //! `version` changes when a field changes its meaning or goes. New fields do not change it: either side ignores what it
 //! does not know.
@@ -13,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::report::Report;
+use super::trace::Traced;
 use crate::version;
 
 /// The version of the protocol that this program speaks.
@@ -24,6 +31,15 @@ pub const VERSION: u32 = 1;
 pub enum Request {
     /// A report of everything, as it is now.
     Status,
+    /// What becomes of single datagrams, from now on until the client closes the connection.
+    Trace {
+        /// Only those of the listener of this name.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        listener: Option<String>,
+        /// Only those from this address or prefix.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        source: Option<String>,
+    },
 }
 
 /// What is answered.
@@ -32,6 +48,10 @@ pub enum Request {
 pub enum Response {
     /// To [`Request::Status`].
     Report(Box<Report>),
+    /// One of the answers to [`Request::Trace`].
+    Traced(Box<Traced>),
+    /// Something about a trace that the operator should know.
+    Note(String),
     /// The request makes no sense, or cannot be answered, and the reason.
     Error(String),
 }

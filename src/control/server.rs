@@ -20,11 +20,14 @@ use slab::Slab;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{Request, Response};
+use super::trace::Watch;
 
 /// Clients at one time.
 pub const CONNECTIONS: usize = 16;
 /// Tokens that must be free from the first on.
 pub const TOKENS: usize = CONNECTIONS + 1;
+/// What is kept for a client that traces and does not read, in bytes. The rest is left out.
+const UNREAD: usize = 256 * 1024;
 /// Longest request, in bytes.
 const REQUEST: usize = 4096;
 
@@ -52,6 +55,25 @@ struct Connection {
     turn: u64,
     /// The answer is its last: the request made no sense.
     closing: bool,
+    /// It is told of datagrams.
+    watch: Option<Watch>,
+    /// Lines that it has not been told.
+    left_out: u64,
+}
+
+/// What is answered to a request.
+#[derive(Debug)]
+pub struct Answer {
+    /// The answer, or the first one.
+    pub response: Response,
+    /// What the client is told of from then on, if that is what it wants.
+    pub watch: Option<Watch>,
+}
+
+impl From<Response> for Answer {
+    fn from(response: Response) -> Answer {
+        Answer { response, watch: None }
+    }
 }
 
 /// Whether a connection goes on.
@@ -97,7 +119,7 @@ impl Server {
     }
 
     /// Takes in what has come, and answers what is complete.
-    pub fn on_event(&mut self, token: Token, mut answer: impl FnMut(&Request) -> Response) {
+    pub fn on_event<A: Into<Answer>>(&mut self, token: Token, mut answer: impl FnMut(&Request) -> A) {
         if token.0 == self.first {
             self.accept();
             return;
@@ -107,9 +129,39 @@ impl Server {
         let turn = self.turn;
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.turn = turn;
-        if let Then::Ends = connection.proceed(&mut answer) {
+        if let Then::Ends = connection.proceed(&mut |request| answer(request).into()) {
             self.close(key);
         }
+    }
+
+    /// What clients want to be told of.
+    pub fn watches(&self) -> impl Iterator<Item = Watch> {
+        self.connections.iter().filter_map(|(_, connection)| connection.watch)
+    }
+
+    /// Tells clients that are being told of datagrams, those that want to know of this one.
+    pub fn tell(&mut self, response: &Response, wants: impl Fn(&Watch) -> bool) {
+        let line = response.to_line();
+        self.turn += 1;
+        let turn = self.turn;
+        let mut gone = Vec::new();
+        for (key, connection) in &mut self.connections {
+            if connection.watch.as_ref().is_some_and(&wants) {
+                connection.turn = turn;
+                if let Then::Ends = connection.tell(&line) {
+                    gone.push(key);
+                }
+            }
+        }
+        gone.into_iter().for_each(|key| self.close(key));
+    }
+
+    /// Tells clients that they are told of nothing any more, and lets go of them.
+    pub fn end_watches(&mut self, response: &Response) {
+        self.tell(response, |_| true);
+        let ended: Vec<usize> =
+            self.connections.iter().filter(|(_, connection)| connection.watch.is_some()).map(|(key, _)| key).collect();
+        ended.into_iter().for_each(|key| self.close(key));
     }
 
     fn accept(&mut self) {
@@ -130,7 +182,8 @@ impl Server {
             }
             self.turn += 1;
             let (input, output) = (Vec::new(), Vec::new());
-            let connection = Connection { stream, input, output, written: 0, turn: self.turn, closing: false };
+            let (turn, closing) = (self.turn, false);
+            let connection = Connection { stream, input, output, written: 0, turn, closing, watch: None, left_out: 0 };
             let key = self.connections.insert(connection);
             let interest = Interest::READABLE | Interest::WRITABLE;
             let token = Token(self.first + 1 + key);
@@ -160,10 +213,15 @@ impl Drop for Server {
 
 impl Connection {
     /// Writes and reads as far as both go.
-    fn proceed(&mut self, answer: &mut impl FnMut(&Request) -> Response) -> Then {
+    fn proceed(&mut self, answer: &mut impl FnMut(&Request) -> Answer) -> Then {
         loop {
+            // Whatever it says ends a trace, be it only that it has gone, which it must not take reading to find out.
+            if self.watch.is_some() && !matches!(self.read(), Ok(false)) {
+                return Then::Ends;
+            }
             match self.write() {
                 Ok(true) if self.closing => return Then::Ends,
+                Ok(true) if self.watch.is_some() => return Then::Stays,
                 Ok(true) => {}
                 // Nothing more is read before the answer is out: that is what bounds what is kept here.
                 Ok(false) => return Then::Stays,
@@ -172,7 +230,11 @@ impl Connection {
             if let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
                 let response = match Request::from_line(&self.input[..end]) {
                     Ok(_) if end + 1 < self.input.len() => self.refuse("one request at a time: wait for the answer"),
-                    Ok(request) => answer(&request),
+                    Ok(request) => {
+                        let Answer { response, watch } = answer(&request);
+                        self.watch = watch;
+                        response
+                    }
                     Err(reason) => self.refuse(&reason),
                 };
                 self.input.clear();
@@ -193,6 +255,24 @@ impl Connection {
         }
     }
 
+    /// Adds a line to what is being written. For a client that does not keep up, it is left out and counted.
+    fn tell(&mut self, line: &[u8]) -> Then {
+        if self.output.len() - self.written > UNREAD {
+            self.left_out += 1;
+            return Then::Stays;
+        }
+        if self.left_out > 0 {
+            let note = format!("{} lines are left out: they came faster than they were read", self.left_out);
+            self.left_out = 0;
+            self.output.extend_from_slice(&Response::Note(note).to_line());
+        }
+        self.output.extend_from_slice(line);
+        match self.write() {
+            Ok(_) => Then::Stays,
+            Err(_) => Then::Ends,
+        }
+    }
+
     fn refuse(&mut self, reason: &str) -> Response {
         self.closing = true;
         Response::Error(reason.to_owned())
@@ -204,7 +284,11 @@ impl Connection {
             match self.stream.write(&self.output[self.written..]) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(n) => self.written += n,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    // What is added line by line would grow for ever.
+                    self.output.drain(..mem::take(&mut self.written));
+                    return Ok(false);
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

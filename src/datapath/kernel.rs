@@ -2,6 +2,8 @@
 //!
 //! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
 //! - `table`: one listener's table and downstreams. `admission`: who may send.
+//! - `succession`: from one daemon to the next. `pins`: where it finds what; `books`: what was counted; `lease`: until when
+//!   the program acts without a daemon.
 //! - `attach`: interfaces. `events`: single datagrams it tells of. `quiet`: libbpf's messages.
 //!
 //! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
@@ -11,10 +13,14 @@
 pub mod admission;
 pub mod arena;
 pub mod attach;
+pub mod books;
 pub mod events;
+pub mod lease;
 pub mod maps;
+pub mod pins;
 mod quiet;
 pub mod skel;
+pub mod succession;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,13 +33,15 @@ use libbpf_rs::{MapCore, MapFlags};
 
 use self::admission::Admissions;
 use self::attach::{Attachment, Way};
+use self::books::Maps;
 use self::events::Events;
 use self::maps::{address_key, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
-use self::skel::{DROP_REASONS, FRAGMENT_LOST, FRAGMENT_STRAY, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
+use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
+use self::succession::Line;
 use self::table::Tables;
 use super::{Counters, Datapath};
 use crate::config::{Attach, Limits};
-use crate::model::{DownstreamCounters, DropReason, FragmentCounters, ListenerCounters, ListenerId, Mode};
+use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
 /// The kernel datapath. Dropping it detaches the program everywhere and frees it.
@@ -52,6 +60,7 @@ pub struct KernelDatapath {
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
     setup: Setup,
+    line: Line,
 }
 
 /// What is fixed when the program is loaded.
@@ -102,6 +111,7 @@ impl KernelDatapath {
         let loaded = skel::load(setup)?;
         let tables = Tables::new(&loaded, setup.sizes)?;
         let events = Events::new(&loaded)?;
+        let line = Line::new(&loaded)?;
         Ok(KernelDatapath {
             attachments: Vec::new(),
             tables,
@@ -112,6 +122,7 @@ impl KernelDatapath {
             loaded,
             programmed: BTreeMap::new(),
             setup: *setup,
+            line,
         })
     }
 
@@ -162,7 +173,7 @@ impl KernelDatapath {
         self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
         self.tables.admit(listener.id, &admission);
         self.admissions.in_force(listener.id, admission, listener.meter);
-        Ok(())
+        books::set_name(&self.loaded, listener.id, &listener.name)
     }
 
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
@@ -224,10 +235,17 @@ impl KernelDatapath {
         self.attachments.retain(Attachment::in_place);
         for &link in &wanted {
             match self.attachments.iter_mut().find(|attachment| attachment.link() == link) {
-                None => self.attachments.push(Attachment::new(self.loaded.program.as_fd(), link, way)?),
+                None if self.line.leaves(link) => {}
+                None => {
+                    let mut attachment =
+                        Attachment::instead_of(self.line.before(), self.loaded.program.as_fd(), link, way)?;
+                    self.line.apply_to_one(&mut attachment);
+                    self.attachments.push(attachment);
+                }
                 Some(attachment) if attachment.way() != way => {
                     let loaded = &self.loaded;
                     attachment.move_to(way, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
+                    self.line.apply_to_one(attachment);
                 }
                 Some(_) => {}
             }
@@ -250,7 +268,8 @@ impl KernelDatapath {
             self.remove_key(address)?;
         }
         for &id in ids {
-            self.tables.remove(id);
+            self.tables.remove(&self.loaded, id);
+            self.line.forget(&self.loaded, id)?;
             self.admissions.forget(id);
         }
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
@@ -268,24 +287,9 @@ impl KernelDatapath {
     }
 
     fn listener_counters(&self, id: ListenerId) -> Result<ListenerCounters> {
-        let [_, packets_forwarded, _, packets_passed, bytes_received, bytes_forwarded] = self.raw_stats(id)?;
-        let mut counters = ListenerCounters {
-            packets_forwarded,
-            packets_passed,
-            bytes_received,
-            bytes_forwarded,
-            ..Default::default()
-        };
-        for (offset, &reason) in (0..DROP_REASONS).zip(&DropReason::ALL) {
-            let [dropped] = sum_over_cpus(&self.loaded.drops, id.0 * DROP_REASONS + offset)?;
-            counters.dropped.add(reason, dropped);
-            let [copies] = sum_over_cpus(&self.loaded.copy_drops, id.0 * DROP_REASONS + offset)?;
-            counters.copies_dropped.add(reason, copies);
-        }
-        // While packets flow, the maps cannot be read at one instant. The parts are taken as they are and the sum made
-        // from them, so that every reading balances; at rest it equals pkts_received, which a test checks.
-        counters.packets_received = counters.packets_forwarded + counters.packets_passed + counters.dropped.total();
-        Ok(counters)
+        let mut words = books::listener_words(&Maps::of(&self.loaded), id.0)?;
+        books::add(&mut words, self.line.base(id));
+        Ok(books::listener_counters(&words))
     }
 }
 
@@ -327,13 +331,20 @@ impl Datapath for KernelDatapath {
         for (key, [packets, bytes]) in self.tables.counters(&self.loaded)? {
             counters.downstreams.insert(key, DownstreamCounters { packets, bytes });
         }
-        let fragments = |what| Ok::<_, anyhow::Error>(sum_over_cpus::<1>(&self.loaded.fragment_stats, what)?[0]);
-        counters.fragments = FragmentCounters { strays: fragments(FRAGMENT_STRAY)?, lost: fragments(FRAGMENT_LOST)? };
+        let mut fragments = books::fragments(&self.loaded.fragment_stats)?;
+        books::add(&mut fragments, self.line.fragments());
+        let [strays, lost] = fragments;
+        counters.fragments = FragmentCounters { strays, lost };
         Ok(counters)
     }
 
     fn shutdown(&mut self) -> Result<()> {
         let mut first_error = Ok(());
+        self.events.trace(None)?;
+        if self.line.stays() {
+            self.beat();
+            self.attachments.clear();
+        }
         for attachment in self.attachments.drain(..) {
             if let Err(error) = attachment.detach()
                 && first_error.is_ok()

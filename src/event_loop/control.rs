@@ -7,7 +7,9 @@ use mio::{Registry, Token};
 
 use super::Daemon;
 use crate::config::{Config, STATUS_SOCKET};
+use crate::control::protocol::Response;
 use crate::control::server::{Server, TOKENS};
+use crate::control::trace::Watch;
 
 /// The tokens of the status socket start here; those of one that takes its place come behind.
 const FIRST: Token = Token(1 << 10);
@@ -64,6 +66,25 @@ impl Control {
         if self.first == FIRST { Token(FIRST.0 + TOKENS) } else { FIRST }
     }
 
+    /// All that clients want to be told of.
+    pub(super) fn watches(&self) -> Option<Watch> {
+        Watch::over(self.server.iter().flat_map(Server::watches))
+    }
+
+    /// Tells clients of a datagram.
+    pub(super) fn tell(&mut self, response: &Response, wants: impl Fn(&Watch) -> bool) {
+        if let Some(server) = &mut self.server {
+            server.tell(response, wants);
+        }
+    }
+
+    /// Tells clients that there is nothing to be told of any more.
+    pub(super) fn end_watches(&mut self, response: &Response) {
+        if let Some(server) = &mut self.server {
+            server.end_watches(response);
+        }
+    }
+
     /// Puts it in place. Clients of the one before are let go of.
     pub(super) fn succeed(&mut self, server: Server) {
         self.first = self.other_tokens();
@@ -76,6 +97,7 @@ impl Daemon {
         if let Some(mut server) = self.control.server.take() {
             server.on_event(token, |request| self.respond(request));
             self.control.server = Some(server);
+            self.follow_traces();
         }
     }
 }

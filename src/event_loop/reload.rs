@@ -17,11 +17,12 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::{Daemon, fit_open_files, follow_ways, load_kernel, take_due, watch_events};
+use super::{Daemon, fit_open_files, follow_ways, load_kernel, succession, take_due};
 use crate::config::watch::Watch;
 use crate::config::{Config, ListenerConfig, Numbers, Source};
 use crate::control::server::Server;
 use crate::controller::Event;
+use crate::datapath::kernel::succession::Prepared;
 use crate::discovery::{Discovery, Update};
 use crate::metrics::Reloads;
 use crate::metrics::http::{self, Request};
@@ -60,6 +61,8 @@ struct Attempt {
     discovery: Change<(Discovery, Receiver<Update>)>,
     /// The status socket, if it is another.
     control: Option<Server>,
+    /// Where the kernel program is pinned, if there is one already.
+    pins: Option<Prepared>,
 }
 
 /// What becomes of a part.
@@ -204,14 +207,16 @@ impl Daemon {
         let prepared = self.controller.prepare(config.clone(), &support)?;
         let discovery = self.new_discovery(&config)?;
         let control = self.control.succeeding(&self.config, &config, self.poll.registry())?;
+        let pins = self.kernel.as_ref().map(|kernel| kernel.prepare(&config.succession)).transpose()?;
         if prepared.wants_kernel()
             && let Some(mut kernel) = kernel
         {
+            succession::begin(&mut kernel, &config, self.poll.registry())?;
+            kernel.commit();
             follow_ways(&kernel, &mut self.monitor, &mut self.host)?;
-            watch_events(&mut kernel, self.poll.registry())?;
             self.kernel = Some(kernel);
         }
-        self.reloading.attempt = Some(Attempt { config, http, discovery, control });
+        self.reloading.attempt = Some(Attempt { config, http, discovery, control, pins });
         self.handle(Event::Config(prepared));
         Ok(())
     }
@@ -242,20 +247,21 @@ impl Daemon {
 
     /// The controller's word on the last attempt.
     pub(super) fn settled(&mut self, outcome: Result<(), String>) {
+        if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
+            self.give_kernel_up();
+        }
         match (self.reloading.attempt.take(), outcome) {
             (Some(attempt), Ok(())) => self.commit(attempt),
             (Some(_), Err(reason)) => self.refuse(&anyhow::Error::msg(reason), Cause::Signal),
             (None, _) => {}
         }
-        if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
-            self.kernel = None;
-        }
+        self.trace_anew();
         self.end_reload();
     }
 
     /// The plan is in force: the rest follows, none of which can fail any more.
     fn commit(&mut self, attempt: Attempt) {
-        let Attempt { config, http, discovery, control } = attempt;
+        let Attempt { config, http, discovery, control, pins } = attempt;
         // Whoever has asked the old endpoint gets an answer before it goes.
         self.answer_requests();
         if let Some((server, _)) = http.carry_out(&mut self.http) {
@@ -272,6 +278,10 @@ impl Daemon {
         if let Some(control) = control {
             self.control.succeed(control);
         }
+        if let (Some(kernel), Some(pins)) = (&mut self.kernel, pins) {
+            kernel.govern(&config.succession, pins);
+        }
+        self.timers.beat = Some(Instant::now());
         self.sources.follow_names(&config, self.started.elapsed());
         let old = std::mem::replace(&mut self.config, config);
         self.watch_health();

@@ -12,6 +12,7 @@ use crate::control::protocol::{Request, Response};
 use crate::control::report::{
     DaemonReport, DatapathReport, DownstreamReport, HealthReport, ListenerReport, Report, ServiceReport,
 };
+use crate::control::server::Answer;
 use crate::controller::{ModeChoice, NotReady};
 use crate::health;
 use crate::host::HostFacts;
@@ -24,12 +25,13 @@ type Healths = HashMap<(ListenerId, SocketAddr), HealthReport>;
 
 impl Daemon {
     /// Answers one request.
-    pub(super) fn respond(&mut self, request: &Request) -> Response {
+    pub(super) fn respond(&mut self, request: &Request) -> Answer {
         match request {
             Request::Status => match self.report() {
-                Ok(report) => Response::Report(Box::new(report)),
-                Err(error) => Response::Error(format!("{error:#}")),
+                Ok(report) => Response::Report(Box::new(report)).into(),
+                Err(error) => Response::Error(format!("{error:#}")).into(),
             },
+            Request::Trace { listener, source } => self.trace(listener.as_deref(), source.as_deref()),
         }
     }
 

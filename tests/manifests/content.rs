@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, Source};
+use udp_fanout::config::{Config, OnExit, Source};
 
 use crate::render::{chart, everything, objects, only, overlay, plain, rbac, read, repository, values};
+
+const BPF_FS: &str = "/sys/fs/bpf";
 
 /// The configurations in the ConfigMaps among some objects.
 pub fn configurations(objects: &[Value]) -> Vec<Config> {
@@ -188,6 +190,16 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(annotations["prometheus.io/port"], metrics.bind.port().to_string());
         assert_eq!(annotations["prometheus.io/path"], metrics.path);
         assert_eq!(daemonset(&all)["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"], 1);
+        // Where the program is kept is the node's.
+        assert_eq!(
+            (config.succession.on_exit, config.succession.pin_path.parent()),
+            (OnExit::Keep, Some(BPF_FS.as_ref()))
+        );
+        let mounts = container["volumeMounts"].as_array().unwrap();
+        let mount = mounts.iter().find(|mount| mount["mountPath"] == BPF_FS).unwrap();
+        let volumes = pod(&all)["volumes"].as_array().unwrap();
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+        assert_eq!(volume["hostPath"], json!({ "path": BPF_FS, "type": "Directory" }));
         let file = container["args"][2].as_str().unwrap();
         let (directory, name) = file.rsplit_once('/').unwrap();
         assert_eq!(container["volumeMounts"][0]["mountPath"], directory);

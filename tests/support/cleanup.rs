@@ -25,6 +25,8 @@ use signal_hook::iterator::Signals;
 pub const PREFIX: &str = "uf-";
 /// Names of our directories below the system's temporary directory are this, the process id and something unique.
 pub const DIRECTORY_PREFIX: &str = "udp-fanout-lab-";
+/// Where tests pin programs, in directories named likewise.
+pub const BPF_FS: &str = "/sys/fs/bpf";
 /// Where `ip netns` keeps its names.
 const NAMES: &str = "/run/netns";
 /// How long a child may take to end once asked to.
@@ -163,10 +165,11 @@ fn remove_stale() {
             delete_namespace(&name);
         }
     }
-    let temporary = std::env::temp_dir();
-    for name in names_in(&temporary) {
-        if owner_is_gone(&name, DIRECTORY_PREFIX) {
-            let _ = fs::remove_dir_all(temporary.join(name));
+    for around in [std::env::temp_dir(), PathBuf::from(BPF_FS)] {
+        for name in names_in(&around) {
+            if owner_is_gone(&name, DIRECTORY_PREFIX) {
+                let _ = fs::remove_dir_all(around.join(name));
+            }
         }
     }
 }

@@ -53,6 +53,26 @@ pub(super) fn port_name(name: &str) -> Result<&str, String> {
 /// Longest path of a Unix socket: the kernel's `sun_path`, without the zero at its end.
 const SOCKET_PATH: usize = 107;
 
+/// A directory in a BPF file system.
+pub(super) fn pin_path(path: &str) -> Result<&str, String> {
+    let shown = quoted(path);
+    let example = "write for example \"/sys/fs/bpf/udp-fanout\"";
+    if !path.starts_with('/') || path.split('/').any(|part| part == "..") {
+        return Err(format!("{shown} is not an absolute path; {example}"));
+    }
+    if path.contains('\0') || path.len() > PIN_PATH_LENGTH {
+        return Err(format!("{shown} cannot be a path (at most {PIN_PATH_LENGTH} bytes); {example}"));
+    }
+    // The BPF file system keeps names with a dot for itself.
+    if path.trim_end_matches('/').rsplit('/').next().is_none_or(|last| last.is_empty() || last.contains('.')) {
+        return Err(format!("{shown} does not name a directory, or has a dot in the name; {example}"));
+    }
+    Ok(path)
+}
+
+/// Longest path of the pins' directory, with room for what is in it.
+const PIN_PATH_LENGTH: usize = 1024;
+
 /// The path of a Unix socket.
 pub(super) fn socket_path(path: &str) -> Result<&str, String> {
     let shown = quoted(path);

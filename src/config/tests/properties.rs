@@ -407,8 +407,9 @@ fn good_file() -> impl Strategy<Value = Value> {
     let limits = (maybe(10u32..=4_096), maybe(100u32..=1_000_000))
         .prop_map(|(listeners, downstreams)| table([("max_listeners", listeners), ("max_downstreams", downstreams)]));
     let socket = maybe("/[a-z0-9/._-]{0,60}x");
-    (prop::collection::vec(listener(), 1..8), maybe(health(false)), maybe(metrics), maybe(limits), socket).prop_map(
-        |(mut listeners, health, metrics, limits, socket)| {
+    let succession = (maybe(select(vec!["detach", "keep"])), maybe("/[a-z0-9/_-]{0,60}x"), maybe(0u32..=31_536_000));
+    (prop::collection::vec(listener(), 1..8), maybe(health(false)), maybe(metrics), maybe(limits), socket, succession)
+        .prop_map(|(mut listeners, health, metrics, limits, socket, (on_exit, pins, headless))| {
             for (index, listener) in listeners.iter_mut().enumerate() {
                 let text = |key: &str| listener[key].as_str().unwrap().to_owned();
                 let (name, bind) = (format!("{}-{index}", text("name")), format!("{}:{}", text("bind"), 5_000 + index));
@@ -421,9 +422,11 @@ fn good_file() -> impl Strategy<Value = Value> {
                 ("metrics", metrics),
                 ("limits", limits),
                 ("status_socket", socket),
+                ("on_exit", on_exit),
+                ("pin_path", pins),
+                ("max_headless_secs", headless),
             ])
-        },
-    )
+        })
 }
 
 /// Block style YAML, with plain scalars where they are text.

@@ -198,3 +198,56 @@ fn a_socket_of_somebody_else_is_not_removed_at_the_end() {
     assert!(path.exists());
     drop(theirs);
 }
+
+/// Lets the server do what it can.
+fn drive(poll: &mut Poll, server: &mut Server) {
+    let mut events = Events::with_capacity(8);
+    poll.poll(&mut events, Some(Duration::ZERO)).unwrap();
+    for event in &events {
+        let response = Response::Note("tracing".into());
+        server.on_event(event.token(), |_| Answer { response: response.clone(), watch: Some(Watch::default()) });
+    }
+}
+
+#[test]
+fn a_client_that_traces_and_does_not_read_costs_little_and_hears_what_it_has_missed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut poll = Poll::new().unwrap();
+    let mut server = Server::bind(&directory.path().join("status.sock"), poll.registry(), FIRST).unwrap();
+    let client = Client::connect(server.path()).unwrap();
+    (&client).write_all(&Request::Trace { listener: None, source: None }.to_line()).unwrap();
+    while server.watches().count() == 0 {
+        drive(&mut poll, &mut server);
+    }
+    let line = Response::Note("x".repeat(1_000));
+    let mut kept = 0;
+    for _ in 0..4_000 {
+        server.tell(&line, |_| true);
+        kept = kept.max(server.connections.iter().map(|(_, connection)| connection.output.len()).sum());
+    }
+    assert!(kept <= UNREAD + 2_000, "{kept} bytes are kept");
+    let left_out = server.connections.iter().map(|(_, connection)| connection.left_out).sum::<u64>();
+    assert!(left_out > 0);
+
+    client.set_nonblocking(true).unwrap();
+    let mut text = Vec::new();
+    let lines = |text: &[u8]| text.iter().filter(|&&byte| byte == b'\n').count() as u64;
+    // The first answer, and what was not left out.
+    while lines(&text) < 1 + 4_000 - left_out {
+        let _ = (&client).read_to_end(&mut text);
+        drive(&mut poll, &mut server);
+    }
+    server.tell(&line, |_| true);
+    while lines(&text) < 1 + 4_000 - left_out + 2 {
+        let _ = (&client).read_to_end(&mut text);
+    }
+    let told = format!("{left_out} lines are left out");
+    assert!(String::from_utf8(text).unwrap().contains(&told), "{told}");
+
+    // It ends the trace by going, or by saying anything.
+    (&client).write_all(b"enough\n").unwrap();
+    while server.watches().count() > 0 {
+        drive(&mut poll, &mut server);
+    }
+    assert!(server.connections.is_empty());
+}

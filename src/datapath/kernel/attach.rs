@@ -13,11 +13,13 @@ mod tcx;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
 use self::tcx::TcxLink;
+use super::pins::{self, Left};
 use crate::config::{Attach, AttachHook, TcxOrder};
 use crate::host::ahead::{self, FilterPlace, Place};
 use crate::host::filters::{BpfFilter, ingress_bpf_filters};
@@ -70,6 +72,10 @@ pub struct Attachment {
     /// Whether our filter is on the interface, as far as we have seen to it.
     filter: bool,
     tcx: Option<TcxLink>,
+    /// It outlives this value.
+    stays: bool,
+    /// The program whose filter was there before, which gets its place back while there is a way back.
+    before: Option<OwnedFd>,
     /// Held while this daemon serves the interface, so that a second one does not take it over unnoticed.
     _claim: UnixDatagram,
 }
@@ -80,17 +86,41 @@ impl Attachment {
     /// # Errors
     /// When another live daemon serves the interface, when a foreign filter has our place, or with the kernel's reason.
     pub fn new(program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
+        Self::instead_of(&[], program, link, way)
+    }
+
+    /// Likewise, and gives the place of the filter back to the one of these programs that had it, if it is dropped before
+    /// [`Attachment::commit`] has been called.
+    ///
+    /// # Errors
+    /// As for [`Attachment::new`].
+    pub fn instead_of(before: &[Left], program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
         let claim = claim(link)?;
         let program = program.try_clone_to_owned().context("cannot keep the program's file descriptor")?;
         let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
-        let mut attachment =
-            Attachment { link: link.clone(), program, program_id, way, filter: false, tcx: None, _claim: claim };
+        let id = occupant(link)?.and_then(|(_, id)| id);
+        let left = before.iter().find(|left| Some(left.id()) == id);
+        let before = left.and_then(Left::program).map(|before| before.try_clone_to_owned()).transpose();
+        let mut attachment = Attachment {
+            link: link.clone(),
+            program,
+            program_id,
+            way,
+            filter: false,
+            tcx: None,
+            stays: false,
+            before: before.context("cannot keep a program")?,
+            _claim: claim,
+        };
         attachment.hang(way)?;
         match way {
             Way::Clsact => tracing::info!(interface = link.name, "attached TC eBPF program to ingress"),
             Way::Tcx(_) => {
                 tracing::info!(interface = link.name, hook = "tcx", "attached TC eBPF program to ingress");
-                attachment.replace_leftover();
+                // One that may get its place back goes later: behind ours it is left nothing that ours has seen.
+                if left.is_none() {
+                    attachment.replace_leftover();
+                }
             }
         }
         Ok(attachment)
@@ -100,6 +130,22 @@ impl Attachment {
     #[must_use]
     pub fn link(&self) -> &LinkRef {
         &self.link
+    }
+
+    /// Whether it outlives this value. A TCX program does only if its link is pinned: see [`Attachment::tcx_link`].
+    pub fn stay(&mut self, stays: bool) {
+        self.stays = stays;
+    }
+
+    /// There is no way back: the program that was there before is forgotten.
+    pub fn commit(&mut self) {
+        self.before = None;
+    }
+
+    /// The BPF link that holds the program on the interface, where it is a TCX program.
+    #[must_use]
+    pub fn tcx_link(&self) -> Option<BorrowedFd<'_>> {
+        self.tcx.as_ref().map(TcxLink::descriptor)
     }
 
     /// How the program is attached.
@@ -166,7 +212,7 @@ impl Attachment {
             Way::Clsact => {
                 let mut hook = hook(self.program.as_fd(), link.index)?;
                 hook.create().map_err(|error| explain(error, link))?;
-                if let Some(occupant) = occupant(link)?
+                if let Some((occupant, _)) = occupant(link)?
                     && occupant != PROGRAM_NAME
                 {
                     bail!(
@@ -194,7 +240,7 @@ impl Attachment {
     /// Takes off the filter that a daemon which died has left on an interface where ours is no filter. It would take
     /// nothing of ours, but what our program leaves to others.
     fn replace_leftover(&self) {
-        if occupant(&self.link).is_ok_and(|name| name.as_deref() == Some(PROGRAM_NAME)) {
+        if ours_on(&self.link).is_ok_and(|program| program.is_some()) {
             take_off_leftover(self.program.as_fd(), &self.link);
         }
     }
@@ -207,6 +253,13 @@ impl Attachment {
 
     fn take_off_filter(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.filter) || !self.filter_in_place() {
+            return Ok(());
+        }
+        if let Some(before) = self.before.take() {
+            hook(before.as_fd(), self.link.index)?
+                .attach()
+                .with_context(|| format!("cannot give {} back to the earlier TC program", self.link.name))?;
+            tracing::info!(interface = self.link.name, "the TC program of the earlier daemon has its place back");
             return Ok(());
         }
         hook(self.program.as_fd(), self.link.index)?
@@ -235,7 +288,12 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
+        let attached = self.filter || self.tcx.is_some();
+        if self.stays && attached {
+            if self.in_place() {
+                tracing::info!(interface = self.link.name, "the TC eBPF program stays in force without a daemon");
+            }
+        } else if let Err(error) = self.remove() {
             tracing::error!("{error:#}");
         }
     }
@@ -244,13 +302,15 @@ impl Drop for Attachment {
 /// Takes off the filters that daemons which died have left on these interfaces. A filter without its daemon goes on
 /// forwarding by itself, to receivers of yesterday. Those of living daemons, this one included, are left alone.
 ///
-/// Where that takes more privilege than there is, a warning tells the operator what to do.
-pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>) {
+/// Those of daemons that have their pins beside ours, not in the same directory, are left alone too. Where it takes more
+/// privilege than there is, a warning tells the operator what to do.
+pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_path: &Path) {
     super::quiet::route_libbpf_messages();
     // Neither asking nor taking off looks at the program's descriptor: any will do.
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
-        if !occupant(link).is_ok_and(|name| name.as_deref() == Some(PROGRAM_NAME)) {
+        let Ok(Some((name, id))) = occupant(link) else { continue };
+        if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_kept_elsewhere(pin_path, id)) {
             continue;
         }
         // A living daemon holds its own.
@@ -275,19 +335,76 @@ fn take_off_leftover(any: BorrowedFd<'_>, link: &LinkRef) {
     }
 }
 
+/// Takes the filters of these programs off wherever they are in this network namespace.
+pub fn remove_programs(ids: &[u32]) {
+    for link in all_links() {
+        let theirs = |(_, id): &(String, Option<u32>)| id.is_some_and(|id| ids.contains(&id));
+        if occupant(&link).is_ok_and(|occupant| occupant.as_ref().is_some_and(theirs))
+            && let Err(error) = take_off(&link)
+        {
+            tracing::warn!("{error:#}");
+        }
+    }
+}
+
+/// Takes the filter in our place off an interface, whose ever it is.
+///
+/// # Errors
+/// With the kernel's reason.
+pub fn take_off(link: &LinkRef) -> Result<()> {
+    super::quiet::route_libbpf_messages();
+    // The kernel does not look at the program's descriptor: any will do.
+    let any = UnixDatagram::unbound().context("cannot open a socket")?;
+    let detached = hook(any.as_fd(), link.index)?.detach();
+    detached.with_context(|| format!("cannot take the TC filter off {}", link.name))
+}
+
+/// The program of ours on an interface, be it this daemon's or another's: its id, if the filter's name tells it.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn ours_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
+    Ok(occupant(link)?.filter(|(name, _)| name == PROGRAM_NAME).map(|(_, id)| id))
+}
+
+/// True if a filter of ours is there, and no living daemon's.
+#[must_use]
+pub fn is_left_behind(link: &LinkRef) -> bool {
+    ours_on(link).is_ok_and(|program| program.is_some()) && !is_served(link)
+}
+
+/// True if a living daemon of this network namespace serves the interface.
+#[must_use]
+pub fn is_served(link: &LinkRef) -> bool {
+    claim(link).is_err()
+}
+
+/// The interfaces of this network namespace.
+#[must_use]
+pub fn all_links() -> Vec<LinkRef> {
+    let links = nix::net::if_::if_nameindex();
+    let link = |link: &nix::net::if_::Interface| LinkRef {
+        index: link.index(),
+        name: link.name().to_string_lossy().into_owned(),
+    };
+    links.iter().flat_map(|links| links.iter().map(link).collect::<Vec<_>>()).collect()
+}
+
 fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     let index = i32::try_from(link).context("an interface index is out of range")?;
     let mut builder = TcHookBuilder::new(program);
     Ok(builder.ifindex(index).replace(true).handle(HANDLE).priority(PRIORITY).hook(TC_INGRESS))
 }
 
-/// The name of the program whose filter is in our place on an interface, if there is one. libbpf names a filter after
-/// its program and adds the program's id in brackets.
-fn occupant(link: &LinkRef) -> Result<Option<String>> {
+/// The name and id of the program whose filter is in our place on an interface, if there is one. libbpf names a filter
+/// after its program and adds the program's id in brackets.
+fn occupant(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
     let in_our_place = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
-    let program =
-        |filter: BpfFilter| filter.name.split_once(":[").map_or(filter.name.clone(), |(name, _)| name.to_owned());
+    let program = |filter: BpfFilter| match filter.name.split_once(":[") {
+        Some((name, rest)) => (name.to_owned(), rest.strip_suffix(']').and_then(|id| id.parse().ok())),
+        None => (filter.name, None),
+    };
     Ok(filters.into_iter().find(in_our_place).map(program))
 }
 

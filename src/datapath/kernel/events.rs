@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 
-use super::maps::{MappedArray, mapped_words};
+use super::maps::{MappedArray, address_of, mapped_words};
 use super::skel::{Loaded, types};
 use crate::model::{DropReason, ListenerId};
 
@@ -249,9 +249,9 @@ impl Event {
         Some(Event {
             at: Duration::from_nanos(event.time),
             listener: ListenerId(event.listener),
-            source: address(event.src_be, event.sport_be),
-            destination: address(event.dst_be, event.dport_be),
-            downstream: chosen.then(|| address(event.to_be, event.to_port_be)),
+            source: address_of(event.src_be, event.sport_be),
+            destination: address_of(event.dst_be, event.dport_be),
+            downstream: chosen.then(|| address_of(event.to_be, event.to_port_be)),
             fate,
             link: event.ifindex,
             out_link: event.out_ifindex,
@@ -261,14 +261,6 @@ impl Event {
             traced: event.flags & TRACED != 0,
         })
     }
-}
-
-fn address(words: [u32; 4], port_be: u16) -> SocketAddr {
-    let mut octets = [0; 16];
-    for (bytes, word) in octets.chunks_exact_mut(4).zip(words) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port_be))
 }
 
 #[cfg(test)]

@@ -34,6 +34,16 @@ unsafe impl Plain for types::downstream {}
 // SAFETY: integers only, without padding, 48 bytes (asserted in `skel`).
 unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
+unsafe impl Plain for types::lease {}
+// SAFETY: bytes.
+unsafe impl Plain for types::listener_name {}
+// SAFETY: integers without holes, 24 bytes (asserted in `skel`).
+unsafe impl Plain for types::ledger_key {}
+// SAFETY: integers.
+unsafe impl Plain for types::ledger_entry {}
+// SAFETY: integers without holes, 56 bytes (asserted in `skel`).
+unsafe impl Plain for types::pins_about {}
+// SAFETY: an integer.
 unsafe impl Plain for u32 {}
 // SAFETY: integers only, without holes, 56 bytes (asserted in `skel`).
 unsafe impl Plain for types::listener_state {}
@@ -86,6 +96,22 @@ impl<T: Plain> MappedArray<T> {
         assert!(index < self.entries, "entry {index} of an array of {}", self.entries);
         // SAFETY: within the mapping, by the assertion above.
         unsafe { self.memory.add(index as usize * Self::STRIDE) }
+    }
+
+    /// Reads an entry.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end.
+    #[must_use]
+    pub fn read(&self, index: u32) -> T {
+        // SAFETY: `entry` is in bounds and aligned to 8, `T` is at most 8-aligned, and any bits make one.
+        unsafe { self.entry(index).cast::<T>().as_ptr().read_volatile() }
+    }
+
+    /// How many entries it has.
+    #[must_use]
+    pub fn entries(&self) -> u32 {
+        self.entries
     }
 
     /// Writes an entry that the program does not read yet.
@@ -200,6 +226,44 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
     let zeros = vec![vec![0u8; map.value_size() as usize]; cpus];
     map.update_percpu(bytes_of(&index), &zeros, MapFlags::ANY)
         .with_context(|| format!("cannot clear entry {index} of map {}", map.name().to_string_lossy()))
+}
+
+/// Reads a value of an array or a hash map; none if there is no such key.
+///
+/// # Errors
+/// When the kernel refuses, or the value has another size.
+pub fn look_up<K: Plain, V: Plain>(map: &MapHandle, key: &K) -> Result<Option<V>> {
+    let name = || map.name().to_string_lossy().into_owned();
+    let found = map.lookup(bytes_of(key), MapFlags::ANY).with_context(|| format!("cannot read map {}", name()))?;
+    found
+        .map(|bytes| value_of(&bytes).with_context(|| format!("map {} has values of another size", name())))
+        .transpose()
+}
+
+/// The value that these bytes are, if they are as many.
+#[must_use]
+pub fn value_of<T: Plain>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: as many bytes as the type has, any bits make one, and reading needs no alignment.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+/// Writes a value.
+///
+/// # Errors
+/// When the kernel refuses: there is no room.
+pub fn store<K: Plain, V: Plain>(map: &MapHandle, key: &K, value: &V) -> Result<()> {
+    map.update(bytes_of(key), bytes_of(value), MapFlags::ANY)
+        .with_context(|| format!("cannot write to map {}", map.name().to_string_lossy()))
+}
+
+/// The address that words in a map stand for.
+#[must_use]
+pub fn address_of(words: [u32; 4], port_be: u16) -> SocketAddr {
+    let mut octets = [0; 16];
+    for (bytes, word) in octets.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port_be))
 }
 
 /// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.

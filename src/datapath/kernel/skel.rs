@@ -61,6 +61,21 @@ pub const DOWNSTREAM_MACS: u32 = 2;
 /// `DOWNSTREAM_BARE`.
 pub const DOWNSTREAM_BARE: u32 = 4;
 
+/// `PINS_VERSION`.
+pub const PINS_VERSION: u32 = 1;
+/// `NAME_LENGTH`.
+pub const NAME_LENGTH: usize = 64;
+/// `LEDGER_WORDS`.
+pub const LEDGER_WORDS: usize = 4 + 2 * DROP_REASONS as usize;
+/// `LEDGER_LISTENER`.
+pub const LEDGER_LISTENER: u16 = 0;
+/// `LEDGER_DOWNSTREAM`.
+pub const LEDGER_DOWNSTREAM: u16 = 1;
+/// `LEDGER_FRAGMENTS`.
+pub const LEDGER_FRAGMENTS: u16 = 2;
+/// `ABSORBED`.
+pub const ABSORBED: usize = 8;
+
 /// `enum policy`: how the program computes the place in a table.
 #[must_use]
 pub fn policy_number(policy: Policy) -> u32 {
@@ -112,6 +127,16 @@ const _: () = {
     assert!(size_of::<types::trace_control>() == 48);
     assert!(offset_of!(types::trace_control, mask_be) == 24);
     assert!(offset_of!(types::trace_control, lost) == 40);
+    assert!(size_of::<types::lease>() == 8);
+    assert!(size_of::<types::listener_name>() == NAME_LENGTH);
+    assert!(size_of::<types::ledger_key>() == 24);
+    assert!(offset_of!(types::ledger_key, port_be) == 16);
+    assert!(offset_of!(types::ledger_key, kind) == 18);
+    assert!(offset_of!(types::ledger_key, listener) == 20);
+    assert!(size_of::<types::ledger_entry>() == LEDGER_WORDS * 8);
+    assert!(size_of::<types::pins_about>() == 24 + ABSORBED * 4);
+    assert!(offset_of!(types::pins_about, netns_device) == 8);
+    assert!(offset_of!(types::pins_about, absorbed) == 24);
 };
 
 /// Handles of everything the program has in the kernel. Dropping them frees program and maps once nothing is attached.
@@ -145,6 +170,16 @@ pub struct Loaded {
     pub events: Option<MapHandle>,
     /// Which datagrams are traced.
     pub trace: MapHandle,
+    /// Until when the program acts without a daemon.
+    pub lease: MapHandle,
+    /// Listener id to name.
+    pub names: MapHandle,
+    /// Downstream id to the listener it counts for.
+    pub owners: MapHandle,
+    /// What was counted before.
+    pub ledger: MapHandle,
+    /// Whose maps these are.
+    pub about: MapHandle,
     /// Updated to wait for an RCU grace period.
     pub rcu_barrier: MapHandle,
     /// What is put into `rcu_barrier`.
@@ -243,6 +278,9 @@ fn open<'object>(
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
         (&mut maps.next_hops, sizes.downstreams),
         (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
+        (&mut maps.names, sizes.listeners),
+        (&mut maps.owners, sizes.downstreams),
+        (&mut maps.ledger, sizes.listeners.saturating_add(sizes.downstreams).saturating_add(1)),
     ] {
         let name = map.name().to_string_lossy().into_owned();
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
@@ -277,6 +315,11 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
         next_hops: handle(&maps.next_hops)?,
         events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
         trace: handle(&maps.data_trace)?,
+        lease: handle(&maps.data_lease)?,
+        names: handle(&maps.names)?,
+        owners: handle(&maps.owners)?,
+        ledger: handle(&maps.ledger)?,
+        about: handle(&maps.about)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,
         barrier_inner: handle(&maps.barrier_inner)?,
     })
@@ -343,6 +386,19 @@ mod tests {
         assert_eq!(value("SOURCE_ALLOWED"), u64::from(SOURCE_ALLOWED));
         assert_eq!(1_000_000_000 << value("METER_TICKS_SHIFT"), crate::admission::TICKS_PER_SECOND);
         assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
+        assert_eq!(value("PINS_VERSION"), u64::from(PINS_VERSION));
+        assert_eq!(value("NAME_LENGTH"), NAME_LENGTH as u64);
+        assert_eq!(value("ABSORBED"), ABSORBED as u64);
+        assert!(
+            ABI.contains("LEDGER_WORDS (4 + 2 * DROP_REASONS)") && ABI.contains("LEASE_FOR_EVER 0xffffffffffffffff")
+        );
+        for (name, kind) in [
+            ("LEDGER_LISTENER", LEDGER_LISTENER),
+            ("LEDGER_DOWNSTREAM", LEDGER_DOWNSTREAM),
+            ("LEDGER_FRAGMENTS", LEDGER_FRAGMENTS),
+        ] {
+            assert_eq!(value(name), u64::from(kind), "{name}");
+        }
         assert_eq!(value("MAX_COPIES"), crate::model::MAX_COPIES as u64);
     }
 }

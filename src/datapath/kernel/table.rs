@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 
 use super::admission::Admission;
 use super::arena::{Arena, Region};
+use super::books::{self, Item};
 use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use super::skel::{Loaded, Sizes, policy_number, types};
 use crate::model::{ListenerId, Policy};
@@ -24,6 +25,8 @@ pub struct Tables {
     states: MappedArray<types::listener_state>,
     slots: MappedArray<u32>,
     downstreams: MappedArray<types::downstream>,
+    /// For the daemon after this one: 1 + the listener that each id counts for.
+    owners: MappedArray<u32>,
     slot_arena: Arena,
     id_arena: Arena,
     current: BTreeMap<ListenerId, Table>,
@@ -53,6 +56,7 @@ impl Tables {
             states: MappedArray::new(&loaded.listener_states)?,
             slots: MappedArray::new(&loaded.table_slots)?,
             downstreams: MappedArray::new(&loaded.downstreams)?,
+            owners: MappedArray::new(&loaded.owners)?,
             slot_arena: Arena::new(sizes.slots),
             id_arena: Arena::new(sizes.downstreams),
             current: BTreeMap::new(),
@@ -109,7 +113,7 @@ impl Tables {
             wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
             self.states.set_policy(id.0, policy_number(policy), least_mtu(plan));
         }
-        self.settled.retain(|(listener, address), _| {
+        self.keep_settled(loaded, |(listener, address)| {
             *listener != id || targets.iter().any(|(target, _)| target.downstream.address == *address)
         });
         if let Some(table) = self.current.get_mut(&id) {
@@ -125,14 +129,42 @@ impl Tables {
     }
 
     /// Empties a listener's table. Its counters are forgotten.
-    pub fn remove(&mut self, id: ListenerId) {
+    pub fn remove(&mut self, loaded: &Loaded, id: ListenerId) {
         self.states.set_admission(id.0, &Admission::default());
         if let Some(table) = self.current.remove(&id) {
             self.states.publish(id.0, Region::default());
             self.slot_arena.give_back(table.region);
             self.retire_ids(id, &table.targets, &[]);
         }
-        self.settled.retain(|(listener, _), _| *listener != id);
+        for (number, _) in self.retired.iter().filter(|(_, (listener, _))| *listener == id) {
+            self.owners.write(*number, 0);
+        }
+        self.keep_settled(loaded, |(listener, _)| *listener != id);
+    }
+
+    /// Forgets the settled counts of all others.
+    fn keep_settled(&mut self, loaded: &Loaded, keep: impl Fn(&Endpoint) -> bool) {
+        self.settled.retain(|key, _| {
+            let stays = keep(key);
+            if !stays {
+                books::strike(loaded, Item::Downstream(key.0, key.1));
+            }
+            stays
+        });
+    }
+
+    /// Adds to the counts of a downstream what was counted elsewhere, if a table names it.
+    ///
+    /// # Errors
+    /// When it cannot be written down for the next daemon.
+    pub fn add_settled(&mut self, loaded: &Loaded, key: Endpoint, counted: [u64; 2]) -> Result<()> {
+        let named = |table: &Table| table.targets.iter().any(|(target, _)| target.downstream.address == key.1);
+        if !self.current.get(&key.0).is_some_and(named) {
+            return Ok(());
+        }
+        let sum = self.settled.entry(key).or_default();
+        books::add(sum, counted);
+        books::enter(loaded, Item::Downstream(key.0, key.1), sum)
     }
 
     /// Datagrams and bytes handed to each downstream that a table names.
@@ -145,12 +177,12 @@ impl Tables {
             for (target, number) in &table.targets {
                 let key = (id, target.downstream.address);
                 let sum = sums.entry(key).or_insert_with(|| self.settled.get(&key).copied().unwrap_or_default());
-                add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+                books::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
             }
         }
         for (number, key) in &self.retired {
             if let Some(sum) = sums.get_mut(key) {
-                add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+                books::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
             }
         }
         Ok(sums)
@@ -174,6 +206,7 @@ impl Tables {
                 None => match self.take_id(loaded) {
                     Ok(number) => {
                         self.downstreams.write(number, downstream_entry(target));
+                        self.owners.write(number, plan.id.0 + 1);
                         number
                     }
                     Err(error) => {
@@ -222,9 +255,10 @@ impl Tables {
         wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
         while let Some(&(number, key)) = self.retired.last() {
             let counted = sum_over_cpus(&loaded.downstream_stats, number)?;
+            self.add_settled(loaded, key, counted)?;
+            self.owners.write(number, 0);
             zero_on_all_cpus(&loaded.downstream_stats, number)?;
             zero_on_all_cpus(&loaded.next_hops, number)?;
-            add(self.settled.entry(key).or_default(), counted);
             self.retired.pop();
         }
         self.slot_arena.release();
@@ -246,10 +280,4 @@ fn least_mtu(plan: &ListenerPlan) -> u32 {
 fn same_ways(old: &[(Target, u32)], new: &[(Target, u32)]) -> bool {
     let way = |(target, _): &(Target, u32)| (target.downstream.clone(), target.delivery.without_neighbour());
     old.len() == new.len() && old.iter().map(way).eq(new.iter().map(way))
-}
-
-fn add(sum: &mut [u64; 2], more: [u64; 2]) {
-    for (total, n) in sum.iter_mut().zip(more) {
-        *total += n;
-    }
 }

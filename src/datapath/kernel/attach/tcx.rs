@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use libbpf_rs::libbpf_sys;
 
@@ -53,7 +53,12 @@ impl TcxLink {
         result == 0 && unsafe { info.__bindgen_anon_1.tcx.ifindex } == self.interface
     }
 
-    /// Takes the program off.
+    /// To pin it, so that it outlives this value.
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+
+    /// Takes the program off, though the link be pinned.
     pub(super) fn detach(self) -> io::Result<()> {
         // SAFETY: takes a number, touches no memory of ours.
         match unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) } {

@@ -1,0 +1,416 @@
+//! The program and its maps in a BPF file system, where they outlive the daemon, and where the next one finds them.
+//!
+//! ```text
+//! pin_path/                   daemons of several network namespaces may share it
+//!   4711/                     the program's id
+//!     program, about, lease, STATS, …
+//!     link-2                  where it is a TCX program: what holds it on the interface of that index
+//! ```
+//!
+//! A living daemon holds a lock on the directory of its program; what nobody holds a lock on was left behind. Its version
+//! and network namespace are in the map `about`.
+
+use std::ffi::CString;
+use std::fs::{self, DirBuilder, File};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use libbpf_rs::{MapCore, MapHandle, Program, libbpf_sys};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{FsType, statfs};
+
+use super::books::Maps;
+use super::lease::Lease;
+use super::maps::{look_up, store};
+use super::skel::{ABSORBED, Loaded, PINS_VERSION, types};
+
+/// `BPF_FS_MAGIC`.
+const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
+/// The name of the program's pin.
+const PROGRAM: &str = "program";
+/// With what the names of pinned links begin, which hold TCX programs on interfaces.
+const LINK: &str = "link-";
+/// Those of the maps, in the order of [`Content`].
+const MAPS: [&str; 9] =
+    ["STATS", "DROPS", "COPY_DROPS", "DOWNSTREAM_STAT", "FRAGMENT_STAT", "downstreams", "names", "owners", "ledger"];
+
+/// The pins of this daemon's own program. Dropping them removes them, unless they are to stay.
+#[derive(Debug)]
+pub struct Pins {
+    path: PathBuf,
+    directory: Option<Directory>,
+    stay: bool,
+}
+
+/// The directory of a program's pins, locked.
+#[derive(Debug)]
+struct Directory {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// What a daemon that is no more has left behind.
+#[derive(Debug)]
+pub struct Left {
+    directory: Directory,
+    id: u32,
+    /// Its program, to give it its place back.
+    program: Option<OwnedFd>,
+    /// Its lease, to let it go on.
+    lease: Option<Lease>,
+    /// Its counters, or why they cannot be understood.
+    content: Result<Content>,
+}
+
+/// The pinned maps.
+#[derive(Debug)]
+struct Content {
+    maps: Vec<MapHandle>,
+    about: types::pins_about,
+}
+
+impl Pins {
+    /// Pins a program and its maps below `path`, which is made if need be.
+    ///
+    /// # Errors
+    /// In one line with the fix: there is no BPF file system, or no right to write there.
+    pub fn new(path: &Path, loaded: &Loaded) -> Result<Pins> {
+        let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot ask for the program's id")?;
+        ensure_bpf_fs(path)?;
+        make(path)?;
+        let _order = in_order(path)?;
+        let own = path.join(id.to_string());
+        // One of this id can only be a dead program's.
+        remove(&own)?;
+        make(&own)?;
+        let directory = lock(&own)?.with_context(|| format!("{} is locked already", own.display()))?;
+        let pins = Pins { path: path.to_owned(), directory: Some(directory), stay: false };
+        let about = types::pins_about { version: PINS_VERSION, ..about_us()? };
+        store(&loaded.about, &0u32, &about)?;
+        pin(loaded.program.as_fd(), &own.join(PROGRAM))?;
+        let all = maps_of(loaded).into_iter().zip(MAPS);
+        for (map, name) in all.chain([(&loaded.lease, "lease"), (&loaded.about, "about")]) {
+            pin(map.as_fd(), &own.join(name))?;
+        }
+        Ok(pins)
+    }
+
+    /// The directory below which they are.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Pins what holds a TCX program on an interface, in place of what did before.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn hold(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
+        let Some(directory) = &self.directory else { return Ok(()) };
+        let path = directory.path.join(link_name(interface));
+        // It may have been there, or on another interface of that index.
+        let _ = fs::remove_file(&path);
+        pin(link, &path)
+    }
+
+    /// Unpins it.
+    pub fn let_go(&self, interface: u32) {
+        if let Some(directory) = &self.directory {
+            let _ = fs::remove_file(directory.path.join(link_name(interface)));
+        }
+    }
+
+    /// Whether they outlive this value.
+    pub fn stay(&mut self, stay: bool) {
+        self.stay = stay;
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if let Some(directory) = self.directory.take()
+            && !self.stay
+        {
+            directory.remove_or_tell();
+            // Only if nobody else has pins there.
+            let _ = fs::remove_dir(&self.path);
+        }
+    }
+}
+
+impl Directory {
+    fn remove_or_tell(self) {
+        if let Err(error) = remove(&self.path) {
+            tracing::warn!("{error:#}; remove it with `rm -r {}`", self.path.display());
+        }
+    }
+}
+
+impl Left {
+    /// What is left behind below `path` by daemons of this network namespace, or of any.
+    ///
+    /// # Errors
+    /// When the directory is there and cannot be read.
+    pub fn find(path: &Path, of_any_namespace: bool) -> Result<Vec<Left>> {
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot see what is pinned in {}", path.display()));
+            }
+        };
+        let _order = in_order(path)?;
+        let us = about_us()?;
+        let mut all = Vec::new();
+        for entry in entries.flatten() {
+            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(directory) = lock(&entry.path())? else { continue };
+            let about = about(&directory.path);
+            let theirs = about
+                .as_ref()
+                .is_some_and(|about| (about.netns_device, about.netns_inode) != (us.netns_device, us.netns_inode));
+            if of_any_namespace || !theirs {
+                all.push(Left::open(directory, id, about));
+            }
+        }
+        all.sort_by_key(|left| left.id);
+        Ok(all)
+    }
+
+    fn open(directory: Directory, id: u32, about: Option<types::pins_about>) -> Left {
+        let pinned = |name: &str| MapHandle::from_pinned_path(directory.path.join(name));
+        let program = Program::fd_from_pinned_path(directory.path.join(PROGRAM)).ok();
+        let lease = pinned("lease").ok().and_then(|map| Lease::new(&map).ok());
+        let content = about.context("they are incomplete").and_then(|about| {
+            let version = about.version;
+            ensure!(version == PINS_VERSION, "they are of version {version}, and this one knows {PINS_VERSION}");
+            let maps = MAPS.iter().map(|name| pinned(name).with_context(|| format!("{name} is missing")));
+            Ok(Content { maps: maps.collect::<Result<_>>()?, about })
+        });
+        Left { directory, id, program, lease, content }
+    }
+
+    /// The id of its program.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.directory.path
+    }
+
+    /// True if it is on this interface as a TCX program.
+    #[must_use]
+    pub fn holds(&self, interface: u32) -> bool {
+        self.directory.path.join(link_name(interface)).exists()
+    }
+
+    /// True if it is on any interface as a TCX program.
+    #[must_use]
+    pub fn holds_any(&self) -> bool {
+        let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(LINK))
+    }
+
+    /// Takes it off this interface as a TCX program.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn let_go(&self, interface: u32) -> Result<()> {
+        let path = self.directory.path.join(link_name(interface));
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+
+    /// Its program.
+    #[must_use]
+    pub fn program(&self) -> Option<BorrowedFd<'_>> {
+        self.program.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Its lease.
+    pub fn lease(&mut self) -> Option<&mut Lease> {
+        self.lease.as_mut()
+    }
+
+    /// The maps with its counters.
+    ///
+    /// # Errors
+    /// Why they cannot be understood: they are of another version.
+    pub fn maps(&self, loaded: &Loaded) -> Result<Maps<'_>> {
+        let content = self.content.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+        for (theirs, ours) in content.maps.iter().zip(maps_of(loaded)) {
+            let shape = |map: &MapHandle| (map.map_type(), map.key_size(), map.value_size());
+            ensure!(shape(theirs) == shape(ours), "map {} has another shape", ours.name().to_string_lossy());
+        }
+        let [stats, drops, copy_drops, downstream_stats, fragment_stats, downstreams, names, owners, ledger] =
+            content.maps.as_slice()
+        else {
+            bail!("they are incomplete")
+        };
+        Ok(Maps { stats, drops, copy_drops, downstream_stats, fragment_stats, downstreams, names, owners, ledger })
+    }
+
+    /// True if its ledger has the counts of this program already.
+    #[must_use]
+    pub fn has_absorbed(&self, id: u32) -> bool {
+        self.content.as_ref().is_ok_and(|content| {
+            let count = (content.about.absorbed_count as usize).min(ABSORBED);
+            content.about.absorbed[..count].contains(&id)
+        })
+    }
+
+    /// Removes it. The program goes with the last filter.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn remove(self) -> Result<()> {
+        remove(&self.directory.path)
+    }
+}
+
+/// Writes down that these programs' counts are in the ledger.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn note_absorbed(loaded: &Loaded, ids: &[u32]) -> Result<()> {
+    let mut about: types::pins_about = look_up(&loaded.about, &0u32)?.context("the map about is empty")?;
+    let count = ids.len().min(ABSORBED);
+    about.absorbed[..count].copy_from_slice(&ids[..count]);
+    about.absorbed_count = u32::try_from(count).unwrap_or_default();
+    store(&loaded.about, &0u32, &about)
+}
+
+/// True if this program is pinned beside `path`, where a daemon with a `pin_path` of its own keeps it.
+#[must_use]
+pub fn is_kept_elsewhere(path: &Path, id: u32) -> bool {
+    let siblings = path.parent().and_then(|parent| fs::read_dir(parent).ok());
+    let mut siblings = siblings.into_iter().flatten().flatten().map(|entry| entry.path());
+    siblings.any(|sibling| sibling != path && sibling.join(id.to_string()).join(PROGRAM).exists())
+}
+
+/// True if a living daemon has pins below `path`.
+///
+/// # Errors
+/// When the directory is there and cannot be read.
+pub fn in_use(path: &Path) -> Result<bool> {
+    let us = about_us()?;
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        let ours = about(&entry.path())
+            .is_some_and(|about| (about.netns_device, about.netns_inode) == (us.netns_device, us.netns_inode));
+        if ours && lock(&entry.path())?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn maps_of(loaded: &Loaded) -> [&MapHandle; MAPS.len()] {
+    [
+        &loaded.stats,
+        &loaded.drops,
+        &loaded.copy_drops,
+        &loaded.downstream_stats,
+        &loaded.fragment_stats,
+        &loaded.downstreams,
+        &loaded.names,
+        &loaded.owners,
+        &loaded.ledger,
+    ]
+}
+
+/// The network namespace of the calling thread.
+fn about_us() -> Result<types::pins_about> {
+    let namespace = fs::metadata("/proc/thread-self/ns/net").context("cannot tell the network namespace")?;
+    let (netns_device, netns_inode) = (namespace.dev(), namespace.ino());
+    Ok(types::pins_about { netns_device, netns_inode, ..types::pins_about::default() })
+}
+
+/// What the map `about` of some pins says, as far as all versions say it alike.
+fn about(directory: &Path) -> Option<types::pins_about> {
+    let map = MapHandle::from_pinned_path(directory.join("about")).ok()?;
+    let known = size_of::<types::pins_about>();
+    let mut bytes = map.lookup(&0u32.to_ne_bytes(), libbpf_rs::MapFlags::ANY).ok()??;
+    bytes.resize(known, 0);
+    super::maps::value_of(&bytes)
+}
+
+fn link_name(interface: u32) -> String {
+    format!("{LINK}{interface}")
+}
+
+fn ensure_bpf_fs(path: &Path) -> Result<()> {
+    let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let kind = statfs(there).with_context(|| format!("cannot look at {}", there.display()))?.filesystem_type();
+    ensure!(
+        kind == BPF_FS,
+        "cannot keep the TC program in {}: there is no BPF file system; mount one (`mount -t bpf bpf /sys/fs/bpf`, in a \
+         container the host's /sys/fs/bpf), or set on_exit = \"detach\"",
+        path.display()
+    );
+    Ok(())
+}
+
+fn make(path: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(explain(&error.into(), path)),
+        _ => Ok(()),
+    }
+}
+
+fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes()).context("a path has a zero in it")?;
+    // SAFETY: the name is valid for the whole call, and the descriptor is borrowed for as long.
+    let result = unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), name.as_ptr()) };
+    if result < 0 {
+        return Err(explain(&std::io::Error::from_raw_os_error(-result).into(), path));
+    }
+    Ok(())
+}
+
+fn explain(error: &anyhow::Error, path: &Path) -> anyhow::Error {
+    anyhow!(
+        "cannot pin the TC program at {}: {error:#}; let the daemon write there (root, or the directory's owner), or set \
+         on_exit = \"detach\"",
+        path.display()
+    )
+}
+
+/// Held while pins are made or looked for, so that nobody takes half-made ones for left ones.
+fn in_order(path: &Path) -> Result<Flock<File>> {
+    let directory = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Flock::lock(directory, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .with_context(|| format!("cannot lock {}", path.display()))
+}
+
+/// The lock of a program's directory; none if a living daemon holds it.
+fn lock(path: &Path) -> Result<Option<Directory>> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(Directory { path: path.to_owned(), _lock: lock })),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Removes a program's directory with all pins.
+fn remove(path: &Path) -> Result<()> {
+    let what = || format!("cannot remove the pins in {}", path.display());
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(what),
+    };
+    for entry in entries {
+        fs::remove_file(entry.with_context(what)?.path()).with_context(what)?;
+    }
+    fs::remove_dir(path).with_context(what)
+}

@@ -1,0 +1,114 @@
+//! The daemon goes and comes back under traffic: with `on_exit = "keep"` no datagram is lost or doubled, counters go on, and
+//! what is left behind can be taken over, refused to go on for ever, and be removed.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
+#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
+
+#[path = "netns_restart/detach.rs"]
+mod detach;
+#[path = "netns_restart/flow.rs"]
+mod flow;
+#[path = "netns_restart/headless.rs"]
+mod headless;
+#[path = "netns_restart/obstacles.rs"]
+mod obstacles;
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::sys::signal::Signal;
+use support::lab::INGRESS;
+use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, cleanup};
+
+/// The program under test.
+fn binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
+}
+
+/// A directory for pins of one test's own, removed with it.
+struct Pins(PathBuf);
+
+impl Pins {
+    fn new() -> Pins {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // With a directory of its own around it: neighbours are looked at.
+        let around = format!("{}/{}{}-{number}", cleanup::BPF_FS, cleanup::DIRECTORY_PREFIX, std::process::id());
+        cleanup::arm().unwrap();
+        let mut registry = cleanup::registry();
+        fs::create_dir(&around).unwrap();
+        registry.add_directory(Path::new(&around));
+        Pins(around.into())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.join("pins")
+    }
+
+    /// The directories of programs.
+    fn programs(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.path()).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// The lab's usual configuration, with what becomes of the program at the end.
+    fn config(&self, lab: &Lab, on_exit: &str) -> DaemonConfig {
+        let mut config = DaemonConfig::for_lab(lab, "tc_ebpf");
+        config.head = format!("on_exit = \"{on_exit}\"\npin_path = {:?}\nwatch_config = false\n", self.path());
+        config
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let mut registry = cleanup::registry();
+        let _ = fs::remove_dir_all(&self.0);
+        registry.forget_directory(&self.0);
+    }
+}
+
+fn lab() -> Lab {
+    Lab::builder().receivers([Place::OtherInterface, Place::Pod, Place::Pod]).build().unwrap()
+}
+
+fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
+    Daemon::start(&lab.gateway, binary(), config).unwrap()
+}
+
+/// Ends the daemon and returns its log.
+fn end(mut daemon: Daemon, signal: Signal) -> String {
+    daemon.signal(signal).unwrap();
+    daemon.wait().unwrap();
+    daemon.log().to_owned()
+}
+
+/// Sends so many datagrams to the listener, all of which must arrive, once.
+fn exchange(lab: &Lab, count: u64) {
+    let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
+    let mut sender = Sender::in_lab(lab).unwrap();
+    sender.send(count, &collectors).unwrap();
+    let report = collectors.finish(&[&sender]).unwrap();
+    assert!(report.is_perfect(), "{report}");
+}
+
+/// Our filter on the lab's ingress, as `tc` shows it.
+fn filter(lab: &Lab) -> Option<String> {
+    let shown = lab.gateway.tc(&format!("filter show dev {INGRESS} ingress")).unwrap();
+    shown.lines().find(|line| line.contains("udp_fanout")).map(str::to_owned)
+}
+
+/// What the kernel datapath has counted of the lab's listener: received, forwarded; and its downstreams' sum.
+fn counted(lab: &Lab, daemon: &Daemon) -> (u64, u64, u64) {
+    let page = daemon.metrics(&lab.gateway).unwrap();
+    let labels = [("listener", "lab"), ("mode", "tc_ebpf")];
+    let sum = |what: &str| page.sum(&format!("udp_fanout_packets_{what}_total"), &labels);
+    let downstreams = page.sum("udp_fanout_downstream_packets_total", &[("listener", "lab")]);
+    (sum("received"), sum("forwarded"), downstreams)
+}
+
+fn run(lab: &Lab, arguments: &[&str], pins: &Pins) -> Output {
+    let mut command: Command = lab.gateway.command(binary());
+    command.args(arguments).arg("--pin-path").arg(pins.path()).output().unwrap()
+}
