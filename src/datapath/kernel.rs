@@ -254,7 +254,10 @@ impl KernelDatapath {
             .into_iter()
             .partition(|attachment| wanted.contains(attachment.link()));
         self.attachments = keep;
-        gone.into_iter().try_for_each(Attachment::detach)
+        gone.into_iter().try_for_each(|attachment| {
+            self.line.let_go(&attachment);
+            attachment.detach()
+        })
     }
 
     /// Removes listeners. Their numbers may be other listeners' later, so their counters are cleared, once no CPU is still

@@ -13,7 +13,7 @@
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -225,8 +225,17 @@ impl Left {
     /// # Errors
     /// When it cannot be.
     pub fn let_go(&self, interface: u32) -> Result<()> {
-        let path = self.directory.path.join(link_name(interface));
-        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+        take_off(&self.directory.path.join(link_name(interface)))
+    }
+
+    /// Takes it off all interfaces as a TCX program. When this returns, no packet meets it any more that has not yet.
+    ///
+    /// # Errors
+    /// When it cannot be taken off one; it has been off the others.
+    pub fn let_all_go(&self) -> Result<()> {
+        let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
+        let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
+        links.map(|entry| take_off(&entry.path())).fold(Ok(()), Result::and)
     }
 
     /// Its program.
@@ -272,6 +281,7 @@ impl Left {
     /// # Errors
     /// When something cannot be removed.
     pub fn remove(self) -> Result<()> {
+        self.let_all_go()?;
         remove(&self.directory.path)
     }
 }
@@ -373,6 +383,28 @@ fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
         return Err(explain(&std::io::Error::from_raw_os_error(-result).into(), path));
     }
     Ok(())
+}
+
+/// Takes a TCX program off an interface by its pinned link. To unpin it is not enough: the kernel would take it off, but
+/// some time later.
+fn take_off(path: &Path) -> Result<()> {
+    let what = || format!("cannot take the TCX program off that {} holds", path.display());
+    let name = CString::new(path.as_os_str().as_bytes()).context("a path has a zero in it")?;
+    // SAFETY: the name is valid for the whole call.
+    let fd = unsafe { libbpf_sys::bpf_obj_get(name.as_ptr()) };
+    if fd < 0 {
+        return Err(std::io::Error::from_raw_os_error(-fd)).with_context(what);
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    let link = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: takes a number, touches no memory of ours.
+    match unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) } {
+        0 => {}
+        // The interface has gone, or somebody has taken the program off.
+        errno if errno == -libc::ENOLINK => {}
+        errno => return Err(std::io::Error::from_raw_os_error(-errno)).with_context(what),
+    }
+    fs::remove_file(path).with_context(what)
 }
 
 fn explain(error: &anyhow::Error, path: &Path) -> anyhow::Error {

@@ -109,6 +109,13 @@ impl Line {
         leaves
     }
 
+    /// What is attached is about to be taken off.
+    pub(super) fn let_go(&self, attachment: &Attachment) {
+        if let Some(pins) = &self.pins {
+            pins.let_go(attachment.link().index);
+        }
+    }
+
     /// Lets what is attached stay, if it is to.
     pub(super) fn apply_to_one(&self, attachment: &mut Attachment) {
         attachment.stay(self.stays());
@@ -216,6 +223,11 @@ impl KernelDatapath {
         let before = std::mem::take(&mut self.line.before);
         let ids: Vec<u32> = before.iter().map(Left::id).collect();
         attach::remove_programs(&ids);
+        for left in &before {
+            if let Err(error) = left.let_all_go() {
+                tracing::warn!("{error:#}");
+            }
+        }
         // Until no CPU is still counting.
         let result = wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)
             .and_then(|()| self.absorb(self.account(&before)))
