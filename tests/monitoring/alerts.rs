@@ -53,7 +53,7 @@ fn every_alert_speaks_of_what_there_is() {
     let (configuration, help) = (read("docs/CONFIGURATION.md"), read("src/cli.rs"));
     for rule in rules() {
         let text = rule["annotations"]["description"].as_str().unwrap();
-        for word in text.split([' ', ':', ',', ';']).map(|word| word.trim_end_matches('.')) {
+        for word in text.split([' ', ':', ',', ';', '(', ')']).map(|word| word.trim_end_matches('.')) {
             if word.starts_with("docs/") {
                 assert!(repository().join(word).exists(), "{word}");
             } else if word.starts_with("udp_fanout_") {
