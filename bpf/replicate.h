@@ -62,13 +62,12 @@ static __always_inline bool find_known(struct __sk_buff *skb, const struct packe
 				       struct next_hop *found)
 {
 	struct next_hop *known = bpf_map_lookup_elem(&next_hops, &to_id);
-	struct bpf_fib_lookup fib = {};
 
 	if (known && fresh(known)) {
 		*found = *known;
 		return true;
 	}
-	look_up(skb, pkt, to, found, &fib);
+	look_up_only(skb, pkt, to, found);
 	return found->ifindex;
 }
 

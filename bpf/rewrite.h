@@ -86,29 +86,29 @@ static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet
 }
 
 static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
-					const struct downstream *to, const __u8 *macs, __u8 ttl)
+					const struct downstream *to, const __u8 *macs, __u8 ttl,
+					struct head_ipv4 *head)
 {
 	bool later = pkt->part == LATER_FRAGMENT;
 	void *data, *data_end;
-	struct head_ipv4 head;
 	__u32 length;
 
 	if (!csum_ipv4(skb, pkt, to))
 		return -1;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
-	if (data + L3_OFF + sizeof(head.ip) > data_end)
+	if (data + L3_OFF + sizeof(head->ip) > data_end)
 		return -1;
-	__builtin_memcpy(&head.ip, data + L3_OFF, sizeof(head.ip));
-	change_ipv4(&head.ip, to->addr_be[3], ttl);
-	head.ports_be[0] = pkt->sport_be;
-	head.ports_be[1] = to->port_be;
-	length = sizeof(head.ip) + (later ? 0 : sizeof(head.ports_be));
+	__builtin_memcpy(&head->ip, data + L3_OFF, sizeof(head->ip));
+	change_ipv4(&head->ip, to->addr_be[3], ttl);
+	head->ports_be[0] = pkt->sport_be;
+	head->ports_be[1] = to->port_be;
+	length = sizeof(head->ip) + (later ? 0 : sizeof(head->ports_be));
 	if (!macs)
-		return bpf_skb_store_bytes(skb, L3_OFF, &head.ip, length, 0);
-	__builtin_memcpy(head.macs, macs, sizeof(head.macs));
-	head.protocol_be = bpf_htons(ETH_P_IP);
-	return bpf_skb_store_bytes(skb, 0, head.macs, L3_OFF + length, 0);
+		return bpf_skb_store_bytes(skb, L3_OFF, &head->ip, length, 0);
+	__builtin_memcpy(head->macs, macs, sizeof(head->macs));
+	head->protocol_be = bpf_htons(ETH_P_IP);
+	return bpf_skb_store_bytes(skb, 0, head->macs, L3_OFF + length, 0);
 }
 
 /* The difference that another address makes to a sum of 16-bit words. */
@@ -147,22 +147,22 @@ static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet
  * does not cover the frame's addresses.
  */
 static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-					const struct downstream *to, const __u8 *macs, __u8 ttl)
+					const struct downstream *to, const __u8 *macs, __u8 ttl,
+					struct ipv6hdr *ip)
 {
 	const __u32 from = offsetof(struct ipv6hdr, nexthdr);
 	void *data, *data_end;
-	struct ipv6hdr ip;
 
 	if (!csum_ipv6(skb, pkt, to))
 		return -1;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
-	if (data + L3_OFF + sizeof(ip) > data_end)
+	if (data + L3_OFF + sizeof(*ip) > data_end)
 		return -1;
-	__builtin_memcpy(&ip, data + L3_OFF, sizeof(ip));
-	ip.hop_limit = ttl;
-	__builtin_memcpy(&ip.daddr, to->addr_be, sizeof(ip.daddr));
-	return bpf_skb_store_bytes(skb, L3_OFF + from, (void *)&ip + from, sizeof(ip) - from,
+	__builtin_memcpy(ip, data + L3_OFF, sizeof(*ip));
+	ip->hop_limit = ttl;
+	__builtin_memcpy(&ip->daddr, to->addr_be, sizeof(ip->daddr));
+	return bpf_skb_store_bytes(skb, L3_OFF + from, (void *)ip + from, sizeof(*ip) - from,
 				   BPF_F_RECOMPUTE_CSUM) ||
 	       (macs && bpf_skb_store_bytes(skb, 0, macs, 12, 0));
 }
@@ -175,11 +175,16 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 static __noinline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
 			      const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
+	union {
+		struct head_ipv4 ipv4;
+		struct ipv6hdr ipv6;
+	} head;
+
 	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
 	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
 		return -1;
-	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl)
-		       : rewrite_ipv4(skb, pkt, to, macs, ttl);
+	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl, &head.ipv6)
+		       : rewrite_ipv4(skb, pkt, to, macs, ttl, &head.ipv4);
 }
 
 #endif
