@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -174,7 +175,7 @@ impl KernelDatapath {
     /// # Errors
     /// When it cannot be seen what is there.
     pub fn find_predecessors(&mut self, path: &Path) -> Result<()> {
-        self.line.before = Left::find(path, false)?;
+        self.line.before = find_visible(path)?;
         for left in &self.line.before {
             tracing::info!(pins = %left.path().display(), "found the TC program of an earlier daemon");
         }
@@ -289,10 +290,29 @@ impl KernelDatapath {
     }
 }
 
+/// What daemons of this network namespace that are no more have left. One who may not look, because only root may, could not
+/// take over either: there is nothing for it.
+///
+/// # Errors
+/// When it cannot be seen for another reason.
+fn find_visible(path: &Path) -> Result<Vec<Left>> {
+    let forbidden = |error: &anyhow::Error| {
+        let cause = error.root_cause().downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
+    };
+    match Left::find(path, false) {
+        Err(error) if forbidden(&error) => {
+            tracing::debug!("{error:#}");
+            Ok(Vec::new())
+        }
+        found => found,
+    }
+}
+
 /// Removes what daemons of this network namespace that are no more have left below `path`, when there is no program to
 /// take over. Says what goes wrong.
 pub fn discard(path: &Path) {
-    let all = Left::find(path, false).unwrap_or_else(|error| {
+    let all = find_visible(path).unwrap_or_else(|error| {
         tracing::warn!("{error:#}");
         Vec::new()
     });
