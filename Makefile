@@ -27,7 +27,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install image clean vmlinux
+.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install deb image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -78,6 +78,10 @@ bench-kernel: ## Compare the kernel program with the least that any could do, an
 
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
+
+deb: build ## Make a Debian package of what `make build` makes, in target/debian: DEBFULLNAME=, DEBEMAIL= name the maintainer
+	@scripts/deps.sh build package
+	@BIN='$(BIN)' OUT='$(TARGET_DIR)/debian' scripts/deb.sh
 
 image: ## Build the container image IMAGE=udp-fanout:latest with docker, podman or buildah: BASE=, RUST_IMAGE=
 	@IMAGE='$(IMAGE)' ENGINE='$(ENGINE)' BASE='$(BASE)' RUST_IMAGE='$(RUST_IMAGE)' IMAGE_ARGS='$(IMAGE_ARGS)' scripts/image.sh
