@@ -7,6 +7,8 @@ BIN        := $(TARGET_DIR)/release/udp-fanout
 # make demo
 MODE  ?= tc_ebpf
 COUNT ?= 30000
+# make soak
+SOAK_MINUTES ?= 10
 # make run
 CONFIG ?= config/udp-fanout.toml
 # make test-kernels; none: those of scripts/test-kernels.sh
@@ -27,7 +29,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install deb image clean vmlinux
+.PHONY: help deps build run demo soak test test-kernels lint fmt bench bench-kernel install deb image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -49,6 +51,11 @@ demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or usersp
 	@scripts/deps.sh build run
 	$(CARGO) build --release --locked --bin udp-fanout --example demo
 	@scripts/as-root.sh 'make demo' $(TARGET_DIR)/release/examples/demo --daemon $(BIN) --mode $(MODE) --count $(COUNT)
+
+soak: ## Forward in both modes for SOAK_MINUTES=10 under reloads, link and health flaps: nothing lost, nothing grown
+	@scripts/deps.sh build run
+	$(CARGO) build --release --locked --bin udp-fanout --example soak
+	@scripts/as-root.sh 'make soak' $(TARGET_DIR)/release/examples/soak --daemon $(BIN) --minutes $(SOAK_MINUTES)
 
 test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, or it fails
 	@scripts/deps.sh build run test
