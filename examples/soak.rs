@@ -32,8 +32,10 @@ const HEAD: &str = "watch_config = false\n[health]\nenabled = true\nprotocol = \
 /// Each sender sends so many datagrams, waits for them, and rests; closed, so that what is lost was lost by the daemon.
 const BATCH: u64 = 20;
 const REST: Duration = Duration::from_millis(5);
-/// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(30);
+/// How long a sender waits for what it has sent.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long anything else may take.
+const LIMIT: Duration = Duration::from_secs(20);
 /// Rounds until nothing is allocated for the first time any more.
 const WARM_UP: u64 = 2;
 /// What resident memory may grow by after that, in KiB: an allocator's slack, which a leak in each round exceeds in time.
@@ -86,7 +88,8 @@ fn soak(arguments: &Arguments) -> Result<()> {
     let daemon = Daemon::start(&lab.gateway, &arguments.daemon, &config)?;
     let mut senders = Vec::new();
     for listener in &config.listeners {
-        senders.push(Sender::open(&lab.sender, (Lab::SENDER, 0), listener.bind.parse::<SocketAddr>()?)?);
+        let sender = Sender::open(&lab.sender, (Lab::SENDER, 0), listener.bind.parse::<SocketAddr>()?)?;
+        senders.push(sender.patience(PATIENCE));
     }
     let mut soak = Soak { lab: &lab, daemon, collectors: &collectors, answering: &answering };
     let stop = AtomicBool::new(false);
@@ -102,14 +105,11 @@ fn soak(arguments: &Arguments) -> Result<()> {
     });
     let mut daemon = soak.daemon;
     let log = daemon.log().to_owned();
-    held.with_context(|| format!("the daemon's log ends:\n{}\n", last_lines(&log)))?;
     let report = collectors.finish(&senders.iter().collect::<Vec<_>>())?;
     eprintln!("{report}");
-    ensure!(
-        report.is_complete(),
-        "datagrams were lost, doubled or damaged; the daemon's log ends:\n{}",
-        last_lines(&log)
-    );
+    let end = || format!("the daemon's log ends:\n{}\n", last_lines(&log));
+    held.with_context(end)?;
+    ensure!(report.is_complete(), "datagrams were lost, doubled or damaged; {}", end());
     let (status, ..) = daemon.stop()?;
     ensure!(status.success(), "the daemon ended with {status}");
     eprintln!("soak: ok");
@@ -149,7 +149,8 @@ fn accept(answering: &Mutex<Vec<Option<TcpListener>>>, stop: &AtomicBool) {
 
 fn send(sender: &mut Sender, collectors: &Collectors, stop: &AtomicBool) -> Result<()> {
     while !stop.load(Ordering::SeqCst) {
-        sender.send(BATCH, collectors)?;
+        let took = sender.send(BATCH, collectors)?;
+        ensure!(took < PATIENCE, "a datagram is missing: for {PATIENCE:?} nothing has arrived while one was due");
         thread::sleep(REST);
     }
     Ok(())
