@@ -7,6 +7,8 @@ BIN        := $(TARGET_DIR)/release/udp-fanout
 # make demo
 MODE  ?= tc_ebpf
 COUNT ?= 30000
+# make soak
+SOAK_MINUTES ?= 10
 # make run
 CONFIG ?= config/udp-fanout.toml
 # make test-kernels; none: those of scripts/test-kernels.sh
@@ -27,7 +29,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo test test-kernels lint fmt bench bench-kernel install image clean vmlinux
+.PHONY: help deps build run demo soak test test-kernels lint fmt bench bench-kernel install deb image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -49,6 +51,11 @@ demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or usersp
 	@scripts/deps.sh build run
 	$(CARGO) build --release --locked --bin udp-fanout --example demo
 	@scripts/as-root.sh 'make demo' $(TARGET_DIR)/release/examples/demo --daemon $(BIN) --mode $(MODE) --count $(COUNT)
+
+soak: ## Forward in both modes for SOAK_MINUTES=10 under reloads, link and health flaps: nothing lost, nothing grown
+	@scripts/deps.sh build run
+	$(CARGO) build --release --locked --bin udp-fanout --example soak
+	@scripts/as-root.sh 'make soak' $(TARGET_DIR)/release/examples/soak --daemon $(BIN) --minutes $(SOAK_MINUTES)
 
 test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, or it fails
 	@scripts/deps.sh build run test
@@ -78,6 +85,10 @@ bench-kernel: ## Compare the kernel program with the least that any could do, an
 
 install: ## Install what `make build` made: PREFIX=/usr/local, SYSCONFDIR=/etc, DESTDIR=
 	@BIN='$(BIN)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
+
+deb: build ## Make a Debian package of what `make build` makes, in target/debian: DEBFULLNAME=, DEBEMAIL= name the maintainer
+	@scripts/deps.sh build package
+	@BIN='$(BIN)' OUT='$(TARGET_DIR)/debian' scripts/deb.sh
 
 image: ## Build the container image IMAGE=udp-fanout:latest with docker, podman or buildah: BASE=, RUST_IMAGE=
 	@IMAGE='$(IMAGE)' ENGINE='$(ENGINE)' BASE='$(BASE)' RUST_IMAGE='$(RUST_IMAGE)' IMAGE_ARGS='$(IMAGE_ARGS)' scripts/image.sh
