@@ -591,9 +591,10 @@ fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
     });
 }
 
-/// Loads the real program and puts it on `eth0`, on a thread that has given up these capabilities.
+/// Loads the real program and puts it on both ends of the cable, on a thread that has given up these capabilities.
 fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
-    let eth0 = LinkRef { index: link("eth0").index, name: "eth0".into() };
+    // Not twice on one: a command that another test is starting holds on to the claim for a moment.
+    let [eth0, eth1] = ["eth0", "eth1"].map(|name| LinkRef { index: link(name).index, name: name.into() });
     without(capabilities, || {
         let datapath = KernelDatapath::new(&Limits {
             max_listeners: 4,
@@ -605,7 +606,7 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
         assert!(attachment.in_place());
         attachment.detach()?;
         if programs::has_tcx() {
-            let attachment = Attachment::new(datapath.program(), &eth0, Way::Tcx(TcxOrder::First))?;
+            let attachment = Attachment::new(datapath.program(), &eth1, Way::Tcx(TcxOrder::First))?;
             assert!(attachment.in_place() && attachment.ahead()?.is_empty());
             attachment.detach()?;
         }

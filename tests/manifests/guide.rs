@@ -274,7 +274,11 @@ fn make_has_every_target_and_variable() {
         for word in &command[1..] {
             match word.split_once('=') {
                 Some((variable, _)) => assert!(makefile.contains(&format!("\n{variable} ")), "{word}"),
-                None => assert!(makefile.contains(&format!("\n{word}: ##")), "{word}"),
+                None => {
+                    let start = format!("{word}:");
+                    let target = makefile.lines().find(|line| line.starts_with(&start));
+                    assert!(target.is_some_and(|line| line.contains("## ")), "{word}");
+                }
             }
         }
     }
