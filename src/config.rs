@@ -278,6 +278,20 @@ pub struct Settings {
     pub preserve_source: bool,
 }
 
+/// What a listener has that says nothing of them.
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            workers: 0,
+            batch_size: 64,
+            pin_cpus: false,
+            recv_buf_size: None,
+            max_packet_size: 65_507,
+            preserve_source: false,
+        }
+    }
+}
+
 /// The HTTP endpoint for metrics and probes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MetricsConfig {
@@ -329,23 +343,13 @@ impl Config {
     /// is doing may have just broken its file. None if it names none.
     #[must_use]
     pub fn status_socket_of(path: &Path) -> Option<PathBuf> {
-        let text = String::from_utf8(read(path).ok()?).ok()?;
-        let document = document::Document::read(&text, path).ok()?;
-        match document.top("status_socket") {
-            Some(document::Value::Text(socket)) => Some(PathBuf::from(socket)),
-            _ => None,
-        }
+        top_path(path, "status_socket")
     }
 
     /// The path of the pins that a file names, likewise.
     #[must_use]
     pub fn pin_path_of(path: &Path) -> Option<PathBuf> {
-        let text = String::from_utf8(read(path).ok()?).ok()?;
-        let document = document::Document::read(&text, path).ok()?;
-        match document.top("pin_path") {
-            Some(document::Value::Text(directory)) => Some(PathBuf::from(directory)),
-            _ => None,
-        }
+        top_path(path, "pin_path")
     }
 
     /// The effective configuration, every default written out, as TOML with the file's keys. Read again, it gives an
@@ -359,6 +363,16 @@ impl Config {
     #[must_use]
     pub fn listener(&self, id: ListenerId) -> Option<&ListenerConfig> {
         self.listeners.iter().find(|listener| listener.id == id)
+    }
+}
+
+/// The path that a top-level key of a file has, as far as the file can be read; none without the key.
+fn top_path(path: &Path, key: &str) -> Option<PathBuf> {
+    let text = String::from_utf8(read(path).ok()?).ok()?;
+    let document = document::Document::read(&text, path).ok()?;
+    match document.top(key) {
+        Some(document::Value::Text(value)) => Some(PathBuf::from(value)),
+        _ => None,
     }
 }
 

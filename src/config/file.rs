@@ -320,13 +320,19 @@ pub(super) struct Settings {
 
 impl Default for Settings {
     fn default() -> Settings {
+        Settings::from(&super::Settings::default())
+    }
+}
+
+impl From<&super::Settings> for Settings {
+    fn from(settings: &super::Settings) -> Settings {
         Settings {
-            workers: 0,
-            batch_size: 64,
-            pin_cpus: false,
-            recv_buf_size: None,
-            max_packet_size: 65_507,
-            preserve_source: false,
+            workers: settings.workers,
+            batch_size: settings.batch_size,
+            pin_cpus: settings.pin_cpus,
+            recv_buf_size: settings.recv_buf_size,
+            max_packet_size: settings.max_packet_size,
+            preserve_source: settings.preserve_source,
         }
     }
 }

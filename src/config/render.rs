@@ -134,19 +134,7 @@ fn listener(listener: &ListenerConfig, config: &Config) -> Listener {
         },
         kubernetes,
         health: (listener.health != config.health).then(|| health(listener.health.as_ref())),
-        settings: settings(&listener.settings),
-    }
-}
-
-/// The settings of the userspace datapath.
-fn settings(settings: &super::Settings) -> Settings {
-    Settings {
-        workers: settings.workers,
-        batch_size: settings.batch_size,
-        pin_cpus: settings.pin_cpus,
-        recv_buf_size: settings.recv_buf_size,
-        max_packet_size: settings.max_packet_size,
-        preserve_source: settings.preserve_source,
+        settings: Settings::from(&listener.settings),
     }
 }
 

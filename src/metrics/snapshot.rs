@@ -156,14 +156,7 @@ mod tests {
             socket_only: None,
             targets: endpoints.iter().map(target).collect(),
             table: (0..).take(endpoints.len()).collect(),
-            settings: Settings {
-                workers: 1,
-                batch_size: 1,
-                pin_cpus: false,
-                recv_buf_size: None,
-                max_packet_size: 1,
-                preserve_source: false,
-            },
+            settings: Settings::default(),
         }
     }
 

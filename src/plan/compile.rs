@@ -203,14 +203,7 @@ mod tests {
             rate_limit: None,
             source: Source::Static(Vec::new()),
             health: None,
-            settings: Settings {
-                workers: 0,
-                batch_size: 64,
-                pin_cpus: false,
-                recv_buf_size: None,
-                max_packet_size: 65_507,
-                preserve_source: false,
-            },
+            settings: Settings::default(),
         }
     }
 

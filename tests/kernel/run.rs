@@ -130,14 +130,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         socket_only: None,
         table: (0..targets.len() as u32).collect(),
         targets,
-        settings: Settings {
-            workers: 0,
-            batch_size: 64,
-            pin_cpus: false,
-            recv_buf_size: None,
-            max_packet_size: 65_507,
-            preserve_source: false,
-        },
+        settings: Settings::default(),
     }
 }
 

@@ -46,14 +46,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
             })
             .collect(),
         table: interleave(&weights),
-        settings: Settings {
-            workers: 2,
-            batch_size: 16,
-            pin_cpus: false,
-            recv_buf_size: None,
-            max_packet_size: 65_507,
-            preserve_source: false,
-        },
+        settings: Settings { workers: 2, batch_size: 16, ..Settings::default() },
     }
 }
 

@@ -187,14 +187,7 @@ pub mod tests {
             socket_only: None,
             targets: downstreams.iter().map(target).collect(),
             table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()),
-            settings: Settings {
-                workers: 1,
-                batch_size: 64,
-                pin_cpus: false,
-                recv_buf_size: None,
-                max_packet_size: 65_507,
-                preserve_source: false,
-            },
+            settings: Settings { workers: 1, ..Settings::default() },
         }
     }
 
