@@ -24,9 +24,10 @@ const RUNS: usize = 2_000;
 
 /// A program and what one datagram costs, in nanoseconds.
 pub fn costs() -> Result<Vec<(&'static str, f64)>> {
+    let references = ways::references()?;
     let mut costs = Vec::new();
     for (name, reference) in [("floor: one pod, known", "floor_pod"), ("the obvious way", "obvious")] {
-        let object = ways::load(&[(LISTENER, 1, [2; 6], [2; 6])])?;
+        let object = ways::load(&references, &[(LISTENER, 1, [2; 6], [2; 6])])?;
         let program = object.progs().find(|program| program.name() == reference).context(reference)?;
         costs.push((name, cost(program.as_fd(), "192.0.2.9:4000", LISTENER)?));
     }

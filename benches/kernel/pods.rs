@@ -12,14 +12,14 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use nix::sched::{CpuSet, sched_getaffinity};
-use nix::unistd::Pid;
+use anyhow::{Result, ensure};
 
+use crate::bench::bed::{receive_on, two_cpus};
 use crate::bench::generator::{Generator, Load};
 use crate::bench::sink::Sink;
 use crate::support::Namespace;
 use crate::support::netns::{End, connect};
+use crate::ways;
 
 /// The port of the listener and of every pod.
 pub const PORT: u16 = 5514;
@@ -58,6 +58,8 @@ pub struct Pods {
     pub gateway: Namespace,
     /// Where datagrams end.
     pub pods: Vec<Pod>,
+    /// The programs to compare with, compiled once and loaded for every turn.
+    pub references: Vec<u8>,
     cpus: [usize; 2],
 }
 
@@ -77,14 +79,8 @@ impl Pods {
         generator.ethtool("-K eth0 tx-udp-segmentation off")?;
         gateway.sysctl("net.ipv4.ip_forward", "1")?;
         let pods = (1..=count).map(|number| pod(&gateway, number)).collect::<Result<Vec<_>>>()?;
-        let script = format!("echo {:x} > /sys/class/net/{IN}/queues/rx-0/rps_cpus", 1u64 << cpus[1]);
-        // Unlike a command inside the namespace, it has a /sys that shows the namespace's devices.
-        let status = std::process::Command::new("ip")
-            .args(["netns", "exec", gateway.name(), "sh", "-c", &script])
-            .status()
-            .context("cannot run ip (Debian package iproute2)")?;
-        ensure!(status.success(), "cannot choose the CPU that receives: `{script}` failed");
-        Ok(Pods { generator, gateway, pods, cpus })
+        receive_on(&gateway, IN, Some(cpus[1]))?;
+        Ok(Pods { generator, gateway, pods, references: ways::references()?, cpus })
     }
 
     /// The addresses of the first pods.
@@ -156,14 +152,4 @@ fn pod(gateway: &Namespace, number: u8) -> Result<Pod> {
         sink,
         _namespace: namespace,
     })
-}
-
-/// The first two CPUs that this process may use.
-fn two_cpus() -> Result<[usize; 2]> {
-    let allowed = sched_getaffinity(Pid::from_raw(0))?;
-    let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
-    match (cpus.next(), cpus.next()) {
-        (Some(first), Some(second)) => Ok([first, second]),
-        _ => anyhow::bail!("benchmarks need two CPUs: one for the generator, one for what forwards"),
-    }
 }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{Object, ObjectBuilder, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHookBuilder};
@@ -35,13 +36,13 @@ pub enum Running {
     /// The daemon.
     Daemon(#[expect(dead_code, reason = "held for its end")] Box<Daemon>),
     /// A command that takes it away again.
-    Undo(Box<dyn Fn()>),
+    Undo(Command),
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         match self {
-            Running::Undo(undo) => undo(),
+            Running::Undo(undo) => drop(undo.stdout(Stdio::null()).status()),
             Running::Nothing | Running::Daemon(_) => {}
         }
     }
@@ -104,13 +105,13 @@ fn reference(bed: &Pods, name: &str) -> Result<Running> {
     attach(bed, name, IN, TC_INGRESS)?;
     let mut undo = bed.gateway.command("tc");
     undo.args(["filter", "del", "dev", IN, "ingress", "pref", "1"]);
-    Ok(undo_with(vec![undo]))
+    Ok(Running::Undo(undo))
 }
 
 /// Attaches a reference to a device of the gateway. The filter holds the program.
 fn attach(bed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Result<()> {
     let pod = |pod: &Pod| Ok((pod.address, pod.index, mac(&pod.mac)?, mac(&pod.gateway_mac)?));
-    let loaded = load(&bed.pods.iter().map(pod).collect::<Result<Vec<_>>>()?)?;
+    let loaded = load(&bed.references, &bed.pods.iter().map(pod).collect::<Result<Vec<_>>>()?)?;
     let program =
         loaded.progs().find(|program| program.name() == name).with_context(|| format!("no program {name}"))?;
     let (program, index) = (program.as_fd(), i32::try_from(bed.gateway.link(device)?.index)?);
@@ -125,13 +126,20 @@ fn attach(bed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Result<
 /// Where a reference sends to: address, link, the hardware addresses of the other end and of this one.
 pub type Destination = (SocketAddr, u32, [u8; 6], [u8; 6]);
 
+/// Compiles the references.
+///
+/// # Errors
+/// With the compiler's complaint.
+pub fn references() -> Result<Vec<u8>> {
+    programs::compile(Path::new("benches/kernel/references.bpf.c"))
+}
+
 /// Loads the references for these destinations.
 ///
 /// # Errors
-/// With the compiler's complaint, or the kernel's.
-pub fn load(destinations: &[Destination]) -> Result<Object> {
-    let (_directory, object) = programs::compile(Path::new("benches/kernel/references.bpf.c"))?;
-    let mut opened = ObjectBuilder::default().open_file(&object)?;
+/// With the kernel's complaint.
+pub fn load(object: &[u8], destinations: &[Destination]) -> Result<Object> {
+    let mut opened = ObjectBuilder::default().open_memory(object)?;
     let constants = constants(destinations)?;
     let mut rodata = opened
         .maps_mut()
@@ -174,7 +182,7 @@ fn tee(bed: &Pods, count: usize) -> Result<Running> {
     }
     let mut undo = bed.gateway.command("iptables");
     undo.args(["-t", "mangle", "-F"]);
-    Ok(undo_with(vec![undo]))
+    Ok(Running::Undo(undo))
 }
 
 fn dup(bed: &Pods, count: usize) -> Result<Running> {
@@ -193,14 +201,5 @@ fn dup(bed: &Pods, count: usize) -> Result<Running> {
     bed.gateway.tool("nft", &format!("-f {}", file.display()))?;
     let mut undo = bed.gateway.command("nft");
     undo.args(["delete", "table", "ip", "bench"]);
-    Ok(undo_with(vec![undo]))
-}
-
-fn undo_with(commands: Vec<std::process::Command>) -> Running {
-    let commands = std::cell::RefCell::new(commands);
-    Running::Undo(Box::new(move || {
-        for command in commands.borrow_mut().iter_mut() {
-            drop(command.stdout(std::process::Stdio::null()).status());
-        }
-    }))
+    Ok(Running::Undo(undo))
 }

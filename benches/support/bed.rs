@@ -113,20 +113,31 @@ impl Bed {
     /// When the kernel refuses.
     pub fn kernel_forwards(&self, yes: bool) -> Result<()> {
         self.gateway.sysctl("net.ipv4.ip_forward", if yes { "1" } else { "0" })?;
-        let mask = if yes { 1u64 << self.cpus[1] } else { 0 };
-        let script = format!("echo {mask:x} > /sys/class/net/{IN}/queues/rx-0/rps_cpus");
-        // Unlike a command inside the namespace, it has a /sys that shows the namespace's devices.
-        let status = std::process::Command::new("ip")
-            .args(["netns", "exec", self.gateway.name(), "sh", "-c", &script])
-            .status()
-            .context("cannot run ip (Debian package iproute2)")?;
-        ensure!(status.success(), "cannot choose the CPU that receives: `{script}` failed");
-        Ok(())
+        receive_on(&self.gateway, IN, yes.then_some(self.cpus[1]))
     }
 }
 
+/// Has what comes in by a device dealt with on this CPU; none for where it comes in.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn receive_on(namespace: &Namespace, device: &str, cpu: Option<usize>) -> Result<()> {
+    let mask = cpu.map_or(0, |cpu| 1u64 << cpu);
+    let script = format!("echo {mask:x} > /sys/class/net/{device}/queues/rx-0/rps_cpus");
+    // Unlike a command inside the namespace, it has a /sys that shows the namespace's devices.
+    let status = std::process::Command::new("ip")
+        .args(["netns", "exec", namespace.name(), "sh", "-c", &script])
+        .status()
+        .context("cannot run ip (Debian package iproute2)")?;
+    ensure!(status.success(), "cannot choose the CPU that receives: `{script}` failed");
+    Ok(())
+}
+
 /// The first two CPUs that this process may use.
-fn two_cpus() -> Result<[usize; 2]> {
+///
+/// # Errors
+/// When there is but one.
+pub fn two_cpus() -> Result<[usize; 2]> {
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let mut cpus = (0..nix::sched::CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
     match (cpus.next(), cpus.next()) {

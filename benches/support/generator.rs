@@ -11,10 +11,9 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
+use super::contenders::stay_on;
 use crate::support::Namespace;
 
 /// Most messages given to the kernel in one call.
@@ -194,9 +193,7 @@ impl Generator {
         let cpu = self.cpu;
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
-                let mut only = CpuSet::new();
-                only.set(cpu)?;
-                sched_setaffinity(Pid::from_raw(0), &only).context("cannot stay on one CPU")?;
+                stay_on(cpu)?;
                 let before = waited();
                 let sent = self.paced(rate, duration)?;
                 Ok(Sent { held_up: waited() - before, ..sent })

@@ -1,27 +1,25 @@
 //! BPF programs that only benchmarks use: compiled when a benchmark starts, and loaded.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use libbpf_cargo::SkeletonBuilder;
 use libbpf_rs::{Object, ObjectBuilder};
-use tempfile::TempDir;
 
 /// Compiles a program and loads it. The path is relative to the project's directory and ends in `.bpf.c`.
 ///
 /// # Errors
 /// With the compiler's complaint, or the verifier's.
 pub fn load(source: &Path) -> Result<Object> {
-    let (_directory, object) = compile(source)?;
-    let opened = ObjectBuilder::default().open_file(&object)?;
+    let opened = ObjectBuilder::default().open_memory(&compile(source)?)?;
     opened.load().with_context(|| format!("cannot load {}: this needs root", source.display()))
 }
 
-/// Compiles a program; the object is in the directory, which goes when it is dropped.
+/// Compiles a program: the contents of its object file.
 ///
 /// # Errors
 /// With the compiler's complaint.
-pub fn compile(source: &Path) -> Result<(TempDir, PathBuf)> {
+pub fn compile(source: &Path) -> Result<Vec<u8>> {
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
     let directory = tempfile::tempdir()?;
     let object = directory.path().join("program.o");
@@ -36,5 +34,5 @@ pub fn compile(source: &Path) -> Result<(TempDir, PathBuf)> {
         ]))
         .build()
         .with_context(|| format!("cannot compile {}: clang is needed (on Debian: `make deps`)", source.display()))?;
-    Ok((directory, object))
+    Ok(std::fs::read(&object)?)
 }
