@@ -234,7 +234,7 @@ struct lease {
  */
 
 /* PINS_VERSION changes when a pinned map gets another meaning; with other sizes a map is refused anyway. */
-#define PINS_VERSION 1
+#define PINS_VERSION 2
 
 #define NAME_LENGTH 64
 
@@ -243,10 +243,15 @@ struct listener_name {
 	char name[NAME_LENGTH];
 };
 
+/*
+ * What was inherited from earlier programs counts only once `absorbed` says whose it is: a daemon that is killed while it
+ * writes that down has inherited nothing, and the next one still finds those programs.
+ */
 enum ledger_kind {
-	LEDGER_LISTENER = 0,
-	LEDGER_DOWNSTREAM = 1,
-	LEDGER_FRAGMENTS = 2,
+	LEDGER_LISTENER = 0, /* inherited */
+	LEDGER_DOWNSTREAM = 1, /* counted by this program under ids that have been given to others since */
+	LEDGER_FRAGMENTS = 2, /* inherited */
+	LEDGER_INHERITED_DOWNSTREAM = 3,
 };
 
 struct ledger_key {
@@ -260,13 +265,14 @@ struct ledger_key {
 
 /*
  * Of a listener: forwarded, passed, bytes received, bytes forwarded, drops by reason, copies dropped by reason. Of a
- * downstream: packets, bytes. Of fragments: by enum fragment_count. To be added to what the maps count.
+ * downstream: packets, bytes; of LEDGER_DOWNSTREAM then 1 + the id whose counts have just been added and do not count
+ * themselves any more. Of fragments: by enum fragment_count. To be added to what the maps count.
  */
 struct ledger_entry {
 	__u64 words[LEDGER_WORDS];
 };
 
-#define ABSORBED 8
+#define ABSORBED 64
 
 /* Whose pins these are. Version and network namespace stay where they are in all versions. */
 struct pins_about {

@@ -22,6 +22,8 @@ run   | iproute2       | command:ip           | ip and tc: namespaces and networ
 run   | bpftool        | command:bpftool      | shows what the kernel has loaded; make vmlinux
 test  | ethtool        | command:ethtool      | switches checksum offload in network tests
 test  | nftables       | command:nft          | firewalls in network tests
+test  | faketime       | command:faketime     | a clock that jumps, in tests of faults
+test  | strace         | command:strace       | has system calls fail, and ends the daemon at one, in tests of faults
 test  | nfdump         | command:nfcapd       | collects NetFlow in tests with real programs
 test  | softflowd      | command:softflowd    | exports NetFlow in tests with real programs
 kernels | qemu-system-x86 | command:qemu-system-x86_64 | emulates the machines of make test-kernels

@@ -41,7 +41,7 @@ use crate::admission::{RateLimit, Sources};
 use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
 use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
-use crate::names;
+use crate::{names, open_files};
 
 /// Allowed `workers`.
 pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
@@ -409,6 +409,9 @@ fn explain(error: &io::Error) -> String {
             "permission denied; run as a user who may read it, or change its owner or mode".to_owned()
         }
         io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            open_files::explain(format!("cannot be read: {error}"))
+        }
         _ => format!("cannot be read: {error}; name another with --config"),
     }
 }

@@ -46,7 +46,7 @@ use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
-use crate::open_files;
+use crate::{logging, open_files};
 use crate::plan::Plan;
 
 const SIGNALS: Token = Token(0);
@@ -252,7 +252,7 @@ impl Daemon {
         let probe = self.health.next_deadline();
         let since_start = probe.into_iter().chain(self.sources.next_deadline()).min();
         let since_start = since_start.map(|due| self.started + due);
-        let others = self.reloading.due.into_iter().chain(self.service.due);
+        let others = self.reloading.due.into_iter().chain(self.service.due).chain(self.control.due());
         self.timers.next().into_iter().chain(others).chain(since_start).min()
     }
 
@@ -330,10 +330,11 @@ impl Daemon {
         self.resume_trace(now);
         self.feed_watchdog(now);
         self.look_at_config(now);
+        self.serve_waiting_clients(now);
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
         {
-            tracing::error!("{error:#}; trying again");
+            tracing::error!("{}; trying again", open_files::explain(format!("{error:#}")));
             self.timers.look_at_host = Some(now + crate::controller::RETRY);
         }
         if take_due(&mut self.timers.tick, now) {
@@ -345,6 +346,7 @@ impl Daemon {
             self.look_ahead();
             self.reloading.tend();
             self.tell_status();
+            tell_lost_lines();
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
@@ -406,7 +408,7 @@ impl Daemon {
         while let Some(event) = events.pop_front() {
             for action in self.controller.handle(event, self.started.elapsed()) {
                 match action {
-                    Action::Warn(text) => tracing::warn!("{text}"),
+                    Action::Warn(text) => tracing::warn!("{}", open_files::explain(text)),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
                     Action::Settled(outcome) => self.settled(outcome),
                     Action::Apply(plan) => {
@@ -424,7 +426,7 @@ impl Daemon {
                 match self.facts(&addresses) {
                     Ok(facts) => events.push_back(Event::Host(facts)),
                     Err(error) => {
-                        tracing::error!("{error:#}; trying again");
+                        tracing::error!("{}; trying again", open_files::explain(format!("{error:#}")));
                         self.timers.look_at_host = Some(Instant::now() + crate::controller::RETRY);
                     }
                 }
@@ -471,6 +473,8 @@ impl Daemon {
         if let Some((discovery, _)) = self.sources.discovery.take() {
             discovery.shutdown();
         }
+        // To take the program off takes a descriptor, which there may be none of but by this.
+        self.control.close();
         let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
         let user = self.user.shutdown();
         kernel.and(user)
@@ -482,6 +486,14 @@ fn fit_open_files(config: &Config) {
     match open_files::raise(config) {
         Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
         Err(error) => tracing::warn!("{error:#}"),
+    }
+}
+
+/// Says that the log has gaps, once there is no more of them.
+fn tell_lost_lines() {
+    let lines = logging::take_lost();
+    if lines > 0 {
+        tracing::warn!(lines, "lines of the log are lost: its disk was full, or its reader had gone or did not keep up");
     }
 }
 

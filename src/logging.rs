@@ -1,7 +1,12 @@
 //! The log: lines on standard error, as text or JSON.
 //!
 //! The surroundings (terminal, journal, environment) are looked at once, in [`init`]; what follows from them is decided
-//! by pure code. A log that cannot be written is lost and nothing else happens: forwarding datagrams matters more.
+//! by pure code. A log that cannot be written is lost and nothing else happens: forwarding datagrams matters more; [`stream`]
+//! sees to that.
+
+#[cfg(test)]
+pub(crate) mod capture;
+mod stream;
 
 use std::io::IsTerminal;
 
@@ -14,6 +19,8 @@ use tracing_subscriber::fmt::{self, MakeWriter};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::Registry;
 use tracing_subscriber::util::SubscriberInitExt;
+
+pub use self::stream::take_lost;
 
 /// What to log, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -110,7 +117,7 @@ fn is_journal(journal_stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool 
 /// When `RUST_LOG` makes no sense, or logging has been started before.
 pub fn init(options: Options) -> anyhow::Result<()> {
     let surroundings = Surroundings::of_process()?;
-    subscriber(options, &surroundings, std::io::stderr)?.try_init().context("cannot start logging")
+    subscriber(options, &surroundings, stream::Lines::new(std::io::stderr()))?.try_init().context("cannot start logging")
 }
 
 fn subscriber<W>(

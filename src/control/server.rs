@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{fs, mem};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -21,6 +22,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{Request, Response};
 use super::trace::Watch;
+use crate::open_files;
 
 /// Clients at one time.
 pub const CONNECTIONS: usize = 16;
@@ -30,6 +32,9 @@ pub const TOKENS: usize = CONNECTIONS + 1;
 const UNREAD: usize = 256 * 1024;
 /// Longest request, in bytes.
 const REQUEST: usize = 4096;
+/// How long after a refused `accept` it is tried again: mostly there are no descriptors left. The kernel tells of a client
+/// once, so nothing else would bring the waiting ones back to mind.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(500);
 
 /// The socket and its clients. Dropping it removes the socket.
 #[derive(Debug)]
@@ -43,6 +48,8 @@ pub struct Server {
     connections: Slab<Connection>,
     /// Counts what clients have done, to tell who has been silent the longest.
     turn: u64,
+    /// When clients that could not be accepted are tried again; none while all could.
+    again: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -101,6 +108,7 @@ impl Server {
             first: first.0,
             connections: Slab::with_capacity(CONNECTIONS),
             turn: 0,
+            again: None,
         };
         registry.register(&mut server.listener, first, Interest::READABLE).context("cannot watch the status socket")?;
         Ok(server)
@@ -116,6 +124,19 @@ impl Server {
     #[must_use]
     pub fn owns(&self, token: Token) -> bool {
         (self.first..self.first + TOKENS).contains(&token.0)
+    }
+
+    /// When [`on_timer`](Self::on_timer) is to be called, if at all.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.again
+    }
+
+    /// Tries again to accept those who could not be.
+    pub fn on_timer(&mut self, now: Instant) {
+        if self.again.is_some_and(|due| due <= now) {
+            self.accept();
+        }
     }
 
     /// Takes in what has come, and answers what is complete.
@@ -168,12 +189,9 @@ impl Server {
         loop {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return self.all_accepted(),
                 Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
-                Err(error) => {
-                    tracing::warn!("cannot take a connection to the status socket: {error}");
-                    return;
-                }
+                Err(error) => return self.not_accepted(&error),
             };
             if self.connections.len() == CONNECTIONS
                 && let Some(silent) = self.connections.iter().min_by_key(|(_, c)| c.turn).map(|(key, _)| key)
@@ -191,6 +209,19 @@ impl Server {
                 tracing::warn!("cannot watch a connection to the status socket: {error}");
                 self.connections.remove(key);
             }
+        }
+    }
+
+    fn all_accepted(&mut self) {
+        if self.again.take().is_some() {
+            tracing::info!("connections to the status socket are accepted again");
+        }
+    }
+
+    fn not_accepted(&mut self, error: &io::Error) {
+        if self.again.replace(Instant::now() + ACCEPT_AGAIN).is_none() {
+            let error = open_files::explain(error.to_string());
+            tracing::warn!(error, "cannot accept connections to the status socket, trying again");
         }
     }
 

@@ -1,6 +1,7 @@
 //! The status socket's place in the daemon: where it is, and what becomes of it when the configuration changes.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::Result;
 use mio::{Registry, Token};
@@ -51,6 +52,11 @@ impl Control {
         self.server.as_ref().is_some_and(|server| server.owns(token))
     }
 
+    /// When [`Daemon::serve_waiting_clients`] is to be called, if at all.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.server.as_ref().and_then(Server::due)
+    }
+
     /// The socket that takes this one's place under a new configuration; none if it stays.
     ///
     /// # Errors
@@ -85,6 +91,11 @@ impl Control {
         }
     }
 
+    /// Takes the socket away, and lets go of its clients.
+    pub(super) fn close(&mut self) {
+        self.server = None;
+    }
+
     /// Puts it in place. Clients of the one before are let go of.
     pub(super) fn succeed(&mut self, server: Server) {
         self.first = self.other_tokens();
@@ -93,6 +104,13 @@ impl Control {
 }
 
 impl Daemon {
+    /// Tries again to accept clients that could not be.
+    pub(super) fn serve_waiting_clients(&mut self, now: Instant) {
+        if let Some(server) = &mut self.control.server {
+            server.on_timer(now);
+        }
+    }
+
     pub(super) fn control_event(&mut self, token: Token) {
         if let Some(mut server) = self.control.server.take() {
             server.on_event(token, |request| self.respond(request));

@@ -29,7 +29,7 @@ fn logged(options: Options, surroundings: &Surroundings, events: impl FnOnce()) 
     let captured = Captured::default();
     let writer = captured.clone();
     let subscriber = subscriber(options, surroundings, move || writer.clone()).expect("a subscriber");
-    tracing::subscriber::with_default(subscriber, events);
+    capture::with(subscriber, events);
     captured.text()
 }
 

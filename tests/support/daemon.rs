@@ -373,7 +373,9 @@ impl Daemon {
             if Instant::now() > deadline {
                 bail!("the daemon is not ready; its log so far:\n{}", self.log());
             }
-            if self.next_line(ASK_AGAIN) == Err(RecvTimeoutError::Disconnected) {
+            let no_more_lines = self.next_line(ASK_AGAIN) == Err(RecvTimeoutError::Disconnected);
+            // Its log may also go elsewhere than to us.
+            if no_more_lines && cleanup::wait_readable(&cleanup::pidfd(self.pid())?, ASK_AGAIN) {
                 let status = self.wait()?;
                 bail!("the daemon ended with {status}:\n{}", self.log);
             }

@@ -154,7 +154,8 @@ impl Attachment {
         self.way
     }
 
-    /// True while the program on the interface is the one that was attached here.
+    /// True while the program on the interface is the one that was attached here. Also while that cannot be found out for
+    /// lack of descriptors, which is no reason to believe anything else.
     #[must_use]
     pub fn in_place(&self) -> bool {
         match self.way {
@@ -246,9 +247,11 @@ impl Attachment {
     }
 
     fn filter_in_place(&self) -> bool {
-        hook(self.program.as_fd(), self.link.index)
-            .and_then(|mut hook| Ok(hook.query()?))
-            .is_ok_and(|id| id == self.program_id)
+        match hook(self.program.as_fd(), self.link.index).and_then(|mut hook| Ok(hook.query()?)) {
+            Ok(id) => id == self.program_id,
+            // The question takes a socket. Where there is one, the answer was that no filter is there.
+            Err(_) => UnixDatagram::unbound().is_err(),
+        }
     }
 
     fn take_off_filter(&mut self) -> Result<()> {

@@ -3,8 +3,11 @@
 //! The program counts by number. What the numbers mean only its daemon knows, so that writes it down: `names` and
 //! `owners`. What cannot be counted under a number, because it was counted by an earlier program or the number has been
 //! given to somebody else, is in `ledger`, to be added. All three are written by user space alone.
+//!
+//! A daemon may be killed between any two writes, so whatever takes several of them has one that decides: until then the
+//! next daemon counts as before them, and from then on as after them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
@@ -12,7 +15,8 @@ use libbpf_rs::{MapCore, MapHandle};
 
 use super::maps::{MappedArray, address_of, bytes_of, look_up, mapped_words, store, sum_over_cpus, value_of};
 use super::skel::{
-    DROP_REASONS, LEDGER_DOWNSTREAM, LEDGER_FRAGMENTS, LEDGER_LISTENER, LEDGER_WORDS, Loaded, NAME_LENGTH, types,
+    DROP_REASONS, LEDGER_DOWNSTREAM, LEDGER_FRAGMENTS, LEDGER_INHERITED_DOWNSTREAM, LEDGER_LISTENER, LEDGER_WORDS, Loaded,
+    NAME_LENGTH, types,
 };
 use crate::model::{DropReason, ListenerCounters, ListenerId};
 
@@ -40,6 +44,8 @@ pub struct Maps<'a> {
     pub owners: &'a MapHandle,
     /// What was counted before.
     pub ledger: &'a MapHandle,
+    /// What the ledger says of earlier programs is complete, and theirs no longer counts.
+    pub inherited: bool,
 }
 
 /// All that has been counted, by name.
@@ -66,32 +72,45 @@ impl Account {
             add(account.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), listener_words(maps, id)?);
             names.insert(id, name);
         }
+        let settled = account.add_ledger(maps, &names)?;
         let owners: MappedArray<u32> = MappedArray::new(maps.owners)?;
-        for id in 0..owners.entries() {
+        for id in (0..owners.entries()).filter(|id| !settled.contains(id)) {
             let Some(name) = owners.read(id).checked_sub(1).and_then(|owner| names.get(&owner)) else { continue };
             let entry: types::downstream =
                 look_up(maps.downstreams, &id)?.with_context(|| format!("there is no downstream {id}"))?;
             let key = (name.clone(), address_of(entry.addr_be, entry.port_be));
             add(account.downstreams.entry(key).or_default(), sum_over_cpus(maps.downstream_stats, id)?);
         }
-        account.fragments = fragments(maps.fragment_stats)?;
+        add(&mut account.fragments, fragments(maps.fragment_stats)?);
+        Ok(account)
+    }
+
+    /// Adds what is in the ledger. Returns the ids whose own counts are in there already.
+    fn add_ledger(&mut self, maps: &Maps<'_>, names: &BTreeMap<u32, String>) -> Result<BTreeSet<u32>> {
+        let mut settled = BTreeSet::new();
         for key in maps.ledger.keys() {
             let key: types::ledger_key = value_of(&key).context("the ledger's keys have another size")?;
             let Some(types::ledger_entry { words }) = look_up(maps.ledger, &key)? else { continue };
             let name = names.get(&key.listener);
             match (key.kind, name) {
-                (LEDGER_LISTENER, Some(name)) => {
-                    add(account.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), words);
+                (LEDGER_LISTENER, Some(name)) if maps.inherited => {
+                    add(self.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), words);
                 }
-                (LEDGER_DOWNSTREAM, Some(name)) => {
+                (LEDGER_FRAGMENTS, _) if maps.inherited => add(&mut self.fragments, [words[0], words[1]]),
+                (LEDGER_DOWNSTREAM | LEDGER_INHERITED_DOWNSTREAM, Some(name)) => {
+                    if key.kind == LEDGER_INHERITED_DOWNSTREAM && !maps.inherited {
+                        continue;
+                    }
+                    if key.kind == LEDGER_DOWNSTREAM {
+                        settled.extend(words[2].checked_sub(1).and_then(|id| u32::try_from(id).ok()));
+                    }
                     let key = (name.clone(), address_of(key.addr_be, key.port_be));
-                    add(account.downstreams.entry(key).or_default(), [words[0], words[1]]);
+                    add(self.downstreams.entry(key).or_default(), [words[0], words[1]]);
                 }
-                (LEDGER_FRAGMENTS, _) => add(&mut account.fragments, [words[0], words[1]]),
                 _ => {}
             }
         }
-        Ok(account)
+        Ok(settled)
     }
 
     /// Adds another account to this one.
@@ -120,6 +139,7 @@ impl<'a> Maps<'a> {
             names: &loaded.names,
             owners: &loaded.owners,
             ledger: &loaded.ledger,
+            inherited: true,
         }
     }
 }
@@ -196,8 +216,10 @@ fn name_of(names: &MapHandle, id: u32) -> Result<Option<String>> {
 pub enum Item {
     /// A listener.
     Listener(ListenerId),
-    /// A downstream of a listener.
+    /// A downstream of a listener, as far as this program has counted it.
     Downstream(ListenerId, SocketAddr),
+    /// A downstream of a listener, as far as earlier programs have counted it.
+    Inherited(ListenerId, SocketAddr),
     /// Fragments.
     Fragments,
 }
@@ -205,14 +227,16 @@ pub enum Item {
 impl Item {
     fn key(self) -> types::ledger_key {
         let key = types::ledger_key { addr_be: [0; 4], port_be: 0, kind: LEDGER_FRAGMENTS, listener: 0 };
+        let downstream = |kind, ListenerId(listener), address: SocketAddr| types::ledger_key {
+            addr_be: mapped_words(address.ip()),
+            port_be: address.port().to_be(),
+            kind,
+            listener,
+        };
         match self {
             Item::Listener(ListenerId(listener)) => types::ledger_key { kind: LEDGER_LISTENER, listener, ..key },
-            Item::Downstream(ListenerId(listener), address) => types::ledger_key {
-                addr_be: mapped_words(address.ip()),
-                port_be: address.port().to_be(),
-                kind: LEDGER_DOWNSTREAM,
-                listener,
-            },
+            Item::Downstream(listener, address) => downstream(LEDGER_DOWNSTREAM, listener, address),
+            Item::Inherited(listener, address) => downstream(LEDGER_INHERITED_DOWNSTREAM, listener, address),
             Item::Fragments => key,
         }
     }

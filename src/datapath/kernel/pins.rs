@@ -264,7 +264,19 @@ impl Left {
         else {
             bail!("they are incomplete")
         };
-        Ok(Maps { stats, drops, copy_drops, downstream_stats, fragment_stats, downstreams, names, owners, ledger })
+        let inherited = content.about.absorbed_count > 0;
+        Ok(Maps {
+            stats,
+            drops,
+            copy_drops,
+            downstream_stats,
+            fragment_stats,
+            downstreams,
+            names,
+            owners,
+            ledger,
+            inherited,
+        })
     }
 
     /// True if its ledger has the counts of this program already.
@@ -286,7 +298,8 @@ impl Left {
     }
 }
 
-/// Writes down that these programs' counts are in the ledger.
+/// Writes down that these programs' counts are in the ledger, all of them: from then on that counts, and no longer what is
+/// pinned with them.
 ///
 /// # Errors
 /// When the kernel refuses.

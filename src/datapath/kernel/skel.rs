@@ -62,7 +62,7 @@ pub const DOWNSTREAM_MACS: u32 = 2;
 pub const DOWNSTREAM_BARE: u32 = 4;
 
 /// `PINS_VERSION`.
-pub const PINS_VERSION: u32 = 1;
+pub const PINS_VERSION: u32 = 2;
 /// `NAME_LENGTH`.
 pub const NAME_LENGTH: usize = 64;
 /// `LEDGER_WORDS`.
@@ -73,8 +73,10 @@ pub const LEDGER_LISTENER: u16 = 0;
 pub const LEDGER_DOWNSTREAM: u16 = 1;
 /// `LEDGER_FRAGMENTS`.
 pub const LEDGER_FRAGMENTS: u16 = 2;
+/// `LEDGER_INHERITED_DOWNSTREAM`.
+pub const LEDGER_INHERITED_DOWNSTREAM: u16 = 3;
 /// `ABSORBED`.
-pub const ABSORBED: usize = 8;
+pub const ABSORBED: usize = 64;
 
 /// `enum policy`: how the program computes the place in a table.
 #[must_use]
@@ -396,6 +398,7 @@ mod tests {
             ("LEDGER_LISTENER", LEDGER_LISTENER),
             ("LEDGER_DOWNSTREAM", LEDGER_DOWNSTREAM),
             ("LEDGER_FRAGMENTS", LEDGER_FRAGMENTS),
+            ("LEDGER_INHERITED_DOWNSTREAM", LEDGER_INHERITED_DOWNSTREAM),
         ] {
             assert_eq!(value(name), u64::from(kind), "{name}");
         }

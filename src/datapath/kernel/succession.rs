@@ -7,8 +7,8 @@
 //! The new daemon always brings a program and maps of its own, so that versions need to agree on nothing but the few maps
 //! with counters. Until all that has succeeded the old one can have its place back. The new program's counters are its own
 //! from zero on; what was counted before is kept in `bases`, in the tables' settled counts, and, for the next daemon, in the
-//! map `ledger`. A daemon that is killed while it writes there may leave the old counts to be added once more; datagrams
-//! are not concerned.
+//! map `ledger`. What is written there counts from one write on ([`pins::note_absorbed`]), and as long as that has not been
+//! made, the old programs' pins are there and count. So a daemon may be killed at any moment of all this.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -273,7 +273,7 @@ impl KernelDatapath {
         }
         for ((name, address), counted) in downstreams {
             let Some(&id) = ids.get(name.as_str()) else { continue };
-            self.tables.add_settled(&self.loaded, (id, address), counted)?;
+            self.tables.inherit(&self.loaded, (id, address), counted)?;
         }
         books::add(&mut self.line.fragments, fragments);
         books::enter(&self.loaded, Item::Fragments, &self.line.fragments)

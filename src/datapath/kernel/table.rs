@@ -34,6 +34,8 @@ pub struct Tables {
     retired: Vec<(u32, Endpoint)>,
     /// Counts of ids that have been reused since.
     settled: BTreeMap<Endpoint, [u64; 2]>,
+    /// What earlier programs have counted.
+    inherited: BTreeMap<Endpoint, [u64; 2]>,
 }
 
 /// One listener's table.
@@ -62,6 +64,7 @@ impl Tables {
             current: BTreeMap::new(),
             retired: Vec::new(),
             settled: BTreeMap::new(),
+            inherited: BTreeMap::new(),
         })
     }
 
@@ -144,27 +147,55 @@ impl Tables {
 
     /// Forgets the settled counts of all others.
     fn keep_settled(&mut self, loaded: &Loaded, keep: impl Fn(&Endpoint) -> bool) {
-        self.settled.retain(|key, _| {
+        let kept = |key: &Endpoint, item: fn(ListenerId, SocketAddr) -> Item| {
             let stays = keep(key);
             if !stays {
-                books::strike(loaded, Item::Downstream(key.0, key.1));
+                books::strike(loaded, item(key.0, key.1));
             }
             stays
-        });
+        };
+        self.settled.retain(|key, _| kept(key, Item::Downstream));
+        self.inherited.retain(|key, _| kept(key, Item::Inherited));
     }
 
-    /// Adds to the counts of a downstream what was counted elsewhere, if a table names it.
+    fn names(&self, key: &Endpoint) -> bool {
+        let named = |table: &Table| table.targets.iter().any(|(target, _)| target.downstream.address == key.1);
+        self.current.get(&key.0).is_some_and(named)
+    }
+
+    /// Adds to the counts of a downstream what earlier programs have counted, if a table names it.
     ///
     /// # Errors
     /// When it cannot be written down for the next daemon.
-    pub fn add_settled(&mut self, loaded: &Loaded, key: Endpoint, counted: [u64; 2]) -> Result<()> {
-        let named = |table: &Table| table.targets.iter().any(|(target, _)| target.downstream.address == key.1);
-        if !self.current.get(&key.0).is_some_and(named) {
+    pub fn inherit(&mut self, loaded: &Loaded, key: Endpoint, counted: [u64; 2]) -> Result<()> {
+        if !self.names(&key) {
             return Ok(());
         }
-        let sum = self.settled.entry(key).or_default();
+        let sum = self.inherited.entry(key).or_default();
         books::add(sum, counted);
-        books::enter(loaded, Item::Downstream(key.0, key.1), sum)
+        books::enter(loaded, Item::Inherited(key.0, key.1), sum)
+    }
+
+    /// Moves what the last of the retired ids has counted to where it stays, if a table still names the downstream, and makes
+    /// the id ready for another. Whenever this fails or the daemon ends, each datagram counts once: from the first write on
+    /// the id does not count itself for the next daemon, and for this one as soon as its counters are zero.
+    fn settle(&mut self, loaded: &Loaded, (number, key): (u32, Endpoint)) -> Result<()> {
+        let item = Item::Downstream(key.0, key.1);
+        let mut sum = self.settled.get(&key).copied().unwrap_or_default();
+        let named = self.names(&key);
+        if named {
+            books::add(&mut sum, sum_over_cpus(&loaded.downstream_stats, number)?);
+            books::enter(loaded, item, &[sum[0], sum[1], u64::from(number) + 1])?;
+        }
+        self.owners.write(number, 0);
+        zero_on_all_cpus(&loaded.next_hops, number)?;
+        zero_on_all_cpus(&loaded.downstream_stats, number)?;
+        self.retired.pop();
+        if !named {
+            return Ok(());
+        }
+        self.settled.insert(key, sum);
+        books::enter(loaded, item, &sum)
     }
 
     /// Datagrams and bytes handed to each downstream that a table names.
@@ -176,7 +207,7 @@ impl Tables {
         for (&id, table) in &self.current {
             for (target, number) in &table.targets {
                 let key = (id, target.downstream.address);
-                let sum = sums.entry(key).or_insert_with(|| self.settled.get(&key).copied().unwrap_or_default());
+                let sum = sums.entry(key).or_insert_with(|| self.counted_elsewhere(&key));
                 books::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
             }
         }
@@ -186,6 +217,13 @@ impl Tables {
             }
         }
         Ok(sums)
+    }
+
+    /// What was counted of a downstream, but not under an id that still counts for it.
+    fn counted_elsewhere(&self, key: &Endpoint) -> [u64; 2] {
+        let mut sum = self.settled.get(key).copied().unwrap_or_default();
+        books::add(&mut sum, self.inherited.get(key).copied().unwrap_or_default());
+        sum
     }
 
     /// The plan's targets with their ids: the old id where nothing has changed, else a new one, written but not yet
@@ -253,13 +291,8 @@ impl Tables {
     /// Waits until nothing reads what has been retired, settles its counters and frees it.
     fn reclaim(&mut self, loaded: &Loaded) -> Result<()> {
         wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
-        while let Some(&(number, key)) = self.retired.last() {
-            let counted = sum_over_cpus(&loaded.downstream_stats, number)?;
-            self.add_settled(loaded, key, counted)?;
-            self.owners.write(number, 0);
-            zero_on_all_cpus(&loaded.downstream_stats, number)?;
-            zero_on_all_cpus(&loaded.next_hops, number)?;
-            self.retired.pop();
+        while let Some(&last) = self.retired.last() {
+            self.settle(loaded, last)?;
         }
         self.slot_arena.release();
         self.id_arena.release();

@@ -9,6 +9,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::*;
 use crate::health::settings::Protocol;
 use crate::health::state::{Action, Event};
+use crate::logging::capture;
 
 const A: ListenerId = ListenerId(0);
 const B: ListenerId = ListenerId(1);
@@ -38,6 +39,7 @@ struct Bench {
 
 impl Bench {
     fn set(&mut self, watches: &[Watch]) {
+        capture::prepare();
         let targets = self.listeners.replace(watches);
         let monitor = self.monitor.get_or_insert_with(|| Monitor::new(10));
         let actions = monitor.handle(Event::Targets(targets), self.now);
@@ -104,7 +106,7 @@ fn logged(work: impl FnOnce()) -> Vec<String> {
         .with_ansi(false)
         .with_max_level(tracing::Level::INFO)
         .finish();
-    tracing::subscriber::with_default(subscriber, work);
+    capture::with(subscriber, work);
     let bytes = log.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
     String::from_utf8(bytes).unwrap().lines().map(|line| line.trim().to_owned()).collect()
 }

@@ -20,10 +20,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::Limits;
 use super::answer::Site;
+use crate::open_files;
 
 /// Pause after a refused `accept`, which would otherwise be refused again at once: mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -38,13 +39,16 @@ pub(super) async fn accept(listener: TcpListener, site: Arc<Site>, limits: Limit
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                failing = false;
+                if std::mem::take(&mut failing) {
+                    info!("connections for metrics are accepted again");
+                }
                 connections.make_room().await;
                 connections.add(stream, Arc::clone(&site));
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    warn!(%error, "cannot accept a connection for metrics; trying again");
+                    let error = open_files::explain(error.to_string());
+                    warn!(error, "cannot accept connections for metrics, trying again");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -1,0 +1,132 @@
+//! What happens around a daemon at work that should not: its log cannot be written, descriptors run out, the clock jumps, the
+//! kernel refuses what it is asked for, the daemon is killed at the worst moment. Datagrams flow on and are counted once.
+//!
+//! Elsewhere: netlink's overruns in `netns_host.rs`, interfaces that come and go in `netns_delivery/attach.rs`, clients that do
+//! not read in `http.rs` and `src/control/server/tests.rs`, a thousand reloads in `netns_reload/edits.rs`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
+#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
+
+#[path = "netns_faults/clock.rs"]
+mod clock;
+#[path = "netns_faults/descriptors.rs"]
+mod descriptors;
+#[path = "netns_faults/killed.rs"]
+mod killed;
+#[path = "netns_faults/logs.rs"]
+mod logs;
+#[path = "netns_faults/maps.rs"]
+mod maps;
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Place, Sender, cleanup};
+
+/// How long anything may take before a test fails. Nothing waits that long otherwise.
+const LIMIT: Duration = Duration::from_secs(30);
+const MODES: [&str; 2] = ["tc_ebpf", "userspace"];
+
+/// The program under test.
+fn binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
+}
+
+fn lab() -> Lab {
+    Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap()
+}
+
+/// The lab's usual configuration; only SIGHUP is a reason to read it again.
+fn config(lab: &Lab, mode: &str) -> DaemonConfig {
+    let mut config = DaemonConfig::for_lab(lab, mode);
+    config.head = "watch_config = false\n".to_owned();
+    config
+}
+
+/// Starts the daemon behind these words, which become the rest of its line.
+fn start_behind(lab: &Lab, before: &[&str], config: &DaemonConfig) -> Daemon {
+    Daemon::start_behind(&lab.gateway, before, binary(), config).unwrap()
+}
+
+/// Sends so many datagrams to the listener, all of which must arrive, once.
+fn exchange(lab: &Lab, count: u64) {
+    let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
+    let mut sender = Sender::in_lab(lab).unwrap();
+    sender.send(count, &collectors).unwrap();
+    let report = collectors.finish(&[&sender]).unwrap();
+    assert!(report.is_complete() && report.duplicated == 0, "{report}");
+}
+
+fn metrics(lab: &Lab) -> Metrics {
+    Metrics::scrape(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/metrics").unwrap()
+}
+
+/// What is counted of the lab's listener: received, forwarded; and its downstreams' sum.
+fn counted(lab: &Lab) -> (u64, u64, u64) {
+    let page = metrics(lab);
+    let labels = [("listener", "lab")];
+    let sum = |what: &str| page.sum(&format!("udp_fanout_{what}_total"), &labels);
+    (sum("packets_received"), sum("packets_forwarded"), sum("downstream_packets"))
+}
+
+/// Waits until that many datagrams are counted as what they are. A worker writes a batch down once it has sent it, which may
+/// be a moment after it has arrived.
+fn wait_until_counted(lab: &Lab, count: u64) {
+    let deadline = std::time::Instant::now() + LIMIT;
+    loop {
+        let seen = counted(lab);
+        if seen == (count, count, count) {
+            return;
+        }
+        assert!(seen.0 <= count && seen.1 <= count && seen.2 <= count, "{seen:?}, and {count} have been sent");
+        assert!(std::time::Instant::now() < deadline, "{seen:?}, and {count} have been sent");
+    }
+}
+
+/// Asks the daemon at this socket for its status.
+fn status(lab: &Lab, socket: &Path) -> Output {
+    let mut command = lab.gateway.command(binary());
+    command.args(["status", "--json", "--interval", "0.1", "--socket"]).arg(socket);
+    command.output().unwrap()
+}
+
+/// A directory for pins of one test's own, removed with it.
+struct Pins(PathBuf);
+
+impl Pins {
+    fn new() -> Pins {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // With a directory of its own around it: neighbours are looked at.
+        let around = format!("{}/{}{}-{number}", cleanup::BPF_FS, cleanup::DIRECTORY_PREFIX, std::process::id());
+        cleanup::arm().unwrap();
+        let mut registry = cleanup::registry();
+        fs::create_dir(&around).unwrap();
+        registry.add_directory(Path::new(&around));
+        Pins(around.into())
+    }
+
+    /// The directories of programs.
+    fn programs(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.0.join("pins")).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// The lab's usual configuration, with a program that stays.
+    fn config(&self, lab: &Lab) -> DaemonConfig {
+        let mut config = config(lab, "tc_ebpf");
+        config.head += &format!("on_exit = \"keep\"\npin_path = {:?}\n", self.0.join("pins"));
+        config
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let mut registry = cleanup::registry();
+        let _ = fs::remove_dir_all(&self.0);
+        registry.forget_directory(&self.0);
+    }
+}
