@@ -46,8 +46,8 @@ use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
-use crate::{logging, open_files};
 use crate::plan::Plan;
+use crate::{logging, open_files};
 
 const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
@@ -493,7 +493,10 @@ fn fit_open_files(config: &Config) {
 fn tell_lost_lines() {
     let lines = logging::take_lost();
     if lines > 0 {
-        tracing::warn!(lines, "lines of the log are lost: its disk was full, or its reader had gone or did not keep up");
+        tracing::warn!(
+            lines,
+            "lines of the log are lost: its disk was full, or its reader had gone or did not keep up"
+        );
     }
 }
 

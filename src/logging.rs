@@ -117,7 +117,9 @@ fn is_journal(journal_stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool 
 /// When `RUST_LOG` makes no sense, or logging has been started before.
 pub fn init(options: Options) -> anyhow::Result<()> {
     let surroundings = Surroundings::of_process()?;
-    subscriber(options, &surroundings, stream::Lines::new(std::io::stderr()))?.try_init().context("cannot start logging")
+    subscriber(options, &surroundings, stream::Lines::new(std::io::stderr()))?
+        .try_init()
+        .context("cannot start logging")
 }
 
 fn subscriber<W>(

@@ -113,7 +113,8 @@ mod tests {
     #[test]
     fn an_error_for_lack_of_descriptors_says_what_to_do() {
         let words = |errno: i32| explain(format!("cannot open it: {}", std::io::Error::from_raw_os_error(errno)));
-        let fix = "; raise the limit of open files (LimitNOFILE= in the unit; `prlimit --nofile` for a daemon that runs)";
+        let fix =
+            "; raise the limit of open files (LimitNOFILE= in the unit; `prlimit --nofile` for a daemon that runs)";
         assert_eq!(words(nix::libc::EMFILE), format!("cannot open it: Too many open files (os error 24){fix}"));
         assert!(words(nix::libc::ENFILE).ends_with("(os error 23); raise the sysctl fs.file-max"));
         assert_eq!(words(nix::libc::EPERM), "cannot open it: Operation not permitted (os error 1)");

@@ -59,6 +59,8 @@ pub struct KernelDatapath {
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
+    /// Those of which the kernel may have more or less than that, because it has refused something on the way.
+    unfinished: BTreeSet<ListenerId>,
     setup: Setup,
     line: Line,
 }
@@ -121,6 +123,7 @@ impl KernelDatapath {
             addresses: BTreeSet::new(),
             loaded,
             programmed: BTreeMap::new(),
+            unfinished: BTreeSet::new(),
             setup: *setup,
             line,
         })
@@ -267,6 +270,7 @@ impl KernelDatapath {
             return Ok(());
         }
         let keys = self.keys.iter().filter(|(_, (owner, _))| ids.contains(owner)).map(|(&address, _)| address);
+        self.unfinished.extend(ids);
         for address in keys.collect::<Vec<_>>() {
             self.remove_key(address)?;
         }
@@ -286,6 +290,7 @@ impl KernelDatapath {
             zero_on_all_cpus(&self.loaded.copy_drops, id.0 * DROP_REASONS + offset)?;
         }
         self.programmed.remove(&id);
+        self.unfinished.remove(&id);
         Ok(())
     }
 
@@ -313,15 +318,18 @@ impl Datapath for KernelDatapath {
         let others = others.map(|listener| listener.id).collect();
         self.forget(&others)?;
         for &listener in &ours {
-            if self.programmed.get(&listener.id) != Some(listener) {
+            if self.programmed.get(&listener.id) != Some(listener) || self.unfinished.contains(&listener.id) {
+                self.unfinished.insert(listener.id);
                 self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
                 self.programmed.insert(listener.id, listener.clone());
+                self.unfinished.remove(&listener.id);
             }
         }
         self.apply_keys(&ours)?;
         self.apply_links(&ours, plan.attach)?;
         let wanted: BTreeSet<ListenerId> = ours.iter().map(|listener| listener.id).collect();
-        let gone = self.programmed.keys().copied().filter(|id| !wanted.contains(id)).collect();
+        let there = self.programmed.keys().chain(&self.unfinished).copied();
+        let gone = there.filter(|id| !wanted.contains(id)).collect();
         self.forget(&gone)?;
         self.admissions.sweep(&self.loaded)
     }

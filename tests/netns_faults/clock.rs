@@ -97,7 +97,10 @@ fn netns_a_clock_that_jumps_changes_nothing() {
             probes = probed;
             assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &[]), 0, "{offset}");
             let uptime = uptime(&lab, &daemon);
-            assert!(uptime <= start.elapsed().as_secs_f64() + crate::LIMIT.as_secs_f64(), "{offset}: up for {uptime} s");
+            assert!(
+                uptime <= start.elapsed().as_secs_f64() + crate::LIMIT.as_secs_f64(),
+                "{offset}: up for {uptime} s"
+            );
         }
         // And who really does not answer is found out about.
         clock.set("-7300d");
@@ -115,8 +118,13 @@ fn netns_a_clock_that_jumps_changes_nothing() {
 }
 
 /// Where the wall clock is read: for people to look at, and for nothing else.
-const FOR_PEOPLE: [&str; 5] =
-    ["src/event_loop.rs", "src/event_loop/reload.rs", "src/event_loop/trace.rs", "src/metrics/render.rs", "src/metrics/snapshot.rs"];
+const FOR_PEOPLE: [&str; 5] = [
+    "src/event_loop.rs",
+    "src/event_loop/reload.rs",
+    "src/event_loop/trace.rs",
+    "src/metrics/render.rs",
+    "src/metrics/snapshot.rs",
+];
 /// What reads the wall clock, or one that goes on while the machine sleeps, in user space and in the kernel program.
 const WALL_CLOCKS: [&str; 8] = [
     "SystemTime",

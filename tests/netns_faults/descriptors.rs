@@ -52,7 +52,11 @@ fn client(lab: &Lab) -> TcpStream {
 
 /// How often the daemon has tried to accept a connection in vain, by what strace has written.
 fn vain(trace: &Path) -> usize {
-    fs::read_to_string(trace).unwrap().lines().filter(|line| line.contains("accept4(") && line.contains("EMFILE")).count()
+    fs::read_to_string(trace)
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains("accept4(") && line.contains("EMFILE"))
+        .count()
 }
 
 #[test]

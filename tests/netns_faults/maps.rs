@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Sender};
-use crate::{Pins, config, counted, exchange, lab, start_behind, wait_until_counted};
+use crate::{Pins, config, counted, lab, start_behind, wait_until_counted};
 
 /// A tracer that has system calls of a daemon at work fail, or ends it at one. It lets go of the daemon when dropped.
 pub struct Tracer {
@@ -56,18 +56,22 @@ impl Drop for Tracer {
     }
 }
 
-/// Another policy, one receiver fewer, a rule about senders, a second listener.
-fn other(before: &DaemonConfig) -> DaemonConfig {
-    let mut other = before.clone();
-    let mut second = other.listeners[0].clone();
+/// A configuration, and whom it lets have how many of 40 datagrams.
+type Shares = (DaemonConfig, [u64; 2]);
+
+/// The usual one; and another policy, one receiver fewer, a rule about senders, a second listener.
+fn small_and_large(lab: &Lab) -> (Shares, Shares) {
+    let small = config(lab, "tc_ebpf");
+    let mut large = small.clone();
+    let mut second = large.listeners[0].clone();
     (second.name, second.bind) = ("second".into(), "10.0.0.1:9125".into());
-    other.listeners[0].downstreams.pop();
-    other.listeners[0].extra = "policy = \"hash\"\nsources.allow = \"10.0.0.0/24\"".into();
-    other.listeners.push(second);
-    other
+    large.listeners[0].downstreams.pop();
+    large.listeners[0].extra = "policy = \"hash\"\nsources.allow = \"10.0.0.0/24\"".into();
+    large.listeners.push(second);
+    ((small, [20, 20]), (large, [40, 0]))
 }
 
-/// Who gets how many of some datagrams, all of which must arrive.
+/// Who gets how many of 40 datagrams, all of which must arrive.
 fn shares(lab: &Lab) -> Vec<u64> {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -77,38 +81,47 @@ fn shares(lab: &Lab) -> Vec<u64> {
     report.counts()
 }
 
-#[test]
-fn netns_whatever_the_kernel_refuses_a_configuration_is_followed_whole_or_not_at_all() {
-    let lab = lab();
-    let small = config(&lab, "tc_ebpf");
-    let mut daemon = start_behind(&lab, &[], &small);
+/// Goes from one configuration to another as often as it takes for each call to be refused once. Returns how often the new
+/// configuration was refused.
+fn refuse_each_call(lab: &Lab, before: &Shares, after: &Shares) -> u32 {
+    let mut daemon = start_behind(lab, &[], &before.0);
     let (mut refused, mut sent) = (0, 0);
     for nth in 1.. {
-        daemon.write_config(&other(&small).to_toml()).unwrap();
+        daemon.write_config(&after.0.to_toml()).unwrap();
         let tracer = Tracer::attach(&daemon, &format!("bpf:error=ENOMEM:when={nth}"));
         daemon.signal(Signal::SIGHUP).unwrap();
         let outcome = daemon.wait_for_line("reloaded").unwrap();
         let failed = tracer.finish();
-        let log = daemon.log().to_owned();
-        if outcome.contains("configuration not reloaded") {
-            refused += 1;
-            assert!(failed, "call {nth}: {log}");
-            assert_eq!(shares(&lab), [20, 20], "call {nth}: {log}");
-        } else {
-            assert_eq!(shares(&lab), [40, 0], "call {nth}: {log}");
-        }
-        sent += 40;
-        // Nothing of the attempt is in the way of the next one.
-        daemon.reload(&small.to_toml()).unwrap();
-        assert_eq!(shares(&lab), [20, 20], "call {nth}: {log}");
-        sent += 40;
-        wait_until_counted(&lab, sent);
+        let followed = !outcome.contains("configuration not reloaded");
+        assert!(followed || failed, "call {nth}: {}", daemon.log());
+        refused += u32::from(!followed);
+        let mut expect = |daemon: &mut Daemon, shares_expected: [u64; 2]| {
+            // What had been put in force is taken back before the daemon does anything else, such as to answer.
+            let (received, forwarded, _) = counted(lab);
+            assert_eq!((received, forwarded), (sent, sent), "call {nth}: {}", daemon.log());
+            assert_eq!(shares(lab), shares_expected, "call {nth}: {}", daemon.log());
+            sent += 40;
+        };
+        expect(&mut daemon, if followed { after.1 } else { before.1 });
+        // Nothing of the attempt is in the way of the next ones.
+        daemon.reload(&after.0.to_toml()).unwrap();
+        expect(&mut daemon, after.1);
+        daemon.reload(&before.0.to_toml()).unwrap();
+        expect(&mut daemon, before.1);
         if !failed {
             break;
         }
     }
-    assert!(refused > 5, "only {refused}");
     assert!(daemon.stop().unwrap().0.success());
+    refused
+}
+
+#[test]
+fn netns_whatever_the_kernel_refuses_a_configuration_is_followed_whole_or_not_at_all() {
+    let lab = lab();
+    let (small, large) = small_and_large(&lab);
+    let refused = [refuse_each_call(&lab, &small, &large), refuse_each_call(&lab, &large, &small)];
+    assert!(refused.iter().all(|refused| *refused >= 3), "{refused:?}");
 }
 
 #[test]
@@ -141,7 +154,8 @@ fn netns_killed_while_it_settles_what_numbers_have_counted_it_loses_and_doubles_
     let limits = "[limits]\nmax_downstreams = 2\n";
     let with = |sample: f64| {
         let mut config = pins.config(&lab);
-        config.listeners[0].samples = config.listeners[0].downstreams.iter().map(|(n, ..)| (n.clone(), sample)).collect();
+        config.listeners[0].samples =
+            config.listeners[0].downstreams.iter().map(|(n, ..)| (n.clone(), sample)).collect();
         config.listeners[0].extra = "policy = \"replicate\"".into();
         config.to_toml() + limits
     };

@@ -15,8 +15,8 @@ use libbpf_rs::{MapCore, MapHandle};
 
 use super::maps::{MappedArray, address_of, bytes_of, look_up, mapped_words, store, sum_over_cpus, value_of};
 use super::skel::{
-    DROP_REASONS, LEDGER_DOWNSTREAM, LEDGER_FRAGMENTS, LEDGER_INHERITED_DOWNSTREAM, LEDGER_LISTENER, LEDGER_WORDS, Loaded,
-    NAME_LENGTH, types,
+    DROP_REASONS, LEDGER_DOWNSTREAM, LEDGER_FRAGMENTS, LEDGER_INHERITED_DOWNSTREAM, LEDGER_LISTENER, LEDGER_WORDS,
+    Loaded, NAME_LENGTH, types,
 };
 use crate::model::{DropReason, ListenerCounters, ListenerId};
 

@@ -107,7 +107,9 @@ impl Tables {
             } else {
                 tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
             }
-            let new = Table { region, slots, policy, targets: Vec::new() };
+            // Complete from here on, whatever the kernel refuses after it.
+            let policy_in_force = was.filter(|_| replicates_late).unwrap_or(policy);
+            let new = Table { region, slots, policy: policy_in_force, targets: targets.clone() };
             let old = self.current.insert(id, new).unwrap_or_default();
             self.slot_arena.give_back(old.region);
             self.retire_ids(id, &old.targets, &targets);
