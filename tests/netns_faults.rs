@@ -1,8 +1,9 @@
 //! What happens around a daemon at work that should not: its log cannot be written, descriptors run out, the clock jumps, the
-//! kernel refuses what it is asked for, the daemon is killed at the worst moment. Datagrams flow on and are counted once.
+//! kernel refuses what it is asked for or tells more than can be heard, the daemon is killed at the worst moment. Datagrams
+//! flow on and are counted once.
 //!
-//! Elsewhere: netlink's overruns in `netns_host.rs`, interfaces that come and go in `netns_delivery/attach.rs`, clients that do
-//! not read in `http.rs` and `src/control/server/tests.rs`, a thousand reloads in `netns_reload/edits.rs`.
+//! Elsewhere: scrapers and clients that do not read in `http.rs` and `src/control/server/tests.rs`, a thousand reloads in
+//! `netns_reload/edits.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 #![allow(dead_code, reason = "each test file uses a part of the laboratory")]
@@ -17,6 +18,8 @@ mod killed;
 mod logs;
 #[path = "netns_faults/maps.rs"]
 mod maps;
+#[path = "netns_faults/network.rs"]
+mod network;
 mod support;
 
 use std::fs;

@@ -50,6 +50,12 @@ fn client(lab: &Lab) -> TcpStream {
         .unwrap()
 }
 
+fn is_answered(client: &mut TcpStream) {
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
 /// How often the daemon has tried to accept a connection in vain, by what strace has written.
 fn vain(trace: &Path) -> usize {
     fs::read_to_string(trace)
@@ -106,11 +112,7 @@ fn netns_without_descriptors_datagrams_flow_and_all_else_comes_back() {
             let answer = asking.join().unwrap();
             assert!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
         });
-        for client in &mut clients {
-            let mut answer = String::new();
-            client.read_to_string(&mut answer).unwrap();
-            assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer}");
-        }
+        clients.iter_mut().for_each(is_answered);
         let most = since.elapsed().as_millis() / 100 + since.elapsed().as_millis() / 500 + 4;
         daemon.wait_for_logged("connections for metrics are accepted again").unwrap();
         daemon.wait_for_logged("connections to the status socket are accepted again").unwrap();
