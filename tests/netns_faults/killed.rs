@@ -11,35 +11,62 @@ use crate::{Pins, binary, counted, exchange, lab, start_behind};
 
 /// The calls that change something, of which a takeover consists.
 const CALLS: [&str; 3] = ["bpf", "unlink", "rmdir"];
-/// The commands of `bpf` that do.
-const CHANGES: [&str; 5] =
-    ["BPF_MAP_UPDATE_ELEM", "BPF_MAP_DELETE_ELEM", "BPF_OBJ_PIN", "BPF_LINK_CREATE", "BPF_LINK_UPDATE"];
+/// How those begin that do, of the calls to `bpf`. Of the pins, the first and the last.
+const CHANGES: [&str; 6] = [
+    "bpf(BPF_MAP_UPDATE_ELEM",
+    "bpf(BPF_MAP_DELETE_ELEM",
+    "bpf(BPF_LINK_",
+    "/program\", bpf_fd=",
+    "/lease\", bpf_fd=",
+    "/about\", bpf_fd=",
+];
 
-/// Which of the calls of each kind, counted from 1, change something between start and readiness; by what strace has written.
-fn steps(trace: &Path) -> Vec<(&'static str, usize)> {
+/// A call that changes something: which of the calls of its kind, counted from 1, and what strace says of it.
+#[derive(Debug)]
+struct Step {
+    call: &'static str,
+    nth: usize,
+    what: String,
+}
+
+/// Those between start and readiness.
+fn steps(trace: &Path) -> Vec<Step> {
     let text = fs::read_to_string(trace).unwrap();
-    let calls_of = |call: &'static str| {
+    let steps_of = |call: &'static str| {
         let calls = text.lines().filter(move |line| line.contains(&format!(" {call}("))).enumerate();
-        let changing = calls.filter(move |(_, line)| call != "bpf" || CHANGES.iter().any(|name| line.contains(name)));
-        changing.map(move |(nth, _)| (call, nth + 1))
+        let changing = calls.filter(move |(_, line)| {
+            call != "bpf" || (CHANGES.iter().any(|what| line.contains(what)) && !line.contains("BPF_OBJ_GET"))
+        });
+        changing.map(move |(nth, line)| Step { call, nth: nth + 1, what: named(line).to_owned() })
     };
-    CALLS.into_iter().flat_map(calls_of).collect()
+    CALLS.into_iter().flat_map(steps_of).collect()
+}
+
+/// The call and its command.
+fn named(line: &str) -> &str {
+    let call = line.split_once(' ').unwrap().1.trim_start();
+    call.split([',', '"']).next().unwrap()
 }
 
 fn traced(trace: &Path, fault: &str) -> Vec<String> {
     let calls = format!("trace={}", CALLS.join(","));
-    let words = ["strace", "-D", "-f", "--seccomp-bpf", "-e", &calls, "-e", fault, "-o", trace.to_str().unwrap()];
+    // Not with --seccomp-bpf, which has it send no signals.
+    let words = ["strace", "-D", "-f", "-e", &calls, "-e", fault, "-o", trace.to_str().unwrap()];
     words.map(str::to_owned).into()
 }
 
-/// Starts a daemon that is killed as it makes the nth such call; if it makes so many before it is ready.
-fn start_and_kill(lab: &Lab, config: &DaemonConfig, trace: &Path, (call, nth): (&str, usize)) {
+/// Starts a daemon that is killed as it makes the nth such call. True if it had not been ready by then.
+fn start_and_kill(lab: &Lab, config: &DaemonConfig, trace: &Path, step: &Step) -> bool {
+    let Step { call, nth, .. } = step;
     let fault = format!("inject={call}:signal=SIGKILL:when={nth}");
     let words = traced(trace, &fault);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    if let Ok(daemon) = Daemon::start_behind(&lab.gateway, &words, binary(), config) {
+    let ready = Daemon::start_behind(&lab.gateway, &words, binary(), config);
+    let early = ready.is_err();
+    if let Ok(daemon) = ready {
         kill(daemon);
     }
+    early
 }
 
 fn kill(mut daemon: Daemon) {
@@ -53,17 +80,24 @@ fn netns_killed_at_any_step_of_taking_over_it_counts_nothing_twice() {
     let directory = tempfile::tempdir().unwrap();
     let trace = directory.path().join("trace");
     let config = pins.config(&lab);
-    kill(start_behind(&lab, &[], &config));
-    exchange(&lab, 30);
-    // Once undisturbed, to know the steps.
+    // Once undisturbed, to know the steps; by then the ledger has entries, as it will have each time.
     let words = traced(&trace, "inject=vhangup:signal=SIGKILL");
-    kill(start_behind(&lab, &words.iter().map(String::as_str).collect::<Vec<_>>(), &config));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    for before in [&[][..], &[], &words] {
+        kill(start_behind(&lab, before, &config));
+        exchange(&lab, 30);
+    }
     let steps = steps(&trace);
-    assert!(steps.len() > 30, "{steps:?}");
-    let mut sent = 30;
-    for step in steps {
-        for _ in 0..2 {
-            start_and_kill(&lab, &config, &trace, step);
+    assert!(steps.len() > 20, "{steps:?}");
+    let mut sent = 90;
+    for step in &steps {
+        for again in [false, true] {
+            let early = start_and_kill(&lab, &config, &trace, step);
+            if !again {
+                let text = fs::read_to_string(&trace).unwrap();
+                let last = text.lines().rev().find(|line| line.contains('(')).unwrap();
+                assert!(early && named(last) == step.what, "{step:?} was meant, and it was {last}");
+            }
             exchange(&lab, 30);
             sent += 30;
         }
