@@ -249,7 +249,8 @@ struct listener_name {
  */
 enum ledger_kind {
 	LEDGER_LISTENER = 0, /* inherited */
-	LEDGER_DOWNSTREAM = 1, /* counted by this program under ids that have been given to others since */
+	LEDGER_DOWNSTREAM =
+		1, /* counted by this program under ids that have been given to others since */
 	LEDGER_FRAGMENTS = 2, /* inherited */
 	LEDGER_INHERITED_DOWNSTREAM = 3,
 };
