@@ -96,8 +96,9 @@ for target in "${targets[@]}"; do
     fi
     failed+=("$target")
     echo "$target FAILED; from $log:"
-    grep --after-context=4 --max-count=1 --extended-regexp 'panicked|ERROR: libFuzzer|^ERROR|needs root' "$log" | cut --characters=-2000 || tail -5 "$log"
-    grep --only-matching 'fuzz/regressions/.*' "$log" | tail -1 | sed 's/^/the input: /'
+    { grep --after-context=4 --max-count=1 --extended-regexp 'panicked|ERROR: libFuzzer' "$log" ||
+        tail -5 "$log"; } | cut --characters=-2000
+    sed -n 's/^.*Test unit written to /the input: /p' "$log" | tail -1
 done
 rmdir --ignore-fail-on-non-empty fuzz/regressions 2>/dev/null || true
 
