@@ -30,6 +30,7 @@ kernels | cpio           | command:cpio       | packs their first file system
 kernels | kmod           | command:modprobe   | finds the modules for it
 kernels | xz-utils       | command:xz         | unpacks those
 test  | dpkg-dev       | command:dpkg-shlibdeps | makes the Debian package that is tested
+test  | lintian        | command:lintian      | checks the Debian package that is tested
 test  | systemd        | command:systemd-analyze | checks the systemd unit; need not run
 package | dpkg-dev     | command:dpkg-shlibdeps | finds what packages the binary needs
 package | binutils     | command:strip        | takes the debugging information out of it
