@@ -75,8 +75,8 @@ for target in "${targets[@]}"; do
     mkdir -p "fuzz/corpus/$target" "fuzz/regressions/$target"
     log=$out/$target.log
     runner=()
-    if [[ $target == kernel && $EUID -ne 0 ]]; then
-        runner=(scripts/as-root.sh 'make fuzz (target kernel)')
+    if [[ $target == @(kernel|user) && $EUID -ne 0 ]]; then
+        runner=(scripts/as-root.sh 'make fuzz (targets kernel and user)')
     fi
     options=("-max_total_time=$seconds" "-max_len=$LONGEST" "-timeout=$PATIENCE" "-report_slow_units=$PATIENCE"
         -artifact_prefix="fuzz/regressions/$target/")

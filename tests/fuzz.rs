@@ -56,6 +56,7 @@ replayed! {
     root_kept_inputs_of_the_kernel_program: kernel,
     kept_inputs_of_slices: slices,
     kept_inputs_of_the_status_socket: status,
+    netns_kept_inputs_of_the_userspace_datapath: user,
 }
 
 /// Nothing is kept that no test replays, and no target goes without.

@@ -11,3 +11,4 @@ pub mod host;
 pub mod kernel;
 pub mod slices;
 pub mod status;
+pub mod user;

@@ -60,11 +60,11 @@ pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
     let before = history.incomplete.get(&key(datagram, piece)).cloned();
     let known_first = before.as_ref().and_then(|known| known.first);
     let disordered = before.as_ref().is_some_and(|known| known.first.is_none());
+    let forwarded = before.as_ref().is_some_and(|known| matches!(known.destiny, Destiny::To(_)));
+    let repeats = known_first == Some((piece.udp_header, datagram.ttl)) && !(datagram.has_options && forwarded);
     let mut known = before.filter(|_| disordered).unwrap_or_default();
     let fate = match owner(plan, datagram) {
-        Some(_) if known_first == Some((piece.udp_header, datagram.ttl)) => {
-            return follow(history, datagram, piece, frame);
-        }
+        Some(_) if repeats => return follow(history, datagram, piece, frame),
         Some(listener) => {
             let (fate, target) = judge(listener, history, datagram, frame, Gso::default(), disordered);
             known.destiny = match (&fate, target) {
