@@ -1,7 +1,7 @@
 //! Frames through the production TC program, beside the oracle of the tests: verdict, whole packet and counters. Takes root.
 //!
-//! An input's bytes choose fields, so that most frames get past the first checks, and then damage some of them. The program
-//! keeps what it knows from one input to the next, and so does the oracle; both begin anew now and then.
+//! An input's bytes choose fields, so that most frames get past the first checks, and then damage some of them. What one input
+//! leaves behind is forgotten before the next, but for the places of the rounds.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -22,9 +22,6 @@ pub mod run;
 #[path = "../../tests/kernel/trial.rs"]
 pub mod trial;
 
-/// Datagrams of which fragments are missing, after which both begin anew: the program's memory for them has bounds.
-const INCOMPLETE: usize = 8_000;
-
 thread_local! {
     static TRIAL: RefCell<Option<Trial>> = const { RefCell::new(None) };
 }
@@ -33,9 +30,8 @@ thread_local! {
 pub fn run(bytes: &[u8]) {
     let mut bytes = Bytes(bytes);
     TRIAL.with_borrow_mut(|slot| {
-        let fresh = |trial: &Trial| trial.history.incomplete.len() <= INCOMPLETE;
         // While it is out of its place, a failure leaves nothing there that would fail again.
-        let mut trial = slot.take().filter(fresh).unwrap_or_else(Trial::begin);
+        let mut trial = slot.take().unwrap_or_else(Trial::begin);
         for _ in 0..8 {
             if bytes.ended() {
                 break;
@@ -45,6 +41,7 @@ pub fn run(bytes: &[u8]) {
             }
         }
         trial.audit();
+        trial.forget();
         *slot = Some(trial);
     });
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use libbpf_rs::{MapCore, MapHandle};
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::{HashOn, Policy};
@@ -179,6 +180,7 @@ pub struct Trial {
     pub program: Program,
     pub history: History,
     books: Books,
+    memory: Vec<MapHandle>,
 }
 
 impl Trial {
@@ -187,7 +189,8 @@ impl Trial {
         let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
         let history = settle_rounds(&program);
         let books = Books::of(&mut program);
-        Trial { program, history, books }
+        let memory = program.memory();
+        Trial { program, history, books, memory }
     }
 
     /// Asks both about a frame; `case` says which it is, should they differ.
@@ -202,6 +205,17 @@ impl Trial {
         let agree = ran.verdict == verdict && same(&ran.packet, packet);
         assert!(agree, "{case}\nframe    {bytes:02x?} {gso:?}\nexpected {fate:02x?}\ngot      {ran:02x?}");
         book(&mut self.books, &fate);
+    }
+
+    /// Has both forget all senders and datagrams. Each round goes on where it is.
+    pub fn forget(&mut self) {
+        for map in &self.memory {
+            for key in map.keys().collect::<Vec<_>>() {
+                map.delete(&key).unwrap();
+            }
+        }
+        self.history.incomplete.clear();
+        self.history.spent.clear();
     }
 
     /// Compares all counters.
