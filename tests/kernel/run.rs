@@ -69,11 +69,9 @@ impl Program {
         Runner(self.datapath.program().try_clone_to_owned().unwrap())
     }
 
-    /// The maps in which it remembers single senders and datagrams.
-    pub fn memory(&self) -> Vec<MapHandle> {
-        let maps = maps_of(self.datapath.program(), &["fragments", "buckets"]);
-        assert_eq!(maps.len(), 2);
-        maps
+    /// Its map of this name.
+    pub fn map(&self, name: &str) -> MapHandle {
+        maps_of(self.datapath.program()).find(|map| map.name() == name).expect("a map of this name")
     }
 
     /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
@@ -89,8 +87,8 @@ impl Program {
     }
 }
 
-/// The maps of a loaded program that have one of these names.
-fn maps_of(program: BorrowedFd<'_>, names: &[&str]) -> Vec<MapHandle> {
+/// The maps of a loaded program.
+fn maps_of(program: BorrowedFd<'_>) -> impl Iterator<Item = MapHandle> {
     let mut ids = [0u32; 64];
     let mut info = libbpf_sys::bpf_prog_info {
         nr_map_ids: ids.len() as u32,
@@ -101,8 +99,7 @@ fn maps_of(program: BorrowedFd<'_>, names: &[&str]) -> Vec<MapHandle> {
     // SAFETY: `info` lives across the call and has the length given; the array it names has as many entries as it says.
     let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &raw mut info, &raw mut length) };
     assert_eq!(err, 0, "cannot ask for the program's maps: {}", std::io::Error::last_os_error());
-    let maps = ids[..info.nr_map_ids as usize].iter().map(|&id| MapHandle::from_map_id(id).unwrap());
-    maps.filter(|map| names.iter().any(|name| map.name() == *name)).collect()
+    ids.into_iter().take(info.nr_map_ids as usize).map(|id| MapHandle::from_map_id(id).unwrap())
 }
 
 /// The program alone.

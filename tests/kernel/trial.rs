@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
-use udp_fanout::datapath::Datapath;
+use udp_fanout::datapath::kernel::books;
 use udp_fanout::model::{HashOn, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, Target};
 
@@ -168,10 +168,9 @@ struct Books {
 }
 
 impl Books {
-    fn of(program: &mut Program) -> Books {
-        let fragments = program.datapath.counters().unwrap().fragments;
-        let listeners = std::array::from_fn(|id| program.stats(id as u32));
-        Books { listeners, strays: fragments.strays, lost: fragments.lost }
+    fn of(program: &Program, fragments: &MapHandle) -> Books {
+        let [strays, lost] = books::fragments(fragments).unwrap();
+        Books { listeners: std::array::from_fn(|id| program.stats(id as u32)), strays, lost }
     }
 }
 
@@ -180,17 +179,20 @@ pub struct Trial {
     pub program: Program,
     pub history: History,
     books: Books,
-    memory: Vec<MapHandle>,
+    /// Where the program counts fragments, and where it remembers single senders and datagrams.
+    fragments: MapHandle,
+    memory: [MapHandle; 2],
 }
 
 impl Trial {
     /// Loads the program, with memory for fragments that forgets nothing.
     pub fn begin() -> Trial {
-        let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
+        let program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
         let history = settle_rounds(&program);
-        let books = Books::of(&mut program);
-        let memory = program.memory();
-        Trial { program, history, books, memory }
+        let fragments = program.map("FRAGMENT_STAT");
+        let books = Books::of(&program, &fragments);
+        let memory = ["fragments", "buckets"].map(|name| program.map(name));
+        Trial { program, history, books, fragments, memory }
     }
 
     /// Asks both about a frame; `case` says which it is, should they differ.
@@ -220,7 +222,7 @@ impl Trial {
 
     /// Compares all counters.
     pub fn audit(&mut self) {
-        assert_eq!(Books::of(&mut self.program), self.books);
+        assert_eq!(Books::of(&self.program, &self.fragments), self.books);
     }
 }
 

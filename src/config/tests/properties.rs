@@ -15,6 +15,7 @@ use crate::config::keys;
 
 /// What holds of any text whatever, which fuzzing tries as well.
 #[path = "../../../fuzz/src/config.rs"]
+#[expect(dead_code, reason = "fuzzing hands over bytes, the tests here texts")]
 mod any_text;
 
 const FILES: [&str; 2] = ["c.toml", "c.yaml"];
