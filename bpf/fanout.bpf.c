@@ -104,7 +104,7 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 		return drop(outcome, DROP_TTL_EXPIRED);
 	if (pkt->ip_len > table->least_mtu)
 		return pass(outcome);
-	if (!send_copies(skb, pkt, listener_id, table, &verdict))
+	if (!send_copies(skb, listener_id, table, &verdict))
 		return drop(outcome, DROP_NO_ROUTE);
 	return forwarded(outcome, verdict);
 }
@@ -200,7 +200,7 @@ static __always_inline int seen(struct __sk_buff *skb, int verdict)
 static __always_inline int leave(struct packet *pkt)
 {
 	pkt->fate = FRAGMENTS_PASSED;
-	if (pkt->part && is_listened_on(pkt) && put_down(pkt))
+	if (pkt->part && is_listened_on(pkt))
 		remember_fate(0, 0);
 	return TC_ACT_UNSPEC;
 }
@@ -210,7 +210,7 @@ static __always_inline int follow_up(struct __sk_buff *skb, struct packet *pkt)
 {
 	pkt->datagrams = 0;
 	pkt->payload = 0;
-	return put_down(pkt) ? follow(skb) : TC_ACT_SHOT;
+	return follow(skb);
 }
 
 SEC("tc")
@@ -219,42 +219,41 @@ int udp_fanout(struct __sk_buff *skb)
 	const struct fanout_listener *listener;
 	__u32 listener_id, flags = 0;
 	struct outcome outcome = {};
-	struct packet pkt = {};
+	struct packet *pkt = current_packet();
 	int verdict = TC_ACT_UNSPEC, before;
 	bool later = false;
 
-	if (parse(skb, &pkt) != PARSE_OK || was_seen(skb))
+	if (!pkt || parse(skb, pkt) != PARSE_OK || was_seen(skb))
 		return TC_ACT_UNSPEC;
-	if (came_around(skb) && finish_round(skb, &pkt, &verdict))
+	if (came_around(skb) && finish_round(skb, pkt, &verdict))
 		return seen(skb, verdict);
-	if (pkt.part == LATER_FRAGMENT) {
+	if (pkt->part == LATER_FRAGMENT) {
 		later = true;
 	} else {
-		listener = bpf_map_lookup_elem(&listeners, &pkt.dst);
+		listener = bpf_map_lookup_elem(&listeners, &pkt->dst);
 		if (!listener || is_headless())
-			return leave(&pkt);
+			return leave(pkt);
 		listener_id = listener->id;
 		flags = listener->flags;
-		if (pkt.part && put_down(&pkt)) {
+		if (pkt->part) {
 			before = look_back();
 			later = before == FIRST_REPEATED;
-			pkt.exotic |= before == FIRST_OF_PASSED;
+			pkt->exotic |= before == FIRST_OF_PASSED;
 		}
 	}
 	if (later) {
-		verdict = follow_up(skb, &pkt);
+		verdict = follow_up(skb, pkt);
 		if (verdict < TO_ALL)
 			return seen(skb, verdict);
 		listener_id = verdict - TO_ALL;
 	}
-	verdict = take(skb, listener_id, flags, &pkt, later, &outcome);
+	verdict = take(skb, listener_id, flags, pkt, later, &outcome);
 	if (later)
 		return outcome.kind == EVENT_FORWARDED ? seen(skb, verdict) : lose_fragment();
-	settle(skb, listener_id, &pkt, &outcome);
-	if (pkt.part) {
-		pkt.fate = fate_of(&outcome);
-		if (put_down(&pkt))
-			remember_fate(listener_id, outcome.to_id);
+	settle(skb, listener_id, pkt, &outcome);
+	if (pkt->part) {
+		pkt->fate = fate_of(&outcome);
+		remember_fate(listener_id, outcome.to_id);
 	}
 	return seen(skb, verdict);
 }

@@ -37,25 +37,6 @@ static __always_inline int lose_fragment(void)
 	return TC_ACT_SHOT;
 }
 
-/* Puts the packet where the functions below find it, which take only numbers on every kernel. */
-static __always_inline bool put_down(const struct packet *pkt)
-{
-	__u32 zero = 0;
-	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
-
-	if (work)
-		work->pkt = *pkt;
-	return work;
-}
-
-static __always_inline struct packet *taken_up(void)
-{
-	__u32 zero = 0;
-	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
-
-	return work ? &work->pkt : NULL;
-}
-
 static __always_inline void key_of(const struct packet *pkt, struct fragment_key *key)
 {
 	__builtin_memcpy(key->src_be, pkt->src_be, sizeof(key->src_be));
@@ -108,10 +89,10 @@ enum again {
 	FIRST_REPEATED = 2,
 };
 
-/* How a first fragment stands to what is remembered. The packet has been put down. */
+/* How a first fragment stands to what is remembered. */
 __noinline int look_back(void)
 {
-	struct packet *pkt = taken_up();
+	struct packet *pkt = current_packet();
 	struct fragment_key key = {};
 	struct fragments *known;
 
@@ -128,10 +109,10 @@ __noinline int look_back(void)
 									 : FIRST_OF_NEW;
 }
 
-/* Remembers for the others what has been decided about a first fragment (pkt->fate). The packet has been put down. */
+/* Remembers for the others what has been decided about a first fragment (pkt->fate). */
 __noinline int remember_fate(__u32 listener_id, __u32 to_id)
 {
-	struct packet *pkt = taken_up();
+	struct packet *pkt = current_packet();
 	__u64 now = bpf_ktime_get_ns();
 	struct fragments begun = {};
 	struct fragment_key key = {};
@@ -211,10 +192,10 @@ static __always_inline int send_after(struct __sk_buff *skb, struct packet *pkt,
 	return TC_ACT_SHOT;
 }
 
-/* The verdict on a later fragment, or on a repeated first one, or TO_ALL. The packet has been put down. */
+/* The verdict on a later fragment, or on a repeated first one, or TO_ALL. */
 __noinline int follow(struct __sk_buff *skb)
 {
-	struct packet *pkt = taken_up();
+	struct packet *pkt = current_packet();
 	__u64 now = bpf_ktime_get_ns();
 	struct fragment_key key = {};
 	struct fragments *known;

@@ -126,13 +126,32 @@ struct {
 	__type(value, __u64);
 } FRAGMENT_STAT SEC(".maps");
 
-/* The packet that this CPU is at work on, for functions that take only numbers: those of replicate.h and fragments.h. */
+/* The packet that this CPU is at work on: see current_packet(). */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct work);
 } at_work SEC(".maps");
+
+static __always_inline struct work *current_work(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&at_work, &zero);
+}
+
+/*
+ * The packet is in a map and not on the stack. Functions that take only numbers, as on Linux 5.10 those must that the
+ * verifier checks once and not at each call, find it there; and the verifier, which knows nothing of what is in a map, need not
+ * follow every kind of packet through all of the program.
+ */
+static __always_inline struct packet *current_packet(void)
+{
+	struct work *work = current_work();
+
+	return work ? &work->pkt : NULL;
+}
 
 /* Single datagrams that user space is told of. Written by the program. */
 struct {

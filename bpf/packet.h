@@ -23,7 +23,7 @@ struct packet {
 	struct listener_key dst;
 	__be32 src_be[4]; /* like dst.addr_be */
 	__be16 sport_be;
-	__u16 l4_off; /* from the start of the frame */
+	__u8 l4_off; /* from the start of the frame, bytes */
 	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
 	__u32 payload; /* UDP payload, bytes, of all of them; of a first fragment, of the whole datagram */
 	__u32 ip_len; /* the longest IP packet that will leave, bytes */

@@ -183,6 +183,13 @@ static __always_inline enum parse_result pull_udp(struct __sk_buff *skb, struct 
 	return parse_udp(skb, pkt, udp, room);
 }
 
+/* A packet of which nothing is known yet, in place of the one before. */
+static __always_inline void begin(struct packet *pkt)
+{
+	__builtin_memset(pkt, 0, sizeof(*pkt));
+	pkt->dst.scope = KEY_LISTENER;
+}
+
 static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struct packet *pkt)
 {
 	void *data, *data_end;
@@ -205,14 +212,12 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	if (ihl < sizeof(*ip) || total < ihl || L3_OFF + total > skb->len ||
 	    ipv4_martian(ip->saddr))
 		return PARSE_FOREIGN;
+	begin(pkt);
 	/* The stack interprets options (source routes, router alert) and checks a header that has them. */
 	pkt->exotic = ihl != sizeof(*ip);
 	if (!pkt->exotic && ipv4_header_sum(ip) != 0xffff)
 		return PARSE_FOREIGN;
-	pkt->v6 = false;
 	pkt->ttl = ip->ttl;
-	pkt->dst.addr_be[0] = 0;
-	pkt->dst.addr_be[1] = 0;
 	pkt->dst.addr_be[2] = bpf_htonl(0xffff);
 	pkt->dst.addr_be[3] = ip->daddr;
 	__builtin_memcpy(pkt->src_be, pkt->dst.addr_be, 12);
@@ -253,6 +258,7 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	if (ip->version != 6 || L3_OFF + sizeof(*ip) + length > skb->len ||
 	    ipv6_martian(&ip->saddr) || ipv6_hidden_ipv4(&ip->daddr))
 		return PARSE_FOREIGN;
+	begin(pkt);
 	pkt->v6 = true;
 	pkt->exotic = ipv6_link_local(&ip->saddr);
 	pkt->group = ip->daddr.in6_u.u6_addr8[0] == 0xff;
@@ -286,7 +292,6 @@ static __always_inline enum parse_result parse(struct __sk_buff *skb, struct pac
 	/* Frames for other hosts that a promiscuous device lets in, and tagged ones, which a VLAN device will untag. */
 	if ((type != PACKET_HOST && type != PACKET_MULTICAST) || skb->vlan_present)
 		return PARSE_FOREIGN;
-	pkt->dst.scope = KEY_LISTENER;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, pkt);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))

@@ -174,8 +174,8 @@ static __always_inline enum drop_reason reason_of(enum copy_result failure)
  */
 __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
-	__u32 zero = 0, to_id = 0;
-	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
+	struct work *work = current_work();
+	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
 	enum copy_result result;
 
@@ -209,8 +209,8 @@ static __always_inline int redirect_around(struct __sk_buff *skb, struct work *w
 /* The packet itself. A global function for the same reason. */
 __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
-	__u32 zero = 0, to_id = 0;
-	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
+	struct work *work = current_work();
+	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
 	enum copy_result result;
 	struct packet *pkt;
@@ -266,22 +266,23 @@ __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, 
  * Sends the copies. True if the datagram counts as forwarded: a copy is on its way, or no downstream's sample wanted
  * one. *verdict says what becomes of the packet itself.
  */
-static __always_inline bool send_copies(struct __sk_buff *skb, const struct packet *received,
-					__u32 listener_id, const struct table *table, int *verdict)
+static __always_inline bool send_copies(struct __sk_buff *skb, __u32 listener_id,
+					const struct table *table, int *verdict)
 {
-	__u32 zero = 0;
-	struct work *work = bpf_map_lookup_elem(&at_work, &zero);
+	struct work *work = current_work();
 	__u32 slots = table->slots < MAX_COPIES ? table->slots : MAX_COPIES;
 	__u32 start = round_robin(table->cursor, slots);
 	int seen, last;
 
 	if (!work)
 		return false;
-	work->pkt = *received;
-	work->came_to = received->dst;
+	work->came_to = work->pkt.dst;
 	if (bpf_skb_load_bytes(skb, 0, work->macs, sizeof(work->macs)))
 		return false;
 	seen = send_each(skb, listener_id, table->first, slots, start);
+	/* What is noted of the datagram is about what came in. */
+	work->pkt.dst = work->came_to;
+	work->pkt.way = WAY_NONE;
 	last = seen >> 8;
 	seen &= 0xff;
 	if (last == COPY_REDIRECTED)

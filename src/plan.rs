@@ -54,9 +54,9 @@ pub struct ListenerPlan {
     /// Why the TC program must leave all of this listener's datagrams to the socket, if it must.
     pub socket_only: Option<String>,
     /// The downstreams, each once.
-    pub targets: Vec<Target>,
+    pub targets: Arc<[Target]>,
     /// Indices into `targets` in the order of the round. Empty exactly if `targets` is.
-    pub table: Vec<u32>,
+    pub table: Arc<[u32]>,
     /// Settings of the userspace datapath.
     pub settings: Settings,
 }

@@ -29,6 +29,8 @@ const PRETEND_OLD: &str = "UDP_FANOUT_PRETEND_OLD_KERNEL";
 pub struct Ability {
     /// As `uname -r` prints it.
     pub kernel_release: String,
+    /// The kernel is a real-time one (`PREEMPT_RT`).
+    pub real_time: bool,
     /// The capabilities this thread may use.
     pub effective_caps: CapsHashSet,
     /// The kernel knows `CAP_BPF` (Linux 5.8); before that, `CAP_SYS_ADMIN` stands for it.
@@ -107,6 +109,13 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
             )));
         }
     }
+    if ability.real_time && release(&ability.kernel_release) >= DROPPED_SOFTIRQ_LOCK {
+        return Err(Obstacle::Kernel(format!(
+            "kernel {} is a real-time one (PREEMPT_RT), on which one packet may interrupt the TC program at work on another: \
+             use a kernel that is none",
+            ability.kernel_release
+        )));
+    }
     if !ability.has_btf {
         return Err(Obstacle::Kernel(format!(
             "kernel {} does not offer its types at {KERNEL_BTF}: use a kernel built with CONFIG_DEBUG_INFO_BTF (or \
@@ -115,6 +124,17 @@ pub fn tc_ebpf_support(ability: &Ability) -> Result<(), Obstacle> {
         )));
     }
     Ok(())
+}
+
+/// From here on a real-time kernel may be built without `PREEMPT_RT_NEEDS_BH_LOCK` (Linux 6.18, and 6.12 by a later patch;
+/// commit 3253cb49cbad). Without it, what runs with bottom halves disabled no longer has its CPU to itself, on which the
+/// program relies: it keeps the packet that it is at work on in memory of the CPU's.
+const DROPPED_SOFTIRQ_LOCK: (u32, u32) = (6, 12);
+
+/// The first two numbers of a release, 0 for what is none.
+fn release(text: &str) -> (u32, u32) {
+    let mut numbers = text.split(|other: char| !other.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// The capabilities that are missing, as the start of a sentence.
@@ -173,10 +193,10 @@ impl Ability {
             let tcx = load.is_ok().then(|| current && programs::has_tcx());
             (load, redirect_neigh, ring_buffer, tcx)
         });
+        let kernel = nix::sys::utsname::uname().context("cannot read the kernel's release")?;
         Ok(Self {
-            kernel_release: nix::sys::utsname::uname()
-                .map(|name| name.release().to_string_lossy().into_owned())
-                .context("cannot read the kernel's release")?,
+            kernel_release: kernel.release().to_string_lossy().into_owned(),
+            real_time: kernel.version().to_string_lossy().contains("PREEMPT_RT"),
             effective_caps,
             knows_cap_bpf: knows_cap_bpf(),
             seccomp_filter: fs::read_to_string("/proc/thread-self/status")
@@ -260,6 +280,7 @@ mod tests {
     fn capable() -> Ability {
         Ability {
             kernel_release: "6.1.0".into(),
+            real_time: false,
             effective_caps: CapsHashSet::from([
                 Capability::CAP_BPF,
                 Capability::CAP_PERFMON,
@@ -311,6 +332,15 @@ mod tests {
         root.effective_caps = caps::all();
         assert_eq!(tc_ebpf_support(&root), Ok(()));
         assert_eq!(tc_ebpf_support(&old(&[Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN])), Ok(()));
+    }
+
+    #[test]
+    fn a_real_time_kernel_will_do_while_it_keeps_packets_apart() {
+        let kernel = |release: &str| Ability { kernel_release: release.into(), real_time: true, ..capable() };
+        assert_eq!(tc_ebpf_support(&kernel("6.1.0-rt10")), Ok(()));
+        for newer in ["6.12.57+deb13-rt-amd64", "7.0"] {
+            assert!(tc_ebpf_support(&kernel(newer)).unwrap_err().refusal().contains("real-time"), "{newer}");
+        }
     }
 
     #[test]

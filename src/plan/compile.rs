@@ -21,14 +21,13 @@ pub fn compile(
     facts: &HostFacts,
     before: Option<&ListenerPlan>,
 ) -> ListenerPlan {
-    let targets: Vec<Target> = set
-        .downstreams
-        .iter()
-        .map(|downstream| Target {
-            downstream: downstream.clone(),
-            delivery: delivery(facts.routes.get(&downstream.address.ip()), facts),
-        })
-        .collect();
+    let routes: Vec<Option<&Route>> =
+        set.downstreams.iter().map(|downstream| facts.routes.get(&downstream.address.ip())).collect();
+    let target = |(downstream, route): (&Downstream, &Option<&Route>)| Target {
+        downstream: downstream.clone(),
+        delivery: delivery(*route, facts),
+    };
+    let targets = set.downstreams.iter().zip(&routes).map(target).collect();
     let kernel = mode == Mode::TcEbpf;
     let links = links(&listener.interfaces, facts);
     let joins = if listener.bind.ip().is_multicast() { links.clone() } else { Vec::new() };
@@ -43,7 +42,7 @@ pub fn compile(
         policy: listener.policy,
         sources: Arc::clone(&listener.sources),
         meter: listener.rate_limit.map(|limit| limit.meter(listener.bind.ip())),
-        socket_only: if kernel { socket_only(listener.policy, set, facts) } else { None },
+        socket_only: if kernel { socket_only(listener.policy, set, &routes) } else { None },
         targets,
         table: fill_table(listener.policy, &set.downstreams, before),
         settings: listener.settings.clone(),
@@ -60,22 +59,22 @@ fn on_link(bind: SocketAddr, joins: &[LinkRef]) -> SocketAddr {
     }
 }
 
-fn fill_table(policy: Policy, downstreams: &[Downstream], before: Option<&ListenerPlan>) -> Vec<u32> {
+fn fill_table(policy: Policy, downstreams: &[Downstream], before: Option<&ListenerPlan>) -> Arc<[u32]> {
     let place = |downstream: &Downstream| (downstream.address, downstream.weight);
     if let Some(before) = before.filter(|before| before.policy == policy)
         && before.targets.iter().map(|target| place(&target.downstream)).eq(downstreams.iter().map(place))
     {
-        return before.table.clone();
+        return Arc::clone(&before.table);
     }
     match policy {
         Policy::RoundRobin | Policy::GelfMessage => {
-            table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>())
+            table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>()).into()
         }
         // Each once, whatever the weights: a copy is a copy.
         Policy::Replicate => (0..).zip(downstreams).map(|(index, _)| index).collect(),
         Policy::Hash(_) => {
             let weighted: Vec<_> = downstreams.iter().map(|to| (to.address, to.weight)).collect();
-            maglev::table(&weighted, before.map_or(0, |before| before.table.len()))
+            maglev::table(&weighted, before.map_or(0, |before| before.table.len())).into()
         }
     }
 }
@@ -132,13 +131,13 @@ pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
 /// Were only that downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and
 /// the shares would be wrong; so the socket takes all. And more copies than the program can make: a Service may have any
 /// number of endpoints.
-fn socket_only(policy: Policy, set: &DownstreamSet, facts: &HostFacts) -> Option<String> {
+fn socket_only(policy: Policy, set: &DownstreamSet, routes: &[Option<&Route>]) -> Option<String> {
     let count = set.downstreams.len();
     if policy == Policy::Replicate && count > MAX_COPIES {
         return Some(format!("{count} downstreams want a copy, and the TC program makes at most {MAX_COPIES}"));
     }
-    set.downstreams.iter().find_map(|downstream| {
-        let obstacle = match facts.routes.get(&downstream.address.ip())? {
+    set.downstreams.iter().zip(routes).find_map(|(downstream, route)| {
+        let obstacle = match (*route)? {
             Route::Local { loopback: true } => "is on the loopback interface",
             Route::Encapsulated { .. } => "is behind a route that encapsulates",
             Route::Local { loopback: false } | Route::Via { .. } | Route::Unreachable { .. } => return None,
@@ -297,7 +296,7 @@ mod tests {
                 Delivery::Unreachable
             ]
         );
-        assert_eq!(plan.table, [0, 1, 2, 3, 4]);
+        assert_eq!(*plan.table, [0, 1, 2, 3, 4]);
         assert_eq!(plan.socket_only, None);
     }
 

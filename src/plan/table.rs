@@ -19,6 +19,9 @@ pub const MAX_SLOTS: u64 = 8_192;
 #[must_use]
 pub fn interleave(weights: &[u32]) -> Vec<u32> {
     let shares = shares(weights);
+    if shares.iter().all(|&share| share == 1) {
+        return (0..).zip(&shares).map(|(index, _)| index).collect();
+    }
     let total: u64 = shares.iter().sum();
     let mut alike: BTreeMap<u64, Peers> = BTreeMap::new();
     for &share in &shares {

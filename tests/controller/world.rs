@@ -421,7 +421,7 @@ impl World {
         for link in &listener.links {
             assert!(self.facts.link(link.index).is_some(), "attached to a link that is gone");
         }
-        for target in &listener.targets {
+        for target in listener.targets.iter() {
             let route = self.facts.routes.get(&target.downstream.address.ip());
             let expected = match route {
                 Some(Route::Via { .. }) => matches!(target.delivery, Delivery::Neighbour { .. }),

@@ -319,7 +319,7 @@ fn root_a_round_gives_each_downstream_its_share() {
     let hosts = ["198.51.100.1:6000", "198.51.100.2:6000", "198.51.100.3:6000"];
     let mut spread =
         listener(0, "192.0.2.1:5000", hosts.iter().map(|host| target(host, via("198.51.100.1", 1500))).collect());
-    spread.table = vec![0, 1, 0, 2];
+    spread.table = [0, 1, 0, 2].into();
     let mut program = Program::load(vec![spread]);
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
     for _ in 0..400 {

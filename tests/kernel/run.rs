@@ -129,7 +129,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         meter: None,
         socket_only: None,
         table: (0..targets.len() as u32).collect(),
-        targets,
+        targets: targets.into(),
         settings: Settings::default(),
     }
 }

@@ -1,6 +1,7 @@
 //! Who may send, and how fast, while that changes: what is sent once a plan is in force follows it.
 
 use std::net::UdpSocket;
+use std::sync::Arc;
 
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
@@ -58,7 +59,7 @@ fn all_workers_take_from_one_bucket_which_outlives_tables_and_workers() {
     let to = datapath.local_address(ID).unwrap();
     flow.send(to, 60);
     until("60 are counted", || datapath.counters().unwrap().listeners[&ID].packets_received == 60);
-    limited.table.reverse();
+    Arc::make_mut(&mut limited.table).reverse();
     datapath.apply(&plan(&[&limited])).unwrap();
     flow.send(to, 20);
     until("80 are counted", || datapath.counters().unwrap().listeners[&ID].packets_received == 80);

@@ -45,7 +45,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
                 delivery: Delivery::Unreachable,
             })
             .collect(),
-        table: interleave(&weights),
+        table: interleave(&weights).into(),
         settings: Settings { workers: 2, batch_size: 16, ..Settings::default() },
     }
 }

@@ -233,7 +233,7 @@ fn hashing_and_replicating_see_each_of_the_joined() {
         let mut each = listener(0, "each", "127.0.0.1:0", &addresses(&sinks));
         each.policy = policy;
         if let Policy::Hash(_) = policy {
-            each.table = maglev::table(&addresses(&sinks), 0);
+            each.table = maglev::table(&addresses(&sinks), 0).into();
         }
         let mut datapath = serving_in_order(&[&each]);
         let to = datapath.local_address(ID).unwrap();
@@ -401,7 +401,7 @@ fn flow_of_a_wildcard_listener_knows_the_destination_of_what_was_joined() {
     let flow = Flow::new("127.0.0.1", 3);
     let mut wide = listener(0, "wide", "0.0.0.0:0", &flow.receivers());
     wide.policy = Policy::Hash(HashOn::Flow);
-    wide.table = maglev::table(&flow.receivers(), 0);
+    wide.table = maglev::table(&flow.receivers(), 0).into();
     let mut datapath = serving_in_order(&[&wide]);
     let port = datapath.local_address(ID).unwrap().port();
     let mut expected = [0u64; 3];

@@ -18,7 +18,7 @@ fn with_policy(policy: Policy, bind: &str, receivers: &[(SocketAddr, u32)]) -> L
     listener.policy = policy;
     listener.settings.workers = 3;
     if let Policy::Hash(_) = policy {
-        listener.table = maglev::table(receivers, 0);
+        listener.table = maglev::table(receivers, 0).into();
     }
     listener
 }

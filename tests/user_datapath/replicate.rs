@@ -1,6 +1,7 @@
 //! One copy for every downstream: each exactly once, in order, and a failing one at nobody else's cost.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
 
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::user::UserDatapath;
@@ -93,7 +94,7 @@ fn a_sample_is_of_the_size_asked_for_and_costs_the_others_nothing() {
     sampler.set_nonblocking(true).unwrap();
     let receivers = [flow.receivers()[0], (sampler.local_addr().unwrap(), 1)];
     let mut listener = replicating(&receivers, 16);
-    listener.targets[1].downstream.sample = u32::MAX / 10;
+    Arc::make_mut(&mut listener.targets)[1].downstream.sample = u32::MAX / 10;
     let mut datapath = serving(&[&listener]);
     let to = datapath.local_address(ID).unwrap();
     let mut sampled = 0;
@@ -121,7 +122,7 @@ fn a_datagram_in_nobodys_sample_counts_as_forwarded() {
     let mut flow = Flow::new("127.0.0.1", 1);
     let mut listener = replicating(&flow.receivers(), 16);
     // One in four thousand million.
-    listener.targets[0].downstream.sample = 0;
+    Arc::make_mut(&mut listener.targets)[0].downstream.sample = 0;
     let mut datapath = serving(&[&listener]);
     let to = datapath.local_address(ID).unwrap();
     flow.send(to, 20);
@@ -142,7 +143,9 @@ fn samples_and_receivers_that_change_while_datagrams_flow_lose_nothing() {
         let mut receivers = flow.receivers();
         receivers.extend(elsewhere[..n % 4].iter().map(|socket| (socket.local_addr().unwrap(), 1)));
         let mut listener = replicating(&receivers, 16);
-        listener.targets[2..].iter_mut().for_each(|target| target.downstream.sample = Downstream::ALL / 2);
+        Arc::make_mut(&mut listener.targets)[2..]
+            .iter_mut()
+            .for_each(|target| target.downstream.sample = Downstream::ALL / 2);
         datapath.apply(&plan(&[&listener])).unwrap();
         while flow.arrived() < flow.sent() * 2 {
             flow.receive();

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::{SysconfVar, sysconf};
 
 use super::admission::Admission;
 use super::arena::Region;
@@ -56,12 +57,14 @@ pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// An array map (`BPF_F_MMAPABLE`) in our address space. The kernel strides entries by multiples of 8 bytes.
+/// An array map (`BPF_F_MMAPABLE`) in our address space, or a part of it. The kernel strides entries by multiples of 8 bytes.
 #[derive(Debug)]
 pub struct MappedArray<T> {
     memory: NonNull<u8>,
     length: NonZeroUsize,
-    entries: u32,
+    /// Bytes of the first page before the first entry.
+    before: usize,
+    part: Region,
     of: PhantomData<T>,
 }
 
@@ -76,26 +79,38 @@ impl<T: Plain> MappedArray<T> {
     /// # Errors
     /// When the kernel refuses, or the map's values are not `T`s.
     pub fn new(map: &MapHandle) -> Result<Self> {
+        Self::part(map, Region { start: 0, len: map.max_entries() })
+    }
+
+    /// Maps some of its entries.
+    ///
+    /// # Errors
+    /// As for [`MappedArray::new`], and when it has fewer entries, or none are asked for.
+    pub fn part(map: &MapHandle, part: Region) -> Result<Self> {
         let name = map.name().to_string_lossy();
         ensure!(map.value_size() as usize == size_of::<T>(), "map {name} has values of another size than expected");
-        let length = NonZeroUsize::new(map.max_entries() as usize * Self::STRIDE)
-            .with_context(|| format!("map {name} has no entries"))?;
+        let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE)?.context("no page size")?)?;
+        let start = part.start as usize * Self::STRIDE;
+        let before = start % page;
+        let length = NonZeroUsize::new(part.len as usize * Self::STRIDE)
+            .with_context(|| format!("map {name} has no entries"))?
+            .saturating_add(before);
+        let (access, offset) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, i64::try_from(start - before)?);
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let memory = unsafe {
-            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MmapFlags::MAP_SHARED, map.as_fd(), 0)
-        }
-        .with_context(|| format!("cannot map the array {name} into memory"))?;
-        Ok(Self { memory: memory.cast(), length, entries: map.max_entries(), of: PhantomData })
+        let memory = unsafe { mmap(None, length, access, MmapFlags::MAP_SHARED, map.as_fd(), offset) }
+            .with_context(|| format!("cannot map the array {name} into memory"))?;
+        Ok(Self { memory: memory.cast(), length, before, part, of: PhantomData })
     }
 
     /// Where an entry is.
     ///
     /// # Panics
-    /// If `index` is past the array's end.
+    /// If `index` is not in the array, or not in the part of it that is mapped.
     pub(super) fn entry(&self, index: u32) -> NonNull<u8> {
-        assert!(index < self.entries, "entry {index} of an array of {}", self.entries);
-        // SAFETY: within the mapping, by the assertion above.
-        unsafe { self.memory.add(index as usize * Self::STRIDE) }
+        let place = index.checked_sub(self.part.start).filter(|&place| place < self.part.len);
+        let Some(place) = place else { panic!("entry {index} of an array of which {:?} is mapped", self.part) };
+        // SAFETY: within the mapping, by the check above.
+        unsafe { self.memory.add(self.before + place as usize * Self::STRIDE) }
     }
 
     /// Reads an entry.
@@ -108,10 +123,10 @@ impl<T: Plain> MappedArray<T> {
         unsafe { self.entry(index).cast::<T>().as_ptr().read_volatile() }
     }
 
-    /// How many entries it has.
+    /// How many entries are mapped.
     #[must_use]
     pub fn entries(&self) -> u32 {
-        self.entries
+        self.part.len
     }
 
     /// Writes an entry that the program does not read yet.

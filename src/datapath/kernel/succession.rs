@@ -271,10 +271,8 @@ impl KernelDatapath {
             books::add(base, words);
             books::enter(&self.loaded, Item::Listener(id), base)?;
         }
-        for ((name, address), counted) in downstreams {
-            let Some(&id) = ids.get(name.as_str()) else { continue };
-            self.tables.add_settled(&self.loaded, (id, address), counted)?;
-        }
+        let known = |((name, address), counted): ((String, _), _)| Some(((*ids.get(name.as_str())?, address), counted));
+        self.tables.add_settled(&self.loaded, downstreams.into_iter().filter_map(known))?;
         books::add(&mut self.line.fragments, fragments);
         books::enter(&self.loaded, Item::Fragments, &self.line.fragments)
     }

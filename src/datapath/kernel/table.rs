@@ -3,8 +3,9 @@
 //! A downstream entry never changes while a table names it; whatever changes takes a new id. Ids and slots that a new
 //! table no longer names are retired: their counters still count, and they are reused only after an RCU grace period.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
@@ -23,7 +24,6 @@ type Endpoint = (ListenerId, SocketAddr);
 #[derive(Debug)]
 pub struct Tables {
     states: MappedArray<types::listener_state>,
-    slots: MappedArray<u32>,
     downstreams: MappedArray<types::downstream>,
     /// For the daemon after this one: 1 + the listener that each id counts for.
     owners: MappedArray<u32>,
@@ -37,13 +37,25 @@ pub struct Tables {
 }
 
 /// One listener's table.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Table {
     region: Region,
     /// The slots' content, to see whether a new table differs.
-    slots: Vec<u32>,
+    slots: Arc<[u32]>,
     policy: Policy,
-    targets: Vec<(Target, u32)>,
+    targets: Arc<[Target]>,
+    /// Their ids.
+    ids: Arc<[u32]>,
+}
+
+/// The ids of a plan's targets.
+struct Assignment {
+    /// In the order of the targets.
+    ids: Arc<[u32]>,
+    /// Those that have been taken for it.
+    fresh: Vec<(u32, SocketAddr)>,
+    /// Those that it no longer needs.
+    left: Vec<(u32, SocketAddr)>,
 }
 
 impl Tables {
@@ -54,7 +66,6 @@ impl Tables {
     pub fn new(loaded: &Loaded, sizes: Sizes) -> Result<Tables> {
         Ok(Tables {
             states: MappedArray::new(&loaded.listener_states)?,
-            slots: MappedArray::new(&loaded.table_slots)?,
             downstreams: MappedArray::new(&loaded.downstreams)?,
             owners: MappedArray::new(&loaded.owners)?,
             slot_arena: Arena::new(sizes.slots),
@@ -71,56 +82,84 @@ impl Tables {
     /// When there is no room; the old table then stays in force.
     pub fn publish(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<()> {
         let id = plan.id;
-        let targets = self.assign_ids(loaded, plan)?;
-        let slots: Vec<u32> = plan.table.iter().map(|&index| targets[index as usize].1).collect();
-        let unchanged = self.current.get(&id).is_some_and(|old| old.slots == slots);
+        let old = self.current.get(&id).cloned();
+        let assignment = self.assign_ids(loaded, plan, &old.clone().unwrap_or_default())?;
+        let policy_follows = match self.put_in_force(loaded, plan, old, &assignment) {
+            Ok(policy_follows) => policy_follows,
+            Err(error) => {
+                self.retire_ids(id, &assignment.fresh);
+                return Err(error);
+            }
+        };
+        self.retire_ids(id, &assignment.left);
+        let still: BTreeSet<SocketAddr> = assignment.fresh.iter().map(|(_, address)| *address).collect();
+        for (_, address) in assignment.left.iter().filter(|(_, address)| !still.contains(address)) {
+            self.forget_settled(loaded, (id, *address));
+        }
+        if policy_follows {
+            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+            self.set_policy(plan);
+        }
+        Ok(())
+    }
+
+    /// Has the program use the plan's table, and its policy, unless that has to wait until nobody reads the old table: then
+    /// true. After an error it uses the table before.
+    fn put_in_force(
+        &mut self,
+        loaded: &Loaded,
+        plan: &ListenerPlan,
+        old: Option<Table>,
+        assignment: &Assignment,
+    ) -> Result<bool> {
+        let (id, policy) = (plan.id, plan.policy);
+        let was = old.as_ref().map(|old| old.policy);
+        let old = old.unwrap_or_default();
+        let slots: Arc<[u32]> = plan.table.iter().map(|&index| assignment.ids[index as usize]).collect();
+        let region = if was.is_some() && old.slots == slots { old.region } else { self.new_region(loaded, &slots)? };
         // Policy and table cannot change at one instant. Any policy does well with any table but for this: to replicate by
         // a table in which someone has several places would give them several copies. So that policy comes after its
         // table and goes before the next, and nobody still reads the one when the other changes.
-        let policy = plan.policy;
-        let was = self.current.get(&id).map(|old| old.policy);
-        let replicates_late = policy == Policy::Replicate && was.is_some_and(|was| was != policy);
-        if !replicates_late {
-            self.states.set_policy(id.0, policy_number(policy), least_mtu(plan));
+        let follows = policy == Policy::Replicate && was.is_some_and(|was| was != policy);
+        if !follows {
+            self.set_policy(plan);
         }
-        if was == Some(Policy::Replicate) && policy != Policy::Replicate {
-            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
-        }
-        if !unchanged {
-            let region = match self.take_slots(loaded, slots.len()) {
-                Ok(region) => region,
-                Err(error) => {
-                    let kept = self.current.get(&id).map(|old| old.targets.clone()).unwrap_or_default();
-                    self.retire_ids(id, &targets, &kept);
-                    return Err(error);
-                }
-            };
-            for (place, &downstream) in (region.start..).zip(&slots) {
-                self.slots.write(place, downstream);
+        if was == Some(Policy::Replicate)
+            && policy != Policy::Replicate
+            && let Err(error) = wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)
+        {
+            if region != old.region {
+                self.slot_arena.give_back(region);
             }
+            return Err(error);
+        }
+        if region != old.region || was.is_none() {
             self.states.publish(id.0, region);
-            if self.current.get(&id).is_some_and(|old| same_ways(&old.targets, &targets)) {
+            self.slot_arena.give_back(old.region);
+            if same_ways(&old.targets, &plan.targets) {
                 tracing::debug!(listener_id = id.0, "updated the neighbours of the downstream set");
             } else {
-                tracing::info!(listener_id = id.0, endpoints = targets.len(), "updated tc_ebpf downstream set");
+                tracing::info!(listener_id = id.0, endpoints = plan.targets.len(), "updated tc_ebpf downstream set");
             }
-            let new = Table { region, slots, policy, targets: Vec::new() };
-            let old = self.current.insert(id, new).unwrap_or_default();
-            self.slot_arena.give_back(old.region);
-            self.retire_ids(id, &old.targets, &targets);
         }
-        if replicates_late {
-            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
-            self.states.set_policy(id.0, policy_number(policy), least_mtu(plan));
+        let (targets, ids) = (Arc::clone(&plan.targets), Arc::clone(&assignment.ids));
+        let policy = was.filter(|_| follows).unwrap_or(policy);
+        self.current.insert(id, Table { region, slots, policy, targets, ids });
+        Ok(follows)
+    }
+
+    /// A region with these slots, named by nobody yet.
+    fn new_region(&mut self, loaded: &Loaded, slots: &[u32]) -> Result<Region> {
+        let region = self.take_slots(loaded, slots.len())?;
+        write_slots(loaded, region, slots).inspect_err(|_| self.slot_arena.give_back(region))?;
+        Ok(region)
+    }
+
+    fn set_policy(&mut self, plan: &ListenerPlan) {
+        self.states.set_policy(plan.id.0, policy_number(plan.policy), least_mtu(plan));
+        if let Some(table) = self.current.get_mut(&plan.id) {
+            table.policy = plan.policy;
         }
-        self.keep_settled(loaded, |(listener, address)| {
-            *listener != id || targets.iter().any(|(target, _)| target.downstream.address == *address)
-        });
-        if let Some(table) = self.current.get_mut(&id) {
-            table.targets = targets;
-            table.policy = policy;
-        }
-        Ok(())
     }
 
     /// Puts in force who may send to a listener, and how fast.
@@ -134,32 +173,44 @@ impl Tables {
         if let Some(table) = self.current.remove(&id) {
             self.states.publish(id.0, Region::default());
             self.slot_arena.give_back(table.region);
-            self.retire_ids(id, &table.targets, &[]);
+            self.retire_ids(id, &table.named().map(|(target, id)| (id, target.downstream.address)).collect::<Vec<_>>());
         }
         for (number, _) in self.retired.iter().filter(|(_, (listener, _))| *listener == id) {
             self.owners.write(*number, 0);
         }
-        self.keep_settled(loaded, |(listener, _)| *listener != id);
+        let settled: Vec<Endpoint> = self.settled.keys().filter(|(listener, _)| *listener == id).copied().collect();
+        settled.into_iter().for_each(|key| self.forget_settled(loaded, key));
     }
 
-    /// Forgets the settled counts of all others.
-    fn keep_settled(&mut self, loaded: &Loaded, keep: impl Fn(&Endpoint) -> bool) {
-        self.settled.retain(|key, _| {
-            let stays = keep(key);
-            if !stays {
-                books::strike(loaded, Item::Downstream(key.0, key.1));
-            }
-            stays
-        });
+    fn forget_settled(&mut self, loaded: &Loaded, key: Endpoint) {
+        if self.settled.remove(&key).is_some() {
+            books::strike(loaded, Item::Downstream(key.0, key.1));
+        }
     }
 
-    /// Adds to the counts of a downstream what was counted elsewhere, if a table names it.
+    /// Adds to the counts of downstreams what was counted elsewhere, where a table names them.
     ///
     /// # Errors
     /// When it cannot be written down for the next daemon.
-    pub fn add_settled(&mut self, loaded: &Loaded, key: Endpoint, counted: [u64; 2]) -> Result<()> {
-        let named = |table: &Table| table.targets.iter().any(|(target, _)| target.downstream.address == key.1);
-        if !self.current.get(&key.0).is_some_and(named) {
+    pub fn add_settled(
+        &mut self,
+        loaded: &Loaded,
+        counted: impl IntoIterator<Item = (Endpoint, [u64; 2])>,
+    ) -> Result<()> {
+        let named = self.named();
+        counted.into_iter().try_for_each(|(key, counts)| self.settle(loaded, &named, key, counts))
+    }
+
+    /// The downstreams that tables name.
+    fn named(&self) -> HashSet<Endpoint> {
+        let endpoints = |(&id, table): (&ListenerId, &Table)| {
+            table.targets.iter().map(|target| (id, target.downstream.address)).collect::<Vec<_>>()
+        };
+        self.current.iter().flat_map(endpoints).collect()
+    }
+
+    fn settle(&mut self, loaded: &Loaded, named: &HashSet<Endpoint>, key: Endpoint, counted: [u64; 2]) -> Result<()> {
+        if !named.contains(&key) {
             return Ok(());
         }
         let sum = self.settled.entry(key).or_default();
@@ -174,10 +225,10 @@ impl Tables {
     pub fn counters(&self, loaded: &Loaded) -> Result<BTreeMap<Endpoint, [u64; 2]>> {
         let mut sums = BTreeMap::new();
         for (&id, table) in &self.current {
-            for (target, number) in &table.targets {
+            for (target, number) in table.named() {
                 let key = (id, target.downstream.address);
                 let sum = sums.entry(key).or_insert_with(|| self.settled.get(&key).copied().unwrap_or_default());
-                books::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+                books::add(sum, sum_over_cpus(&loaded.downstream_stats, number)?);
             }
         }
         for (number, key) in &self.retired {
@@ -188,45 +239,42 @@ impl Tables {
         Ok(sums)
     }
 
-    /// The plan's targets with their ids: the old id where nothing has changed, else a new one, written but not yet
-    /// named by any table.
-    fn assign_ids(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<Vec<(Target, u32)>> {
-        let old: BTreeMap<SocketAddr, (Target, u32)> = self
-            .current
-            .get(&plan.id)
-            .map(|table| table.targets.iter().map(|(t, n)| (t.downstream.address, (t.clone(), *n))).collect())
-            .unwrap_or_default();
-        let mut targets: Vec<(Target, u32)> = Vec::with_capacity(plan.targets.len());
-        for target in &plan.targets {
-            let known = old.get(&target.downstream.address).filter(|(was, _)| {
-                was.delivery == target.delivery && was.downstream.sample == target.downstream.sample
-            });
-            let number = match known {
-                Some((_, number)) => *number,
-                None => match self.take_id(loaded) {
-                    Ok(number) => {
-                        self.downstreams.write(number, downstream_entry(target));
-                        self.owners.write(number, plan.id.0 + 1);
-                        number
-                    }
-                    Err(error) => {
-                        let keep: Vec<_> = old.into_values().collect();
-                        self.retire_ids(plan.id, &targets, &keep);
-                        return Err(error);
-                    }
-                },
-            };
-            targets.push((target.clone(), number));
+    /// Ids for the plan's targets: the old id where nothing has changed, else a new one, written but not yet named by any
+    /// table.
+    fn assign_ids(&mut self, loaded: &Loaded, plan: &ListenerPlan, old: &Table) -> Result<Assignment> {
+        let mut seeker = Seeker::new(&old.targets);
+        let mut stays = vec![false; old.targets.len()];
+        let (mut ids, mut fresh) = (Vec::with_capacity(plan.targets.len()), Vec::new());
+        for target in plan.targets.iter() {
+            let address = target.downstream.address;
+            if let Some(at) = seeker.find(address).filter(|&at| same_entry(&old.targets[at], target)) {
+                stays[at] = true;
+                ids.push(old.ids[at]);
+                continue;
+            }
+            match self.take_id(loaded) {
+                Ok(number) => {
+                    self.downstreams.write(number, downstream_entry(target));
+                    self.owners.write(number, plan.id.0 + 1);
+                    fresh.push((number, address));
+                    ids.push(number);
+                }
+                Err(error) => {
+                    self.retire_ids(plan.id, &fresh);
+                    return Err(error);
+                }
+            }
         }
-        Ok(targets)
+        let left = old.named().zip(stays).filter(|(_, stays)| !stays);
+        let left = left.map(|((target, id), _)| (id, target.downstream.address)).collect();
+        Ok(Assignment { ids: ids.into(), fresh, left })
     }
 
-    /// Retires the ids of `left` that `kept` does not have.
-    fn retire_ids(&mut self, id: ListenerId, left: &[(Target, u32)], kept: &[(Target, u32)]) {
-        let kept: std::collections::HashSet<u32> = kept.iter().map(|(_, number)| *number).collect();
-        for (target, number) in left.iter().filter(|(_, number)| !kept.contains(number)) {
-            self.retired.push((*number, (id, target.downstream.address)));
-            self.id_arena.give_back(Region { start: *number, len: 1 });
+    /// Retires ids of a listener.
+    fn retire_ids(&mut self, id: ListenerId, ids: &[(u32, SocketAddr)]) {
+        for &(number, address) in ids {
+            self.retired.push((number, (id, address)));
+            self.id_arena.give_back(Region { start: number, len: 1 });
         }
     }
 
@@ -253,9 +301,10 @@ impl Tables {
     /// Waits until nothing reads what has been retired, settles its counters and frees it.
     fn reclaim(&mut self, loaded: &Loaded) -> Result<()> {
         wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        let named = self.named();
         while let Some(&(number, key)) = self.retired.last() {
             let counted = sum_over_cpus(&loaded.downstream_stats, number)?;
-            self.add_settled(loaded, key, counted)?;
+            self.settle(loaded, &named, key, counted)?;
             self.owners.write(number, 0);
             zero_on_all_cpus(&loaded.downstream_stats, number)?;
             zero_on_all_cpus(&loaded.next_hops, number)?;
@@ -265,6 +314,17 @@ impl Tables {
         self.id_arena.release();
         Ok(())
     }
+}
+
+/// Writes a table that is not published yet. Only for that is it mapped: the array has room for the longest of tables, of
+/// which the daemon would seem to need the memory once more.
+fn write_slots(loaded: &Loaded, region: Region, slots: &[u32]) -> Result<()> {
+    if region.len == 0 {
+        return Ok(());
+    }
+    let mut mapped = MappedArray::part(&loaded.table_slots, region)?;
+    (region.start..).zip(slots).for_each(|(place, &downstream)| mapped.write(place, downstream));
+    Ok(())
 }
 
 /// The smallest MTU on the ways to the plan's downstreams; none if all are on this host.
@@ -277,7 +337,91 @@ fn least_mtu(plan: &ListenerPlan) -> u32 {
 }
 
 /// True if nothing differs but what is known of neighbours, which changes often and means nothing to an operator.
-fn same_ways(old: &[(Target, u32)], new: &[(Target, u32)]) -> bool {
-    let way = |(target, _): &(Target, u32)| (target.downstream.clone(), target.delivery.without_neighbour());
-    old.len() == new.len() && old.iter().map(way).eq(new.iter().map(way))
+fn same_ways(old: &[Target], new: &[Target]) -> bool {
+    let same = |(old, new): (&Target, &Target)| {
+        old.downstream == new.downstream && old.delivery.without_neighbour() == new.delivery.without_neighbour()
+    };
+    old.len() == new.len() && old.iter().zip(new).all(same)
+}
+
+/// True if the program sees the same in both.
+fn same_entry(old: &Target, new: &Target) -> bool {
+    old.delivery == new.delivery && old.downstream.sample == new.downstream.sample
+}
+
+impl Table {
+    /// The targets with their ids.
+    fn named(&self) -> impl Iterator<Item = (&Target, u32)> {
+        self.targets.iter().zip(self.ids.iter().copied())
+    }
+}
+
+/// Finds addresses among targets, quickest in the targets' own order: of a long list, mostly but little changes.
+struct Seeker<'a> {
+    targets: &'a [Target],
+    next: usize,
+    missed: usize,
+    places: Option<HashMap<SocketAddr, usize>>,
+}
+
+impl<'a> Seeker<'a> {
+    /// So many addresses are looked for one by one, sooner than in an index of them all, which has to be made first.
+    const FEW: usize = 8;
+
+    fn new(targets: &'a [Target]) -> Self {
+        Self { targets, next: 0, missed: 0, places: None }
+    }
+
+    /// Where the target with this address is.
+    fn find(&mut self, address: SocketAddr) -> Option<usize> {
+        let is_it = |target: &Target| target.downstream.address == address;
+        let found = if self.targets.get(self.next).is_some_and(is_it) {
+            Some(self.next)
+        } else if self.missed < Self::FEW {
+            self.missed += 1;
+            self.targets.iter().position(is_it)
+        } else {
+            let targets = self.targets;
+            let index = || targets.iter().zip(0..).map(|(target, at)| (target.downstream.address, at)).collect();
+            self.places.get_or_insert_with(index).get(&address).copied()
+        };
+        self.next = found.map_or(self.next, |at| at + 1);
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::Downstream;
+
+    fn targets(ports: &[u16]) -> Vec<Target> {
+        let target = |&port: &u16| Target {
+            downstream: Downstream {
+                name: "d".into(),
+                address: SocketAddr::from(([192, 0, 2, 1], port)),
+                weight: 1,
+                sample: Downstream::ALL,
+            },
+            delivery: Delivery::Local,
+        };
+        ports.iter().map(target).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_seeker_finds_what_is_there(
+            there in prop::collection::btree_set(0u16..60, 0..40).prop_map(Vec::from_iter).prop_shuffle(),
+            sought in prop::collection::vec(0u16..60, 0..60),
+        ) {
+            let targets = targets(&there);
+            let mut seeker = Seeker::new(&targets);
+            for port in there.iter().chain(&sought) {
+                let found = seeker.find(SocketAddr::from(([192, 0, 2, 1], *port)));
+                prop_assert_eq!(found, there.iter().position(|other| other == port));
+            }
+        }
+    }
 }

@@ -423,7 +423,7 @@ mod tests {
         let mut listener = Listener::start(&plan, 1, false).unwrap();
         let mut impossible = plan.clone();
         impossible.settings.workers = 3;
-        impossible.table = vec![9];
+        impossible.table = [9].into();
         let error = listener.follow(&impossible, 1, false).unwrap_err().to_string();
         assert!(error.contains("downstream 9"), "{error}");
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));

@@ -20,7 +20,7 @@ pub struct Table {
     listener: SocketAddr,
     addresses: Box<[SocketAddr]>,
     encoded: Box<[RawAddress]>,
-    round: Box<[u32]>,
+    round: Arc<[u32]>,
     samples: Box<[u32]>,
     targets: HashMap<Endpoint, u32>,
     /// Datagrams leave in their senders' names.
@@ -47,7 +47,7 @@ impl Table {
     fn build(plan: &ListenerPlan, listener: SocketAddr, before: Option<&Gate>) -> Result<Self> {
         let family = Family::of(listener);
         let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
-        for &index in &plan.table {
+        for &index in plan.table.iter() {
             let count = addresses.len();
             ensure!((index as usize) < count, "the table names downstream {index}, but there are only {count}");
         }
@@ -56,7 +56,7 @@ impl Table {
             gate: Gate::new(plan, before),
             listener,
             encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
-            round: plan.table.as_slice().into(),
+            round: Arc::clone(&plan.table),
             samples: plan.targets.iter().map(|target| target.downstream.sample).collect(),
             targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
             addresses,
@@ -186,7 +186,7 @@ pub mod tests {
             meter: None,
             socket_only: None,
             targets: downstreams.iter().map(target).collect(),
-            table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()),
+            table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()).into(),
             settings: Settings { workers: 1, ..Settings::default() },
         }
     }
@@ -199,7 +199,7 @@ pub mod tests {
     fn a_round_goes_on_from_any_position() {
         let plan = plan(address(514), &[(address(1), 2), (address(2), 1)]);
         let table = Table::new(&plan, plan.bind).unwrap();
-        assert_eq!(plan.table, [0, 1, 0]);
+        assert_eq!(*plan.table, [0, 1, 0]);
         for start in 0..10u64 {
             let mut round = table.round_from(start).unwrap();
             for n in start..start + 7 {
@@ -219,7 +219,7 @@ pub mod tests {
     #[test]
     fn a_table_that_names_nobody_is_refused() {
         let mut plan = plan(address(514), &[(address(1), 1)]);
-        plan.table = vec![0, 1];
+        plan.table = [0, 1].into();
         let error = Table::new(&plan, plan.bind).unwrap_err().to_string();
         assert_eq!(error, "the table names downstream 1, but there are only 1");
     }
@@ -229,17 +229,17 @@ pub mod tests {
         let plan = plan(address(514), &[(address(1), 1), (address(2), 1)]);
         let table = Table::new(&plan, plan.bind).unwrap();
         let mut renamed = plan.clone();
-        renamed.targets[0].downstream.name = "other".into();
-        renamed.targets[1].delivery = Delivery::Local;
+        Arc::make_mut(&mut renamed.targets)[0].downstream.name = "other".into();
+        Arc::make_mut(&mut renamed.targets)[1].delivery = Delivery::Local;
         assert!(!table.differs_from(&renamed));
         let mut moved = plan.clone();
-        moved.targets[0].downstream.address.set_port(9);
+        Arc::make_mut(&mut moved.targets)[0].downstream.address.set_port(9);
         assert!(table.differs_from(&moved));
         let mut sampled = plan.clone();
-        sampled.targets[0].downstream.sample = 7;
+        Arc::make_mut(&mut sampled.targets)[0].downstream.sample = 7;
         assert!(table.differs_from(&sampled));
         let mut turned = plan.clone();
-        turned.table.reverse();
+        Arc::make_mut(&mut turned.table).reverse();
         assert!(table.differs_from(&turned));
     }
 }
