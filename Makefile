@@ -9,6 +9,8 @@ MODE  ?= tc_ebpf
 COUNT ?= 30000
 # make soak
 SOAK_MINUTES ?= 10
+# make fuzz
+FUZZ_SECONDS ?= 60
 # make run
 CONFIG ?= config/udp-fanout.toml
 # make test-kernels; none: those of scripts/test-kernels.sh
@@ -29,7 +31,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo soak test test-kernels lint fmt bench bench-kernel install deb image clean vmlinux
+.PHONY: help deps build run demo soak test test-kernels fuzz lint fmt bench bench-kernel install deb image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -66,6 +68,10 @@ test-kernels: ## Run the BPF tier and some of the network tier under Debian's ke
 	@scripts/test-kernels.sh build
 	@scripts/as-root.sh 'make test-kernels' scripts/test-kernels.sh run $(KERNELS)
 
+fuzz: ## Feed parsers and the kernel program with inputs that libFuzzer makes up, FUZZ_SECONDS=60 each: ARGS='TARGET ...'
+	@scripts/deps.sh build run fuzz
+	@FUZZ_SECONDS='$(FUZZ_SECONDS)' scripts/fuzz.sh $(ARGS)
+
 lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd unit and licences
 	@scripts/deps.sh build lint
 	@scripts/lint.sh
@@ -73,6 +79,7 @@ lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd uni
 fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
 	$(CARGO) fmt
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
 	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
 
 bench: ## Run the benchmarks, beside the programs that others use instead (installs them): ARGS=--quick

@@ -5,7 +5,10 @@
 //! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced, unless other
 //! programs have disturbed too many of the trials. With
 //! `--quick`, which takes less than three minutes, or with words, which choose sections whose names begin so, the report
-//! goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` says how often.
+//! goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` says how often, `--only 'NAME;NAME'` who takes part.
+//!
+//! `--costs RATE,RATE` measures nothing but the CPU time of each datagram at these rates, which needs no idle machine, and
+//! only says it.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,14 +29,17 @@ use anyhow::{Context, Result};
 use bench::bed::Bed;
 use bench::results::{Machine, Results};
 use bench::suite::{self, Effort};
-use bench::{control, report, trial};
+use bench::{control, costs, report, trial};
 
 /// What the command line asks for.
 #[derive(Default)]
 struct Options {
     sections: Vec<String>,
+    /// Names of contenders; none for all.
+    only: Vec<String>,
     rounds: Option<usize>,
     quick: bool,
+    costs: Vec<f64>,
     out: Option<PathBuf>,
 }
 
@@ -44,7 +50,7 @@ impl Options {
 
     /// Everything is measured thoroughly, so that the project's documents may say so.
     fn full(&self) -> bool {
-        self.sections.is_empty() && !self.quick && self.out.is_none()
+        self.sections.is_empty() && self.only.is_empty() && !self.quick && self.out.is_none()
     }
 
     fn effort(&self) -> Effort {
@@ -65,8 +71,19 @@ fn main() -> Result<()> {
     let mut tables = Vec::new();
     // Whoever names sections gets them all, however short each is to be.
     let short = options.quick && options.sections.is_empty();
-    for section in suite::sections(short).iter().filter(|section| options.wants(&section.key)) {
-        tables.push(suite::compare(&bed, section, effort)?);
+    for mut section in suite::sections(short).into_iter().filter(|section| options.wants(&section.key)) {
+        section.contenders.retain(|contender| options.only.is_empty() || options.only.contains(&contender.name));
+        if !options.costs.is_empty() {
+            println!(
+                "{}",
+                costs::measure(&bed, &section, &options.costs, (effort.rounds, effort.length), suite::BARE)?
+            );
+            continue;
+        }
+        tables.push(suite::compare(&bed, &section, effort)?);
+    }
+    if !options.costs.is_empty() {
+        return Ok(());
     }
     let control = if options.wants("control") { control::measure(&bed, effort.rounds.max(3))? } else { Vec::new() };
     let results = Results { machine, rounds: effort.rounds, disturbed: trial::disturbed(), tables, control };
@@ -99,6 +116,9 @@ fn options() -> Result<Options> {
             // Given by cargo.
             "--bench" => {}
             "--quick" => options.quick = true,
+            // Names have commas in them.
+            "--only" => options.only = value()?.split(';').map(|name| name.trim().to_owned()).collect(),
+            "--costs" => options.costs = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--rounds" => options.rounds = Some(value()?.parse()?),
             "--out" => options.out = Some(value()?.into()),
             _ => options.sections.push(word),

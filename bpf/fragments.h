@@ -104,6 +104,9 @@ __noinline int look_back(void)
 		return FIRST_OF_NEW;
 	if (!known->first)
 		return FIRST_OF_PASSED;
+	/* One with options, which only the stack interprets, is no repetition of one without. */
+	if (pkt->exotic && known->fate >= FRAGMENTS_FORWARDED)
+		return FIRST_OF_NEW;
 	/* One that is otherwise the same but older has been in a loop: each round counts, until its time is over. */
 	return known->first == pkt->udp_header && known->ttl == pkt->ttl ? FIRST_REPEATED
 									 : FIRST_OF_NEW;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a Debian package of the built daemon and prints where it is. What is in it is what scripts/install.sh installs, where
-# Debian wants it; deploy/debian/ has the rest: control file, maintainer scripts, copyright. Needs no root.
+# Debian wants it; deploy/debian/ has the rest: control file, maintainer scripts, copyright, overrides. Needs no root.
 #
 # usage: BIN=target/release/udp-fanout OUT=target/debian scripts/deb.sh
 #
@@ -32,6 +32,7 @@ stage() {
     gzip --best --no-name --stdout CHANGELOG.md >"$DOC/changelog.gz"
     debian_changelog | gzip --best --no-name >"$DOC/changelog.Debian.gz"
     copyright >"$DOC/copyright"
+    install -D --mode=644 "$DEBIAN/lintian-overrides" "$ROOT/usr/share/lintian/overrides/udp-fanout"
 }
 
 debian_changelog() {

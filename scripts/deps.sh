@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that what a task needs is on this machine.
 #
-# usage: scripts/deps.sh GROUP...        groups: build run test lint package bench kernels
+# usage: scripts/deps.sh GROUP...        groups: build run test fuzz lint package bench kernels
 #
 # On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
 # said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing. Tools that
@@ -32,6 +32,7 @@ kernels | cpio           | command:cpio       | packs their first file system
 kernels | kmod           | command:modprobe   | finds the modules for it
 kernels | xz-utils       | command:xz         | unpacks those
 test  | dpkg-dev       | command:dpkg-shlibdeps | makes the Debian package that is tested
+test  | lintian        | command:lintian      | checks the Debian package that is tested
 test  | systemd        | command:systemd-analyze | checks the systemd unit; need not run
 package | dpkg-dev     | command:dpkg-shlibdeps | finds what packages the binary needs
 package | binutils     | command:strip        | takes the debugging information out of it
@@ -39,6 +40,7 @@ test  | python3        | command:python3      | runs the tools of scripts/tools.
 test  | python3-venv   | python:ensurepip     | installs them
 lint  | python3        | command:python3      | runs the tools of scripts/tools.sh
 lint  | python3-venv   | python:ensurepip     | installs them
+fuzz  | g++            | command:c++          | compiles libFuzzer
 bench | dnsdist        | command:dnsdist      | a contender
 bench | iptables       | command:iptables-nft-restore | a contender
 bench | nftables       | command:nft          | a contender
@@ -53,7 +55,7 @@ lint  | yamllint       | command:yamllint     | lints YAML
 '
 
 main() {
-    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|lint|package|bench|kernels ..."
+    [[ $# -gt 0 ]] || die "usage: $0 build|run|test|fuzz|lint|package|bench|kernels ..."
     local missing=() group package probe purpose
     local installed=''
     if is_debian; then

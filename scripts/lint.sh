@@ -30,6 +30,8 @@ mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --inver
 mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
 
 check rustfmt "$cargo" fmt --check
+# What it does, tests/fuzz.rs includes, so that clippy sees it there.
+check 'rustfmt of fuzz/' "$cargo" fmt --manifest-path fuzz/Cargo.toml --check
 check clippy "$cargo" clippy --all-targets --locked -- -D warnings
 [[ ${#c[@]} -eq 0 ]] || check clang-format clang-format --dry-run -Werror "${c[@]}"
 check shellcheck shellcheck "${sh[@]}"
@@ -40,6 +42,8 @@ if command -v systemd-analyze >/dev/null; then
 fi
 if "$cargo" deny --version >/dev/null 2>&1; then
     check cargo-deny "$cargo" deny --locked check --hide-inclusion-graph bans licenses sources
+    check 'cargo-deny of fuzz/' "$cargo" deny --manifest-path fuzz/Cargo.toml --locked check \
+        --hide-inclusion-graph bans licenses sources
 else
     echo "== cargo-deny: not installed, so the dependencies' licences are not checked here"
 fi

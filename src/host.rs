@@ -6,6 +6,7 @@
 
 mod addresses;
 pub mod ahead;
+pub mod decode;
 pub mod facts;
 pub mod filters;
 mod guards;

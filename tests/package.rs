@@ -161,6 +161,7 @@ fn the_package_holds_what_make_install_installs_where_debian_wants_it() {
         "./usr/lib/systemd/system/udp-fanout.service".to_owned(),
         "./usr/share/bash-completion/completions/udp-fanout".to_owned(),
         "./usr/share/fish/vendor_completions.d/udp-fanout.fish".to_owned(),
+        "./usr/share/lintian/overrides/udp-fanout".to_owned(),
         "./usr/share/man/man8/udp-fanout.8.gz".to_owned(),
         "./usr/share/zsh/vendor-completions/_udp-fanout".to_owned(),
     ];
@@ -194,6 +195,16 @@ fn the_package_says_what_it_is_and_what_it_needs() {
     assert!(depends.contains("libc6 (>= 2."), "{depends}");
     let info = run(Command::new("dpkg-deb").args(["--info"]).arg(&PACKAGES.first).arg("conffiles"));
     assert_eq!(info, format!("{EXAMPLE}\n"));
+}
+
+/// What it would find fault with is on purpose, and why stands in `deploy/debian/lintian-overrides`.
+#[test]
+fn lintian_finds_no_fault_with_the_package() {
+    let mut command = Command::new("lintian");
+    // Tests save the time for compressing.
+    let uncompressed = "uses-no-compression-for-control-tarball,uses-no-compression-for-data-tarball";
+    command.args(["--fail-on", "error,warning", "--suppress-tags", uncompressed]).arg(&PACKAGES.first);
+    assert_eq!(run(&mut command), "");
 }
 
 #[test]

@@ -17,7 +17,11 @@ mod fragments;
 mod oracle;
 #[path = "kernel/packet.rs"]
 mod packet;
+#[path = "kernel/pieces.rs"]
+mod pieces;
 #[path = "kernel/random.rs"]
 mod random;
 #[path = "kernel/run.rs"]
 mod run;
+#[path = "kernel/trial.rs"]
+mod trial;

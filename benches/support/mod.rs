@@ -6,6 +6,7 @@
 //! - [`programs`]: compiles and loads BPF programs of benchmarks.
 //! - [`contenders`]: who is compared.
 //! - [`trial`]: one load on one contender, and the search for the highest rate without loss.
+//! - [`costs`]: CPU time at given rates, for a machine that is not idle.
 //! - [`suite`]: the comparisons; [`control`]: what else the daemon does.
 //! - [`results`], [`report`], [`plots`]: what was found, and how it is shown.
 //!
@@ -16,6 +17,7 @@
 pub mod bed;
 pub mod contenders;
 pub mod control;
+pub mod costs;
 pub mod generator;
 pub mod plots;
 pub mod programs;

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::bed::Bed;
 use super::contenders::bare::{self, Calls};
-use super::contenders::{Contender, Task, daemon, netfilter, nginx, programs};
+use super::contenders::{Contender, Task, daemon, netfilter, nginx, programs, uring};
 use super::generator::{Content, Load};
 use super::results::{CPU, DUPLICATED, HALF, LOSS, LOSSLESS, MODEST, Measure, OVERLOAD, REORDERED, Row, Table};
 use super::trial::{self, Setup, Terms, Trial};
@@ -22,6 +22,9 @@ const WELL: &str = "all well";
 
 /// What the names of udp-fanout's rows begin with.
 pub const OURS: &str = "udp-fanout";
+
+/// The yardstick of userspace mode.
+pub const BARE: &str = "bare loop";
 
 /// How long and how often.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +110,7 @@ fn ours() -> Vec<Contender> {
 }
 
 fn bare_loop() -> Contender {
-    Contender::program("bare loop", |bed, task| bare::start(bed, task, Calls { take: 32, joined: true }))
+    Contender::program(BARE, |bed, task| bare::start(bed, task, Calls { take: 32, joined: true }))
 }
 
 fn nginx_packets() -> Contender {
@@ -126,6 +129,7 @@ fn balancers() -> Vec<Contender> {
         Contender::kernel("nftables, DNAT", netfilter::nft_nat),
         Contender::kernel("iptables, statistic", netfilter::iptables_statistic),
         bare_loop(),
+        Contender::program("bare loop, io_uring", uring::start),
         Contender::program("bare loop, one by one", move |bed, task| bare::start(bed, task, single)),
         nginx_packets(),
         Contender::program("nginx, sessions", |bed, task| nginx::start(bed, task, false)),
@@ -135,7 +139,7 @@ fn balancers() -> Vec<Contender> {
 }
 
 fn balancers_in_short() -> Vec<Contender> {
-    let left_out = ["bare loop, one by one", "iptables, statistic", "nginx, sessions"];
+    let left_out = ["bare loop, io_uring", "bare loop, one by one", "iptables, statistic", "nginx, sessions"];
     balancers().into_iter().filter(|contender| !left_out.contains(&contender.name.as_str())).collect()
 }
 

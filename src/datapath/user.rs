@@ -50,6 +50,7 @@ use anyhow::{Context, Result};
 use tracing::error;
 
 use self::listener::Listener;
+pub use self::mmsg::onbehalf::udp_header;
 use super::{Counters, Datapath};
 use crate::model::{ListenerId, Mode};
 use crate::plan::{ListenerPlan, Plan};

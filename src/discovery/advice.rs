@@ -169,7 +169,7 @@ pub fn empty(rules: &Rules, tally: &Tally, node: Option<&str>) -> String {
         causes.push(format!("{} endpoints are {other} only and the listener is {}", tally.other_family, rules.family));
     }
     if tally.unreadable > 0 {
-        causes.push(format!("{} endpoints have no readable address", tally.unreadable));
+        causes.push(format!("{} endpoints have no address that can be sent to", tally.unreadable));
     }
     causes.extend(tally.unusable_types.iter().map(|name| unusable_type(name)));
     if causes.is_empty() {

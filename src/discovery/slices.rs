@@ -19,7 +19,7 @@ pub struct Slice {
     pub ports: Vec<Port>,
     /// Its endpoints, those without a usable address left out.
     pub endpoints: Vec<Endpoint>,
-    /// How many endpoints were left out because their address could not be read.
+    /// How many endpoints were left out because their address could not be read, or is no single host's.
     pub unreadable: usize,
 }
 
@@ -140,7 +140,7 @@ pub struct Tally {
     pub other_family: usize,
     /// Endpoints left out because their slice has no port of the wanted name.
     pub without_port: usize,
-    /// Endpoints left out because their address could not be read.
+    /// Endpoints left out because their address could not be read, or is no single host's.
     pub unreadable: usize,
     /// Address types that cannot be sent to, as the server spells them.
     pub unusable_types: BTreeSet<String>,

@@ -11,7 +11,7 @@ mod channel;
 mod connection;
 mod datagram;
 mod errors;
-mod http;
+pub mod http;
 pub mod icmp;
 
 use std::collections::{BTreeSet, HashMap, HashSet};

@@ -58,17 +58,20 @@ pub fn ingress_filters(link: u32) -> Result<Vec<Filter>> {
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(link)?;
     request.header.parent = INGRESS;
-    Connection::open()?.dump("TC filters", &RouteNetlinkMessage::GetTrafficFilter(request), |payload| {
-        let header = TcHeader::parse(payload)?;
-        if i64::from(header.index) != i64::from(link) || header.parent != INGRESS {
-            return Ok(None);
-        }
-        read(&header, payload)
-    })
+    let request = RouteNetlinkMessage::GetTrafficFilter(request);
+    Connection::open()?.dump("TC filters", &request, |payload| read(link, payload))
 }
 
-/// None for the entry that stands for a whole priority and has no handle.
-fn read(header: &TcHeader, payload: &[u8]) -> Result<Option<Filter>> {
+/// Reads the payload of `RTM_NEWTFILTER`. None for filters elsewhere than on this interface's ingress, and for the entry that
+/// stands for a whole priority and has no handle.
+///
+/// # Errors
+/// When the message is malformed.
+pub(super) fn read(link: u32, payload: &[u8]) -> Result<Option<Filter>> {
+    let header = TcHeader::parse(payload)?;
+    if i64::from(header.index) != i64::from(link) || header.parent != INGRESS {
+        return Ok(None);
+    }
     let handle = u32::from(header.handle.major) << 16 | u32::from(header.handle.minor);
     let mut filter = Filter { kind: String::new(), priority: header.info >> 16, handle, name: String::new() };
     for attribute in attributes(after_header(payload, TC_HEADER_LENGTH)?) {

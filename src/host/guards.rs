@@ -80,15 +80,23 @@ fn egress_filter(connection: &mut Connection, link: u32) -> Result<Option<String
     request.header.index = i32::try_from(link)?;
     request.header.parent = EGRESS;
     // The kernel lists this side of this interface only, and under another index where filters are shared by several.
-    let kinds = connection.dump("TC filters", &RouteNetlinkMessage::GetTrafficFilter(request), |payload| {
-        for attribute in attributes(after_header(payload, TC_HEADER_LENGTH)?) {
-            if let (TCA_KIND, value) = attribute? {
-                return Ok(Some(parse_string(value)?));
-            }
-        }
-        Ok(None)
-    })?;
+    let kinds = connection.dump("TC filters", &RouteNetlinkMessage::GetTrafficFilter(request), read_kind)?;
     Ok(kinds.into_iter().next())
+}
+
+/// Reads the kind out of the payload of `RTM_NEWTFILTER`.
+fn read_kind(payload: &[u8]) -> Result<Option<String>> {
+    for attribute in attributes(after_header(payload, TC_HEADER_LENGTH)?) {
+        if let (TCA_KIND, value) = attribute? {
+            return Ok(Some(parse_string(value)?));
+        }
+    }
+    Ok(None)
+}
+
+/// True if the payload can be read as a filter with a kind, or as a chain on a way out.
+pub(super) fn understands(payload: &[u8]) -> bool {
+    matches!(read_kind(payload), Ok(Some(_))) | matches!(read_chain(payload), Ok(Some(_)))
 }
 
 /// An nftables chain that packets pass when they leave an interface.

@@ -64,7 +64,7 @@ pub struct Monitor {
 /// What the last message about each interface and address said, to recognise one that says the same again: the kernel
 /// also speaks up about things that are no facts of ours (an alias, a wireless event, a renewed address lifetime).
 #[derive(Default)]
-struct Memory {
+pub(super) struct Memory {
     links: BTreeMap<u32, links::Observed>,
     addresses: HashMap<(u32, IpAddr), bool>,
     /// The ways that are followed: of other neighbours and filters nobody wants to hear.
@@ -138,7 +138,7 @@ impl Monitor {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if lost {
                         // What was lost is newer than what was still queued, so none of it may be remembered.
-                        self.memory = Memory { ways: std::mem::take(&mut self.memory.ways), ..Memory::default() };
+                        self.memory = Memory::following(std::mem::take(&mut self.memory.ways));
                     }
                     return Ok(changed || lost);
                 }
@@ -151,8 +151,16 @@ impl Monitor {
 }
 
 impl Memory {
+    /// Remembers nothing yet, and is to follow these ways.
+    pub(super) fn following(ways: Ways) -> Memory {
+        Memory { ways, ..Memory::default() }
+    }
+
     /// True if the message says something that the messages before it have not.
-    fn learn(&mut self, frame: &Frame<'_>) -> Result<bool> {
+    ///
+    /// # Errors
+    /// When the message is malformed.
+    pub(super) fn learn(&mut self, frame: &Frame<'_>) -> Result<bool> {
         let payload = frame.payload;
         Ok(match frame.kind {
             RTM_NEWLINK => match links::read(payload)? {

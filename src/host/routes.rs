@@ -28,7 +28,7 @@ const NEXT_HOP_HEADER: usize = 8;
 
 /// A route that covers everything, out of one or more interfaces.
 #[derive(Debug, PartialEq, Eq)]
-struct DefaultRoute {
+pub(super) struct DefaultRoute {
     metric: u32,
     links: Vec<u32>,
 }
@@ -137,7 +137,11 @@ fn refusal(error: &io::Error) -> String {
 }
 
 /// Reads the payload of the `RTM_NEWROUTE` that answers the question for `destination`.
-fn read_route(payload: &[u8], destination: IpAddr, links: &BTreeMap<u32, &links::Observed>) -> Result<Route> {
+pub(super) fn read_route(
+    payload: &[u8],
+    destination: IpAddr,
+    links: &BTreeMap<u32, &links::Observed>,
+) -> Result<Route> {
     let header = RouteHeader::parse(payload)?;
     let (mut link, mut next_hop, mut mtu, mut encapsulated) = (None, destination, None, false);
     for attribute in attributes(after_header(payload, header.buffer_len())?) {
@@ -189,7 +193,7 @@ fn metric_mtu(metrics: &[u8]) -> Result<Option<u32>> {
 }
 
 /// Reads the payload of an `RTM_NEWROUTE` from a listing. None unless it is a default route of the main table.
-fn read_default(payload: &[u8]) -> Result<Option<DefaultRoute>> {
+pub(super) fn read_default(payload: &[u8]) -> Result<Option<DefaultRoute>> {
     let header = RouteHeader::parse(payload)?;
     let ip = matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6);
     if !ip || header.destination_prefix_length != 0 || header.kind != RouteType::Unicast {

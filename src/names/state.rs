@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{Address, Entry, Request};
 use crate::discovery::Family;
-use crate::model::{Downstream, ListenerId};
+use crate::model::{Downstream, ListenerId, is_one_host};
 
 /// After the first failure a name is asked for again after this long, and after twice as long with each further one, up to
 /// the interval.
@@ -213,11 +213,6 @@ fn hosts(entries: &[Entry]) -> impl Iterator<Item = &Arc<str>> {
         Address::Ip(_) => None,
         Address::Name { host, .. } => Some(host),
     })
-}
-
-/// Neither nobody's address nor that of many.
-fn is_one_host(ip: IpAddr) -> bool {
-    !ip.is_unspecified() && !ip.is_multicast() && !matches!(ip, IpAddr::V4(v4) if v4.is_broadcast())
 }
 
 /// All that is known of a listener's downstreams, in the order of its entries and each address once.

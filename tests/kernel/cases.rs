@@ -10,9 +10,9 @@ use udp_fanout::datapath::Datapath;
 use udp_fanout::model::ListenerId;
 use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan};
 
-use crate::oracle::{REDIRECT, SHOT, UNSPEC};
-use crate::packet::{Checksum, Frame};
-use crate::run::{Gso, Program, Ran, listener, target, via};
+use super::oracle::{REDIRECT, SHOT, UNSPEC};
+use super::packet::{Checksum, Frame};
+use super::run::{Gso, Program, Ran, listener, target, via};
 
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";

@@ -6,8 +6,8 @@ use udp_fanout::datapath::kernel::events::{Event, Fate, TraceFilter, Way};
 use udp_fanout::model::{DropReason, ListenerId, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, Macs};
 
-use crate::packet::Frame;
-use crate::run::{Gso, Program, listener, target, via};
+use super::packet::Frame;
+use super::run::{Gso, Program, listener, target, via};
 
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";

@@ -1,131 +1,13 @@
-//! The oracle's part about fragments, and hand-written datagrams that come in them.
+//! Hand-written datagrams that come in fragments.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::Duration;
 
 use udp_fanout::datapath::Datapath;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
+use udp_fanout::plan::{Delivery, ListenerPlan};
 
-use crate::oracle::{Datagram, Fate, History, Piece, REDIRECT, SHOT, UNSPEC, Way, judge, length, owner, sent, way};
-use crate::packet::{Checksum, Frame, fragmented};
-use crate::run::{Gso, Program, Ran, listener, target, via};
-
-// ---- The model ----
-
-/// Datagrams of which more fragments are to come, by sender, destination and number.
-pub type Incomplete = BTreeMap<(IpAddr, IpAddr, u32), Known>;
-
-/// What is known of one of them.
-#[derive(Debug, Clone, Default)]
-pub struct Known {
-    /// The UDP header and the time to live, once the first fragment has come.
-    first: Option<([u8; 8], u8)>,
-    /// In which KiB fragments have begun.
-    begun: BTreeSet<usize>,
-    fresh: usize,
-    all: usize,
-    end: Option<usize>,
-    destiny: Destiny,
-}
-
-/// Where its fragments go.
-#[derive(Debug, Clone, Default)]
-enum Destiny {
-    #[default]
-    Stack,
-    Nowhere,
-    To(Target),
-}
-
-impl Known {
-    /// Notes a fragment. True if it makes the datagram complete.
-    fn note(&mut self, piece: Piece) -> bool {
-        if self.begun.insert(piece.offset / 1024) {
-            self.fresh += piece.length;
-        }
-        self.all += piece.length;
-        if !piece.more {
-            self.end = Some(piece.offset + piece.length);
-        }
-        self.end.is_some_and(|end| self.fresh >= end)
-    }
-}
-
-fn key(datagram: &Datagram, piece: Piece) -> (IpAddr, IpAddr, u32) {
-    (datagram.source.ip(), datagram.destination.ip(), piece.number)
-}
-
-fn is_listened_on(plan: &Plan, address: IpAddr) -> bool {
-    plan.listeners.iter().any(|listener| listener.match_addresses.contains(&address))
-}
-
-/// A fragment with the ports.
-pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
-    let before = history.incomplete.get(&key(datagram, piece)).cloned();
-    let known_first = before.as_ref().and_then(|known| known.first);
-    let disordered = before.as_ref().is_some_and(|known| known.first.is_none());
-    let mut known = before.filter(|_| disordered).unwrap_or_default();
-    let fate = match owner(plan, datagram) {
-        Some(_) if known_first == Some((piece.udp_header, datagram.ttl)) => {
-            return follow(history, datagram, piece, frame);
-        }
-        Some(listener) => {
-            let (fate, target) = judge(listener, history, datagram, frame, Gso::default(), disordered);
-            known.destiny = match (&fate, target) {
-                (Fate::Forwarded { .. }, Some(target)) => Destiny::To(target.clone()),
-                (Fate::Dropped { .. }, _) => Destiny::Nowhere,
-                _ => Destiny::Stack,
-            };
-            fate
-        }
-        None if is_listened_on(plan, datagram.destination.ip()) => Fate::Foreign,
-        None => return Fate::Foreign,
-    };
-    known.first = Some((piece.udp_header, datagram.ttl));
-    if known.note(piece) {
-        history.incomplete.remove(&key(datagram, piece));
-    } else {
-        history.incomplete.insert(key(datagram, piece), known);
-    }
-    fate
-}
-
-/// A fragment without.
-pub fn later(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
-    if history.incomplete.contains_key(&key(datagram, piece)) {
-        return follow(history, datagram, piece, frame);
-    }
-    if !is_listened_on(plan, datagram.destination.ip()) {
-        return Fate::Foreign;
-    }
-    history.incomplete.entry(key(datagram, piece)).or_default().note(piece);
-    Fate::Fragment { verdict: UNSPEC, packet: frame.to_vec(), stray: true, lost: false }
-}
-
-fn follow(history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
-    let fate = |verdict, packet, lost| Fate::Fragment { verdict, packet, stray: false, lost };
-    let lost = || fate(SHOT, frame.to_vec(), true);
-    let known = history.incomplete.get_mut(&key(datagram, piece)).unwrap();
-    if !matches!(known.destiny, Destiny::Stack) && known.all + piece.length > 2 * 65_535 {
-        return lost();
-    }
-    let complete = known.note(piece);
-    let destiny = known.destiny.clone();
-    if complete {
-        history.incomplete.remove(&key(datagram, piece));
-    }
-    match destiny {
-        Destiny::Stack => fate(UNSPEC, frame.to_vec(), false),
-        Destiny::Nowhere => fate(SHOT, frame.to_vec(), false),
-        Destiny::To(target) => match way(&target, datagram, length(datagram)) {
-            Way::Out(verdict, ttl) => fate(verdict, sent(frame, datagram, &target, verdict, ttl), false),
-            Way::TooLong | Way::Nowhere(_) => lost(),
-        },
-    }
-}
-
-// ---- By hand ----
+use super::oracle::{REDIRECT, SHOT, UNSPEC};
+use super::packet::{Checksum, Frame, fragmented};
+use super::run::{Gso, Program, Ran, listener, target, via};
 
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";

@@ -7,9 +7,9 @@ use udp_fanout::admission::{Prefix, Sources};
 use udp_fanout::model::Policy;
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target, hash};
 
-use crate::fragments::{self, Incomplete};
-use crate::packet::sum;
-use crate::run::Gso;
+use super::packet::sum;
+use super::pieces::{self, Incomplete};
+use super::run::Gso;
 
 pub const UNSPEC: i32 = -1;
 pub const SHOT: i32 = 2;
@@ -75,8 +75,8 @@ pub fn fate(plan: &Plan, history: &mut History, frame: &[u8], gso: Gso) -> Fate 
             Some(listener) => judge(listener, history, &datagram, frame, gso, false).0,
             None => Fate::Foreign,
         },
-        Some(piece) if piece.offset > 0 => fragments::later(plan, history, &datagram, piece, frame),
-        Some(piece) => fragments::first(plan, history, &datagram, piece, frame),
+        Some(piece) if piece.offset > 0 => pieces::later(plan, history, &datagram, piece, frame),
+        Some(piece) => pieces::first(plan, history, &datagram, piece, frame),
     }
 }
 

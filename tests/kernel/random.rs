@@ -1,17 +1,11 @@
 //! Random and mutated frames: the program and the oracle must agree on verdict, whole packet and counters.
 
-use std::time::Duration;
-
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{HashOn, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, Target};
 
-use crate::oracle::{Fate, History, SHOT, UNSPEC, fate};
-use crate::packet::{Checksum, Frame, fragmented, sum};
-use crate::run::{Gso, Program, listener, target, via};
+use super::packet::{Checksum, Frame, fragmented};
+use super::run::Gso;
+use super::trial::{DESTINATIONS, DESTINATIONS6, SENDERS, SENDERS6, Trial, mend, set_ttl};
 
 /// Cases per run; `ORACLE_CASES` and `ORACLE_SEED` override. A failure prints the seed of its case.
 const CASES: u64 = 1_000_000;
@@ -19,126 +13,19 @@ const CASES: u64 = 1_000_000;
 /// Seeds that once failed. They stay.
 const KEPT: [u64; 0] = [];
 
-fn plan() -> Vec<ListenerPlan> {
-    let mut socket_only = listener(3, "192.0.2.1:5003", vec![target("127.0.0.1:9000", Delivery::Local)]);
-    socket_only.socket_only = Some("test".into());
-    let mixed = vec![
-        target("198.51.100.1:5000", via("198.51.100.1", 1500)),
-        target("198.51.100.2:6000", via("198.51.100.254", 600)),
-        target("192.0.2.1:6001", Delivery::Local),
-        target("198.51.100.3:6000", Delivery::Unreachable),
-    ];
-    let mixed6 = vec![
-        target("[2001:db8:9::1]:5000", via("fe80::1", 1500)),
-        target("[2001:db8:9::2]:6000", via("2001:db8::fe", 1280)),
-        target("[2001:db8::1]:6001", Delivery::Local),
-    ];
-    vec![
-        listener(0, "192.0.2.1:5000", mixed),
-        listener(1, "[2001:db8::1]:5000", mixed6),
-        listener(2, "192.0.2.1:5002", vec![]),
-        socket_only,
-        listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", via("198.51.100.254", 9000))]),
-        hashing(5, "192.0.2.3:5000", Policy::Hash(HashOn::SourceIp)),
-        hashing(6, "192.0.2.3:5001", Policy::Hash(HashOn::Source)),
-        hashing(7, "192.0.2.3:5002", Policy::Hash(HashOn::Flow)),
-        hashing(8, "[2001:db8::3]:5000", Policy::Hash(HashOn::Flow)),
-        hashing(9, "192.0.2.3:5003", Policy::GelfMessage),
-        guarded(
-            10,
-            "192.0.2.4:5000",
-            &["10.0.0.0/8", "10.1.2.0/24", "10.1.2.3/32", "203.0.113.5/32"],
-            &["10.1.0.0/16", "10.1.2.3/32"],
-        ),
-        guarded(11, "192.0.2.4:5001", &[], &["10.0.0.0/14", "10.3.3.3/32", "202.0.0.0/7"]),
-        guarded(12, "[2001:db8::4]:5000", &["2001:db8::/32", "fe80::/10"], &["2001:db8:5:0:0:0:0:2/127"]),
-        limited(13, "192.0.2.4:5002", 24),
-        limited(14, "[2001:db8::4]:5002", 64),
-        listener(15, "239.1.2.3:5000", receiver_beside("0")),
-        listener(16, "[ff05::1:3]:5000", receiver_beside("[")),
-        listener(17, "239.1.2.3:5001", vec![target("192.0.2.9:7000", Delivery::Local)]),
-    ]
-}
-
-/// A listener that not everybody may send to. One of its receivers is behind a narrow link.
-fn guarded(id: u32, bind: &str, allow: &[&str], deny: &[&str]) -> ListenerPlan {
-    let prefixes = |texts: &[&str]| texts.iter().map(|text| Prefix::parse(text).unwrap()).collect();
-    let mut plan = listener(id, bind, receiver_beside(bind));
-    plan.sources = Sources { allow: prefixes(allow), deny: prefixes(deny) }.into();
-    plan
-}
-
-/// A listener whose senders may send so much and then no more for as long as the test runs.
-fn limited(id: u32, bind: &str, prefix: u8) -> ListenerPlan {
-    let mut plan = listener(id, bind, receiver_beside(bind));
-    let interval = 24 * 3600 * TICKS_PER_SECOND;
-    plan.meter = Some(Meter { interval, depth: 100 * interval, prefix, senders: 1024 });
-    plan
-}
-
-fn receiver_beside(bind: &str) -> Vec<Target> {
-    match bind.starts_with('[') {
-        true => vec![target("[2001:db8:9::7]:7000", via("fe80::1", 1280))],
-        false => vec![target("198.51.100.7:7000", via("198.51.100.254", 600))],
-    }
-}
-
-/// A listener whose table is long and has no pattern a wrong index could hide in.
-fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
-    let address =
-        |i: u32| if bind.starts_with('[') { format!("[2001:db8:9::{i:x}]:7000") } else { format!("10.9.0.{i}:7000") };
-    let next_hop = if bind.starts_with('[') { "fe80::1" } else { "198.51.100.1" };
-    let mut plan = listener(id, bind, (1..=31).map(|i| target(&address(i), via(next_hop, 1500))).collect());
-    // A round must show by its first datagram where it started, so each downstream stands in it once.
-    let places = if policy == Policy::GelfMessage { 31 } else { 997 };
-    plan.table = (0..places).map(|i| if places == 31 { i } else { i * i % 31 }).collect();
-    plan.policy = policy;
-    plan
-}
-
-/// Listeners of the plan above.
-const LISTENERS: usize = 18;
-
 /// Where a datagram comes from and goes to.
 fn addresses(rng: &mut SmallRng) -> (String, String) {
     let v6 = rng.random_bool(0.3);
     let few = |rng: &mut SmallRng| rng.random_range(0..4);
     let pick = |rng: &mut SmallRng, from: &[&str]| from[rng.random_range(0..from.len())].to_owned();
     if v6 {
-        let known = pick(rng, &["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"]);
+        let known = pick(rng, &SENDERS6);
         let any = format!("[2001:db{:x}:5::{:x}:0:0:{:x}]:4", rng.random_range(8..10), few(rng), few(rng));
-        let ours = [
-            "[2001:db8::1]:5000",
-            "[2001:db8::1]:5000",
-            "[2001:db8::3]:5000",
-            "[2001:db8::2]:5000",
-            "[2001:db8::4]:5000",
-            "[2001:db8::4]:5002",
-            "[2001:db8::1]:1",
-            "[ff05::1:3]:5000",
-        ];
-        (if rng.random() { known } else { any }, pick(rng, &ours))
+        (if rng.random() { known } else { any }, pick(rng, &DESTINATIONS6))
     } else {
-        let known = pick(rng, &["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"]);
+        let known = pick(rng, &SENDERS);
         let any = format!("10.{}.{}.{}:7", rng.random_range(0..6), few(rng), few(rng));
-        let ports = [
-            "192.0.2.1:5000",
-            "192.0.2.1:5000",
-            "192.0.2.1:5002",
-            "192.0.2.1:5003",
-            "192.0.2.2:5000",
-            "8.8.8.8:53",
-            "192.0.2.3:5000",
-            "192.0.2.3:5001",
-            "192.0.2.3:5002",
-            "192.0.2.3:5003",
-            "192.0.2.4:5000",
-            "192.0.2.4:5001",
-            "192.0.2.4:5002",
-            "239.1.2.3:5000",
-            "239.1.2.3:5001",
-        ];
-        (if rng.random() { known } else { any }, pick(rng, &ports))
+        (if rng.random() { known } else { any }, pick(rng, &DESTINATIONS))
     }
 }
 
@@ -222,23 +109,6 @@ fn story(rng: &mut SmallRng, number: u32) -> Vec<Vec<u8>> {
     frames
 }
 
-fn set_ttl(frame: &mut [u8], ttl: u8) {
-    if frame[12..14] == [0x86, 0xdd] {
-        frame[21] = ttl;
-    } else {
-        frame[22] = ttl;
-        mend(frame);
-    }
-}
-
-/// Makes the checksum of an IPv4 header right.
-fn mend(frame: &mut [u8]) {
-    frame[24..26].fill(0);
-    let header = (14 + usize::from(frame[14] & 15) * 4).clamp(34, frame.len());
-    let check = !sum(&frame[14..header], 0);
-    frame[24..26].copy_from_slice(&check.to_be_bytes());
-}
-
 /// Now and then flips bytes, cuts or lengthens the frame; half of the time mends the IPv4 header checksum after it, so
 /// that the damage gets past that check.
 fn mutate(rng: &mut SmallRng, bytes: &mut Vec<u8>) {
@@ -274,18 +144,8 @@ fn gso(rng: &mut SmallRng) -> Gso {
     }
 }
 
-/// One's complement has two zeros; everything else must be equal to the letter.
-fn same(a: &[u8], b: &[u8]) -> bool {
-    let zero = |bytes: &[u8], at: usize| matches!(bytes.get(at..at + 2), Some([0, 0] | [0xff, 0xff]));
-    a.len() == b.len()
-        && a.iter().zip(b).enumerate().all(|(i, (x, y))| {
-            let word = i & !1;
-            x == y || (word == 24 && zero(a, 24) && zero(b, 24))
-        })
-}
-
-/// Seeds that the program runs through before it is loaded anew: so many datagrams without an end fit its memory for
-/// fragments, of which the oracle's has no bounds.
+/// Seeds after which the program has to forget: so many datagrams without an end fit its memory for fragments, of which the
+/// oracle's has no bounds.
 const CHUNK: usize = 50_000;
 
 #[test]
@@ -295,29 +155,11 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
         Some(seed) => vec![seed],
         None => KEPT.into_iter().chain((0..setting("ORACLE_CASES").unwrap_or(CASES)).map(|n| n + BASE)).collect(),
     };
-    seeds.chunks(CHUNK).for_each(run);
+    let mut trial = Trial::begin();
+    seeds.chunks(CHUNK).for_each(|seeds| run(&mut trial, seeds));
 }
 
-/// What the books must say.
-#[derive(Debug, Default, PartialEq)]
-struct Books {
-    listeners: [[u64; 6]; LISTENERS],
-    strays: u64,
-    lost: u64,
-}
-
-impl Books {
-    fn of(program: &mut Program) -> Books {
-        let fragments = program.datapath.counters().unwrap().fragments;
-        let listeners = std::array::from_fn(|id| program.stats(id as u32));
-        Books { listeners, strays: fragments.strays, lost: fragments.lost }
-    }
-}
-
-fn run(seeds: &[u64]) {
-    let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
-    let mut history = settle_rounds(&program);
-    let mut books = Books::of(&mut program);
+fn run(trial: &mut Trial, seeds: &[u64]) {
     for &seed in seeds {
         let mut rng = SmallRng::seed_from_u64(seed);
         let (frames, gso) = match rng.random_bool(0.1) {
@@ -325,67 +167,13 @@ fn run(seeds: &[u64]) {
             false => (vec![frame(&mut rng)], gso(&mut rng)),
         };
         for bytes in frames {
-            let fate = fate(&program.plan, &mut history, &bytes, gso);
-            let ran = program.run(&bytes, gso);
-            let (verdict, packet) = match &fate {
-                Fate::Foreign | Fate::Passed { .. } => (UNSPEC, &bytes),
-                Fate::Dropped { .. } => (SHOT, &bytes),
-                Fate::Forwarded { verdict, packet, .. } | Fate::Fragment { verdict, packet, .. } => (*verdict, packet),
-            };
-            let agree = ran.verdict == verdict && same(&ran.packet, packet);
-            assert!(
-                agree,
-                "ORACLE_SEED={seed}\nframe    {bytes:02x?} {gso:?}\nexpected {fate:02x?}\ngot      {ran:02x?}"
-            );
-            book(&mut books, &fate);
+            trial.frame(&bytes, gso, &format!("ORACLE_SEED={seed}"));
         }
     }
-    assert_eq!(Books::of(&mut program), books);
-    assert!(program.datapath_counters().values().map(|to| to.packets).sum::<u64>() > 0);
+    trial.audit();
+    trial.forget();
+    assert!(trial.program.datapath_counters().values().map(|to| to.packets).sum::<u64>() > 0);
 }
 
 /// Seeds start here; any fixed number will do.
 const BASE: u64 = 0x0fa0_0000;
-
-/// The kernel starts each round somewhere random: one datagram shows where, and the oracle goes on from there.
-fn settle_rounds(program: &Program) -> History {
-    let mut history = History::default();
-    let probes = [
-        (9, Frame::new("203.0.113.5:4", "192.0.2.3:5003", b"x")),
-        (0, Frame::new("203.0.113.5:4", "192.0.2.1:5000", b"x")),
-        (1, Frame::new("[2001:db8:5::5]:4", "[2001:db8::1]:5000", b"x")),
-    ];
-    for (id, probe) in probes {
-        let ran = program.run(&probe.bytes(), Gso::default());
-        let places = program.plan.listeners[id as usize].table.len();
-        let place = (0..places)
-            .find(|&place| {
-                let mut guess = History { rounds: [(id, place)].into(), ..History::default() };
-                match fate(&program.plan, &mut guess, &probe.bytes(), Gso::default()) {
-                    Fate::Forwarded { packet, .. } => same(&packet, &ran.packet),
-                    Fate::Dropped { .. } => ran.verdict == SHOT,
-                    _ => false,
-                }
-            })
-            .expect("the first datagram went to none of the downstreams");
-        history.rounds.insert(id, (place + 1) % places);
-    }
-    history
-}
-
-fn book(books: &mut Books, fate: &Fate) {
-    let (id, row) = match *fate {
-        Fate::Foreign => return,
-        Fate::Fragment { stray, lost, .. } => {
-            books.strays += u64::from(stray);
-            books.lost += u64::from(lost);
-            return;
-        }
-        Fate::Passed { listener, datagrams, bytes } => (listener, [datagrams, 0, 0, datagrams, bytes, 0]),
-        Fate::Dropped { listener, datagrams, bytes, .. } => (listener, [datagrams, 0, datagrams, 0, bytes, 0]),
-        Fate::Forwarded { listener, datagrams, bytes, .. } => (listener, [datagrams, datagrams, 0, 0, bytes, bytes]),
-    };
-    for (total, n) in books.listeners[id as usize].iter_mut().zip(row) {
-        *total += n;
-    }
-}

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use libbpf_rs::libbpf_sys;
+use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
 use udp_fanout::config::{Limits, Settings};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
@@ -69,6 +69,11 @@ impl Program {
         Runner(self.datapath.program().try_clone_to_owned().unwrap())
     }
 
+    /// Its map of this name.
+    pub fn map(&self, name: &str) -> MapHandle {
+        maps_of(self.datapath.program()).find(|map| map.name() == name).expect("a map of this name")
+    }
+
     /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
     pub fn stats(&self, id: u32) -> [u64; 6] {
         self.datapath.raw_stats(ListenerId(id)).unwrap()
@@ -80,6 +85,21 @@ impl Program {
         let dropped = counters.listeners[&ListenerId(id)].dropped;
         dropped.iter().filter(|(_, n)| *n > 0).map(|(reason, n)| (reason.label(), n)).collect()
     }
+}
+
+/// The maps of a loaded program.
+fn maps_of(program: BorrowedFd<'_>) -> impl Iterator<Item = MapHandle> {
+    let mut ids = [0u32; 64];
+    let mut info = libbpf_sys::bpf_prog_info {
+        nr_map_ids: ids.len() as u32,
+        map_ids: ids.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    let mut length = size_of_val(&info) as u32;
+    // SAFETY: `info` lives across the call and has the length given; the array it names has as many entries as it says.
+    let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &raw mut info, &raw mut length) };
+    assert_eq!(err, 0, "cannot ask for the program's maps: {}", std::io::Error::last_os_error());
+    ids.into_iter().take(info.nr_map_ids as usize).map(|id| MapHandle::from_map_id(id).unwrap())
 }
 
 /// The program alone.

@@ -26,9 +26,9 @@ use crate::bench::contenders::{Running, Task, cpu_seconds, stay_on};
 /// Bytes of receive buffer, as every contender gets.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Datagrams of one message at most.
-const SEGMENTS: usize = 64;
+pub const SEGMENTS: usize = 64;
 /// Room for what the kernel joins at most.
-const ROOM: usize = 65_536;
+pub const ROOM: usize = 65_536;
 
 /// What the loop uses of what the kernel offers.
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +79,12 @@ pub fn copier(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
     spawn(bed, task, false, copy)
 }
 
-fn spawn(
+/// Starts a loop that takes from the first socket and sends with the second, on the contender's CPU, until it is told to
+/// stop. `joined` says whether what it takes may be joined.
+///
+/// # Errors
+/// When a socket cannot be had.
+pub fn spawn(
     bed: &Bed,
     task: &Task,
     joined: bool,
@@ -110,9 +115,10 @@ fn spawn(
     Ok(Box::new(Loop { stop, thread, task }))
 }
 
+/// Room for a control message with an integer.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
-struct Control([u8; 24]);
+pub struct Control(pub [u8; 24]);
 
 fn copy(take: &Socket, send: &Socket, downstreams: &[SocketAddr], stop: &AtomicBool) {
     let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
@@ -144,10 +150,7 @@ fn forward(
         header.msg_hdr.msg_iovlen = 1;
         header.msg_hdr.msg_control = ptr::from_mut(control).cast();
     }
-    let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
-    let mut shares: Vec<Vec<libc::iovec>> = names.iter().map(|_| Vec::with_capacity(calls.take * 128)).collect();
-    let mut out = Out::default();
-    let mut turn = 0;
+    let mut shares = Shares::new(downstreams, replicate);
     while !stop.load(Ordering::Relaxed) {
         headers.iter_mut().for_each(|header| header.msg_hdr.msg_controllen = mem::size_of::<Control>() as _);
         // SAFETY: every header points to a vector and a control buffer that live as long as this function.
@@ -164,56 +167,77 @@ fn forward(
         let mut size = 1;
         for slot in 0..taken {
             let length = headers[slot].msg_len as usize;
-            size = if headers[slot].msg_hdr.msg_controllen > 0 { segment_size(&controls[slot]) } else { length.max(1) };
-            let mut at = 0;
-            while at < length {
-                let this = size.min(length - at);
-                // SAFETY: within the slot's memory.
-                let start = unsafe { memory.as_mut_ptr().add(slot * ROOM + at) };
-                let vector = libc::iovec { iov_base: start.cast(), iov_len: this };
-                if replicate {
-                    shares.iter_mut().for_each(|share| share.push(vector));
-                } else {
-                    shares[turn].push(vector);
-                    turn = if turn + 1 == shares.len() { 0 } else { turn + 1 };
-                }
-                at += this;
-            }
+            let joined = headers[slot].msg_hdr.msg_controllen > 0;
+            size = if joined { segment_size(&controls[slot].0) } else { length.max(1) };
+            // SAFETY: within the memory, of which each slot has so much.
+            let start = unsafe { memory.as_mut_ptr().add(slot * ROOM) };
+            shares.deal(start, length, size);
         }
-        let most = if calls.joined { SEGMENTS.min(65_000 / size) } else { 1 };
-        out.send(send, &names, &mut shares, size, most);
+        send_all(send, shares.messages(size, if calls.joined { SEGMENTS } else { 1 }));
+        shares.clear();
     }
 }
 
-#[derive(Default)]
-struct Out {
-    headers: Vec<libc::mmsghdr>,
+fn send_all(socket: &Socket, headers: &mut [libc::mmsghdr]) {
+    let mut done = 0;
+    while done < headers.len() {
+        // SAFETY: the headers point to names, vectors and payload that are still there.
+        let sent =
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), headers[done..].as_mut_ptr(), (headers.len() - done) as _, 0) };
+        done += usize::try_from(sent).unwrap_or(1);
+    }
 }
 
-impl Out {
-    fn send(&mut self, socket: &Socket, names: &[SockAddr], shares: &mut [Vec<libc::iovec>], size: usize, most: usize) {
-        let mut control = Control([0; 24]);
-        set_segment_size(&mut control, size);
+/// What each downstream is about to get.
+pub struct Shares {
+    names: Vec<SockAddr>,
+    shares: Vec<Vec<libc::iovec>>,
+    replicate: bool,
+    turn: usize,
+    headers: Vec<libc::mmsghdr>,
+    control: Box<Control>,
+}
+
+impl Shares {
+    /// Nobody gets anything yet. Under replication, everybody will get everything.
+    pub fn new(downstreams: &[SocketAddr], replicate: bool) -> Shares {
+        let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
+        let shares = names.iter().map(|_| Vec::with_capacity(4096)).collect();
+        Shares { names, shares, replicate, turn: 0, headers: Vec::new(), control: Box::new(Control([0; 24])) }
+    }
+
+    /// Deals out the datagrams of a message that begins there: of `size` bytes each, but for the last.
+    pub fn deal(&mut self, start: *mut u8, length: usize, size: usize) {
+        let mut at = 0;
+        while at < length {
+            let this = size.min(length - at);
+            let vector = libc::iovec { iov_base: start.wrapping_add(at).cast(), iov_len: this };
+            if self.replicate {
+                self.shares.iter_mut().for_each(|share| share.push(vector));
+            } else {
+                self.shares[self.turn].push(vector);
+                self.turn = if self.turn + 1 == self.shares.len() { 0 } else { self.turn + 1 };
+            }
+            at += this;
+        }
+    }
+
+    /// What has been dealt out, in messages of up to `most` datagrams of `size` bytes. They are good until the next call of
+    /// this or of [`Shares::clear`].
+    pub fn messages(&mut self, size: usize, most: usize) -> &mut [libc::mmsghdr] {
+        set_segment_size(&mut self.control, size);
         self.headers.clear();
-        for (name, share) in names.iter().zip(shares.iter_mut()) {
-            for chunk in share.chunks_mut(most) {
-                self.headers.push(header(name, chunk, &mut control));
+        for (name, share) in self.names.iter().zip(self.shares.iter_mut()) {
+            for chunk in share.chunks_mut(most.min(65_000 / size).max(1)) {
+                self.headers.push(header(name, chunk, &mut self.control));
             }
         }
-        let mut done = 0;
-        while done < self.headers.len() {
-            // SAFETY: the headers point to names, vectors and payload that are still there.
-            let sent = unsafe {
-                libc::sendmmsg(
-                    socket.as_raw_fd(),
-                    self.headers[done..].as_mut_ptr(),
-                    (self.headers.len() - done) as _,
-                    0,
-                )
-            };
-            done += usize::try_from(sent).unwrap_or(1);
-        }
-        shares.iter_mut().for_each(Vec::clear);
+        &mut self.headers
+    }
+
+    /// Forgets what has been dealt out.
+    pub fn clear(&mut self) {
+        self.shares.iter_mut().for_each(Vec::clear);
     }
 }
 
@@ -231,9 +255,11 @@ fn header(name: &SockAddr, vectors: &mut [libc::iovec], control: &mut Control) -
     header
 }
 
-fn segment_size(control: &Control) -> usize {
-    // SAFETY: the kernel has written one control message with an integer.
-    let size = unsafe { libc::CMSG_DATA(control.0.as_ptr().cast()).cast::<libc::c_int>().read_unaligned() };
+/// The length of joined datagrams, from the control message that the kernel has written.
+pub fn segment_size(control: &[u8]) -> usize {
+    assert!(control.len() >= 20, "there is no whole control message");
+    // SAFETY: there is room for a header and an integer after it.
+    let size = unsafe { libc::CMSG_DATA(control.as_ptr().cast()).cast::<libc::c_int>().read_unaligned() };
     usize::try_from(size).unwrap_or(1).max(1)
 }
 

@@ -5,6 +5,7 @@ pub mod daemon;
 pub mod netfilter;
 pub mod nginx;
 pub mod programs;
+pub mod uring;
 
 use std::fs;
 use std::os::unix::process::CommandExt;

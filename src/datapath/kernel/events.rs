@@ -228,7 +228,9 @@ fn prefix((address, bits): (IpAddr, u8)) -> Result<([u32; 4], [u32; 4])> {
 }
 
 impl Event {
-    fn read(bytes: &[u8]) -> Option<Event> {
+    /// Reads what the program has written to its ring buffer. None if it makes no sense.
+    #[must_use]
+    pub fn read(bytes: &[u8]) -> Option<Event> {
         if bytes.len() < size_of::<types::event>() {
             return None;
         }

@@ -56,11 +56,13 @@ struct Pending {
 
 /// An echo message.
 #[derive(Debug, PartialEq, Eq)]
-struct Echo {
-    identifier: u16,
-    sequence: u16,
+pub struct Echo {
+    /// Whose it is.
+    pub identifier: u16,
+    /// The end of the probe's number.
+    pub sequence: u16,
     /// None where less of it was returned.
-    nonce: Option<u64>,
+    pub nonce: Option<u64>,
 }
 
 /// Opens a socket of one family, in whichever way is allowed.
@@ -216,7 +218,8 @@ fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
 
 impl Echo {
     /// Reads an echo message of this type. None if it is none.
-    fn read(kind: u8, bytes: &[u8]) -> Option<Echo> {
+    #[must_use]
+    pub fn read(kind: u8, bytes: &[u8]) -> Option<Echo> {
         let (header, payload) = bytes.split_first_chunk::<HEADER>()?;
         let [actual, code, _, _, id_high, id_low, sequence_high, sequence_low] = *header;
         (actual == kind && code == 0).then(|| Echo {
@@ -227,7 +230,9 @@ impl Echo {
     }
 }
 
-fn without_ip_header(packet: &[u8]) -> &[u8] {
+/// What follows the header of an IPv4 packet; nothing if it is cut short.
+#[must_use]
+pub fn without_ip_header(packet: &[u8]) -> &[u8] {
     let length = packet.first().map_or(0, |first| usize::from(first & 0x0f) * 4);
     packet.get(length..).unwrap_or_default()
 }

@@ -126,8 +126,9 @@ fn fill<T>(control: &mut Control, level: libc::c_int, kind: libc::c_int, data: T
     length as usize
 }
 
-/// The header of a UDP datagram.
-fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] {
+/// The header of a UDP datagram with this payload, of at most 65,527 bytes.
+#[must_use]
+pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] {
     // No datagram that was received is longer than the longest there is.
     let length = (HEAD + payload.len()) as u16;
     let mut header = [0; HEAD];

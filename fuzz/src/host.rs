@@ -1,0 +1,23 @@
+//! What the kernel says: netlink datagrams about the host, and what the TC program writes to its ring buffer.
+
+use udp_fanout::datapath::kernel::events::Event;
+use udp_fanout::host::{Route, decode};
+
+/// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`, of which the same is no news a second time.
+const STATES: [u16; 3] = [16, 20, 28];
+
+/// Reads a netlink datagram with every reader there is, and the same bytes as an event.
+pub fn run(bytes: &[u8]) {
+    for message in decode::datagram(bytes) {
+        assert_eq!(message.news.is_some(), message.news_again.is_some(), "{message:?}");
+        if STATES.contains(&message.kind) {
+            assert_ne!(message.news_again, Some(true), "{message:?}");
+        }
+        if let Some(Route::Unreachable { reason }) = &message.route {
+            assert!(!reason.is_empty());
+        }
+    }
+    if let Some(event) = Event::read(bytes) {
+        assert!(event.downstream.is_none_or(|to| to.port() != 0), "{event:?}");
+    }
+}

@@ -1,0 +1,75 @@
+//! `EndpointSlices` as an API server may send them, one a line, and what becomes of them. (The framing of a watch and the types
+//! of `v1` are the crates' `kube` and `k8s-openapi`.)
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::discovery::v1;
+use udp_fanout::discovery::slices::{AddressType, Outcome, Place, Readiness, Rules, Slice, Source, compile};
+use udp_fanout::discovery::wire::{BetaEndpointSlice, Wire};
+use udp_fanout::discovery::{Family, Locality, PortRef, Terminating};
+
+const HERE: Place<'_> = Place { node: Some("here"), zone: Some("west") };
+
+/// Reads the lines, and decides upon the downstreams by every rule.
+pub fn run(bytes: &[u8]) {
+    let slices: Vec<Arc<Slice>> = bytes.split(|&byte| byte == b'\n').flat_map(read).map(Arc::new).collect();
+    if slices.is_empty() {
+        return;
+    }
+    for port in [PortRef::Number(9000), PortRef::Name("syslog".to_owned()), PortRef::Name(String::new())] {
+        for family in [Family::V4, Family::V6] {
+            for terminating in [Terminating::Never, Terminating::Fallback, Terminating::UntilGone] {
+                let of = |locality| check(&slices, &port, Rules { family, locality, terminating });
+                let [all, node, preferred, zone] =
+                    [Locality::Cluster, Locality::Node, Locality::PreferNode, Locality::PreferZone].map(of);
+                assert_eq!((preferred.is_empty(), zone.is_empty()), (all.is_empty(), all.is_empty()));
+                // By fallback, one that is shutting down here may stand for one that is ready elsewhere.
+                if terminating != Terminating::Fallback {
+                    assert!(node.is_subset(&all) && preferred.is_subset(&all) && zone.is_subset(&all));
+                }
+            }
+        }
+    }
+}
+
+/// A line in both versions.
+fn read(line: &[u8]) -> Vec<Slice> {
+    let stable = serde_json::from_slice::<v1::EndpointSlice>(line).map(|slice| slice.slice());
+    let beta = serde_json::from_slice::<BetaEndpointSlice>(line).map(|slice| slice.slice());
+    stable.into_iter().chain(beta).collect()
+}
+
+/// The downstreams, which must be such that datagrams can be sent to them, and must not depend on the order of the slices.
+fn check(slices: &[Arc<Slice>], port: &PortRef, rules: Rules) -> BTreeSet<SocketAddr> {
+    let run = |slices: &[Arc<Slice>]| compile(&[Source { slices, port }], &rules, &HERE);
+    let outcome = run(slices);
+    let backwards: Vec<_> = slices.iter().rev().cloned().collect();
+    assert_eq!(run(&backwards), outcome);
+    assert_eq!(run(&[slices, &backwards].concat()).downstreams, outcome.downstreams);
+    assert!(outcome.downstreams.is_sorted_by(|one, next| one.address < next.address), "{outcome:?}");
+    for downstream in &outcome.downstreams {
+        let ip = downstream.address.ip();
+        assert_eq!((Family::of(ip), Family::of(ip.to_canonical())), (rules.family, rules.family), "{downstream:?}");
+        assert!(!ip.is_unspecified() && !ip.is_multicast(), "{downstream:?}");
+        assert_ne!(downstream.address.port(), 0);
+        assert!(best(slices, downstream.address, &rules) > Readiness::Down, "{downstream:?}");
+    }
+    tallied(&outcome);
+    outcome.downstreams.iter().map(|downstream| downstream.address).collect()
+}
+
+/// The best that is said of an endpoint.
+fn best(slices: &[Arc<Slice>], address: SocketAddr, rules: &Rules) -> Readiness {
+    let of_family = slices.iter().filter(|slice| slice.addresses == AddressType::Ip(rules.family));
+    let endpoints = of_family.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.address == address.ip());
+    endpoints.map(|endpoint| endpoint.readiness).max().unwrap_or(Readiness::Down)
+}
+
+fn tallied(outcome: &Outcome) {
+    let tally = &outcome.tally;
+    assert!(tally.ready + tally.terminating <= tally.endpoints, "{tally:?}");
+    assert!(outcome.downstreams.len() <= tally.ready + tally.terminating, "{tally:?}");
+    assert!(!tally.elsewhere || outcome.downstreams.is_empty(), "{tally:?}");
+}

@@ -1,0 +1,270 @@
+//! The production program with listeners of every sort, and the oracle beside it: both must agree on every frame's verdict, on
+//! the whole packet, and on the counters. `random` asks them about frames that chance has made, fuzzing about others.
+
+use std::time::Duration;
+
+use libbpf_rs::{MapCore, MapHandle};
+use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::datapath::kernel::books;
+use udp_fanout::model::{HashOn, Policy};
+use udp_fanout::plan::{Delivery, ListenerPlan, Target};
+
+use super::oracle::{Fate, History, SHOT, UNSPEC, fate};
+use super::packet::{Frame, sum};
+use super::run::{Gso, Program, listener, target, via};
+
+/// Senders of interest, IPv4.
+pub const SENDERS: [&str; 5] = ["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"];
+
+/// Senders of interest, IPv6.
+pub const SENDERS6: [&str; 4] = ["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"];
+
+/// Where datagrams go, IPv4: to all the listeners, and elsewhere.
+pub const DESTINATIONS: [&str; 15] = [
+    "192.0.2.1:5000",
+    "192.0.2.1:5000",
+    "192.0.2.1:5002",
+    "192.0.2.1:5003",
+    "192.0.2.2:5000",
+    "8.8.8.8:53",
+    "192.0.2.3:5000",
+    "192.0.2.3:5001",
+    "192.0.2.3:5002",
+    "192.0.2.3:5003",
+    "192.0.2.4:5000",
+    "192.0.2.4:5001",
+    "192.0.2.4:5002",
+    "239.1.2.3:5000",
+    "239.1.2.3:5001",
+];
+
+/// The same, IPv6.
+pub const DESTINATIONS6: [&str; 8] = [
+    "[2001:db8::1]:5000",
+    "[2001:db8::1]:5000",
+    "[2001:db8::3]:5000",
+    "[2001:db8::2]:5000",
+    "[2001:db8::4]:5000",
+    "[2001:db8::4]:5002",
+    "[2001:db8::1]:1",
+    "[ff05::1:3]:5000",
+];
+
+/// Listeners of every sort that a test run can show.
+pub fn plan() -> Vec<ListenerPlan> {
+    let mut socket_only = listener(3, "192.0.2.1:5003", vec![target("127.0.0.1:9000", Delivery::Local)]);
+    socket_only.socket_only = Some("test".into());
+    let mixed = vec![
+        target("198.51.100.1:5000", via("198.51.100.1", 1500)),
+        target("198.51.100.2:6000", via("198.51.100.254", 600)),
+        target("192.0.2.1:6001", Delivery::Local),
+        target("198.51.100.3:6000", Delivery::Unreachable),
+    ];
+    let mixed6 = vec![
+        target("[2001:db8:9::1]:5000", via("fe80::1", 1500)),
+        target("[2001:db8:9::2]:6000", via("2001:db8::fe", 1280)),
+        target("[2001:db8::1]:6001", Delivery::Local),
+    ];
+    vec![
+        listener(0, "192.0.2.1:5000", mixed),
+        listener(1, "[2001:db8::1]:5000", mixed6),
+        listener(2, "192.0.2.1:5002", vec![]),
+        socket_only,
+        listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", via("198.51.100.254", 9000))]),
+        hashing(5, "192.0.2.3:5000", Policy::Hash(HashOn::SourceIp)),
+        hashing(6, "192.0.2.3:5001", Policy::Hash(HashOn::Source)),
+        hashing(7, "192.0.2.3:5002", Policy::Hash(HashOn::Flow)),
+        hashing(8, "[2001:db8::3]:5000", Policy::Hash(HashOn::Flow)),
+        hashing(9, "192.0.2.3:5003", Policy::GelfMessage),
+        guarded(
+            10,
+            "192.0.2.4:5000",
+            &["10.0.0.0/8", "10.1.2.0/24", "10.1.2.3/32", "203.0.113.5/32"],
+            &["10.1.0.0/16", "10.1.2.3/32"],
+        ),
+        guarded(11, "192.0.2.4:5001", &[], &["10.0.0.0/14", "10.3.3.3/32", "202.0.0.0/7"]),
+        guarded(12, "[2001:db8::4]:5000", &["2001:db8::/32", "fe80::/10"], &["2001:db8:5:0:0:0:0:2/127"]),
+        limited(13, "192.0.2.4:5002", 24),
+        limited(14, "[2001:db8::4]:5002", 64),
+        listener(15, "239.1.2.3:5000", receiver_beside("0")),
+        listener(16, "[ff05::1:3]:5000", receiver_beside("[")),
+        listener(17, "239.1.2.3:5001", vec![target("192.0.2.9:7000", Delivery::Local)]),
+    ]
+}
+
+/// A listener that not everybody may send to. One of its receivers is behind a narrow link.
+fn guarded(id: u32, bind: &str, allow: &[&str], deny: &[&str]) -> ListenerPlan {
+    let prefixes = |texts: &[&str]| texts.iter().map(|text| Prefix::parse(text).unwrap()).collect();
+    let mut plan = listener(id, bind, receiver_beside(bind));
+    plan.sources = Sources { allow: prefixes(allow), deny: prefixes(deny) }.into();
+    plan
+}
+
+/// A listener whose senders may send so much and then no more for as long as the test runs.
+fn limited(id: u32, bind: &str, prefix: u8) -> ListenerPlan {
+    let mut plan = listener(id, bind, receiver_beside(bind));
+    let interval = 24 * 3600 * TICKS_PER_SECOND;
+    plan.meter = Some(Meter { interval, depth: 100 * interval, prefix, senders: 1024 });
+    plan
+}
+
+fn receiver_beside(bind: &str) -> Vec<Target> {
+    match bind.starts_with('[') {
+        true => vec![target("[2001:db8:9::7]:7000", via("fe80::1", 1280))],
+        false => vec![target("198.51.100.7:7000", via("198.51.100.254", 600))],
+    }
+}
+
+/// A listener whose table is long and has no pattern a wrong index could hide in.
+fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
+    let address =
+        |i: u32| if bind.starts_with('[') { format!("[2001:db8:9::{i:x}]:7000") } else { format!("10.9.0.{i}:7000") };
+    let next_hop = if bind.starts_with('[') { "fe80::1" } else { "198.51.100.1" };
+    let mut plan = listener(id, bind, (1..=31).map(|i| target(&address(i), via(next_hop, 1500))).collect());
+    // A round must show by its first datagram where it started, so each downstream stands in it once.
+    let places = if policy == Policy::GelfMessage { 31 } else { 997 };
+    plan.table = (0..places).map(|i| if places == 31 { i } else { i * i % 31 }).collect();
+    plan.policy = policy;
+    plan
+}
+
+/// Listeners of the plan above.
+const LISTENERS: usize = 18;
+
+/// Sets the time to live of a frame.
+pub fn set_ttl(frame: &mut [u8], ttl: u8) {
+    if frame[12..14] == [0x86, 0xdd] {
+        frame[21] = ttl;
+    } else {
+        frame[22] = ttl;
+        mend(frame);
+    }
+}
+
+/// Makes the checksum of an IPv4 header right.
+pub fn mend(frame: &mut [u8]) {
+    frame[24..26].fill(0);
+    let header = (14 + usize::from(frame[14] & 15) * 4).clamp(34, frame.len());
+    let check = !sum(&frame[14..header], 0);
+    frame[24..26].copy_from_slice(&check.to_be_bytes());
+}
+
+/// One's complement has two zeros; everything else must be equal to the letter.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    let zero = |bytes: &[u8], at: usize| matches!(bytes.get(at..at + 2), Some([0, 0] | [0xff, 0xff]));
+    a.len() == b.len()
+        && a.iter().zip(b).enumerate().all(|(i, (x, y))| {
+            let word = i & !1;
+            x == y || (word == 24 && zero(a, 24) && zero(b, 24))
+        })
+}
+
+/// What the books must say.
+#[derive(Debug, Default, PartialEq)]
+struct Books {
+    listeners: [[u64; 6]; LISTENERS],
+    strays: u64,
+    lost: u64,
+}
+
+impl Books {
+    fn of(program: &Program, fragments: &MapHandle) -> Books {
+        let [strays, lost] = books::fragments(fragments).unwrap();
+        Books { listeners: std::array::from_fn(|id| program.stats(id as u32)), strays, lost }
+    }
+}
+
+/// A program and its oracle, from the same beginning.
+pub struct Trial {
+    pub program: Program,
+    pub history: History,
+    books: Books,
+    /// Where the program counts fragments, and where it remembers single senders and datagrams.
+    fragments: MapHandle,
+    memory: [MapHandle; 2],
+}
+
+impl Trial {
+    /// Loads the program, with memory for fragments that forgets nothing.
+    pub fn begin() -> Trial {
+        let program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
+        let history = settle_rounds(&program);
+        let fragments = program.map("FRAGMENT_STAT");
+        let books = Books::of(&program, &fragments);
+        let memory = ["fragments", "buckets"].map(|name| program.map(name));
+        Trial { program, history, books, fragments, memory }
+    }
+
+    /// Asks both about a frame; `case` says which it is, should they differ.
+    pub fn frame(&mut self, bytes: &[u8], gso: Gso, case: &str) {
+        let fate = fate(&self.program.plan, &mut self.history, bytes, gso);
+        let ran = self.program.run(bytes, gso);
+        let (verdict, packet) = match &fate {
+            Fate::Foreign | Fate::Passed { .. } => (UNSPEC, bytes),
+            Fate::Dropped { .. } => (SHOT, bytes),
+            Fate::Forwarded { verdict, packet, .. } | Fate::Fragment { verdict, packet, .. } => (*verdict, &packet[..]),
+        };
+        let agree = ran.verdict == verdict && same(&ran.packet, packet);
+        assert!(agree, "{case}\nframe    {bytes:02x?} {gso:?}\nexpected {fate:02x?}\ngot      {ran:02x?}");
+        book(&mut self.books, &fate);
+    }
+
+    /// Has both forget all senders and datagrams. Each round goes on where it is.
+    pub fn forget(&mut self) {
+        for map in &self.memory {
+            for key in map.keys().collect::<Vec<_>>() {
+                map.delete(&key).unwrap();
+            }
+        }
+        self.history.incomplete.clear();
+        self.history.spent.clear();
+    }
+
+    /// Compares all counters.
+    pub fn audit(&mut self) {
+        assert_eq!(Books::of(&self.program, &self.fragments), self.books);
+    }
+}
+
+/// The kernel starts each round somewhere random: one datagram shows where, and the oracle goes on from there.
+fn settle_rounds(program: &Program) -> History {
+    let mut history = History::default();
+    let probes = [
+        (9, Frame::new("203.0.113.5:4", "192.0.2.3:5003", b"x")),
+        (0, Frame::new("203.0.113.5:4", "192.0.2.1:5000", b"x")),
+        (1, Frame::new("[2001:db8:5::5]:4", "[2001:db8::1]:5000", b"x")),
+    ];
+    for (id, probe) in probes {
+        let ran = program.run(&probe.bytes(), Gso::default());
+        let places = program.plan.listeners[id as usize].table.len();
+        let place = (0..places)
+            .find(|&place| {
+                let mut guess = History { rounds: [(id, place)].into(), ..History::default() };
+                match fate(&program.plan, &mut guess, &probe.bytes(), Gso::default()) {
+                    Fate::Forwarded { packet, .. } => same(&packet, &ran.packet),
+                    Fate::Dropped { .. } => ran.verdict == SHOT,
+                    _ => false,
+                }
+            })
+            .expect("the first datagram went to none of the downstreams");
+        history.rounds.insert(id, (place + 1) % places);
+    }
+    history
+}
+
+fn book(books: &mut Books, fate: &Fate) {
+    let (id, row) = match *fate {
+        Fate::Foreign => return,
+        Fate::Fragment { stray, lost, .. } => {
+            books.strays += u64::from(stray);
+            books.lost += u64::from(lost);
+            return;
+        }
+        Fate::Passed { listener, datagrams, bytes } => (listener, [datagrams, 0, 0, datagrams, bytes, 0]),
+        Fate::Dropped { listener, datagrams, bytes, .. } => (listener, [datagrams, 0, datagrams, 0, bytes, 0]),
+        Fate::Forwarded { listener, datagrams, bytes, .. } => (listener, [datagrams, datagrams, 0, 0, bytes, bytes]),
+    };
+    for (total, n) in books.listeners[id as usize].iter_mut().zip(row) {
+        *total += n;
+    }
+}
