@@ -26,6 +26,8 @@ test  | faketime       | command:faketime     | a clock that jumps, in tests of 
 test  | strace         | command:strace       | has system calls fail, and ends the daemon at one, in tests of faults
 test  | nfdump         | command:nfcapd       | collects NetFlow in tests with real programs
 test  | softflowd      | command:softflowd    | exports NetFlow in tests with real programs
+test  | unbound        | command:unbound      | answers DNS in tests with real programs; its service need not run
+test  | dnsperf        | command:dnsperf      | asks in those tests
 kernels | qemu-system-x86 | command:qemu-system-x86_64 | emulates the machines of make test-kernels
 kernels | busybox-static | command:busybox    | their first program
 kernels | cpio           | command:cpio       | packs their first file system

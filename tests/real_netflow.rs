@@ -11,50 +11,15 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::{Daemon, DaemonConfig, Lab, Namespace, Place};
+use support::sockets::{until, waiting_at};
+use support::{Daemon, DaemonConfig, Lab, Namespace, Place, sockets};
 use tempfile::TempDir;
 
 const EXPORTERS: u8 = 6;
 const FLOWS: u16 = 600;
-
-/// Tries until it holds.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(30), "never happened: {what}");
-        thread::yield_now();
-    }
-}
-
-/// Fields of a file of `/proc/net` in a namespace, line by line.
-fn proc_net(namespace: &Namespace, file: &str) -> Vec<Vec<String>> {
-    let text = namespace.run(|| Ok(fs::read_to_string(format!("/proc/thread-self/net/{file}"))?)).unwrap();
-    text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
-}
-
-/// Datagrams sent from a namespace so far.
-fn sent_from(namespace: &Namespace) -> u64 {
-    let lines: Vec<_> = proc_net(namespace, "snmp").into_iter().filter(|line| line[0] == "Udp:").collect();
-    let column = lines[0].iter().position(|name| name == "OutDatagrams").unwrap();
-    lines[1][column].parse().unwrap()
-}
-
-/// Bytes that wait in the sockets of this port; none if there is no such socket.
-fn waiting_at(namespace: &Namespace, port: u16) -> Option<u64> {
-    let port = format!(":{port:04X}");
-    let sockets = proc_net(namespace, "udp");
-    let queue = |line: &Vec<String>| u64::from_str_radix(line[4].split_once(':').unwrap().1, 16).unwrap();
-    sockets
-        .iter()
-        .filter(|line| line.get(1).is_some_and(|local| local.ends_with(&port)))
-        .map(queue)
-        .reduce(|a, b| a + b)
-}
 
 /// A capture of `FLOWS` datagrams, each a flow of its own.
 fn capture() -> Vec<u8> {
@@ -104,7 +69,7 @@ impl Drop for Collector {
 
 /// Exports the capture once from each of several addresses; says how many datagrams that took.
 fn export(lab: &Lab, directory: &Path) -> u64 {
-    let (file, before) = (directory.join("flows.pcap"), sent_from(&lab.sender));
+    let (file, before) = (directory.join("flows.pcap"), sockets::udp_count(&lab.sender, "OutDatagrams"));
     fs::write(&file, capture()).unwrap();
     for exporter in 1..=EXPORTERS {
         let source = Ipv4Addr::new(10, 9, 0, exporter);
@@ -115,7 +80,7 @@ fn export(lab: &Lab, directory: &Path) -> u64 {
         let output = command.stdin(Stdio::null()).output().expect("cannot run softflowd; install its package");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    sent_from(&lab.sender) - before
+    sockets::udp_count(&lab.sender, "OutDatagrams") - before
 }
 
 /// Sends all exporters' records through the daemon and says how many each collector could read.

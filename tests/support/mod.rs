@@ -9,6 +9,7 @@
 //! - [`traffic`]: numbered datagrams from senders to collectors, in a closed loop.
 //! - [`report`]: what was lost, duplicated, reordered; pure.
 //! - [`scrape`]: the daemon's HTTP pages.
+//! - [`sockets`]: what a namespace's sockets hold and have counted, and waiting for it.
 //! - [`cleanup`]: leaves nothing behind, whatever happens.
 
 #![allow(dead_code, unused_imports, reason = "every test binary compiles this module and uses a part of it")]
@@ -19,6 +20,7 @@ pub mod lab;
 pub mod netns;
 pub mod report;
 pub mod scrape;
+pub mod sockets;
 pub mod traffic;
 
 pub use daemon::{Daemon, DaemonConfig, ListenerSpec, Surroundings};
