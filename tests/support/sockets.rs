@@ -1,6 +1,8 @@
 //! What a namespace's UDP sockets hold and have counted, as the kernel says it in `/proc/net`, and waiting for that: for
 //! programs which nobody can ask.
 
+#![allow(clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
+
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
