@@ -22,13 +22,11 @@ mod maps;
 mod network;
 mod support;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Output;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Place, Sender, cleanup};
+use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Pins, Place, Sender};
 
 /// How long anything may take before a test fails. Nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -95,41 +93,4 @@ fn status(lab: &Lab, socket: &Path) -> Output {
     let mut command = lab.gateway.command(binary());
     command.args(["status", "--json", "--interval", "0.1", "--socket"]).arg(socket);
     command.output().unwrap()
-}
-
-/// A directory for pins of one test's own, removed with it.
-struct Pins(PathBuf);
-
-impl Pins {
-    fn new() -> Pins {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        // With a directory of its own around it: neighbours are looked at.
-        let around = format!("{}/{}{}-{number}", cleanup::BPF_FS, cleanup::DIRECTORY_PREFIX, std::process::id());
-        cleanup::arm().unwrap();
-        let mut registry = cleanup::registry();
-        fs::create_dir(&around).unwrap();
-        registry.add_directory(Path::new(&around));
-        Pins(around.into())
-    }
-
-    /// The directories of programs.
-    fn programs(&self) -> Vec<PathBuf> {
-        fs::read_dir(self.0.join("pins")).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
-    }
-
-    /// The lab's usual configuration, with a program that stays.
-    fn config(&self, lab: &Lab) -> DaemonConfig {
-        let mut config = config(lab, "tc_ebpf");
-        config.head += &format!("on_exit = \"keep\"\npin_path = {:?}\n", self.0.join("pins"));
-        config
-    }
-}
-
-impl Drop for Pins {
-    fn drop(&mut self) {
-        let mut registry = cleanup::registry();
-        let _ = fs::remove_dir_all(&self.0);
-        registry.forget_directory(&self.0);
-    }
 }

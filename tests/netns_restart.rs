@@ -14,59 +14,16 @@ mod headless;
 mod obstacles;
 mod support;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
 use support::lab::INGRESS;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, cleanup};
+use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Pins, Place, Sender};
 
 /// The program under test.
 fn binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
-}
-
-/// A directory for pins of one test's own, removed with it.
-struct Pins(PathBuf);
-
-impl Pins {
-    fn new() -> Pins {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        // With a directory of its own around it: neighbours are looked at.
-        let around = format!("{}/{}{}-{number}", cleanup::BPF_FS, cleanup::DIRECTORY_PREFIX, std::process::id());
-        cleanup::arm().unwrap();
-        let mut registry = cleanup::registry();
-        fs::create_dir(&around).unwrap();
-        registry.add_directory(Path::new(&around));
-        Pins(around.into())
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.join("pins")
-    }
-
-    /// The directories of programs.
-    fn programs(&self) -> Vec<PathBuf> {
-        fs::read_dir(self.path()).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
-    }
-
-    /// The lab's usual configuration, with what becomes of the program at the end.
-    fn config(&self, lab: &Lab, on_exit: &str) -> DaemonConfig {
-        let mut config = DaemonConfig::for_lab(lab, "tc_ebpf");
-        config.head = format!("on_exit = \"{on_exit}\"\npin_path = {:?}\nwatch_config = false\n", self.path());
-        config
-    }
-}
-
-impl Drop for Pins {
-    fn drop(&mut self) {
-        let mut registry = cleanup::registry();
-        let _ = fs::remove_dir_all(&self.0);
-        registry.forget_directory(&self.0);
-    }
 }
 
 fn lab() -> Lab {

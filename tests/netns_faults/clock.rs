@@ -67,7 +67,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
     let lab = lab();
     for mode in MODES {
         let (clock, pins) = (Clock::new(), Pins::new());
-        let mut config = pins.config(&lab);
+        let mut config = pins.config(&lab, "keep");
         config.listeners = crate::config(&lab, mode).listeners;
         // A rate that is never reached, so that time is measured for it.
         config.listeners[0].extra = "rate_limit = { packets_per_second = 10000000, burst = 100000000 }".into();

@@ -79,7 +79,7 @@ fn netns_killed_at_any_step_of_taking_over_it_counts_nothing_twice() {
     let (lab, pins) = (lab(), Pins::new());
     let directory = tempfile::tempdir().unwrap();
     let trace = directory.path().join("trace");
-    let config = pins.config(&lab);
+    let config = pins.config(&lab, "keep");
     // Once undisturbed, to know the steps; by then the ledger has entries, as it will have each time.
     let words = traced(&trace, "inject=vhangup:signal=SIGKILL");
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

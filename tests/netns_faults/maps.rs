@@ -153,7 +153,7 @@ fn netns_killed_while_it_settles_what_numbers_have_counted_it_loses_and_doubles_
     let (lab, pins) = (lab(), Pins::new());
     let limits = "[limits]\nmax_downstreams = 2\n";
     let with = |sample: f64| {
-        let mut config = pins.config(&lab);
+        let mut config = pins.config(&lab, "keep");
         config.listeners[0].samples =
             config.listeners[0].downstreams.iter().map(|(n, ..)| (n.clone(), sample)).collect();
         config.listeners[0].extra = "policy = \"replicate\"".into();

@@ -5,6 +5,7 @@
 //!
 //! - [`netns`]: one namespace; run code or commands inside it.
 //! - [`lab`]: a sender, a gateway and receivers in every place a receiver can be.
+//! - [`pins`]: where what outlives a daemon is kept.
 //! - [`daemon`]: the daemon's process and its configuration.
 //! - [`traffic`]: numbered datagrams from senders to collectors, in a closed loop.
 //! - [`report`]: what was lost, duplicated, reordered; pure.
@@ -18,6 +19,7 @@ pub mod cleanup;
 pub mod daemon;
 pub mod lab;
 pub mod netns;
+pub mod pins;
 pub mod report;
 pub mod scrape;
 pub mod sockets;
@@ -26,6 +28,7 @@ pub mod traffic;
 pub use daemon::{Daemon, DaemonConfig, ListenerSpec, Surroundings};
 pub use lab::{Lab, LabBuilder, Place};
 pub use netns::Namespace;
+pub use pins::Pins;
 pub use report::{Expect, Report};
 pub use scrape::Metrics;
 pub use traffic::{Collectors, Sender};

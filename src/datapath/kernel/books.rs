@@ -93,14 +93,12 @@ impl Account {
             let Some(types::ledger_entry { words }) = look_up(maps.ledger, &key)? else { continue };
             let name = names.get(&key.listener);
             match (key.kind, name) {
-                (LEDGER_LISTENER, Some(name)) if maps.inherited => {
+                (LEDGER_LISTENER | LEDGER_FRAGMENTS | LEDGER_INHERITED_DOWNSTREAM, _) if !maps.inherited => {}
+                (LEDGER_LISTENER, Some(name)) => {
                     add(self.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), words);
                 }
-                (LEDGER_FRAGMENTS, _) if maps.inherited => add(&mut self.fragments, [words[0], words[1]]),
+                (LEDGER_FRAGMENTS, _) => add(&mut self.fragments, [words[0], words[1]]),
                 (LEDGER_DOWNSTREAM | LEDGER_INHERITED_DOWNSTREAM, Some(name)) => {
-                    if key.kind == LEDGER_INHERITED_DOWNSTREAM && !maps.inherited {
-                        continue;
-                    }
                     if key.kind == LEDGER_DOWNSTREAM {
                         settled.extend(words[2].checked_sub(1).and_then(|id| u32::try_from(id).ok()));
                     }

@@ -176,7 +176,7 @@ impl Tables {
         if let Some(table) = self.current.remove(&id) {
             self.states.publish(id.0, Region::default());
             self.slot_arena.give_back(table.region);
-            self.retire_ids(id, &table.named().map(|(target, id)| (id, target.downstream.address)).collect::<Vec<_>>());
+            self.retire_ids(id, &table.named().collect::<Vec<_>>());
         }
         for (number, _) in self.retired.iter().filter(|(_, (listener, _))| *listener == id) {
             self.owners.write(*number, 0);
@@ -211,10 +211,8 @@ impl Tables {
 
     /// The downstreams that tables name.
     fn named(&self) -> HashSet<Endpoint> {
-        let endpoints = |(&id, table): (&ListenerId, &Table)| {
-            table.targets.iter().map(|target| (id, target.downstream.address)).collect::<Vec<_>>()
-        };
-        self.current.iter().flat_map(endpoints).collect()
+        let tables = self.current.iter();
+        tables.flat_map(|(&id, table)| table.named().map(move |(_, address)| (id, address))).collect()
     }
 
     /// Moves what the last of the retired ids has counted to where it stays, if a table still names the downstream, and makes
@@ -253,8 +251,8 @@ impl Tables {
     pub fn counters(&self, loaded: &Loaded) -> Result<BTreeMap<Endpoint, [u64; 2]>> {
         let mut sums = BTreeMap::new();
         for (&id, table) in &self.current {
-            for (target, number) in table.named() {
-                let key = (id, target.downstream.address);
+            for (number, address) in table.named() {
+                let key = (id, address);
                 let sum = sums.entry(key).or_insert_with(|| self.counted_elsewhere(&key));
                 books::add(sum, sum_over_cpus(&loaded.downstream_stats, number)?);
             }
@@ -293,8 +291,7 @@ impl Tables {
                 }
             }
         }
-        let left = old.named().zip(stays).filter(|(_, stays)| !stays);
-        let left = left.map(|((target, id), _)| (id, target.downstream.address)).collect();
+        let left = old.named().zip(stays).filter(|(_, stays)| !stays).map(|(left, _)| left).collect();
         Ok(Assignment { ids: ids.into(), fresh, left })
     }
 
@@ -373,9 +370,9 @@ fn same_entry(old: &Target, new: &Target) -> bool {
 }
 
 impl Table {
-    /// The targets with their ids.
-    fn named(&self) -> impl Iterator<Item = (&Target, u32)> {
-        self.targets.iter().zip(self.ids.iter().copied())
+    /// The ids, with the addresses of their targets.
+    fn named(&self) -> impl Iterator<Item = (u32, SocketAddr)> {
+        self.ids.iter().copied().zip(self.targets.iter().map(|target| target.downstream.address))
     }
 }
 
