@@ -9,8 +9,8 @@ use anyhow::Result;
 
 use super::bed::Bed;
 use super::results::Figure;
-use super::suite::Section;
-use super::trial::{self, Setup, Terms};
+use super::suite::{self, Section};
+use super::trial::{self, Terms};
 
 /// How often a trial is repeated in which nothing was to be measured.
 const TRIES: usize = 5;
@@ -29,16 +29,13 @@ pub fn measure(
 ) -> Result<String> {
     let names: Vec<&str> = section.contenders.iter().map(|contender| contender.name.as_str()).collect();
     let beside = names.iter().position(|name| *name == beside).unwrap_or(0);
-    let copies = if section.task.replicate { section.task.downstreams } else { 1 };
+    let copies = section.task.copies();
     let terms = Terms { length, copies };
     // For each rate and contender, what each round has found: nanoseconds, and the part that arrived.
     let mut found = vec![vec![Vec::new(); names.len()]; rates.len()];
     for round in 1..=rounds {
         for (number, contender) in section.contenders.iter().enumerate() {
-            bed.kernel_forwards(contender.in_kernel)?;
-            let generator = bed.sender(section.load)?;
-            let mut at = Setup { bed, generator, contender: (contender.start)(bed, &section.task)? };
-            trial::once(&mut at, 1000.0, Terms { length: Duration::from_millis(50), copies }, false)?;
+            let mut at = suite::begin(bed, section, contender)?;
             for (&rate, found) in rates.iter().zip(&mut found) {
                 let mut trial = trial::once(&mut at, rate, terms, false)?;
                 // Kept from sending by other programs, the generator has sent next to nothing.

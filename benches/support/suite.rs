@@ -239,8 +239,11 @@ fn in_short(row: &Row) -> String {
     }
 }
 
-/// One contender's turn.
-fn measure(bed: &Bed, section: &Section, contender: &Contender, effort: Effort, row: &mut Row) -> Result<()> {
+/// Starts a contender, and the generator for it. Neighbours are resolved and memory is touched.
+///
+/// # Errors
+/// When it does not start, or the bench itself cannot go on.
+pub fn begin<'a>(bed: &'a Bed, section: &Section, contender: &Contender) -> Result<Setup<'a>> {
     bed.kernel_forwards(contender.in_kernel)?;
     let task = &section.task;
     let generator = match contender.direct {
@@ -248,10 +251,15 @@ fn measure(bed: &Bed, section: &Section, contender: &Contender, effort: Effort, 
         false => bed.sender(section.load)?,
     };
     let mut at = Setup { bed, generator, contender: (contender.start)(bed, task)? };
-    let copies = if task.replicate { task.downstreams } else { 1 };
+    trial::run(&mut at, 1000.0, Terms { length: Duration::from_millis(50), copies: task.copies() }, false)?;
+    Ok(at)
+}
+
+/// One contender's turn.
+fn measure(bed: &Bed, section: &Section, contender: &Contender, effort: Effort, row: &mut Row) -> Result<()> {
+    let mut at = begin(bed, section, contender)?;
+    let copies = section.task.copies();
     let terms = Terms { length: effort.length, copies };
-    // Neighbours are resolved and memory is touched.
-    trial::run(&mut at, 1000.0, Terms { length: Duration::from_millis(50), copies }, false)?;
     let offered =
         trial::lossless(&mut at, terms, effort.precision, row.median(LOSSLESS).map(|rate| rate / f64::from(copies)))?;
     row.add(LOSSLESS, offered * f64::from(copies));

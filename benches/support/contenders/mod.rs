@@ -29,6 +29,13 @@ pub struct Task {
     pub replicate: bool,
 }
 
+impl Task {
+    /// Copies of each datagram that are to arrive.
+    pub fn copies(&self) -> u32 {
+        if self.replicate { self.downstreams } else { 1 }
+    }
+}
+
 /// A contender at work, until it is dropped.
 pub trait Running {
     /// The CPU time it has taken so far, in seconds, including what the kernel did in its name; none if it is the kernel.
