@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt::RcvBufForce};
 use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
@@ -36,6 +36,8 @@ pub const PATIENCE: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_millis(50);
 /// What may be in flight, in bytes of kernel memory: half of Linux's default socket buffer.
 const IN_FLIGHT: usize = 100_000;
+/// Bytes a collector's socket may hold, so that one that no sender waits for, as under a `sample`, keeps what it gets.
+const COLLECTED: usize = 16 << 20;
 
 /// How far senders and collectors have got; shared by all of them.
 #[derive(Debug)]
@@ -155,6 +157,7 @@ impl Collectors {
         for (name, namespace, address) in places {
             let socket = bind(namespace, address).with_context(|| format!("for {name}"))?;
             socket.set_read_timeout(Some(SETTLE))?;
+            setsockopt(&socket, RcvBufForce, &COLLECTED).context("cannot enlarge a collector's buffer")?;
             sockets.push((socket, Tally::new(name, address)));
         }
         let progress = Arc::new(Progress {
