@@ -31,7 +31,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo soak test test-kernels fuzz lint fmt bench bench-kernel install deb image clean vmlinux
+.PHONY: help deps build run demo soak test test-kernels test-systemd fuzz lint fmt bench bench-kernel install deb image clean vmlinux
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -67,6 +67,11 @@ test-kernels: ## Run the BPF tier and some of the network tier under Debian's ke
 	@scripts/deps.sh build run test kernels
 	@scripts/test-kernels.sh build
 	@scripts/as-root.sh 'make test-kernels' scripts/test-kernels.sh run $(KERNELS)
+
+test-systemd: deb ## Try the package under systemd, on an emulated machine: restarts, kills, upgrades, removal
+	@scripts/deps.sh build run test kernels
+	@KERNEL_TESTS=netns_systemd scripts/test-kernels.sh build
+	@scripts/as-root.sh 'make test-systemd' env KERNEL_ONLY=netns_ KERNEL_INIT=systemd scripts/test-kernels.sh run 6.1
 
 fuzz: ## Feed parsers and the kernel program with inputs that libFuzzer makes up, FUZZ_SECONDS=60 each: ARGS='TARGET ...'
 	@scripts/deps.sh build run fuzz

@@ -8,6 +8,7 @@
 # The machine is emulated in software (no /dev/kvm needed), so it is slow: nothing here measures speed.
 # Of the network tier one test of each kind is run, because each takes minutes there. KERNEL_TESTS names other test
 # programs, KERNEL_ONLY other parts of names, separated by commas; KERNEL_ONLY=netns_,root_ runs all.
+# KERNEL_INIT=systemd has systemd as the first process, and the tests as a unit of it (make test-systemd).
 # Kernels are kept in target/kernels. The exit code is 0 if every kernel passed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -188,7 +189,7 @@ boot() {
         -object memory-backend-memfd,id=memory,size=2048M,share=on -numa node,memdev=memory \
         -chardev socket,id=files,path="$socket" -device vhost-user-fs-pci,chardev=files,tag=root \
         -kernel "$kernel" -initrd "$CACHE/boot/$release.img" -serial stdio \
-        -append "console=ttyS0 quiet panic=-1 udp_fanout.modules=$CACHE/$release/lib/modules udp_fanout.guest=$PWD/scripts/kernels/guest.sh udp_fanout.programs=$CACHE/programs udp_fanout.only=$ONLY" \
+        -append "console=ttyS0 quiet panic=-1 udp_fanout.modules=$CACHE/$release/lib/modules udp_fanout.guest=$PWD/scripts/kernels/guest.sh udp_fanout.programs=$CACHE/programs udp_fanout.only=$ONLY udp_fanout.init=${KERNEL_INIT:-none}" \
         </dev/null >"$CACHE/$release.log" 2>&1 || echo "the machine did not end by itself" >>"$CACHE/$release.log"
     kill "$server" 2>/dev/null || true
     wait "$server" 2>/dev/null || true

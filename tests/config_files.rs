@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use udp_fanout::config::keys::{self, Absent, Key, Kind};
-use udp_fanout::config::{Config, Interfaces, RequestedMode, Source};
+use udp_fanout::config::{Config, Interfaces, OnExit, RequestedMode, Source, Succession};
 use udp_fanout::discovery::{PortRef, ServiceRef};
 use udp_fanout::health::settings::Protocol;
 
@@ -59,6 +59,11 @@ fn the_examples_are_what_they_promise() {
 
     let syslog = load("syslog.toml");
     assert_eq!(syslog.listeners[0].mode, RequestedMode::TcEbpf);
+    assert_eq!(
+        syslog.succession,
+        Succession { on_exit: OnExit::Keep, ..Succession::default() },
+        "the unit's place for pins"
+    );
     assert!(matches!(&syslog.listeners[0].source, Source::Static(downstreams) if downstreams.len() == 3));
 
     let kubernetes = load("kubernetes.toml");

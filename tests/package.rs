@@ -174,6 +174,10 @@ fn the_package_holds_what_make_install_installs_where_debian_wants_it() {
     assert_eq!(files, expected);
     let unit = String::from_utf8(inside(package, "/usr/lib/systemd/system/udp-fanout.service")).unwrap();
     assert!(unit.contains("\nExecStart=/usr/bin/udp-fanout run "), "{unit}");
+    // What it makes for the pins of its account is where the example, which says so, has them kept.
+    assert!(unit.contains("'mkdir -p -m 700 /sys/fs/bpf/udp-fanout && "), "{unit}");
+    let example = String::from_utf8(inside(package, EXAMPLE)).unwrap();
+    assert!(example.contains("\non_exit = \"keep\"\n") && !example.contains("pin_path"), "{example}");
     let copyright = String::from_utf8(inside(package, "/usr/share/doc/udp-fanout/copyright")).unwrap();
     for text in ["Permission is hereby", "Redistribution and use", "libelf"] {
         assert!(copyright.contains(text), "{copyright}");

@@ -20,8 +20,6 @@ done
 r=/root
 $b mount -t tmpfs run $r/run
 $b mkdir -p $r/run/netns $r/usr/lib/modules
-$b mount -t bpf bpf $r/sys/fs/bpf
-$b mount -t cgroup2 cgroup $r/sys/fs/cgroup
 
 # The value of a word of the kernel's command line.
 word() {
@@ -29,6 +27,32 @@ word() {
 }
 [ -e $r/lib/modules ] || $b ln -s /usr/lib/modules $r/lib/modules
 $b mount --bind "/lower$(word udp_fanout.modules)" $r/usr/lib/modules
-# Process 1 itself changes its root: the kernel looks for modprobe from there.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
-exec $b chroot $r /bin/bash "$(word udp_fanout.guest)" "$(word udp_fanout.programs)" "$(word udp_fanout.only)"
+guest="$(word udp_fanout.guest) $(word udp_fanout.programs) $(word udp_fanout.only)"
+# Process 1 itself changes its root: the kernel looks for modprobe from there.
+if [ "$(word udp_fanout.init)" = systemd ]; then
+    # It mounts the rest by itself, unless it takes this for a container. What those forbid, starting services, is what we
+    # are here for. In /tmp, which it would empty, sources may be.
+    $b rm -f $r/.dockerenv $r/usr/sbin/policy-rc.d
+    $b mkdir -p $r/run/systemd/system
+    for needless in tmpfiles-setup tmpfiles-setup-dev timesyncd update-utmp binfmt; do
+        $b ln -s /dev/null "$r/run/systemd/system/systemd-$needless.service"
+    done
+    $b cat >$r/run/systemd/system/udp-fanout-tests.service <<EOF
+[Unit]
+Description=Tests of udp-fanout
+FailureAction=poweroff-force
+[Service]
+Type=oneshot
+Environment=HOME=/tmp
+ExecStart=/bin/bash $guest
+StandardOutput=tty
+TTYPath=/dev/console
+EOF
+    # A root of its own in every sense: mount namespaces begin there.
+    exec $b switch_root $r /lib/systemd/systemd --unit=udp-fanout-tests.service
+fi
+$b mount -t bpf bpf $r/sys/fs/bpf
+$b mount -t cgroup2 cgroup $r/sys/fs/cgroup
+# shellcheck disable=SC2086 # three words
+exec $b chroot $r /bin/bash $guest

@@ -97,6 +97,7 @@ pub struct LabBuilder {
     ip_forward: bool,
     rp_filter: u8,
     ipv6: bool,
+    on_machine: bool,
 }
 
 impl Lab {
@@ -108,7 +109,14 @@ impl Lab {
     /// A lab without receivers, on a gateway that neither forwards nor lets odd sources in: `ip_forward=0`,
     /// `rp_filter=1`.
     pub fn builder() -> LabBuilder {
-        LabBuilder { places: Vec::new(), port: LISTENER_PORT, ip_forward: false, rp_filter: 1, ipv6: false }
+        LabBuilder {
+            places: Vec::new(),
+            port: LISTENER_PORT,
+            ip_forward: false,
+            rp_filter: 1,
+            ipv6: false,
+            on_machine: false,
+        }
     }
 
     /// Where senders send to.
@@ -182,13 +190,19 @@ impl LabBuilder {
         self
     }
 
+    /// Whether the gateway is the machine itself, which must be the test's alone.
+    pub fn on_machine(mut self, on: bool) -> Self {
+        self.on_machine = on;
+        self
+    }
+
     /// Builds the network.
     ///
     /// # Errors
     /// When not root, or with the complaint of the command that failed. What had been built is removed.
     pub fn build(self) -> Result<Lab> {
         let sender = host("sender", self.ipv6)?;
-        let gateway = host("gateway", self.ipv6)?;
+        let gateway = if self.on_machine { Namespace::of_the_machine()? } else { host("gateway", self.ipv6)? };
         for scope in ["all", "default"] {
             gateway.sysctl(&format!("net.ipv4.conf.{scope}.rp_filter"), &self.rp_filter.to_string())?;
             let families: &[&str] = if self.ipv6 { &["ipv4", "ipv6"] } else { &["ipv4"] };

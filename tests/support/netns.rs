@@ -54,13 +54,26 @@ impl Namespace {
     /// # Errors
     /// When not root, or when the kernel refuses.
     pub fn create(label: &str) -> Result<Self> {
+        Self::name_it(label, |name| vec!["netns", "add", name])
+    }
+
+    /// That of process 1, under a name of our own: for a machine that is the test's alone.
+    ///
+    /// # Errors
+    /// When not root.
+    pub fn of_the_machine() -> Result<Self> {
+        Self::name_it("machine", |name| vec!["netns", "attach", name, "1"])
+    }
+
+    /// Gives one the name that we know it by, with these words of `ip`.
+    fn name_it(label: &str, words: fn(&str) -> Vec<&str>) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         cleanup::arm()?;
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{}{}-{number}-{label}", cleanup::PREFIX, std::process::id());
         let mut registry = cleanup::registry();
         registry.add_namespace(&name);
-        let made = run_command(Command::new("ip").args(["netns", "add", &name])).and_then(|_| {
+        let made = run_command(Command::new("ip").args(words(&name))).and_then(|_| {
             let path = format!("/run/netns/{name}");
             File::open(&path).with_context(|| format!("cannot open {path}"))
         });
