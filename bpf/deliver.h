@@ -204,6 +204,8 @@ static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt
 		pkt->way = WAY_BARE;
 		verdict = bpf_redirect(to->ifindex, 0);
 	} else {
+		if (!give_frame(skb, pkt))
+			return NOT_REWRITTEN;
 		known = bpf_map_lookup_elem(&next_hops, &to_id);
 		if (!known)
 			return TC_ACT_SHOT;

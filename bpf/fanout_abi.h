@@ -19,6 +19,8 @@ enum key_scope {
 	KEY_LISTENER = 0,
 	/* The address is some listener's, whatever the port, which is 0: later fragments have none. The value means nothing. */
 	KEY_ADDRESS = 1,
+	/* The link whose index is the first word of the address puts no header before its IP packets. The value means nothing. */
+	KEY_HEADERLESS_LINK = 2,
 };
 
 enum listener_flag {

@@ -23,7 +23,7 @@ struct packet {
 	struct listener_key dst;
 	__be32 src_be[4]; /* like dst.addr_be */
 	__be16 sport_be;
-	__u8 l4_off; /* from the start of the frame, bytes */
+	__u8 l4_off; /* from the start of the frame, or of what there is, bytes */
 	__u32 datagrams; /* 1, or what a GRO/GSO super-packet holds */
 	__u32 payload; /* UDP payload, bytes, of all of them; of a first fragment, of the whole datagram */
 	__u32 ip_len; /* the longest IP packet that will leave, bytes */
@@ -31,6 +31,7 @@ struct packet {
 	bool v6;
 	bool exotic; /* ours, but only the socket can do it justice */
 	bool group; /* sent to a multicast group */
+	bool headerless; /* begins with the IP header, with no frame around it: see l3_off() */
 	__u8 way; /* enum way: how it was delivered, for events.h */
 	__u8 part; /* enum part */
 	__u8 fate; /* enum fragments_fate, of a first fragment */

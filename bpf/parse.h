@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * From bytes to struct packet. Whatever is not a well-formed UDP datagram over Ethernet, or a fragment of one, is not ours:
- * it is left to the stack, which knows better how to refuse it.
+ * From bytes to struct packet. Whatever is not a well-formed UDP datagram, or a fragment of one, in an Ethernet frame or, on
+ * links that have none, in nothing, is not ours: it is left to the stack, which knows better how to refuse it.
  */
 #ifndef FANOUT_PARSE_H
 #define FANOUT_PARSE_H
@@ -18,7 +18,13 @@
 #define AF_INET 2
 #define AF_INET6 10
 
+/* Bytes before the IP header, where there is a frame. */
 #define L3_OFF ((__u32)sizeof(struct ethhdr))
+
+static __always_inline __u32 l3_off(const struct packet *pkt)
+{
+	return pkt->headerless ? 0 : L3_OFF;
+}
 
 enum parse_result {
 	PARSE_FOREIGN = 0, /* not a datagram this program may touch */
@@ -105,12 +111,39 @@ static __always_inline bool ipv6_martian(const struct in6_addr *addr)
 }
 
 /*
- * True if the link-layer address is of the same sort as the IP address. A clone that comes around has the one of before.
+ * True if the packet has come by a link that puts no header before it (tun, WireGuard). One that does not begin with
+ * the digit of its IP version has a frame's header; for the others, user space has said which links have none.
  */
-static __always_inline bool fits_its_frame(struct __sk_buff *skb, bool to_group)
+static __always_inline bool is_headerless(struct __sk_buff *skb, __u8 version)
 {
-	return to_group == (CTX_FIELD(__u32, skb, pkt_type) == PACKET_MULTICAST) ||
-	       came_around(skb);
+	struct listener_key key = { .scope = KEY_HEADERLESS_LINK };
+	__u8 *first;
+
+	if (!pull(skb, sizeof(*first)))
+		return false;
+	first = frame_start(skb);
+	if ((void *)(first + 1) > frame_end(skb) || *first >> 4 != version)
+		return false;
+	key.addr_be[0] = skb->ifindex;
+	return bpf_map_lookup_elem(&listeners, &key);
+}
+
+/* False for frames for other hosts, which a promiscuous device lets in. Without a frame nothing is for other hosts. */
+static __always_inline bool is_for_this_host(struct __sk_buff *skb, bool headerless)
+{
+	__u32 type = CTX_FIELD(__u32, skb, pkt_type);
+
+	return headerless || type == PACKET_HOST || type == PACKET_MULTICAST;
+}
+
+/*
+ * True if the link-layer address, if any, is of the same sort as the IP address. A clone that comes around has the one of
+ * before.
+ */
+static __always_inline bool fits_its_frame(struct __sk_buff *skb, const struct packet *pkt)
+{
+	return pkt->group == (CTX_FIELD(__u32, skb, pkt_type) == PACKET_MULTICAST) ||
+	       pkt->headerless || came_around(skb);
 }
 
 /*
@@ -155,7 +188,7 @@ static __always_inline enum parse_result parse_udp(struct __sk_buff *skb, struct
 		return PARSE_OK;
 	}
 	pkt->here = pkt->payload;
-	pkt->ip_len = pkt->l4_off - L3_OFF + udp_len;
+	pkt->ip_len = pkt->l4_off - l3_off(pkt) + udp_len;
 	if (gso_size) {
 		/* Packets from an untrusted source (a VM's virtio device) carry no count: derive it. */
 		pkt->datagrams = skb->gso_segs ?: (pkt->payload + gso_size - 1) / gso_size;
@@ -184,9 +217,10 @@ static __always_inline enum parse_result pull_udp(struct __sk_buff *skb, struct 
 }
 
 /* A packet of which nothing is known yet, in place of the one before. */
-static __always_inline void begin(struct packet *pkt)
+static __always_inline void begin(struct packet *pkt, bool headerless)
 {
 	__builtin_memset(pkt, 0, sizeof(*pkt));
+	pkt->headerless = headerless;
 	pkt->dst.scope = KEY_LISTENER;
 }
 
@@ -194,25 +228,27 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 {
 	void *data, *data_end;
 	struct iphdr *ip;
+	bool headerless = is_headerless(skb, 4);
+	__u32 l3 = headerless ? 0 : L3_OFF;
 	__u32 ihl, total, flags;
 
+	if (!is_for_this_host(skb, headerless))
+		return PARSE_FOREIGN;
 	/* With the UDP header at once, if the frame is not shorter: a last fragment may be. */
-	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(struct udphdr)) &&
-	    !pull(skb, L3_OFF + sizeof(*ip)))
+	if (!pull(skb, l3 + sizeof(*ip) + sizeof(struct udphdr)) && !pull(skb, l3 + sizeof(*ip)))
 		return PARSE_FOREIGN;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
-	ip = data + L3_OFF;
+	ip = data + l3;
 	if ((void *)(ip + 1) > data_end)
 		return PARSE_FOREIGN;
 	if (ip->version != 4 || ip->protocol != IPPROTO_UDP)
 		return PARSE_FOREIGN;
 	ihl = ip->ihl * 4;
 	total = bpf_ntohs(ip->tot_len);
-	if (ihl < sizeof(*ip) || total < ihl || L3_OFF + total > skb->len ||
-	    ipv4_martian(ip->saddr))
+	if (ihl < sizeof(*ip) || total < ihl || l3 + total > skb->len || ipv4_martian(ip->saddr))
 		return PARSE_FOREIGN;
-	begin(pkt);
+	begin(pkt, headerless);
 	/* The stack interprets options (source routes, router alert) and checks a header that has them. */
 	pkt->exotic = ihl != sizeof(*ip);
 	if (!pkt->exotic && ipv4_header_sum(ip) != 0xffff)
@@ -222,10 +258,10 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	pkt->dst.addr_be[3] = ip->daddr;
 	__builtin_memcpy(pkt->src_be, pkt->dst.addr_be, 12);
 	pkt->src_be[3] = ip->saddr;
-	pkt->l4_off = L3_OFF + ihl;
+	pkt->l4_off = l3 + ihl;
 	pkt->ip_len = total;
 	pkt->group = (bpf_ntohl(ip->daddr) & 0xf0000000) == 0xe0000000;
-	if (!fits_its_frame(skb, pkt->group))
+	if (!fits_its_frame(skb, pkt))
 		return PARSE_FOREIGN;
 	flags = bpf_ntohs(ip->frag_off);
 	if (flags & (IPV4_MORE | IPV4_OFFSET)) {
@@ -244,30 +280,32 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	void *data, *data_end;
 	struct frag_hdr *fragment;
 	struct ipv6hdr *ip;
+	bool headerless = is_headerless(skb, 6);
+	__u32 l3 = headerless ? 0 : L3_OFF;
 	__u32 length, flags;
 
-	if (!pull(skb, L3_OFF + sizeof(*ip) + sizeof(*fragment)))
+	if (!is_for_this_host(skb, headerless) || !pull(skb, l3 + sizeof(*ip) + sizeof(*fragment)))
 		return PARSE_FOREIGN;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
-	ip = data + L3_OFF;
+	ip = data + l3;
 	fragment = (void *)(ip + 1);
 	if ((void *)(fragment + 1) > data_end)
 		return PARSE_FOREIGN;
 	length = bpf_ntohs(ip->payload_len);
-	if (ip->version != 6 || L3_OFF + sizeof(*ip) + length > skb->len ||
-	    ipv6_martian(&ip->saddr) || ipv6_hidden_ipv4(&ip->daddr))
+	if (ip->version != 6 || l3 + sizeof(*ip) + length > skb->len || ipv6_martian(&ip->saddr) ||
+	    ipv6_hidden_ipv4(&ip->daddr))
 		return PARSE_FOREIGN;
-	begin(pkt);
+	begin(pkt, headerless);
 	pkt->v6 = true;
 	pkt->exotic = ipv6_link_local(&ip->saddr);
 	pkt->group = ip->daddr.in6_u.u6_addr8[0] == 0xff;
-	if (!fits_its_frame(skb, pkt->group))
+	if (!fits_its_frame(skb, pkt))
 		return PARSE_FOREIGN;
 	pkt->ttl = ip->hop_limit;
 	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
 	__builtin_memcpy(pkt->src_be, &ip->saddr, sizeof(pkt->src_be));
-	pkt->l4_off = L3_OFF + sizeof(*ip);
+	pkt->l4_off = l3 + sizeof(*ip);
 	pkt->ip_len = sizeof(*ip) + length;
 	if (ip->nexthdr == NEXTHDR_FRAGMENT) {
 		flags = bpf_ntohs(fragment->frag_off);
@@ -287,10 +325,8 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 
 static __always_inline enum parse_result parse(struct __sk_buff *skb, struct packet *pkt)
 {
-	__u32 type = CTX_FIELD(__u32, skb, pkt_type);
-
-	/* Frames for other hosts that a promiscuous device lets in, and tagged ones, which a VLAN device will untag. */
-	if ((type != PACKET_HOST && type != PACKET_MULTICAST) || skb->vlan_present)
+	/* Tagged frames are for a VLAN device, which will untag them. */
+	if (skb->vlan_present)
 		return PARSE_FOREIGN;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, pkt);

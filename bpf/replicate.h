@@ -51,8 +51,10 @@ static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *p
 	bpf_skb_change_type(skb, PACKET_HOST);
 	pkt->group = true;
 	if (to->delivery == DELIVER_NEIGHBOUR)
-		*verdict = redirect_to_neighbour(skb, pkt, to->ifindex, to->next_hop_family,
-						 to->next_hop_be);
+		*verdict = give_frame(skb, pkt)
+				   ? redirect_to_neighbour(skb, pkt, to->ifindex,
+							   to->next_hop_family, to->next_hop_be)
+				   : TC_ACT_SHOT;
 	return true;
 }
 
@@ -277,6 +279,9 @@ static __always_inline bool send_copies(struct __sk_buff *skb, __u32 listener_id
 	if (!work)
 		return false;
 	work->came_to = work->pkt.dst;
+	/* Also for copies that go out without, or around: the kernel takes it off again. */
+	if (!give_frame(skb, &work->pkt))
+		return false;
 	if (bpf_skb_load_bytes(skb, 0, work->macs, sizeof(work->macs)))
 		return false;
 	seen = send_each(skb, listener_id, table->first, slots, start);

@@ -90,22 +90,21 @@ static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct pack
 					struct head_ipv4 *head)
 {
 	bool later = pkt->part == LATER_FRAGMENT;
-	void *data, *data_end;
-	__u32 length;
+	__u32 l3 = l3_off(pkt), length;
+	struct iphdr *ip;
 
 	if (!csum_ipv4(skb, pkt, to))
 		return -1;
-	data = frame_start(skb);
-	data_end = frame_end(skb);
-	if (data + L3_OFF + sizeof(head->ip) > data_end)
+	ip = frame_start(skb) + l3;
+	if ((void *)(ip + 1) > frame_end(skb))
 		return -1;
-	__builtin_memcpy(&head->ip, data + L3_OFF, sizeof(head->ip));
+	__builtin_memcpy(&head->ip, ip, sizeof(head->ip));
 	change_ipv4(&head->ip, to->addr_be[3], ttl);
 	head->ports_be[0] = pkt->sport_be;
 	head->ports_be[1] = to->port_be;
 	length = sizeof(head->ip) + (later ? 0 : sizeof(head->ports_be));
 	if (!macs)
-		return bpf_skb_store_bytes(skb, L3_OFF, &head->ip, length, 0);
+		return bpf_skb_store_bytes(skb, l3, &head->ip, length, 0);
 	__builtin_memcpy(head->macs, macs, sizeof(head->macs));
 	head->protocol_be = bpf_htons(ETH_P_IP);
 	return bpf_skb_store_bytes(skb, 0, head->macs, L3_OFF + length, 0);
@@ -151,25 +150,44 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 					struct ipv6hdr *ip)
 {
 	const __u32 from = offsetof(struct ipv6hdr, nexthdr);
-	void *data, *data_end;
+	__u32 l3 = l3_off(pkt);
+	struct ipv6hdr *came;
 
 	if (!csum_ipv6(skb, pkt, to))
 		return -1;
-	data = frame_start(skb);
-	data_end = frame_end(skb);
-	if (data + L3_OFF + sizeof(*ip) > data_end)
+	came = frame_start(skb) + l3;
+	if ((void *)(came + 1) > frame_end(skb))
 		return -1;
-	__builtin_memcpy(ip, data + L3_OFF, sizeof(*ip));
+	__builtin_memcpy(ip, came, sizeof(*ip));
 	ip->hop_limit = ttl;
 	__builtin_memcpy(&ip->daddr, to->addr_be, sizeof(ip->daddr));
-	return bpf_skb_store_bytes(skb, L3_OFF + from, (void *)ip + from, sizeof(*ip) - from,
+	return bpf_skb_store_bytes(skb, l3 + from, (void *)ip + from, sizeof(*ip) - from,
 				   BPF_F_RECOMPUTE_CSUM) ||
 	       (macs && bpf_skb_store_bytes(skb, 0, macs, 12, 0));
 }
 
 /*
+ * Puts a frame's header, yet without addresses, before a packet that has come without: it is to go out of a link that
+ * wants one. On an error the packet must be dropped.
+ */
+static __always_inline bool give_frame(struct __sk_buff *skb, struct packet *pkt)
+{
+	__be16 protocol_be = skb->protocol;
+
+	if (!pkt->headerless)
+		return true;
+	if (bpf_skb_change_head(skb, L3_OFF, 0) ||
+	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &protocol_be,
+				sizeof(protocol_be), 0))
+		return false;
+	pkt->headerless = false;
+	pkt->l4_off += L3_OFF;
+	return true;
+}
+
+/*
  * Writes the downstream's address and port and the time to live; in a later fragment, no port. Also the frame's
- * addresses, destination first, if they are given. On an error the packet may be half changed and must be dropped. A
+ * addresses, destination first, if they are given and there is a frame. On an error the packet may be half changed and must be dropped. A
  * function of its own for the sake of the stack.
  */
 static __noinline int rewrite(struct __sk_buff *skb, const struct packet *pkt,

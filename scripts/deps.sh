@@ -30,6 +30,7 @@ test  | unbound        | command:unbound      | answers DNS in tests with real p
 test  | dnsperf        | command:dnsperf      | asks in those tests
 kernels | qemu-system-x86 | command:qemu-system-x86_64 | emulates the machines of make test-kernels
 kernels | busybox-static | command:busybox    | their first program
+kernels | wireguard-tools | command:wg        | makes tunnels in those tests that need such kernels
 kernels | cpio           | command:cpio       | packs their first file system
 kernels | kmod           | command:modprobe   | finds the modules for it
 kernels | xz-utils       | command:xz         | unpacks those

@@ -20,7 +20,7 @@ readonly KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 readonly BOOT_MODULES=(virtio_pci virtiofs overlay)
 # What is run in there, as cargo names it, and parts of the names of the tests.
 read -ra PROGRAMS <<<"${KERNEL_TESTS:-root_packets netns_delivery netns_policies}"
-readonly ONLY=${KERNEL_ONLY:-root_,netns_receivers_in_all_places_at_once,netns_receivers_in_all_places_over_ipv6,netns_an_interface_that_comes_back,netns_checksums_arrive_right,netns_everyone_everywhere,netns_both_modes_hash_each_sender,netns_datagrams_in_fragments_arrive_whole_and,netns_datagrams_in_a_vlan}
+readonly ONLY=${KERNEL_ONLY:-root_,netns_receivers_in_all_places_at_once,netns_receivers_in_all_places_over_ipv6,netns_an_interface_that_comes_back,netns_checksums_arrive_right,netns_everyone_everywhere,netns_both_modes_hash_each_sender,netns_datagrams_in_fragments_arrive_whole_and,netns_datagrams_in_a_vlan,netns_datagrams_out_of_a_wireguard,netns_what_comes_without_a_frame_is_copied}
 
 main() {
     local step=${1:-} version failed=()

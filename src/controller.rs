@@ -200,7 +200,8 @@ impl Controller {
             .flat_map(|listener| links(&listener.config.interfaces, &self.facts))
             .map(|link| link.index)
             .collect();
-        let unused = self.facts.links.iter().filter(|link| link.ethernet && !wanted.contains(&link.index));
+        let unused =
+            self.facts.links.iter().filter(|link| mode::carries_program(link) && !wanted.contains(&link.index));
         unused.map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect()
     }
 

@@ -43,6 +43,8 @@ pub struct ListenerPlan {
     pub match_addresses: Vec<IpAddr>,
     /// The interfaces the TC program must be attached to. Empty in userspace mode.
     pub links: Vec<LinkRef>,
+    /// Those of them, by index, by which packets come in without a header before the IP header. In rising order.
+    pub headerless: Vec<u32>,
     /// The interfaces on which the group that `bind` is must be joined. Empty where it is no multicast group.
     pub joins: Vec<LinkRef>,
     /// How the index into the table is computed.

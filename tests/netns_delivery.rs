@@ -5,7 +5,8 @@
 //! - `places`: where receivers can be, in each mode, both families. `onbehalf`: sources kept in user space.
 //! - `overlays`: where network plugins put them.
 //! - `packets`: sizes, checksums, super-packets. `fragments`: datagrams that come in several. `foreign`: what is not a listener's datagram.
-//! - `vlans`: VLAN devices, where the kernel has them.
+//! - `vlans`: VLAN devices, where the kernel has them. `headerless`: links that carry IP packets without frames.
+//!   `wireguard`: such as WireGuard's, where the kernel has it.
 //! - `wire`: whole frames, sent and seen. `packet`: how they are made.
 //! - `loops`: two hosts that forward to each other. `multicast`: listeners that join a group.
 //! - `listeners`: several of them, several interfaces. `filters`: our filter beside others'. `attach`: our TCX program.
@@ -28,6 +29,8 @@ mod filters;
 mod foreign;
 #[path = "netns_delivery/fragments.rs"]
 mod fragments;
+#[path = "netns_delivery/headerless.rs"]
+mod headerless;
 #[path = "netns_delivery/listeners.rs"]
 mod listeners;
 #[path = "netns_delivery/loops.rs"]
@@ -58,3 +61,5 @@ mod tables;
 mod vlans;
 #[path = "netns_delivery/wire.rs"]
 mod wire;
+#[path = "netns_delivery/wireguard.rs"]
+mod wireguard;

@@ -98,7 +98,7 @@ fn netns_links_of_other_kinds() {
         assert!(bridge.ethernet && bridge.kind.as_deref() == Some("bridge"), "{bridge:?}");
         assert!(!bridge.bare && bridge.mac == Some([2, 0, 0, 0, 0, 3]), "{bridge:?}");
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
-        assert!(tun.bare && tun.mac.is_none(), "{tun:?}");
+        assert!(tun.bare && tun.headerless && tun.mac.is_none() && !bridge.headerless, "{tun:?}");
 
         // None of them up: a bridge's carrier follows its ports', and is a fact.
         ip("link add eth0 type veth peer name eth1");

@@ -26,6 +26,8 @@ const CONFIG: &str = "/etc/udp-fanout/config.toml";
 const PINS: &str = "/sys/fs/bpf/udp-fanout";
 /// How long anything may take. Machines are emulated, and nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(120);
+/// Between one group of datagrams and the next, while they are sent without end.
+const PACE: Duration = Duration::from_millis(10);
 /// An account that is nobody's, as the service's may have been once.
 const ANOTHER: u32 = 61_999;
 
@@ -218,7 +220,9 @@ impl Machine {
         thread::scope(|scope| {
             let traffic = scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
-                    sender.send(100, &collectors).unwrap();
+                    sender.send(20, &collectors).unwrap();
+                    // Not all that there is of two emulated CPUs, or everything else takes ever so long.
+                    thread::sleep(PACE);
                 }
             });
             for turn in ["restart", "kill", "upgrade", "restart", "kill", "restart"] {

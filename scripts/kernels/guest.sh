@@ -6,6 +6,8 @@
 set -uo pipefail
 
 ip link set lo up
+# Its device file is there only then.
+modprobe tun
 # Before 5.11 BPF maps count against it.
 ulimit -l unlimited
 export ORACLE_CASES=${ORACLE_CASES:-5000} RUST_BACKTRACE=0

@@ -227,7 +227,7 @@ pub static LISTENER: &[Key] = &[
         Kind::Texts("an interface name, a list of them, or \"auto\""),
         Absent::Default("\"auto\""),
         "[\"eth0\", \"eth1\"]",
-        "Where the kernel program is attached: the interfaces on which datagrams arrive. `\"auto\"` means those that carry a default route. Userspace mode ignores it, but for a multicast group, which is joined there and for which the names must be given.",
+        "Where the kernel program is attached: the interfaces on which datagrams arrive. `\"auto\"` means those that carry a default route. It may be a physical one, a VLAN device, a bridge, one end of a pair, a tun device or WireGuard; IP tunnels and PPP need `mode = \"userspace\"`. Userspace mode ignores it, but for a multicast group, which is joined there and for which the names must be given.",
     ),
     key(
         "mode",

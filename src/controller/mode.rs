@@ -3,8 +3,8 @@
 use anyhow::{Result, anyhow};
 
 use crate::config::{Interfaces, ListenerConfig, RequestedMode};
-use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
+use crate::host::{HostFacts, Link};
 use crate::model::Mode;
 
 /// A decision and its reason, which is logged and exported.
@@ -67,18 +67,47 @@ pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<
     }
 }
 
-/// Whether the TC program can work on the interfaces: they exist and carry Ethernet frames.
+/// Whether the TC program knows where to find IP packets in what comes in by an interface.
+pub fn carries_program(link: &Link) -> bool {
+    link.ethernet || link.headerless
+}
+
+/// Whether the TC program can work on the interfaces: they exist and carry what it reads.
 fn interfaces_fit(interfaces: &Interfaces, facts: &HostFacts) -> Result<(), String> {
     interfaces_present(interfaces, facts)?;
     let links = match interfaces {
         Interfaces::Auto => facts.default_route_links.iter().filter_map(|&index| facts.link(index)).collect(),
         Interfaces::Named(names) => names.iter().filter_map(|name| facts.link_named(name)).collect::<Vec<_>>(),
     };
-    match links.iter().find(|link| !link.ethernet) {
+    match links.iter().find(|link| !carries_program(link)) {
         Some(link) => Err(format!(
-            "interface {} carries no Ethernet frames, which tc_ebpf needs; use mode = \"userspace\" for it",
+            "interface {} carries neither Ethernet frames nor IP packets alone, as tc_ebpf needs; use mode = \"userspace\" for it",
             link.name
         )),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_goes_where_there_are_frames_or_nothing_but_ip_packets() {
+        let link = |name: &str, (ethernet, bare, headerless)| Link {
+            name: name.into(),
+            ethernet,
+            bare,
+            headerless,
+            ..Link::default()
+        };
+        let sorts = [("eth0", (true, false, false)), ("wg0", (false, true, true)), ("ipip0", (false, true, false))];
+        let facts = HostFacts { links: sorts.map(|(name, sort)| link(name, sort)).into(), ..HostFacts::default() };
+        let fit = |names: &[&str]| {
+            interfaces_fit(&Interfaces::Named(names.iter().map(|&name| name.into()).collect()), &facts)
+        };
+        assert_eq!(fit(&["eth0", "wg0"]), Ok(()));
+        let refusal = fit(&["eth0", "ipip0"]).unwrap_err();
+        assert!(refusal.starts_with("interface ipip0 carries neither Ethernet frames nor"), "{refusal}");
     }
 }

@@ -35,7 +35,9 @@ use self::admission::Admissions;
 use self::attach::{Attachment, Way};
 use self::books::Maps;
 use self::events::Events;
-use self::maps::{address_key, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::maps::{
+    address_key, bytes_of, headerless_key, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus,
+};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::succession::Line;
 use self::table::Tables;
@@ -56,6 +58,8 @@ pub struct KernelDatapath {
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     /// The addresses among them, which have keys of their own, for fragments.
     addresses: BTreeSet<IpAddr>,
+    /// The links of which it knows that packets come by them without a frame, by index.
+    headerless: BTreeSet<u32>,
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
@@ -121,6 +125,7 @@ impl KernelDatapath {
             admissions: Admissions::default(),
             keys: BTreeMap::new(),
             addresses: BTreeSet::new(),
+            headerless: BTreeSet::new(),
             loaded,
             programmed: BTreeMap::new(),
             unfinished: BTreeSet::new(),
@@ -230,6 +235,24 @@ impl KernelDatapath {
         self.loaded.listeners.delete(bytes_of(key))
     }
 
+    /// Tells the program which links have no frames. Before it is attached to them, and before it is to others that have got
+    /// such a one's index.
+    fn apply_headerless(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+        let wanted: BTreeSet<u32> = plan.iter().flat_map(|listener| &listener.headerless).copied().collect();
+        for &link in wanted.difference(&self.headerless.clone()) {
+            // The program asks only whether it is there.
+            self.set_key(&headerless_key(link), (ListenerId(0), 0))
+                .with_context(|| format!("cannot tell the TC program about interface {link}"))?;
+            self.headerless.insert(link);
+        }
+        for &link in self.headerless.clone().difference(&wanted) {
+            self.delete_key(&headerless_key(link))
+                .with_context(|| format!("cannot make the TC program forget interface {link}"))?;
+            self.headerless.remove(&link);
+        }
+        Ok(())
+    }
+
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
     fn apply_links(&mut self, plan: &[&ListenerPlan], attach: Attach) -> Result<()> {
         let way = Way::choose(attach, self.setup.tcx)?;
@@ -326,6 +349,7 @@ impl Datapath for KernelDatapath {
             }
         }
         self.apply_keys(&ours)?;
+        self.apply_headerless(&ours)?;
         self.apply_links(&ours, plan.attach)?;
         let wanted: BTreeSet<ListenerId> = ours.iter().map(|listener| listener.id).collect();
         let there = self.programmed.keys().chain(&self.unfinished).copied();

@@ -27,6 +27,9 @@ pub struct Link {
     pub mac: Option<Mac>,
     /// Carries IP packets with no link-layer header in front (tun, WireGuard, IP tunnels).
     pub bare: bool,
+    /// What comes in by it begins with the IP header (tun, WireGuard). Not so for the kernel's own IP tunnels, which may leave
+    /// the outer header in front of it.
+    pub headerless: bool,
     /// Nothing is between it and another network namespace: it is up, one end of a pair (veth, netkit) whose other end is
     /// there and up, belongs to no bridge, and its packets wait in no queue. So pods are connected by most plugins.
     pub into_namespace: bool,

@@ -61,6 +61,7 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
         running: header.flags.contains(LinkFlags::Up) && header.flags.contains(LinkFlags::LowerUp),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         bare: is_bare(header.link_layer_type),
+        headerless: is_headerless(header.link_layer_type),
         loopback: header.flags.contains(LinkFlags::Loopback),
         ..Link::default()
     };
@@ -122,7 +123,12 @@ fn read_driver(info: &[u8]) -> Result<Driver> {
 
 /// Devices before whose packets the kernel, too, puts no header (`dev_is_mac_header_xmit`).
 fn is_bare(link_layer: LinkLayerType) -> bool {
-    is_ip_tunnel(link_layer) || matches!(link_layer, LinkLayerType::None | LinkLayerType::Rawip)
+    is_ip_tunnel(link_layer) || is_headerless(link_layer)
+}
+
+/// Devices that know no link-layer addresses at all.
+fn is_headerless(link_layer: LinkLayerType) -> bool {
+    matches!(link_layer, LinkLayerType::None | LinkLayerType::Rawip)
 }
 
 /// IP in IP, in both versions, and GRE, whose link-layer addresses are IP addresses.

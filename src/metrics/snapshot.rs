@@ -149,6 +149,7 @@ mod tests {
             bind: SocketAddr::from(([0, 0, 0, 0], 514)),
             match_addresses: vec![],
             links: vec![],
+            headerless: Vec::new(),
             joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),

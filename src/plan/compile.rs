@@ -37,6 +37,7 @@ pub fn compile(
         mode,
         bind: on_link(listener.bind, &joins),
         match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
+        headerless: if kernel { headerless(&links, facts) } else { Vec::new() },
         links: if kernel { links } else { Vec::new() },
         joins,
         policy: listener.policy,
@@ -124,6 +125,11 @@ pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
     links.sort();
     links.dedup();
     links
+}
+
+fn headerless(links: &[LinkRef], facts: &HostFacts) -> Vec<u32> {
+    let indices = links.iter().map(|link| link.index);
+    indices.filter(|&index| facts.link(index).is_some_and(|link| link.headerless)).collect()
 }
 
 /// Why the socket must forward everything, if it must: a downstream that the TC program cannot reach but the host's stack
@@ -247,6 +253,15 @@ mod tests {
                 before = Some(after);
             }
         }
+    }
+
+    #[test]
+    fn the_program_is_told_which_of_its_links_have_no_frames() {
+        let mut facts = facts();
+        (facts.links[2].ethernet, facts.links[2].headerless) = (false, true);
+        let listener = listener("192.0.2.1:514", Interfaces::Named(vec!["eth0".into(), "eth1".into()]));
+        let headerless = |mode| compile(&listener, &set(&[]), mode, &facts, None).headerless;
+        assert_eq!((headerless(Mode::TcEbpf), headerless(Mode::Userspace)), (vec![3], vec![]));
     }
 
     #[test]

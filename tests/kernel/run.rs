@@ -143,6 +143,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         bind,
         match_addresses: vec![bind.ip()],
         links: Vec::new(),
+        headerless: Vec::new(),
         joins: Vec::new(),
         policy: Policy::RoundRobin,
         sources: Arc::default(),

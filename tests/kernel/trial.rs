@@ -13,11 +13,13 @@ use super::oracle::{Fate, History, SHOT, UNSPEC, fate};
 use super::packet::{Frame, sum};
 use super::run::{Gso, Program, listener, target, via};
 
-/// Senders of interest, IPv4.
-pub const SENDERS: [&str; 5] = ["203.0.113.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"];
+/// Senders of interest, IPv4. A test run takes the second address for the protocol in a frame (oracle::framed).
+pub const SENDERS: [&str; 6] =
+    ["203.0.113.5:4", "8.0.3.5:4", "10.255.0.1:65535", "127.0.0.1:5", "0.1.2.3:5", "239.1.1.1:6"];
 
-/// Senders of interest, IPv6.
-pub const SENDERS6: [&str; 4] = ["[2001:db8:5::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"];
+/// Senders of interest, IPv6. The same of the second.
+pub const SENDERS6: [&str; 5] =
+    ["[2001:db8:5::5]:4", "[2001:db8:86dd::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"];
 
 /// Where datagrams go, IPv4: to all the listeners, and elsewhere.
 pub const DESTINATIONS: [&str; 15] = [
@@ -65,8 +67,11 @@ pub fn plan() -> Vec<ListenerPlan> {
         target("[2001:db8:9::2]:6000", via("2001:db8::fe", 1280)),
         target("[2001:db8::1]:6001", Delivery::Local),
     ];
+    let mut mixed = listener(0, "192.0.2.1:5000", mixed);
+    // What a test run comes by.
+    mixed.headerless = vec![1];
     vec![
-        listener(0, "192.0.2.1:5000", mixed),
+        mixed,
         listener(1, "[2001:db8::1]:5000", mixed6),
         listener(2, "192.0.2.1:5002", vec![]),
         socket_only,

@@ -129,7 +129,7 @@ fn netns_shares_follow_the_weights() {
 }
 
 /// The device by which the gateway reaches a receiver behind a cable of its own.
-fn towards(site: &Site) -> String {
+pub fn towards(site: &Site) -> String {
     let kind = if site.place == Place::Pod { "pod" } else { "out" };
     site.name.replace("receiver-", kind)
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::netns::{End, Namespace, connect};
+use super::tun::Crossing;
 
 /// The port the daemon listens on.
 const LISTENER_PORT: u16 = 5514;
@@ -87,6 +88,8 @@ pub struct Lab {
     others: Vec<Namespace>,
     /// Addresses are IPv6 ones.
     ipv6: bool,
+    /// What carries packets between sender and gateway where they are not connected by a cable.
+    crossing: Option<Crossing>,
 }
 
 /// What a lab is to look like.
@@ -98,6 +101,7 @@ pub struct LabBuilder {
     rp_filter: u8,
     ipv6: bool,
     on_machine: bool,
+    headerless: bool,
 }
 
 impl Lab {
@@ -116,6 +120,7 @@ impl Lab {
             rp_filter: 1,
             ipv6: false,
             on_machine: false,
+            headerless: false,
         }
     }
 
@@ -135,6 +140,11 @@ impl Lab {
             IpAddr::V4(v4) if self.ipv6 => beside(v4).into(),
             other => other,
         }
+    }
+
+    /// Takes the sender's link away, where it is one without frames: the devices at both ends go with it.
+    pub fn cut(&mut self) {
+        self.crossing = None;
     }
 
     /// The namespace a receiver is in.
@@ -196,6 +206,12 @@ impl LabBuilder {
         self
     }
 
+    /// Whether the sender's link carries IP packets without frames: a tun device at each end. No one else can be on it.
+    pub fn headerless(mut self, on: bool) -> Self {
+        self.headerless = on;
+        self
+    }
+
     /// Builds the network.
     ///
     /// # Errors
@@ -211,8 +227,8 @@ impl LabBuilder {
                 gateway.sysctl(&format!("net.{family}.conf.{scope}.forwarding"), value)?;
             }
         }
-        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new(), ipv6: self.ipv6 };
-        lab.connect_sender(self.places.contains(&Place::SameInterface))?;
+        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new(), ipv6: self.ipv6, crossing: None };
+        lab.connect_sender(self.places.contains(&Place::SameInterface), self.headerless)?;
         for (position, place) in self.places.iter().enumerate() {
             let site = lab.build_site(position, *place, self.port)?;
             lab.sites.push(site);
@@ -225,12 +241,14 @@ impl LabBuilder {
 }
 
 impl Lab {
-    /// The sender's network: a cable, or a switch if others are on it too.
-    fn connect_sender(&mut self, switched: bool) -> Result<()> {
+    /// The sender's network: a cable, or a switch if others are on it too, or tun devices.
+    fn connect_sender(&mut self, switched: bool, headerless: bool) -> Result<()> {
         let [near, far] = ["10.0.0.1/24", "10.0.0.2/24"].map(|cidr| self.cidrs(cidr));
         let sender = End { namespace: &self.sender, device: "eth0", addresses: &far };
         let gateway = End { namespace: &self.gateway, device: INGRESS, addresses: &near };
-        if switched {
+        if headerless {
+            self.crossing = Some(Crossing::between(gateway, sender)?);
+        } else if switched {
             let switch = Namespace::create("switch")?;
             switch.ip_batch("link add br0 type bridge stp_state 0\nlink set br0 up\n")?;
             plug(&switch, "sender", sender)?;

@@ -4,6 +4,7 @@
 //! network namespaces made here, under names no one else uses; the host's own network is never touched.
 //!
 //! - [`netns`]: one namespace; run code or commands inside it.
+//! - [`tun`]: a link between two of them that carries IP packets without frames.
 //! - [`lab`]: a sender, a gateway and receivers in every place a receiver can be.
 //! - [`pins`]: where what outlives a daemon is kept.
 //! - [`daemon`]: the daemon's process and its configuration.
@@ -24,6 +25,7 @@ pub mod report;
 pub mod scrape;
 pub mod sockets;
 pub mod traffic;
+pub mod tun;
 
 pub use daemon::{Daemon, DaemonConfig, ListenerSpec, Surroundings};
 pub use lab::{Lab, LabBuilder, Place};

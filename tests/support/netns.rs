@@ -28,8 +28,8 @@ pub struct LinkInfo {
     /// The kernel's number for it.
     #[serde(rename = "ifindex")]
     pub index: u32,
-    /// Its hardware address in the usual notation.
-    #[serde(rename = "address")]
+    /// Its hardware address in the usual notation; empty if it has none.
+    #[serde(rename = "address", default)]
     pub mac: String,
     /// The largest IP packet it carries, in bytes.
     pub mtu: u32,
@@ -37,7 +37,7 @@ pub struct LinkInfo {
     pub operstate: String,
 }
 
-/// One end of a veth pair.
+/// One end of a link between two namespaces.
 #[derive(Debug, Clone, Copy)]
 pub struct End<'a> {
     /// The namespace it is in.
@@ -227,15 +227,23 @@ pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
         next_mac(),
         b.namespace.name
     ))?;
-    for end in [a, b] {
+    a.bring_up()?;
+    b.bring_up()
+}
+
+impl End<'_> {
+    /// Gives the interface, which is there, its addresses.
+    ///
+    /// # Errors
+    /// With `ip`'s complaint.
+    pub fn bring_up(&self) -> Result<()> {
         let mut lines = String::new();
-        for address in end.addresses.split_whitespace() {
-            lines += &format!("address add {address} dev {}\n", end.device);
+        for address in self.addresses.split_whitespace() {
+            lines += &format!("address add {address} dev {}\n", self.device);
         }
-        lines += &format!("link set {} up\n", end.device);
-        end.namespace.ip_batch(&lines)?;
+        lines += &format!("link set {} up\n", self.device);
+        self.namespace.ip_batch(&lines)
     }
-    Ok(())
 }
 
 /// A locally administered hardware address, unique within the process and easy to spot in a capture.

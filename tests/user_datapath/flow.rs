@@ -33,6 +33,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
         bind: bind.parse().unwrap(),
         match_addresses: Vec::new(),
         links: Vec::new(),
+        headerless: Vec::new(),
         joins: Vec::new(),
         policy: Policy::RoundRobin,
         sources: Arc::default(),

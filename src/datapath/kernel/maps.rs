@@ -17,7 +17,7 @@ use super::admission::Admission;
 use super::arena::Region;
 use super::skel::{
     DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, KEY_ADDRESS,
-    KEY_LISTENER, types,
+    KEY_HEADERLESS_LINK, KEY_LISTENER, types,
 };
 use crate::plan::{Delivery, Target};
 
@@ -309,6 +309,12 @@ pub fn listener_key(address: SocketAddr) -> types::listener_key {
 #[must_use]
 pub fn address_key(address: IpAddr) -> types::listener_key {
     types::listener_key { addr_be: mapped_words(address), port_be: 0, scope: KEY_ADDRESS }
+}
+
+/// The key that says that packets come by a link without a header before the IP header.
+#[must_use]
+pub fn headerless_key(link: u32) -> types::listener_key {
+    types::listener_key { addr_be: [link, 0, 0, 0], port_be: 0, scope: KEY_HEADERLESS_LINK }
 }
 
 /// A downstream as the program sees it.

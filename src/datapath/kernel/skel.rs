@@ -40,6 +40,8 @@ pub const LISTENER_SOCKET_ONLY: u32 = 1;
 pub const KEY_LISTENER: u16 = 0;
 /// `KEY_ADDRESS`.
 pub const KEY_ADDRESS: u16 = 1;
+/// `KEY_HEADERLESS_LINK`.
+pub const KEY_HEADERLESS_LINK: u16 = 2;
 /// `FRAGMENT_STRAY`.
 pub const FRAGMENT_STRAY: u32 = 0;
 /// `FRAGMENT_LOST`.
@@ -382,6 +384,7 @@ mod tests {
         }
         assert_eq!(value("KEY_LISTENER"), u64::from(KEY_LISTENER));
         assert_eq!(value("KEY_ADDRESS"), u64::from(KEY_ADDRESS));
+        assert_eq!(value("KEY_HEADERLESS_LINK"), u64::from(KEY_HEADERLESS_LINK));
         assert_eq!(value("FRAGMENT_STRAY"), u64::from(FRAGMENT_STRAY));
         assert_eq!(value("FRAGMENT_LOST"), u64::from(FRAGMENT_LOST));
         assert_eq!(value("SOURCE_DENIED"), u64::from(SOURCE_DENIED));

@@ -180,6 +180,7 @@ pub mod tests {
             bind,
             match_addresses: Vec::new(),
             links: Vec::new(),
+            headerless: Vec::new(),
             joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),

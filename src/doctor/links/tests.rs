@@ -9,6 +9,7 @@ fn link(up: bool) -> Link {
         up,
         ethernet: true,
         bare: false,
+        headerless: false,
         loopback: false,
         mtu: 1500,
         mac: None,

@@ -16,6 +16,7 @@ fn facts() -> HostFacts {
         up: true,
         ethernet: true,
         bare: false,
+        headerless: false,
         loopback: false,
         mtu,
         mac: None,
