@@ -154,7 +154,7 @@ impl Machine {
 
         let (below, security) = attempt("systemd-analyze", "security --no-pager --threshold=20 udp-fanout.service");
         let overall = security.lines().last().unwrap_or_default();
-        say(&format!("installed, {}", overall.trim_start_matches("→ ")));
+        say(&format!("installed and running. {}", overall.trim_start_matches("→ ")));
         assert!(below, "{security}");
     }
 
@@ -278,10 +278,33 @@ impl Machine {
         assert_eq!((self.filter(), Path::new(PINS).exists()), (None, false));
         run("systemctl", "start udp-fanout");
         self.exchange(100);
+    }
+
+    /// With the lines that the documentation has for it, it keeps what it keeps in another place.
+    fn it_keeps_elsewhere(&self) {
+        run("systemctl", "stop udp-fanout");
+        run("udp-fanout", "detach --all");
+        let (_, lines) = include_str!("../docs/OPERATIONS.md").split_once("```ini\n").unwrap();
+        let drop_in = "/etc/systemd/system/udp-fanout.service.d";
+        fs::create_dir_all(drop_in).unwrap();
+        fs::write(format!("{drop_in}/override.conf"), lines.split_once("```").unwrap().0).unwrap();
+        run("systemctl", "daemon-reload");
+        let elsewhere = "/sys/fs/bpf/edge";
+        let head = format!("pin_path = \"{elsewhere}\"\non_exit");
+        self.write(&self.config("keep").to_toml().replace("on_exit", &head));
+        run("systemctl", "start udp-fanout");
+        assert_eq!((fs::read_dir(elsewhere).unwrap().count(), Path::new(PINS).exists()), (1, false));
+        run("systemctl", "stop udp-fanout");
+        self.exchange(100);
+    }
+
+    /// Removed, it takes all with it, and purged, even what it was configured with.
+    fn it_goes(&self) {
         run("dpkg", "--remove udp-fanout");
-        assert_eq!((self.filter(), kept().len()), (None, 0));
+        assert_eq!((self.filter(), Path::new("/sys/fs/bpf/edge").exists()), (None, false));
         run("dpkg", "--purge udp-fanout");
-        for gone in [PINS, CONFIG, "/run/udp-fanout", "/usr/lib/systemd/system/udp-fanout.service"] {
+        let unit = "/usr/lib/systemd/system/udp-fanout.service";
+        for gone in [PINS, CONFIG, "/run/udp-fanout", unit, "/etc/systemd/system/udp-fanout.service.d"] {
             assert!(!Path::new(gone).exists(), "{gone}");
         }
         assert_eq!(property("LoadState"), "not-found");
@@ -317,6 +340,8 @@ fn netns_the_packaged_service_keeps_forwarding_under_systemd() {
     machine.it_keeps_forwarding();
     machine.it_forwards_while_stopped();
     machine.it_ends();
+    machine.it_keeps_elsewhere();
+    machine.it_goes();
     say("stopped, taken over from another account, detached, started again, purged");
     machine.it_starts_without_a_bpf_file_system();
 }
