@@ -103,7 +103,7 @@ impl Machine {
     }
 
     fn write(&self, config: &str) {
-        let health = "[health]\nenabled = true\ninterval_secs = 1\ntimeout_secs = 1\nprotocol = \"icmp\"\n";
+        let health = "[health]\nenabled = true\ninterval_secs = 5\ntimeout_secs = 5\nprotocol = \"icmp\"\n";
         fs::create_dir_all("/etc/udp-fanout").unwrap();
         fs::write(format!("{CONFIG}.new"), format!("{config}{health}")).unwrap();
         fs::rename(format!("{CONFIG}.new"), CONFIG).unwrap();
@@ -127,10 +127,14 @@ impl Machine {
         shown.lines().find(|line| line.contains("udp_fanout")).map(str::to_owned)
     }
 
+    fn metrics(&self) -> Metrics {
+        let address = SocketAddr::from(([127, 0, 0, 1], 9090));
+        Metrics::scrape(&self.lab.gateway, address, "/metrics").unwrap()
+    }
+
     /// What the kernel datapath has counted of the lab's listener: received and forwarded.
     fn counted(&self) -> (u64, u64) {
-        let address = SocketAddr::from(([127, 0, 0, 1], 9090));
-        let page = Metrics::scrape(&self.lab.gateway, address, "/metrics").unwrap();
+        let page = self.metrics();
         let labels = [("listener", "lab"), ("mode", "tc_ebpf")];
         let sum = |what: &str| page.sum(&format!("udp_fanout_packets_{what}_total"), &labels);
         (sum("received"), sum("forwarded"))
@@ -178,6 +182,8 @@ impl Machine {
         self.write(&low.to_toml());
         let well = "2 listeners (1 in the kernel, 1 in userspace), 4 downstreams";
         until("two listeners and no complaint", || property("StatusText") == well);
+        let answered = [("protocol", "icmp"), ("result", "answered")];
+        until("pings that are answered", || self.metrics().sum("udp_fanout_health_probes_total", &answered) >= 4);
         let address = SocketAddr::new(receiver.address.ip(), 5600);
         let collectors = Collectors::start_at([("low", inside, address)], Expect::OneOfThem).unwrap();
         let target = "10.0.0.1:514".parse().unwrap();
