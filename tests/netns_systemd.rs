@@ -26,6 +26,8 @@ const CONFIG: &str = "/etc/udp-fanout/config.toml";
 const PINS: &str = "/sys/fs/bpf/udp-fanout";
 /// How long anything may take. Machines are emulated, and nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(120);
+/// How often something is asked for that is waited for.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// Between one group of datagrams and the next, while they are sent without end.
 const PACE: Duration = Duration::from_millis(10);
 /// An account that is nobody's, as the service's may have been once.
@@ -51,6 +53,11 @@ fn attempt(program: &str, arguments: &str) -> (bool, String) {
     (output.status.success(), said)
 }
 
+/// Without what other packages do then, such as to index manual pages.
+fn dpkg(arguments: &str) -> String {
+    run("dpkg", &format!("--no-triggers {arguments}"))
+}
+
 fn journal() -> String {
     attempt("journalctl", "--no-pager --output=cat --lines=100 --unit=udp-fanout").1
 }
@@ -70,7 +77,8 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < LIMIT, "never happened: {what}\n{}", journal());
-        thread::yield_now();
+        // To ask costs the emulated machine much.
+        thread::sleep(ASK_AGAIN);
     }
 }
 
@@ -110,7 +118,7 @@ impl Machine {
     }
 
     fn install(&self) -> String {
-        run("dpkg", &format!("--install {}", package().display()))
+        dpkg(&format!("--install {}", package().display()))
     }
 
     /// Sends so many datagrams to the listener, all of which must arrive, once.
@@ -306,9 +314,9 @@ impl Machine {
 
     /// Removed, it takes all with it, and purged, even what it was configured with.
     fn it_goes(&self) {
-        run("dpkg", "--remove udp-fanout");
+        dpkg("--remove udp-fanout");
         assert_eq!((self.filter(), Path::new("/sys/fs/bpf/edge").exists()), (None, false));
-        run("dpkg", "--purge udp-fanout");
+        dpkg("--purge udp-fanout");
         let unit = "/usr/lib/systemd/system/udp-fanout.service";
         for gone in [PINS, CONFIG, "/run/udp-fanout", unit, "/etc/systemd/system/udp-fanout.service.d"] {
             assert!(!Path::new(gone).exists(), "{gone}");
@@ -330,7 +338,7 @@ impl Machine {
         run("systemctl", "restart udp-fanout");
         assert_eq!(kept().len(), 1);
         self.exchange(100);
-        run("dpkg", "--purge udp-fanout");
+        dpkg("--purge udp-fanout");
         assert_eq!((self.filter(), Path::new(PINS).exists()), (None, false));
     }
 }
