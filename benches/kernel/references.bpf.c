@@ -78,34 +78,29 @@ static __always_inline int send_known(struct __sk_buff *skb)
 {
 	const volatile struct destination *to = &constants.destinations[0];
 	__be32 addr_be = to->addr_be, old_be;
-	struct {
-		__u16 padding;
-		__u8 macs[12];
-		__be16 protocol_be;
-		struct iphdr ip;
-	} head;
 	struct iphdr *ip;
-	__u32 sum;
+	__u32 sum, *frame;
 
 	if (!ours(skb, &ip))
 		return TC_ACT_UNSPEC;
-	head.ip = *ip;
 	old_be = ip->daddr;
 	/* RFC 1624; TTL is the high byte of its word, on the wire the first. */
 	sum = (__u16)~ip->check + (__u16)~old_be + (__u16) ~(old_be >> 16) + (__u16)addr_be +
 	      (addr_be >> 16) + (__u16)~bpf_htons(ip->ttl << 8) + bpf_htons((ip->ttl - 1) << 8);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	head.ip.check = ~sum;
-	head.ip.ttl--;
-	head.ip.daddr = addr_be;
-	head.protocol_be = bpf_htons(ETH_P_IP);
-	for (int i = 0; i < 12; i++)
-		head.macs[i] = to->macs[i];
 	if (bpf_l4_csum_replace(skb, UDP_OFF + offsetof(struct udphdr, check), old_be, addr_be,
-				BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0 | sizeof(addr_be)) ||
-	    bpf_skb_store_bytes(skb, 0, head.macs, UDP_OFF, 0))
+				BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0 | sizeof(addr_be)))
 		return TC_ACT_SHOT;
+	frame = (void *)(long)skb->data;
+	ip = (void *)frame + IP_OFF;
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return TC_ACT_SHOT;
+	ip->check = ~sum;
+	ip->ttl--;
+	ip->daddr = addr_be;
+	for (int i = 0; i < 3; i++)
+		frame[i] = ((const volatile __u32 *)to->macs)[i];
 	return 0;
 }
 
