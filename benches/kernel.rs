@@ -3,6 +3,9 @@
 //! Every way is set up, measured and taken away in turn, and that several times over, so that whatever else the machine
 //! does hits all alike; what counts is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
 //! `-- --quick`, which is shorter and coarser, or `-- --only WORDS`, for comparisons whose title has these words, is given.
+//!
+//! `-- --against BINARY`, as often as wanted, has other builds of the daemon take turns with this one; `-- --rounds N` says
+//! how often each has its turn. Small differences show in the ratio to the floor of many rounds only.
 
 #![allow(
     clippy::unwrap_used,
@@ -29,7 +32,7 @@ mod support;
 mod ways;
 
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -110,7 +113,7 @@ const COMPARISONS: [Comparison; 4] = [
 /// What came of one way.
 #[derive(Debug, Serialize)]
 struct Line {
-    way: &'static str,
+    way: String,
     /// Median, in datagrams per second.
     rate: f64,
     /// Median of the ratios to the yardstick of the same round, and the least and the greatest.
@@ -127,6 +130,8 @@ struct Options {
     rounds: usize,
     length: Duration,
     only: Option<String>,
+    /// Other builds of the daemon.
+    against: Vec<PathBuf>,
     /// The figures go into the document.
     document: bool,
 }
@@ -198,15 +203,31 @@ fn markdown(results: &Results, rounds: usize) -> String {
 
 fn options() -> Options {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let after = |name: &str| words.iter().position(|word| word == name).and_then(|at| words.get(at + 1)).cloned();
+    let after = |name| words.windows(2).filter(move |pair| pair[0] == name).map(|pair| pair[1].clone());
     let quick = words.iter().any(|word| word == "--quick" || word == "--test");
-    let only = after("--only");
+    let only = after("--only").next();
+    let against: Vec<PathBuf> = after("--against").map(PathBuf::from).collect();
+    let rounds = after("--rounds").next().map(|rounds| rounds.parse().expect("--rounds takes a number"));
     Options {
-        rounds: if quick { 3 } else { 9 },
+        rounds: rounds.unwrap_or(if quick { 3 } else { 9 }),
         length: Duration::from_millis(if quick { 200 } else { 500 }),
-        document: !quick && only.is_none(),
+        document: !quick && only.is_none() && against.is_empty() && rounds.is_none(),
         only,
+        against,
     }
+}
+
+/// A comparison's ways, each with its name and the daemon that it may need: this one, then those to compare it with.
+fn contenders(comparison: &Comparison, options: &Options) -> Vec<(String, Way, PathBuf)> {
+    let own = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
+    let mut all = Vec::new();
+    for &(name, way) in comparison.ways {
+        all.push((name.to_owned(), way, own.to_owned()));
+        if name == OURS {
+            all.extend(options.against.iter().map(|other| (other.display().to_string(), way, other.clone())));
+        }
+    }
+    all
 }
 
 fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
@@ -214,21 +235,22 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
     if comparison.by_device {
         ways::forbid_shortcuts(&bed)?;
     }
+    let contenders = contenders(comparison, options);
     let mut rounds: Vec<Vec<f64>> = Vec::new();
     for round in 0..options.rounds {
         let mut rates = Vec::new();
-        for (name, way) in comparison.ways {
+        for (name, way, binary) in &contenders {
             print!("\r\x1b[K{}: round {} of {}, {name}", comparison.title, round + 1, options.rounds);
             std::io::stdout().flush()?;
-            let running = way.start(&bed).with_context(|| *name)?;
+            let running = way.start(&bed, binary).with_context(|| name.clone())?;
             let to = if comparison.foreign { bed.pods[0].address } else { way.destination(&bed) };
-            rates.push(bed.measure(to, SIZE, comparison.copies, options.length).with_context(|| *name)?);
+            rates.push(bed.measure(to, SIZE, comparison.copies, options.length).with_context(|| name.clone())?);
             drop(running);
         }
         rounds.push(rates);
     }
     print!("\r\x1b[K");
-    let lines = comparison.ways.iter().enumerate().map(|(at, (way, _))| Line {
+    let lines = contenders.into_iter().enumerate().map(|(at, (way, ..))| Line {
         way,
         rate: quantiles(rounds.iter().map(|rates| rates[at]))[1],
         ratio: {
@@ -257,7 +279,7 @@ fn show(outcome: &Outcome) {
         for other in outcome.lines.iter().filter(|line| line.way != OURS) {
             println!(
                 "  {:<42} {:>12}  {:>5.2}",
-                format!("{OURS} to {}", short(other.way)),
+                format!("{OURS} to {}", short(&other.way)),
                 "",
                 ours.ratio[0] / other.ratio[0]
             );

@@ -58,23 +58,23 @@ impl Way {
         }
     }
 
-    /// Sets it up on the gateway.
+    /// Sets it up on the gateway, with this daemon where there is one.
     ///
     /// # Errors
     /// With the complaint of what could not be started.
-    pub fn start(self, bed: &Pods) -> Result<Running> {
+    pub fn start(self, bed: &Pods, binary: &Path) -> Result<Running> {
         match self {
             Way::Forwarding => Ok(Running::Nothing),
             Way::Reference(name) => reference(bed, name),
-            Way::Balance(count) => daemon(bed, count, ""),
-            Way::Replicate(count) => daemon(bed, count, "policy = \"replicate\"\n"),
+            Way::Balance(count) => daemon(bed, binary, count, ""),
+            Way::Replicate(count) => daemon(bed, binary, count, "policy = \"replicate\"\n"),
             Way::Tee(count) => tee(bed, count),
             Way::Dup(count) => dup(bed, count),
         }
     }
 }
 
-fn daemon(bed: &Pods, count: usize, extra: &str) -> Result<Running> {
+fn daemon(bed: &Pods, binary: &Path, count: usize, extra: &str) -> Result<Running> {
     let downstreams = bed.addresses(count).into_iter().enumerate();
     let listener = ListenerSpec {
         name: "bench".into(),
@@ -88,7 +88,6 @@ fn daemon(bed: &Pods, count: usize, extra: &str) -> Result<Running> {
     };
     let config =
         DaemonConfig { listeners: vec![listener], metrics: Some(([127, 0, 0, 1], 9090).into()), head: String::new() };
-    let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
     Ok(Running::Daemon(Box::new(Daemon::start_behind(&bed.gateway, &[], binary, &config)?)))
 }
 
