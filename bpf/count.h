@@ -6,25 +6,16 @@
 #ifndef FANOUT_COUNT_H
 #define FANOUT_COUNT_H
 
-static __always_inline struct stats *count_received(__u32 listener_id, const struct packet *pkt)
+static __always_inline void count_received(struct stats *stats, const struct packet *pkt)
 {
-	struct stats *stats = bpf_map_lookup_elem(&STATS, &listener_id);
-
-	if (stats) {
-		stats->pkts_received += pkt->datagrams;
-		stats->bytes_received += pkt->payload;
-	}
-	return stats;
+	stats->pkts_received += pkt->datagrams;
+	stats->bytes_received += pkt->payload;
 }
 
-static __always_inline void count_copy(__u32 downstream_id, const struct packet *pkt)
+static __always_inline void count_copy(struct downstream_stats *to, const struct packet *pkt)
 {
-	struct downstream_stats *to = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &downstream_id);
-
-	if (to) {
-		to->pkts += pkt->datagrams;
-		to->bytes += pkt->payload;
-	}
+	to->pkts += pkt->datagrams;
+	to->bytes += pkt->payload;
 }
 
 static __always_inline void count_copy_dropped(__u32 listener_id, enum drop_reason reason,
@@ -37,33 +28,27 @@ static __always_inline void count_copy_dropped(__u32 listener_id, enum drop_reas
 		*drops += pkt->datagrams;
 }
 
-static __always_inline void count_forwarded(__u32 listener_id, const struct packet *pkt)
+static __always_inline void count_forwarded(struct stats *stats, const struct packet *pkt)
 {
-	struct stats *stats = count_received(listener_id, pkt);
-
-	if (stats) {
-		stats->pkts_forwarded += pkt->datagrams;
-		stats->bytes_forwarded += pkt->payload;
-	}
+	count_received(stats, pkt);
+	stats->pkts_forwarded += pkt->datagrams;
+	stats->bytes_forwarded += pkt->payload;
 }
 
-static __always_inline void count_passed(__u32 listener_id, const struct packet *pkt)
+static __always_inline void count_passed(struct stats *stats, const struct packet *pkt)
 {
-	struct stats *stats = count_received(listener_id, pkt);
-
-	if (stats)
-		stats->pkts_passed += pkt->datagrams;
+	count_received(stats, pkt);
+	stats->pkts_passed += pkt->datagrams;
 }
 
-static __always_inline void count_dropped(__u32 listener_id, enum drop_reason reason,
-					  const struct packet *pkt)
+static __always_inline void count_dropped(struct stats *stats, __u32 listener_id,
+					  enum drop_reason reason, const struct packet *pkt)
 {
 	__u32 index = listener_id * DROP_REASONS + reason;
 	__u64 *drops = bpf_map_lookup_elem(&DROPS, &index);
-	struct stats *stats = count_received(listener_id, pkt);
 
-	if (stats)
-		stats->pkts_dropped += pkt->datagrams;
+	count_received(stats, pkt);
+	stats->pkts_dropped += pkt->datagrams;
 	if (drops)
 		*drops += pkt->datagrams;
 }

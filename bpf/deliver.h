@@ -165,15 +165,10 @@ static __noinline int look_up_only(struct __sk_buff *skb, const struct packet *p
  * called before anything about the packet changes, so that the socket can have it.
  */
 static __always_inline bool has_way_out(struct __sk_buff *skb, const struct packet *pkt,
-					const struct downstream *to, __u32 to_id)
+					const struct downstream *to, struct next_hop *known)
 {
-	struct next_hop *known;
-
 	if (has_redirects || to->flags & DOWNSTREAM_BARE)
 		return true;
-	known = bpf_map_lookup_elem(&next_hops, &to_id);
-	if (!known)
-		return false;
 	if (!fresh(known))
 		look_up_only(skb, pkt, to, known);
 	return known->ifindex;
@@ -194,10 +189,10 @@ static __always_inline int redirect_out(struct __sk_buff *skb, struct packet *pk
 
 /* Rewrites a datagram and sends it out, one hop older. */
 static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
-				       const struct downstream *to, __u32 to_id, bool straight)
+				       const struct downstream *to, struct next_hop *known,
+				       bool straight)
 {
 	const __u8 *macs = NULL;
-	struct next_hop *known;
 	int verdict;
 
 	if (to->flags & DOWNSTREAM_BARE) {
@@ -206,9 +201,6 @@ static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt
 	} else {
 		if (!give_frame(skb, pkt))
 			return NOT_REWRITTEN;
-		known = bpf_map_lookup_elem(&next_hops, &to_id);
-		if (!known)
-			return TC_ACT_SHOT;
 		verdict = redirect_out(skb, pkt, to, known, straight);
 		if (pkt->way != WAY_NEIGHBOUR)
 			macs = known->macs;

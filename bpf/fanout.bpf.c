@@ -20,6 +20,7 @@
 #include "packet.h"
 #include "maps.h"
 #include "parse.h"
+#include "match.h"
 #include "lease.h"
 #include "admit.h"
 #include "hash.h"
@@ -36,6 +37,7 @@ char LICENSE[] SEC("license") = "GPL";
 /* What becomes of a datagram, told by the stages below and booked in one place, settle(). */
 struct outcome {
 	const struct downstream *to; /* NULL: none, or all */
+	struct downstream_stats *to_stats; /* likewise */
 	__u32 to_id;
 	__u32 kind; /* enum event_kind */
 	__u32 reason; /* enum drop_reason, of one that is dropped */
@@ -74,6 +76,7 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 				       struct outcome *outcome)
 {
 	const struct downstream *to = outcome->to;
+	struct next_hop *known = &outcome->to_stats->known;
 	int verdict;
 
 	if (!may_travel(pkt))
@@ -81,9 +84,9 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
 	if (pkt->ip_len > to->mtu)
 		return pass(outcome);
-	if (!has_way_out(skb, pkt, to, outcome->to_id))
+	if (!has_way_out(skb, pkt, to, known))
 		return pass(outcome);
-	verdict = deliver_out(skb, pkt, to, outcome->to_id, true);
+	verdict = deliver_out(skb, pkt, to, known, true);
 	if (verdict == NOT_REWRITTEN)
 		return drop(outcome, DROP_REWRITE_FAILED);
 	if (verdict != TC_ACT_REDIRECT)
@@ -111,7 +114,8 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 
 /* A datagram of a listener's: whole, its first fragment, or a later one that is for all downstreams. */
 static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 flags,
-				struct packet *pkt, bool later, struct outcome *outcome)
+				struct packet *pkt, struct stats *stats, bool later,
+				struct outcome *outcome)
 {
 	const struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
 	enum drop_reason why_not;
@@ -126,14 +130,15 @@ static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 
 		if (pkt->exotic || flags & LISTENER_SOCKET_ONLY)
 			return pass(outcome);
 	}
-	if (!read_table(listener_id, state, &table))
+	if (!read_table(stats, state, &table))
 		return drop(outcome, DROP_NO_DOWNSTREAM);
 	if (table.policy == POLICY_REPLICATE)
 		return replicate(skb, listener_id, pkt, &table, outcome);
 	if (later)
 		return drop(outcome, DROP_NO_DOWNSTREAM);
 	outcome->to = downstream_at(table.first + place(skb, pkt, &table), &outcome->to_id);
-	if (!outcome->to)
+	outcome->to_stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &outcome->to_id);
+	if (!outcome->to || !outcome->to_stats)
 		return drop(outcome, DROP_NO_DOWNSTREAM);
 	if (outcome->to->delivery == DELIVER_NEIGHBOUR)
 		return forward_out(skb, pkt, outcome);
@@ -143,21 +148,21 @@ static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 
 }
 
 /* Writes down what has become of a datagram, and tells whoever wants to know. */
-static __always_inline void settle(struct __sk_buff *skb, __u32 listener_id,
+static __always_inline void settle(struct __sk_buff *skb, __u32 listener_id, struct stats *stats,
 				   const struct packet *pkt, const struct outcome *outcome)
 {
 	if (outcome->kind == EVENT_DROPPED) {
-		count_dropped(listener_id, outcome->reason, pkt);
+		count_dropped(stats, listener_id, outcome->reason, pkt);
 		note_drop(skb, pkt, &pkt->dst, outcome->to, listener_id, EVENT_DROPPED,
 			  outcome->reason);
 		return;
 	}
 	if (outcome->kind == EVENT_PASSED) {
-		count_passed(listener_id, pkt);
+		count_passed(stats, pkt);
 	} else {
-		count_forwarded(listener_id, pkt);
-		if (outcome->to)
-			count_copy(outcome->to_id, pkt);
+		count_forwarded(stats, pkt);
+		if (outcome->to_stats)
+			count_copy(outcome->to_stats, pkt);
 	}
 	note(skb, pkt, &pkt->dst, outcome->to, listener_id, outcome->kind);
 }
@@ -219,19 +224,24 @@ int udp_fanout(struct __sk_buff *skb)
 	const struct fanout_listener *listener;
 	__u32 listener_id, flags = 0;
 	struct outcome outcome = {};
-	struct packet *pkt = current_packet();
+	struct work *work = current_work();
 	int verdict = TC_ACT_UNSPEC, before;
+	struct packet *pkt;
+	struct stats *stats;
 	bool later = false;
 
-	if (!pkt || parse(skb, pkt) != PARSE_OK || was_seen(skb))
+	if (!work)
+		return TC_ACT_UNSPEC;
+	pkt = &work->pkt;
+	if (parse(skb, pkt) != PARSE_OK || was_seen(skb))
 		return TC_ACT_UNSPEC;
 	if (came_around(skb) && finish_round(skb, pkt, &verdict))
 		return seen(skb, verdict);
 	if (pkt->part == LATER_FRAGMENT) {
 		later = true;
 	} else {
-		listener = bpf_map_lookup_elem(&listeners, &pkt->dst);
-		if (!listener || is_headless())
+		listener = listener_of(pkt);
+		if (!listener || is_headless(work))
 			return leave(pkt);
 		listener_id = listener->id;
 		flags = listener->flags;
@@ -247,10 +257,14 @@ int udp_fanout(struct __sk_buff *skb)
 			return seen(skb, verdict);
 		listener_id = verdict - TO_ALL;
 	}
-	verdict = take(skb, listener_id, flags, pkt, later, &outcome);
+	stats = bpf_map_lookup_elem(&STATS, &listener_id);
+	/* It has as many entries as there are listeners. */
+	if (!stats)
+		return TC_ACT_UNSPEC;
+	verdict = take(skb, listener_id, flags, pkt, stats, later, &outcome);
 	if (later)
 		return outcome.kind == EVENT_FORWARDED ? seen(skb, verdict) : lose_fragment();
-	settle(skb, listener_id, pkt, &outcome);
+	settle(skb, listener_id, stats, pkt, &outcome);
 	if (pkt->part) {
 		pkt->fate = fate_of(&outcome);
 		remember_fate(listener_id, outcome.to_id);

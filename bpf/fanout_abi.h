@@ -29,9 +29,30 @@ enum listener_flag {
 };
 
 struct fanout_listener {
-	__u32 id; /* index into STATS, DROPS, listener_states, cursors */
+	__u32 id; /* index into STATS, DROPS, listener_states */
 	__u32 flags; /* enum listener_flag */
 };
+
+/*
+ * A place of `first_look`, which most often saves asking `listeners`. What is behind `found` belongs to LOOK_ONE; user
+ * space changes it only while nobody looks at it.
+ */
+struct first_look {
+	__be32 addr_be[4]; /* like listener_key's */
+	__be16 port_be;
+	__u16 found; /* enum look */
+	__u32 unused;
+	struct fanout_listener listener;
+};
+
+enum look {
+	LOOK_NOBODY = 0, /* no listener's destination has this place */
+	LOOK_ONE = 1, /* one has, this one */
+	LOOK_FURTHER = 2, /* ask `listeners` */
+};
+
+#define FIRST_LOOK_BITS 10 /* of a place's number */
+#define FIRST_LOOK_FACTOR 0x9e3779b1
 
 /* How the place in a listener's table is computed. */
 enum policy {
@@ -131,6 +152,8 @@ struct stats {
 	__u64 pkts_passed; /* left to the listener's socket */
 	__u64 bytes_received;
 	__u64 bytes_forwarded;
+	__u32 cursor; /* next place in the round, 0 before the first datagram */
+	__u32 unused;
 };
 
 /*
@@ -142,9 +165,14 @@ struct next_hop {
 	__u8 macs[12]; /* destination, source: the start of the frame */
 };
 
+/*
+ * What one CPU handed to a downstream, and where: in one entry because both are needed for every datagram, and another
+ * entry would take two more cache lines.
+ */
 struct downstream_stats {
 	__u64 pkts;
 	__u64 bytes;
+	struct next_hop known;
 };
 
 /* What `FRAGMENT_STAT` counts. */
@@ -235,7 +263,10 @@ struct lease {
  * The program never looks at it.
  */
 
-/* PINS_VERSION changes when a pinned map gets another meaning; with other sizes a map is refused anyway. */
+/*
+ * PINS_VERSION changes when a pinned map gets another meaning; with other sizes a map is refused anyway, except that what is
+ * behind the counters of STATS and DOWNSTREAM_STAT may change.
+ */
 #define PINS_VERSION 2
 
 #define NAME_LENGTH 64

@@ -150,16 +150,17 @@ static __always_inline int forward_fragment(struct __sk_buff *skb, struct packet
 {
 	__u32 to_id = of->to_id;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
+	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
 
-	if (!to || to->addr_be[0] != of->to.addr_be[0] || to->addr_be[1] != of->to.addr_be[1] ||
-	    to->addr_be[2] != of->to.addr_be[2] || to->addr_be[3] != of->to.addr_be[3] ||
-	    to->port_be != of->to.port_be)
+	if (!to || !stats || to->addr_be[0] != of->to.addr_be[0] ||
+	    to->addr_be[1] != of->to.addr_be[1] || to->addr_be[2] != of->to.addr_be[2] ||
+	    to->addr_be[3] != of->to.addr_be[3] || to->port_be != of->to.port_be)
 		return lose_fragment();
 	if (to->delivery == DELIVER_LOCAL)
-		return rewrite(skb, pkt, to, NULL, pkt->ttl) ? lose_fragment() : TC_ACT_UNSPEC;
+		return rewrite_any(skb, pkt, to, NULL, pkt->ttl) ? lose_fragment() : TC_ACT_UNSPEC;
 	if (to->delivery != DELIVER_NEIGHBOUR || !may_travel(pkt) || pkt->ip_len > to->mtu ||
-	    !has_way_out(skb, pkt, to, to_id) ||
-	    deliver_out(skb, pkt, to, to_id, true) != TC_ACT_REDIRECT)
+	    !has_way_out(skb, pkt, to, &stats->known) ||
+	    deliver_out(skb, pkt, to, &stats->known, true) != TC_ACT_REDIRECT)
 		return lose_fragment();
 	return TC_ACT_REDIRECT;
 }

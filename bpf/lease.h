@@ -10,16 +10,25 @@
 /* Written by user space through a mapping; read by the program without a lookup, for it is read for every datagram. */
 volatile struct lease lease SEC(".data.lease") = { .until = LEASE_FOR_EVER };
 
-/* The coarse clock, since 5.11, costs a load; it is behind by a tick at most. */
-static __always_inline bool is_headless(void)
+/* A clock is asked once in a tick. The coarse one, since 5.11, costs less; it is behind by a tick at most. */
+static __always_inline bool is_headless(struct work *work)
 {
-	__u64 until = lease.until;
+	__u64 until = lease.until, tick, now;
 
 	if (until == LEASE_FOR_EVER)
 		return false;
+	tick = bpf_jiffies64();
+	if (work->led_at == tick && work->led_until == until)
+		return false;
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_ktime_get_coarse_ns))
-		return bpf_ktime_get_coarse_ns() > until;
-	return bpf_ktime_get_ns() > until;
+		now = bpf_ktime_get_coarse_ns();
+	else
+		now = bpf_ktime_get_ns();
+	if (now > until)
+		return true;
+	work->led_at = tick;
+	work->led_until = until;
+	return false;
 }
 
 #endif

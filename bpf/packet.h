@@ -47,6 +47,8 @@ struct work {
 	struct packet pkt;
 	__u8 macs[12]; /* as they came in, destination first */
 	struct listener_key came_to; /* pkt.dst as it came in: each copy has another */
+	__u64 led_at; /* jiffies: when there last was a daemon, as its lease says */
+	__u64 led_until; /* that lease */
 };
 
 /* Fragments of one datagram share these. */

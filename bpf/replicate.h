@@ -60,12 +60,10 @@ static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *p
 
 /* Where to send a clone now: what this CPU remembers, else what the kernel says. Not remembered, see above. */
 static __always_inline bool find_known(struct __sk_buff *skb, const struct packet *pkt,
-				       const struct downstream *to, __u32 to_id,
+				       const struct downstream *to, const struct next_hop *known,
 				       struct next_hop *found)
 {
-	struct next_hop *known = bpf_map_lookup_elem(&next_hops, &to_id);
-
-	if (known && fresh(known)) {
+	if (fresh(known)) {
 		*found = *known;
 		return true;
 	}
@@ -92,7 +90,7 @@ static __always_inline void became_copy(struct packet *pkt, const struct downstr
 static __always_inline bool become_copy(struct __sk_buff *skb, struct packet *pkt,
 					const struct downstream *to, const __u8 *macs)
 {
-	if (rewrite(skb, pkt, to, macs, next_ttl(pkt)))
+	if (rewrite_any(skb, pkt, to, macs, next_ttl(pkt)))
 		return false;
 	became_copy(pkt, to);
 	return true;
@@ -103,7 +101,8 @@ static __always_inline bool become_copy(struct __sk_buff *skb, struct packet *pk
  * not addressed to this host: so it has the one that the packet came with, and not a downstream's.
  */
 static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct work *work,
-						   const struct downstream *to, __u32 to_id)
+						   const struct downstream *to, __u32 to_id,
+						   const struct next_hop *known)
 {
 	struct packet *pkt = &work->pkt;
 	struct next_hop found = { .ifindex = to->ifindex };
@@ -116,7 +115,7 @@ static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct
 	} else if (!(to->flags & DOWNSTREAM_BARE)) {
 		pkt->way = WAY_KNOWN;
 		macs = found.macs;
-		if (!find_known(skb, pkt, to, to_id, &found)) {
+		if (!find_known(skb, pkt, to, known, &found)) {
 			pkt->way = WAY_NEIGHBOUR;
 			macs = work->macs;
 		}
@@ -159,9 +158,9 @@ static __always_inline enum copy_result fail_copy(struct __sk_buff *skb, __u32 l
 
 static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
 				      const struct work *work, const struct downstream *to,
-				      __u32 to_id)
+				      struct downstream_stats *stats)
 {
-	count_copy(to_id, &work->pkt);
+	count_copy(stats, &work->pkt);
 	note(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPIED);
 }
 
@@ -179,16 +178,17 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	struct work *work = current_work();
 	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
+	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
 	enum copy_result result;
 
-	if (!work || !to || !in_sample(&work->pkt, to))
+	if (!work || !to || !stats || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
 	if (to->delivery == DELIVER_NOWHERE)
 		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
-	result = send_clone(skb, work, to, to_id);
+	result = send_clone(skb, work, to, to_id, &stats->known);
 	if (result != COPY_SENT)
 		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
-	copy_sent(skb, listener_id, work, to, to_id);
+	copy_sent(skb, listener_id, work, to, stats);
 	return COPY_SENT;
 }
 
@@ -202,7 +202,7 @@ static __always_inline int redirect_around(struct __sk_buff *skb, struct work *w
 	work->pkt.way = WAY_LOCAL;
 	if (to_id & AROUND_MASK)
 		return TC_ACT_SHOT;
-	if (rewrite(skb, &work->pkt, to, work->macs, next_ttl(&work->pkt)))
+	if (rewrite_any(skb, &work->pkt, to, work->macs, next_ttl(&work->pkt)))
 		return NOT_REWRITTEN;
 	skb->mark = AROUND_MARK | to_id;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
@@ -214,26 +214,28 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	struct work *work = current_work();
 	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
+	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
 	enum copy_result result;
 	struct packet *pkt;
 	int verdict;
 
-	if (!work || !to || !in_sample(&work->pkt, to))
+	if (!work || !to || !stats || !in_sample(&work->pkt, to))
 		return COPY_NOT_WANTED;
 	pkt = &work->pkt;
 	if (to->delivery == DELIVER_NOWHERE)
 		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
-	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, to_id))
+	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, &stats->known))
 		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
 	/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
-	verdict = to->delivery == DELIVER_NEIGHBOUR ? deliver_out(skb, pkt, to, to_id, false)
-						    : redirect_around(skb, work, to, to_id);
+	verdict = to->delivery == DELIVER_NEIGHBOUR
+			  ? deliver_out(skb, pkt, to, &stats->known, false)
+			  : redirect_around(skb, work, to, to_id);
 	if (verdict != TC_ACT_REDIRECT) {
 		result = verdict == NOT_REWRITTEN ? COPY_BROKEN : COPY_FAILED;
 		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
 	}
 	became_copy(pkt, to);
-	copy_sent(skb, listener_id, work, to, to_id);
+	copy_sent(skb, listener_id, work, to, stats);
 	return COPY_REDIRECTED;
 }
 

@@ -6,9 +6,10 @@
  * Of a datagram in fragments, the UDP checksum is in the first, and is changed there by the difference that the new address
  * makes; the later ones have an address only.
  *
- * Whatever else changes lies side by side, and is written at once: a helper's call costs as much as all of this program's
- * arithmetic. Not written directly, which would have the kernel unshare every packet before this program sees it, also
- * those that are none of ours.
+ * Whatever else changes is written directly: the helper for it costs more than all of this program's arithmetic. In return
+ * the kernel makes every packet's head writable before this program sees it, also of those that are none of ours. That is one
+ * byte to look at, except in clones, whose shared heads are copied: packets flooded by a bridge or to a group's
+ * receivers. TCP's own clones, all that others send over a link between namespaces, share nothing that is in the head.
  */
 #ifndef FANOUT_REWRITE_H
 #define FANOUT_REWRITE_H
@@ -36,14 +37,19 @@ static __always_inline __u8 next_ttl(const struct packet *pkt)
 	return pkt->group ? DEFAULT_TTL : pkt->ttl - 1;
 }
 
-/* Everything before the payload of a datagram over IPv4, or before that of its later fragment, without the ports. */
-struct head_ipv4 {
-	__u16 padding; /* so that the stack may be accessed in words */
-	__u8 macs[12];
-	__be16 protocol_be;
-	struct iphdr ip;
-	__be16 ports_be[2];
-};
+/* A frame's addresses, destination first. In words, which clang would not take from bytes. */
+static __always_inline bool write_macs(void *frame, const void *end, const __u8 *macs)
+{
+	const __u32 *from = (const __u32 *)macs;
+	__u32 *to = frame;
+
+	if ((void *)(to + 3) > end)
+		return false;
+	to[0] = from[0];
+	to[1] = from[1];
+	to[2] = from[2];
+	return true;
+}
 
 /* The checksum's new value when `sum` is the sum of the words that came and, inverted, of those that went (RFC 1624). */
 static __always_inline __u16 csum_after(__u16 check, __u32 sum)
@@ -87,27 +93,27 @@ static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet
 
 static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
 					const struct downstream *to, const __u8 *macs, __u8 ttl,
-					struct head_ipv4 *head)
+					__u32 l3)
 {
-	bool later = pkt->part == LATER_FRAGMENT;
-	__u32 l3 = l3_off(pkt), length;
+	void *data, *data_end;
+	struct udphdr *udp;
 	struct iphdr *ip;
 
 	if (!csum_ipv4(skb, pkt, to))
 		return -1;
-	ip = frame_start(skb) + l3;
-	if ((void *)(ip + 1) > frame_end(skb))
+	data = frame_start(skb);
+	data_end = frame_end(skb);
+	ip = data + l3;
+	if ((void *)(ip + 1) > data_end)
 		return -1;
-	__builtin_memcpy(&head->ip, ip, sizeof(head->ip));
-	change_ipv4(&head->ip, to->addr_be[3], ttl);
-	head->ports_be[0] = pkt->sport_be;
-	head->ports_be[1] = to->port_be;
-	length = sizeof(head->ip) + (later ? 0 : sizeof(head->ports_be));
-	if (!macs)
-		return bpf_skb_store_bytes(skb, l3, &head->ip, length, 0);
-	__builtin_memcpy(head->macs, macs, sizeof(head->macs));
-	head->protocol_be = bpf_htons(ETH_P_IP);
-	return bpf_skb_store_bytes(skb, 0, head->macs, L3_OFF + length, 0);
+	if (pkt->part != LATER_FRAGMENT) {
+		udp = (void *)(ip + 1);
+		if ((void *)(udp + 1) > data_end)
+			return -1;
+		udp->dest = to->port_be;
+	}
+	change_ipv4(ip, to->addr_be[3], ttl);
+	return !macs || write_macs(data, data_end, macs) ? 0 : -1;
 }
 
 /* The difference that another address makes to a sum of 16-bit words. */
@@ -123,47 +129,53 @@ static __always_inline __u32 difference(const __be32 *old_be, const __be32 *new_
 }
 
 static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-				      const struct downstream *to)
+				      const struct downstream *to, __u32 other_address)
 {
 	__u32 offset = pkt->l4_off + L4_CSUM_OFF;
 
 	if (pkt->part == LATER_FRAGMENT)
 		return true;
-	if (bpf_l4_csum_replace(skb, offset, 0, difference(pkt->dst.addr_be, to->addr_be),
-				BPF_F_PSEUDO_HDR | UDP_CSUM))
+	if (bpf_l4_csum_replace(skb, offset, 0, other_address, BPF_F_PSEUDO_HDR | UDP_CSUM))
 		return false;
-	if (to->port_be == pkt->dst.port_be)
-		return true;
-	return !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
-				    UDP_CSUM | sizeof(__be16)) &&
-	       !bpf_skb_store_bytes(skb, pkt->l4_off + offsetof(struct udphdr, dest), &to->port_be,
-				    sizeof(to->port_be), 0);
+	return to->port_be == pkt->dst.port_be ||
+	       !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
+				    UDP_CSUM | sizeof(__be16));
 }
 
 /*
  * In IPv6 the address is covered by the UDP checksum alone. For CHECKSUM_COMPLETE the two changes cancel out in the
- * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the store must for the address. That sum
- * does not cover the frame's addresses.
+ * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the address must be accounted for too, as
+ * the hop limit must, which nothing cancels out. That sum does not cover the frame's addresses.
  */
 static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-					const struct downstream *to, const __u8 *macs, __u8 ttl,
-					struct ipv6hdr *ip)
+					const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
-	const __u32 from = offsetof(struct ipv6hdr, nexthdr);
-	__u32 l3 = l3_off(pkt);
-	struct ipv6hdr *came;
+	__u32 other_address = difference(pkt->dst.addr_be, to->addr_be);
+	void *data, *data_end;
+	struct udphdr *udp;
+	struct ipv6hdr *ip;
+	__u64 sum;
 
-	if (!csum_ipv6(skb, pkt, to))
+	if (!csum_ipv6(skb, pkt, to, other_address))
 		return -1;
-	came = frame_start(skb) + l3;
-	if ((void *)(came + 1) > frame_end(skb))
+	data = frame_start(skb);
+	data_end = frame_end(skb);
+	ip = data + l3_off(pkt);
+	if ((void *)(ip + 1) > data_end)
 		return -1;
-	__builtin_memcpy(ip, came, sizeof(*ip));
+	if (pkt->part != LATER_FRAGMENT) {
+		udp = data + pkt->l4_off;
+		if ((void *)(udp + 1) > data_end)
+			return -1;
+		udp->dest = to->port_be;
+	}
+	/* The hop limit is the low byte of its word. */
+	sum = (__u64)other_address + (__u16)~bpf_htons(ip->hop_limit) + bpf_htons(ttl);
 	ip->hop_limit = ttl;
 	__builtin_memcpy(&ip->daddr, to->addr_be, sizeof(ip->daddr));
-	return bpf_skb_store_bytes(skb, l3 + from, (void *)ip + from, sizeof(*ip) - from,
-				   BPF_F_RECOMPUTE_CSUM) ||
-	       (macs && bpf_skb_store_bytes(skb, 0, macs, 12, 0));
+	/* Refused where there is no such sum. */
+	bpf_csum_update(skb, (sum & 0xffffffff) + (sum >> 32));
+	return !macs || write_macs(data, data_end, macs) ? 0 : -1;
 }
 
 /*
@@ -187,22 +199,26 @@ static __always_inline bool give_frame(struct __sk_buff *skb, struct packet *pkt
 
 /*
  * Writes the downstream's address and port and the time to live; in a later fragment, no port. Also the frame's
- * addresses, destination first, if they are given and there is a frame. On an error the packet may be half changed and must be dropped. A
- * function of its own for the sake of the stack.
+ * addresses, destination first, if they are given and there is a frame. On an error the packet may be half changed and must
+ * be dropped. A function of its own, since it is called from many places.
  */
-static __noinline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
-			      const struct downstream *to, const __u8 *macs, __u8 ttl)
+static __noinline int rewrite_any(struct __sk_buff *skb, const struct packet *pkt,
+				  const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
-	union {
-		struct head_ipv4 ipv4;
-		struct ipv6hdr ipv6;
-	} head;
-
 	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
 	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
 		return -1;
-	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl, &head.ipv6)
-		       : rewrite_ipv4(skb, pkt, to, macs, ttl, &head.ipv4);
+	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl)
+		       : rewrite_ipv4(skb, pkt, to, macs, ttl, l3_off(pkt));
+}
+
+/* The same, in place for what most packets are: the call alone would cost more than many a stage. */
+static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
+				   const struct downstream *to, const __u8 *macs, __u8 ttl)
+{
+	if (pkt->v6 | pkt->group | pkt->part | pkt->headerless)
+		return rewrite_any(skb, pkt, to, macs, ttl);
+	return rewrite_ipv4(skb, pkt, to, macs, ttl, L3_OFF);
 }
 
 #endif

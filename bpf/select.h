@@ -86,15 +86,12 @@ static __always_inline __u32 place(const struct __sk_buff *skb, const struct pac
 }
 
 /* False if the listener has no downstream. */
-static __always_inline bool read_table(__u32 listener_id, const struct listener_state *state,
+static __always_inline bool read_table(struct stats *stats, const struct listener_state *state,
 				       struct table *table)
 {
-	__u64 place;
+	__u64 place = *(const volatile __u64 *)&state->table;
 
-	table->cursor = bpf_map_lookup_elem(&cursors, &listener_id);
-	if (!table->cursor)
-		return false;
-	place = *(const volatile __u64 *)&state->table;
+	table->cursor = &stats->cursor;
 	table->first = place >> 32;
 	table->slots = (__u32)place;
 	table->policy = state->policy;

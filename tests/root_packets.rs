@@ -1,7 +1,7 @@
 //! Whole packets through the production TC program (`BPF_PROG_TEST_RUN`), against a plain-Rust oracle.
 //!
-//! Needs root. `cases` asserts hand-written packets byte by byte, `fragments` datagrams that come in several; `random` feeds a
-//! million random and mutated ones; `events` looks at what it tells of single ones, `cost` at what the verifier makes of it all.
+//! Needs root. `cases` asserts hand-written packets byte by byte, `fragments` datagrams that come in several, `destinations`
+//! whose they are; `random` feeds a million random and mutated ones; `events` looks at what it tells of single ones, `cost` at what the verifier makes of it all.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -9,6 +9,8 @@
 mod cases;
 #[path = "kernel/cost.rs"]
 mod cost;
+#[path = "kernel/destinations.rs"]
+mod destinations;
 #[path = "kernel/events.rs"]
 mod events;
 #[path = "kernel/fragments.rs"]

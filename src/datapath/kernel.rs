@@ -1,7 +1,7 @@
 //! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
 //!
 //! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
-//! - `table`: one listener's table and downstreams. `admission`: who may send.
+//! - `first_look`: where most destinations are found. `table`: one listener's table and downstreams. `admission`: who may send.
 //! - `succession`: from one daemon to the next. `pins`: where it finds what; `books`: what was counted; `lease`: until when
 //!   the program acts without a daemon.
 //! - `attach`: interfaces. `events`: single datagrams it tells of. `quiet`: libbpf's messages.
@@ -15,6 +15,7 @@ pub mod arena;
 pub mod attach;
 pub mod books;
 pub mod events;
+mod first_look;
 pub mod lease;
 pub mod maps;
 pub mod pins;
@@ -35,6 +36,7 @@ use self::admission::Admissions;
 use self::attach::{Attachment, Way};
 use self::books::Maps;
 use self::events::Events;
+use self::first_look::FirstLook;
 use self::maps::{
     address_key, bytes_of, headerless_key, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus,
 };
@@ -56,6 +58,8 @@ pub struct KernelDatapath {
     admissions: Admissions,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
+    /// Where the program looks for them first.
+    first_look: FirstLook,
     /// The addresses among them, which have keys of their own, for fragments.
     addresses: BTreeSet<IpAddr>,
     /// The links of which it knows that packets come by them without a frame, by index.
@@ -124,6 +128,7 @@ impl KernelDatapath {
             events,
             admissions: Admissions::default(),
             keys: BTreeMap::new(),
+            first_look: FirstLook::new(&loaded)?,
             addresses: BTreeSet::new(),
             headerless: BTreeSet::new(),
             loaded,
@@ -187,6 +192,18 @@ impl KernelDatapath {
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
     /// address that moves between listeners is never without an owner.
     fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+        // Also when the kernel has refused something on the way: what it has taken is to be found.
+        let changed = self.change_keys(plan);
+        changed.and(self.show_keys())
+    }
+
+    /// Lets the program find the destination keys as they are now.
+    fn show_keys(&mut self) -> Result<()> {
+        let loaded = &self.loaded;
+        self.first_look.follow(&self.keys, || wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))
+    }
+
+    fn change_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         let mut wanted = BTreeMap::new();
         let addresses: BTreeSet<IpAddr> = plan.iter().flat_map(|listener| &listener.match_addresses).copied().collect();
         for &address in addresses.difference(&self.addresses.clone()) {
@@ -297,6 +314,7 @@ impl KernelDatapath {
         for address in keys.collect::<Vec<_>>() {
             self.remove_key(address)?;
         }
+        self.show_keys()?;
         for &id in ids {
             self.tables.remove(&self.loaded, id);
             self.line.forget(&self.loaded, id)?;

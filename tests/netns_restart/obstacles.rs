@@ -1,8 +1,10 @@
 //! What stands in the way of taking over: pins that cannot be understood, a start that fails, receivers not known yet.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::signal::Signal;
 
 use crate::support::{Daemon, Lab, Place};
@@ -46,6 +48,43 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
     assert_eq!(counted(&lab, &daemon), (300, 300, 300));
     end(daemon, Signal::SIGTERM);
     assert_eq!(pins.programs().len(), 1);
+}
+
+/// A map that begins with the same counters and has nothing behind them, pinned in place of one that has.
+fn cut_down(pin: &Path, bytes: u32) {
+    let (whole, options) = (
+        MapHandle::from_pinned_path(pin).unwrap(),
+        libbpf_rs::libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
+            ..Default::default()
+        },
+    );
+    assert!(whole.value_size() > bytes);
+    let name = whole.name().to_owned();
+    let mut cut = MapHandle::create(whole.map_type(), Some(name), 4, bytes, whole.max_entries(), &options).unwrap();
+    for key in whole.keys() {
+        let mut values = whole.lookup_percpu(&key, MapFlags::ANY).unwrap().unwrap();
+        values.iter_mut().for_each(|value| value.truncate(bytes as usize));
+        cut.update_percpu(&key, &values, MapFlags::ANY).unwrap();
+    }
+    fs::remove_file(pin).unwrap();
+    cut.pin(pin).unwrap();
+}
+
+#[test]
+fn netns_counters_of_a_version_that_kept_nothing_behind_them_go_on() {
+    let (lab, pins) = (lab(), Pins::new());
+    let config = pins.config(&lab, "keep");
+    let daemon = start(&lab, &config);
+    exchange(&lab, 300);
+    end(daemon, Signal::SIGTERM);
+    cut_down(&pins.programs()[0].join("STATS"), 48);
+    cut_down(&pins.programs()[0].join("DOWNSTREAM_STAT"), 16);
+
+    let mut daemon = start(&lab, &config);
+    daemon.wait_for_logged("counters go on").unwrap();
+    exchange(&lab, 300);
+    assert_eq!(counted(&lab, &daemon), (600, 600, 600));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -30,6 +30,8 @@ pub unsafe trait Plain: Copy {}
 unsafe impl Plain for types::listener_key {}
 // SAFETY: two u32.
 unsafe impl Plain for types::fanout_listener {}
+// SAFETY: integers only, without holes, 32 bytes (asserted in `skel`).
+unsafe impl Plain for types::first_look {}
 // SAFETY: integers only, without padding, 64 bytes (asserted in `skel`).
 unsafe impl Plain for types::downstream {}
 // SAFETY: integers only, without padding, 48 bytes (asserted in `skel`).
@@ -137,6 +139,17 @@ impl<T: Plain> MappedArray<T> {
         // SAFETY: `entry` is in bounds and aligned to 8, and `T` is at most 8-aligned. The program may read any entry
         // at any time, but what it reads here it does not use before a table names it.
         unsafe { self.entry(index).cast::<T>().as_ptr().write_volatile(value) }
+    }
+}
+
+impl MappedArray<types::first_look> {
+    /// Stores 16 bits of an entry, `offset` bytes from its start, and after all that was written before.
+    pub(super) fn store_short(&mut self, index: u32, offset: usize, value: u16) {
+        assert!(offset.is_multiple_of(2) && offset + 2 <= Self::STRIDE, "nothing of 16 bits at {offset}");
+        // SAFETY: in bounds and within the entry, aligned to 2, and mapped for as long as `self` lives.
+        let short = unsafe { self.entry(index).add(offset).cast::<u16>() };
+        // SAFETY: as above; the kernel reads it as one 16-bit word.
+        unsafe { AtomicU16::from_ptr(short.as_ptr()) }.store(value, Ordering::Release);
     }
 }
 

@@ -39,6 +39,9 @@ const LINK: &str = "link-";
 const MAPS: [&str; 9] =
     ["STATS", "DROPS", "COPY_DROPS", "DOWNSTREAM_STAT", "FRAGMENT_STAT", "downstreams", "names", "owners", "ledger"];
 
+/// Maps whose entries begin with so many bytes of counters; what comes behind them is each program's own affair.
+const COUNTERS_FIRST: [(&str, u32); 2] = [("STATS", 6 * 8), ("DOWNSTREAM_STAT", 2 * 8)];
+
 /// The pins of this daemon's own program. Dropping them removes them, unless they are to stay.
 #[derive(Debug)]
 pub struct Pins {
@@ -256,8 +259,13 @@ impl Left {
     pub fn maps(&self, loaded: &Loaded) -> Result<Maps<'_>> {
         let content = self.content.as_ref().map_err(|error| anyhow!("{error:#}"))?;
         for (theirs, ours) in content.maps.iter().zip(maps_of(loaded)) {
-            let shape = |map: &MapHandle| (map.map_type(), map.key_size(), map.value_size());
-            ensure!(shape(theirs) == shape(ours), "map {} has another shape", ours.name().to_string_lossy());
+            let name = ours.name().to_string_lossy().into_owned();
+            let shape = |map: &MapHandle| (map.map_type(), map.key_size());
+            let sized = match COUNTERS_FIRST.iter().find(|(counted, _)| *counted == name) {
+                Some(&(_, counters)) => theirs.value_size() >= counters,
+                None => theirs.value_size() == ours.value_size(),
+            };
+            ensure!(shape(theirs) == shape(ours) && sized, "map {name} has another shape");
         }
         let [stats, drops, copy_drops, downstream_stats, fragment_stats, downstreams, names, owners, ledger] =
             content.maps.as_slice()

@@ -42,6 +42,16 @@ pub const KEY_LISTENER: u16 = 0;
 pub const KEY_ADDRESS: u16 = 1;
 /// `KEY_HEADERLESS_LINK`.
 pub const KEY_HEADERLESS_LINK: u16 = 2;
+/// `LOOK_NOBODY`.
+pub const LOOK_NOBODY: u16 = 0;
+/// `LOOK_ONE`.
+pub const LOOK_ONE: u16 = 1;
+/// `LOOK_FURTHER`.
+pub const LOOK_FURTHER: u16 = 2;
+/// `FIRST_LOOK_BITS`.
+pub const FIRST_LOOK_BITS: u32 = 10;
+/// `FIRST_LOOK_FACTOR`.
+pub const FIRST_LOOK_FACTOR: u32 = 0x9e37_79b1;
 /// `FRAGMENT_STRAY`.
 pub const FRAGMENT_STRAY: u32 = 0;
 /// `FRAGMENT_LOST`.
@@ -99,6 +109,10 @@ const _: () = {
     assert!(offset_of!(types::listener_key, port_be) == 16);
     assert!(offset_of!(types::listener_key, scope) == 18);
     assert!(size_of::<types::fanout_listener>() == 8);
+    assert!(size_of::<types::first_look>() == 32);
+    assert!(offset_of!(types::first_look, port_be) == 16);
+    assert!(offset_of!(types::first_look, found) == 18);
+    assert!(offset_of!(types::first_look, listener) == 24);
     assert!(size_of::<types::listener_state>() == 56);
     assert!(offset_of!(types::listener_state, policy) == 8);
     assert!(offset_of!(types::listener_state, least_mtu) == 12);
@@ -121,9 +135,11 @@ const _: () = {
     assert!(offset_of!(types::downstream, sample) == 48);
     assert!(offset_of!(types::downstream, macs) == 52);
     assert!(size_of::<types::next_hop>() == 24);
-    assert!(size_of::<types::stats>() == 6 * 8);
+    assert!(size_of::<types::stats>() == 7 * 8);
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
-    assert!(size_of::<types::downstream_stats>() == 2 * 8);
+    assert!(offset_of!(types::stats, cursor) == 6 * 8);
+    assert!(size_of::<types::downstream_stats>() == 2 * 8 + 24);
+    assert!(offset_of!(types::downstream_stats, known) == 2 * 8);
     assert!(size_of::<types::event>() == 104);
     assert!(offset_of!(types::event, sport_be) == 64);
     assert!(offset_of!(types::event, flags) == 96);
@@ -150,6 +166,8 @@ pub struct Loaded {
     pub program: OwnedFd,
     /// Destinations that are ours.
     pub listeners: MapHandle,
+    /// The same for most datagrams, by place.
+    pub first_look: MapHandle,
     /// Listener id to current table.
     pub listener_states: MapHandle,
     /// Rules and senders to verdicts.
@@ -168,8 +186,6 @@ pub struct Loaded {
     pub downstream_stats: MapHandle,
     /// What fragments could not follow the rest of their datagram.
     pub fragment_stats: MapHandle,
-    /// Downstream id to where its neighbour was last found.
-    pub next_hops: MapHandle,
     /// Single datagrams that the program tells of, if the kernel has ring buffers.
     pub events: Option<MapHandle>,
     /// Which datagrams are traced.
@@ -271,7 +287,6 @@ fn open<'object>(
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
         (&mut maps.listener_states, sizes.listeners),
-        (&mut maps.cursors, sizes.listeners),
         (&mut maps.STATS, sizes.listeners),
         (&mut maps.DROPS, sizes.listeners * DROP_REASONS),
         (&mut maps.COPY_DROPS, sizes.listeners * DROP_REASONS),
@@ -280,7 +295,6 @@ fn open<'object>(
         (&mut maps.table_slots, sizes.slots),
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
-        (&mut maps.next_hops, sizes.downstreams),
         (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
         (&mut maps.names, sizes.listeners),
         (&mut maps.owners, sizes.downstreams),
@@ -307,6 +321,7 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
             .try_clone_to_owned()
             .context("cannot keep the program's file descriptor")?,
         listeners: handle(&maps.listeners)?,
+        first_look: handle(&maps.first_look)?,
         listener_states: handle(&maps.listener_states)?,
         sources: handle(&maps.sources)?,
         table_slots: handle(&maps.table_slots)?,
@@ -316,7 +331,6 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
         copy_drops: handle(&maps.COPY_DROPS)?,
         downstream_stats: handle(&maps.DOWNSTREAM_STAT)?,
         fragment_stats: handle(&maps.FRAGMENT_STAT)?,
-        next_hops: handle(&maps.next_hops)?,
         events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
         trace: handle(&maps.data_trace)?,
         lease: handle(&maps.data_lease)?,

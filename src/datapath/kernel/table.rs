@@ -227,7 +227,6 @@ impl Tables {
             books::enter(loaded, item, &[sum[0], sum[1], u64::from(number) + 1])?;
         }
         self.owners.write(number, 0);
-        zero_on_all_cpus(&loaded.next_hops, number)?;
         zero_on_all_cpus(&loaded.downstream_stats, number)?;
         self.retired.pop();
         if !named {
