@@ -152,9 +152,8 @@ static __always_inline int forward_fragment(struct __sk_buff *skb, struct packet
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
 	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
 
-	if (!to || !stats || to->addr_be[0] != of->to.addr_be[0] ||
-	    to->addr_be[1] != of->to.addr_be[1] || to->addr_be[2] != of->to.addr_be[2] ||
-	    to->addr_be[3] != of->to.addr_be[3] || to->port_be != of->to.port_be)
+	if (!to || !stats || !same_address(to->addr_be, of->to.addr_be) ||
+	    to->port_be != of->to.port_be)
 		return lose_fragment();
 	if (to->delivery == DELIVER_LOCAL)
 		return rewrite_any(skb, pkt, to, NULL, pkt->ttl) ? lose_fragment() : TC_ACT_UNSPEC;

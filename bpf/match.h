@@ -17,9 +17,7 @@ static __always_inline __u32 first_look_at(const struct listener_key *dst)
 
 static __always_inline bool is_for_one(const struct first_look *one, const struct listener_key *dst)
 {
-	return one->addr_be[0] == dst->addr_be[0] && one->addr_be[1] == dst->addr_be[1] &&
-	       one->addr_be[2] == dst->addr_be[2] && one->addr_be[3] == dst->addr_be[3] &&
-	       one->port_be == dst->port_be;
+	return same_address(one->addr_be, dst->addr_be) && one->port_be == dst->port_be;
 }
 
 /* The listener that a datagram is for, or NULL. */

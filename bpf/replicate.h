@@ -30,8 +30,7 @@ static __always_inline int send_around(struct __sk_buff *skb, __u32 to_id)
 
 static __always_inline bool is_for(const struct packet *pkt, const struct downstream *to)
 {
-	return pkt->dst.addr_be[0] == to->addr_be[0] && pkt->dst.addr_be[1] == to->addr_be[1] &&
-	       pkt->dst.addr_be[2] == to->addr_be[2] && pkt->dst.addr_be[3] == to->addr_be[3] &&
+	return same_address(pkt->dst.addr_be, to->addr_be) &&
 	       (pkt->dst.port_be == to->port_be || pkt->part == LATER_FRAGMENT);
 }
 

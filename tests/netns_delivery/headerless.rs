@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::packet::Frame;
-use crate::packets::{towards, widen_ingress};
+use crate::packets::{as_a_router_sends, towards, widen_ingress};
 use crate::support::lab::INGRESS;
 use crate::support::netns::End;
 use crate::support::tun::Crossing;
 use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, LabBuilder, Namespace, Place, Report, Sender};
-use crate::wire::{Wire, mac, udp_errors};
+use crate::wire::{Wire, udp_errors};
 
 /// Behind links with frames, and on the gateway.
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
@@ -171,12 +171,7 @@ fn netns_what_comes_without_a_frame_leaves_as_a_router_would_have_sent_it() {
             wire.send(&sent.bytes()[14..]).unwrap();
         }
         for (tap, site) in taps.iter().zip(&lab.sites) {
-            let mut expected = sent.clone();
-            expected.destination = site.address;
-            expected.ttl -= 1;
-            let mut expected = expected.bytes();
-            expected[..6].copy_from_slice(&mac(lab.namespace_of(site), "eth0"));
-            expected[6..12].copy_from_slice(&mac(&lab.gateway, &towards(site)));
+            let expected = as_a_router_sends(&sent, &lab, site);
             for frame in tap.udp_frames_to(9_000, 4).unwrap() {
                 assert_eq!(frame, expected, "\n{frame:02x?}\n{expected:02x?}");
             }

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use crate::books::{Books, audit, audit_downstreams, start};
+use crate::packet::Frame;
 use crate::support::lab::{INGRESS, Site};
 use crate::support::traffic::bind;
 use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Report, Sender};
@@ -202,6 +203,17 @@ fn netns_datagrams_without_checksum_stay_without() {
     audit(&daemon, &lab.gateway, Some(Books::forwarded(20)), Books::NOTHING);
 }
 
+/// The frame in which a router would hand a datagram on to a receiver behind a cable of its own, readdressed.
+pub fn as_a_router_sends(sent: &Frame, lab: &Lab, site: &Site) -> Vec<u8> {
+    let mut frame = sent.clone();
+    frame.destination = site.address;
+    frame.ttl -= 1;
+    let mut bytes = frame.bytes();
+    bytes[..6].copy_from_slice(&mac(lab.namespace_of(site), "eth0"));
+    bytes[6..12].copy_from_slice(&mac(&lab.gateway, &towards(site)));
+    bytes
+}
+
 #[test]
 fn netns_a_datagram_arrives_as_a_router_would_have_sent_it() {
     for (ipv6, ip_forward) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -217,12 +229,7 @@ fn netns_a_datagram_arrives_as_a_router_would_have_sent_it() {
             wire.send(&sent.bytes()).unwrap();
         }
         for (tap, site) in taps.iter().zip(&lab.sites) {
-            let mut expected = sent.clone();
-            expected.destination = site.address;
-            expected.ttl -= 1;
-            let mut expected = expected.bytes();
-            expected[..6].copy_from_slice(&mac(lab.namespace_of(site), "eth0"));
-            expected[6..12].copy_from_slice(&mac(&lab.gateway, &towards(site)));
+            let expected = as_a_router_sends(&sent, &lab, site);
             for frame in tap.udp_frames_to(9_000, 4).unwrap() {
                 assert_eq!(frame, expected, "\n{frame:02x?}\n{expected:02x?}");
             }
