@@ -84,6 +84,8 @@ const COMPARISONS: [Comparison; 4] = [
         ways: &[
             ("floor: one receiver, known, bpf_redirect", Way::Reference("floor_device")),
             (OURS, Way::Balance(3)),
+            // As many as the floor has: what is between these two is the devices' and receivers' affair.
+            ("udp-fanout with one receiver", Way::Balance(1)),
             ("the obvious way: bpf_redirect_neigh", Way::Reference("obvious")),
             ("plain kernel forwarding, no balancing", Way::Forwarding),
         ],
