@@ -18,7 +18,7 @@ fn main() -> Result<()> {
             vmlinux.into_os_string(),
             "-Wall".into(),
             "-Werror".into(),
-            // Instructions on 32 bits, which kernels have since 5.1: a tenth fewer of them.
+            // Instructions on 32 bits, which kernels have since 5.1: fewer of them are needed.
             "-mcpu=v3".into(),
             "-Wno-unused-function".into(),
         ])

@@ -16,7 +16,7 @@ struct {
 } listeners SEC(".maps");
 
 /*
- * The same for most datagrams at a tenth of the cost: an array, which needs no call, whose place follows from address and
+ * The same for most datagrams at much less cost: an array, which needs no call, whose place follows from address and
  * port. Written by user space through a mapping.
  */
 struct {

@@ -75,6 +75,14 @@ static __always_inline void change_ipv4(struct iphdr *ip, __be32 addr_be, __u8 t
 	ip->daddr = addr_be;
 }
 
+static __always_inline bool csum_port(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct downstream *to, __u32 offset)
+{
+	return to->port_be == pkt->dst.port_be ||
+	       !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
+				    UDP_CSUM | sizeof(__be16));
+}
+
 /* Whether the checksum helper has changed what the new address and port change. A later fragment has neither. */
 static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet *pkt,
 				      const struct downstream *to)
@@ -86,9 +94,7 @@ static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet
 	if (bpf_l4_csum_replace(skb, offset, pkt->dst.addr_be[3], to->addr_be[3],
 				BPF_F_PSEUDO_HDR | UDP_CSUM | sizeof(__be32)))
 		return false;
-	return to->port_be == pkt->dst.port_be ||
-	       !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
-				    UDP_CSUM | sizeof(__be16));
+	return csum_port(skb, pkt, to, offset);
 }
 
 static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct packet *pkt,
@@ -137,9 +143,7 @@ static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet
 		return true;
 	if (bpf_l4_csum_replace(skb, offset, 0, other_address, BPF_F_PSEUDO_HDR | UDP_CSUM))
 		return false;
-	return to->port_be == pkt->dst.port_be ||
-	       !bpf_l4_csum_replace(skb, offset, pkt->dst.port_be, to->port_be,
-				    UDP_CSUM | sizeof(__be16));
+	return csum_port(skb, pkt, to, offset);
 }
 
 /*

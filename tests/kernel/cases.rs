@@ -1,8 +1,5 @@
 //! Hand-written packets, one rule each: the expected bytes, verdict and counters.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
@@ -377,19 +374,10 @@ fn allowing(prefixes: &[&str]) -> Vec<ListenerPlan> {
 fn root_changing_who_may_send_never_lets_in_the_wrong_or_keeps_out_the_right() {
     let mut program = Program::load(allowing(&["203.0.113.0/24", "192.0.2.0/25"]));
     let [right, wrong] = [SENDER, "198.18.0.1:40000"].map(|sender| Frame::new(sender, "192.0.2.1:5000", b"x").bytes());
-    let (stop, runner) = (Arc::new(AtomicBool::new(false)), program.runner());
-    let judged = {
-        let stop = Arc::clone(&stop);
-        thread::spawn(move || {
-            let mut judged = 0u64;
-            while !stop.load(Ordering::Relaxed) {
-                assert_eq!(runner.run(&right, Gso::default()).verdict, REDIRECT);
-                assert_eq!(runner.run(&wrong, Gso::default()).verdict, SHOT);
-                judged += 1;
-            }
-            judged
-        })
-    };
+    let judging = program.runner().meanwhile(move |runner| {
+        assert_eq!(runner.run(&right, Gso::default()).verdict, REDIRECT);
+        assert_eq!(runner.run(&wrong, Gso::default()).verdict, SHOT);
+    });
     // More prefixes in all than there is room for at once, so that what is replaced must go.
     for n in 0..1000 {
         let others: Vec<String> = (0..100).map(|i| format!("10.{}.{i}.0/24", n % 200)).collect();
@@ -397,8 +385,7 @@ fn root_changing_who_may_send_never_lets_in_the_wrong_or_keeps_out_the_right() {
         let prefixes: Vec<&str> = others.iter().map(String::as_str).chain([own]).collect();
         program.apply(allowing(&prefixes));
     }
-    stop.store(true, Ordering::Relaxed);
-    let judged = judged.join().unwrap();
+    let judged = judging.end();
     assert!(judged > 0);
     assert_eq!(program.stats(0)[..4], [2 * judged, judged, judged, 0]);
     assert_eq!(program.drops(0), [("source_denied", judged)].into());

@@ -1,9 +1,6 @@
 //! Which datagrams are whose: destinations in great number, and such that change hands.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 use udp_fanout::plan::ListenerPlan;
 
@@ -104,26 +101,16 @@ fn root_a_destination_that_changes_hands_is_always_somebodys_and_only_its_own() 
     };
     let mut program = Program::load(shared(0));
     let [first, second, third] = [1, 2, 3].map(|n| frame(SocketAddr::new(own(n)[0], 5000)));
-    let (stop, runner) = (Arc::new(AtomicBool::new(false)), program.runner());
-    let judged = {
-        let stop = Arc::clone(&stop);
-        thread::spawn(move || {
-            let mut judged = 0u64;
-            while !stop.load(Ordering::Relaxed) {
-                for (frame, receivers) in [(&first, 10..12), (&second, 10..12), (&third, 12..13)] {
-                    let ran = runner.run(frame, Gso::default());
-                    assert_eq!(ran.verdict, REDIRECT);
-                    // The last byte of the destination's address.
-                    assert!(receivers.contains(&ran.packet[33]), "sent to {}", ran.packet[33]);
-                }
-                judged += 1;
-            }
-            judged
-        })
-    };
+    let judging = program.runner().meanwhile(move |runner| {
+        for (frame, receivers) in [(&first, 10..12), (&second, 10..12), (&third, 12..13)] {
+            let ran = runner.run(frame, Gso::default());
+            assert_eq!(ran.verdict, REDIRECT);
+            // The last byte of the destination's address.
+            assert!(receivers.contains(&ran.packet[33]), "sent to {}", ran.packet[33]);
+        }
+    });
     (1..100).for_each(|turn| program.apply(shared(turn)));
-    stop.store(true, Ordering::Relaxed);
-    let judged = judged.join().unwrap();
+    let judged = judging.end();
     assert!(judged > 0);
     assert_eq!(program.stats(2)[1], judged);
     assert_eq!(program.stats(3)[1], 0);

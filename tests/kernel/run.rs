@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 
 use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
 use udp_fanout::config::{Limits, Settings};
@@ -105,7 +107,36 @@ fn maps_of(program: BorrowedFd<'_>) -> impl Iterator<Item = MapHandle> {
 /// The program alone.
 pub struct Runner(OwnedFd);
 
+/// A runner that does the same thing over and over, on a thread of its own.
+pub struct Meanwhile {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+}
+
+impl Meanwhile {
+    /// Has it come to an end, and says how often it was done.
+    pub fn end(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
 impl Runner {
+    /// Does something over and over while the test goes on.
+    pub fn meanwhile(self, once: impl Fn(&Runner) + Send + 'static) -> Meanwhile {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut done = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                once(&self);
+                done += 1;
+            }
+            done
+        });
+        Meanwhile { stop, thread }
+    }
+
     pub fn run(&self, packet: &[u8], gso: Gso) -> Ran {
         run(self.0.as_fd(), packet, gso)
     }

@@ -79,8 +79,7 @@ fn netns_datagrams_out_of_a_wireguard_tunnel_are_forwarded() {
         long.send(30, &collectors).unwrap();
         let report = collectors.finish(&[&small, &long]).unwrap();
         assert!(report.is_complete(), "{policy} ipv6={ipv6}: {report}");
-        let kept = |from: &SocketAddr| from.ip() == source.ip();
-        assert!(report.receivers.iter().all(|receiver| receiver.sources.iter().all(kept)), "{report}");
+        assert!(report.all_from(source.ip()), "{report}");
         audit(&daemon, &lab.gateway, Some(Books::forwarded(330)), Books::NOTHING);
         audit_downstreams(&daemon, &lab.gateway, &report);
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Tells the datagrams of one [`super::Sender`] from all others.
 pub type RunId = u64;
@@ -143,6 +143,11 @@ impl Tally {
 }
 
 impl Report {
+    /// True if every receiver saw this address as the source of all it got.
+    pub fn all_from(&self, address: IpAddr) -> bool {
+        self.receivers.iter().all(|receiver| receiver.sources.iter().all(|source| source.ip() == address))
+    }
+
     /// Compares what the receivers got with how many datagrams each sender has sent (numbers 0 to n - 1).
     pub fn new(sent: &BTreeMap<RunId, u64>, tallies: &[Tally], expect: Expect) -> Self {
         let receivers: Vec<_> = tallies.iter().map(|tally| ReceiverReport::new(sent, tally)).collect();
