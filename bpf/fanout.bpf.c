@@ -32,6 +32,20 @@
 #include "replicate.h"
 #include "fragments.h"
 
+/*
+ * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
+ * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
+ */
+#define SEEN_FIRST_WORD 0x5a17fa0d
+#define SEEN_SECOND_WORD 0xc3d20e91
+
+static __always_inline bool was_seen(const struct __sk_buff *skb)
+{
+	return skb->cb[0] == SEEN_FIRST_WORD && skb->cb[1] == SEEN_SECOND_WORD;
+}
+
+#include "short_way.h"
+
 char LICENSE[] SEC("license") = "GPL";
 
 /* What becomes of a datagram, told by the stages below and booked in one place, settle(). */
@@ -177,18 +191,6 @@ static __always_inline enum fragments_fate fate_of(const struct outcome *outcome
 	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
 }
 
-/*
- * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
- * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
- */
-#define SEEN_FIRST_WORD 0x5a17fa0d
-#define SEEN_SECOND_WORD 0xc3d20e91
-
-static __always_inline bool was_seen(const struct __sk_buff *skb)
-{
-	return skb->cb[0] == SEEN_FIRST_WORD && skb->cb[1] == SEEN_SECOND_WORD;
-}
-
 static __always_inline int seen(struct __sk_buff *skb, int verdict)
 {
 	if (verdict == TC_ACT_UNSPEC) {
@@ -218,8 +220,7 @@ static __always_inline int follow_up(struct __sk_buff *skb, struct packet *pkt)
 	return follow(skb);
 }
 
-SEC("tc")
-int udp_fanout(struct __sk_buff *skb)
+__noinline int long_way(struct __sk_buff *skb)
 {
 	const struct fanout_listener *listener;
 	__u32 listener_id, flags = 0;
@@ -270,4 +271,12 @@ int udp_fanout(struct __sk_buff *skb)
 		remember_fate(listener_id, outcome.to_id);
 	}
 	return seen(skb, verdict);
+}
+
+SEC("tc")
+int udp_fanout(struct __sk_buff *skb)
+{
+	int verdict = short_way(skb);
+
+	return verdict == LONG_WAY ? long_way(skb) : verdict;
 }

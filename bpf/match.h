@@ -20,12 +20,22 @@ static __always_inline bool is_for_one(const struct first_look *one, const struc
 	return same_address(one->addr_be, dst->addr_be) && one->port_be == dst->port_be;
 }
 
+/* The place of a destination, and what was found there, to be read once: it may change. */
+static __always_inline const struct first_look *first_look_of(const struct listener_key *dst,
+							      __u16 *found)
+{
+	__u32 place = first_look_at(dst);
+	const struct first_look *look = bpf_map_lookup_elem(&first_look, &place);
+
+	*found = look ? *(const volatile __u16 *)&look->found : LOOK_FURTHER;
+	return look;
+}
+
 /* The listener that a datagram is for, or NULL. */
 static __always_inline const struct fanout_listener *listener_of(const struct packet *pkt)
 {
-	__u32 place = first_look_at(&pkt->dst);
-	const struct first_look *look = bpf_map_lookup_elem(&first_look, &place);
-	__u16 found = look ? *(const volatile __u16 *)&look->found : LOOK_FURTHER;
+	__u16 found;
+	const struct first_look *look = first_look_of(&pkt->dst, &found);
 
 	if (look && found == LOOK_ONE)
 		return is_for_one(look, &pkt->dst) ? &look->listener : NULL;

@@ -42,10 +42,11 @@ struct packet {
 	__u64 udp_header; /* of a first fragment, as it came in */
 };
 
+/* In one branch, for it is most often true. */
 static __always_inline bool same_address(const __be32 *one_be, const __be32 *other_be)
 {
-	return one_be[0] == other_be[0] && one_be[1] == other_be[1] && one_be[2] == other_be[2] &&
-	       one_be[3] == other_be[3];
+	return !((one_be[0] ^ other_be[0]) | (one_be[1] ^ other_be[1]) | (one_be[2] ^ other_be[2]) |
+		 (one_be[3] ^ other_be[3]));
 }
 
 /* A packet that functions which take only numbers are at work on. */

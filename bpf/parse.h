@@ -72,7 +72,7 @@ static __always_inline bool pull(struct __sk_buff *skb, __u32 need)
 	return skb->len >= need && bpf_skb_pull_data(skb, need) == 0;
 }
 
-/* RFC 1071 over an option-less IPv4 header, of which 32 bits at a time do as well as 16: 0xffff when it is intact. */
+/* RFC 1071 over an option-less IPv4 header, of which 32 bits at a time do as well as 16: 0xffff only when it is intact. */
 static __always_inline __u32 ipv4_header_sum(const struct iphdr *ip)
 {
 	const __u32 *word = (const __u32 *)ip;
@@ -83,7 +83,6 @@ static __always_inline __u32 ipv4_header_sum(const struct iphdr *ip)
 		sum += word[i];
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
 	return (sum & 0xffff) + (sum >> 16);
 }
 
@@ -92,7 +91,13 @@ static __always_inline bool ipv4_martian(__be32 addr_be)
 {
 	__u8 first = bpf_ntohl(addr_be) >> 24;
 
-	return first == 0 || first == 127 || first >= 224;
+	return (__u8)(first - 1) >= 223 || first == 127;
+}
+
+/* 224.0.0.0/4 (RFC 5771). */
+static __always_inline bool ipv4_group(__be32 addr_be)
+{
+	return (addr_be & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000);
 }
 
 /* Not on any wire: ::, ::1, and IPv4 addresses in IPv6 notation, which here mean IPv4 (RFC 4291, 2.5.5). */
@@ -112,13 +117,21 @@ static __always_inline bool ipv6_martian(const struct in6_addr *addr)
 	return ipv6_hidden_ipv4(addr) || addr->in6_u.u6_addr8[0] == 0xff;
 }
 
+/* True if user space has said that the link puts no header before its packets (tun, WireGuard). */
+static __always_inline bool comes_without_frames(struct __sk_buff *skb)
+{
+	struct listener_key key = { .scope = KEY_HEADERLESS_LINK };
+
+	key.addr_be[0] = skb->ifindex;
+	return bpf_map_lookup_elem(&listeners, &key);
+}
+
 /*
- * True if the packet has come by a link that puts no header before it (tun, WireGuard). One that does not begin with
- * the digit of its IP version has a frame's header; for the others, user space has said which links have none.
+ * True if the packet has no frame's header. One that does not begin with the digit of its IP version has; for the others it
+ * is up to their link.
  */
 static __always_inline bool is_headerless(struct __sk_buff *skb, __u8 version)
 {
-	struct listener_key key = { .scope = KEY_HEADERLESS_LINK };
 	__u8 *first;
 
 	if (!pull(skb, sizeof(*first)))
@@ -126,8 +139,7 @@ static __always_inline bool is_headerless(struct __sk_buff *skb, __u8 version)
 	first = frame_start(skb);
 	if ((void *)(first + 1) > frame_end(skb) || *first >> 4 != version)
 		return false;
-	key.addr_be[0] = skb->ifindex;
-	return bpf_map_lookup_elem(&listeners, &key);
+	return comes_without_frames(skb);
 }
 
 /* False for frames for other hosts, which a promiscuous device lets in. Without a frame nothing is for other hosts. */
@@ -262,7 +274,7 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	pkt->src_be[3] = ip->saddr;
 	pkt->l4_off = l3 + ihl;
 	pkt->ip_len = total;
-	pkt->group = (bpf_ntohl(ip->daddr) & 0xf0000000) == 0xe0000000;
+	pkt->group = ipv4_group(ip->daddr);
 	if (!fits_its_frame(skb, pkt))
 		return PARSE_FOREIGN;
 	flags = bpf_ntohs(ip->frag_off);

@@ -4,10 +4,10 @@ use std::time::Instant;
 
 use udp_fanout::datapath::kernel::events::{Event, Fate, TraceFilter, Way};
 use udp_fanout::model::{DropReason, ListenerId, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, Macs};
+use udp_fanout::plan::{Delivery, ListenerPlan};
 
 use super::packet::Frame;
-use super::run::{Gso, Program, listener, target, via};
+use super::run::{Gso, Program, listener, pod, target, via};
 
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";
@@ -15,9 +15,6 @@ const SENDER6: &str = "[2001:db8:5::5]:40000";
 fn plan() -> Vec<ListenerPlan> {
     let mut socket_only = listener(4, "192.0.2.1:5004", vec![target("127.0.0.1:9000", Delivery::Local)]);
     socket_only.socket_only = Some("test".into());
-    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
-    let pod =
-        Delivery::Neighbour { link: 77, next_hop: "198.51.100.7".parse().unwrap(), mtu: 1500, macs, into_pod: true };
     let mut copies = listener(
         7,
         "192.0.2.1:5007",
@@ -31,7 +28,7 @@ fn plan() -> Vec<ListenerPlan> {
         listener(3, "192.0.2.1:5003", vec![]),
         socket_only,
         listener(5, "[2001:db8::1]:5000", vec![target("[2001:db8:9::7]:6000", via("fe80::1", 1500))]),
-        listener(6, "192.0.2.1:5006", vec![target("198.51.100.7:6000", pod)]),
+        listener(6, "192.0.2.1:5006", vec![target("198.51.100.7:6000", pod("198.51.100.7", 1500))]),
         copies,
     ]
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use udp_fanout::admission::{Prefix, Sources};
 use udp_fanout::model::Policy;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target, hash};
+use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan, Target, hash};
 
 use super::packet::sum;
 use super::pieces::{self, Incomplete};
@@ -388,7 +388,10 @@ fn read_udp(frame: &[u8], l4: usize, room: usize, mut datagram: Datagram) -> Opt
 /// The frame as it goes to a target.
 pub fn sent(frame: &[u8], datagram: &Datagram, target: &Target, verdict: i32, ttl: u8) -> Vec<u8> {
     let mut packet = rewritten(frame, datagram, target.downstream.address, ttl);
-    if verdict == REDIRECT && datagram.destination.ip().is_multicast() {
+    if let Delivery::Neighbour { macs: Some(Macs { neighbour, own }), into_pod: true, .. } = target.delivery {
+        packet[..6].copy_from_slice(&neighbour);
+        packet[6..12].copy_from_slice(&own);
+    } else if verdict == REDIRECT && datagram.destination.ip().is_multicast() {
         // The kernel, which fills in a neighbour's address, does so for no frame to a group.
         packet[..12].fill(0);
     }

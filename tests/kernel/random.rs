@@ -182,7 +182,6 @@ fn run(trial: &mut Trial, seeds: &[u64]) {
     }
     trial.audit();
     trial.forget();
-    assert!(trial.program.datapath_counters().values().map(|to| to.packets).sum::<u64>() > 0);
 }
 
 /// Seeds start here; any fixed number will do.

@@ -13,7 +13,7 @@ use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
 use udp_fanout::datapath::kernel::{KernelDatapath, Setup};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
+use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan, Target};
 
 /// The production datapath, attached nowhere.
 pub struct Program {
@@ -202,6 +202,17 @@ pub fn target(address: &str, delivery: Delivery) -> Target {
 pub fn via(next_hop: &str, mtu: u32) -> Delivery {
     let next_hop = next_hop.parse::<IpAddr>().unwrap();
     Delivery::Neighbour { link: 77, next_hop, mtu, macs: None, into_pod: false }
+}
+
+/// The same, into a pod whose link-layer address is known: what goes there is always addressed to it.
+pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
+    let next_hop = next_hop.parse::<IpAddr>().unwrap();
+    let last = match next_hop {
+        IpAddr::V4(v4) => v4.octets()[3],
+        IpAddr::V6(v6) => v6.octets()[15],
+    };
+    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, last], own: [2, 0, 0, 0, 0, 1] });
+    Delivery::Neighbour { link: 77, next_hop, mtu, macs, into_pod: true }
 }
 
 impl Program {

@@ -1,6 +1,8 @@
 //! The production program with listeners of every sort, and the oracle beside it: both must agree on every frame's verdict, on
 //! the whole packet, and on the counters. `random` asks them about frames that chance has made, fuzzing about others.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
@@ -11,7 +13,7 @@ use udp_fanout::plan::{Delivery, ListenerPlan, Target};
 
 use super::oracle::{Fate, History, SHOT, UNSPEC, fate};
 use super::packet::{Frame, sum};
-use super::run::{Gso, Program, listener, target, via};
+use super::run::{Gso, Program, listener, pod, target, via};
 
 /// Senders of interest, IPv4. A test run takes the second address for the protocol in a frame (oracle::framed).
 pub const SENDERS: [&str; 6] =
@@ -54,18 +56,22 @@ pub const DESTINATIONS6: [&str; 8] = [
 
 /// Listeners of every sort that a test run can show.
 pub fn plan() -> Vec<ListenerPlan> {
-    let mut socket_only = listener(3, "192.0.2.1:5003", vec![target("127.0.0.1:9000", Delivery::Local)]);
+    let mut socket_only = listener(3, "192.0.2.1:5003", vec![target("198.51.100.8:5003", pod("198.51.100.8", 1500))]);
     socket_only.socket_only = Some("test".into());
     let mixed = vec![
         target("198.51.100.1:5000", via("198.51.100.1", 1500)),
         target("198.51.100.2:6000", via("198.51.100.254", 600)),
         target("192.0.2.1:6001", Delivery::Local),
+        target("198.51.100.4:5000", pod("198.51.100.4", 1500)),
+        target("198.51.100.5:6000", pod("198.51.100.5", 600)),
         target("198.51.100.3:6000", Delivery::Unreachable),
     ];
     let mixed6 = vec![
         target("[2001:db8:9::1]:5000", via("fe80::1", 1500)),
         target("[2001:db8:9::2]:6000", via("2001:db8::fe", 1280)),
         target("[2001:db8::1]:6001", Delivery::Local),
+        target("[2001:db8:9::4]:5000", pod("fe80::4", 1500)),
+        target("[2001:db8:9::5]:6000", pod("2001:db8::5", 1280)),
     ];
     let mut mixed = listener(0, "192.0.2.1:5000", mixed);
     // What a test run comes by.
@@ -75,7 +81,7 @@ pub fn plan() -> Vec<ListenerPlan> {
         listener(1, "[2001:db8::1]:5000", mixed6),
         listener(2, "192.0.2.1:5002", vec![]),
         socket_only,
-        listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", via("198.51.100.254", 9000))]),
+        listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", pod("198.51.100.9", 9000))]),
         hashing(5, "192.0.2.3:5000", Policy::Hash(HashOn::SourceIp)),
         hashing(6, "192.0.2.3:5001", Policy::Hash(HashOn::Source)),
         hashing(7, "192.0.2.3:5002", Policy::Hash(HashOn::Flow)),
@@ -115,8 +121,8 @@ fn limited(id: u32, bind: &str, prefix: u8) -> ListenerPlan {
 
 fn receiver_beside(bind: &str) -> Vec<Target> {
     match bind.starts_with('[') {
-        true => vec![target("[2001:db8:9::7]:7000", via("fe80::1", 1280))],
-        false => vec![target("198.51.100.7:7000", via("198.51.100.254", 600))],
+        true => vec![target("[2001:db8:9::7]:7000", pod("fe80::7", 1280))],
+        false => vec![target("198.51.100.7:7000", pod("198.51.100.7", 600))],
     }
 }
 
@@ -124,8 +130,9 @@ fn receiver_beside(bind: &str) -> Vec<Target> {
 fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
     let address =
         |i: u32| if bind.starts_with('[') { format!("[2001:db8:9::{i:x}]:7000") } else { format!("10.9.0.{i}:7000") };
-    let next_hop = if bind.starts_with('[') { "fe80::1" } else { "198.51.100.1" };
-    let mut plan = listener(id, bind, (1..=31).map(|i| target(&address(i), via(next_hop, 1500))).collect());
+    let next_hop = |i: u32| if bind.starts_with('[') { format!("fe80::{i:x}") } else { format!("198.51.100.{i}") };
+    let way = |i: u32| if i.is_multiple_of(3) { via(&next_hop(i), 1500) } else { pod(&next_hop(i), 1500) };
+    let mut plan = listener(id, bind, (1..=31).map(|i| target(&address(i), way(i))).collect());
     // A round must show by its first datagram where it started, so each downstream stands in it once.
     let places = if policy == Policy::GelfMessage { 31 } else { 997 };
     plan.table = (0..places).map(|i| if places == 31 { i } else { i * i % 31 }).collect();
@@ -168,14 +175,19 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 #[derive(Debug, Default, PartialEq)]
 struct Books {
     listeners: [[u64; 6]; LISTENERS],
+    /// Of each listener's downstreams: datagrams and bytes. Those that had none are left out.
+    downstreams: BTreeMap<(u32, SocketAddr), [u64; 2]>,
     strays: u64,
     lost: u64,
 }
 
 impl Books {
-    fn of(program: &Program, fragments: &MapHandle) -> Books {
+    fn of(program: &mut Program, fragments: &MapHandle) -> Books {
         let [strays, lost] = books::fragments(fragments).unwrap();
-        Books { listeners: std::array::from_fn(|id| program.stats(id as u32)), strays, lost }
+        let counters = program.datapath_counters().into_iter().filter(|(_, counted)| counted.packets > 0);
+        let downstreams = counters.map(|((id, to), counted)| ((id.0, to), [counted.packets, counted.bytes]));
+        let downstreams = downstreams.collect();
+        Books { listeners: std::array::from_fn(|id| program.stats(id as u32)), downstreams, strays, lost }
     }
 }
 
@@ -192,10 +204,10 @@ pub struct Trial {
 impl Trial {
     /// Loads the program, with memory for fragments that forgets nothing.
     pub fn begin() -> Trial {
-        let program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
+        let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
         let history = settle_rounds(&program);
         let fragments = program.map("FRAGMENT_STAT");
-        let books = Books::of(&program, &fragments);
+        let books = Books::of(&mut program, &fragments);
         let memory = ["fragments", "buckets"].map(|name| program.map(name));
         Trial { program, history, books, fragments, memory }
     }
@@ -227,7 +239,7 @@ impl Trial {
 
     /// Compares all counters.
     pub fn audit(&mut self) {
-        assert_eq!(Books::of(&self.program, &self.fragments), self.books);
+        assert_eq!(Books::of(&mut self.program, &self.fragments), self.books);
     }
 }
 
@@ -267,7 +279,12 @@ fn book(books: &mut Books, fate: &Fate) {
         }
         Fate::Passed { listener, datagrams, bytes } => (listener, [datagrams, 0, 0, datagrams, bytes, 0]),
         Fate::Dropped { listener, datagrams, bytes, .. } => (listener, [datagrams, 0, datagrams, 0, bytes, 0]),
-        Fate::Forwarded { listener, datagrams, bytes, .. } => (listener, [datagrams, datagrams, 0, 0, bytes, bytes]),
+        Fate::Forwarded { listener, datagrams, bytes, to, .. } => {
+            let downstream = books.downstreams.entry((listener, to)).or_default();
+            downstream[0] += datagrams;
+            downstream[1] += bytes;
+            (listener, [datagrams, datagrams, 0, 0, bytes, bytes])
+        }
     };
     for (total, n) in books.listeners[id as usize].iter_mut().zip(row) {
         *total += n;

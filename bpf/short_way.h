@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The short way. On most hosts nearly every datagram is like the one before: whole, without options, for a listener that
+ * takes everybody's, and for a downstream whose neighbour is known. That needs few of the stages' branches, and nothing
+ * written down for later ones, so for it the stages' parts are put together here once more. It is a third of the code, and
+ * in a row. A packet's way through the kernel fills the CPU's cache for instructions, so what there is to fetch anew for each
+ * packet costs more than what there is to compute.
+ *
+ * Whatever is unusual is left to the long way (fanout.bpf.c), which decides alike; the packet and the books are as they
+ * were. What is plain and somebody else's is seen here too.
+ *
+ * Nobody asks here whether a daemon is there (lease.h): that was asked when the neighbour was found, at most NEXT_HOP_TICKS
+ * ago.
+ */
+#ifndef FANOUT_SHORT_WAY_H
+#define FANOUT_SHORT_WAY_H
+
+/* What is answered beside verdicts. */
+#define LONG_WAY -3
+#define OURS -4
+
+#define IPV4_PLAIN 0x45 /* version 4, no options */
+
+/* True if this is an Ethernet frame for this host, for the first time here. `first` is its first byte. */
+static __always_inline bool is_plain_frame(struct __sk_buff *skb, __u8 first, __u8 version)
+{
+	return !skb->vlan_present && CTX_FIELD(__u32, skb, pkt_type) == PACKET_HOST &&
+	       !came_around(skb) && (likely(first >> 4 != version) || !comes_without_frames(skb));
+}
+
+/* The listener of a datagram of which the destination is known: OURS, TC_ACT_UNSPEC for somebody else's, LONG_WAY. */
+static __always_inline int short_match(struct __sk_buff *skb, const struct packet *pkt,
+				       __u32 *listener_id)
+{
+	__u16 found;
+	const struct first_look *look = first_look_of(&pkt->dst, &found);
+
+	if (unlikely(!look || found == LOOK_FURTHER))
+		return LONG_WAY;
+	if (found == LOOK_NOBODY || !is_for_one(look, &pkt->dst))
+		return TC_ACT_UNSPEC;
+	*listener_id = look->listener.id;
+	return look->listener.flags || was_seen(skb) ? LONG_WAY : OURS;
+}
+
+/*
+ * Fills in the rest of what parse_udp() would, of an IP packet of `total` bytes. False if the stack would refuse it, or if
+ * it is not one datagram.
+ */
+static __always_inline bool read_plain_udp(struct __sk_buff *skb, struct packet *pkt,
+					   const struct udphdr *udp, __u32 total)
+{
+	__u32 udp_len = bpf_ntohs(udp->len);
+
+	pkt->sport_be = udp->source;
+	pkt->datagrams = 1;
+	pkt->payload = udp_len - sizeof(*udp);
+	pkt->ip_len = pkt->l4_off - L3_OFF + udp_len;
+	return udp_len >= sizeof(*udp) && pkt->ip_len <= total && L3_OFF + total <= skb->len &&
+	       !skb->gso_size;
+}
+
+/* The place in the table, and where the cursor is after that. False if only the long way can tell. */
+static __always_inline bool short_place(const struct packet *pkt, __u32 policy, __u32 slots,
+					__u32 *cursor, __u32 *place)
+{
+	if (likely(policy == POLICY_ROUND_ROBIN)) {
+		/* Not the first on this CPU, nor has the table become shorter. */
+		if (unlikely(*cursor - 1 >= slots))
+			return false;
+		*place = *cursor == slots ? 0 : *cursor;
+		*cursor = *place + 1;
+		return true;
+	}
+	if (policy > POLICY_HASH_FLOW || !slots)
+		return false;
+	*place = place_of(hash_of_flow(pkt, policy), slots);
+	return true;
+}
+
+static __always_inline bool is_known(const struct packet *pkt, const struct downstream *to,
+				     const struct next_hop *known)
+{
+	return to->delivery == DELIVER_NEIGHBOUR && !(to->flags & DOWNSTREAM_BARE) &&
+	       pkt->ip_len <= to->mtu && fresh(known);
+}
+
+/* From selection to the books, of a datagram of this listener's. */
+static __always_inline int short_take(struct __sk_buff *skb, struct packet *pkt, __u32 listener_id)
+{
+	const struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
+	struct stats *stats = bpf_map_lookup_elem(&STATS, &listener_id);
+	struct downstream_stats *to_stats;
+	const struct downstream *to;
+	__u32 cursor, place, to_id;
+	struct table table;
+	__u8 ttl;
+
+	if (unlikely(!state || !stats || is_guarded(state) || trace.on || pkt->ttl <= 1))
+		return LONG_WAY;
+	read_table(stats, state, &table);
+	cursor = stats->cursor;
+	if (unlikely(!short_place(pkt, table.policy, table.slots, &cursor, &place)))
+		return LONG_WAY;
+	to = downstream_at(table.first + place, &to_id);
+	if (unlikely(!to))
+		return LONG_WAY;
+	to_stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
+	if (unlikely(!to_stats || !is_known(pkt, to, &to_stats->known)))
+		return LONG_WAY;
+	if (unlikely(redirect_known(skb, pkt, to, &to_stats->known, true) != TC_ACT_REDIRECT))
+		return LONG_WAY;
+	/* If this fails, it does so before anything has changed. */
+	ttl = pkt->ttl - 1;
+	if (unlikely(pkt->v6 ? rewrite_ipv6(skb, pkt, to, to_stats->known.macs, ttl)
+			     : rewrite_ipv4(skb, pkt, to, to_stats->known.macs, ttl, L3_OFF)))
+		return LONG_WAY;
+	stats->cursor = cursor;
+	count_forwarded(stats, pkt);
+	count_copy(to_stats, pkt);
+	return TC_ACT_REDIRECT;
+}
+
+static __always_inline int short_ipv4(struct __sk_buff *skb)
+{
+	void *frame = frame_start(skb);
+	struct iphdr *ip = frame + L3_OFF;
+	struct udphdr *udp = (void *)(ip + 1);
+	struct packet pkt = { .l4_off = L3_OFF + sizeof(*ip) };
+	__u32 listener_id;
+	int whose;
+
+	if (unlikely((void *)(udp + 1) > frame_end(skb) || !is_plain_frame(skb, *(__u8 *)frame, 4)))
+		return LONG_WAY;
+	if (unlikely(*(__u8 *)ip != IPV4_PLAIN ||
+		     ip->frag_off & bpf_htons(IPV4_MORE | IPV4_OFFSET)))
+		return LONG_WAY;
+	if (ip->protocol != IPPROTO_UDP)
+		return TC_ACT_UNSPEC;
+	pkt.dst.addr_be[2] = bpf_htonl(0xffff);
+	pkt.dst.addr_be[3] = ip->daddr;
+	pkt.dst.port_be = udp->dest;
+	whose = short_match(skb, &pkt, &listener_id);
+	if (whose != OURS)
+		return whose;
+	pkt.ttl = ip->ttl;
+	pkt.src_be[2] = bpf_htonl(0xffff);
+	pkt.src_be[3] = ip->saddr;
+	if (unlikely(!read_plain_udp(skb, &pkt, udp, bpf_ntohs(ip->tot_len)) ||
+		     ipv4_martian(ip->saddr) || ipv4_group(ip->daddr) ||
+		     ipv4_header_sum(ip) != 0xffff))
+		return LONG_WAY;
+	return short_take(skb, &pkt, listener_id);
+}
+
+/* A function of its own: on a host with both, each has its own code in a row. */
+static __noinline int short_ipv6(struct __sk_buff *skb)
+{
+	void *frame = frame_start(skb);
+	struct ipv6hdr *ip = frame + L3_OFF;
+	struct udphdr *udp = (void *)(ip + 1);
+	struct packet pkt = { .v6 = true, .l4_off = L3_OFF + sizeof(*ip) };
+	__u32 listener_id;
+	int whose;
+
+	if (unlikely((void *)(udp + 1) > frame_end(skb) || !is_plain_frame(skb, *(__u8 *)frame, 6)))
+		return LONG_WAY;
+	if (unlikely(ip->version != 6 || ip->nexthdr == NEXTHDR_FRAGMENT ||
+		     ipv6_martian(&ip->daddr)))
+		return LONG_WAY;
+	if (ip->nexthdr != IPPROTO_UDP)
+		return TC_ACT_UNSPEC;
+	__builtin_memcpy(pkt.dst.addr_be, &ip->daddr, sizeof(pkt.dst.addr_be));
+	pkt.dst.port_be = udp->dest;
+	whose = short_match(skb, &pkt, &listener_id);
+	if (whose != OURS)
+		return whose;
+	pkt.ttl = ip->hop_limit;
+	__builtin_memcpy(pkt.src_be, &ip->saddr, sizeof(pkt.src_be));
+	if (unlikely(!read_plain_udp(skb, &pkt, udp, sizeof(*ip) + bpf_ntohs(ip->payload_len)) ||
+		     !udp->check || ipv6_martian(&ip->saddr) || ipv6_link_local(&ip->saddr)))
+		return LONG_WAY;
+	return short_take(skb, &pkt, listener_id);
+}
+
+/* The verdict, or LONG_WAY. */
+static __always_inline int short_way(struct __sk_buff *skb)
+{
+	if (likely(skb->protocol == bpf_htons(ETH_P_IP)))
+		return short_ipv4(skb);
+	return skb->protocol == bpf_htons(ETH_P_IPV6) ? short_ipv6(skb) : TC_ACT_UNSPEC;
+}
+
+#endif
