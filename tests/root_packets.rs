@@ -1,7 +1,7 @@
 //! Whole packets through the production TC program (`BPF_PROG_TEST_RUN`), against a plain-Rust oracle.
 //!
 //! Needs root. `cases` asserts hand-written packets byte by byte, `fragments` datagrams that come in several, `destinations`
-//! whose they are; `random` feeds a million random and mutated ones; `events` looks at what it tells of single ones, `cost` at what the verifier makes of it all.
+//! whose they are, `looks` packets that only look like them; `random` feeds a million random and mutated ones; `events` looks at what it tells of single ones, `cost` at what the verifier makes of it all.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -15,6 +15,8 @@ mod destinations;
 mod events;
 #[path = "kernel/fragments.rs"]
 mod fragments;
+#[path = "kernel/looks.rs"]
+mod looks;
 #[path = "kernel/oracle.rs"]
 mod oracle;
 #[path = "kernel/packet.rs"]

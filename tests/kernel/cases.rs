@@ -409,6 +409,21 @@ fn root_rules_that_do_not_fit_change_nothing() {
     assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
 }
 
+#[test]
+fn root_a_rule_for_everybody_is_heeded() {
+    for (bind, sender, everybody) in
+        [("192.0.2.1:5000", SENDER, "0.0.0.0/0"), ("[2001:db8::1]:5000", SENDER6, "::/0")]
+    {
+        let everybody = || vec![Prefix::parse(everybody).unwrap()];
+        let frame = Frame::new(sender, bind, b"x").bytes();
+        for (allow, deny, verdict) in [(everybody(), vec![], UNSPEC), (vec![], everybody(), SHOT)] {
+            let mut plan = listener(0, bind, vec![target(&bind.replace("5000", "6000"), Delivery::Local)]);
+            plan.sources = Sources { allow, deny }.into();
+            assert_eq!(Program::load(vec![plan]).run(&frame, Gso::default()).verdict, verdict, "{bind}");
+        }
+    }
+}
+
 fn limited(meter: Meter) -> Vec<ListenerPlan> {
     let mut plan = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
     plan.meter = Some(meter);

@@ -66,6 +66,11 @@ impl Program {
         run(self.datapath.program(), packet, gso)
     }
 
+    /// A packet of which somebody has written other things into the skb, such as a mark.
+    pub fn run_as(&self, packet: &[u8], write: impl FnOnce(&mut __sk_buff)) -> Ran {
+        run_with(self.datapath.program(), packet, write)
+    }
+
     /// The same from another thread, while the plan changes.
     pub fn runner(&self) -> Runner {
         Runner(self.datapath.program().try_clone_to_owned().unwrap())
@@ -143,9 +148,13 @@ impl Runner {
 }
 
 fn run(program: BorrowedFd<'_>, packet: &[u8], gso: Gso) -> Ran {
+    run_with(program, packet, |context| (context.gso_size, context.gso_segs) = (gso.size, gso.segments))
+}
+
+fn run_with(program: BorrowedFd<'_>, packet: &[u8], write: impl FnOnce(&mut __sk_buff)) -> Ran {
     // SAFETY: a C struct of integers and pointers. The kernel wants every byte but those set to be zero, padding too.
     let mut context: __sk_buff = unsafe { std::mem::zeroed() };
-    (context.gso_size, context.gso_segs) = (gso.size, gso.segments);
+    write(&mut context);
     let mut out = vec![0u8; packet.len() + 64];
     // SAFETY: a C struct of integers and pointers, for which zero means "not given".
     let mut opts: libbpf_sys::bpf_test_run_opts = unsafe { std::mem::zeroed() };

@@ -213,6 +213,29 @@ fn netns_a_groups_datagrams_go_round_that_come_without_frames() {
     }
 }
 
+/// One that would be a datagram for the listener if what it begins with were a frame's header.
+#[test]
+fn netns_what_comes_without_a_frame_is_never_read_as_if_it_had_one() {
+    for (ipv6, first) in [(false, 0x45), (true, 0x60)] {
+        let lab = Lab::builder().receiver(Place::OtherInterface).port(9_000).ipv6(ipv6).headerless(true);
+        let lab = lab.build().unwrap();
+        let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
+        let wire = Wire::open(&lab.sender, "eth0").unwrap();
+        let tap = Wire::open(lab.namespace_of(&lab.sites[0]), "eth0").unwrap();
+        let source = SocketAddr::new(lab.sender_address(), 4_000).to_string();
+        let mut inside = Frame::new(&source, &lab.listener().to_string(), b"by hand");
+        let datagram = inside.bytes();
+        inside.destination_mac[0] = first;
+        for _ in 0..50 {
+            wire.send(&datagram[14..]).unwrap();
+            wire.send(&inside.bytes()).unwrap();
+        }
+        wire.send(&datagram[14..]).unwrap();
+        tap.udp_frames_to(9_000, 51).unwrap();
+        audit(&daemon, &lab.gateway, Some(Books::forwarded(51)), Books::NOTHING);
+    }
+}
+
 /// A link with frames, under the name and the index of the one without, and addressed so that its frames begin like an IP
 /// packet of either version: what has been known of the index does not hold any more.
 #[test]

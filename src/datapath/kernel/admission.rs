@@ -132,7 +132,8 @@ fn entries(number: u32, sources: &Sources) -> impl Iterator<Item = (types::sourc
     };
     let others = types::source_key { prefixlen: NUMBER_BITS, rules: number, addr_be: [0; 4] };
     let rules = sources.rules().into_iter().map(move |(prefix, verdict)| (key(number, prefix), value(verdict)));
-    rules.chain([(others, value(sources.others()))])
+    // Where a rule is for everybody, it is written over what would hold for others.
+    [(others, value(sources.others()))].into_iter().chain(rules)
 }
 
 fn key(number: u32, prefix: Prefix) -> types::source_key {
