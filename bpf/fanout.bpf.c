@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage.
+ * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage. This is
+ * the long way, which knows every case; most datagrams take a shorter one through the same stages (short_way.h).
  *
  * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
  * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
@@ -31,19 +32,7 @@
 #include "count.h"
 #include "replicate.h"
 #include "fragments.h"
-
-/*
- * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
- * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
- */
-#define SEEN_FIRST_WORD 0x5a17fa0d
-#define SEEN_SECOND_WORD 0xc3d20e91
-
-static __always_inline bool was_seen(const struct __sk_buff *skb)
-{
-	return skb->cb[0] == SEEN_FIRST_WORD && skb->cb[1] == SEEN_SECOND_WORD;
-}
-
+#include "seen.h"
 #include "short_way.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -189,15 +178,6 @@ static __always_inline enum fragments_fate fate_of(const struct outcome *outcome
 	if (outcome->kind == EVENT_PASSED)
 		return FRAGMENTS_PASSED;
 	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
-}
-
-static __always_inline int seen(struct __sk_buff *skb, int verdict)
-{
-	if (verdict == TC_ACT_UNSPEC) {
-		skb->cb[0] = SEEN_FIRST_WORD;
-		skb->cb[1] = SEEN_SECOND_WORD;
-	}
-	return verdict;
 }
 
 /*

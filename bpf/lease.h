@@ -7,7 +7,7 @@
 #ifndef FANOUT_LEASE_H
 #define FANOUT_LEASE_H
 
-/* Written by user space through a mapping; read by the program without a lookup, for it is read for every datagram. */
+/* Written by user space through a mapping; read by the program without a lookup. */
 volatile struct lease lease SEC(".data.lease") = { .until = LEASE_FOR_EVER };
 
 /* A clock is asked once in a tick. The coarse one, since 5.11, costs less; it is behind by a tick at most. */

@@ -78,11 +78,14 @@ static __always_inline bool short_place(const struct packet *pkt, __u32 policy, 
 	return true;
 }
 
-static __always_inline bool is_known(const struct packet *pkt, const struct downstream *to,
-				     const struct next_hop *known)
+/*
+ * True if it can go where the next hop says. Of a downstream on this host, of one on a link that has no neighbours, or of
+ * one without a route, none is ever known.
+ */
+static __always_inline bool can_go(const struct packet *pkt, const struct downstream *to,
+				   const struct next_hop *known)
 {
-	return to->delivery == DELIVER_NEIGHBOUR && !(to->flags & DOWNSTREAM_BARE) &&
-	       pkt->ip_len <= to->mtu && fresh(known);
+	return fresh(known) && pkt->ip_len <= to->mtu;
 }
 
 /* From selection to the books, of a datagram of this listener's. */
@@ -106,11 +109,11 @@ static __always_inline int short_take(struct __sk_buff *skb, struct packet *pkt,
 	if (unlikely(!to))
 		return LONG_WAY;
 	to_stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
-	if (unlikely(!to_stats || !is_known(pkt, to, &to_stats->known)))
+	if (unlikely(!to_stats || !can_go(pkt, to, &to_stats->known)))
 		return LONG_WAY;
 	if (unlikely(redirect_known(skb, pkt, to, &to_stats->known, true) != TC_ACT_REDIRECT))
 		return LONG_WAY;
-	/* If this fails, it does so before anything has changed. */
+	/* Only the first change can be refused, for want of memory: after that the packet is writable. */
 	ttl = pkt->ttl - 1;
 	if (unlikely(pkt->v6 ? rewrite_ipv6(skb, pkt, to, to_stats->known.macs, ttl)
 			     : rewrite_ipv4(skb, pkt, to, to_stats->known.macs, ttl, L3_OFF)))

@@ -25,7 +25,7 @@ pub mod succession;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -37,9 +37,7 @@ use self::attach::{Attachment, Way};
 use self::books::Maps;
 use self::events::Events;
 use self::first_look::FirstLook;
-use self::maps::{
-    address_key, bytes_of, headerless_key, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus,
-};
+use self::maps::{Mark, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::succession::Line;
 use self::table::Tables;
@@ -60,10 +58,10 @@ pub struct KernelDatapath {
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     /// Where the program looks for them first.
     first_look: FirstLook,
-    /// The addresses among them, which have keys of their own, for fragments.
-    addresses: BTreeSet<IpAddr>,
-    /// The links of which it knows that packets come by them without a frame, by index.
-    headerless: BTreeSet<u32>,
+    /// What else has a key in the kernel.
+    marks: BTreeSet<Mark>,
+    /// Something may run the program.
+    exposed: bool,
     loaded: Loaded,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
@@ -129,8 +127,8 @@ impl KernelDatapath {
             admissions: Admissions::default(),
             keys: BTreeMap::new(),
             first_look: FirstLook::new(&loaded)?,
-            addresses: BTreeSet::new(),
-            headerless: BTreeSet::new(),
+            marks: BTreeSet::new(),
+            exposed: false,
             loaded,
             programmed: BTreeMap::new(),
             unfinished: BTreeSet::new(),
@@ -190,7 +188,8 @@ impl KernelDatapath {
     }
 
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
-    /// address that moves between listeners is never without an owner.
+    /// address that moves between listeners is never without an owner; it is marked for as long as it has keys. Links are
+    /// marked before the program is attached to them, and before it is to others that have got such a one's index.
     fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         // Also when the kernel has refused something on the way: what it has taken is to be found.
         let changed = self.change_keys(plan);
@@ -199,25 +198,21 @@ impl KernelDatapath {
 
     /// Lets the program find the destination keys as they are now.
     fn show_keys(&mut self) -> Result<()> {
-        let loaded = &self.loaded;
-        self.first_look.follow(&self.keys, || wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))
+        let (loaded, exposed) = (&self.loaded, self.exposed);
+        self.first_look.follow(&self.keys, || match exposed {
+            true => wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner),
+            false => Ok(()),
+        })
     }
 
     fn change_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
-        let mut wanted = BTreeMap::new();
-        let addresses: BTreeSet<IpAddr> = plan.iter().flat_map(|listener| &listener.match_addresses).copied().collect();
-        for &address in addresses.difference(&self.addresses.clone()) {
-            // The program asks only whether it is there.
-            self.set_key(&address_key(address), (ListenerId(0), 0))
-                .with_context(|| format!("cannot tell the TC program about {address}"))?;
-            self.addresses.insert(address);
+        let marks = wanted_marks(plan);
+        for &mark in marks.difference(&self.marks.clone()) {
+            self.set_key(&mark.key(), (ListenerId(0), 0))
+                .with_context(|| format!("cannot tell the TC program about {mark}"))?;
+            self.marks.insert(mark);
         }
-        for listener in plan {
-            let flags = if listener.socket_only.is_some() { LISTENER_SOCKET_ONLY } else { 0 };
-            for &address in &listener.match_addresses {
-                wanted.insert(SocketAddr::new(address, listener.bind.port()), (listener.id, flags));
-            }
-        }
+        let wanted = wanted_keys(plan);
         for (&address, &owner) in &wanted {
             if self.keys.get(&address) == Some(&owner) {
                 continue;
@@ -228,10 +223,9 @@ impl KernelDatapath {
         }
         let gone: Vec<SocketAddr> = self.keys.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         gone.into_iter().try_for_each(|address| self.remove_key(address))?;
-        for &address in self.addresses.clone().difference(&addresses) {
-            self.delete_key(&address_key(address))
-                .with_context(|| format!("cannot make the TC program forget {address}"))?;
-            self.addresses.remove(&address);
+        for &mark in self.marks.clone().difference(&marks) {
+            self.delete_key(&mark.key()).with_context(|| format!("cannot make the TC program forget {mark}"))?;
+            self.marks.remove(&mark);
         }
         Ok(())
     }
@@ -250,24 +244,6 @@ impl KernelDatapath {
 
     fn delete_key(&self, key: &types::listener_key) -> libbpf_rs::Result<()> {
         self.loaded.listeners.delete(bytes_of(key))
-    }
-
-    /// Tells the program which links have no frames. Before it is attached to them, and before it is to others that have got
-    /// such a one's index.
-    fn apply_headerless(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
-        let wanted: BTreeSet<u32> = plan.iter().flat_map(|listener| &listener.headerless).copied().collect();
-        for &link in wanted.difference(&self.headerless.clone()) {
-            // The program asks only whether it is there.
-            self.set_key(&headerless_key(link), (ListenerId(0), 0))
-                .with_context(|| format!("cannot tell the TC program about interface {link}"))?;
-            self.headerless.insert(link);
-        }
-        for &link in self.headerless.clone().difference(&wanted) {
-            self.delete_key(&headerless_key(link))
-                .with_context(|| format!("cannot make the TC program forget interface {link}"))?;
-            self.headerless.remove(&link);
-        }
-        Ok(())
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
@@ -342,6 +318,26 @@ impl KernelDatapath {
     }
 }
 
+/// Each destination's listener and flags.
+fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)> {
+    let mut wanted = BTreeMap::new();
+    for listener in plan {
+        let flags = if listener.socket_only.is_some() { LISTENER_SOCKET_ONLY } else { 0 };
+        for &address in &listener.match_addresses {
+            wanted.insert(SocketAddr::new(address, listener.bind.port()), (listener.id, flags));
+        }
+    }
+    wanted
+}
+
+fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<Mark> {
+    let of_one = |listener: &&ListenerPlan| {
+        let addresses: Vec<Mark> = listener.match_addresses.iter().copied().map(Mark::Address).collect();
+        addresses.into_iter().chain(listener.headerless.clone().into_iter().map(Mark::Headerless))
+    };
+    plan.iter().flat_map(of_one).collect()
+}
+
 /// True if the number has passed on to a listener that has nothing to do with the one before.
 fn is_another(before: &ListenerPlan, now: &ListenerPlan) -> bool {
     before.name != now.name && before.bind != now.bind
@@ -367,7 +363,7 @@ impl Datapath for KernelDatapath {
             }
         }
         self.apply_keys(&ours)?;
-        self.apply_headerless(&ours)?;
+        self.exposed = true;
         self.apply_links(&ours, plan.attach)?;
         let wanted: BTreeSet<ListenerId> = ours.iter().map(|listener| listener.id).collect();
         let there = self.programmed.keys().chain(&self.unfinished).copied();

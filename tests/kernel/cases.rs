@@ -9,7 +9,7 @@ use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan};
 
 use super::oracle::{REDIRECT, SHOT, UNSPEC};
 use super::packet::{Checksum, Frame};
-use super::run::{Gso, Program, Ran, listener, target, via};
+use super::run::{Gso, Program, Ran, listener, pod, target, via};
 
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";
@@ -311,6 +311,28 @@ fn root_an_old_kernel_addresses_what_it_can_and_leaves_the_rest_to_the_socket() 
     assert_eq!(program.stats(0), [1, 0, 0, 1, 5, 0]);
 }
 
+/// Behind each table others lie, which a cursor that has been further must not reach.
+#[test]
+fn root_a_round_whose_table_becomes_shorter_stays_within_it() {
+    let of_length = |id: u8, length: usize| {
+        let targets = (1..=length).map(|n| target(&format!("10.{id}.0.{n}:6000"), pod("198.51.100.7", 1500)));
+        listener(id.into(), &format!("192.0.2.{id}:5000"), targets.collect())
+    };
+    let plan = |turn: usize| (0..4).map(|id| of_length(id, 1 + (turn * 11 + usize::from(id) * 17) % 40)).collect();
+    let mut program = Program::load(plan(0));
+    let frames: [Vec<u8>; 4] =
+        std::array::from_fn(|id| Frame::new(SENDER, &format!("192.0.2.{id}:5000"), b"x").bytes());
+    let judging = program.runner().meanwhile(move |runner| {
+        for (id, frame) in frames.iter().enumerate() {
+            let ran = runner.run(frame, Gso::default());
+            // The destination's first bytes.
+            assert_eq!((ran.verdict, &ran.packet[30..32]), (REDIRECT, &[10, id as u8][..]));
+        }
+    });
+    (1..200).for_each(|turn| program.apply(plan(turn)));
+    assert!(judging.end() > 0);
+}
+
 #[test]
 fn root_a_round_gives_each_downstream_its_share() {
     let hosts = ["198.51.100.1:6000", "198.51.100.2:6000", "198.51.100.3:6000"];
@@ -411,8 +433,7 @@ fn root_rules_that_do_not_fit_change_nothing() {
 
 #[test]
 fn root_a_rule_for_everybody_is_heeded() {
-    for (bind, sender, everybody) in
-        [("192.0.2.1:5000", SENDER, "0.0.0.0/0"), ("[2001:db8::1]:5000", SENDER6, "::/0")]
+    for (bind, sender, everybody) in [("192.0.2.1:5000", SENDER, "0.0.0.0/0"), ("[2001:db8::1]:5000", SENDER6, "::/0")]
     {
         let everybody = || vec![Prefix::parse(everybody).unwrap()];
         let frame = Frame::new(sender, bind, b"x").bytes();

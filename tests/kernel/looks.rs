@@ -105,7 +105,7 @@ fn root_a_downstream_whose_way_changes_is_given_nothing_by_the_old_one() {
     for changed in [Delivery::Local, Delivery::Unreachable, via("198.51.100.9", 1500), pod("198.51.100.9", 1500)] {
         let mut program = started();
         let mut listeners = plan();
-        listeners[0].targets = vec![target("198.51.100.7:6000", changed.clone())].into();
+        listeners[0].targets = vec![target("198.51.100.7:6000", changed)].into();
         program.apply(listeners);
         let ran = program.run(&ours()[0], Gso::default());
         let addressed = ran.packet[..6].to_vec();

@@ -79,7 +79,7 @@ pub fn plan() -> Vec<ListenerPlan> {
     vec![
         mixed,
         listener(1, "[2001:db8::1]:5000", mixed6),
-        listener(2, "192.0.2.1:5002", vec![]),
+        ListenerPlan { policy: Policy::Hash(HashOn::SourceIp), ..listener(2, "192.0.2.1:5002", vec![]) },
         socket_only,
         listener(4, "192.0.2.2:5000", vec![target("203.0.113.1:5000", pod("198.51.100.9", 9000))]),
         hashing(5, "192.0.2.3:5000", Policy::Hash(HashOn::SourceIp)),

@@ -1,5 +1,6 @@
 //! Typed access to the program's maps: the mapped arrays, the destination keys, and waiting for the program.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, SocketAddr};
@@ -318,16 +319,34 @@ pub fn listener_key(address: SocketAddr) -> types::listener_key {
     types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), scope: KEY_LISTENER }
 }
 
-/// The key that says that an address is some listener's.
-#[must_use]
-pub fn address_key(address: IpAddr) -> types::listener_key {
-    types::listener_key { addr_be: mapped_words(address), port_be: 0, scope: KEY_ADDRESS }
+/// What the program asks the same map about beside destinations. All it wants to know is whether it is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mark {
+    /// The address is some listener's; fragments do not tell the port.
+    Address(IpAddr),
+    /// Packets come by the link of this index without a header before the IP header.
+    Headerless(u32),
 }
 
-/// The key that says that packets come by a link without a header before the IP header.
-#[must_use]
-pub fn headerless_key(link: u32) -> types::listener_key {
-    types::listener_key { addr_be: [link, 0, 0, 0], port_be: 0, scope: KEY_HEADERLESS_LINK }
+impl Mark {
+    /// The key under which it is found.
+    #[must_use]
+    pub fn key(self) -> types::listener_key {
+        let (addr_be, scope) = match self {
+            Mark::Address(address) => (mapped_words(address), KEY_ADDRESS),
+            Mark::Headerless(link) => ([link, 0, 0, 0], KEY_HEADERLESS_LINK),
+        };
+        types::listener_key { addr_be, port_be: 0, scope }
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mark::Address(address) => write!(f, "{address}"),
+            Mark::Headerless(link) => write!(f, "interface {link}"),
+        }
+    }
 }
 
 /// A downstream as the program sees it.
