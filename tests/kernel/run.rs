@@ -132,6 +132,10 @@ impl Runner {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
+            // Truly at once, where there is another CPU than the one that the program was loaded on.
+            let mut anywhere = nix::sched::CpuSet::new();
+            (0..nix::sched::CpuSet::count()).for_each(|cpu| anywhere.set(cpu).unwrap());
+            nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &anywhere).unwrap();
             let mut done = 0;
             while !stopped.load(Ordering::Relaxed) {
                 once(&self);

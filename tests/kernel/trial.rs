@@ -59,10 +59,10 @@ pub fn plan() -> Vec<ListenerPlan> {
     let mut socket_only = listener(3, "192.0.2.1:5003", vec![target("198.51.100.8:5003", pod("198.51.100.8", 1500))]);
     socket_only.socket_only = Some("test".into());
     let mixed = vec![
+        target("198.51.100.4:5000", pod("198.51.100.4", 1500)),
         target("198.51.100.1:5000", via("198.51.100.1", 1500)),
         target("198.51.100.2:6000", via("198.51.100.254", 600)),
         target("192.0.2.1:6001", Delivery::Local),
-        target("198.51.100.4:5000", pod("198.51.100.4", 1500)),
         target("198.51.100.5:6000", pod("198.51.100.5", 600)),
         target("198.51.100.3:6000", Delivery::Unreachable),
     ];
