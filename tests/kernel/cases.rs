@@ -273,16 +273,18 @@ fn delivered(addressed: bool) -> Vec<u8> {
 fn root_a_known_neighbour_is_addressed_and_now_and_then_left_to_the_kernel() {
     let program = known_neighbour(false);
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
-    let mut addressed = 0;
-    for n in 0..2_000 {
-        let ran = program.run(&frame, Gso::default());
+    let left = |ran: Ran| {
         assert_eq!(ran.verdict, REDIRECT);
-        assert!(n > 0 || ran.packet == delivered(false), "the first one makes the kernel check up on the neighbour");
-        if ran.packet == delivered(true) {
-            addressed += 1;
-        } else {
-            assert_eq!(ran.packet, delivered(false));
-        }
+        let addressed = ran.packet == delivered(true);
+        assert!(addressed || ran.packet == delivered(false));
+        !addressed
+    };
+    assert!(left(program.run(&frame, Gso::default())), "the first one makes the kernel check up on the neighbour");
+    // Again and again, some milliseconds later each time, and most are addressed.
+    let (mut again, mut addressed, deadline) = (0, 0, Instant::now() + Duration::from_secs(30));
+    while again < 5 {
+        *if left(program.run(&frame, Gso::default())) { &mut again } else { &mut addressed } += 1;
+        assert!(Instant::now() < deadline, "the kernel is not asked any more");
     }
     assert!(addressed > 0);
 }
