@@ -10,7 +10,9 @@ const SOURCE: &str = "bpf/fanout.bpf.c";
 
 fn main() -> Result<()> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set: run through cargo")?);
-    let vmlinux = Path::new(env!("CARGO_MANIFEST_DIR")).join("vmlinux");
+    // Not env!(), which would be the place where this program was built: a checkout may have been moved since.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").context("CARGO_MANIFEST_DIR is not set: run through cargo")?;
+    let vmlinux = Path::new(&package).join("vmlinux");
     SkeletonBuilder::new()
         .source(SOURCE)
         .clang_args([
