@@ -7,8 +7,7 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
-use crate::support::traffic::bind;
-use crate::support::{Daemon, Lab};
+use crate::support::{Collectors, Daemon, Expect, Lab, Sender};
 use crate::{LIMIT, config, exchange, lab, metrics, start_behind};
 
 /// An address that the gateway gets as the last of all changes.
@@ -32,13 +31,17 @@ fn forwarded_by_the_kernel(lab: &Lab) -> u64 {
 /// Until the daemon has seen the last change, the socket serves the new address, and from then on the kernel program.
 fn wait_until_seen(lab: &Lab) {
     let before = forwarded_by_the_kernel(lab);
-    let sender = bind(&lab.sender, (Lab::SENDER, 0).into()).unwrap();
     let target: SocketAddr = format!("{NEW}:{}", lab.listener().port()).parse().unwrap();
+    let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
+    let mut sender = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap();
     let deadline = Instant::now() + LIMIT;
     while forwarded_by_the_kernel(lab) == before {
-        sender.send_to(b"who serves this address?", target).unwrap();
+        // Each has arrived before the next one is sent: none is on its way when this is over.
+        sender.send(1, &collectors).unwrap();
         assert!(Instant::now() < deadline, "the new address has not been noticed");
     }
+    let report = collectors.finish(&[&sender]).unwrap();
+    assert!(report.is_perfect(), "{report}");
 }
 
 /// How many messages the daemon's sockets have lost; those of nobody else are in its namespace.

@@ -316,9 +316,16 @@ impl Sender {
 
     /// Sends so many datagrams without waiting for anybody. Only for few: more than buffers hold are lost.
     ///
+    /// The thread stays on one CPU meanwhile, as in [`Sender::send`]; on each, the kernel program takes turns by itself.
+    ///
     /// # Errors
     /// When the kernel refuses to send.
     pub fn burst(&mut self, count: u64, collectors: &Collectors) -> Result<()> {
+        let _pinned = Pinned::here()?;
+        self.send_at_once(count, collectors)
+    }
+
+    fn send_at_once(&mut self, count: u64, collectors: &Collectors) -> Result<()> {
         let mut left = count;
         while left > 0 {
             let n = left.min(self.segments.into());
@@ -352,7 +359,7 @@ impl Sender {
                 }
             }
             let n = left.min(self.segments.into());
-            self.burst(n, collectors)?;
+            self.send_at_once(n, collectors)?;
             left -= n;
         }
         progress.wait_for(progress.due(), self.patience);
