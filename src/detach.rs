@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
@@ -69,8 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
         left.remove()?;
         let _ = writeln!(text, "{path}: removed the pinned program and its maps");
     }
-    // Only if nobody has pins there any more.
-    let _ = fs::remove_dir(&options.pin_path);
+    pins::leave(&options.pin_path);
     if text.is_empty() {
         text.push_str("nothing to remove\n");
     }

@@ -26,6 +26,19 @@ fn netns_detach_removes_what_is_left_and_says_so() {
 }
 
 #[test]
+fn netns_detach_leaves_the_directory_that_was_made_for_somebody_else() {
+    let (lab, pins) = (lab(), Pins::new());
+    end(start(&lab, &pins.config(&lab, "keep")), Signal::SIGTERM);
+    // As the systemd unit does for its daemon, which could not make it again.
+    std::os::unix::fs::chown(pins.path(), Some(65_534), None).unwrap();
+    let text = printed(&run(&lab, &["detach"], &pins));
+    assert!(text.ends_with(": removed the pinned program and its maps\n"), "{text}");
+    assert!(pins.path().read_dir().unwrap().next().is_none());
+    end(start(&lab, &pins.config(&lab, "detach")), Signal::SIGTERM);
+    assert!(pins.path().exists());
+}
+
+#[test]
 fn netns_detach_refuses_while_a_daemon_runs_unless_forced() {
     let (lab, pins) = (lab(), Pins::new());
     let mut daemon = start(&lab, &pins.config(&lab, "keep"));

@@ -23,6 +23,7 @@ use libbpf_rs::{MapCore, MapHandle, Program, libbpf_sys};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{FsType, statfs};
+use nix::unistd::Uid;
 
 use super::books::Maps;
 use super::lease::Lease;
@@ -140,9 +141,18 @@ impl Drop for Pins {
             && !self.stay
         {
             directory.remove_or_tell();
-            // Only if nobody else has pins there.
-            let _ = fs::remove_dir(&self.path);
+            leave(&self.path);
         }
+    }
+}
+
+/// Removes the directory of the pins, if nobody has any there now, and if it was not made for somebody else: a daemon under
+/// systemd cannot make another one, and may want it again.
+pub fn leave(path: &Path) {
+    let ours = fs::metadata(path).is_ok_and(|found| found.uid() == Uid::effective().as_raw());
+    if ours {
+        // What is not empty cannot be removed.
+        let _ = fs::remove_dir(path);
     }
 }
 
