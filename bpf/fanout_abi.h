@@ -258,6 +258,11 @@ struct lease {
 
 #define LEASE_FOR_EVER 0xffffffffffffffffULL
 
+/* The links that the program hangs on. */
+struct links {
+	__u32 headerless; /* 0 only while none is marked with KEY_HEADERLESS_LINK */
+};
+
 /*
  * What follows is of user space alone, for its successor: what ids mean, and what was counted before the maps were made.
  * The program never looks at it.

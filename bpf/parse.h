@@ -117,11 +117,16 @@ static __always_inline bool ipv6_martian(const struct in6_addr *addr)
 	return ipv6_hidden_ipv4(addr) || addr->in6_u.u6_addr8[0] == 0xff;
 }
 
+/* Written by user space through a mapping: on most hosts there is no such link, and none needs to be asked about. */
+volatile struct links links SEC(".data.links");
+
 /* True if user space has said that the link puts no header before its packets (tun, WireGuard). */
 static __always_inline bool comes_without_frames(struct __sk_buff *skb)
 {
 	struct listener_key key = { .scope = KEY_HEADERLESS_LINK };
 
+	if (!links.headerless)
+		return false;
 	key.addr_be[0] = skb->ifindex;
 	return bpf_map_lookup_elem(&listeners, &key);
 }

@@ -37,7 +37,7 @@ use self::attach::{Attachment, Way};
 use self::books::Maps;
 use self::events::Events;
 use self::first_look::FirstLook;
-use self::maps::{Mark, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::maps::{MappedArray, Mark, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
 use self::succession::Line;
 use self::table::Tables;
@@ -60,6 +60,8 @@ pub struct KernelDatapath {
     first_look: FirstLook,
     /// What else has a key in the kernel.
     marks: BTreeSet<Mark>,
+    /// Whether it has to ask after any.
+    links: MappedArray<types::links>,
     /// Something may run the program.
     exposed: bool,
     loaded: Loaded,
@@ -128,6 +130,7 @@ impl KernelDatapath {
             keys: BTreeMap::new(),
             first_look: FirstLook::new(&loaded)?,
             marks: BTreeSet::new(),
+            links: MappedArray::new(&loaded.links)?,
             exposed: false,
             loaded,
             programmed: BTreeMap::new(),
@@ -207,6 +210,10 @@ impl KernelDatapath {
 
     fn change_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         let marks = wanted_marks(plan);
+        let headerless = |marks: &BTreeSet<Mark>| marks.iter().any(|mark| matches!(mark, Mark::Headerless(_)));
+        if headerless(&marks) {
+            self.links.write(0, types::links { headerless: 1 });
+        }
         for &mark in marks.difference(&self.marks.clone()) {
             self.set_key(&mark.key(), (ListenerId(0), 0))
                 .with_context(|| format!("cannot tell the TC program about {mark}"))?;
@@ -226,6 +233,9 @@ impl KernelDatapath {
         for &mark in self.marks.clone().difference(&marks) {
             self.delete_key(&mark.key()).with_context(|| format!("cannot make the TC program forget {mark}"))?;
             self.marks.remove(&mark);
+        }
+        if !headerless(&self.marks) {
+            self.links.write(0, types::links { headerless: 0 });
         }
         Ok(())
     }

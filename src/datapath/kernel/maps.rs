@@ -39,6 +39,8 @@ unsafe impl Plain for types::downstream {}
 unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
 unsafe impl Plain for types::lease {}
+// SAFETY: an integer.
+unsafe impl Plain for types::links {}
 // SAFETY: bytes.
 unsafe impl Plain for types::listener_name {}
 // SAFETY: integers without holes, 24 bytes (asserted in `skel`).

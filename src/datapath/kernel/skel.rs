@@ -148,6 +148,7 @@ const _: () = {
     assert!(offset_of!(types::trace_control, mask_be) == 24);
     assert!(offset_of!(types::trace_control, lost) == 40);
     assert!(size_of::<types::lease>() == 8);
+    assert!(size_of::<types::links>() == 4);
     assert!(size_of::<types::listener_name>() == NAME_LENGTH);
     assert!(size_of::<types::ledger_key>() == 24);
     assert!(offset_of!(types::ledger_key, port_be) == 16);
@@ -192,6 +193,8 @@ pub struct Loaded {
     pub trace: MapHandle,
     /// Until when the program acts without a daemon.
     pub lease: MapHandle,
+    /// Whether any link has no frames.
+    pub links: MapHandle,
     /// Listener id to name.
     pub names: MapHandle,
     /// Downstream id to the listener it counts for.
@@ -334,6 +337,7 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
         events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
         trace: handle(&maps.data_trace)?,
         lease: handle(&maps.data_lease)?,
+        links: handle(&maps.data_links)?,
         names: handle(&maps.names)?,
         owners: handle(&maps.owners)?,
         ledger: handle(&maps.ledger)?,
