@@ -31,7 +31,7 @@ mod support;
 #[path = "kernel/ways.rs"]
 mod ways;
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -241,11 +241,19 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
     }
     let contenders = contenders(comparison, options);
     let mut rounds: Vec<Vec<f64>> = Vec::new();
+    // In place on a terminal, else a line for each round.
+    let terminal = std::io::stdout().is_terminal();
     for round in 0..options.rounds {
         let mut rates = Vec::new();
+        let now = format!("{}: round {} of {}", comparison.title, round + 1, options.rounds);
+        if !terminal {
+            println!("{now}");
+        }
         for (name, way, binary) in &contenders {
-            print!("\r\x1b[K{}: round {} of {}, {name}", comparison.title, round + 1, options.rounds);
-            std::io::stdout().flush()?;
+            if terminal {
+                print!("\r\x1b[K{now}, {name}");
+                std::io::stdout().flush()?;
+            }
             let running = way.start(&bed, binary).with_context(|| name.clone())?;
             let to = if comparison.foreign { bed.pods[0].address } else { way.destination(&bed) };
             rates.push(bed.measure(to, SIZE, comparison.copies, options.length).with_context(|| name.clone())?);
@@ -253,7 +261,9 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
         }
         rounds.push(rates);
     }
-    print!("\r\x1b[K");
+    if terminal {
+        print!("\r\x1b[K");
+    }
     let lines = contenders.into_iter().enumerate().map(|(at, (way, ..))| Line {
         way,
         rate: quantiles(rounds.iter().map(|rates| rates[at]))[1],
