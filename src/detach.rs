@@ -68,7 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
         left.remove()?;
         let _ = writeln!(text, "{path}: removed the pinned program and its maps");
     }
-    pins::leave(&options.pin_path);
+    pins::remove_unused(&options.pin_path);
     if text.is_empty() {
         text.push_str("nothing to remove\n");
     }

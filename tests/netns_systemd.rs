@@ -239,7 +239,7 @@ impl Machine {
                     thread::sleep(PACE);
                 }
             });
-            for turn in ["restart", "kill", "upgrade", "restart", "kill", "restart"] {
+            for turn in ["restart", "kill", "upgrade", "restart", "hang", "kill", "restart"] {
                 self.another_takes_over(turn);
             }
             done.store(true, Ordering::SeqCst);
@@ -248,7 +248,9 @@ impl Machine {
         let sent = sender.sent();
         let report = collectors.finish(&[&sender]).unwrap();
         let Report { lost, duplicated, .. } = report;
-        say(&format!("{sent} datagrams through restarts, kills and an upgrade: {lost} lost, {duplicated} twice"));
+        say(&format!(
+            "{sent} datagrams through restarts, kills, a hang and an upgrade: {lost} lost, {duplicated} twice"
+        ));
         assert!(report.is_complete() && report.duplicated == 0, "{report}\n{}", journal());
         assert_eq!(self.counted(), (before + sent, before + sent), "{}", journal());
     }
@@ -261,7 +263,9 @@ impl Machine {
             "restart" => drop(run("systemctl", "restart udp-fanout")),
             "upgrade" => drop(self.install()),
             _ => {
-                run("systemctl", "kill --signal=KILL udp-fanout");
+                // Whoever hangs does not feed the watchdog.
+                let signal = if turn == "hang" { "STOP" } else { "KILL" };
+                run("systemctl", &format!("kill --signal={signal} udp-fanout"));
                 until("started again", || property("MainPID") != process && property("ActiveState") == "active");
             }
         }
@@ -282,6 +286,21 @@ impl Machine {
         assert_eq!(self.counted(), (before + 100, before + 100), "{}", journal());
         let [program] = kept().try_into().unwrap();
         assert_ne!(fs::metadata(program).unwrap().uid(), ANOTHER);
+    }
+
+    /// What it keeps may be taken away while it does without, and it can keep things again.
+    fn it_keeps_again(&self) {
+        let user = DaemonConfig { head: "on_exit = \"keep\"".into(), ..DaemonConfig::for_lab(&self.lab, "userspace") };
+        self.write(&user.to_toml());
+        run("systemctl", "reload udp-fanout");
+        until("sockets alone", || property("StatusText") == "1 listener in userspace, 3 downstreams");
+        assert_eq!((self.filter(), kept().len()), (None, 0));
+        run("udp-fanout", "detach --all");
+        self.write(&self.config("keep").to_toml());
+        run("systemctl", "reload udp-fanout");
+        until("the kernel", || property("StatusText") == "1 listener in the kernel, 3 downstreams");
+        assert_eq!(kept().len(), 1, "{}", journal());
+        self.exchange(100);
     }
 
     /// Told to, it ends for good.
@@ -353,6 +372,7 @@ fn netns_the_packaged_service_keeps_forwarding_under_systemd() {
     say("started and reloaded");
     machine.it_keeps_forwarding();
     machine.it_forwards_while_stopped();
+    machine.it_keeps_again();
     machine.it_ends();
     machine.it_keeps_elsewhere();
     machine.it_goes();

@@ -1,5 +1,9 @@
 //! `udp-fanout detach`.
 
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
+
 use nix::sys::signal::Signal;
 
 use crate::support::{Lab, Place};
@@ -26,16 +30,20 @@ fn netns_detach_removes_what_is_left_and_says_so() {
 }
 
 #[test]
-fn netns_detach_leaves_the_directory_that_was_made_for_somebody_else() {
+fn netns_detach_leaves_the_directory_to_the_user_whose_it_is_while_that_one_runs_anything() {
+    const ANOTHER: u32 = 61_998;
     let (lab, pins) = (lab(), Pins::new());
     end(start(&lab, &pins.config(&lab, "keep")), Signal::SIGTERM);
     // As the systemd unit does for its daemon, which could not make it again.
-    std::os::unix::fs::chown(pins.path(), Some(65_534), None).unwrap();
+    chown(pins.path(), Some(ANOTHER), None).unwrap();
+    let mut theirs = Command::new("cat").uid(ANOTHER).stdin(Stdio::piped()).spawn().unwrap();
     let text = printed(&run(&lab, &["detach"], &pins));
     assert!(text.ends_with(": removed the pinned program and its maps\n"), "{text}");
     assert!(pins.path().read_dir().unwrap().next().is_none());
-    end(start(&lab, &pins.config(&lab, "detach")), Signal::SIGTERM);
-    assert!(pins.path().exists());
+    drop(theirs.stdin.take());
+    assert!(theirs.wait().unwrap().success());
+    assert_eq!(printed(&run(&lab, &["detach"], &pins)), "nothing to remove\n");
+    assert!(!pins.path().exists());
 }
 
 #[test]

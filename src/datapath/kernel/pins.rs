@@ -11,7 +11,7 @@
 //! and network namespace are in the map `about`.
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, DirEntry, File};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -141,19 +141,26 @@ impl Drop for Pins {
             && !self.stay
         {
             directory.remove_or_tell();
-            leave(&self.path);
+            // Only if nobody else has pins there.
+            let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
-/// Removes the directory of the pins, if nobody has any there now, and if it was not made for somebody else: a daemon under
-/// systemd cannot make another one, and may want it again.
-pub fn leave(path: &Path) {
-    let ours = fs::metadata(path).is_ok_and(|found| found.uid() == Uid::effective().as_raw());
-    if ours {
+/// Removes the directory of the pins if nobody has any there, nor may want to: one that was made for a daemon of another user,
+/// as under systemd, is left to it while it runs, for it could not make another.
+pub fn remove_unused(path: &Path) {
+    let owner = fs::metadata(path).map(|found| found.uid());
+    if owner.is_ok_and(|owner| owner == Uid::effective().as_raw() || !runs_anything(owner)) {
         // What is not empty cannot be removed.
         let _ = fs::remove_dir(path);
     }
+}
+
+fn runs_anything(user: u32) -> bool {
+    let is_process = |entry: &DirEntry| entry.file_name().to_string_lossy().parse::<u32>().is_ok();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_process);
+    processes.filter_map(|process| process.metadata().ok()).any(|process| process.uid() == user)
 }
 
 impl Directory {
