@@ -60,7 +60,7 @@ pub struct KernelDatapath {
     first_look: FirstLook,
     /// What else has a key in the kernel.
     marks: BTreeSet<Mark>,
-    /// Whether it has to ask after any.
+    /// Whether the program has to ask if a link is marked.
     links: MappedArray<types::links>,
     /// Something may run the program.
     exposed: bool,
@@ -341,11 +341,9 @@ fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)
 }
 
 fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<Mark> {
-    let of_one = |listener: &&ListenerPlan| {
-        let addresses: Vec<Mark> = listener.match_addresses.iter().copied().map(Mark::Address).collect();
-        addresses.into_iter().chain(listener.headerless.clone().into_iter().map(Mark::Headerless))
-    };
-    plan.iter().flat_map(of_one).collect()
+    let addresses = plan.iter().flat_map(|listener| &listener.match_addresses).copied().map(Mark::Address);
+    let links = plan.iter().flat_map(|listener| &listener.headerless).copied().map(Mark::Headerless);
+    addresses.chain(links).collect()
 }
 
 /// True if the number has passed on to a listener that has nothing to do with the one before.
