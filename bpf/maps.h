@@ -209,7 +209,7 @@ struct {
 /*
  * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
  * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,
- * maybe_wait_bpf_programs).
+ * maybe_wait_bpf_programs). It begins empty, or loading would wait as well.
  */
 struct barrier_inner {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -223,8 +223,6 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__array(values, struct barrier_inner);
-} rcu_barrier SEC(".maps") = {
-	.values = { &barrier_inner },
-};
+} rcu_barrier SEC(".maps");
 
 #endif
