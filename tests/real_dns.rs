@@ -112,11 +112,11 @@ fn insist(namespace: &Namespace, listener: SocketAddr) {
     nft(namespace, &format!("table ip t {{\n chain c {{\n type filter hook input priority 0\n {rule}\n }}\n}}\n"));
 }
 
-/// The one block of this kind in the section about answers.
+/// The one block of this kind in the section about replies.
 fn documented(kind: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/DEPLOYMENT.md");
     let text = fs::read_to_string(path).unwrap();
-    let (_, section) = text.split_once("\n### Answers\n").expect("no section Answers");
+    let (_, section) = text.split_once("\n### Replies\n").expect("no section Replies");
     let section = section.split("\n## ").next().unwrap().split("\n### ").next().unwrap();
     let opening = format!("```{kind}\n");
     let mut blocks = section.split(&opening).skip(1);
