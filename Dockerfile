@@ -1,11 +1,11 @@
 # make image, or: docker build -t udp-fanout:latest .
 #
-# The kernel program is inside the binary, and libbpf, libelf and zlib are linked statically: the binary alone would do.
-# The image adds the tools that the deployment guide's troubleshooting runs inside the container.
+# The binary contains the kernel program, libbpf, libelf and zlib, and needs nothing else to run. The image adds the tools
+# that the deployment guide's troubleshooting runs inside the container.
 
-# Where it is built: Rust on Debian 12 or an older one, since the binary needs the C library it is built with or newer.
+# The build stage: Rust on Debian 12 or older, because the binary needs the C library it is built with or a newer one.
 ARG RUST_IMAGE=docker.io/library/rust:1-bookworm
-# What the image is made from: Debian 12 or newer.
+# The base of the image: Debian 12 or newer.
 ARG BASE=docker.io/library/debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
@@ -34,6 +34,6 @@ RUN apt-get update \
 COPY --from=build /src/stay_root.so /usr/local/lib/
 COPY --from=build /src/deploy/image/bpftool /src/deploy/image/tcpdump /usr/local/bin/
 COPY --from=build /src/target/release/udp-fanout /usr/local/bin/
-# Root, because container runtimes give added capabilities to nobody else; with mode "userspace" any user will do.
+# Root, because container runtimes give added capabilities only to root; mode "userspace" works with any user.
 ENTRYPOINT ["/usr/local/bin/udp-fanout"]
 CMD ["run", "--config", "/etc/udp-fanout/config.toml"]

@@ -8,12 +8,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cargo=${CARGO:-cargo}
-# Where Debian keeps ip, tc, nft and nginx; the $PATH of an ordinary user lacks them.
+# Debian keeps ip, tc, nft and nginx in sbin, which the $PATH of an ordinary user lacks.
 export PATH=$PATH:/usr/sbin:/sbin
 
 if [[ $EUID -ne 0 ]]; then
     if ! command -v sudo >/dev/null; then
-        echo "The benchmarks make network namespaces and load BPF programs: run them as root, since there is no sudo." >&2
+        echo "The benchmarks make network namespaces and load BPF programs, and there is no sudo: run them as root." >&2
         exit 1
     fi
     triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
@@ -23,7 +23,7 @@ if [[ $EUID -ne 0 ]]; then
 fi
 
 case ${1-} in
-    # Not the library's unit tests, which would not know what to make of the argument.
+    # Not the library's unit tests, which do not know the argument.
     --quick) exec "$cargo" bench --locked --bench '*' "${@:2}" -- --quick ;;
     '') exec "$cargo" bench --locked --bench '*' ;;
     *) exec "$cargo" bench --locked "$@" ;;

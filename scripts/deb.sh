@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes a Debian package of the built daemon and prints where it is. What is in it is what scripts/install.sh installs, where
-# Debian wants it; deploy/debian/ has the rest: control file, maintainer scripts, copyright, overrides. Needs no root.
+# Makes a Debian package of the built daemon and prints its path. It contains what scripts/install.sh installs, in the places
+# that Debian's policy asks for, and the files of deploy/debian/: control file, maintainer scripts, copyright, overrides. Needs
+# no root.
 #
 # usage: BIN=target/release/udp-fanout OUT=target/debian scripts/deb.sh
 #
-# DEBFULLNAME and DEBEMAIL name the maintainer, SOURCE_DATE_EPOCH the time of the package (that of the last commit unless set).
+# DEBFULLNAME and DEBEMAIL name the maintainer, SOURCE_DATE_EPOCH the time of the package (default: that of the last commit).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,14 +14,14 @@ temporary=$(mktemp --directory)
 trap 'rm --recursive --force "$temporary"' EXIT
 readonly ROOT=$temporary/root DOC=$temporary/root/usr/share/doc/udp-fanout
 
-# A pre-release comes before its release, which "~" says to dpkg and "-" to Cargo.
+# A pre-release sorts before its release: Cargo writes that as "-", dpkg as "~".
 version=$(sed -n '0,/^version = "\(.*\)"$/s//\1/p' Cargo.toml)
 version=${version//-/\~}-1
 maintainer="${DEBFULLNAME:-The udp-fanout authors} <${DEBEMAIL:-maintainers@udp-fanout.invalid}>"
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat --format=%Y CHANGELOG.md)}
 export SOURCE_DATE_EPOCH
 
-# The files, where Debian's policy wants them.
+# The files, in the places that Debian's policy asks for.
 stage() {
     BIN=$BIN PREFIX=/usr SYSCONFDIR=/etc DESTDIR=$ROOT scripts/install.sh >/dev/null
     strip --strip-unneeded --remove-section=.comment --remove-section=.note "$ROOT/usr/bin/udp-fanout"
@@ -36,11 +37,11 @@ stage() {
 }
 
 debian_changelog() {
-    printf 'udp-fanout (%s) unstable; urgency=medium\n\n  * What has changed is in changelog.gz.\n\n' "$version"
+    printf 'udp-fanout (%s) unstable; urgency=medium\n\n  * See changelog.gz for the changes.\n\n' "$version"
     printf ' -- %s  %s\n' "$maintainer" "$(date --utc --rfc-email --date="@$SOURCE_DATE_EPOCH")"
 }
 
-# Debian has copies of two of the licences on every system; the other two are given in full.
+# Every Debian system has copies of two of the licences; the other two are given in full.
 copyright() {
     cat "$DEBIAN/copyright"
     echo 'License: Expat'
@@ -50,12 +51,12 @@ copyright() {
     sed -n '/^Redistribution/,$p' bpf/LICENSE | as_field
 }
 
-# A text as the rest of a field: indented, with dots for empty lines.
+# Formats a text as the continuation of a field: indented, with dots for empty lines.
 as_field() {
     sed -e '/./,$!d' -e 's/^$/./' -e 's/^/ /'
 }
 
-# The libraries that the binary is linked with, and their versions, as packages.
+# The packages, with versions, of the libraries that the binary is linked with.
 depends() {
     mkdir "$temporary/debian"
     printf 'Source: udp-fanout\n\nPackage: udp-fanout\nArchitecture: any\n' >"$temporary/debian/control"

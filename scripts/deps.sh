@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes sure that what a task needs is on this machine.
+# Checks that everything a task needs is installed, and installs what is missing.
 #
 # usage: scripts/deps.sh GROUP...        groups: build run test fuzz lint package bench kernels
 #
-# On Debian and Ubuntu the missing packages, and only those, are installed: as root, or through sudo. Elsewhere it is
-# said what is missing. The Rust toolchain is never installed, only checked. Quick when nothing is missing. Tools that
-# Debian does not package are scripts/tools.sh's.
+# On Debian and Ubuntu it installs the missing packages, and only those: as root, or through sudo. Elsewhere it lists
+# what is missing. It never installs the Rust toolchain, only checks it. It is quick if nothing is missing.
+# scripts/tools.sh installs tools that Debian does not package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -64,7 +64,7 @@ main() {
     if is_debian; then
         installed=$(installed_packages)
     fi
-    # $PATH of an ordinary user lacks the directories in which Debian keeps ip, tc and bpftool.
+    # Debian keeps ip, tc and bpftool in sbin, which the $PATH of an ordinary user lacks.
     PATH=$PATH:/usr/sbin:/sbin
     while IFS='|' read -r group package probe purpose; do
         group=${group// /} package=${package// /} probe=${probe// /}
@@ -93,16 +93,16 @@ is_debian() {
     command -v dpkg-query >/dev/null && command -v apt-get >/dev/null
 }
 
-# The names of all packages of the table that are installed, one a line.
+# Prints the installed packages of the table, one a line.
 installed_packages() {
     local packages
     packages=$(awk -F ' *[|] *' 'NF == 4 { print $2 }' <<<"$NEEDS")
-    # It fails when one of them is unknown, which is no error here.
+    # dpkg-query fails if it does not know one of them, which is no error here.
     # shellcheck disable=SC2086 # one word for each package
     dpkg-query --show --showformat '${db:Status-Abbrev}${Package}\n' $packages 2>/dev/null | sed -n 's/^ii *//p' || true
 }
 
-# Is it there? A tool that was not installed as a package counts too.
+# Succeeds if a package is installed, or its tool by other means.
 present() {
     local package=$1 probe=$2 installed=$3
     if grep --quiet --line-regexp --fixed-strings "$package" <<<"$installed"; then
@@ -117,7 +117,7 @@ present() {
     esac
 }
 
-# Installs what is missing, each "package|purpose", or says what to do.
+# Installs the missing packages, each given as "package|purpose", or says what to do.
 provide() {
     local entry names=()
     for entry in "$@"; do
@@ -143,7 +143,7 @@ provide() {
         </dev/null || die "apt-get could not install: ${names[*]} (its reason is above)"
 }
 
-# Names the packages that the package sources do not have.
+# Stops with the names of the packages that the package sources do not have.
 refuse_unknown() {
     local name unknown=()
     for name in "$@"; do

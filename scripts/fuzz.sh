@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Fuzzes: feeds every target of fuzz/ with inputs that libFuzzer makes up, guided by what code they reach, for FUZZ_SECONDS=60
-# each. Ends with an error if one has failed, names the input that did it, and says how to replay it.
+# Fuzzes every target of fuzz/ with inputs that libFuzzer generates, guided by code coverage, for FUZZ_SECONDS=60 each. Ends
+# with an error if a target fails, names the failing input, and says how to replay it.
 #
 # usage: scripts/fuzz.sh [TARGET]...          targets: the programs of fuzz/fuzz_targets; all of them if none is named
 #
-# What it learns is kept in fuzz/corpus for the next time. No nightly toolchain is needed: what instruments the code is part
-# of every rustc's LLVM, and libFuzzer itself is compiled from the sources that its crate brings along.
+# The corpus is kept in fuzz/corpus for the next run. No nightly toolchain is needed: every rustc's LLVM can instrument the
+# code, and libFuzzer itself is compiled from the sources in its crate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cargo=${CARGO:-cargo}
 seconds=${FUZZ_SECONDS:-60}
 out=${CARGO_TARGET_DIR:-target}/fuzz
-# Seconds that one input may take: much more than any needs, on a machine that is busy with other things.
+# Seconds that one input may take: much more than any needs, even on a busy machine.
 readonly PATIENCE=60
 # Longest input, in bytes.
 readonly LONGEST=4096
@@ -29,13 +29,13 @@ for target in "${targets[@]}"; do
     fi
 done
 if ! [[ $seconds =~ ^[1-9][0-9]*$ ]]; then
-    echo "fuzz: FUZZ_SECONDS=$seconds is no number of seconds: give a whole one, such as 60" >&2
+    echo "fuzz: FUZZ_SECONDS=$seconds is not a whole number of seconds: use one such as 60" >&2
     exit 1
 fi
 
 host=$(rustc --version --verbose | sed -n 's/^host: //p')
-# Counters at every edge and the operands of comparisons, for libFuzzer to see. With --target, programs that only run during
-# the build go without them, which could not be linked otherwise.
+# libFuzzer needs counters at every edge and the operands of comparisons. With --target, Cargo builds the programs that run
+# only during the build without them; they could not be linked otherwise.
 flags=(
     --cfg fuzzing
     -C passes=sancov-module
@@ -47,12 +47,12 @@ flags=(
 RUSTFLAGS="${RUSTFLAGS:-} ${flags[*]}" "$cargo" build --locked --manifest-path fuzz/Cargo.toml --bins \
     --target "$host" --target-dir "$out"
 
-# The words of the configuration, for libFuzzer to put together.
+# The words of the configuration, which libFuzzer combines.
 dictionary=$out/words
 sed 's/^# *//' config/reference.toml | grep --only-matching --extended-regexp '^\[+[a-z_.]+\]+|^[a-z_]+ =.*|^[a-z_]+' |
     grep --invert-match '[\\]' | sort --unique | sed 's/"/\\"/g; s/^.*$/"&"/' >"$dictionary"
 
-# Says from time to time how far libFuzzer has got, out of what it prints.
+# Reads what libFuzzer prints and reports progress from time to time.
 progress() {
     local target=$1 next=$((SECONDS + 5)) started=$SECONDS line
     while IFS= read -r line; do
@@ -88,7 +88,7 @@ for target in "${targets[@]}"; do
     if [[ ${#runner[@]} -gt 0 ]]; then
         scripts/as-root.sh 'fuzz' chown --recursive --reference=fuzz "fuzz/corpus/$target" "fuzz/regressions/$target" >/dev/null
     fi
-    # Git keeps no empty directories, and so do we.
+    # Git keeps no empty directories; remove them here too.
     rmdir --ignore-fail-on-non-empty "fuzz/regressions/$target"
     if [[ $status -eq 0 ]]; then
         say "$target" "$seconds" "$(grep '^#[0-9].* cov:' "$log" | tail -1)"
@@ -105,7 +105,7 @@ rmdir --ignore-fail-on-non-empty fuzz/regressions 2>/dev/null || true
 if [[ ${#failed[@]} -gt 0 ]]; then
     {
         echo "fuzz: failed: ${failed[*]}"
-        echo "An input that fails is kept in fuzz/regressions, and replayed by every run of the tests until it does not:"
+        echo "Failing inputs are kept in fuzz/regressions. Every run of the tests replays them:"
         echo "    make test ARGS='--test fuzz'"
     } >&2
     exit 1

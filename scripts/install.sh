@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the built daemon with its man page, completions, example configuration and systemd unit. Called by
-# `make install`, which sets BIN, PREFIX, SYSCONFDIR and DESTDIR. Builds nothing, so that `sudo make install` runs no
-# compiler as root; never overwrites a configuration.
+# `make install`, which sets BIN, PREFIX, SYSCONFDIR and DESTDIR. It builds nothing, so that `sudo make install` runs no
+# compiler as root, and never overwrites a configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Every check that needs no running program. Runs all of them and fails if any has found something.
+# Runs every check that needs no running program, and fails if any of them found something.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cargo=${CARGO:-cargo}
 failed=()
 
-# check NAME COMMAND...: runs it and notes whether it failed.
+# check NAME COMMAND...: runs the command and records whether it failed.
 check() {
     local name=$1
     shift
@@ -14,7 +14,7 @@ check() {
     "$@" || failed+=("$name")
 }
 
-# Files that git tracks or would track, by pattern; what is ignored or built is not ours to lint.
+# Files that git tracks or would track, by pattern; ignored and built files are not linted.
 ours() {
     git ls-files --cached --others --exclude-standard -- "$@"
 }
@@ -25,12 +25,12 @@ shell_scripts() {
 }
 
 mapfile -t sh < <(shell_scripts | sort --unique)
-# The chart's templates are no YAML before they are rendered; tests do that.
+# The chart's templates are not YAML until they are rendered; tests check the rendered files.
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --invert-match '^deploy/helm/.*/templates/')
 mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
 
 check rustfmt "$cargo" fmt --check
-# What it does, tests/fuzz.rs includes, so that clippy sees it there.
+# tests/fuzz.rs includes its modules, so clippy checks them there.
 check 'rustfmt of fuzz/' "$cargo" fmt --manifest-path fuzz/Cargo.toml --check
 check clippy "$cargo" clippy --all-targets --locked -- -D warnings
 [[ ${#c[@]} -eq 0 ]] || check clang-format clang-format --dry-run -Werror "${c[@]}"
@@ -45,7 +45,7 @@ if "$cargo" deny --version >/dev/null 2>&1; then
     check 'cargo-deny of fuzz/' "$cargo" deny --manifest-path fuzz/Cargo.toml --locked check \
         --hide-inclusion-graph bans licenses sources
 else
-    echo "== cargo-deny: not installed, so the dependencies' licences are not checked here"
+    echo "== cargo-deny: not installed; skipping the check of the dependencies' licences"
 fi
 
 if [[ ${#failed[@]} -gt 0 ]]; then

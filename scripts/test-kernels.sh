@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the BPF tier and the network tier of the tests under other kernels: Debian's, each booted in a virtual machine
-# that sees this machine's files, read-only, and nothing of its network.
+# Runs the BPF tier and the network tier of the tests under Debian's kernels, each booted in a virtual machine that sees
+# this machine's files read-only and nothing of its network.
 #
 # usage: scripts/test-kernels.sh build               builds the tests; then, as root:
 #        scripts/test-kernels.sh run [VERSION]...    default: 5.10 6.1 6.12 6.18 and 7, the newest of each
 #
-# The machine is emulated in software (no /dev/kvm needed), so it is slow: nothing here measures speed.
-# Of the network tier one test of each kind is run, because each takes minutes there. KERNEL_TESTS names other test
+# The machine is emulated in software (no /dev/kvm needed) and slow: nothing here measures speed. Of the network tier,
+# one test of each kind runs, because each takes minutes there. KERNEL_TESTS names other test
 # programs, KERNEL_ONLY other parts of names, separated by commas; KERNEL_ONLY=netns_,root_ runs all.
 # KERNEL_INIT=systemd has systemd as the first process, and the tests as a unit of it (make test-systemd).
 # Kernels are kept in target/kernels. The exit code is 0 if every kernel passed.
@@ -16,15 +16,15 @@ cd "$(dirname "$0")/.."
 readonly CACHE=${KERNELS_DIR:-$PWD/target/kernels}
 readonly SECONDS_A_KERNEL=${KERNEL_TIMEOUT:-1800}
 readonly KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
-# Loaded before the root file system is there; the rest comes by itself when it is wanted.
+# Loaded before the root file system is mounted; the kernel loads other modules on demand.
 readonly BOOT_MODULES=(virtio_pci virtiofs overlay)
-# What is run in there, as cargo names it, and parts of the names of the tests.
+# The test programs to run in the machine, as cargo names them, and parts of the names of the tests.
 read -ra PROGRAMS <<<"${KERNEL_TESTS:-root_packets netns_delivery netns_policies}"
 readonly ONLY=${KERNEL_ONLY:-root_,netns_receivers_in_all_places_at_once,netns_receivers_in_all_places_over_ipv6,netns_an_interface_that_comes_back,netns_checksums_arrive_right,netns_everyone_everywhere,netns_both_modes_hash_each_sender,netns_datagrams_in_fragments_arrive_whole_and,netns_datagrams_in_a_vlan,netns_datagrams_out_of_a_wireguard,netns_what_comes_without_a_frame_is_copied}
 
 main() {
     local step=${1:-} version failed=()
-    [[ $(uname -m) == x86_64 ]] || die "this needs an x86-64 machine: $(uname -m) has other kernels"
+    [[ $(uname -m) == x86_64 ]] || die "this needs an x86-64 machine, not $(uname -m)"
     mkdir -p "$CACHE"/{lists/partial,archives/partial,packages,boot}
     case $step in
         build) build_tests ;;
@@ -47,7 +47,7 @@ die() {
     exit 1
 }
 
-# apt-get or apt-cache with package sources of our own, so that this machine's are neither used nor changed.
+# apt-get or apt-cache with separate package sources; this machine's are neither used nor changed.
 apt_tool() {
     local tool=$1
     shift
@@ -55,7 +55,7 @@ apt_tool() {
         -o Dir::Cache="$CACHE" -o Dir::Cache::archives="$CACHE/archives" -o APT::Sandbox::User=root -q "$@"
 }
 
-# The mirror that this machine installs from, or Debian's own.
+# The mirror that this machine uses, or Debian's own.
 mirror() {
     cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
         grep --only-matching --extended-regexp 'https?://[^ ]+/debian/?( |$)' | head -1 | sed 's,/debian/* *$,,' || true
@@ -132,7 +132,7 @@ unpack_kernel() {
     for part in "${parts[@]}"; do
         dpkg-deb --extract "$(find "$CACHE/packages" -name "${part}_*.deb" | head -1)" "$tree"
     done
-    # Merged or not, modprobe looks below /lib.
+    # modprobe always looks below /lib, whether it is merged with /usr/lib or not.
     [[ -d $tree/lib/modules ]] || {
         mkdir -p "$tree/lib"
         ln -s ../usr/lib/modules "$tree/lib/modules"
@@ -142,7 +142,7 @@ unpack_kernel() {
     touch "$tree/complete"
 }
 
-# busybox, the modules without which there is no root file system, and init.
+# busybox, the modules that the root file system needs, and init.
 make_initramfs() {
     local release=$1 root module name
     root=$(mktemp -d "$CACHE/initramfs.XXXXXX")
@@ -175,7 +175,7 @@ virtiofsd_program() {
     die "virtiofsd is missing: make deps"
 }
 
-# Boots the kernel; it powers itself off when the tests are through.
+# Boots the kernel; the machine powers itself off after the tests.
 boot() {
     local release=$1 socket=$CACHE/boot/files.$$ server kernel
     kernel=$(find "$CACHE/$release/" -name 'vmlinuz*' | head -1)
@@ -190,7 +190,7 @@ boot() {
         -chardev socket,id=files,path="$socket" -device vhost-user-fs-pci,chardev=files,tag=root \
         -kernel "$kernel" -initrd "$CACHE/boot/$release.img" -serial stdio \
         -append "console=ttyS0 quiet panic=-1 udp_fanout.modules=$CACHE/$release/lib/modules udp_fanout.guest=$PWD/scripts/kernels/guest.sh udp_fanout.programs=$CACHE/programs udp_fanout.only=$ONLY udp_fanout.init=${KERNEL_INIT:-none}" \
-        </dev/null >"$CACHE/$release.log" 2>&1 || echo "the machine did not end by itself" >>"$CACHE/$release.log"
+        </dev/null >"$CACHE/$release.log" 2>&1 || echo "the machine did not power off by itself" >>"$CACHE/$release.log"
     kill "$server" 2>/dev/null || true
     wait "$server" 2>/dev/null || true
     rm -f "$socket"

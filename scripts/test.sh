@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test there is: cargo builds them as you, and they run as root, which the tiers root_* (BPF programs) and
+# Runs every test: cargo builds them as you, and they run as root, which the tiers root_* (BPF programs) and
 # netns_* (network namespaces) need. A tier that cannot run is a failure, not a skip.
 #
 # usage: scripts/test.sh [ARGUMENT OF cargo test]...
@@ -7,9 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cargo=${CARGO:-cargo}
-# Where Debian keeps ip, tc and bpftool; the $PATH of an ordinary user lacks them.
+# Debian keeps ip, tc and bpftool in sbin, which the $PATH of an ordinary user lacks.
 export PATH=$PATH:/usr/sbin:/sbin
-# Root's cache is another than yours.
+# Root has another cache directory than you.
 UDP_FANOUT_TOOLS=$(scripts/tools.sh --directory)
 export UDP_FANOUT_TOOLS
 

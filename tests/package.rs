@@ -259,7 +259,7 @@ fn a_daemon_is_not_stopped_for_a_version_that_rejects_its_configuration() {
     system.write(CONFIG, &GOOD.replace("bind", "bund"));
     let said = system.install(&PACKAGES.later);
     assert_eq!(system.asked(), [RELOAD]);
-    assert!(said.contains("not restarted, since this version rejects the configuration"), "{said}");
+    assert!(said.contains("not restarted, because this version rejects the configuration"), "{said}");
     assert!(said.contains("bund"), "{said}");
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * For tcpdump inside the container. Debian's becomes another user before it reads packets, so that a fault in it finds
- * no privileges; that takes CAP_SETUID and CAP_SETGID, which the container does not have and need not have: with four
- * capabilities and a read-only file system there is little to give up. Loaded by the script `tcpdump` beside this file.
+ * For tcpdump inside the container. Debian's tcpdump changes to another user before it reads packets, to limit what a bug
+ * in it can do. That needs CAP_SETUID and CAP_SETGID, which the container lacks. It does not need the change: it has four
+ * capabilities and a read-only file system. The script `tcpdump` in this directory preloads this library.
  */
 #include <grp.h>
 #include <sys/types.h>

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# The first process of a virtual machine of scripts/test-kernels.sh: makes the host's files, with a layer in memory over
-# them, the root file system, runs the tests in there and powers off.
+# The first process of a virtual machine of scripts/test-kernels.sh. It mounts the host's files, with a layer in memory
+# over them, as the root file system, runs the tests there and powers off.
 b=/bin/busybox
 
 $b mount -t proc proc /proc
@@ -21,7 +21,7 @@ r=/root
 $b mount -t tmpfs run $r/run
 $b mkdir -p $r/run/netns $r/usr/lib/modules
 
-# The value of a word of the kernel's command line.
+# Prints the value of a parameter of the kernel's command line.
 word() {
     $b sed -n "s/.*$1=\([^ ]*\).*/\1/p" $r/proc/cmdline
 }
@@ -31,8 +31,8 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
 guest="$(word udp_fanout.guest) $(word udp_fanout.programs) $(word udp_fanout.only)"
 # Process 1 itself changes its root: the kernel looks for modprobe from there.
 if [ "$(word udp_fanout.init)" = systemd ]; then
-    # It mounts the rest by itself, unless it takes this for a container. What those forbid, starting services, is what we
-    # are here for. In /tmp, which it would empty, sources may be.
+    # systemd mounts the rest itself, unless it takes this for a container, where policy would forbid starting services.
+    # It would empty /tmp, where the sources may be.
     $b rm -f $r/.dockerenv $r/usr/sbin/policy-rc.d
     $b mkdir -p $r/run/systemd/system
     for needless in tmpfiles-setup tmpfiles-setup-dev timesyncd update-utmp binfmt; do
@@ -49,7 +49,7 @@ ExecStart=/bin/bash $guest
 StandardOutput=tty
 TTYPath=/dev/console
 EOF
-    # A root of its own in every sense: mount namespaces begin there.
+    # A real root mount, which mount namespaces need.
     exec $b switch_root $r /lib/systemd/systemd --unit=udp-fanout-tests.service
 fi
 $b mount -t bpf bpf $r/sys/fs/bpf
