@@ -27,7 +27,7 @@ const volatile __u32 has_redirects = 1;
 #define NEXT_HOP_TICKS 2
 
 /* bpf_redirect_neigh() takes no frame that is addressed to a group, although it puts another address there. */
-static __always_inline int address_to_nobody(struct __sk_buff *skb)
+static __always_inline int clear_frame_addresses(struct __sk_buff *skb)
 {
 	static const __u8 nobody[12];
 
@@ -35,15 +35,15 @@ static __always_inline int address_to_nobody(struct __sk_buff *skb)
 }
 
 /* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
-static __always_inline int redirect_to_neighbour(struct __sk_buff *skb, struct packet *pkt,
-						 __u32 ifindex, __u8 family,
-						 const __be32 *next_hop_be)
+static __always_inline int redirect_via_neighbour(struct __sk_buff *skb, struct packet *pkt,
+						  __u32 ifindex, __u8 family,
+						  const __be32 *next_hop_be)
 {
 	struct bpf_redir_neigh next_hop = { .nh_family = family };
 
-	if (!has_redirects || (pkt->group && address_to_nobody(skb)))
+	if (!has_redirects || (pkt->is_multicast && clear_frame_addresses(skb)))
 		return TC_ACT_SHOT;
-	pkt->way = WAY_NEIGHBOUR;
+	pkt->path = PATH_NEIGHBOUR;
 	__builtin_memcpy(next_hop.ipv6_nh, next_hop_be, sizeof(next_hop.ipv6_nh));
 	return bpf_redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
 }
@@ -52,34 +52,33 @@ static __always_inline int redirect_to_neighbour(struct __sk_buff *skb, struct p
  * What hangs on the host's end of the pair does not see packets that go straight to the other, so user space says where
  * nothing does. A route that leads elsewhere meanwhile, which the kernel tells first, has its own way.
  */
-static __always_inline bool leads_into_pod(const struct downstream *to,
-					   const struct next_hop *known)
+static __always_inline bool is_pod_peer(const struct downstream *to, const struct next_hop *hop)
 {
-	return has_redirects && to->flags & DOWNSTREAM_PEER && known->ifindex == to->ifindex;
+	return has_redirects && to->flags & DOWNSTREAM_PEER && hop->ifindex == to->ifindex;
 }
 
 static __always_inline int redirect_into_pod(struct __sk_buff *skb, struct packet *pkt,
-					     const struct next_hop *known)
+					     const struct next_hop *hop)
 {
-	pkt->way = WAY_POD;
+	pkt->path = PATH_POD;
 	/* As when the packet crosses the pair: a mark means something in the host's namespace only. */
 	skb->mark = 0;
-	return bpf_redirect_peer(known->ifindex, 0);
+	return bpf_redirect_peer(hop->ifindex, 0);
 }
 
 /* Out of a link, link-layer address known. `straight` if it may go past the queues of others. */
-static __always_inline int redirect_known(struct __sk_buff *skb, struct packet *pkt,
-					  const struct downstream *to, const struct next_hop *known,
-					  bool straight)
+static __always_inline int redirect_resolved(struct __sk_buff *skb, struct packet *pkt,
+					     const struct downstream *to,
+					     const struct next_hop *hop, bool allow_peer)
 {
-	if (straight && leads_into_pod(to, known))
-		return redirect_into_pod(skb, pkt, known);
-	pkt->way = WAY_KNOWN;
-	return bpf_redirect(known->ifindex, 0);
+	if (allow_peer && is_pod_peer(to, hop))
+		return redirect_into_pod(skb, pkt, hop);
+	pkt->path = PATH_KNOWN;
+	return bpf_redirect(hop->ifindex, 0);
 }
 
-static __always_inline void describe(const struct __sk_buff *skb, const struct packet *pkt,
-				     const struct downstream *to, struct bpf_fib_lookup *fib)
+static __always_inline void fill_fib_params(const struct __sk_buff *skb, const struct packet *pkt,
+					    const struct downstream *to, struct bpf_fib_lookup *fib)
 {
 	fib->ifindex = skb->ifindex;
 	fib->l4_protocol = IPPROTO_UDP;
@@ -96,9 +95,9 @@ static __always_inline void describe(const struct __sk_buff *skb, const struct p
 	}
 }
 
-static __always_inline bool fresh(const struct next_hop *known)
+static __always_inline bool is_fresh(const struct next_hop *hop)
 {
-	return known->ifindex && bpf_jiffies64() - known->found < NEXT_HOP_TICKS;
+	return hop->ifindex && bpf_jiffies64() - hop->resolved_at < NEXT_HOP_TICKS;
 }
 
 /*
@@ -106,28 +105,28 @@ static __always_inline bool fresh(const struct next_hop *known)
  * known->ifindex is 0 if the neighbour is not known. True if the kernel has told the route; the next hop then stands in
  * place of the destination in *fib.
  */
-static __always_inline bool look_up(struct __sk_buff *skb, const struct packet *pkt,
-				    const struct downstream *to, struct next_hop *known,
-				    struct bpf_fib_lookup *fib)
+static __always_inline bool lookup_neighbour(struct __sk_buff *skb, const struct packet *pkt,
+					     const struct downstream *to, struct next_hop *hop,
+					     struct bpf_fib_lookup *fib)
 {
 	long err;
 
-	describe(skb, pkt, to, fib);
+	fill_fib_params(skb, pkt, to, fib);
 	err = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
-	known->ifindex = 0;
-	known->found = bpf_jiffies64();
+	hop->ifindex = 0;
+	hop->resolved_at = bpf_jiffies64();
 	if (err == BPF_FIB_LKUP_RET_SUCCESS) {
-		__builtin_memcpy(known->macs, fib->dmac, 6);
-		__builtin_memcpy(known->macs + 6, fib->smac, 6);
-		known->ifindex = fib->ifindex;
+		__builtin_memcpy(hop->macs, fib->dmac, 6);
+		__builtin_memcpy(hop->macs + 6, fib->smac, 6);
+		hop->ifindex = fib->ifindex;
 		return true;
 	}
 	/* A neighbour that the kernel has forgotten must be asked for, except in a pod, where packets arrive regardless. */
 	if (to->flags & DOWNSTREAM_MACS &&
 	    (err != BPF_FIB_LKUP_RET_NO_NEIGH ||
 	     (to->flags & DOWNSTREAM_PEER && fib->ifindex == to->ifindex))) {
-		__builtin_memcpy(known->macs, to->macs, sizeof(known->macs));
-		known->ifindex = to->ifindex;
+		__builtin_memcpy(hop->macs, to->macs, sizeof(hop->macs));
+		hop->ifindex = to->ifindex;
 	}
 	return err == BPF_FIB_LKUP_RET_NO_NEIGH;
 }
@@ -136,78 +135,78 @@ static __always_inline bool look_up(struct __sk_buff *skb, const struct packet *
  * Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. A function of
  * its own, since it is needed seldom and takes much of the stack.
  */
-static __noinline int look_up_and_redirect(struct __sk_buff *skb, struct packet *pkt,
-					   const struct downstream *to, struct next_hop *known,
-					   bool straight)
+static __noinline int resolve_and_redirect(struct __sk_buff *skb, struct packet *pkt,
+					   const struct downstream *to, struct next_hop *hop,
+					   bool allow_peer)
 {
 	struct bpf_fib_lookup fib = {};
-	bool routed = look_up(skb, pkt, to, known, &fib);
+	bool routed = lookup_neighbour(skb, pkt, to, hop, &fib);
 
-	if (straight && leads_into_pod(to, known))
-		return redirect_known(skb, pkt, to, known, straight);
+	if (allow_peer && is_pod_peer(to, hop))
+		return redirect_resolved(skb, pkt, to, hop, allow_peer);
 	if (routed)
-		return redirect_to_neighbour(skb, pkt, fib.ifindex, fib.family,
-					     (__be32 *)fib.ipv6_dst);
-	return redirect_to_neighbour(skb, pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
+		return redirect_via_neighbour(skb, pkt, fib.ifindex, fib.family,
+					      (__be32 *)fib.ipv6_dst);
+	return redirect_via_neighbour(skb, pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
 }
 
 /* Looks up and remembers. A function of its own, as above. */
-static __noinline int look_up_only(struct __sk_buff *skb, const struct packet *pkt,
-				   const struct downstream *to, struct next_hop *known)
+static __noinline int resolve_next_hop(struct __sk_buff *skb, const struct packet *pkt,
+				       const struct downstream *to, struct next_hop *hop)
 {
 	struct bpf_fib_lookup fib = {};
 
-	return look_up(skb, pkt, to, known, &fib);
+	return lookup_neighbour(skb, pkt, to, hop, &fib);
 }
 
 /*
  * False if the packet has no way out: on a kernel that cannot be asked to find the neighbour, which is not known. To be
  * called before anything about the packet changes, so that the socket can have it.
  */
-static __always_inline bool has_way_out(struct __sk_buff *skb, const struct packet *pkt,
-					const struct downstream *to, struct next_hop *known)
+static __always_inline bool has_egress_path(struct __sk_buff *skb, const struct packet *pkt,
+					    const struct downstream *to, struct next_hop *hop)
 {
-	if (has_redirects || to->flags & DOWNSTREAM_BARE)
+	if (has_redirects || to->flags & DOWNSTREAM_L3_DEVICE)
 		return true;
-	if (!fresh(known))
-		look_up_only(skb, pkt, to, known);
-	return known->ifindex;
+	if (!is_fresh(hop))
+		resolve_next_hop(skb, pkt, to, hop);
+	return hop->ifindex;
 }
 
 /* Chooses the way out. Nothing is sent before the program ends. */
-static __always_inline int redirect_out(struct __sk_buff *skb, struct packet *pkt,
-					const struct downstream *to, struct next_hop *known,
-					bool straight)
+static __always_inline int redirect_egress(struct __sk_buff *skb, struct packet *pkt,
+					   const struct downstream *to, struct next_hop *hop,
+					   bool allow_peer)
 {
-	if (fresh(known) || (!has_redirects && known->ifindex))
-		return redirect_known(skb, pkt, to, known, straight);
-	return look_up_and_redirect(skb, pkt, to, known, straight);
+	if (is_fresh(hop) || (!has_redirects && hop->ifindex))
+		return redirect_resolved(skb, pkt, to, hop, allow_peer);
+	return resolve_and_redirect(skb, pkt, to, hop, allow_peer);
 }
 
-/* What deliver_out() answers if the packet could not be written to, beside TC_ACT_REDIRECT and TC_ACT_SHOT. */
-#define NOT_REWRITTEN -2
+/* What deliver_egress() answers if the packet could not be written to, beside TC_ACT_REDIRECT and TC_ACT_SHOT. */
+#define REWRITE_FAILED -2
 
 /* Rewrites a datagram and sends it out, one hop older. */
-static __always_inline int deliver_out(struct __sk_buff *skb, struct packet *pkt,
-				       const struct downstream *to, struct next_hop *known,
-				       bool straight)
+static __always_inline int deliver_egress(struct __sk_buff *skb, struct packet *pkt,
+					  const struct downstream *to, struct next_hop *hop,
+					  bool allow_peer)
 {
 	const __u8 *macs = NULL;
 	int verdict;
 
-	if (to->flags & DOWNSTREAM_BARE) {
-		pkt->way = WAY_BARE;
+	if (to->flags & DOWNSTREAM_L3_DEVICE) {
+		pkt->path = PATH_L3_DEVICE;
 		verdict = bpf_redirect(to->ifindex, 0);
 	} else {
-		if (!give_frame(skb, pkt))
-			return NOT_REWRITTEN;
-		verdict = redirect_out(skb, pkt, to, known, straight);
-		if (pkt->way != WAY_NEIGHBOUR)
-			macs = known->macs;
+		if (!add_eth_header(skb, pkt))
+			return REWRITE_FAILED;
+		verdict = redirect_egress(skb, pkt, to, hop, allow_peer);
+		if (pkt->path != PATH_NEIGHBOUR)
+			macs = hop->macs;
 	}
 	if (verdict != TC_ACT_REDIRECT)
 		return TC_ACT_SHOT;
-	return rewrite(skb, pkt, to, macs, next_ttl(pkt)) ? NOT_REWRITTEN : verdict;
+	return rewrite(skb, pkt, to, macs, next_ttl(pkt)) ? REWRITE_FAILED : verdict;
 }
 
 #endif

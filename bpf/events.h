@@ -2,7 +2,7 @@
 /*
  * Tells user space of single datagrams through a ring buffer: the first drop of each reason per listener, CPU and
  * second, for the log; and everything that becomes of a listener's datagrams, while somebody traces them. The books
- * (count.h) are kept either way; this shows whose datagram it was.
+ * (counters.h) are kept either way; this shows whose datagram it was.
  */
 #ifndef FANOUT_EVENTS_H
 #define FANOUT_EVENTS_H
@@ -25,20 +25,20 @@ static __always_inline bool is_traced(__u32 listener, const struct packet *pkt)
 	       (pkt->src_be[3] & trace.mask_be[3]) == trace.source_be[3];
 }
 
-/* True once a second for each index of drop_log; *held_back then is how many datagrams it was not since the last time. */
-static __always_inline bool is_due(__u32 index, __u64 now, const struct packet *pkt,
-				   __u64 *held_back)
+/* True once a second for each index of drop_log; *suppressed then is how many datagrams it was not since the last time. */
+static __always_inline bool should_log(__u32 index, __u64 now, const struct packet *pkt,
+				       __u64 *suppressed)
 {
 	struct drop_log *log = bpf_map_lookup_elem(&drop_log, &index);
 
 	if (!log)
 		return false;
 	if (now < log->next) {
-		log->held_back += pkt->datagrams;
+		log->suppressed += pkt->datagrams;
 		return false;
 	}
-	*held_back = log->held_back;
-	log->held_back = 0;
+	*suppressed = log->suppressed;
+	log->suppressed = 0;
 	log->next = now + LOG_INTERVAL_NS;
 	return true;
 }
@@ -54,7 +54,7 @@ static __noinline int fill_event(struct event *event, const struct __sk_buff *sk
 	event->dport_be = dst->port_be;
 	event->datagrams = pkt->datagrams;
 	event->bytes = pkt->payload;
-	event->way = pkt->way;
+	event->path = pkt->path;
 	if (to) {
 		__builtin_memcpy(event->to_be, to->addr_be, sizeof(event->to_be));
 		event->to_port_be = to->port_be;
@@ -68,17 +68,18 @@ static __noinline int fill_event(struct event *event, const struct __sk_buff *sk
 }
 
 /* `what` is the listener << 32 | enum event_kind << 8 | enum drop_reason: a function takes five arguments. */
-static __noinline int tell(struct __sk_buff *skb, const struct packet *pkt,
-			   const struct listener_key *dst, const struct downstream *to, __u64 what)
+static __noinline int emit_event(struct __sk_buff *skb, const struct packet *pkt,
+				 const struct listener_key *dst, const struct downstream *to,
+				 __u64 packed)
 {
-	__u32 listener = what >> 32, kind = what >> 8 & 0xff, reason = what & 0xff;
+	__u32 listener = packed >> 32, kind = packed >> 8 & 0xff, reason = packed & 0xff;
 	__u32 flags = is_traced(listener, pkt) ? EVENT_TRACED : 0;
-	__u64 now = bpf_ktime_get_ns(), held_back = 0;
+	__u64 now = bpf_ktime_get_ns(), suppressed = 0;
 	bool copy = kind == EVENT_COPY_DROPPED;
 	struct event *event;
 
 	if ((copy || kind == EVENT_DROPPED) &&
-	    is_due((listener * DROP_REASONS + reason) * 2 + copy, now, pkt, &held_back))
+	    should_log((listener * DROP_REASONS + reason) * 2 + copy, now, pkt, &suppressed))
 		flags |= EVENT_LOGGED;
 	if (!flags)
 		return 0;
@@ -88,7 +89,7 @@ static __noinline int tell(struct __sk_buff *skb, const struct packet *pkt,
 		return 0;
 	}
 	event->time = now;
-	event->held_back = held_back;
+	event->suppressed = suppressed;
 	event->listener = listener;
 	event->reason = reason;
 	event->kind = kind;
@@ -99,21 +100,22 @@ static __noinline int tell(struct __sk_buff *skb, const struct packet *pkt,
 }
 
 /* For the log or a trace. `to` is NULL where no downstream had been chosen. */
-static __always_inline void note_drop(struct __sk_buff *skb, const struct packet *pkt,
-				      const struct listener_key *dst, const struct downstream *to,
-				      __u64 listener, enum event_kind kind, enum drop_reason reason)
+static __always_inline void trace_drop(struct __sk_buff *skb, const struct packet *pkt,
+				       const struct listener_key *dst, const struct downstream *to,
+				       __u64 listener, enum event_kind kind,
+				       enum drop_reason reason)
 {
 	if (has_events)
-		tell(skb, pkt, dst, to, listener << 32 | kind << 8 | reason);
+		emit_event(skb, pkt, dst, to, listener << 32 | kind << 8 | reason);
 }
 
 /* For a trace. */
-static __always_inline void note(struct __sk_buff *skb, const struct packet *pkt,
-				 const struct listener_key *dst, const struct downstream *to,
-				 __u64 listener, enum event_kind kind)
+static __always_inline void trace_event(struct __sk_buff *skb, const struct packet *pkt,
+					const struct listener_key *dst, const struct downstream *to,
+					__u64 listener, enum event_kind kind)
 {
 	if (has_events && trace.on)
-		tell(skb, pkt, dst, to, listener << 32 | kind << 8);
+		emit_event(skb, pkt, dst, to, listener << 32 | kind << 8);
 }
 
 #endif

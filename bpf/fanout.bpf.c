@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
  * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage. This is
- * the long way, which knows every case; most datagrams take a shorter one through the same stages (short_way.h).
+ * the long way, which knows every case; most datagrams take a shorter one through the same stages (fast_path.h).
  *
  * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
  * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
@@ -22,18 +22,18 @@
 #include "maps.h"
 #include "parse.h"
 #include "match.h"
-#include "lease.h"
-#include "admit.h"
+#include "heartbeat.h"
+#include "admission.h"
 #include "hash.h"
 #include "select.h"
 #include "rewrite.h"
 #include "events.h"
 #include "deliver.h"
-#include "count.h"
+#include "counters.h"
 #include "replicate.h"
 #include "fragments.h"
-#include "seen.h"
-#include "short_way.h"
+#include "hook_marker.h"
+#include "fast_path.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -71,7 +71,7 @@ static __always_inline int forward_local(struct __sk_buff *skb, struct packet *p
 {
 	if (rewrite(skb, pkt, outcome->to, NULL, pkt->ttl))
 		return drop(outcome, DROP_REWRITE_FAILED);
-	pkt->way = WAY_LOCAL;
+	pkt->path = PATH_LOCAL;
 	return forwarded(outcome, TC_ACT_UNSPEC);
 }
 
@@ -79,18 +79,18 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 				       struct outcome *outcome)
 {
 	const struct downstream *to = outcome->to;
-	struct next_hop *known = &outcome->to_stats->known;
+	struct next_hop *hop = &outcome->to_stats->cached_hop;
 	int verdict;
 
-	if (!may_travel(pkt))
+	if (!may_forward(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
 	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
 	if (pkt->ip_len > to->mtu)
 		return pass(outcome);
-	if (!has_way_out(skb, pkt, to, known))
+	if (!has_egress_path(skb, pkt, to, hop))
 		return pass(outcome);
-	verdict = deliver_out(skb, pkt, to, known, true);
-	if (verdict == NOT_REWRITTEN)
+	verdict = deliver_egress(skb, pkt, to, hop, true);
+	if (verdict == REWRITE_FAILED)
 		return drop(outcome, DROP_REWRITE_FAILED);
 	if (verdict != TC_ACT_REDIRECT)
 		return drop(outcome, DROP_REDIRECT_FAILED);
@@ -106,9 +106,9 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 {
 	int verdict = TC_ACT_SHOT;
 
-	if (!may_travel(pkt))
+	if (!may_forward(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
-	if (pkt->ip_len > table->least_mtu)
+	if (pkt->ip_len > table->min_mtu)
 		return pass(outcome);
 	if (!send_copies(skb, listener_id, table, &verdict))
 		return drop(outcome, DROP_NO_ROUTE);
@@ -116,21 +116,21 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 }
 
 /* A datagram of a listener's: whole, its first fragment, or a later one that is for all downstreams. */
-static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 flags,
-				struct packet *pkt, struct stats *stats, bool later,
-				struct outcome *outcome)
+static __always_inline int handle_datagram(struct __sk_buff *skb, __u32 listener_id, __u32 flags,
+					   struct packet *pkt, struct stats *stats, bool later,
+					   struct outcome *outcome)
 {
 	const struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
-	enum drop_reason why_not;
+	enum drop_reason reason;
 	struct table table;
 
 	if (!state)
 		return drop(outcome, DROP_NO_DOWNSTREAM);
 	if (!later) {
-		why_not = is_guarded(state) ? refusal(state, pkt) : DROP_REASONS;
-		if (why_not != DROP_REASONS)
-			return drop(outcome, why_not);
-		if (pkt->exotic || flags & LISTENER_SOCKET_ONLY)
+		reason = has_admission(state) ? admission_verdict(state, pkt) : DROP_REASONS;
+		if (reason != DROP_REASONS)
+			return drop(outcome, reason);
+		if (pkt->needs_socket || flags & LISTENER_SOCKET_ONLY)
 			return pass(outcome);
 	}
 	if (!read_table(stats, state, &table))
@@ -139,7 +139,7 @@ static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 
 		return replicate(skb, listener_id, pkt, &table, outcome);
 	if (later)
 		return drop(outcome, DROP_NO_DOWNSTREAM);
-	outcome->to = downstream_at(table.first + place(skb, pkt, &table), &outcome->to_id);
+	outcome->to = downstream_at(table.first + choose_index(skb, pkt, &table), &outcome->to_id);
 	outcome->to_stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &outcome->to_id);
 	if (!outcome->to || !outcome->to_stats)
 		return drop(outcome, DROP_NO_DOWNSTREAM);
@@ -151,13 +151,13 @@ static __always_inline int take(struct __sk_buff *skb, __u32 listener_id, __u32 
 }
 
 /* Writes down what has become of a datagram, and tells whoever wants to know. */
-static __always_inline void settle(struct __sk_buff *skb, __u32 listener_id, struct stats *stats,
-				   const struct packet *pkt, const struct outcome *outcome)
+static __always_inline void account(struct __sk_buff *skb, __u32 listener_id, struct stats *stats,
+				    const struct packet *pkt, const struct outcome *outcome)
 {
 	if (outcome->kind == EVENT_DROPPED) {
 		count_dropped(stats, listener_id, outcome->reason, pkt);
-		note_drop(skb, pkt, &pkt->dst, outcome->to, listener_id, EVENT_DROPPED,
-			  outcome->reason);
+		trace_drop(skb, pkt, &pkt->dst, outcome->to, listener_id, EVENT_DROPPED,
+			   outcome->reason);
 		return;
 	}
 	if (outcome->kind == EVENT_PASSED) {
@@ -167,96 +167,97 @@ static __always_inline void settle(struct __sk_buff *skb, __u32 listener_id, str
 		if (outcome->to_stats)
 			count_copy(outcome->to_stats, pkt);
 	}
-	note(skb, pkt, &pkt->dst, outcome->to, listener_id, outcome->kind);
+	trace_event(skb, pkt, &pkt->dst, outcome->to, listener_id, outcome->kind);
 }
 
 /* What is to become of the other fragments of a datagram. */
-static __always_inline enum fragments_fate fate_of(const struct outcome *outcome)
+static __always_inline enum fragment_verdict fragment_verdict_of(const struct outcome *outcome)
 {
 	if (outcome->kind == EVENT_DROPPED)
-		return FRAGMENTS_DROPPED;
+		return FRAGMENT_VERDICT_DROP;
 	if (outcome->kind == EVENT_PASSED)
-		return FRAGMENTS_PASSED;
-	return outcome->to ? FRAGMENTS_FORWARDED : FRAGMENTS_COPIED;
+		return FRAGMENT_VERDICT_PASS;
+	return outcome->to ? FRAGMENT_VERDICT_FORWARD : FRAGMENT_VERDICT_COPY;
 }
 
 /*
  * A datagram or first fragment of somebody else's, or that no daemon is there for. The later fragments, which do not tell
  * whose they are, shall be left alone too.
  */
-static __always_inline int leave(struct packet *pkt)
+static __always_inline int pass_foreign(struct packet *pkt)
 {
-	pkt->fate = FRAGMENTS_PASSED;
-	if (pkt->part && is_listened_on(pkt))
-		remember_fate(0, 0);
+	pkt->fragment_verdict = FRAGMENT_VERDICT_PASS;
+	if (pkt->part && is_listener_address(pkt))
+		store_fragment_verdict(0, 0);
 	return TC_ACT_UNSPEC;
 }
 
 /* A later fragment, or a first one that has come before: counted with the datagram already. */
-static __always_inline int follow_up(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int handle_fragment(struct __sk_buff *skb, struct packet *pkt)
 {
 	pkt->datagrams = 0;
 	pkt->payload = 0;
-	return follow(skb);
+	return handle_later_fragment(skb);
 }
 
-__noinline int long_way(struct __sk_buff *skb)
+__noinline int slow_path(struct __sk_buff *skb)
 {
 	const struct fanout_listener *listener;
 	__u32 listener_id, flags = 0;
 	struct outcome outcome = {};
-	struct work *work = current_work();
-	int verdict = TC_ACT_UNSPEC, before;
+	struct scratch *scratch = current_scratch();
+	int verdict = TC_ACT_UNSPEC, repeat;
 	struct packet *pkt;
 	struct stats *stats;
 	bool later = false;
 
-	if (!work)
+	if (!scratch)
 		return TC_ACT_UNSPEC;
-	pkt = &work->pkt;
-	if (parse(skb, pkt) != PARSE_OK || was_seen(skb))
+	pkt = &scratch->pkt;
+	if (parse(skb, pkt) != PARSE_OK || already_processed(skb))
 		return TC_ACT_UNSPEC;
-	if (came_around(skb) && finish_round(skb, pkt, &verdict))
-		return seen(skb, verdict);
+	if (is_reinjected(skb) && finish_reinjected(skb, pkt, &verdict))
+		return mark_processed(skb, verdict);
 	if (pkt->part == LATER_FRAGMENT) {
 		later = true;
 	} else {
-		listener = listener_of(pkt);
-		if (!listener || is_headless(work))
-			return leave(pkt);
+		listener = find_listener(pkt);
+		if (!listener || is_orphaned(scratch))
+			return pass_foreign(pkt);
 		listener_id = listener->id;
 		flags = listener->flags;
 		if (pkt->part) {
-			before = look_back();
-			later = before == FIRST_REPEATED;
-			pkt->exotic |= before == FIRST_OF_PASSED;
+			repeat = lookup_first_fragment();
+			later = repeat == FIRST_IS_REPEATED;
+			pkt->needs_socket |= repeat == FIRST_AFTER_LATER;
 		}
 	}
 	if (later) {
-		verdict = follow_up(skb, pkt);
-		if (verdict < TO_ALL)
-			return seen(skb, verdict);
-		listener_id = verdict - TO_ALL;
+		verdict = handle_fragment(skb, pkt);
+		if (verdict < COPY_TO_ALL)
+			return mark_processed(skb, verdict);
+		listener_id = verdict - COPY_TO_ALL;
 	}
 	stats = bpf_map_lookup_elem(&STATS, &listener_id);
 	/* It has as many entries as there are listeners. */
 	if (!stats)
 		return TC_ACT_UNSPEC;
-	verdict = take(skb, listener_id, flags, pkt, stats, later, &outcome);
+	verdict = handle_datagram(skb, listener_id, flags, pkt, stats, later, &outcome);
 	if (later)
-		return outcome.kind == EVENT_FORWARDED ? seen(skb, verdict) : lose_fragment();
-	settle(skb, listener_id, stats, pkt, &outcome);
+		return outcome.kind == EVENT_FORWARDED ? mark_processed(skb, verdict)
+						       : drop_fragment();
+	account(skb, listener_id, stats, pkt, &outcome);
 	if (pkt->part) {
-		pkt->fate = fate_of(&outcome);
-		remember_fate(listener_id, outcome.to_id);
+		pkt->fragment_verdict = fragment_verdict_of(&outcome);
+		store_fragment_verdict(listener_id, outcome.to_id);
 	}
-	return seen(skb, verdict);
+	return mark_processed(skb, verdict);
 }
 
 SEC("tc")
 int udp_fanout(struct __sk_buff *skb)
 {
-	int verdict = short_way(skb);
+	int verdict = fast_path(skb);
 
-	return verdict == LONG_WAY ? long_way(skb) : verdict;
+	return verdict == SLOW_PATH ? slow_path(skb) : verdict;
 }

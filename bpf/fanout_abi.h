@@ -20,7 +20,7 @@ enum key_scope {
 	/* The address is some listener's, whatever the port, which is 0: later fragments have none. The value means nothing. */
 	KEY_ADDRESS = 1,
 	/* The link whose index is the first word of the address puts no header before its IP packets. The value means nothing. */
-	KEY_HEADERLESS_LINK = 2,
+	KEY_L3_DEVICE = 2,
 };
 
 enum listener_flag {
@@ -34,25 +34,25 @@ struct fanout_listener {
 };
 
 /*
- * A place of `first_look`, which most often saves asking `listeners`. What is behind `found` belongs to LOOK_ONE; user
+ * A place of `first_look`, which most often saves asking `listeners`. What is behind `found` belongs to CACHE_SINGLE; user
  * space changes it only while nobody looks at it.
  */
-struct first_look {
+struct cached_listener {
 	__be32 addr_be[4]; /* like listener_key's */
 	__be16 port_be;
-	__u16 found; /* enum look */
+	__u16 state; /* enum cache_state */
 	__u32 unused;
 	struct fanout_listener listener;
 };
 
-enum look {
-	LOOK_NOBODY = 0, /* no listener's destination has this place */
-	LOOK_ONE = 1, /* one has, this one */
-	LOOK_FURTHER = 2, /* ask `listeners` */
+enum cache_state {
+	CACHE_EMPTY = 0, /* no listener's destination has this place */
+	CACHE_SINGLE = 1, /* one has, this one */
+	CACHE_COLLISION = 2, /* ask `listeners` */
 };
 
-#define FIRST_LOOK_BITS 10 /* of a place's number */
-#define FIRST_LOOK_FACTOR 0x9e3779b1
+#define LISTENER_CACHE_BITS 10 /* of a place's number */
+#define LISTENER_CACHE_FACTOR 0x9e3779b1
 
 /* How the place in a listener's table is computed. */
 enum policy {
@@ -75,7 +75,7 @@ enum policy {
 struct listener_state {
 	__u64 table;
 	__u32 policy; /* enum policy */
-	__u32 least_mtu; /* the smallest of the table's downstreams, bytes; for POLICY_REPLICATE */
+	__u32 min_mtu; /* the smallest of the table's downstreams, bytes; for POLICY_REPLICATE */
 	__u32 rules; /* number of the rules in `sources`; 0: everybody may send */
 	__u32 meter; /* number of the buckets in `buckets`; 0: as fast as they like */
 	__u64 interval; /* what a datagram costs, in ticks of the meter's clock */
@@ -109,7 +109,7 @@ struct bucket_key {
 };
 
 enum delivery {
-	DELIVER_NOWHERE = 0, /* no route: drop and count */
+	DELIVER_UNREACHABLE = 0, /* no route: drop and count */
 	DELIVER_LOCAL = 1, /* up this host's own stack */
 	DELIVER_NEIGHBOUR = 2, /* to next_hop on ifindex */
 };
@@ -120,7 +120,7 @@ enum downstream_flag {
 	/* macs holds what user space has last seen of the neighbour. */
 	DOWNSTREAM_MACS = 2,
 	/* ifindex carries IP packets without a link-layer header: there are no neighbours to find. */
-	DOWNSTREAM_BARE = 4,
+	DOWNSTREAM_L3_DEVICE = 4,
 };
 
 /*
@@ -160,7 +160,7 @@ struct stats {
  * Where one CPU last found a downstream's neighbour. Good for a moment only, see deliver.h.
  */
 struct next_hop {
-	__u64 found; /* jiffies */
+	__u64 resolved_at; /* jiffies */
 	__u32 ifindex; /* 0: nothing found yet */
 	__u8 macs[12]; /* destination, source: the start of the frame */
 };
@@ -172,7 +172,7 @@ struct next_hop {
 struct downstream_stats {
 	__u64 pkts;
 	__u64 bytes;
-	struct next_hop known;
+	struct next_hop cached_hop;
 };
 
 /* What `FRAGMENT_STAT` counts. */
@@ -206,13 +206,13 @@ enum event_kind {
 };
 
 /* How a datagram is delivered. */
-enum way {
-	WAY_NONE = 0,
-	WAY_LOCAL = 1, /* up this host's own stack */
-	WAY_NEIGHBOUR = 2, /* the kernel has been told to find the neighbour */
-	WAY_KNOWN = 3, /* out of a link, to a neighbour that was known */
-	WAY_POD = 4, /* straight into another namespace */
-	WAY_BARE = 5, /* out of a link without link-layer addresses */
+enum delivery_path {
+	PATH_NONE = 0,
+	PATH_LOCAL = 1, /* up this host's own stack */
+	PATH_NEIGHBOUR = 2, /* the kernel has been told to find the neighbour */
+	PATH_KNOWN = 3, /* out of a link, to a neighbour that was known */
+	PATH_POD = 4, /* straight into another namespace */
+	PATH_L3_DEVICE = 5, /* out of a link without link-layer addresses */
 };
 
 enum event_flag {
@@ -223,7 +223,7 @@ enum event_flag {
 /* What the program tells through the ring buffer `events`. */
 struct event {
 	__u64 time; /* nanoseconds, CLOCK_MONOTONIC */
-	__u64 held_back; /* under EVENT_LOGGED: datagrams since the last such event on this CPU that were not told of */
+	__u64 suppressed; /* under EVENT_LOGGED: datagrams since the last such event on this CPU that were not told of */
 	__be32 src_be[4];
 	__be32 dst_be[4]; /* as the datagram came in */
 	__be32 to_be[4]; /* the downstream chosen; all zeros for none */
@@ -231,7 +231,7 @@ struct event {
 	__be16 dport_be;
 	__be16 to_port_be;
 	__u8 kind; /* enum event_kind */
-	__u8 way; /* enum way */
+	__u8 path; /* enum way */
 	__u32 listener;
 	__u32 reason; /* enum drop_reason, for what was dropped */
 	__u32 ifindex; /* of the link it came in by */
@@ -245,22 +245,22 @@ struct event {
 /* The first drop of a reason for a while has been told of; those after it on this CPU are counted. */
 struct drop_log {
 	__u64 next; /* nanoseconds, CLOCK_MONOTONIC: when one is told of again */
-	__u64 held_back; /* datagrams */
+	__u64 suppressed; /* datagrams */
 };
 
 /*
  * The daemon's sign of life: until when the program acts without another one. After that it leaves everything alone, as if
  * it were not there.
  */
-struct lease {
-	__u64 until; /* nanoseconds, CLOCK_MONOTONIC; LEASE_FOR_EVER */
+struct heartbeat {
+	__u64 deadline; /* nanoseconds, CLOCK_MONOTONIC; HEARTBEAT_FOREVER */
 };
 
-#define LEASE_FOR_EVER 0xffffffffffffffffULL
+#define HEARTBEAT_FOREVER 0xffffffffffffffffULL
 
 /* The links that the program hangs on. */
-struct links {
-	__u32 headerless; /* 0 only while none is marked with KEY_HEADERLESS_LINK */
+struct link_flags {
+	__u32 has_l3_device; /* 0 only while none is marked with KEY_L3_DEVICE */
 };
 
 /*
@@ -272,7 +272,7 @@ struct links {
  * PINS_VERSION changes when a pinned map gets another meaning; with other sizes a map is refused anyway, except that what is
  * behind the counters of STATS and DOWNSTREAM_STAT may change.
  */
-#define PINS_VERSION 2
+#define PINS_VERSION 3
 
 #define NAME_LENGTH 64
 
@@ -285,41 +285,41 @@ struct listener_name {
  * What was inherited from earlier programs counts only once `absorbed` says whose it is: a daemon that is killed while it
  * writes that down has inherited nothing, and the next one still finds those programs.
  */
-enum ledger_kind {
-	LEDGER_LISTENER = 0, /* inherited */
-	LEDGER_DOWNSTREAM =
+enum carried_kind {
+	CARRIED_LISTENER = 0, /* inherited */
+	CARRIED_FOLDED_DOWNSTREAM =
 		1, /* counted by this program under ids that have been given to others since */
-	LEDGER_FRAGMENTS = 2, /* inherited */
-	LEDGER_INHERITED_DOWNSTREAM = 3,
+	CARRIED_FRAGMENTS = 2, /* inherited */
+	CARRIED_DOWNSTREAM = 3,
 };
 
-struct ledger_key {
+struct carried_key {
 	__be32 addr_be[4]; /* of the downstream; like listener_key's */
 	__be16 port_be;
-	__u16 kind; /* enum ledger_kind */
+	__u16 kind; /* enum carried_kind */
 	__u32 listener;
 };
 
-#define LEDGER_WORDS (4 + 2 * DROP_REASONS)
+#define CARRIED_WORDS (4 + 2 * DROP_REASONS)
 
 /*
  * Of a listener: forwarded, passed, bytes received, bytes forwarded, drops by reason, copies dropped by reason. Of a
- * downstream: packets, bytes; of LEDGER_DOWNSTREAM then 1 + the id whose counts have just been added and do not count
+ * downstream: packets, bytes; of CARRIED_FOLDED_DOWNSTREAM then 1 + the id whose counts have just been added and do not count
  * themselves any more. Of fragments: by enum fragment_count. To be added to what the maps count.
  */
-struct ledger_entry {
-	__u64 words[LEDGER_WORDS];
+struct carried_entry {
+	__u64 words[CARRIED_WORDS];
 };
 
-#define ABSORBED 64
+#define MAX_IMPORTED 64
 
 /* Whose pins these are. Version and network namespace stay where they are in all versions. */
 struct pins_about {
 	__u32 version; /* PINS_VERSION */
-	__u32 absorbed_count;
+	__u32 imported_count;
 	__u64 netns_device; /* of the network namespace, as stat(2) tells of /proc/self/ns/net */
 	__u64 netns_inode;
-	__u32 absorbed[ABSORBED]; /* programs whose counts this ledger has already */
+	__u32 imported[MAX_IMPORTED]; /* programs whose counts this ledger has already */
 };
 
 #define TRACE_ALL_LISTENERS 0xffffffff

@@ -22,10 +22,10 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1 << FIRST_LOOK_BITS);
+	__uint(max_entries, 1 << LISTENER_CACHE_BITS);
 	__type(key, __u32);
-	__type(value, struct first_look);
-} first_look SEC(".maps");
+	__type(value, struct cached_listener);
+} listener_cache SEC(".maps");
 
 /* Listener id -> its current table. Written by user space through a mapping, one atomic store a table. */
 struct {
@@ -117,7 +117,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct fragment_key);
-	__type(value, struct fragments);
+	__type(value, struct fragment_state);
 } fragments SEC(".maps");
 
 /* enum fragment_count -> fragments. Written by the program. */
@@ -133,14 +133,14 @@ struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct work);
-} at_work SEC(".maps");
+	__type(value, struct scratch);
+} scratch_buf SEC(".maps");
 
-static __always_inline struct work *current_work(void)
+static __always_inline struct scratch *current_scratch(void)
 {
 	__u32 zero = 0;
 
-	return bpf_map_lookup_elem(&at_work, &zero);
+	return bpf_map_lookup_elem(&scratch_buf, &zero);
 }
 
 /*
@@ -150,9 +150,9 @@ static __always_inline struct work *current_work(void)
  */
 static __always_inline struct packet *current_packet(void)
 {
-	struct work *work = current_work();
+	struct scratch *scratch = current_scratch();
 
-	return work ? &work->pkt : NULL;
+	return scratch ? &scratch->pkt : NULL;
 }
 
 /* Single datagrams that user space is told of. Written by the program. */
@@ -178,7 +178,7 @@ struct {
 	__uint(max_entries, 1); /* set at load */
 	__type(key, __u32);
 	__type(value, struct listener_name);
-} names SEC(".maps");
+} listener_names SEC(".maps");
 
 /* Downstream id -> 1 + the id of the listener that it counts for; 0 for nobody's. */
 struct {
@@ -187,16 +187,16 @@ struct {
 	__uint(max_entries, 1); /* set at load */
 	__type(key, __u32);
 	__type(value, __u32);
-} owners SEC(".maps");
+} stat_owners SEC(".maps");
 
 /* What was counted before: by predecessors, and under downstream ids that have been used again. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1); /* set at load */
-	__type(key, struct ledger_key);
-	__type(value, struct ledger_entry);
-} ledger SEC(".maps");
+	__type(key, struct carried_key);
+	__type(value, struct carried_entry);
+} carried_counts SEC(".maps");
 
 /* Whose pins these are. */
 struct {

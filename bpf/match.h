@@ -7,39 +7,40 @@
 #ifndef FANOUT_MATCH_H
 #define FANOUT_MATCH_H
 
-/* The place of a destination in `first_look`; src/datapath/kernel/first_look.rs computes the same. */
-static __always_inline __u32 first_look_at(const struct listener_key *dst)
+/* The place of a destination in `first_look`; src/datapath/kernel/listener_cache.rs computes the same. */
+static __always_inline __u32 cache_index(const struct listener_key *dst)
 {
-	__u32 hash = (dst->addr_be[3] + dst->port_be) * FIRST_LOOK_FACTOR;
+	__u32 hash = (dst->addr_be[3] + dst->port_be) * LISTENER_CACHE_FACTOR;
 
-	return hash >> (32 - FIRST_LOOK_BITS);
+	return hash >> (32 - LISTENER_CACHE_BITS);
 }
 
-static __always_inline bool is_for_one(const struct first_look *one, const struct listener_key *dst)
+static __always_inline bool cache_entry_matches(const struct cached_listener *entry,
+						const struct listener_key *dst)
 {
-	return same_address(one->addr_be, dst->addr_be) && one->port_be == dst->port_be;
+	return same_address(entry->addr_be, dst->addr_be) && entry->port_be == dst->port_be;
 }
 
 /* The place of a destination, and what was found there, to be read once: it may change. */
-static __always_inline const struct first_look *first_look_of(const struct listener_key *dst,
-							      __u16 *found)
+static __always_inline const struct cached_listener *cache_lookup(const struct listener_key *dst,
+								  __u16 *state)
 {
-	__u32 place = first_look_at(dst);
-	const struct first_look *look = bpf_map_lookup_elem(&first_look, &place);
+	__u32 index = cache_index(dst);
+	const struct cached_listener *entry = bpf_map_lookup_elem(&listener_cache, &index);
 
-	*found = look ? *(const volatile __u16 *)&look->found : LOOK_FURTHER;
-	return look;
+	*state = entry ? *(const volatile __u16 *)&entry->state : CACHE_COLLISION;
+	return entry;
 }
 
 /* The listener that a datagram is for, or NULL. */
-static __always_inline const struct fanout_listener *listener_of(const struct packet *pkt)
+static __always_inline const struct fanout_listener *find_listener(const struct packet *pkt)
 {
-	__u16 found;
-	const struct first_look *look = first_look_of(&pkt->dst, &found);
+	__u16 state;
+	const struct cached_listener *entry = cache_lookup(&pkt->dst, &state);
 
-	if (look && found == LOOK_ONE)
-		return is_for_one(look, &pkt->dst) ? &look->listener : NULL;
-	return found == LOOK_FURTHER ? bpf_map_lookup_elem(&listeners, &pkt->dst) : NULL;
+	if (entry && state == CACHE_SINGLE)
+		return cache_entry_matches(entry, &pkt->dst) ? &entry->listener : NULL;
+	return state == CACHE_COLLISION ? bpf_map_lookup_elem(&listeners, &pkt->dst) : NULL;
 }
 
 #endif

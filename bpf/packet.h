@@ -11,12 +11,12 @@ enum part {
 };
 
 /* What becomes of a datagram's fragments. */
-enum fragments_fate {
-	FRAGMENTS_DROPPED = 0,
-	FRAGMENTS_PASSED =
+enum fragment_verdict {
+	FRAGMENT_VERDICT_DROP = 0,
+	FRAGMENT_VERDICT_PASS =
 		1, /* left to the stack, which puts them together for whoever they are for */
-	FRAGMENTS_FORWARDED = 2, /* to one downstream */
-	FRAGMENTS_COPIED = 3, /* to every downstream */
+	FRAGMENT_VERDICT_FORWARD = 2, /* to one downstream */
+	FRAGMENT_VERDICT_COPY = 3, /* to every downstream */
 };
 
 struct packet {
@@ -29,15 +29,15 @@ struct packet {
 	__u32 ip_len; /* the longest IP packet that will leave, bytes */
 	__u8 ttl;
 	bool v6;
-	bool exotic; /* ours, but only the socket can do it justice */
-	bool group; /* sent to a multicast group */
-	bool headerless; /* begins with the IP header, with no frame around it: see l3_off() */
-	__u8 way; /* enum way: how it was delivered, for events.h */
+	bool needs_socket; /* ours, but only the socket can do it justice */
+	bool is_multicast; /* sent to a multicast group */
+	bool l3_ingress; /* begins with the IP header, with no frame around it: see l3_off() */
+	__u8 path; /* enum way: how it was delivered, for events.h */
 	__u8 part; /* enum part */
-	__u8 fate; /* enum fragments_fate, of a first fragment */
+	__u8 fragment_verdict; /* enum fragment_verdict, of a first fragment */
 	bool more; /* of a fragment: not the last */
 	__u16 offset; /* of a fragment: where it belongs, bytes */
-	__u16 here; /* bytes behind the UDP header in this packet; of a later fragment, behind the IP header */
+	__u16 data_len; /* bytes behind the UDP header in this packet; of a later fragment, behind the IP header */
 	__be32 fragment_id_be;
 	__u64 udp_header; /* of a first fragment, as it came in */
 };
@@ -50,12 +50,12 @@ static __always_inline bool same_address(const __be32 *one_be, const __be32 *oth
 }
 
 /* A packet that functions which take only numbers are at work on. */
-struct work {
+struct scratch {
 	struct packet pkt;
 	__u8 macs[12]; /* as they came in, destination first */
-	struct listener_key came_to; /* pkt.dst as it came in: each copy has another */
-	__u64 led_at; /* jiffies: when there last was a daemon, as its lease says */
-	__u64 led_until; /* that lease */
+	struct listener_key orig_dst; /* pkt.dst as it came in: each copy has another */
+	__u64 heartbeat_tick; /* jiffies: when there last was a daemon, as its lease says */
+	__u64 heartbeat_deadline; /* that lease */
 };
 
 /* Fragments of one datagram share these. */
@@ -66,16 +66,16 @@ struct fragment_key {
 };
 
 /* What is known of a datagram of which fragments have come. See fragments.h. */
-struct fragments {
-	__u64 latest; /* ns: when the last of them came */
-	__u64 first; /* the UDP header of the first; 0 before that has come */
-	__u64 seen; /* a bit for each KiB of the datagram in which one begins */
-	__u32 fresh; /* bytes that have come, repetitions left out */
-	__u32 all; /* bytes that have come */
-	__u32 end; /* the datagram's length, bytes; 0 before the last fragment has come */
-	__u32 fate; /* enum fragments_fate */
-	__u32 listener; /* its id, for FRAGMENTS_COPIED */
-	__u32 to_id; /* of the downstream, for FRAGMENTS_FORWARDED */
+struct fragment_state {
+	__u64 last_seen; /* ns: when the last of them came */
+	__u64 udp_header; /* the UDP header of the udp_header; 0 before that has come */
+	__u64 kib_seen; /* a bit for each KiB of the datagram in which one begins */
+	__u32 unique_bytes; /* bytes that have come, repetitions left out */
+	__u32 total_bytes; /* bytes that have come */
+	__u32 length; /* the datagram's length, bytes; 0 before the last fragment has come */
+	__u32 verdict; /* enum fragment_verdict */
+	__u32 listener; /* its id, for FRAGMENT_VERDICT_COPY */
+	__u32 to_id; /* of the downstream, for FRAGMENT_VERDICT_FORWARD */
 	struct listener_key to; /* its address: the id may have become another's */
 	__u32 ttl; /* of the first */
 };

@@ -23,7 +23,7 @@
 
 static __always_inline __u32 l3_off(const struct packet *pkt)
 {
-	return pkt->headerless ? 0 : L3_OFF;
+	return pkt->l3_ingress ? 0 : L3_OFF;
 }
 
 enum parse_result {
@@ -46,12 +46,12 @@ enum parse_result {
 	})
 
 /* The mark of a clone that has been sent around (replicate.h): this in the upper byte, the downstream's id below. */
-#define AROUND_MARK 0xfa000000
-#define AROUND_MASK 0xff000000
+#define REINJECT_MARK 0xfa000000
+#define REINJECT_MASK 0xff000000
 
-static __always_inline bool came_around(struct __sk_buff *skb)
+static __always_inline bool is_reinjected(struct __sk_buff *skb)
 {
-	return (CTX_FIELD(__u32, skb, mark) & AROUND_MASK) == AROUND_MARK;
+	return (CTX_FIELD(__u32, skb, mark) & REINJECT_MASK) == REINJECT_MARK;
 }
 
 static __always_inline void *frame_start(struct __sk_buff *skb)
@@ -87,7 +87,7 @@ static __always_inline __u32 ipv4_header_sum(const struct iphdr *ip)
 }
 
 /* Sources that the stack refuses as martians (RFC 1812, 5.3.7): 0/8, 127/8, multicast, broadcast. */
-static __always_inline bool ipv4_martian(__be32 addr_be)
+static __always_inline bool is_ipv4_martian(__be32 addr_be)
 {
 	__u8 first = bpf_ntohl(addr_be) >> 24;
 
@@ -95,37 +95,37 @@ static __always_inline bool ipv4_martian(__be32 addr_be)
 }
 
 /* 224.0.0.0/4 (RFC 5771). */
-static __always_inline bool ipv4_group(__be32 addr_be)
+static __always_inline bool is_ipv4_multicast(__be32 addr_be)
 {
 	return (addr_be & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000);
 }
 
 /* Not on any wire: ::, ::1, and IPv4 addresses in IPv6 notation, which here mean IPv4 (RFC 4291, 2.5.5). */
-static __always_inline bool ipv6_hidden_ipv4(const struct in6_addr *addr)
+static __always_inline bool is_non_global_ipv6(const struct in6_addr *addr)
 {
 	return !addr->in6_u.u6_addr32[0] && !addr->in6_u.u6_addr32[1];
 }
 
 /* fe80::/10: means nothing beyond its link, so that no packet with it may leave for another (RFC 4291, 2.5.6). */
-static __always_inline bool ipv6_link_local(const struct in6_addr *addr)
+static __always_inline bool is_ipv6_link_local(const struct in6_addr *addr)
 {
 	return (addr->in6_u.u6_addr32[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
-static __always_inline bool ipv6_martian(const struct in6_addr *addr)
+static __always_inline bool is_ipv6_martian(const struct in6_addr *addr)
 {
-	return ipv6_hidden_ipv4(addr) || addr->in6_u.u6_addr8[0] == 0xff;
+	return is_non_global_ipv6(addr) || addr->in6_u.u6_addr8[0] == 0xff;
 }
 
 /* Written by user space through a mapping: on most hosts there is no such link, and none needs to be asked about. */
-volatile struct links links SEC(".data.links");
+volatile struct link_flags links SEC(".data.links");
 
 /* True if user space has said that the link puts no header before its packets (tun, WireGuard). */
-static __always_inline bool comes_without_frames(struct __sk_buff *skb)
+static __always_inline bool is_l3_device(struct __sk_buff *skb)
 {
-	struct listener_key key = { .scope = KEY_HEADERLESS_LINK };
+	struct listener_key key = { .scope = KEY_L3_DEVICE };
 
-	if (!links.headerless)
+	if (!links.has_l3_device)
 		return false;
 	key.addr_be[0] = skb->ifindex;
 	return bpf_map_lookup_elem(&listeners, &key);
@@ -135,7 +135,7 @@ static __always_inline bool comes_without_frames(struct __sk_buff *skb)
  * True if the packet has no frame's header. One that does not begin with the digit of its IP version has; for the others it
  * is up to their link.
  */
-static __always_inline bool is_headerless(struct __sk_buff *skb, __u8 version)
+static __always_inline bool is_l3_ingress(struct __sk_buff *skb, __u8 version)
 {
 	__u8 *first;
 
@@ -144,25 +144,25 @@ static __always_inline bool is_headerless(struct __sk_buff *skb, __u8 version)
 	first = frame_start(skb);
 	if ((void *)(first + 1) > frame_end(skb) || *first >> 4 != version)
 		return false;
-	return comes_without_frames(skb);
+	return is_l3_device(skb);
 }
 
 /* False for frames for other hosts, which a promiscuous device lets in. Without a frame nothing is for other hosts. */
-static __always_inline bool is_for_this_host(struct __sk_buff *skb, bool headerless)
+static __always_inline bool is_for_this_host(struct __sk_buff *skb, bool l3_ingress)
 {
 	__u32 type = CTX_FIELD(__u32, skb, pkt_type);
 
-	return headerless || type == PACKET_HOST || type == PACKET_MULTICAST;
+	return l3_ingress || type == PACKET_HOST || type == PACKET_MULTICAST;
 }
 
 /*
  * True if the link-layer address, if any, is of the same sort as the IP address. A clone that comes around has the one of
  * before.
  */
-static __always_inline bool fits_its_frame(struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline bool matches_frame_type(struct __sk_buff *skb, const struct packet *pkt)
 {
-	return pkt->group == (CTX_FIELD(__u32, skb, pkt_type) == PACKET_MULTICAST) ||
-	       pkt->headerless || came_around(skb);
+	return pkt->is_multicast == (CTX_FIELD(__u32, skb, pkt_type) == PACKET_MULTICAST) ||
+	       pkt->l3_ingress || is_reinjected(skb);
 }
 
 /*
@@ -178,7 +178,7 @@ static __always_inline bool parse_fragment(struct packet *pkt, __be32 id_be, __u
 	pkt->fragment_id_be = id_be;
 	pkt->offset = offset;
 	pkt->more = more;
-	pkt->here = length;
+	pkt->data_len = length;
 	return true;
 }
 
@@ -202,11 +202,11 @@ static __always_inline enum parse_result parse_udp(struct __sk_buff *skb, struct
 	pkt->payload = udp_len - sizeof(*udp);
 	pkt->datagrams = 1;
 	if (pkt->part) {
-		pkt->here = room - sizeof(*udp);
+		pkt->data_len = room - sizeof(*udp);
 		__builtin_memcpy(&pkt->udp_header, udp, sizeof(pkt->udp_header));
 		return PARSE_OK;
 	}
-	pkt->here = pkt->payload;
+	pkt->data_len = pkt->payload;
 	pkt->ip_len -= room - udp_len;
 	if (gso_size) {
 		/* Packets from an untrusted source (a VM's virtio device) carry no count: derive it. */
@@ -236,22 +236,22 @@ static __always_inline enum parse_result pull_udp(struct __sk_buff *skb, struct 
 }
 
 /* A packet of which nothing is known yet, in place of the one before. */
-static __always_inline void begin(struct packet *pkt, bool headerless)
+static __always_inline void init_packet(struct packet *pkt, bool l3_ingress)
 {
 	__builtin_memset(pkt, 0, sizeof(*pkt));
-	pkt->headerless = headerless;
+	pkt->l3_ingress = l3_ingress;
 	pkt->dst.scope = KEY_LISTENER;
 }
 
 static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struct packet *pkt,
-						    bool headerless)
+						    bool l3_ingress)
 {
 	void *data, *data_end;
 	struct iphdr *ip;
-	__u32 l3 = headerless ? 0 : L3_OFF;
+	__u32 l3 = l3_ingress ? 0 : L3_OFF;
 	__u32 ihl, total, flags;
 
-	if (!is_for_this_host(skb, headerless))
+	if (!is_for_this_host(skb, l3_ingress))
 		return PARSE_FOREIGN;
 	/* With the UDP header at once, if the frame is not shorter: a last fragment may be. */
 	if (!pull(skb, l3 + sizeof(*ip) + sizeof(struct udphdr)) && !pull(skb, l3 + sizeof(*ip)))
@@ -265,12 +265,12 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 		return PARSE_FOREIGN;
 	ihl = ip->ihl * 4;
 	total = bpf_ntohs(ip->tot_len);
-	if (ihl < sizeof(*ip) || total < ihl || l3 + total > skb->len || ipv4_martian(ip->saddr))
+	if (ihl < sizeof(*ip) || total < ihl || l3 + total > skb->len || is_ipv4_martian(ip->saddr))
 		return PARSE_FOREIGN;
-	begin(pkt, headerless);
+	init_packet(pkt, l3_ingress);
 	/* The stack interprets options (source routes, router alert) and checks a header that has them. */
-	pkt->exotic = ihl != sizeof(*ip);
-	if (!pkt->exotic && ipv4_header_sum(ip) != 0xffff)
+	pkt->needs_socket = ihl != sizeof(*ip);
+	if (!pkt->needs_socket && ipv4_header_sum(ip) != 0xffff)
 		return PARSE_FOREIGN;
 	pkt->ttl = ip->ttl;
 	pkt->dst.addr_be[2] = bpf_htonl(0xffff);
@@ -279,8 +279,8 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 	pkt->src_be[3] = ip->saddr;
 	pkt->l4_off = l3 + ihl;
 	pkt->ip_len = total;
-	pkt->group = ipv4_group(ip->daddr);
-	if (!fits_its_frame(skb, pkt))
+	pkt->is_multicast = is_ipv4_multicast(ip->daddr);
+	if (!matches_frame_type(skb, pkt))
 		return PARSE_FOREIGN;
 	flags = bpf_ntohs(ip->frag_off);
 	if (flags & (IPV4_MORE | IPV4_OFFSET)) {
@@ -295,15 +295,15 @@ static __always_inline enum parse_result parse_ipv4(struct __sk_buff *skb, struc
 
 /* Packets with other extension headers are left to the stack, and so reach the listener's socket. */
 static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struct packet *pkt,
-						    bool headerless)
+						    bool l3_ingress)
 {
 	void *data, *data_end;
 	struct frag_hdr *fragment;
 	struct ipv6hdr *ip;
-	__u32 l3 = headerless ? 0 : L3_OFF;
+	__u32 l3 = l3_ingress ? 0 : L3_OFF;
 	__u32 length, flags;
 
-	if (!is_for_this_host(skb, headerless) || !pull(skb, l3 + sizeof(*ip) + sizeof(*fragment)))
+	if (!is_for_this_host(skb, l3_ingress) || !pull(skb, l3 + sizeof(*ip) + sizeof(*fragment)))
 		return PARSE_FOREIGN;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
@@ -312,14 +312,14 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 	if ((void *)(fragment + 1) > data_end)
 		return PARSE_FOREIGN;
 	length = bpf_ntohs(ip->payload_len);
-	if (ip->version != 6 || l3 + sizeof(*ip) + length > skb->len || ipv6_martian(&ip->saddr) ||
-	    ipv6_hidden_ipv4(&ip->daddr))
+	if (ip->version != 6 || l3 + sizeof(*ip) + length > skb->len ||
+	    is_ipv6_martian(&ip->saddr) || is_non_global_ipv6(&ip->daddr))
 		return PARSE_FOREIGN;
-	begin(pkt, headerless);
+	init_packet(pkt, l3_ingress);
 	pkt->v6 = true;
-	pkt->exotic = ipv6_link_local(&ip->saddr);
-	pkt->group = ip->daddr.in6_u.u6_addr8[0] == 0xff;
-	if (!fits_its_frame(skb, pkt))
+	pkt->needs_socket = is_ipv6_link_local(&ip->saddr);
+	pkt->is_multicast = ip->daddr.in6_u.u6_addr8[0] == 0xff;
+	if (!matches_frame_type(skb, pkt))
 		return PARSE_FOREIGN;
 	pkt->ttl = ip->hop_limit;
 	__builtin_memcpy(pkt->dst.addr_be, &ip->daddr, sizeof(pkt->dst.addr_be));
@@ -343,7 +343,7 @@ static __always_inline enum parse_result parse_ipv6(struct __sk_buff *skb, struc
 }
 
 /* A function of its own, so that what comes in frames, as most does, is looked for at constant offsets. */
-static __noinline enum parse_result parse_headerless(struct __sk_buff *skb, struct packet *pkt)
+static __noinline enum parse_result parse_l3_ingress(struct __sk_buff *skb, struct packet *pkt)
 {
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, pkt, true);
@@ -356,10 +356,10 @@ static __always_inline enum parse_result parse(struct __sk_buff *skb, struct pac
 	if (skb->vlan_present)
 		return PARSE_FOREIGN;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return is_headerless(skb, 4) ? parse_headerless(skb, pkt)
+		return is_l3_ingress(skb, 4) ? parse_l3_ingress(skb, pkt)
 					     : parse_ipv4(skb, pkt, false);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		return is_headerless(skb, 6) ? parse_headerless(skb, pkt)
+		return is_l3_ingress(skb, 6) ? parse_l3_ingress(skb, pkt)
 					     : parse_ipv6(skb, pkt, false);
 	return PARSE_FOREIGN;
 }

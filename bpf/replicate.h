@@ -15,20 +15,20 @@
  * A clone that enters this host once more. Marked, so that this program leaves it alone when it meets it again; it would
  * take a fragment for one that it has not seen.
  */
-static __always_inline int send_around(struct __sk_buff *skb, __u32 to_id)
+static __always_inline int reinject_clone(struct __sk_buff *skb, __u32 to_id)
 {
 	__u32 mark = skb->mark;
 	int err;
 
-	if (to_id & AROUND_MASK)
+	if (to_id & REINJECT_MASK)
 		return -1;
-	skb->mark = AROUND_MARK | to_id;
+	skb->mark = REINJECT_MARK | to_id;
 	err = bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	skb->mark = mark;
 	return err;
 }
 
-static __always_inline bool is_for(const struct packet *pkt, const struct downstream *to)
+static __always_inline bool is_addressed_to(const struct packet *pkt, const struct downstream *to)
 {
 	return same_address(pkt->dst.addr_be, to->addr_be) &&
 	       (pkt->dst.port_be == to->port_be || pkt->part == LATER_FRAGMENT);
@@ -38,60 +38,61 @@ static __always_inline bool is_for(const struct packet *pkt, const struct downst
  * Delivers a clone that has come around. False if the mark is someone else's, which other programs are free to use: a
  * clone of ours is on its way to the downstream that its mark names.
  */
-static __always_inline bool finish_round(struct __sk_buff *skb, struct packet *pkt, int *verdict)
+static __always_inline bool finish_reinjected(struct __sk_buff *skb, struct packet *pkt,
+					      int *verdict)
 {
-	__u32 to_id = skb->mark & ~AROUND_MASK;
+	__u32 to_id = skb->mark & ~REINJECT_MASK;
 	struct downstream *to = bpf_map_lookup_elem(&downstreams, &to_id);
 
-	if (!to || to->delivery == DELIVER_NOWHERE || !is_for(pkt, to))
+	if (!to || to->delivery == DELIVER_UNREACHABLE || !is_addressed_to(pkt, to))
 		return false;
 	skb->mark = 0;
 	/* The datagram is, but its frame may have come for a group. */
 	bpf_skb_change_type(skb, PACKET_HOST);
-	pkt->group = true;
+	pkt->is_multicast = true;
 	if (to->delivery == DELIVER_NEIGHBOUR)
-		*verdict = give_frame(skb, pkt)
-				   ? redirect_to_neighbour(skb, pkt, to->ifindex,
-							   to->next_hop_family, to->next_hop_be)
+		*verdict = add_eth_header(skb, pkt)
+				   ? redirect_via_neighbour(skb, pkt, to->ifindex,
+							    to->next_hop_family, to->next_hop_be)
 				   : TC_ACT_SHOT;
 	return true;
 }
 
 /* Where to send a clone now: what this CPU remembers, else what the kernel says. Not remembered, see above. */
-static __always_inline bool find_known(struct __sk_buff *skb, const struct packet *pkt,
-				       const struct downstream *to, const struct next_hop *known,
-				       struct next_hop *found)
+static __always_inline bool find_clone_hop(struct __sk_buff *skb, const struct packet *pkt,
+					   const struct downstream *to, const struct next_hop *hop,
+					   struct next_hop *found)
 {
-	if (fresh(known)) {
-		*found = *known;
+	if (is_fresh(hop)) {
+		*found = *hop;
 		return true;
 	}
-	look_up_only(skb, pkt, to, found);
+	resolve_next_hop(skb, pkt, to, found);
 	return found->ifindex;
 }
 
 enum copy_result {
 	COPY_SENT = 0,
-	COPY_NOT_WANTED = 1, /* not in this downstream's sample */
+	COPY_NOT_SAMPLED = 1, /* not in this downstream's sample */
 	COPY_FAILED = 2, /* counted; the next copy is not affected */
-	COPY_BROKEN = 3, /* counted; the packet is no longer whole */
+	COPY_CORRUPTED = 3, /* counted; the packet is no longer whole */
 	COPY_REDIRECTED = 4, /* sent, and the packet itself is on its way out */
 };
 
 /* The packet has become the copy for one downstream; the next rewrite begins from there. */
-static __always_inline void became_copy(struct packet *pkt, const struct downstream *to)
+static __always_inline void set_copy_dst(struct packet *pkt, const struct downstream *to)
 {
 	__builtin_memcpy(pkt->dst.addr_be, to->addr_be, sizeof(to->addr_be));
 	pkt->dst.port_be = to->port_be;
 }
 
 /* Makes the packet the copy for one downstream. Every copy is one hop older, also one that stays on this host. */
-static __always_inline bool become_copy(struct __sk_buff *skb, struct packet *pkt,
-					const struct downstream *to, const __u8 *macs)
+static __always_inline bool rewrite_copy(struct __sk_buff *skb, struct packet *pkt,
+					 const struct downstream *to, const __u8 *macs)
 {
 	if (rewrite_any(skb, pkt, to, macs, next_ttl(pkt)))
 		return false;
-	became_copy(pkt, to);
+	set_copy_dst(pkt, to);
 	return true;
 }
 
@@ -99,37 +100,37 @@ static __always_inline bool become_copy(struct __sk_buff *skb, struct packet *pk
  * A clone. One that goes around meets the kernel's look at the link-layer address again, which leaves to others what is
  * not addressed to this host: so it has the one that the packet came with, and not a downstream's.
  */
-static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct work *work,
+static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct scratch *scratch,
 						   const struct downstream *to, __u32 to_id,
-						   const struct next_hop *known)
+						   const struct next_hop *hop)
 {
-	struct packet *pkt = &work->pkt;
+	struct packet *pkt = &scratch->pkt;
 	struct next_hop found = { .ifindex = to->ifindex };
 	const __u8 *macs = NULL;
 
-	pkt->way = WAY_BARE;
+	pkt->path = PATH_L3_DEVICE;
 	if (to->delivery == DELIVER_LOCAL) {
-		pkt->way = WAY_LOCAL;
-		macs = work->macs;
-	} else if (!(to->flags & DOWNSTREAM_BARE)) {
-		pkt->way = WAY_KNOWN;
+		pkt->path = PATH_LOCAL;
+		macs = scratch->macs;
+	} else if (!(to->flags & DOWNSTREAM_L3_DEVICE)) {
+		pkt->path = PATH_KNOWN;
 		macs = found.macs;
-		if (!find_known(skb, pkt, to, known, &found)) {
-			pkt->way = WAY_NEIGHBOUR;
-			macs = work->macs;
+		if (!find_clone_hop(skb, pkt, to, hop, &found)) {
+			pkt->path = PATH_NEIGHBOUR;
+			macs = scratch->macs;
 		}
 	}
-	if (pkt->way == WAY_NEIGHBOUR && !has_redirects)
+	if (pkt->path == PATH_NEIGHBOUR && !has_redirects)
 		return COPY_FAILED;
-	if (!become_copy(skb, pkt, to, macs))
-		return COPY_BROKEN;
-	if (pkt->way == WAY_LOCAL || pkt->way == WAY_NEIGHBOUR)
-		return send_around(skb, to_id) ? COPY_FAILED : COPY_SENT;
+	if (!rewrite_copy(skb, pkt, to, macs))
+		return COPY_CORRUPTED;
+	if (pkt->path == PATH_LOCAL || pkt->path == PATH_NEIGHBOUR)
+		return reinject_clone(skb, to_id) ? COPY_FAILED : COPY_SENT;
 	return bpf_clone_redirect(skb, found.ifindex, 0) ? COPY_FAILED : COPY_SENT;
 }
 
 /* The lot that all fragments of a datagram draw for one downstream. */
-static __noinline __u32 lot_of(const struct packet *pkt, const struct downstream *to)
+static __noinline __u32 sample_hash(const struct packet *pkt, const struct downstream *to)
 {
 	__u32 hash = hash_word(hash_words4(0, pkt->src_be), pkt->fragment_id_be);
 
@@ -142,30 +143,31 @@ static __noinline __u32 lot_of(const struct packet *pkt, const struct downstream
 static __always_inline bool in_sample(const struct packet *pkt, const struct downstream *to)
 {
 	return to->sample == SAMPLE_ALL ||
-	       (pkt->part ? lot_of(pkt, to) : bpf_get_prandom_u32()) <= to->sample;
+	       (pkt->part ? sample_hash(pkt, to) : bpf_get_prandom_u32()) <= to->sample;
 }
 
-static __always_inline enum copy_result fail_copy(struct __sk_buff *skb, __u32 listener_id,
-						  const struct work *work,
-						  const struct downstream *to,
-						  enum drop_reason reason, enum copy_result result)
+static __always_inline enum copy_result
+record_copy_failure(struct __sk_buff *skb, __u32 listener_id, const struct scratch *scratch,
+		    const struct downstream *to, enum drop_reason reason, enum copy_result result)
 {
-	count_copy_dropped(listener_id, reason, &work->pkt);
-	note_drop(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPY_DROPPED, reason);
+	count_copy_dropped(listener_id, reason, &scratch->pkt);
+	trace_drop(skb, &scratch->pkt, &scratch->orig_dst, to, listener_id, EVENT_COPY_DROPPED,
+		   reason);
 	return result;
 }
 
-static __always_inline void copy_sent(struct __sk_buff *skb, __u32 listener_id,
-				      const struct work *work, const struct downstream *to,
-				      struct downstream_stats *stats)
+static __always_inline void record_copy_sent(struct __sk_buff *skb, __u32 listener_id,
+					     const struct scratch *scratch,
+					     const struct downstream *to,
+					     struct downstream_stats *stats)
 {
-	count_copy(stats, &work->pkt);
-	note(skb, &work->pkt, &work->came_to, to, listener_id, EVENT_COPIED);
+	count_copy(stats, &scratch->pkt);
+	trace_event(skb, &scratch->pkt, &scratch->orig_dst, to, listener_id, EVENT_COPIED);
 }
 
-static __always_inline enum drop_reason reason_of(enum copy_result failure)
+static __always_inline enum drop_reason copy_drop_reason(enum copy_result failure)
 {
-	return failure == COPY_BROKEN ? DROP_REWRITE_FAILED : DROP_REDIRECT_FAILED;
+	return failure == COPY_CORRUPTED ? DROP_REWRITE_FAILED : DROP_REDIRECT_FAILED;
 }
 
 /*
@@ -174,20 +176,22 @@ static __always_inline enum drop_reason reason_of(enum copy_result failure)
  */
 __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
-	struct work *work = current_work();
+	struct scratch *scratch = current_scratch();
 	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
 	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
 	enum copy_result result;
 
-	if (!work || !to || !stats || !in_sample(&work->pkt, to))
-		return COPY_NOT_WANTED;
-	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
-	result = send_clone(skb, work, to, to_id, &stats->known);
+	if (!scratch || !to || !stats || !in_sample(&scratch->pkt, to))
+		return COPY_NOT_SAMPLED;
+	if (to->delivery == DELIVER_UNREACHABLE)
+		return record_copy_failure(skb, listener_id, scratch, to, DROP_NO_ROUTE,
+					   COPY_FAILED);
+	result = send_clone(skb, scratch, to, to_id, &stats->cached_hop);
 	if (result != COPY_SENT)
-		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
-	copy_sent(skb, listener_id, work, to, stats);
+		return record_copy_failure(skb, listener_id, scratch, to, copy_drop_reason(result),
+					   result);
+	record_copy_sent(skb, listener_id, scratch, to, stats);
 	return COPY_SENT;
 }
 
@@ -195,22 +199,22 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
  * The packet itself, to a receiver on this host: around as well, like the clones of others, which it would overtake on
  * the straight way up the stack.
  */
-static __always_inline int redirect_around(struct __sk_buff *skb, struct work *work,
-					   const struct downstream *to, __u32 to_id)
+static __always_inline int reinject_last(struct __sk_buff *skb, struct scratch *scratch,
+					 const struct downstream *to, __u32 to_id)
 {
-	work->pkt.way = WAY_LOCAL;
-	if (to_id & AROUND_MASK)
+	scratch->pkt.path = PATH_LOCAL;
+	if (to_id & REINJECT_MASK)
 		return TC_ACT_SHOT;
-	if (rewrite_any(skb, &work->pkt, to, work->macs, next_ttl(&work->pkt)))
-		return NOT_REWRITTEN;
-	skb->mark = AROUND_MARK | to_id;
+	if (rewrite_any(skb, &scratch->pkt, to, scratch->macs, next_ttl(&scratch->pkt)))
+		return REWRITE_FAILED;
+	skb->mark = REINJECT_MARK | to_id;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
 /* The packet itself. A global function for the same reason. */
 __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
-	struct work *work = current_work();
+	struct scratch *scratch = current_scratch();
 	__u32 to_id = 0;
 	struct downstream *to = downstream_at(slot, &to_id);
 	struct downstream_stats *stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
@@ -218,23 +222,26 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	struct packet *pkt;
 	int verdict;
 
-	if (!work || !to || !stats || !in_sample(&work->pkt, to))
-		return COPY_NOT_WANTED;
-	pkt = &work->pkt;
-	if (to->delivery == DELIVER_NOWHERE)
-		return fail_copy(skb, listener_id, work, to, DROP_NO_ROUTE, COPY_FAILED);
-	if (to->delivery == DELIVER_NEIGHBOUR && !has_way_out(skb, pkt, to, &stats->known))
-		return fail_copy(skb, listener_id, work, to, DROP_REDIRECT_FAILED, COPY_FAILED);
+	if (!scratch || !to || !stats || !in_sample(&scratch->pkt, to))
+		return COPY_NOT_SAMPLED;
+	pkt = &scratch->pkt;
+	if (to->delivery == DELIVER_UNREACHABLE)
+		return record_copy_failure(skb, listener_id, scratch, to, DROP_NO_ROUTE,
+					   COPY_FAILED);
+	if (to->delivery == DELIVER_NEIGHBOUR && !has_egress_path(skb, pkt, to, &stats->cached_hop))
+		return record_copy_failure(skb, listener_id, scratch, to, DROP_REDIRECT_FAILED,
+					   COPY_FAILED);
 	/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
 	verdict = to->delivery == DELIVER_NEIGHBOUR
-			  ? deliver_out(skb, pkt, to, &stats->known, false)
-			  : redirect_around(skb, work, to, to_id);
+			  ? deliver_egress(skb, pkt, to, &stats->cached_hop, false)
+			  : reinject_last(skb, scratch, to, to_id);
 	if (verdict != TC_ACT_REDIRECT) {
-		result = verdict == NOT_REWRITTEN ? COPY_BROKEN : COPY_FAILED;
-		return fail_copy(skb, listener_id, work, to, reason_of(result), result);
+		result = verdict == REWRITE_FAILED ? COPY_CORRUPTED : COPY_FAILED;
+		return record_copy_failure(skb, listener_id, scratch, to, copy_drop_reason(result),
+					   result);
 	}
-	became_copy(pkt, to);
-	copy_sent(skb, listener_id, work, to, stats);
+	set_copy_dst(pkt, to);
+	record_copy_sent(skb, listener_id, scratch, to, stats);
 	return COPY_REDIRECTED;
 }
 
@@ -247,7 +254,7 @@ __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, 
 			 __u32 start)
 {
 	/* No branch depends on it, so that the verifier sees the same state every time round. */
-	__u32 seen = 0;
+	__u32 results = 0;
 	int result;
 
 	/* As the caller knows, and the verifier does not. */
@@ -257,12 +264,12 @@ __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, 
 		if (i + 1 >= slots)
 			break;
 		result = send_copy(skb, listener_id, first + (start + i) % slots);
-		seen |= 1 << (result & 7);
-		if (result == COPY_BROKEN)
-			return seen | COPY_BROKEN << 8;
+		results |= 1 << (result & 7);
+		if (result == COPY_CORRUPTED)
+			return results | COPY_CORRUPTED << 8;
 	}
 	result = send_last(skb, listener_id, first + (start + slots - 1) % slots) & 7;
-	return seen | 1 << result | result << 8;
+	return results | 1 << result | result << 8;
 }
 
 /*
@@ -272,28 +279,29 @@ __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, 
 static __always_inline bool send_copies(struct __sk_buff *skb, __u32 listener_id,
 					const struct table *table, int *verdict)
 {
-	struct work *work = current_work();
+	struct scratch *scratch = current_scratch();
 	__u32 slots = table->slots < MAX_COPIES ? table->slots : MAX_COPIES;
 	__u32 start = round_robin(table->cursor, slots);
-	int seen, last;
+	int results, last;
 
-	if (!work)
+	if (!scratch)
 		return false;
-	work->came_to = work->pkt.dst;
+	scratch->orig_dst = scratch->pkt.dst;
 	/* Also for copies that go out without, or around: the kernel takes it off again. */
-	if (!give_frame(skb, &work->pkt))
+	if (!add_eth_header(skb, &scratch->pkt))
 		return false;
-	if (bpf_skb_load_bytes(skb, 0, work->macs, sizeof(work->macs)))
+	if (bpf_skb_load_bytes(skb, 0, scratch->macs, sizeof(scratch->macs)))
 		return false;
-	seen = send_each(skb, listener_id, table->first, slots, start);
+	results = send_each(skb, listener_id, table->first, slots, start);
 	/* What is noted of the datagram is about what came in. */
-	work->pkt.dst = work->came_to;
-	work->pkt.way = WAY_NONE;
-	last = seen >> 8;
-	seen &= 0xff;
+	scratch->pkt.dst = scratch->orig_dst;
+	scratch->pkt.path = PATH_NONE;
+	last = results >> 8;
+	results &= 0xff;
 	if (last == COPY_REDIRECTED)
 		*verdict = TC_ACT_REDIRECT;
-	return seen & (1 << COPY_SENT | 1 << COPY_REDIRECTED) || seen == 1 << COPY_NOT_WANTED;
+	return results & (1 << COPY_SENT | 1 << COPY_REDIRECTED) ||
+	       results == 1 << COPY_NOT_SAMPLED;
 }
 
 #endif

@@ -26,15 +26,15 @@
  * True if the datagram may travel on. The time to live of one that was sent to a group says how far the group reaches,
  * most often not beyond its link, and nothing about a single receiver.
  */
-static __always_inline bool may_travel(const struct packet *pkt)
+static __always_inline bool may_forward(const struct packet *pkt)
 {
-	return pkt->ttl > 1 || pkt->group;
+	return pkt->ttl > 1 || pkt->is_multicast;
 }
 
 /* One hop less to live, as any router would have it (RFC 1812, 5.3.1). The caller has seen that it may travel. */
 static __always_inline __u8 next_ttl(const struct packet *pkt)
 {
-	return pkt->group ? DEFAULT_TTL : pkt->ttl - 1;
+	return pkt->is_multicast ? DEFAULT_TTL : pkt->ttl - 1;
 }
 
 /* A frame's addresses, destination first. In words, which clang would not take from bytes. */
@@ -52,25 +52,25 @@ static __always_inline bool write_macs(void *frame, const void *end, const __u8 
 }
 
 /* The checksum's new value when `sum` is the sum of the words that came and, inverted, of those that went (RFC 1624). */
-static __always_inline __u16 csum_after(__u16 check, __u32 sum)
+static __always_inline __u16 csum_replace16(__u16 check, __u32 sum)
 {
 	sum += (__u16)~check;
 	sum = (sum & 0xffff) + (sum >> 16);
 	return ~((sum & 0xffff) + (sum >> 16));
 }
 
-static __always_inline __u32 words_of(__be32 addr_be)
+static __always_inline __u32 sum_words16(__be32 addr_be)
 {
 	return (addr_be & 0xffff) + (addr_be >> 16);
 }
 
-static __always_inline void change_ipv4(struct iphdr *ip, __be32 addr_be, __u8 ttl)
+static __always_inline void write_ipv4(struct iphdr *ip, __be32 addr_be, __u8 ttl)
 {
 	/* The checksum works on 16-bit words: TTL is the high byte of the one it shares with the protocol. */
 	__u16 old = bpf_htons(ip->ttl << 8), new = bpf_htons(ttl << 8);
 
-	ip->check =
-		csum_after(ip->check, words_of(~ip->daddr) + words_of(addr_be) + (__u16)~old + new);
+	ip->check = csum_replace16(ip->check, sum_words16(~ip->daddr) + sum_words16(addr_be) +
+						      (__u16)~old + new);
 	ip->ttl = ttl;
 	ip->daddr = addr_be;
 }
@@ -118,12 +118,12 @@ static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct pack
 			return -1;
 		udp->dest = to->port_be;
 	}
-	change_ipv4(ip, to->addr_be[3], ttl);
+	write_ipv4(ip, to->addr_be[3], ttl);
 	return !macs || write_macs(data, data_end, macs) ? 0 : -1;
 }
 
 /* The difference that another address makes to a sum of 16-bit words. */
-static __always_inline __u32 difference(const __be32 *old_be, const __be32 *new_be)
+static __always_inline __u32 addr_csum_diff(const __be32 *old_be, const __be32 *new_be)
 {
 	__u64 sum = 0;
 
@@ -135,13 +135,13 @@ static __always_inline __u32 difference(const __be32 *old_be, const __be32 *new_
 }
 
 static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet *pkt,
-				      const struct downstream *to, __u32 other_address)
+				      const struct downstream *to, __u32 addr_diff)
 {
 	__u32 offset = pkt->l4_off + L4_CSUM_OFF;
 
 	if (pkt->part == LATER_FRAGMENT)
 		return true;
-	if (bpf_l4_csum_replace(skb, offset, 0, other_address, BPF_F_PSEUDO_HDR | UDP_CSUM))
+	if (bpf_l4_csum_replace(skb, offset, 0, addr_diff, BPF_F_PSEUDO_HDR | UDP_CSUM))
 		return false;
 	return csum_port(skb, pkt, to, offset);
 }
@@ -154,13 +154,13 @@ static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet
 static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
 					const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
-	__u32 other_address = difference(pkt->dst.addr_be, to->addr_be);
+	__u32 addr_diff = addr_csum_diff(pkt->dst.addr_be, to->addr_be);
 	void *data, *data_end;
 	struct udphdr *udp;
 	struct ipv6hdr *ip;
 	__u64 sum;
 
-	if (!csum_ipv6(skb, pkt, to, other_address))
+	if (!csum_ipv6(skb, pkt, to, addr_diff))
 		return -1;
 	data = frame_start(skb);
 	data_end = frame_end(skb);
@@ -174,7 +174,7 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 		udp->dest = to->port_be;
 	}
 	/* The hop limit is the low byte of its word. */
-	sum = (__u64)other_address + (__u16)~bpf_htons(ip->hop_limit) + bpf_htons(ttl);
+	sum = (__u64)addr_diff + (__u16)~bpf_htons(ip->hop_limit) + bpf_htons(ttl);
 	ip->hop_limit = ttl;
 	__builtin_memcpy(&ip->daddr, to->addr_be, sizeof(ip->daddr));
 	/* Refused where there is no such sum. */
@@ -186,17 +186,17 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
  * Puts a frame's header, yet without addresses, before a packet that has come without: it is to go out of a link that
  * wants one. On an error the packet must be dropped.
  */
-static __always_inline bool give_frame(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline bool add_eth_header(struct __sk_buff *skb, struct packet *pkt)
 {
 	__be16 protocol_be = skb->protocol;
 
-	if (!pkt->headerless)
+	if (!pkt->l3_ingress)
 		return true;
 	if (bpf_skb_change_head(skb, L3_OFF, 0) ||
 	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &protocol_be,
 				sizeof(protocol_be), 0))
 		return false;
-	pkt->headerless = false;
+	pkt->l3_ingress = false;
 	pkt->l4_off += L3_OFF;
 	return true;
 }
@@ -210,7 +210,7 @@ static __noinline int rewrite_any(struct __sk_buff *skb, const struct packet *pk
 				  const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
 	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
-	if (pkt->group && bpf_skb_change_type(skb, PACKET_HOST))
+	if (pkt->is_multicast && bpf_skb_change_type(skb, PACKET_HOST))
 		return -1;
 	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl)
 		       : rewrite_ipv4(skb, pkt, to, macs, ttl, l3_off(pkt));
@@ -220,7 +220,7 @@ static __noinline int rewrite_any(struct __sk_buff *skb, const struct packet *pk
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
 				   const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
-	if (pkt->v6 | pkt->group | pkt->part | pkt->headerless)
+	if (pkt->v6 | pkt->is_multicast | pkt->part | pkt->l3_ingress)
 		return rewrite_any(skb, pkt, to, macs, ttl);
 	return rewrite_ipv4(skb, pkt, to, macs, ttl, L3_OFF);
 }

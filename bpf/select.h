@@ -28,12 +28,12 @@ struct gelf_chunk {
 } __attribute__((packed));
 
 /* Spreads hashes evenly over the places of a table. */
-static __always_inline __u32 place_of(__u32 hash, __u32 slots)
+static __always_inline __u32 table_index(__u32 hash, __u32 slots)
 {
 	return (__u64)hash * slots >> 32;
 }
 
-static __always_inline __u32 hash_of_flow(const struct packet *pkt, __u32 policy)
+static __always_inline __u32 flow_hash(const struct packet *pkt, __u32 policy)
 {
 	__u32 hash = hash_words4(0, pkt->src_be);
 
@@ -52,7 +52,7 @@ static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const
 	struct gelf_chunk chunk;
 	__u32 words[2];
 
-	if (pkt->here < sizeof(chunk) ||
+	if (pkt->data_len < sizeof(chunk) ||
 	    bpf_skb_load_bytes(skb, pkt->l4_off + sizeof(struct udphdr), &chunk, sizeof(chunk)) ||
 	    chunk.magic_be != bpf_htons(GELF_CHUNK_MAGIC))
 		return false;
@@ -66,22 +66,22 @@ struct table {
 	__u32 first; /* slot */
 	__u32 slots;
 	__u32 policy;
-	__u32 least_mtu;
+	__u32 min_mtu;
 	__u32 *cursor;
 };
 
 /* The place in the table that the listener's policy says. */
-static __always_inline __u32 place(const struct __sk_buff *skb, const struct packet *pkt,
-				   const struct table *table)
+static __always_inline __u32 choose_index(const struct __sk_buff *skb, const struct packet *pkt,
+					  const struct table *table)
 {
 	__u32 hash;
 
 	if (table->policy == POLICY_ROUND_ROBIN)
 		return round_robin(table->cursor, table->slots);
 	if (table->policy != POLICY_GELF_MESSAGE)
-		return place_of(hash_of_flow(pkt, table->policy), table->slots);
+		return table_index(flow_hash(pkt, table->policy), table->slots);
 	if (gelf_message_hash(skb, pkt, &hash))
-		return place_of(hash, table->slots);
+		return table_index(hash, table->slots);
 	return round_robin(table->cursor, table->slots);
 }
 
@@ -89,13 +89,13 @@ static __always_inline __u32 place(const struct __sk_buff *skb, const struct pac
 static __always_inline bool read_table(struct stats *stats, const struct listener_state *state,
 				       struct table *table)
 {
-	__u64 place = *(const volatile __u64 *)&state->table;
+	__u64 choose_index = *(const volatile __u64 *)&state->table;
 
 	table->cursor = &stats->cursor;
-	table->first = place >> 32;
-	table->slots = (__u32)place;
+	table->first = choose_index >> 32;
+	table->slots = (__u32)choose_index;
 	table->policy = state->policy;
-	table->least_mtu = state->least_mtu;
+	table->min_mtu = state->min_mtu;
 	return table->slots != 0;
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`Sources`] is what the configuration says about addresses. The kernel datapath writes its [`rules`](Sources::rules)
 //! into a trie; the userspace datapath searches the [`Ranges`] that come of them. [`Meter`] is a token bucket for each
-//! sender in the form both can compute with: `bpf/admit.h` is the other half.
+//! sender in the form both can compute with: `bpf/admission.h` is the other half.
 
 use std::collections::BTreeMap;
 use std::fmt;

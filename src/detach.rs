@@ -13,7 +13,7 @@ use anyhow::{Result, bail, ensure};
 use crate::cli;
 use crate::config::{Config, PIN_PATH};
 use crate::datapath::kernel::attach::{self, PROGRAM_NAME};
-use crate::datapath::kernel::pins::{self, Left};
+use crate::datapath::kernel::pins::{self, StalePins};
 use crate::plan::LinkRef;
 
 /// What is asked for.
@@ -48,20 +48,20 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let mut text = String::new();
     for link in &links {
-        let Some(id) = attach::ours_on(link)? else { continue };
-        attach::take_off(link)?;
+        let Some(id) = attach::own_program_on(link)? else { continue };
+        attach::detach_filter(link)?;
         let id = id.map(|id| format!(" {id}")).unwrap_or_default();
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{}: removed the TC filter with program {PROGRAM_NAME}{id}", link.name);
     }
     let in_force: BTreeSet<u32> =
-        attach::all_links().iter().filter_map(|link| attach::ours_on(link).ok().flatten().flatten()).collect();
-    for left in Left::find(&options.pin_path, options.all)? {
-        for link in links.iter().filter(|link| left.holds(link.index)) {
-            left.let_go(link.index)?;
+        attach::all_links().iter().filter_map(|link| attach::own_program_on(link).ok().flatten().flatten()).collect();
+    for left in StalePins::find(&options.pin_path, options.all)? {
+        for link in links.iter().filter(|link| left.has_link(link.index)) {
+            left.detach_link(link.index)?;
             let _ = writeln!(text, "{}: removed the TCX program {PROGRAM_NAME} {}", link.name, left.id());
         }
-        if in_force.contains(&left.id()) || !options.interfaces.is_empty() && left.holds_any() {
+        if in_force.contains(&left.id()) || !options.interfaces.is_empty() && left.has_any_link() {
             continue;
         }
         let path = left.path().display().to_string();
@@ -90,7 +90,7 @@ fn chosen(options: &Options) -> Result<Vec<LinkRef>> {
 fn refuse_if_running(options: &Options, links: &[LinkRef]) -> Result<()> {
     let fix = "stop it first (`systemctl stop udp-fanout`), or give --force: it will put back what it misses";
     let served: Vec<&str> =
-        links.iter().filter(|link| attach::is_served(link)).map(|link| link.name.as_str()).collect();
+        links.iter().filter(|link| attach::is_claimed(link)).map(|link| link.name.as_str()).collect();
     if !served.is_empty() {
         bail!("a udp-fanout is running and serves {}; {fix}", served.join(", "));
     }

@@ -38,7 +38,7 @@ use self::trace::Tracing;
 use crate::config::{Config, RequestedMode};
 use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, Setup};
+use crate::datapath::kernel::{KernelDatapath, KernelSetup};
 use crate::datapath::user::UserDatapath;
 use crate::health::Health;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
@@ -308,7 +308,7 @@ impl Daemon {
 
     fn take_kernel_events(&mut self) {
         let Some(kernel) = &mut self.kernel else { return };
-        match kernel.events().take() {
+        match kernel.events().drain() {
             Ok(events) => {
                 for event in events {
                     let name = self.controller.listener_name(event.listener).unwrap_or_default();
@@ -526,11 +526,11 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     if let Err(obstacle) = tc_ebpf_support(&ability) {
         return Ok((None, Err(obstacle)));
     }
-    let setup = Setup {
+    let setup = KernelSetup {
         redirects: ability.redirect_neigh == Some(true),
         ring_buffer: ability.ring_buffer == Some(true),
         tcx: ability.tcx == Some(true),
-        ..Setup::new(&config.limits)
+        ..KernelSetup::new(&config.limits)
     };
     match KernelDatapath::open(&setup) {
         Ok(kernel) => Ok((Some(kernel), Ok(()))),

@@ -15,7 +15,7 @@ use netns_thread::{in_new_netns, ip};
 use nix::errno::Errno;
 use udp_fanout::config::{Limits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
-use udp_fanout::datapath::kernel::attach::{Attachment, Way};
+use udp_fanout::datapath::kernel::attach::{AttachMode, Attachment};
 use udp_fanout::host::programs;
 use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
@@ -602,12 +602,12 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
             max_sources: 64,
             max_senders: 1_024,
         })?;
-        let attachment = Attachment::new(datapath.program(), &eth0, Way::Clsact)?;
+        let attachment = Attachment::new(datapath.program(), &eth0, AttachMode::Clsact)?;
         assert!(attachment.in_place());
         attachment.detach()?;
         if programs::has_tcx() {
-            let attachment = Attachment::new(datapath.program(), &eth1, Way::Tcx(TcxOrder::First))?;
-            assert!(attachment.in_place() && attachment.ahead()?.is_empty());
+            let attachment = Attachment::new(datapath.program(), &eth1, AttachMode::Tcx(TcxOrder::First))?;
+            assert!(attachment.in_place() && attachment.preceding_programs()?.is_empty());
             attachment.detach()?;
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! What the kernel says: netlink datagrams about the host, and what the TC program writes to its ring buffer.
 
-use udp_fanout::datapath::kernel::events::Event;
+use udp_fanout::datapath::kernel::events::DatagramEvent;
 use udp_fanout::host::{Route, decode};
 
 /// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`, of which the same is no news a second time.
@@ -17,7 +17,7 @@ pub fn run(bytes: &[u8]) {
             assert!(!reason.is_empty());
         }
     }
-    if let Some(event) = Event::read(bytes) {
+    if let Some(event) = DatagramEvent::read(bytes) {
         assert!(event.downstream.is_none_or(|to| to.port() != 0), "{event:?}");
     }
 }

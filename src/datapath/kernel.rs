@@ -1,27 +1,30 @@
 //! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
 //!
-//! - `skel`: the compiled program and its types. `maps`: typed access. `arena`: which array entries are in use.
-//! - `first_look`: where most destinations are found. `table`: one listener's table and downstreams. `admission`: who may send.
-//! - `succession`: from one daemon to the next. `pins`: where it finds what; `books`: what was counted; `lease`: until when
-//!   the program acts without a daemon.
-//! - `attach`: interfaces. `events`: single datagrams it tells of. `quiet`: libbpf's messages.
+//! - `skel`: the compiled program, its types and its loading. `maps`: typed access to maps; `entries`: their keys and values.
+//! - `table`: listeners' tables and downstreams; `slot_allocator`: free array entries; `listener_state`: publishes tables.
+//! - `listener_cache`: fast lookup of destinations. `admission`: source rules and rate limits.
+//! - `handover`: from one daemon to the next. `pins`: the BPF file system; `counters`: what a program has counted;
+//!   `heartbeat`: how long the program acts without a daemon.
+//! - `attach`: filters and TCX programs on interfaces. `events`: single datagrams. `libbpf_log`: libbpf's messages.
 //!
 //! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
 //! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
 //! then attachment: the program never sees a listener without its table.
 
 pub mod admission;
-pub mod arena;
 pub mod attach;
-pub mod books;
+pub mod counters;
+mod entries;
 pub mod events;
-mod first_look;
-pub mod lease;
+pub mod handover;
+pub mod heartbeat;
+mod libbpf_log;
+mod listener_cache;
+mod listener_state;
 pub mod maps;
 pub mod pins;
-mod quiet;
 pub mod skel;
-pub mod succession;
+pub mod slot_allocator;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,15 +35,16 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
-use self::admission::Admissions;
-use self::attach::{Attachment, Way};
-use self::books::Maps;
-use self::events::Events;
-use self::first_look::FirstLook;
-use self::maps::{MappedArray, Mark, bytes_of, listener_key, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
-use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, Loaded, Sizes, types};
-use self::succession::Line;
-use self::table::Tables;
+use self::admission::AdmissionRules;
+use self::attach::{AttachMode, Attachment};
+use self::counters::CounterMaps;
+use self::entries::{KeyMark, listener_key};
+use self::events::EventReader;
+use self::handover::HandoverState;
+use self::listener_cache::ListenerCache;
+use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, LoadedProgram, MapSizes, types};
+use self::table::KernelTables;
 use super::{Counters, Datapath};
 use crate::config::{Attach, Limits};
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
@@ -51,33 +55,33 @@ use crate::plan::{LinkRef, ListenerPlan, Plan};
 pub struct KernelDatapath {
     // Fields are dropped in this order: off the interfaces first.
     attachments: Vec<Attachment>,
-    tables: Tables,
-    events: Events,
-    admissions: Admissions,
+    tables: KernelTables,
+    events: EventReader,
+    admissions: AdmissionRules,
     /// Destination keys in the kernel, with the listener and flags behind each.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
     /// Where the program looks for them first.
-    first_look: FirstLook,
+    listener_cache: ListenerCache,
     /// What else has a key in the kernel.
-    marks: BTreeSet<Mark>,
+    marks: BTreeSet<KeyMark>,
     /// Whether the program has to ask if a link is marked.
-    links: MappedArray<types::links>,
+    links: MappedArray<types::link_flags>,
     /// Something may run the program.
     exposed: bool,
-    loaded: Loaded,
+    loaded: LoadedProgram,
     /// What each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
     /// Those of which the kernel may have more or less than that, because it has refused something on the way.
     unfinished: BTreeSet<ListenerId>,
-    setup: Setup,
-    line: Line,
+    setup: KernelSetup,
+    handover: HandoverState,
 }
 
 /// What is fixed when the program is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Setup {
+pub struct KernelSetup {
     /// How many entries the maps get.
-    pub sizes: Sizes,
+    pub sizes: MapSizes,
     /// The kernel can find neighbours for the program (`bpf_redirect_neigh`, Linux 5.10), and hand packets straight into
     /// pods (`bpf_redirect_peer`, likewise).
     pub redirects: bool,
@@ -86,20 +90,20 @@ pub struct Setup {
     /// The kernel has lists of TCX programs (Linux 6.6).
     pub tcx: bool,
     /// How long after the latest fragment of a datagram another is waited for.
-    pub fragment_patience: Duration,
+    pub fragment_timeout: Duration,
 }
 
-impl Setup {
+impl KernelSetup {
     /// For a current kernel.
     #[must_use]
-    pub fn new(limits: &Limits) -> Setup {
-        Setup {
-            sizes: Sizes::of(limits),
+    pub fn new(limits: &Limits) -> KernelSetup {
+        KernelSetup {
+            sizes: MapSizes::of(limits),
             redirects: true,
             ring_buffer: true,
             tcx: true,
             // Fragments of one datagram follow each other closely, and its number is used again soon.
-            fragment_patience: Duration::from_secs(2),
+            fragment_timeout: Duration::from_secs(2),
         }
     }
 }
@@ -110,25 +114,25 @@ impl KernelDatapath {
     /// # Errors
     /// As for [`KernelDatapath::open`].
     pub fn new(limits: &Limits) -> Result<KernelDatapath> {
-        Self::open(&Setup::new(limits))
+        Self::open(&KernelSetup::new(limits))
     }
 
     /// Loads the program and creates its maps. Attaches nothing yet.
     ///
     /// # Errors
     /// With the kernel's reason: no privilege, a missing feature, no memory.
-    pub fn open(setup: &Setup) -> Result<KernelDatapath> {
+    pub fn open(setup: &KernelSetup) -> Result<KernelDatapath> {
         let loaded = skel::load(setup)?;
-        let tables = Tables::new(&loaded, setup.sizes)?;
-        let events = Events::new(&loaded)?;
-        let line = Line::new(&loaded)?;
+        let tables = KernelTables::new(&loaded, setup.sizes)?;
+        let events = EventReader::new(&loaded)?;
+        let handover = HandoverState::new(&loaded)?;
         Ok(KernelDatapath {
             attachments: Vec::new(),
             tables,
             events,
-            admissions: Admissions::default(),
+            admissions: AdmissionRules::default(),
             keys: BTreeMap::new(),
-            first_look: FirstLook::new(&loaded)?,
+            listener_cache: ListenerCache::new(&loaded)?,
             marks: BTreeSet::new(),
             links: MappedArray::new(&loaded.links)?,
             exposed: false,
@@ -136,7 +140,7 @@ impl KernelDatapath {
             programmed: BTreeMap::new(),
             unfinished: BTreeSet::new(),
             setup: *setup,
-            line,
+            handover,
         })
     }
 
@@ -153,7 +157,7 @@ impl KernelDatapath {
     }
 
     /// Single datagrams that the program tells of, and the switch for traces.
-    pub fn events(&mut self) -> &mut Events {
+    pub fn events(&mut self) -> &mut EventReader {
         &mut self.events
     }
 
@@ -167,9 +171,10 @@ impl KernelDatapath {
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub fn ahead(&self) -> Result<BTreeMap<String, Vec<String>>> {
-        let ahead = |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.ahead()?));
-        self.attachments.iter().map(ahead).collect()
+    pub fn preceding_programs(&self) -> Result<BTreeMap<String, Vec<String>>> {
+        let preceding =
+            |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.preceding_programs()?));
+        self.attachments.iter().map(preceding).collect()
     }
 
     /// The raw `STATS` entry of a listener, summed over CPUs: received, forwarded, dropped, passed, bytes received,
@@ -186,8 +191,8 @@ impl KernelDatapath {
         let admission = self.admissions.prepare(&self.loaded, listener)?;
         self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
         self.tables.admit(listener.id, &admission);
-        self.admissions.in_force(listener.id, admission, listener.meter);
-        books::set_name(&self.loaded, listener.id, &listener.name)
+        self.admissions.set_current(listener.id, admission, listener.meter);
+        counters::set_name(&self.loaded, listener.id, &listener.name)
     }
 
     /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
@@ -196,13 +201,13 @@ impl KernelDatapath {
     fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         // Also when the kernel has refused something on the way: what it has taken is to be found.
         let changed = self.change_keys(plan);
-        changed.and(self.show_keys())
+        changed.and(self.update_cache())
     }
 
     /// Lets the program find the destination keys as they are now.
-    fn show_keys(&mut self) -> Result<()> {
+    fn update_cache(&mut self) -> Result<()> {
         let (loaded, exposed) = (&self.loaded, self.exposed);
-        self.first_look.follow(&self.keys, || match exposed {
+        self.listener_cache.update(&self.keys, || match exposed {
             true => wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner),
             false => Ok(()),
         })
@@ -210,9 +215,9 @@ impl KernelDatapath {
 
     fn change_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
         let marks = wanted_marks(plan);
-        let headerless = |marks: &BTreeSet<Mark>| marks.iter().any(|mark| matches!(mark, Mark::Headerless(_)));
-        if headerless(&marks) {
-            self.links.write(0, types::links { headerless: 1 });
+        let has_l3_device = |marks: &BTreeSet<KeyMark>| marks.iter().any(|mark| matches!(mark, KeyMark::L3Device(_)));
+        if has_l3_device(&marks) {
+            self.links.write(0, types::link_flags { has_l3_device: 1 });
         }
         for &mark in marks.difference(&self.marks.clone()) {
             self.set_key(&mark.key(), (ListenerId(0), 0))
@@ -234,8 +239,8 @@ impl KernelDatapath {
             self.delete_key(&mark.key()).with_context(|| format!("cannot make the TC program forget {mark}"))?;
             self.marks.remove(&mark);
         }
-        if !headerless(&self.marks) {
-            self.links.write(0, types::links { headerless: 0 });
+        if !has_l3_device(&self.marks) {
+            self.links.write(0, types::link_flags { has_l3_device: 0 });
         }
         Ok(())
     }
@@ -258,23 +263,23 @@ impl KernelDatapath {
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
     fn apply_links(&mut self, plan: &[&ListenerPlan], attach: Attach) -> Result<()> {
-        let way = Way::choose(attach, self.setup.tcx)?;
+        let mode = AttachMode::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
         // One that someone has taken off goes first: it holds its interface's claim.
         self.attachments.retain(Attachment::in_place);
         for &link in &wanted {
             match self.attachments.iter_mut().find(|attachment| attachment.link() == link) {
-                None if self.line.leaves(link) => {}
+                None if self.handover.is_deferred(link) => {}
                 None => {
                     let mut attachment =
-                        Attachment::instead_of(self.line.before(), self.loaded.program.as_fd(), link, way)?;
-                    self.line.apply_to_one(&mut attachment);
+                        Attachment::replacing(self.handover.predecessors(), self.loaded.program.as_fd(), link, mode)?;
+                    self.handover.set_persistence_of(&mut attachment);
                     self.attachments.push(attachment);
                 }
-                Some(attachment) if attachment.way() != way => {
+                Some(attachment) if attachment.mode() != mode => {
                     let loaded = &self.loaded;
-                    attachment.move_to(way, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
-                    self.line.apply_to_one(attachment);
+                    attachment.move_to(mode, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
+                    self.handover.set_persistence_of(attachment);
                 }
                 Some(_) => {}
             }
@@ -284,7 +289,7 @@ impl KernelDatapath {
             .partition(|attachment| wanted.contains(attachment.link()));
         self.attachments = keep;
         gone.into_iter().try_for_each(|attachment| {
-            self.line.let_go(&attachment);
+            self.handover.unpin_link(&attachment);
             attachment.detach()
         })
     }
@@ -300,10 +305,10 @@ impl KernelDatapath {
         for address in keys.collect::<Vec<_>>() {
             self.remove_key(address)?;
         }
-        self.show_keys()?;
+        self.update_cache()?;
         for &id in ids {
             self.tables.remove(&self.loaded, id);
-            self.line.forget(&self.loaded, id)?;
+            self.handover.forget(&self.loaded, id)?;
             self.admissions.forget(id);
         }
         wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
@@ -322,9 +327,9 @@ impl KernelDatapath {
     }
 
     fn listener_counters(&self, id: ListenerId) -> Result<ListenerCounters> {
-        let mut words = books::listener_words(&Maps::of(&self.loaded), id.0)?;
-        books::add(&mut words, self.line.base(id));
-        Ok(books::listener_counters(&words))
+        let mut words = counters::listener_words(&CounterMaps::of(&self.loaded), id.0)?;
+        counters::add(&mut words, self.handover.base(id));
+        Ok(counters::listener_counters(&words))
     }
 }
 
@@ -340,14 +345,14 @@ fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)
     wanted
 }
 
-fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<Mark> {
-    let addresses = plan.iter().flat_map(|listener| &listener.match_addresses).copied().map(Mark::Address);
-    let links = plan.iter().flat_map(|listener| &listener.headerless).copied().map(Mark::Headerless);
+fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<KeyMark> {
+    let addresses = plan.iter().flat_map(|listener| &listener.match_addresses).copied().map(KeyMark::Address);
+    let links = plan.iter().flat_map(|listener| &listener.headerless).copied().map(KeyMark::L3Device);
     addresses.chain(links).collect()
 }
 
 /// True if the number has passed on to a listener that has nothing to do with the one before.
-fn is_another(before: &ListenerPlan, now: &ListenerPlan) -> bool {
+fn is_different_listener(before: &ListenerPlan, now: &ListenerPlan) -> bool {
     before.name != now.name && before.bind != now.bind
 }
 
@@ -359,7 +364,8 @@ impl Datapath for KernelDatapath {
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
         let programmed = |id| self.programmed.get(&id);
-        let others = ours.iter().filter(|now| programmed(now.id).is_some_and(|before| is_another(before, now)));
+        let others =
+            ours.iter().filter(|now| programmed(now.id).is_some_and(|before| is_different_listener(before, now)));
         let others = others.map(|listener| listener.id).collect();
         self.forget(&others)?;
         for &listener in &ours {
@@ -377,7 +383,7 @@ impl Datapath for KernelDatapath {
         let there = self.programmed.keys().chain(&self.unfinished).copied();
         let gone = there.filter(|id| !wanted.contains(id)).collect();
         self.forget(&gone)?;
-        self.admissions.sweep(&self.loaded)
+        self.admissions.delete_unused(&self.loaded)
     }
 
     fn counters(&mut self) -> Result<Counters> {
@@ -388,8 +394,8 @@ impl Datapath for KernelDatapath {
         for (key, [packets, bytes]) in self.tables.counters(&self.loaded)? {
             counters.downstreams.insert(key, DownstreamCounters { packets, bytes });
         }
-        let mut fragments = books::fragments(&self.loaded.fragment_stats)?;
-        books::add(&mut fragments, self.line.fragments());
+        let mut fragments = counters::fragments(&self.loaded.fragment_stats)?;
+        counters::add(&mut fragments, self.handover.fragments());
         let [strays, lost] = fragments;
         counters.fragments = FragmentCounters { strays, lost };
         Ok(counters)
@@ -398,8 +404,8 @@ impl Datapath for KernelDatapath {
     fn shutdown(&mut self) -> Result<()> {
         let mut first_error = Ok(());
         self.events.trace(None)?;
-        if self.line.stays() {
-            self.beat();
+        if self.handover.persists() {
+            self.renew_heartbeat();
             self.attachments.clear();
         }
         for attachment in self.attachments.drain(..) {

@@ -12,7 +12,7 @@ use super::Findings;
 use crate::config::{Config, Interfaces, ListenerConfig, RequestedMode, TcxOrder};
 use crate::controller::ModeChoice;
 use crate::controller::mode::choose as choose_mode;
-use crate::datapath::kernel::attach::{self, HANDLE, PRIORITY, PROGRAM_NAME, Way};
+use crate::datapath::kernel::attach::{self, AttachMode, HANDLE, PRIORITY, PROGRAM_NAME};
 use crate::host::ahead::{self, Place};
 use crate::host::filters::{Filter, ingress_filters};
 use crate::host::probe::Obstacle;
@@ -63,7 +63,7 @@ pub(super) fn look(
 ) {
     let running = running();
     let links = attached_links(config, choices, facts);
-    if let Err(error) = Way::choose(config.attach, programs::has_tcx())
+    if let Err(error) = AttachMode::choose(config.attach, programs::has_tcx())
         && !links.is_empty()
     {
         let text = format!("{error:#}");
@@ -94,8 +94,8 @@ pub(super) fn look(
 
 /// Where the kernel program is on a link, or where it would be if it were attached now.
 fn place(config: &Config, link: u32) -> Place {
-    match Way::choose(config.attach, programs::has_tcx()) {
-        Ok(Way::Tcx(order)) => {
+    match AttachMode::choose(config.attach, programs::has_tcx()) {
+        Ok(AttachMode::Tcx(order)) => {
             let there = programs::list(link, Hook::TcxIngress).unwrap_or_default();
             let ours = there.iter().find(|&&id| programs::name(id).as_deref() == Some(PROGRAM_NAME));
             let first = if order == TcxOrder::First { there.first() } else { None };

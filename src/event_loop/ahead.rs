@@ -15,7 +15,7 @@ impl Daemon {
             self.ahead.clear();
             return;
         };
-        match kernel.ahead() {
+        match kernel.preceding_programs() {
             Ok(ahead) => {
                 new_warnings(&self.ahead, &ahead).iter().for_each(|text| tracing::warn!("{text}"));
                 self.ahead = ahead;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::datapath::kernel::events::{Event, Fate};
+use crate::datapath::kernel::events::{DatagramEvent, DatagramOutcome};
 use crate::model::{DropReason, ListenerId};
 
 /// How long after a line no other of its sort is written.
@@ -23,37 +23,37 @@ pub(super) struct DropLog {
 struct Line {
     written: Duration,
     /// Datagrams since then that no line has been written about.
-    held_back: u64,
+    suppressed: u64,
 }
 
 impl DropLog {
     /// Notes a drop. How many like it there have been since the last line, if one is to be written now.
-    fn note(&mut self, event: &Event, reason: DropReason, copy: bool, held_back: u64) -> Option<u64> {
+    fn note(&mut self, event: &DatagramEvent, reason: DropReason, copy: bool, suppressed: u64) -> Option<u64> {
         let line = self.lines.entry((event.listener, reason, copy));
         let mut due = false;
         let line = line.or_insert_with(|| {
             due = true;
-            Line { written: event.at, held_back: 0 }
+            Line { written: event.at, suppressed: 0 }
         });
-        line.held_back += held_back;
+        line.suppressed += suppressed;
         // Events of several CPUs need not come in order.
         if !due && event.at.saturating_sub(line.written) < INTERVAL {
-            line.held_back += u64::from(event.datagrams);
+            line.suppressed += u64::from(event.datagrams);
             return None;
         }
         line.written = event.at;
-        Some(std::mem::take(&mut line.held_back))
+        Some(std::mem::take(&mut line.suppressed))
     }
 
     /// Writes what is to be written about an event; `name` is its listener's.
-    pub(super) fn write(&mut self, event: &Event, name: &str) {
-        let (reason, copy) = match event.fate {
-            Fate::Dropped(reason) => (reason, false),
-            Fate::CopyDropped(reason) => (reason, true),
-            Fate::Forwarded(_) | Fate::Passed | Fate::Copied(_) => return,
+    pub(super) fn write(&mut self, event: &DatagramEvent, name: &str) {
+        let (reason, copy) = match event.outcome {
+            DatagramOutcome::Dropped(reason) => (reason, false),
+            DatagramOutcome::CopyDropped(reason) => (reason, true),
+            DatagramOutcome::Forwarded(_) | DatagramOutcome::Passed | DatagramOutcome::Copied(_) => return,
         };
-        let Some(held_back) = event.logged else { return };
-        let Some(more) = self.note(event, reason, copy, held_back) else { return };
+        let Some(suppressed) = event.logged else { return };
+        let Some(more) = self.note(event, reason, copy, suppressed) else { return };
         let downstream = event.downstream.map(tracing::field::display);
         let what = if copy { "a copy of a datagram was dropped" } else { "a datagram was dropped" };
         let (source, destination, reason) = (event.source, event.destination, reason.label());
@@ -80,25 +80,25 @@ impl DropLog {
 mod tests {
     use super::*;
 
-    fn drop_at(millis: u64, held_back: u64) -> Event {
-        Event {
+    fn drop_at(millis: u64, suppressed: u64) -> DatagramEvent {
+        DatagramEvent {
             at: Duration::from_millis(millis),
             listener: ListenerId(1),
             source: "192.0.2.1:1".parse().unwrap(),
             destination: "192.0.2.2:2".parse().unwrap(),
             downstream: None,
-            fate: Fate::Dropped(DropReason::NoRoute),
+            outcome: DatagramOutcome::Dropped(DropReason::NoRoute),
             link: 2,
             out_link: 0,
             datagrams: 1,
             bytes: 10,
-            logged: Some(held_back),
+            logged: Some(suppressed),
             traced: false,
         }
     }
 
-    fn note(log: &mut DropLog, millis: u64, held_back: u64) -> Option<u64> {
-        log.note(&drop_at(millis, held_back), DropReason::NoRoute, false, held_back)
+    fn note(log: &mut DropLog, millis: u64, suppressed: u64) -> Option<u64> {
+        log.note(&drop_at(millis, suppressed), DropReason::NoRoute, false, suppressed)
     }
 
     #[test]
@@ -117,7 +117,7 @@ mod tests {
     fn reasons_listeners_and_copies_do_not_hold_each_other_back() {
         let mut log = DropLog::default();
         let event = drop_at(1_000, 0);
-        let other = Event { listener: ListenerId(2), ..event };
+        let other = DatagramEvent { listener: ListenerId(2), ..event };
         for (event, reason, copy) in [
             (event, DropReason::NoRoute, false),
             (event, DropReason::TtlExpired, false),

@@ -22,7 +22,7 @@ use crate::config::watch::Watch;
 use crate::config::{Config, ListenerConfig, Numbers, Source};
 use crate::control::server::Server;
 use crate::controller::Event;
-use crate::datapath::kernel::succession::Prepared;
+use crate::datapath::kernel::handover::PreparedPins;
 use crate::discovery::{Discovery, Update};
 use crate::metrics::Reloads;
 use crate::metrics::http::{self, Request};
@@ -63,7 +63,7 @@ struct Attempt {
     /// The status socket, if it is another.
     control: Option<Server>,
     /// Where the kernel program is pinned, if there is one already.
-    pins: Option<Prepared>,
+    pins: Option<PreparedPins>,
 }
 
 /// What becomes of a part.
@@ -280,7 +280,7 @@ impl Daemon {
             self.control.succeed(control);
         }
         if let (Some(kernel), Some(pins)) = (&mut self.kernel, pins) {
-            kernel.govern(&config.succession, pins);
+            kernel.configure(&config.succession, pins);
         }
         self.timers.beat = Some(Instant::now());
         self.sources.follow_names(&config, self.started.elapsed());

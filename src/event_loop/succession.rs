@@ -8,7 +8,7 @@ use mio::Registry;
 
 use super::{Daemon, take_due, watch_events};
 use crate::config::Config;
-use crate::datapath::kernel::{KernelDatapath, attach, succession};
+use crate::datapath::kernel::{KernelDatapath, attach, handover};
 
 /// Has a kernel datapath that is to be used follow the configuration's word on beginnings and ends, and watches it.
 ///
@@ -17,8 +17,8 @@ use crate::datapath::kernel::{KernelDatapath, attach, succession};
 pub(super) fn begin(kernel: &mut KernelDatapath, config: &Config, registry: &Registry) -> Result<()> {
     watch_events(kernel, registry)?;
     let prepared = kernel.prepare(&config.succession)?;
-    kernel.govern(&config.succession, prepared);
-    kernel.find_predecessors(&config.succession.pin_path)
+    kernel.configure(&config.succession, prepared);
+    kernel.find_stale_pins(&config.succession.pin_path)
 }
 
 impl Daemon {
@@ -26,10 +26,10 @@ impl Daemon {
     /// about receivers. Only now, so that there is no moment without either the old filter or what takes its place.
     pub(super) fn succeed_predecessors(&mut self) {
         let pins = &self.config.succession.pin_path;
-        attach::remove_leftovers(&self.controller.unused_links(), pins);
+        attach::remove_stale_filters(&self.controller.unused_links(), pins);
         match &mut self.kernel {
             Some(kernel) => kernel.commit(),
-            None => succession::discard(pins),
+            None => handover::remove_stale_pins(pins),
         }
         self.settle_kernel();
         self.timers.beat = Some(Instant::now());
@@ -39,7 +39,7 @@ impl Daemon {
     pub(super) fn settle_kernel(&mut self) {
         if self.serving
             && let Some(kernel) = &mut self.kernel
-            && let Err(error) = kernel.settle()
+            && let Err(error) = kernel.finish_handover()
         {
             tracing::error!("cannot take the counters of an earlier daemon over: {error:#}");
         }
@@ -48,7 +48,7 @@ impl Daemon {
     /// Where listeners wait for their receivers, a program that is there has those it had.
     pub(super) fn hold_links(&mut self) {
         if let Some(kernel) = &mut self.kernel {
-            kernel.hold(self.controller.links_in_waiting());
+            kernel.defer(self.controller.links_in_waiting());
         }
     }
 
@@ -57,8 +57,8 @@ impl Daemon {
         if take_due(&mut self.timers.beat, now)
             && let Some(kernel) = &mut self.kernel
         {
-            kernel.beat();
-            self.timers.beat = kernel.beat_interval().map(|interval| now + interval);
+            kernel.renew_heartbeat();
+            self.timers.beat = kernel.heartbeat_interval().map(|interval| now + interval);
         }
     }
 

@@ -13,7 +13,7 @@ use crate::admission::Prefix;
 use crate::control::protocol::Response;
 use crate::control::server::Answer;
 use crate::control::trace::{Traced, Watch};
-use crate::datapath::kernel::events::{Event, Fate, TraceFilter, Way};
+use crate::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
 use crate::model::Mode;
 
 /// Datagrams told of in a second.
@@ -103,7 +103,7 @@ impl Daemon {
     }
 
     /// Tells those who want to know of a datagram.
-    pub(super) fn tell_traced(&mut self, event: &Event) {
+    pub(super) fn tell_traced(&mut self, event: &DatagramEvent) {
         if self.tracing.in_force.is_none() {
             return;
         }
@@ -143,13 +143,13 @@ impl Daemon {
         }
     }
 
-    fn traced(&self, event: &Event) -> Traced {
-        let (fate, way, reason) = match event.fate {
-            Fate::Forwarded(way) => ("forwarded", way, None),
-            Fate::Passed => ("passed", Way::None, None),
-            Fate::Dropped(reason) => ("dropped", Way::None, Some(reason)),
-            Fate::Copied(way) => ("copied", way, None),
-            Fate::CopyDropped(reason) => ("copy_dropped", Way::None, Some(reason)),
+    fn traced(&self, event: &DatagramEvent) -> Traced {
+        let (fate, way, reason) = match event.outcome {
+            DatagramOutcome::Forwarded(way) => ("forwarded", way, None),
+            DatagramOutcome::Passed => ("passed", DeliveryPath::None, None),
+            DatagramOutcome::Dropped(reason) => ("dropped", DeliveryPath::None, Some(reason)),
+            DatagramOutcome::Copied(way) => ("copied", way, None),
+            DatagramOutcome::CopyDropped(reason) => ("copy_dropped", DeliveryPath::None, Some(reason)),
         };
         let link = |index: u32| {
             let known = self.controller.facts().link(index).map(|link| link.name.clone());
@@ -168,7 +168,7 @@ impl Daemon {
             downstream: event.downstream,
             name: event.downstream.and_then(name).map(|downstream| downstream.name.to_string()),
             out_interface: (event.out_link != 0).then(|| link(event.out_link)),
-            way: (way != Way::None).then(|| way.name().to_owned()),
+            way: (way != DeliveryPath::None).then(|| way.name().to_owned()),
             datagrams: event.datagrams,
             bytes: event.bytes,
         }

@@ -3,7 +3,7 @@
 //! been there before.
 
 use udp_fanout::config::Limits;
-use udp_fanout::datapath::kernel::{Setup, skel};
+use udp_fanout::datapath::kernel::{KernelSetup, skel};
 
 /// Instructions looked at: a tenth of what kernels put up with. Each takes about a microsecond, at every start.
 const INSTRUCTIONS: u32 = 100_000;
@@ -11,9 +11,9 @@ const INSTRUCTIONS: u32 = 100_000;
 /// Bytes of the deepest stack of one function.
 const STACK: u32 = 320;
 
-fn setup(redirects: bool, ring_buffer: bool) -> Setup {
+fn setup(redirects: bool, ring_buffer: bool) -> KernelSetup {
     let limits = Limits { max_listeners: 4, max_downstreams: 16, max_sources: 16, max_senders: 16 };
-    Setup { redirects, ring_buffer, ..Setup::new(&limits) }
+    KernelSetup { redirects, ring_buffer, ..KernelSetup::new(&limits) }
 }
 
 /// The number that follows these words.

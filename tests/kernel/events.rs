@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use udp_fanout::datapath::kernel::events::{Event, Fate, TraceFilter, Way};
+use udp_fanout::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
 use udp_fanout::model::{DropReason, ListenerId, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan};
 
@@ -43,8 +43,8 @@ fn loopback_up() {
     assert!(status.success());
 }
 
-fn take(program: &mut Program) -> Vec<Event> {
-    program.datapath.events().take().unwrap()
+fn take(program: &mut Program) -> Vec<DatagramEvent> {
+    program.datapath.events().drain().unwrap()
 }
 
 #[test]
@@ -56,14 +56,14 @@ fn root_the_first_drop_of_each_reason_is_told_of() {
     send(&program, SENDER, "192.0.2.1:5002");
     send(&program, SENDER, "192.0.2.1:5003");
     let events = take(&mut program);
-    let seen: Vec<_> = events.iter().map(|event| (event.listener.0, event.fate, event.downstream)).collect();
+    let seen: Vec<_> = events.iter().map(|event| (event.listener.0, event.outcome, event.downstream)).collect();
     let to = |address: &str| Some(address.parse().unwrap());
     assert_eq!(
         seen,
         [
-            (0, Fate::Dropped(DropReason::TtlExpired), to("198.51.100.7:6000")),
-            (2, Fate::Dropped(DropReason::NoRoute), to("198.51.100.8:5002")),
-            (3, Fate::Dropped(DropReason::NoDownstream), None),
+            (0, DatagramOutcome::Dropped(DropReason::TtlExpired), to("198.51.100.7:6000")),
+            (2, DatagramOutcome::Dropped(DropReason::NoRoute), to("198.51.100.8:5002")),
+            (3, DatagramOutcome::Dropped(DropReason::NoDownstream), None),
         ]
     );
     for (event, port) in events.iter().zip([5000, 5002, 5003]) {
@@ -98,7 +98,7 @@ fn root_a_failed_copy_is_told_of_apart_from_its_datagram() {
     }
     let events = take(&mut program);
     assert_eq!(events.len(), 1, "{events:?}");
-    assert_eq!(events[0].fate, Fate::CopyDropped(DropReason::NoRoute));
+    assert_eq!(events[0].outcome, DatagramOutcome::CopyDropped(DropReason::NoRoute));
     assert_eq!(events[0].destination, "192.0.2.1:5007".parse().unwrap());
     assert_eq!(events[0].downstream, Some("198.51.100.8:1".parse().unwrap()));
 }
@@ -120,17 +120,17 @@ fn root_nothing_but_drops_is_told_of_unless_traced() {
     everywhere().for_each(|(from, to)| send(&program, from, to));
     let events = take(&mut program);
     assert!(events.iter().all(|event| event.traced), "{events:?}");
-    let fates = |id: u32| -> Vec<Fate> {
-        events.iter().filter(|event| event.listener == ListenerId(id)).map(|event| event.fate).collect()
+    let fates = |id: u32| -> Vec<DatagramOutcome> {
+        events.iter().filter(|event| event.listener == ListenerId(id)).map(|event| event.outcome).collect()
     };
-    assert_eq!(fates(0), [Fate::Forwarded(Way::Neighbour)]);
-    assert_eq!(fates(1), [Fate::Forwarded(Way::Local)]);
-    assert_eq!(fates(4), [Fate::Passed]);
-    assert_eq!(fates(5), [Fate::Forwarded(Way::Neighbour)]);
-    assert_eq!(fates(6), [Fate::Forwarded(Way::Pod)]);
+    assert_eq!(fates(0), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
+    assert_eq!(fates(1), [DatagramOutcome::Forwarded(DeliveryPath::Local)]);
+    assert_eq!(fates(4), [DatagramOutcome::Passed]);
+    assert_eq!(fates(5), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
+    assert_eq!(fates(6), [DatagramOutcome::Forwarded(DeliveryPath::Pod)]);
     let copies = fates(7);
-    assert_eq!(copies.last(), Some(&Fate::Forwarded(Way::None)), "{copies:?}");
-    for copy in [Fate::CopyDropped(DropReason::NoRoute), Fate::Copied(Way::Local)] {
+    assert_eq!(copies.last(), Some(&DatagramOutcome::Forwarded(DeliveryPath::None)), "{copies:?}");
+    for copy in [DatagramOutcome::CopyDropped(DropReason::NoRoute), DatagramOutcome::Copied(DeliveryPath::Local)] {
         assert!(copies.contains(&copy), "{copies:?}");
     }
     let v6 = events.iter().find(|event| event.listener == ListenerId(5)).unwrap();

@@ -24,7 +24,7 @@ fn plan() -> Vec<ListenerPlan> {
 }
 
 fn program() -> Program {
-    Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(3600))
+    Program::load_with(plan(), |setup| setup.fragment_timeout = Duration::from_secs(3600))
 }
 
 impl Program {
@@ -194,7 +194,7 @@ fn root_no_more_than_two_datagrams_lengths_follow_one_first_fragment() {
 
 #[test]
 fn root_what_is_known_is_forgotten_after_a_while() {
-    let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::ZERO);
+    let mut program = Program::load_with(plan(), |setup| setup.fragment_timeout = Duration::ZERO);
     let frames = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     let verdicts: Vec<i32> = program.run_all(&frames).iter().map(|ran| ran.verdict).collect();
     assert_eq!(verdicts, [REDIRECT, UNSPEC, UNSPEC, UNSPEC]);
@@ -206,7 +206,7 @@ fn root_what_is_known_is_forgotten_after_a_while() {
 fn root_a_downstream_that_goes_or_moves_takes_no_fragment_to_another() {
     let one = |to: &str| vec![listener(0, "192.0.2.1:5000", vec![target(to, via("198.51.100.254", 1500))])];
     let mut program =
-        Program::load_with(one("198.51.100.7:6000"), |setup| setup.fragment_patience = Duration::from_secs(3600));
+        Program::load_with(one("198.51.100.7:6000"), |setup| setup.fragment_timeout = Duration::from_secs(3600));
     let frames = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     let first = redirected(&program.run_all(&frames[..1]));
     // Whoever has gone still gets what is his.

@@ -11,7 +11,7 @@ use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
 use udp_fanout::config::{Limits, Settings};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
-use udp_fanout::datapath::kernel::{KernelDatapath, Setup};
+use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan, Target};
 
@@ -41,7 +41,7 @@ impl Program {
     }
 
     /// As [`Program::load`], on a kernel that lacks something.
-    pub fn load_with(listeners: Vec<ListenerPlan>, change: impl FnOnce(&mut Setup)) -> Program {
+    pub fn load_with(listeners: Vec<ListenerPlan>, change: impl FnOnce(&mut KernelSetup)) -> Program {
         // The cursor is per CPU, so one history needs one CPU.
         let mut here = nix::sched::CpuSet::new();
         here.set(0).unwrap();
@@ -49,7 +49,7 @@ impl Program {
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         let limits = Limits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
-        let mut setup = Setup::new(&limits);
+        let mut setup = KernelSetup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
         let plan = Plan { listeners, ..Plan::default() };

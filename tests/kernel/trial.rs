@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
 use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
-use udp_fanout::datapath::kernel::books;
+use udp_fanout::datapath::kernel::counters;
 use udp_fanout::model::{HashOn, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, Target};
 
@@ -183,7 +183,7 @@ struct Books {
 
 impl Books {
     fn of(program: &mut Program, fragments: &MapHandle) -> Books {
-        let [strays, lost] = books::fragments(fragments).unwrap();
+        let [strays, lost] = counters::fragments(fragments).unwrap();
         let counters = program.datapath_counters().into_iter().filter(|(_, counted)| counted.packets > 0);
         let downstreams = counters.map(|((id, to), counted)| ((id.0, to), [counted.packets, counted.bytes]));
         let downstreams = downstreams.collect();
@@ -204,7 +204,7 @@ pub struct Trial {
 impl Trial {
     /// Loads the program, with memory for fragments that forgets nothing.
     pub fn begin() -> Trial {
-        let mut program = Program::load_with(plan(), |setup| setup.fragment_patience = Duration::from_secs(24 * 3600));
+        let mut program = Program::load_with(plan(), |setup| setup.fragment_timeout = Duration::from_secs(24 * 3600));
         let history = settle_rounds(&program);
         let fragments = program.map("FRAGMENT_STAT");
         let books = Books::of(&mut program, &fragments);

@@ -17,7 +17,7 @@ const CHANGES: [&str; 6] = [
     "bpf(BPF_MAP_DELETE_ELEM",
     "bpf(BPF_LINK_",
     "/program\", bpf_fd=",
-    "/lease\", bpf_fd=",
+    "/heartbeat\", bpf_fd=",
     "/about\", bpf_fd=",
 ];
 

@@ -24,7 +24,7 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
     let dumped = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(&about).output().unwrap();
     let dumped: serde_json::Value = serde_json::from_slice(&dumped.stdout).unwrap();
     let mut value: Vec<&str> = dumped[0]["value"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
-    assert_eq!(value[..4], ["0x02", "0x00", "0x00", "0x00"]);
+    assert_eq!(value[..4], ["0x03", "0x00", "0x00", "0x00"]);
     value[0] = "0x63";
     let mut arguments = vec!["map", "update", "pinned", about.to_str().unwrap(), "key", "0", "0", "0", "0", "value"];
     arguments.extend(value);
@@ -33,17 +33,17 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
 
     let mut daemon = start(&lab, &config);
     let warning = daemon.wait_for_logged("counters begin at zero").unwrap();
-    assert!(warning.contains("they are of version 99, and this one knows 2"), "{warning}");
+    assert!(warning.contains("they are of version 99, and this one knows 2 to 3"), "{warning}");
     exchange(&lab, 300);
     assert_eq!(counted(&lab, &daemon), (300, 300, 300));
     assert_eq!(pins.programs().len(), 1);
 
     // Half of them gone, as if the one who made them had been killed meanwhile.
     end(daemon, Signal::SIGKILL);
-    fs::remove_file(pins.programs()[0].join("owners")).unwrap();
+    fs::remove_file(pins.programs()[0].join("stat_owners")).unwrap();
     let mut daemon = start(&lab, &config);
     let warning = daemon.wait_for_logged("counters begin at zero").unwrap();
-    assert!(warning.contains("owners is missing"), "{warning}");
+    assert!(warning.contains("stat_owners is missing"), "{warning}");
     exchange(&lab, 300);
     assert_eq!(counted(&lab, &daemon), (300, 300, 300));
     end(daemon, Signal::SIGTERM);

@@ -11,8 +11,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
-use super::maps::{bytes_of, mapped_words, wait_for_readers};
-use super::skel::{Loaded, SOURCE_ALLOWED, SOURCE_DENIED, types};
+use super::entries::mapped_words;
+use super::listener_state::ListenerAdmission;
+use super::maps::{bytes_of, wait_for_readers};
+use super::skel::{LoadedProgram, SOURCE_ALLOWED, SOURCE_DENIED, types};
 use crate::admission::{Meter, Prefix, Sources, Verdict};
 use crate::model::ListenerId;
 use crate::plan::ListenerPlan;
@@ -22,44 +24,29 @@ const NUMBER_BITS: u32 = 32;
 /// What a v4-mapped address begins with, in bits.
 const MAPPED_BITS: u32 = 96;
 
-/// What a listener's state says about admission. Zeros let everybody in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Admission {
-    /// The number of its rules; 0 for none.
-    pub rules: u32,
-    /// The number of its buckets; 0 for none.
-    pub meter: u32,
-    /// A datagram's cost.
-    pub interval: u64,
-    /// What a bucket holds.
-    pub depth: u64,
-    /// The bits of an address that tell senders apart.
-    pub sender_mask_be: [u32; 4],
-}
-
 /// What is in the kernel, and under which number.
 #[derive(Debug, Default)]
-pub struct Admissions {
+pub struct AdmissionRules {
     rules: BTreeMap<u32, Arc<Sources>>,
-    in_force: BTreeMap<ListenerId, (Admission, Option<Meter>)>,
+    current: BTreeMap<ListenerId, (ListenerAdmission, Option<Meter>)>,
     last_number: u32,
 }
 
-impl Admissions {
+impl AdmissionRules {
     /// Writes the listener's rules, unless they are there already. They are in force once the listener's state says
-    /// what this returns and [`Admissions::in_force`] has been told.
+    /// what this returns and [`AdmissionRules::set_current`] has been told.
     ///
     /// # Errors
     /// When there is no room; nothing has changed then.
-    pub fn prepare(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<Admission> {
-        let rules = self.enter(loaded, &plan.sources)?;
-        let Some(meter) = plan.meter else { return Ok(Admission { rules, ..Admission::default() }) };
-        let number = match self.in_force.get(&plan.id) {
+    pub fn prepare(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan) -> Result<ListenerAdmission> {
+        let rules = self.store_rules(loaded, &plan.sources)?;
+        let Some(meter) = plan.meter else { return Ok(ListenerAdmission { rules, ..ListenerAdmission::default() }) };
+        let number = match self.current.get(&plan.id) {
             Some((before, Some(same))) if *same == meter => before.meter,
             // New buckets, all full: those of another rate would not be comparable.
             _ => self.next_number(),
         };
-        Ok(Admission {
+        Ok(ListenerAdmission {
             rules,
             meter: number,
             interval: meter.interval,
@@ -69,21 +56,21 @@ impl Admissions {
     }
 
     /// Notes what a listener's state says from now on.
-    pub fn in_force(&mut self, id: ListenerId, admission: Admission, meter: Option<Meter>) {
-        self.in_force.insert(id, (admission, meter));
+    pub fn set_current(&mut self, id: ListenerId, admission: ListenerAdmission, meter: Option<Meter>) {
+        self.current.insert(id, (admission, meter));
     }
 
     /// Notes that a listener's state says nothing any more.
     pub fn forget(&mut self, id: ListenerId) {
-        self.in_force.remove(&id);
+        self.current.remove(&id);
     }
 
     /// Deletes the rules that no listener's state names, once no CPU is still reading them.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn sweep(&mut self, loaded: &Loaded) -> Result<()> {
-        let named = |number: &u32| self.in_force.values().any(|(admission, _)| admission.rules == *number);
+    pub fn delete_unused(&mut self, loaded: &LoadedProgram) -> Result<()> {
+        let named = |number: &u32| self.current.values().any(|(admission, _)| admission.rules == *number);
         let unused: Vec<u32> = self.rules.keys().filter(|number| !named(number)).copied().collect();
         if unused.is_empty() {
             return Ok(());
@@ -98,7 +85,7 @@ impl Admissions {
     }
 
     /// The number of these rules, after they have been written.
-    fn enter(&mut self, loaded: &Loaded, sources: &Arc<Sources>) -> Result<u32> {
+    fn store_rules(&mut self, loaded: &LoadedProgram, sources: &Arc<Sources>) -> Result<u32> {
         if sources.is_open() {
             return Ok(0);
         }
@@ -146,7 +133,7 @@ fn key(number: u32, prefix: Prefix) -> types::source_key {
 }
 
 /// Deletes what is there of a set of rules that nobody reads. What cannot be deleted takes up room and does no harm.
-fn delete(loaded: &Loaded, number: u32, sources: &Sources) {
+fn delete(loaded: &LoadedProgram, number: u32, sources: &Sources) {
     for (key, _) in entries(number, sources) {
         let _ = loaded.sources.delete(bytes_of(&key));
     }

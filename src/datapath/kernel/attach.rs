@@ -1,6 +1,6 @@
 //! Puts the program on interfaces and takes it off again.
 //!
-//! By one of two ways, see [`Way`]. A `clsact` filter has a fixed handle and priority, so that `tc filter show dev eth0
+//! By one of two ways, see [`AttachMode`]. A `clsact` filter has a fixed handle and priority, so that `tc filter show dev eth0
 //! ingress` always prints it the same way and a daemon that died can be cleaned up after. Only that filter is ever touched:
 //! a `clsact` qdisc is shared with other programs, is never removed here, and costs nothing while empty. A TCX program
 //! (`tcx`) goes with the daemon.
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
 use self::tcx::TcxLink;
-use super::pins::{self, Left};
+use super::pins::{self, StalePins};
 use crate::config::{Attach, AttachHook, TcxOrder};
 use crate::host::ahead::{self, FilterPlace, Place};
 use crate::host::filters::{BpfFilter, ingress_bpf_filters};
@@ -37,27 +37,27 @@ pub const FILTER: Place = Place::Filter(FilterPlace { priority: PRIORITY, handle
 
 /// How the program is attached to an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum AttachMode {
     /// As a filter of `clsact`.
     Clsact,
     /// As a TCX program.
     Tcx(TcxOrder),
 }
 
-impl Way {
+impl AttachMode {
     /// What a configuration means on this host, where the kernel has TCX or not.
     ///
     /// # Errors
     /// When it asks for TCX and the kernel has none.
-    pub fn choose(wanted: Attach, has_tcx: bool) -> Result<Way> {
+    pub fn choose(wanted: Attach, has_tcx: bool) -> Result<AttachMode> {
         match wanted.hook {
-            AttachHook::Clsact => Ok(Way::Clsact),
+            AttachHook::Clsact => Ok(AttachMode::Clsact),
             AttachHook::Tcx if !has_tcx => bail!(
                 "attach = \"tcx\" needs Linux 6.6, with CONFIG_NET_XGRESS; set attach = \"clsact\", or \"auto\" to take what \
                  there is"
             ),
-            AttachHook::Auto if !has_tcx => Ok(Way::Clsact),
-            AttachHook::Tcx | AttachHook::Auto => Ok(Way::Tcx(wanted.order)),
+            AttachHook::Auto if !has_tcx => Ok(AttachMode::Clsact),
+            AttachHook::Tcx | AttachHook::Auto => Ok(AttachMode::Tcx(wanted.order)),
         }
     }
 }
@@ -68,12 +68,12 @@ pub struct Attachment {
     link: LinkRef,
     program: OwnedFd,
     program_id: u32,
-    way: Way,
+    mode: AttachMode,
     /// Whether our filter is on the interface, as far as we have seen to it.
     filter: bool,
     tcx: Option<TcxLink>,
     /// It outlives this value.
-    stays: bool,
+    persistent: bool,
     /// The program whose filter was there before, which gets its place back while there is a way back.
     before: Option<OwnedFd>,
     /// Held while this daemon serves the interface, so that a second one does not take it over unnoticed.
@@ -85,8 +85,8 @@ impl Attachment {
     ///
     /// # Errors
     /// When another live daemon serves the interface, when a foreign filter has our place, or with the kernel's reason.
-    pub fn new(program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
-        Self::instead_of(&[], program, link, way)
+    pub fn new(program: BorrowedFd<'_>, link: &LinkRef, mode: AttachMode) -> Result<Attachment> {
+        Self::replacing(&[], program, link, mode)
     }
 
     /// Likewise, and gives the place of the filter back to the one of these programs that had it, if it is dropped before
@@ -94,32 +94,37 @@ impl Attachment {
     ///
     /// # Errors
     /// As for [`Attachment::new`].
-    pub fn instead_of(before: &[Left], program: BorrowedFd<'_>, link: &LinkRef, way: Way) -> Result<Attachment> {
+    pub fn replacing(
+        before: &[StalePins],
+        program: BorrowedFd<'_>,
+        link: &LinkRef,
+        mode: AttachMode,
+    ) -> Result<Attachment> {
         let claim = claim(link)?;
         let program = program.try_clone_to_owned().context("cannot keep the program's file descriptor")?;
         let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
-        let id = occupant(link)?.and_then(|(_, id)| id);
+        let id = installed_filter(link)?.and_then(|(_, id)| id);
         let left = before.iter().find(|left| Some(left.id()) == id);
-        let before = left.and_then(Left::program).map(|before| before.try_clone_to_owned()).transpose();
+        let before = left.and_then(StalePins::program).map(|before| before.try_clone_to_owned()).transpose();
         let mut attachment = Attachment {
             link: link.clone(),
             program,
             program_id,
-            way,
+            mode,
             filter: false,
             tcx: None,
-            stays: false,
+            persistent: false,
             before: before.context("cannot keep a program")?,
             _claim: claim,
         };
-        attachment.hang(way)?;
-        match way {
-            Way::Clsact => tracing::info!(interface = link.name, "attached TC eBPF program to ingress"),
-            Way::Tcx(_) => {
+        attachment.attach_hook(mode)?;
+        match mode {
+            AttachMode::Clsact => tracing::info!(interface = link.name, "attached TC eBPF program to ingress"),
+            AttachMode::Tcx(_) => {
                 tracing::info!(interface = link.name, hook = "tcx", "attached TC eBPF program to ingress");
                 // One that may get its place back goes later: behind ours it is left nothing that ours has seen.
                 if left.is_none() {
-                    attachment.replace_leftover();
+                    attachment.replace_stale_filter();
                 }
             }
         }
@@ -133,8 +138,8 @@ impl Attachment {
     }
 
     /// Whether it outlives this value. A TCX program does only if its link is pinned: see [`Attachment::tcx_link`].
-    pub fn stay(&mut self, stays: bool) {
-        self.stays = stays;
+    pub fn set_persistent(&mut self, persistent: bool) {
+        self.persistent = persistent;
     }
 
     /// There is no way back: the program that was there before is forgotten.
@@ -150,39 +155,39 @@ impl Attachment {
 
     /// How the program is attached.
     #[must_use]
-    pub fn way(&self) -> Way {
-        self.way
+    pub fn mode(&self) -> AttachMode {
+        self.mode
     }
 
     /// True while the program on the interface is the one that was attached here. Also while that cannot be found out for
     /// lack of descriptors, which is no reason to believe anything else.
     #[must_use]
     pub fn in_place(&self) -> bool {
-        match self.way {
-            Way::Clsact => self.filter_in_place(),
-            Way::Tcx(_) => self.tcx.as_ref().is_some_and(TcxLink::in_place),
+        match self.mode {
+            AttachMode::Clsact => self.filter_in_place(),
+            AttachMode::Tcx(_) => self.tcx.as_ref().is_some_and(TcxLink::in_place),
         }
     }
 
     /// Attaches another way, and takes the program off where it was. There is no moment at which it is nowhere.
     ///
-    /// `settle` waits until no CPU is still at a packet that came in before it was called.
+    /// `wait` waits until no CPU is still at a packet that came in before it was called.
     ///
     /// # Errors
     /// As for [`Attachment::new`]; the program then stays where it was.
-    pub fn move_to(&mut self, way: Way, settle: &dyn Fn() -> Result<()>) -> Result<()> {
-        if let (Way::Tcx(_), Way::Tcx(_)) = (self.way, way) {
+    pub fn move_to(&mut self, mode: AttachMode, wait: &dyn Fn() -> Result<()>) -> Result<()> {
+        if let (AttachMode::Tcx(_), AttachMode::Tcx(_)) = (self.mode, mode) {
             // It cannot have two places in one list, so it waits at the other hook.
-            self.move_to(Way::Clsact, settle)?;
+            self.move_to(AttachMode::Clsact, wait)?;
         }
-        self.hang(way)?;
-        settle()?;
-        match way {
-            Way::Clsact => self.take_off_tcx()?,
-            Way::Tcx(_) => self.take_off_filter()?,
+        self.attach_hook(mode)?;
+        wait()?;
+        match mode {
+            AttachMode::Clsact => self.remove_tcx()?,
+            AttachMode::Tcx(_) => self.remove_filter()?,
         }
-        self.way = way;
-        tracing::info!(interface = self.link.name, ?way, "attached TC eBPF program to ingress another way");
+        self.mode = mode;
+        tracing::info!(interface = self.link.name, ?mode, "attached TC eBPF program to ingress another way");
         Ok(())
     }
 
@@ -190,10 +195,10 @@ impl Attachment {
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub fn ahead(&self) -> Result<Vec<String>> {
-        let place = match self.way {
-            Way::Clsact => FILTER,
-            Way::Tcx(_) => Place::Tcx { program: Some(self.program_id) },
+    pub fn preceding_programs(&self) -> Result<Vec<String>> {
+        let place = match self.mode {
+            AttachMode::Clsact => FILTER,
+            AttachMode::Tcx(_) => Place::Tcx { program: Some(self.program_id) },
         };
         ahead::of(self.link.index, place)
     }
@@ -207,20 +212,20 @@ impl Attachment {
     }
 
     /// Attaches, beside what is attached already.
-    fn hang(&mut self, way: Way) -> Result<()> {
+    fn attach_hook(&mut self, mode: AttachMode) -> Result<()> {
         let link = &self.link;
-        match way {
-            Way::Clsact => {
+        match mode {
+            AttachMode::Clsact => {
                 let mut hook = hook(self.program.as_fd(), link.index)?;
                 hook.create().map_err(|error| explain(error, link))?;
-                if let Some((occupant, _)) = occupant(link)?
-                    && occupant != PROGRAM_NAME
+                if let Some((installed, _)) = installed_filter(link)?
+                    && installed != PROGRAM_NAME
                 {
                     bail!(
                         "interface {}: the filter at pref {PRIORITY} handle {HANDLE:#x} is another program's ({}); remove it \
                          with `tc filter del dev {} ingress pref {PRIORITY} handle {HANDLE:#x} bpf` if it is not needed",
                         link.name,
-                        occupant,
+                        installed,
                         link.name
                     );
                 }
@@ -228,8 +233,8 @@ impl Attachment {
                 self.filter = true;
             }
             // From an attempt to move that has failed half-way.
-            Way::Tcx(_) if self.tcx.as_ref().is_some_and(TcxLink::in_place) => {}
-            Way::Tcx(order) => {
+            AttachMode::Tcx(_) if self.tcx.as_ref().is_some_and(TcxLink::in_place) => {}
+            AttachMode::Tcx(order) => {
                 let tcx = TcxLink::new(self.program.as_fd(), link.index, order)
                     .map_err(|error| explain(libbpf_rs::Error::from(error), link))?;
                 self.tcx = Some(tcx);
@@ -240,9 +245,9 @@ impl Attachment {
 
     /// Takes off the filter that a daemon which died has left on an interface where ours is no filter. It would take
     /// nothing of ours, but what our program leaves to others.
-    fn replace_leftover(&self) {
-        if ours_on(&self.link).is_ok_and(|program| program.is_some()) {
-            take_off_leftover(self.program.as_fd(), &self.link);
+    fn replace_stale_filter(&self) {
+        if own_program_on(&self.link).is_ok_and(|program| program.is_some()) {
+            remove_stale_filter(self.program.as_fd(), &self.link);
         }
     }
 
@@ -254,7 +259,7 @@ impl Attachment {
         }
     }
 
-    fn take_off_filter(&mut self) -> Result<()> {
+    fn remove_filter(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.filter) || !self.filter_in_place() {
             return Ok(());
         }
@@ -270,7 +275,7 @@ impl Attachment {
             .with_context(|| format!("cannot detach the TC program from {}", self.link.name))
     }
 
-    fn take_off_tcx(&mut self) -> Result<()> {
+    fn remove_tcx(&mut self) -> Result<()> {
         let Some(tcx) = self.tcx.take() else { return Ok(()) };
         tcx.detach().with_context(|| format!("cannot detach the TCX program from {}", self.link.name))
     }
@@ -280,7 +285,7 @@ impl Attachment {
             return Ok(());
         }
         let there = self.in_place();
-        let (filter, tcx) = (self.take_off_filter(), self.take_off_tcx());
+        let (filter, tcx) = (self.remove_filter(), self.remove_tcx());
         filter.and(tcx)?;
         if there {
             tracing::info!(interface = self.link.name, "detached TC eBPF program from ingress");
@@ -292,7 +297,7 @@ impl Attachment {
 impl Drop for Attachment {
     fn drop(&mut self) {
         let attached = self.filter || self.tcx.is_some();
-        if self.stays && attached {
+        if self.persistent && attached {
             if self.in_place() {
                 tracing::info!(interface = self.link.name, "the TC eBPF program stays in force without a daemon");
             }
@@ -307,23 +312,23 @@ impl Drop for Attachment {
 ///
 /// Those of daemons that have their pins beside ours, not in the same directory, are left alone too. Where it takes more
 /// privilege than there is, a warning tells the operator what to do.
-pub fn remove_leftovers<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_path: &Path) {
-    super::quiet::route_libbpf_messages();
+pub fn remove_stale_filters<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_path: &Path) {
+    super::libbpf_log::route_libbpf_messages();
     // Neither asking nor taking off looks at the program's descriptor: any will do.
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
-        let Ok(Some((name, id))) = occupant(link) else { continue };
-        if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_kept_elsewhere(pin_path, id)) {
+        let Ok(Some((name, id))) = installed_filter(link) else { continue };
+        if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_pinned_elsewhere(pin_path, id)) {
             continue;
         }
         // A living daemon holds its own.
         let Ok(_claim) = claim(link) else { continue };
-        take_off_leftover(any.as_fd(), link);
+        remove_stale_filter(any.as_fd(), link);
     }
 }
 
 /// Takes off a filter of ours whose daemon has died. `any` may be any descriptor.
-fn take_off_leftover(any: BorrowedFd<'_>, link: &LinkRef) {
+fn remove_stale_filter(any: BorrowedFd<'_>, link: &LinkRef) {
     let Ok(mut hook) = hook(any, link.index) else { return };
     match hook.detach() {
         Ok(()) => {
@@ -339,11 +344,11 @@ fn take_off_leftover(any: BorrowedFd<'_>, link: &LinkRef) {
 }
 
 /// Takes the filters of these programs off wherever they are in this network namespace.
-pub fn remove_programs(ids: &[u32]) {
+pub fn detach_programs(ids: &[u32]) {
     for link in all_links() {
         let theirs = |(_, id): &(String, Option<u32>)| id.is_some_and(|id| ids.contains(&id));
-        if occupant(&link).is_ok_and(|occupant| occupant.as_ref().is_some_and(theirs))
-            && let Err(error) = take_off(&link)
+        if installed_filter(&link).is_ok_and(|installed| installed.as_ref().is_some_and(theirs))
+            && let Err(error) = detach_filter(&link)
         {
             tracing::warn!("{error:#}");
         }
@@ -354,8 +359,8 @@ pub fn remove_programs(ids: &[u32]) {
 ///
 /// # Errors
 /// With the kernel's reason.
-pub fn take_off(link: &LinkRef) -> Result<()> {
-    super::quiet::route_libbpf_messages();
+pub fn detach_filter(link: &LinkRef) -> Result<()> {
+    super::libbpf_log::route_libbpf_messages();
     // The kernel does not look at the program's descriptor: any will do.
     let any = UnixDatagram::unbound().context("cannot open a socket")?;
     let detached = hook(any.as_fd(), link.index)?.detach();
@@ -366,19 +371,19 @@ pub fn take_off(link: &LinkRef) -> Result<()> {
 ///
 /// # Errors
 /// When the kernel cannot be asked.
-pub fn ours_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
-    Ok(occupant(link)?.filter(|(name, _)| name == PROGRAM_NAME).map(|(_, id)| id))
+pub fn own_program_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
+    Ok(installed_filter(link)?.filter(|(name, _)| name == PROGRAM_NAME).map(|(_, id)| id))
 }
 
 /// True if a filter of ours is there, and no living daemon's.
 #[must_use]
-pub fn is_left_behind(link: &LinkRef) -> bool {
-    ours_on(link).is_ok_and(|program| program.is_some()) && !is_served(link)
+pub fn has_stale_filter(link: &LinkRef) -> bool {
+    own_program_on(link).is_ok_and(|program| program.is_some()) && !is_claimed(link)
 }
 
 /// True if a living daemon of this network namespace serves the interface.
 #[must_use]
-pub fn is_served(link: &LinkRef) -> bool {
+pub fn is_claimed(link: &LinkRef) -> bool {
     claim(link).is_err()
 }
 
@@ -401,7 +406,7 @@ fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
 
 /// The name and id of the program whose filter is in our place on an interface, if there is one. libbpf names a filter
 /// after its program and adds the program's id in brackets.
-fn occupant(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
+fn installed_filter(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
     let in_our_place = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
     let program = |filter: BpfFilter| match filter.name.split_once(":[") {

@@ -1,7 +1,7 @@
 //! Single datagrams that the program tells of: the first drop of each reason for a while, for the log, and what becomes
 //! of datagrams that somebody traces.
 //!
-//! The program writes [`Event`]s to a ring buffer (`bpf/events.h`) whose descriptor becomes readable; [`Events::take`]
+//! The program writes [`DatagramEvent`]s to a ring buffer (`bpf/events.h`) whose descriptor becomes readable; [`EventReader::drain`]
 //! empties it. Tracing is switched on and off with a store into memory shared with the program, and costs nothing
 //! while off. Kernels before 5.8 have no ring buffers and tell nothing; the counters are kept all the same.
 
@@ -15,8 +15,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 
-use super::maps::{MappedArray, address_of, mapped_words};
-use super::skel::{Loaded, types};
+use super::entries::{address_of, mapped_words};
+use super::maps::MappedArray;
+use super::skel::{LoadedProgram, types};
 use crate::model::{DropReason, ListenerId};
 
 /// `EVENT_LOGGED`.
@@ -28,7 +29,7 @@ const ALL_LISTENERS: u32 = u32::MAX;
 
 /// What has become of one datagram (or super-packet), or of one copy of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Event {
+pub struct DatagramEvent {
     /// When, by `CLOCK_MONOTONIC`.
     pub at: Duration,
     /// The listener whose it was.
@@ -40,7 +41,7 @@ pub struct Event {
     /// The downstream chosen for it, if one had been.
     pub downstream: Option<SocketAddr>,
     /// What has become of it.
-    pub fate: Fate,
+    pub outcome: DatagramOutcome,
     /// Index of the interface it came in by.
     pub link: u32,
     /// Index of the interface that leads to the downstream; 0 for none.
@@ -58,22 +59,22 @@ pub struct Event {
 
 /// What has become of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub enum DatagramOutcome {
     /// Handed to the downstream.
-    Forwarded(Way),
+    Forwarded(DeliveryPath),
     /// Left to the listener's socket.
     Passed,
     /// Dropped.
     Dropped(DropReason),
     /// One copy of a replicated datagram has been handed to the downstream.
-    Copied(Way),
+    Copied(DeliveryPath),
     /// One copy of a replicated datagram has been dropped.
     CopyDropped(DropReason),
 }
 
 /// How a datagram is delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum DeliveryPath {
     /// Not at all, or to all downstreams, each in its own way.
     None,
     /// Up this host's own stack.
@@ -85,23 +86,30 @@ pub enum Way {
     /// Straight into another namespace.
     Pod,
     /// Out of a link without link-layer addresses.
-    Bare,
+    L3Device,
 }
 
-impl Way {
-    /// `enum way` of `bpf/fanout_abi.h`, in its order.
-    pub const ALL: [Way; 6] = [Way::None, Way::Local, Way::Neighbour, Way::Known, Way::Pod, Way::Bare];
+impl DeliveryPath {
+    /// `enum delivery_path` of `bpf/fanout_abi.h`, in its order.
+    pub const ALL: [DeliveryPath; 6] = [
+        DeliveryPath::None,
+        DeliveryPath::Local,
+        DeliveryPath::Neighbour,
+        DeliveryPath::Known,
+        DeliveryPath::Pod,
+        DeliveryPath::L3Device,
+    ];
 
     /// A word for traces.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Way::None => "none",
-            Way::Local => "local",
-            Way::Neighbour => "neighbour",
-            Way::Known => "known",
-            Way::Pod => "pod",
-            Way::Bare => "bare",
+            DeliveryPath::None => "none",
+            DeliveryPath::Local => "local",
+            DeliveryPath::Neighbour => "neighbour",
+            DeliveryPath::Known => "known",
+            DeliveryPath::Pod => "pod",
+            DeliveryPath::L3Device => "bare",
         }
     }
 }
@@ -117,28 +125,28 @@ pub struct TraceFilter {
 }
 
 /// The receiving end.
-pub struct Events {
+pub struct EventReader {
     trace: MappedArray<types::trace_control>,
-    ring: Option<Ring>,
+    ring: Option<EventRing>,
 }
 
-struct Ring {
+struct EventRing {
     ring: RingBuffer<'static>,
-    received: Receiver<Option<Event>>,
+    received: Receiver<Option<DatagramEvent>>,
 }
 
-impl std::fmt::Debug for Events {
+impl std::fmt::Debug for EventReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Events").field("ring", &self.ring.is_some()).finish_non_exhaustive()
     }
 }
 
-impl Events {
+impl EventReader {
     /// Opens the ring buffer, if the program has one.
     ///
     /// # Errors
     /// When the kernel refuses to map it.
-    pub fn new(loaded: &Loaded) -> Result<Events> {
+    pub fn new(loaded: &LoadedProgram) -> Result<EventReader> {
         let trace = MappedArray::new(&loaded.trace)?;
         let ring = loaded
             .events
@@ -148,14 +156,14 @@ impl Events {
                 let mut builder = RingBufferBuilder::new();
                 // The receiver lives as long as the ring, so that sending cannot fail.
                 builder.add(map, move |bytes| {
-                    let _ = sender.send(Event::read(bytes));
+                    let _ = sender.send(DatagramEvent::read(bytes));
                     0
                 })?;
-                Ok::<_, libbpf_rs::Error>(Ring { ring: builder.build()?, received })
+                Ok::<_, libbpf_rs::Error>(EventRing { ring: builder.build()?, received })
             })
             .transpose()
             .context("cannot open the TC program's ring buffer")?;
-        Ok(Events { trace, ring })
+        Ok(EventReader { trace, ring })
     }
 
     /// A descriptor that is readable when there are events, if there is a ring buffer. It lives as long as `self`.
@@ -170,7 +178,7 @@ impl Events {
     ///
     /// # Errors
     /// When the ring buffer cannot be read, or an event makes no sense.
-    pub fn take(&mut self) -> Result<Vec<Event>> {
+    pub fn drain(&mut self) -> Result<Vec<DatagramEvent>> {
         let Some(ring) = &self.ring else { return Ok(Vec::new()) };
         ring.ring.poll(Duration::ZERO).context("cannot read the TC program's ring buffer")?;
         ring.received.try_iter().collect::<Option<_>>().context("the TC program has told something unintelligible")
@@ -227,10 +235,10 @@ fn prefix((address, bits): (IpAddr, u8)) -> Result<([u32; 4], [u32; 4])> {
     Ok((mapped_words(address), mapped_words(mask.into())))
 }
 
-impl Event {
+impl DatagramEvent {
     /// Reads what the program has written to its ring buffer. None if it makes no sense.
     #[must_use]
-    pub fn read(bytes: &[u8]) -> Option<Event> {
+    pub fn read(bytes: &[u8]) -> Option<DatagramEvent> {
         if bytes.len() < size_of::<types::event>() {
             return None;
         }
@@ -238,28 +246,28 @@ impl Event {
         // needs no alignment.
         let event: types::event = unsafe { bytes.as_ptr().cast::<types::event>().read_unaligned() };
         let reason = DropReason::ALL.get(event.reason as usize).copied()?;
-        let way = Way::ALL.get(usize::from(event.way)).copied()?;
-        let fate = match event.kind {
-            0 => Fate::Forwarded(way),
-            1 => Fate::Passed,
-            2 => Fate::Dropped(reason),
-            3 => Fate::Copied(way),
-            4 => Fate::CopyDropped(reason),
+        let path = DeliveryPath::ALL.get(usize::from(event.path)).copied()?;
+        let outcome = match event.kind {
+            0 => DatagramOutcome::Forwarded(path),
+            1 => DatagramOutcome::Passed,
+            2 => DatagramOutcome::Dropped(reason),
+            3 => DatagramOutcome::Copied(path),
+            4 => DatagramOutcome::CopyDropped(reason),
             _ => return None,
         };
         let chosen = event.to_port_be != 0;
-        Some(Event {
+        Some(DatagramEvent {
             at: Duration::from_nanos(event.time),
             listener: ListenerId(event.listener),
             source: address_of(event.src_be, event.sport_be),
             destination: address_of(event.dst_be, event.dport_be),
             downstream: chosen.then(|| address_of(event.to_be, event.to_port_be)),
-            fate,
+            outcome,
             link: event.ifindex,
             out_link: event.out_ifindex,
             datagrams: event.datagrams,
             bytes: event.bytes,
-            logged: (event.flags & LOGGED != 0).then_some(event.held_back),
+            logged: (event.flags & LOGGED != 0).then_some(event.suppressed),
             traced: event.flags & TRACED != 0,
         })
     }
@@ -280,16 +288,23 @@ mod tests {
         assert_eq!(refusal, "10.0.0.0/33 is no prefix: it can have at most 32 bits");
     }
 
+    fn header_name(path: DeliveryPath) -> String {
+        match path {
+            DeliveryPath::L3Device => "L3_DEVICE".to_owned(),
+            path => path.name().to_uppercase(),
+        }
+    }
+
     #[test]
-    fn the_header_numbers_kinds_and_ways_likewise() {
+    fn the_header_numbers_kinds_and_paths_likewise() {
         let header = include_str!("../../../bpf/fanout_abi.h");
         let words = header.split_whitespace().collect::<Vec<_>>().join(" ");
         let has = |name: &str, number: usize| {
             let line = format!(" {name} = {number},");
             assert!(words.contains(&line), "{line}");
         };
-        for (number, way) in Way::ALL.iter().enumerate() {
-            has(&format!("WAY_{}", way.name().to_uppercase()), number);
+        for (number, path) in DeliveryPath::ALL.iter().enumerate() {
+            has(&format!("PATH_{}", header_name(*path)), number);
         }
         let kinds = ["EVENT_FORWARDED", "EVENT_PASSED", "EVENT_DROPPED", "EVENT_COPIED", "EVENT_COPY_DROPPED"];
         for (number, kind) in kinds.into_iter().enumerate() {
@@ -302,10 +317,10 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_no_event() {
-        assert_eq!(Event::read(&[0; 8]), None);
+        assert_eq!(DatagramEvent::read(&[0; 8]), None);
         let mut bytes = vec![0; size_of::<types::event>()];
-        assert!(Event::read(&bytes).is_some());
+        assert!(DatagramEvent::read(&bytes).is_some());
         bytes[offset_of!(types::event, kind)] = 9;
-        assert_eq!(Event::read(&bytes), None);
+        assert_eq!(DatagramEvent::read(&bytes), None);
     }
 }

@@ -1,9 +1,7 @@
-//! Typed access to the program's maps: the mapped arrays, the destination keys, and waiting for the program.
+//! Typed access to the program's maps: mapped arrays, single entries, per-CPU entries, and RCU grace periods.
 
-use std::fmt;
 use std::marker::PhantomData;
-use std::mem::{offset_of, size_of};
-use std::net::{IpAddr, SocketAddr};
+use std::mem::size_of;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
@@ -14,13 +12,8 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::mman::{MapFlags as MmapFlags, ProtFlags, mmap, munmap};
 use nix::unistd::{SysconfVar, sysconf};
 
-use super::admission::Admission;
-use super::arena::Region;
-use super::skel::{
-    DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_NOWHERE, DOWNSTREAM_BARE, DOWNSTREAM_MACS, DOWNSTREAM_PEER, KEY_ADDRESS,
-    KEY_HEADERLESS_LINK, KEY_LISTENER, types,
-};
-use crate::plan::{Delivery, Target};
+use super::skel::types;
+use super::slot_allocator::SlotRange;
 
 /// Types that the program and we see as the same plain bytes.
 ///
@@ -32,21 +25,21 @@ unsafe impl Plain for types::listener_key {}
 // SAFETY: two u32.
 unsafe impl Plain for types::fanout_listener {}
 // SAFETY: integers only, without holes, 32 bytes (asserted in `skel`).
-unsafe impl Plain for types::first_look {}
+unsafe impl Plain for types::cached_listener {}
 // SAFETY: integers only, without padding, 64 bytes (asserted in `skel`).
 unsafe impl Plain for types::downstream {}
 // SAFETY: integers only, without padding, 48 bytes (asserted in `skel`).
 unsafe impl Plain for types::trace_control {}
 // SAFETY: an integer.
-unsafe impl Plain for types::lease {}
+unsafe impl Plain for types::heartbeat {}
 // SAFETY: an integer.
-unsafe impl Plain for types::links {}
+unsafe impl Plain for types::link_flags {}
 // SAFETY: bytes.
 unsafe impl Plain for types::listener_name {}
 // SAFETY: integers without holes, 24 bytes (asserted in `skel`).
-unsafe impl Plain for types::ledger_key {}
+unsafe impl Plain for types::carried_key {}
 // SAFETY: integers.
-unsafe impl Plain for types::ledger_entry {}
+unsafe impl Plain for types::carried_entry {}
 // SAFETY: integers without holes, 56 bytes (asserted in `skel`).
 unsafe impl Plain for types::pins_about {}
 // SAFETY: an integer.
@@ -69,7 +62,7 @@ pub struct MappedArray<T> {
     length: NonZeroUsize,
     /// Bytes of the first page before the first entry.
     before: usize,
-    part: Region,
+    part: SlotRange,
     of: PhantomData<T>,
 }
 
@@ -84,14 +77,14 @@ impl<T: Plain> MappedArray<T> {
     /// # Errors
     /// When the kernel refuses, or the map's values are not `T`s.
     pub fn new(map: &MapHandle) -> Result<Self> {
-        Self::part(map, Region { start: 0, len: map.max_entries() })
+        Self::part(map, SlotRange { start: 0, len: map.max_entries() })
     }
 
     /// Maps some of its entries.
     ///
     /// # Errors
     /// As for [`MappedArray::new`], and when it has fewer entries, or none are asked for.
-    pub fn part(map: &MapHandle, part: Region) -> Result<Self> {
+    pub fn part(map: &MapHandle, part: SlotRange) -> Result<Self> {
         let name = map.name().to_string_lossy();
         ensure!(map.value_size() as usize == size_of::<T>(), "map {name} has values of another size than expected");
         let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE)?.context("no page size")?)?;
@@ -143,71 +136,48 @@ impl<T: Plain> MappedArray<T> {
         // at any time, but what it reads here it does not use before a table names it.
         unsafe { self.entry(index).cast::<T>().as_ptr().write_volatile(value) }
     }
+
+    /// Stores a word of an entry, `offset` bytes from its start. The program sees it after everything that was written
+    /// before.
+    ///
+    /// # Panics
+    /// If `index` is past the array's end, or the word is not aligned and within the entry.
+    pub(super) fn store_field<W: AtomicWord>(&mut self, index: u32, offset: usize, value: W) {
+        let size = size_of::<W>();
+        assert!(offset.is_multiple_of(size) && offset + size <= Self::STRIDE, "no {size}-byte field at {offset}");
+        // SAFETY: in bounds, within the entry and aligned, by the assertion and `entry`; mapped for as long as `self`
+        // lives, and the kernel reads it as one word.
+        unsafe { W::store_release(self.entry(index).add(offset).as_ptr(), value) }
+    }
 }
 
-impl MappedArray<types::first_look> {
-    /// Stores 16 bits of an entry, `offset` bytes from its start, and after all that was written before.
-    pub(super) fn store_short(&mut self, index: u32, offset: usize, value: u16) {
-        assert!(offset.is_multiple_of(2) && offset + 2 <= Self::STRIDE, "nothing of 16 bits at {offset}");
-        // SAFETY: in bounds and within the entry, aligned to 2, and mapped for as long as `self` lives.
-        let short = unsafe { self.entry(index).add(offset).cast::<u16>() };
-        // SAFETY: as above; the kernel reads it as one 16-bit word.
-        unsafe { AtomicU16::from_ptr(short.as_ptr()) }.store(value, Ordering::Release);
+/// Integers that are stored into a map's memory by one atomic store.
+pub(super) trait AtomicWord {
+    /// Stores the value with release ordering.
+    ///
+    /// # Safety
+    /// `place` is aligned for the type, mapped and written only atomically while this runs.
+    unsafe fn store_release(place: *mut u8, value: Self);
+}
+
+impl AtomicWord for u16 {
+    unsafe fn store_release(place: *mut u8, value: Self) {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU16::from_ptr(place.cast()) }.store(value, Ordering::Release);
     }
 }
 
-impl MappedArray<types::listener_state> {
-    /// Sets a listener's policy and the smallest MTU on its ways out. The program may see it with the table before or
-    /// after.
-    ///
-    /// # Panics
-    /// If `index` is past the array's end.
-    pub fn set_policy(&mut self, index: u32, policy: u32, least_mtu: u32) {
-        self.store(index, offset_of!(types::listener_state, policy), policy);
-        self.store(index, offset_of!(types::listener_state, least_mtu), least_mtu);
+impl AtomicWord for u32 {
+    unsafe fn store_release(place: *mut u8, value: Self) {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU32::from_ptr(place.cast()) }.store(value, Ordering::Release);
     }
+}
 
-    /// Sets who may send to a listener, and how fast. The rules and the buckets are each named by one store; what the
-    /// meter counts by is there before its number is.
-    ///
-    /// # Panics
-    /// If `index` is past the array's end.
-    pub fn set_admission(&mut self, index: u32, admission: &Admission) {
-        self.store_long(index, offset_of!(types::listener_state, interval), admission.interval);
-        self.store_long(index, offset_of!(types::listener_state, depth), admission.depth);
-        for (word, at) in admission.sender_mask_be.into_iter().zip(0..) {
-            self.store(index, offset_of!(types::listener_state, sender_mask_be) + at * size_of::<u32>(), word);
-        }
-        self.store(index, offset_of!(types::listener_state, meter), admission.meter);
-        self.store(index, offset_of!(types::listener_state, rules), admission.rules);
-    }
-
-    /// Stores 64 bits of an entry, `offset` bytes from its start, and after all that was written before.
-    fn store_long(&mut self, index: u32, offset: usize, value: u64) {
-        assert!(offset.is_multiple_of(8) && offset + 8 <= Self::STRIDE, "nothing of 64 bits at {offset}");
-        // SAFETY: in bounds and within the entry, aligned to 8, and mapped for as long as `self` lives.
-        let long = unsafe { self.entry(index).add(offset).cast::<u64>() };
-        // SAFETY: as above; the kernel reads it as one 64-bit word.
-        unsafe { AtomicU64::from_ptr(long.as_ptr()) }.store(value, Ordering::Release);
-    }
-
-    /// The same for 32 bits.
-    fn store(&mut self, index: u32, offset: usize, value: u32) {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= Self::STRIDE, "nothing of 32 bits at {offset}");
-        // SAFETY: in bounds and within the entry, aligned to 4, and mapped for as long as `self` lives.
-        let word = unsafe { self.entry(index).add(offset).cast::<u32>() };
-        // SAFETY: as above; the kernel reads it as one 32-bit word.
-        unsafe { AtomicU32::from_ptr(word.as_ptr()) }.store(value, Ordering::Release);
-    }
-
-    /// Publishes a listener's table: the program sees the old one or the new one, and with the new one everything that
-    /// was written before.
-    ///
-    /// # Panics
-    /// If `index` is past the array's end.
-    pub fn publish(&mut self, index: u32, region: Region) {
-        let table = u64::from(region.start) << 32 | u64::from(region.len);
-        self.store_long(index, offset_of!(types::listener_state, table), table);
+impl AtomicWord for u64 {
+    unsafe fn store_release(place: *mut u8, value: Self) {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU64::from_ptr(place.cast()) }.store(value, Ordering::Release);
     }
 }
 
@@ -263,7 +233,7 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
 ///
 /// # Errors
 /// When the kernel refuses, or the value has another size.
-pub fn look_up<K: Plain, V: Plain>(map: &MapHandle, key: &K) -> Result<Option<V>> {
+pub fn lookup<K: Plain, V: Plain>(map: &MapHandle, key: &K) -> Result<Option<V>> {
     let name = || map.name().to_string_lossy().into_owned();
     let found = map.lookup(bytes_of(key), MapFlags::ANY).with_context(|| format!("cannot read map {}", name()))?;
     found
@@ -285,112 +255,4 @@ pub fn value_of<T: Plain>(bytes: &[u8]) -> Option<T> {
 pub fn store<K: Plain, V: Plain>(map: &MapHandle, key: &K, value: &V) -> Result<()> {
     map.update(bytes_of(key), bytes_of(value), MapFlags::ANY)
         .with_context(|| format!("cannot write to map {}", map.name().to_string_lossy()))
-}
-
-/// The address that words in a map stand for.
-#[must_use]
-pub fn address_of(words: [u32; 4], port_be: u16) -> SocketAddr {
-    let mut octets = [0; 16];
-    for (bytes, word) in octets.chunks_exact_mut(4).zip(words) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port_be))
-}
-
-/// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
-#[must_use]
-pub fn mapped_words(address: IpAddr) -> [u32; 4] {
-    let octets = match address {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    };
-    words(octets)
-}
-
-fn words(octets: [u8; 16]) -> [u32; 4] {
-    let mut words = [0; 4];
-    for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(4)) {
-        *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    }
-    words
-}
-
-/// The key under which datagrams to this address and port are found.
-#[must_use]
-pub fn listener_key(address: SocketAddr) -> types::listener_key {
-    types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), scope: KEY_LISTENER }
-}
-
-/// What the program asks the same map about beside destinations. All it wants to know is whether it is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Mark {
-    /// The address is some listener's; fragments do not tell the port.
-    Address(IpAddr),
-    /// Packets come by the link of this index without a header before the IP header.
-    Headerless(u32),
-}
-
-impl Mark {
-    /// The key under which it is found.
-    #[must_use]
-    pub fn key(self) -> types::listener_key {
-        let (addr_be, scope) = match self {
-            Mark::Address(address) => (mapped_words(address), KEY_ADDRESS),
-            Mark::Headerless(link) => ([link, 0, 0, 0], KEY_HEADERLESS_LINK),
-        };
-        types::listener_key { addr_be, port_be: 0, scope }
-    }
-}
-
-impl fmt::Display for Mark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Mark::Address(address) => write!(f, "{address}"),
-            Mark::Headerless(link) => write!(f, "interface {link}"),
-        }
-    }
-}
-
-/// A downstream as the program sees it.
-#[must_use]
-pub fn downstream_entry(target: &Target) -> types::downstream {
-    let address = target.downstream.address;
-    let mut entry = types::downstream {
-        addr_be: mapped_words(address.ip()),
-        port_be: address.port().to_be(),
-        delivery: DELIVER_NOWHERE,
-        sample: target.downstream.sample,
-        ..Default::default()
-    };
-    match target.delivery {
-        Delivery::Unreachable => {}
-        Delivery::Local => entry.delivery = DELIVER_LOCAL,
-        Delivery::Bare { link, mtu } => {
-            entry.delivery = DELIVER_NEIGHBOUR;
-            entry.ifindex = link;
-            entry.mtu = mtu;
-            entry.flags = DOWNSTREAM_BARE;
-        }
-        Delivery::Neighbour { link, next_hop, mtu, macs, into_pod } => {
-            entry.delivery = DELIVER_NEIGHBOUR;
-            entry.ifindex = link;
-            entry.mtu = mtu;
-            if let Some(macs) = macs {
-                entry.flags = DOWNSTREAM_MACS | if into_pod { DOWNSTREAM_PEER } else { 0 };
-                entry.macs[..6].copy_from_slice(&macs.neighbour);
-                entry.macs[6..].copy_from_slice(&macs.own);
-            }
-            match next_hop {
-                IpAddr::V4(v4) => {
-                    entry.next_hop_family = libc::AF_INET as u8;
-                    entry.next_hop_be[0] = u32::from_ne_bytes(v4.octets());
-                }
-                IpAddr::V6(v6) => {
-                    entry.next_hop_family = libc::AF_INET6 as u8;
-                    entry.next_hop_be = words(v6.octets());
-                }
-            }
-        }
-    }
-    entry
 }

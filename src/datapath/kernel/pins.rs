@@ -25,10 +25,10 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{FsType, statfs};
 use nix::unistd::Uid;
 
-use super::books::Maps;
-use super::lease::Lease;
-use super::maps::{look_up, store};
-use super::skel::{ABSORBED, Loaded, PINS_VERSION, types};
+use super::counters::CounterMaps;
+use super::heartbeat::Heartbeat;
+use super::maps::{lookup, store};
+use super::skel::{LoadedProgram, MAX_IMPORTED, OLDEST_PINS_VERSION, PINS_VERSION, types};
 
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
@@ -36,9 +36,23 @@ const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
 const PROGRAM: &str = "program";
 /// With what the names of pinned links begin, which hold TCX programs on interfaces.
 const LINK: &str = "link-";
-/// Those of the maps, in the order of [`Content`].
-const MAPS: [&str; 9] =
-    ["STATS", "DROPS", "COPY_DROPS", "DOWNSTREAM_STAT", "FRAGMENT_STAT", "downstreams", "names", "owners", "ledger"];
+/// Those of the maps, in the order of [`PinnedCounters`].
+const MAPS: [&str; 9] = [
+    "STATS",
+    "DROPS",
+    "COPY_DROPS",
+    "DOWNSTREAM_STAT",
+    "FRAGMENT_STAT",
+    "downstreams",
+    "listener_names",
+    "stat_owners",
+    "carried_counts",
+];
+/// The pin of the heartbeat.
+const HEARTBEAT: &str = "heartbeat";
+/// The names of pins in version 2, where they differ. The maps are the same.
+const VERSION_2_NAMES: [(&str, &str); 4] =
+    [("listener_names", "names"), ("stat_owners", "owners"), ("carried_counts", "ledger"), (HEARTBEAT, "lease")];
 
 /// Maps whose entries begin with so many bytes of counters; what comes behind them is each program's own affair.
 const COUNTERS_FIRST: [(&str, u32); 2] = [("STATS", 6 * 8), ("DOWNSTREAM_STAT", 2 * 8)];
@@ -47,33 +61,33 @@ const COUNTERS_FIRST: [(&str, u32); 2] = [("STATS", 6 * 8), ("DOWNSTREAM_STAT", 
 #[derive(Debug)]
 pub struct Pins {
     path: PathBuf,
-    directory: Option<Directory>,
-    stay: bool,
+    directory: Option<PinDirectory>,
+    set_persistent: bool,
 }
 
 /// The directory of a program's pins, locked.
 #[derive(Debug)]
-struct Directory {
+struct PinDirectory {
     path: PathBuf,
     _lock: Flock<File>,
 }
 
 /// What a daemon that is no more has left behind.
 #[derive(Debug)]
-pub struct Left {
-    directory: Directory,
+pub struct StalePins {
+    directory: PinDirectory,
     id: u32,
     /// Its program, to give it its place back.
     program: Option<OwnedFd>,
     /// Its lease, to let it go on.
-    lease: Option<Lease>,
+    heartbeat: Option<Heartbeat>,
     /// Its counters, or why they cannot be understood.
-    content: Result<Content>,
+    counters: Result<PinnedCounters>,
 }
 
 /// The pinned maps.
 #[derive(Debug)]
-struct Content {
+struct PinnedCounters {
     maps: Vec<MapHandle>,
     about: types::pins_about,
 }
@@ -83,22 +97,22 @@ impl Pins {
     ///
     /// # Errors
     /// In one line with the fix: there is no BPF file system, or no right to write there.
-    pub fn new(path: &Path, loaded: &Loaded) -> Result<Pins> {
+    pub fn new(path: &Path, loaded: &LoadedProgram) -> Result<Pins> {
         let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot ask for the program's id")?;
         ensure_bpf_fs(path)?;
         make(path)?;
-        let _order = in_order(path)?;
+        let _order = lock_parent(path)?;
         let own = path.join(id.to_string());
         // One of this id can only be a dead program's.
         remove(&own)?;
         make(&own)?;
         let directory = lock(&own)?.with_context(|| format!("{} is locked already", own.display()))?;
-        let pins = Pins { path: path.to_owned(), directory: Some(directory), stay: false };
-        let about = types::pins_about { version: PINS_VERSION, ..about_us()? };
+        let pins = Pins { path: path.to_owned(), directory: Some(directory), set_persistent: false };
+        let about = types::pins_about { version: PINS_VERSION, ..own_namespace()? };
         store(&loaded.about, &0u32, &about)?;
         pin(loaded.program.as_fd(), &own.join(PROGRAM))?;
         let all = maps_of(loaded).into_iter().zip(MAPS);
-        for (map, name) in all.chain([(&loaded.lease, "lease"), (&loaded.about, "about")]) {
+        for (map, name) in all.chain([(&loaded.heartbeat, HEARTBEAT), (&loaded.about, "about")]) {
             pin(map.as_fd(), &own.join(name))?;
         }
         Ok(pins)
@@ -114,7 +128,7 @@ impl Pins {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn hold(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
+    pub fn pin_link(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
         let Some(directory) = &self.directory else { return Ok(()) };
         let path = directory.path.join(link_name(interface));
         // It may have been there, or on another interface of that index.
@@ -123,22 +137,22 @@ impl Pins {
     }
 
     /// Unpins it.
-    pub fn let_go(&self, interface: u32) {
+    pub fn unpin_link(&self, interface: u32) {
         if let Some(directory) = &self.directory {
             let _ = fs::remove_file(directory.path.join(link_name(interface)));
         }
     }
 
     /// Whether they outlive this value.
-    pub fn stay(&mut self, stay: bool) {
-        self.stay = stay;
+    pub fn set_persistent(&mut self, set_persistent: bool) {
+        self.set_persistent = set_persistent;
     }
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
         if let Some(directory) = self.directory.take()
-            && !self.stay
+            && !self.set_persistent
         {
             directory.remove_or_tell();
             // Only if nobody else has pins there.
@@ -163,7 +177,7 @@ fn runs_anything(user: u32) -> bool {
     processes.filter_map(|process| process.metadata().ok()).any(|process| process.uid() == user)
 }
 
-impl Directory {
+impl PinDirectory {
     fn remove_or_tell(self) {
         if let Err(error) = remove(&self.path) {
             tracing::warn!("{error:#}; remove it with `rm -r {}`", self.path.display());
@@ -171,12 +185,12 @@ impl Directory {
     }
 }
 
-impl Left {
+impl StalePins {
     /// What is left behind below `path` by daemons of this network namespace, or of any.
     ///
     /// # Errors
     /// When the directory is there and cannot be read.
-    pub fn find(path: &Path, of_any_namespace: bool) -> Result<Vec<Left>> {
+    pub fn find(path: &Path, of_any_namespace: bool) -> Result<Vec<StalePins>> {
         let entries = match fs::read_dir(path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -184,8 +198,8 @@ impl Left {
                 return Err(error).with_context(|| format!("cannot see what is pinned in {}", path.display()));
             }
         };
-        let _order = in_order(path)?;
-        let us = about_us()?;
+        let _order = lock_parent(path)?;
+        let us = own_namespace()?;
         let mut all = Vec::new();
         for entry in entries.flatten() {
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -195,24 +209,28 @@ impl Left {
                 .as_ref()
                 .is_some_and(|about| (about.netns_device, about.netns_inode) != (us.netns_device, us.netns_inode));
             if of_any_namespace || !theirs {
-                all.push(Left::open(directory, id, about));
+                all.push(StalePins::open(directory, id, about));
             }
         }
-        all.sort_by_key(|left| left.id);
+        all.sort_by_key(|stale| stale.id);
         Ok(all)
     }
 
-    fn open(directory: Directory, id: u32, about: Option<types::pins_about>) -> Left {
-        let pinned = |name: &str| MapHandle::from_pinned_path(directory.path.join(name));
+    fn open(directory: PinDirectory, id: u32, about: Option<types::pins_about>) -> StalePins {
+        let version = about.as_ref().map_or(PINS_VERSION, |about| about.version);
+        let pinned = |name| MapHandle::from_pinned_path(directory.path.join(pin_name(name, version)));
         let program = Program::fd_from_pinned_path(directory.path.join(PROGRAM)).ok();
-        let lease = pinned("lease").ok().and_then(|map| Lease::new(&map).ok());
-        let content = about.context("they are incomplete").and_then(|about| {
-            let version = about.version;
-            ensure!(version == PINS_VERSION, "they are of version {version}, and this one knows {PINS_VERSION}");
-            let maps = MAPS.iter().map(|name| pinned(name).with_context(|| format!("{name} is missing")));
-            Ok(Content { maps: maps.collect::<Result<_>>()?, about })
+        let heartbeat = pinned(HEARTBEAT).ok().and_then(|map| Heartbeat::new(&map).ok());
+        let counters = about.context("they are incomplete").and_then(|about| {
+            ensure!(
+                (OLDEST_PINS_VERSION..=PINS_VERSION).contains(&version),
+                "they are of version {version}, and this one knows {OLDEST_PINS_VERSION} to {PINS_VERSION}"
+            );
+            let maps =
+                MAPS.iter().map(|name| pinned(name).with_context(|| format!("{} is missing", pin_name(name, version))));
+            Ok(PinnedCounters { maps: maps.collect::<Result<_>>()?, about })
         });
-        Left { directory, id, program, lease, content }
+        StalePins { directory, id, program, heartbeat, counters }
     }
 
     /// The id of its program.
@@ -229,13 +247,13 @@ impl Left {
 
     /// True if it is on this interface as a TCX program.
     #[must_use]
-    pub fn holds(&self, interface: u32) -> bool {
+    pub fn has_link(&self, interface: u32) -> bool {
         self.directory.path.join(link_name(interface)).exists()
     }
 
     /// True if it is on any interface as a TCX program.
     #[must_use]
-    pub fn holds_any(&self) -> bool {
+    pub fn has_any_link(&self) -> bool {
         let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
         entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(LINK))
     }
@@ -244,18 +262,18 @@ impl Left {
     ///
     /// # Errors
     /// When it cannot be.
-    pub fn let_go(&self, interface: u32) -> Result<()> {
-        take_off(&self.directory.path.join(link_name(interface)))
+    pub fn detach_link(&self, interface: u32) -> Result<()> {
+        detach_pinned_link(&self.directory.path.join(link_name(interface)))
     }
 
     /// Takes it off all interfaces as a TCX program. When this returns, no packet meets it any more that has not yet.
     ///
     /// # Errors
     /// When it cannot be taken off one; it has been off the others.
-    pub fn let_all_go(&self) -> Result<()> {
+    pub fn detach_all_links(&self) -> Result<()> {
         let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
         let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
-        links.map(|entry| take_off(&entry.path())).fold(Ok(()), Result::and)
+        links.map(|entry| detach_pinned_link(&entry.path())).fold(Ok(()), Result::and)
     }
 
     /// Its program.
@@ -265,17 +283,17 @@ impl Left {
     }
 
     /// Its lease.
-    pub fn lease(&mut self) -> Option<&mut Lease> {
-        self.lease.as_mut()
+    pub fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        self.heartbeat.as_mut()
     }
 
     /// The maps with its counters.
     ///
     /// # Errors
     /// Why they cannot be understood: they are of another version.
-    pub fn maps(&self, loaded: &Loaded) -> Result<Maps<'_>> {
-        let content = self.content.as_ref().map_err(|error| anyhow!("{error:#}"))?;
-        for (theirs, ours) in content.maps.iter().zip(maps_of(loaded)) {
+    pub fn maps(&self, loaded: &LoadedProgram) -> Result<CounterMaps<'_>> {
+        let counters = self.counters.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+        for (theirs, ours) in counters.maps.iter().zip(maps_of(loaded)) {
             let name = ours.name().to_string_lossy().into_owned();
             let shape = |map: &MapHandle| (map.map_type(), map.key_size());
             let sized = match COUNTERS_FIRST.iter().find(|(counted, _)| *counted == name) {
@@ -284,32 +302,41 @@ impl Left {
             };
             ensure!(shape(theirs) == shape(ours) && sized, "map {name} has another shape");
         }
-        let [stats, drops, copy_drops, downstream_stats, fragment_stats, downstreams, names, owners, ledger] =
-            content.maps.as_slice()
-        else {
-            bail!("they are incomplete")
-        };
-        let inherited = content.about.absorbed_count > 0;
-        Ok(Maps {
+        let [
             stats,
             drops,
             copy_drops,
             downstream_stats,
             fragment_stats,
             downstreams,
-            names,
-            owners,
-            ledger,
+            listener_names,
+            stat_owners,
+            carried_counts,
+        ] = counters.maps.as_slice()
+        else {
+            bail!("they are incomplete")
+        };
+        let inherited = counters.about.imported_count > 0;
+        Ok(CounterMaps {
+            stats,
+            drops,
+            copy_drops,
+            downstream_stats,
+            fragment_stats,
+            downstreams,
+            listener_names,
+            stat_owners,
+            carried_counts,
             inherited,
         })
     }
 
     /// True if its ledger has the counts of this program already.
     #[must_use]
-    pub fn has_absorbed(&self, id: u32) -> bool {
-        self.content.as_ref().is_ok_and(|content| {
-            let count = (content.about.absorbed_count as usize).min(ABSORBED);
-            content.about.absorbed[..count].contains(&id)
+    pub fn has_imported(&self, id: u32) -> bool {
+        self.counters.as_ref().is_ok_and(|counters| {
+            let count = (counters.about.imported_count as usize).min(MAX_IMPORTED);
+            counters.about.imported[..count].contains(&id)
         })
     }
 
@@ -318,7 +345,7 @@ impl Left {
     /// # Errors
     /// When something cannot be removed.
     pub fn remove(self) -> Result<()> {
-        self.let_all_go()?;
+        self.detach_all_links()?;
         remove(&self.directory.path)
     }
 }
@@ -328,17 +355,17 @@ impl Left {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn note_absorbed(loaded: &Loaded, ids: &[u32]) -> Result<()> {
-    let mut about: types::pins_about = look_up(&loaded.about, &0u32)?.context("the map about is empty")?;
-    let count = ids.len().min(ABSORBED);
-    about.absorbed[..count].copy_from_slice(&ids[..count]);
-    about.absorbed_count = u32::try_from(count).unwrap_or_default();
+pub fn record_imported(loaded: &LoadedProgram, ids: &[u32]) -> Result<()> {
+    let mut about: types::pins_about = lookup(&loaded.about, &0u32)?.context("the map about is empty")?;
+    let count = ids.len().min(MAX_IMPORTED);
+    about.imported[..count].copy_from_slice(&ids[..count]);
+    about.imported_count = u32::try_from(count).unwrap_or_default();
     store(&loaded.about, &0u32, &about)
 }
 
 /// True if this program is pinned beside `path`, where a daemon with a `pin_path` of its own keeps it.
 #[must_use]
-pub fn is_kept_elsewhere(path: &Path, id: u32) -> bool {
+pub fn is_pinned_elsewhere(path: &Path, id: u32) -> bool {
     let siblings = path.parent().and_then(|parent| fs::read_dir(parent).ok());
     let mut siblings = siblings.into_iter().flatten().flatten().map(|entry| entry.path());
     siblings.any(|sibling| sibling != path && sibling.join(id.to_string()).join(PROGRAM).exists())
@@ -349,7 +376,7 @@ pub fn is_kept_elsewhere(path: &Path, id: u32) -> bool {
 /// # Errors
 /// When the directory is there and cannot be read.
 pub fn in_use(path: &Path) -> Result<bool> {
-    let us = about_us()?;
+    let us = own_namespace()?;
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         let ours = about(&entry.path())
             .is_some_and(|about| (about.netns_device, about.netns_inode) == (us.netns_device, us.netns_inode));
@@ -360,7 +387,7 @@ pub fn in_use(path: &Path) -> Result<bool> {
     Ok(false)
 }
 
-fn maps_of(loaded: &Loaded) -> [&MapHandle; MAPS.len()] {
+fn maps_of(loaded: &LoadedProgram) -> [&MapHandle; MAPS.len()] {
     [
         &loaded.stats,
         &loaded.drops,
@@ -368,14 +395,14 @@ fn maps_of(loaded: &Loaded) -> [&MapHandle; MAPS.len()] {
         &loaded.downstream_stats,
         &loaded.fragment_stats,
         &loaded.downstreams,
-        &loaded.names,
-        &loaded.owners,
-        &loaded.ledger,
+        &loaded.listener_names,
+        &loaded.stat_owners,
+        &loaded.carried_counts,
     ]
 }
 
 /// The network namespace of the calling thread.
-fn about_us() -> Result<types::pins_about> {
+fn own_namespace() -> Result<types::pins_about> {
     let namespace = fs::metadata("/proc/thread-self/ns/net").context("cannot tell the network namespace")?;
     let (netns_device, netns_inode) = (namespace.dev(), namespace.ino());
     Ok(types::pins_about { netns_device, netns_inode, ..types::pins_about::default() })
@@ -388,6 +415,12 @@ fn about(directory: &Path) -> Option<types::pins_about> {
     let mut bytes = map.lookup(&0u32.to_ne_bytes(), libbpf_rs::MapFlags::ANY).ok()??;
     bytes.resize(known, 0);
     super::maps::value_of(&bytes)
+}
+
+/// The name of a map's pin in a version.
+fn pin_name(name: &'static str, version: u32) -> &'static str {
+    let old = VERSION_2_NAMES.iter().find(|&&(now, _)| version == 2 && now == name);
+    old.map_or(name, |&(_, old)| old)
 }
 
 fn link_name(interface: u32) -> String {
@@ -425,7 +458,7 @@ fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
 
 /// Takes a TCX program off an interface by its pinned link. To unpin it is not enough: the kernel would take it off, but
 /// some time later.
-fn take_off(path: &Path) -> Result<()> {
+fn detach_pinned_link(path: &Path) -> Result<()> {
     let what = || format!("cannot take the TCX program off that {} holds", path.display());
     let name = CString::new(path.as_os_str().as_bytes()).context("a path has a zero in it")?;
     // SAFETY: the name is valid for the whole call.
@@ -454,7 +487,7 @@ fn explain(error: &anyhow::Error, path: &Path) -> anyhow::Error {
 }
 
 /// Held while pins are made or looked for, so that nobody takes half-made ones for left ones.
-fn in_order(path: &Path) -> Result<Flock<File>> {
+fn lock_parent(path: &Path) -> Result<Flock<File>> {
     let directory = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     Flock::lock(directory, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
@@ -462,10 +495,10 @@ fn in_order(path: &Path) -> Result<Flock<File>> {
 }
 
 /// The lock of a program's directory; none if a living daemon holds it.
-fn lock(path: &Path) -> Result<Option<Directory>> {
+fn lock(path: &Path) -> Result<Option<PinDirectory>> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(Directory { path: path.to_owned(), _lock: lock })),
+        Ok(lock) => Ok(Some(PinDirectory { path: path.to_owned(), _lock: lock })),
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{AsRawLibbpf, MapHandle, OpenObject, libbpf_sys};
 
-use super::Setup;
+use super::KernelSetup;
 use crate::config::Limits;
 use crate::model::{HashOn, Policy};
 use crate::plan::maglev;
@@ -40,18 +40,18 @@ pub const LISTENER_SOCKET_ONLY: u32 = 1;
 pub const KEY_LISTENER: u16 = 0;
 /// `KEY_ADDRESS`.
 pub const KEY_ADDRESS: u16 = 1;
-/// `KEY_HEADERLESS_LINK`.
-pub const KEY_HEADERLESS_LINK: u16 = 2;
-/// `LOOK_NOBODY`.
-pub const LOOK_NOBODY: u16 = 0;
-/// `LOOK_ONE`.
-pub const LOOK_ONE: u16 = 1;
-/// `LOOK_FURTHER`.
-pub const LOOK_FURTHER: u16 = 2;
-/// `FIRST_LOOK_BITS`.
-pub const FIRST_LOOK_BITS: u32 = 10;
-/// `FIRST_LOOK_FACTOR`.
-pub const FIRST_LOOK_FACTOR: u32 = 0x9e37_79b1;
+/// `KEY_L3_DEVICE`.
+pub const KEY_L3_DEVICE: u16 = 2;
+/// `CACHE_EMPTY`.
+pub const CACHE_EMPTY: u16 = 0;
+/// `CACHE_SINGLE`.
+pub const CACHE_SINGLE: u16 = 1;
+/// `CACHE_COLLISION`.
+pub const CACHE_COLLISION: u16 = 2;
+/// `LISTENER_CACHE_BITS`.
+pub const LISTENER_CACHE_BITS: u32 = 10;
+/// `LISTENER_CACHE_FACTOR`.
+pub const LISTENER_CACHE_FACTOR: u32 = 0x9e37_79b1;
 /// `FRAGMENT_STRAY`.
 pub const FRAGMENT_STRAY: u32 = 0;
 /// `FRAGMENT_LOST`.
@@ -60,8 +60,8 @@ pub const FRAGMENT_LOST: u32 = 1;
 pub const SOURCE_DENIED: u32 = 0;
 /// `SOURCE_ALLOWED`.
 pub const SOURCE_ALLOWED: u32 = 1;
-/// `DELIVER_NOWHERE`.
-pub const DELIVER_NOWHERE: u8 = 0;
+/// `DELIVER_UNREACHABLE`.
+pub const DELIVER_UNREACHABLE: u8 = 0;
 /// `DELIVER_LOCAL`.
 pub const DELIVER_LOCAL: u8 = 1;
 /// `DELIVER_NEIGHBOUR`.
@@ -70,25 +70,27 @@ pub const DELIVER_NEIGHBOUR: u8 = 2;
 pub const DOWNSTREAM_PEER: u32 = 1;
 /// `DOWNSTREAM_MACS`.
 pub const DOWNSTREAM_MACS: u32 = 2;
-/// `DOWNSTREAM_BARE`.
-pub const DOWNSTREAM_BARE: u32 = 4;
+/// `DOWNSTREAM_L3_DEVICE`.
+pub const DOWNSTREAM_L3_DEVICE: u32 = 4;
 
 /// `PINS_VERSION`.
-pub const PINS_VERSION: u32 = 2;
+pub const PINS_VERSION: u32 = 3;
+/// The oldest version whose pins this one understands.
+pub const OLDEST_PINS_VERSION: u32 = 2;
 /// `NAME_LENGTH`.
 pub const NAME_LENGTH: usize = 64;
-/// `LEDGER_WORDS`.
-pub const LEDGER_WORDS: usize = 4 + 2 * DROP_REASONS as usize;
-/// `LEDGER_LISTENER`.
-pub const LEDGER_LISTENER: u16 = 0;
-/// `LEDGER_DOWNSTREAM`.
-pub const LEDGER_DOWNSTREAM: u16 = 1;
-/// `LEDGER_FRAGMENTS`.
-pub const LEDGER_FRAGMENTS: u16 = 2;
-/// `LEDGER_INHERITED_DOWNSTREAM`.
-pub const LEDGER_INHERITED_DOWNSTREAM: u16 = 3;
-/// `ABSORBED`.
-pub const ABSORBED: usize = 64;
+/// `CARRIED_WORDS`.
+pub const CARRIED_WORDS: usize = 4 + 2 * DROP_REASONS as usize;
+/// `CARRIED_LISTENER`.
+pub const CARRIED_LISTENER: u16 = 0;
+/// `CARRIED_FOLDED_DOWNSTREAM`.
+pub const CARRIED_FOLDED_DOWNSTREAM: u16 = 1;
+/// `CARRIED_FRAGMENTS`.
+pub const CARRIED_FRAGMENTS: u16 = 2;
+/// `CARRIED_DOWNSTREAM`.
+pub const CARRIED_DOWNSTREAM: u16 = 3;
+/// `MAX_IMPORTED`.
+pub const MAX_IMPORTED: usize = 64;
 
 /// `enum policy`: how the program computes the place in a table.
 #[must_use]
@@ -109,13 +111,13 @@ const _: () = {
     assert!(offset_of!(types::listener_key, port_be) == 16);
     assert!(offset_of!(types::listener_key, scope) == 18);
     assert!(size_of::<types::fanout_listener>() == 8);
-    assert!(size_of::<types::first_look>() == 32);
-    assert!(offset_of!(types::first_look, port_be) == 16);
-    assert!(offset_of!(types::first_look, found) == 18);
-    assert!(offset_of!(types::first_look, listener) == 24);
+    assert!(size_of::<types::cached_listener>() == 32);
+    assert!(offset_of!(types::cached_listener, port_be) == 16);
+    assert!(offset_of!(types::cached_listener, state) == 18);
+    assert!(offset_of!(types::cached_listener, listener) == 24);
     assert!(size_of::<types::listener_state>() == 56);
     assert!(offset_of!(types::listener_state, policy) == 8);
-    assert!(offset_of!(types::listener_state, least_mtu) == 12);
+    assert!(offset_of!(types::listener_state, min_mtu) == 12);
     assert!(offset_of!(types::listener_state, rules) == 16);
     assert!(offset_of!(types::listener_state, meter) == 20);
     assert!(offset_of!(types::listener_state, interval) == 24);
@@ -139,7 +141,7 @@ const _: () = {
     assert!(offset_of!(types::stats, bytes_forwarded) == 5 * 8);
     assert!(offset_of!(types::stats, cursor) == 6 * 8);
     assert!(size_of::<types::downstream_stats>() == 2 * 8 + 24);
-    assert!(offset_of!(types::downstream_stats, known) == 2 * 8);
+    assert!(offset_of!(types::downstream_stats, cached_hop) == 2 * 8);
     assert!(size_of::<types::event>() == 104);
     assert!(offset_of!(types::event, sport_be) == 64);
     assert!(offset_of!(types::event, flags) == 96);
@@ -147,28 +149,28 @@ const _: () = {
     assert!(size_of::<types::trace_control>() == 48);
     assert!(offset_of!(types::trace_control, mask_be) == 24);
     assert!(offset_of!(types::trace_control, lost) == 40);
-    assert!(size_of::<types::lease>() == 8);
-    assert!(size_of::<types::links>() == 4);
+    assert!(size_of::<types::heartbeat>() == 8);
+    assert!(size_of::<types::link_flags>() == 4);
     assert!(size_of::<types::listener_name>() == NAME_LENGTH);
-    assert!(size_of::<types::ledger_key>() == 24);
-    assert!(offset_of!(types::ledger_key, port_be) == 16);
-    assert!(offset_of!(types::ledger_key, kind) == 18);
-    assert!(offset_of!(types::ledger_key, listener) == 20);
-    assert!(size_of::<types::ledger_entry>() == LEDGER_WORDS * 8);
-    assert!(size_of::<types::pins_about>() == 24 + ABSORBED * 4);
+    assert!(size_of::<types::carried_key>() == 24);
+    assert!(offset_of!(types::carried_key, port_be) == 16);
+    assert!(offset_of!(types::carried_key, kind) == 18);
+    assert!(offset_of!(types::carried_key, listener) == 20);
+    assert!(size_of::<types::carried_entry>() == CARRIED_WORDS * 8);
+    assert!(size_of::<types::pins_about>() == 24 + MAX_IMPORTED * 4);
     assert!(offset_of!(types::pins_about, netns_device) == 8);
-    assert!(offset_of!(types::pins_about, absorbed) == 24);
+    assert!(offset_of!(types::pins_about, imported) == 24);
 };
 
 /// Handles of everything the program has in the kernel. Dropping them frees program and maps once nothing is attached.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedProgram {
     /// The program `udp_fanout`.
     pub program: OwnedFd,
     /// Destinations that are ours.
     pub listeners: MapHandle,
     /// The same for most datagrams, by place.
-    pub first_look: MapHandle,
+    pub listener_cache: MapHandle,
     /// Listener id to current table.
     pub listener_states: MapHandle,
     /// Rules and senders to verdicts.
@@ -192,15 +194,15 @@ pub struct Loaded {
     /// Which datagrams are traced.
     pub trace: MapHandle,
     /// Until when the program acts without a daemon.
-    pub lease: MapHandle,
+    pub heartbeat: MapHandle,
     /// Whether any link has no frames.
     pub links: MapHandle,
     /// Listener id to name.
-    pub names: MapHandle,
+    pub listener_names: MapHandle,
     /// Downstream id to the listener it counts for.
-    pub owners: MapHandle,
+    pub stat_owners: MapHandle,
     /// What was counted before.
-    pub ledger: MapHandle,
+    pub carried_counts: MapHandle,
     /// Whose maps these are.
     pub about: MapHandle,
     /// Updated to wait for an RCU grace period.
@@ -211,7 +213,7 @@ pub struct Loaded {
 
 /// How many entries the maps get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
+pub struct MapSizes {
     /// Listener ids.
     pub listeners: u32,
     /// Downstream ids: twice the configured number, so that a whole new set fits beside the old one.
@@ -225,15 +227,15 @@ pub struct Sizes {
     pub senders: u32,
 }
 
-impl Sizes {
+impl MapSizes {
     /// Sizes for the configured limits.
     #[must_use]
-    pub fn of(limits: &Limits) -> Sizes {
+    pub fn of(limits: &Limits) -> MapSizes {
         let downstreams = limits.max_downstreams.max(1).saturating_mul(2);
         let most = limits.max_downstreams.max(1) as usize;
         let longest = maglev::places(most).max(usize::try_from(MAX_SLOTS).unwrap_or(usize::MAX));
         let short = maglev::places(1).saturating_mul(limits.max_listeners.max(1) as usize);
-        Sizes {
+        MapSizes {
             listeners: limits.max_listeners.max(1),
             downstreams,
             slots: u32::try_from(short.saturating_add(longest.saturating_mul(2))).unwrap_or(u32::MAX),
@@ -247,7 +249,7 @@ impl Sizes {
 ///
 /// # Errors
 /// With the kernel's reason: no privilege, a missing feature, or the verifier's objection (its log is in the debug log).
-pub fn load(setup: &Setup) -> Result<Loaded> {
+pub fn load(setup: &KernelSetup) -> Result<LoadedProgram> {
     let mut storage = MaybeUninit::<OpenObject>::uninit();
     finish(open(&mut storage, setup)?, setup)
 }
@@ -256,7 +258,7 @@ pub fn load(setup: &Setup) -> Result<Loaded> {
 ///
 /// # Errors
 /// As for [`load`].
-pub fn verifier_statistics(setup: &Setup) -> Result<String> {
+pub fn verifier_statistics(setup: &KernelSetup) -> Result<String> {
     /// `BPF_LOG_STATS`.
     const STATISTICS: u32 = 4;
     let mut storage = MaybeUninit::<OpenObject>::uninit();
@@ -275,9 +277,9 @@ pub fn verifier_statistics(setup: &Setup) -> Result<String> {
 
 fn open<'object>(
     storage: &'object mut MaybeUninit<OpenObject>,
-    setup: &Setup,
+    setup: &KernelSetup,
 ) -> Result<generated::OpenFanoutSkel<'object>> {
-    super::quiet::route_libbpf_messages();
+    super::libbpf_log::route_libbpf_messages();
     let mut open = generated::FanoutSkelBuilder::default()
         .open(storage)
         .context("cannot open the TC program that is built into this binary")?;
@@ -285,7 +287,7 @@ fn open<'object>(
     let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
     settings.has_redirects = u32::from(setup.redirects);
     settings.has_events = u32::from(setup.ring_buffer);
-    settings.fragment_patience = u64::try_from(setup.fragment_patience.as_nanos()).unwrap_or(u64::MAX);
+    settings.fragment_timeout = u64::try_from(setup.fragment_timeout.as_nanos()).unwrap_or(u64::MAX);
     let maps = &mut open.maps;
     let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
     for (map, entries) in [
@@ -299,9 +301,9 @@ fn open<'object>(
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
         (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
-        (&mut maps.names, sizes.listeners),
-        (&mut maps.owners, sizes.downstreams),
-        (&mut maps.ledger, sizes.listeners.saturating_add(sizes.downstreams).saturating_add(1)),
+        (&mut maps.listener_names, sizes.listeners),
+        (&mut maps.stat_owners, sizes.downstreams),
+        (&mut maps.carried_counts, sizes.listeners.saturating_add(sizes.downstreams).saturating_add(1)),
     ] {
         let name = map.name().to_string_lossy().into_owned();
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
@@ -312,11 +314,11 @@ fn open<'object>(
     Ok(open)
 }
 
-fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> {
+fn finish(open: generated::OpenFanoutSkel<'_>, setup: &KernelSetup) -> Result<LoadedProgram> {
     let skel = open.load().context("the kernel refused the TC program (run with RUST_LOG=debug for its words)")?;
     let maps = &skel.maps;
     let handle = |map| MapHandle::try_from(map).context("cannot keep a map's file descriptor");
-    Ok(Loaded {
+    Ok(LoadedProgram {
         program: skel
             .progs
             .udp_fanout
@@ -324,7 +326,7 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
             .try_clone_to_owned()
             .context("cannot keep the program's file descriptor")?,
         listeners: handle(&maps.listeners)?,
-        first_look: handle(&maps.first_look)?,
+        listener_cache: handle(&maps.listener_cache)?,
         listener_states: handle(&maps.listener_states)?,
         sources: handle(&maps.sources)?,
         table_slots: handle(&maps.table_slots)?,
@@ -336,11 +338,11 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &Setup) -> Result<Loaded> 
         fragment_stats: handle(&maps.FRAGMENT_STAT)?,
         events: setup.ring_buffer.then(|| handle(&maps.events)).transpose()?,
         trace: handle(&maps.data_trace)?,
-        lease: handle(&maps.data_lease)?,
+        heartbeat: handle(&maps.data_heartbeat)?,
         links: handle(&maps.data_links)?,
-        names: handle(&maps.names)?,
-        owners: handle(&maps.owners)?,
-        ledger: handle(&maps.ledger)?,
+        listener_names: handle(&maps.listener_names)?,
+        stat_owners: handle(&maps.stat_owners)?,
+        carried_counts: handle(&maps.carried_counts)?,
         about: handle(&maps.about)?,
         rcu_barrier: handle(&maps.rcu_barrier)?,
         barrier_inner: handle(&maps.barrier_inner)?,
@@ -387,7 +389,7 @@ mod tests {
             assert_eq!(value(name), u64::from(policy_number(policy)), "{name}");
         }
         for (name, number) in [
-            ("DELIVER_NOWHERE", DELIVER_NOWHERE),
+            ("DELIVER_UNREACHABLE", DELIVER_UNREACHABLE),
             ("DELIVER_LOCAL", DELIVER_LOCAL),
             ("DELIVER_NEIGHBOUR", DELIVER_NEIGHBOUR),
         ] {
@@ -396,13 +398,13 @@ mod tests {
         for (name, flag) in [
             ("DOWNSTREAM_PEER", DOWNSTREAM_PEER),
             ("DOWNSTREAM_MACS", DOWNSTREAM_MACS),
-            ("DOWNSTREAM_BARE", DOWNSTREAM_BARE),
+            ("DOWNSTREAM_L3_DEVICE", DOWNSTREAM_L3_DEVICE),
         ] {
             assert_eq!(value(name), u64::from(flag), "{name}");
         }
         assert_eq!(value("KEY_LISTENER"), u64::from(KEY_LISTENER));
         assert_eq!(value("KEY_ADDRESS"), u64::from(KEY_ADDRESS));
-        assert_eq!(value("KEY_HEADERLESS_LINK"), u64::from(KEY_HEADERLESS_LINK));
+        assert_eq!(value("KEY_L3_DEVICE"), u64::from(KEY_L3_DEVICE));
         assert_eq!(value("FRAGMENT_STRAY"), u64::from(FRAGMENT_STRAY));
         assert_eq!(value("FRAGMENT_LOST"), u64::from(FRAGMENT_LOST));
         assert_eq!(value("SOURCE_DENIED"), u64::from(SOURCE_DENIED));
@@ -411,15 +413,16 @@ mod tests {
         assert_eq!(value("LISTENER_SOCKET_ONLY"), u64::from(LISTENER_SOCKET_ONLY));
         assert_eq!(value("PINS_VERSION"), u64::from(PINS_VERSION));
         assert_eq!(value("NAME_LENGTH"), NAME_LENGTH as u64);
-        assert_eq!(value("ABSORBED"), ABSORBED as u64);
+        assert_eq!(value("MAX_IMPORTED"), MAX_IMPORTED as u64);
         assert!(
-            ABI.contains("LEDGER_WORDS (4 + 2 * DROP_REASONS)") && ABI.contains("LEASE_FOR_EVER 0xffffffffffffffff")
+            ABI.contains("CARRIED_WORDS (4 + 2 * DROP_REASONS)")
+                && ABI.contains("HEARTBEAT_FOREVER 0xffffffffffffffff")
         );
         for (name, kind) in [
-            ("LEDGER_LISTENER", LEDGER_LISTENER),
-            ("LEDGER_DOWNSTREAM", LEDGER_DOWNSTREAM),
-            ("LEDGER_FRAGMENTS", LEDGER_FRAGMENTS),
-            ("LEDGER_INHERITED_DOWNSTREAM", LEDGER_INHERITED_DOWNSTREAM),
+            ("CARRIED_LISTENER", CARRIED_LISTENER),
+            ("CARRIED_FOLDED_DOWNSTREAM", CARRIED_FOLDED_DOWNSTREAM),
+            ("CARRIED_FRAGMENTS", CARRIED_FRAGMENTS),
+            ("CARRIED_DOWNSTREAM", CARRIED_DOWNSTREAM),
         ] {
             assert_eq!(value(name), u64::from(kind), "{name}");
         }

@@ -9,39 +9,40 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::admission::Admission;
-use super::arena::{Arena, Region};
-use super::books::{self, Item};
-use super::maps::{MappedArray, downstream_entry, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
-use super::skel::{Loaded, Sizes, policy_number, types};
+use super::counters::{self, CarriedCounter};
+use super::entries::downstream_entry;
+use super::listener_state::{ListenerAdmission, ListenerStates};
+use super::maps::{MappedArray, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use super::skel::{LoadedProgram, MapSizes, types};
+use super::slot_allocator::{SlotAllocator, SlotRange};
 use crate::model::{ListenerId, Policy};
 use crate::plan::{Delivery, ListenerPlan, Target};
 
 /// A downstream of a listener, as counters are kept.
-type Endpoint = (ListenerId, SocketAddr);
+type ListenerEndpoint = (ListenerId, SocketAddr);
 
 /// All tables in the kernel.
 #[derive(Debug)]
-pub struct Tables {
-    states: MappedArray<types::listener_state>,
+pub struct KernelTables {
+    states: ListenerStates,
     downstreams: MappedArray<types::downstream>,
     /// For the daemon after this one: 1 + the listener that each id counts for.
-    owners: MappedArray<u32>,
-    slot_arena: Arena,
-    id_arena: Arena,
+    stat_owners: MappedArray<u32>,
+    slot_allocator: SlotAllocator,
+    id_allocator: SlotAllocator,
     current: BTreeMap<ListenerId, Table>,
     /// Ids that no table names any more, with whom they counted for.
-    retired: Vec<(u32, Endpoint)>,
+    pending_free: Vec<(u32, ListenerEndpoint)>,
     /// Counts of ids that have been reused since.
-    settled: BTreeMap<Endpoint, [u64; 2]>,
+    folded: BTreeMap<ListenerEndpoint, [u64; 2]>,
     /// What earlier programs have counted.
-    inherited: BTreeMap<Endpoint, [u64; 2]>,
+    inherited: BTreeMap<ListenerEndpoint, [u64; 2]>,
 }
 
 /// One listener's table.
 #[derive(Debug, Clone, Default)]
 struct Table {
-    region: Region,
+    region: SlotRange,
     /// The slots' content, to see whether a new table differs.
     slots: Arc<[u32]>,
     policy: Policy,
@@ -51,30 +52,30 @@ struct Table {
 }
 
 /// The ids of a plan's targets.
-struct Assignment {
+struct IdAssignment {
     /// In the order of the targets.
     ids: Arc<[u32]>,
     /// Those that have been taken for it.
     fresh: Vec<(u32, SocketAddr)>,
     /// Those that it no longer needs.
-    left: Vec<(u32, SocketAddr)>,
+    released: Vec<(u32, SocketAddr)>,
 }
 
-impl Tables {
+impl KernelTables {
     /// Maps the arrays; all entries are free.
     ///
     /// # Errors
     /// When the kernel refuses to map them.
-    pub fn new(loaded: &Loaded, sizes: Sizes) -> Result<Tables> {
-        Ok(Tables {
-            states: MappedArray::new(&loaded.listener_states)?,
+    pub fn new(loaded: &LoadedProgram, sizes: MapSizes) -> Result<KernelTables> {
+        Ok(KernelTables {
+            states: ListenerStates::new(loaded)?,
             downstreams: MappedArray::new(&loaded.downstreams)?,
-            owners: MappedArray::new(&loaded.owners)?,
-            slot_arena: Arena::new(sizes.slots),
-            id_arena: Arena::new(sizes.downstreams),
+            stat_owners: MappedArray::new(&loaded.stat_owners)?,
+            slot_allocator: SlotAllocator::new(sizes.slots),
+            id_allocator: SlotAllocator::new(sizes.downstreams),
             current: BTreeMap::new(),
-            retired: Vec::new(),
-            settled: BTreeMap::new(),
+            pending_free: Vec::new(),
+            folded: BTreeMap::new(),
             inherited: BTreeMap::new(),
         })
     }
@@ -83,23 +84,23 @@ impl Tables {
     ///
     /// # Errors
     /// When there is no room; the old table then stays in force.
-    pub fn publish(&mut self, loaded: &Loaded, plan: &ListenerPlan) -> Result<()> {
+    pub fn publish(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan) -> Result<()> {
         let id = plan.id;
         let old = self.current.get(&id).cloned();
         let assignment = self.assign_ids(loaded, plan, &old.clone().unwrap_or_default())?;
-        let policy_follows = match self.put_in_force(loaded, plan, old, &assignment) {
-            Ok(policy_follows) => policy_follows,
+        let policy_deferred = match self.put_in_force(loaded, plan, old, &assignment) {
+            Ok(policy_deferred) => policy_deferred,
             Err(error) => {
                 self.retire_ids(id, &assignment.fresh);
                 return Err(error);
             }
         };
-        self.retire_ids(id, &assignment.left);
+        self.retire_ids(id, &assignment.released);
         let still: BTreeSet<SocketAddr> = assignment.fresh.iter().map(|(_, address)| *address).collect();
-        for (_, address) in assignment.left.iter().filter(|(_, address)| !still.contains(address)) {
-            self.forget_settled(loaded, (id, *address));
+        for (_, address) in assignment.released.iter().filter(|(_, address)| !still.contains(address)) {
+            self.forget_folded(loaded, (id, *address));
         }
-        if policy_follows {
+        if policy_deferred {
             wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
             self.set_policy(plan);
         }
@@ -110,10 +111,10 @@ impl Tables {
     /// true. After an error it uses the table before.
     fn put_in_force(
         &mut self,
-        loaded: &Loaded,
+        loaded: &LoadedProgram,
         plan: &ListenerPlan,
         old: Option<Table>,
-        assignment: &Assignment,
+        assignment: &IdAssignment,
     ) -> Result<bool> {
         let (id, policy) = (plan.id, plan.policy);
         let was = old.as_ref().map(|old| old.policy);
@@ -132,14 +133,14 @@ impl Tables {
             && let Err(error) = wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)
         {
             if region != old.region {
-                self.slot_arena.give_back(region);
+                self.slot_allocator.retire(region);
             }
             return Err(error);
         }
         if region != old.region || was.is_none() {
-            self.states.publish(id.0, region);
-            self.slot_arena.give_back(old.region);
-            if same_ways(&old.targets, &plan.targets) {
+            self.states.publish_table(id, region);
+            self.slot_allocator.retire(old.region);
+            if same_routes(&old.targets, &plan.targets) {
                 tracing::debug!(listener_id = id.0, "updated the neighbours of the downstream set");
             } else {
                 tracing::info!(listener_id = id.0, endpoints = plan.targets.len(), "updated tc_ebpf downstream set");
@@ -152,46 +153,46 @@ impl Tables {
     }
 
     /// A region with these slots, named by nobody yet.
-    fn new_region(&mut self, loaded: &Loaded, slots: &[u32]) -> Result<Region> {
+    fn new_region(&mut self, loaded: &LoadedProgram, slots: &[u32]) -> Result<SlotRange> {
         let region = self.take_slots(loaded, slots.len())?;
-        write_slots(loaded, region, slots).inspect_err(|_| self.slot_arena.give_back(region))?;
+        write_slots(loaded, region, slots).inspect_err(|_| self.slot_allocator.retire(region))?;
         Ok(region)
     }
 
     fn set_policy(&mut self, plan: &ListenerPlan) {
-        self.states.set_policy(plan.id.0, policy_number(plan.policy), least_mtu(plan));
+        self.states.set_policy(plan.id, plan.policy, min_mtu(plan));
         if let Some(table) = self.current.get_mut(&plan.id) {
             table.policy = plan.policy;
         }
     }
 
     /// Puts in force who may send to a listener, and how fast.
-    pub fn admit(&mut self, id: ListenerId, admission: &Admission) {
-        self.states.set_admission(id.0, admission);
+    pub fn admit(&mut self, id: ListenerId, admission: &ListenerAdmission) {
+        self.states.set_admission(id, admission);
     }
 
     /// Empties a listener's table. Its counters are forgotten.
-    pub fn remove(&mut self, loaded: &Loaded, id: ListenerId) {
-        self.states.set_admission(id.0, &Admission::default());
+    pub fn remove(&mut self, loaded: &LoadedProgram, id: ListenerId) {
+        self.states.set_admission(id, &ListenerAdmission::default());
         if let Some(table) = self.current.remove(&id) {
-            self.states.publish(id.0, Region::default());
-            self.slot_arena.give_back(table.region);
+            self.states.publish_table(id, SlotRange::default());
+            self.slot_allocator.retire(table.region);
             self.retire_ids(id, &table.named().collect::<Vec<_>>());
         }
-        for (number, _) in self.retired.iter().filter(|(_, (listener, _))| *listener == id) {
-            self.owners.write(*number, 0);
+        for (number, _) in self.pending_free.iter().filter(|(_, (listener, _))| *listener == id) {
+            self.stat_owners.write(*number, 0);
         }
-        let settled = self.settled.keys().chain(self.inherited.keys()).filter(|(listener, _)| *listener == id);
-        let settled: Vec<Endpoint> = settled.copied().collect();
-        settled.into_iter().for_each(|key| self.forget_settled(loaded, key));
+        let folded = self.folded.keys().chain(self.inherited.keys()).filter(|(listener, _)| *listener == id);
+        let folded: Vec<ListenerEndpoint> = folded.copied().collect();
+        folded.into_iter().for_each(|key| self.forget_folded(loaded, key));
     }
 
-    fn forget_settled(&mut self, loaded: &Loaded, key: Endpoint) {
-        if self.settled.remove(&key).is_some() {
-            books::strike(loaded, Item::Downstream(key.0, key.1));
+    fn forget_folded(&mut self, loaded: &LoadedProgram, key: ListenerEndpoint) {
+        if self.folded.remove(&key).is_some() {
+            counters::delete_carried(loaded, CarriedCounter::Downstream(key.0, key.1));
         }
         if self.inherited.remove(&key).is_some() {
-            books::strike(loaded, Item::Inherited(key.0, key.1));
+            counters::delete_carried(loaded, CarriedCounter::Inherited(key.0, key.1));
         }
     }
 
@@ -199,18 +200,22 @@ impl Tables {
     ///
     /// # Errors
     /// When it cannot be written down for the next daemon.
-    pub fn inherit(&mut self, loaded: &Loaded, counted: impl IntoIterator<Item = (Endpoint, [u64; 2])>) -> Result<()> {
+    pub fn inherit(
+        &mut self,
+        loaded: &LoadedProgram,
+        counted: impl IntoIterator<Item = (ListenerEndpoint, [u64; 2])>,
+    ) -> Result<()> {
         let named = self.named();
         for (key, counts) in counted.into_iter().filter(|(key, _)| named.contains(key)) {
             let sum = self.inherited.entry(key).or_default();
-            books::add(sum, counts);
-            books::enter(loaded, Item::Inherited(key.0, key.1), sum)?;
+            counters::add(sum, counts);
+            counters::store_carried(loaded, CarriedCounter::Inherited(key.0, key.1), sum)?;
         }
         Ok(())
     }
 
     /// The downstreams that tables name.
-    fn named(&self) -> HashSet<Endpoint> {
+    fn named(&self) -> HashSet<ListenerEndpoint> {
         let tables = self.current.iter();
         tables.flat_map(|(&id, table)| table.named().map(move |(_, address)| (id, address))).collect()
     }
@@ -218,28 +223,33 @@ impl Tables {
     /// Moves what the last of the retired ids has counted to where it stays, if a table still names the downstream, and makes
     /// the id ready for another. Whenever this fails or the daemon ends, each datagram counts once: from the first write on
     /// the id does not count itself for the next daemon, and for this one as soon as its counters are zero.
-    fn settle(&mut self, loaded: &Loaded, named: &HashSet<Endpoint>, (number, key): (u32, Endpoint)) -> Result<()> {
-        let item = Item::Downstream(key.0, key.1);
-        let mut sum = self.settled.get(&key).copied().unwrap_or_default();
+    fn fold(
+        &mut self,
+        loaded: &LoadedProgram,
+        named: &HashSet<ListenerEndpoint>,
+        (number, key): (u32, ListenerEndpoint),
+    ) -> Result<()> {
+        let item = CarriedCounter::Downstream(key.0, key.1);
+        let mut sum = self.folded.get(&key).copied().unwrap_or_default();
         let named = named.contains(&key);
         if named {
-            books::add(&mut sum, sum_over_cpus(&loaded.downstream_stats, number)?);
-            books::enter(loaded, item, &[sum[0], sum[1], u64::from(number) + 1])?;
+            counters::add(&mut sum, sum_over_cpus(&loaded.downstream_stats, number)?);
+            counters::store_carried(loaded, item, &[sum[0], sum[1], u64::from(number) + 1])?;
         }
-        self.owners.write(number, 0);
+        self.stat_owners.write(number, 0);
         zero_on_all_cpus(&loaded.downstream_stats, number)?;
-        self.retired.pop();
+        self.pending_free.pop();
         if !named {
             return Ok(());
         }
-        self.settled.insert(key, sum);
-        books::enter(loaded, item, &sum)
+        self.folded.insert(key, sum);
+        counters::store_carried(loaded, item, &sum)
     }
 
     /// What was counted of a downstream, but not under an id that still counts for it.
-    fn counted_elsewhere(&self, key: &Endpoint) -> [u64; 2] {
-        let mut sum = self.settled.get(key).copied().unwrap_or_default();
-        books::add(&mut sum, self.inherited.get(key).copied().unwrap_or_default());
+    fn counted_elsewhere(&self, key: &ListenerEndpoint) -> [u64; 2] {
+        let mut sum = self.folded.get(key).copied().unwrap_or_default();
+        counters::add(&mut sum, self.inherited.get(key).copied().unwrap_or_default());
         sum
     }
 
@@ -247,18 +257,18 @@ impl Tables {
     ///
     /// # Errors
     /// When the kernel refuses to read a counter.
-    pub fn counters(&self, loaded: &Loaded) -> Result<BTreeMap<Endpoint, [u64; 2]>> {
+    pub fn counters(&self, loaded: &LoadedProgram) -> Result<BTreeMap<ListenerEndpoint, [u64; 2]>> {
         let mut sums = BTreeMap::new();
         for (&id, table) in &self.current {
             for (number, address) in table.named() {
                 let key = (id, address);
                 let sum = sums.entry(key).or_insert_with(|| self.counted_elsewhere(&key));
-                books::add(sum, sum_over_cpus(&loaded.downstream_stats, number)?);
+                counters::add(sum, sum_over_cpus(&loaded.downstream_stats, number)?);
             }
         }
-        for (number, key) in &self.retired {
+        for (number, key) in &self.pending_free {
             if let Some(sum) = sums.get_mut(key) {
-                books::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
+                counters::add(sum, sum_over_cpus(&loaded.downstream_stats, *number)?);
             }
         }
         Ok(sums)
@@ -266,13 +276,13 @@ impl Tables {
 
     /// Ids for the plan's targets: the old id where nothing has changed, else a new one, written but not yet named by any
     /// table.
-    fn assign_ids(&mut self, loaded: &Loaded, plan: &ListenerPlan, old: &Table) -> Result<Assignment> {
-        let mut seeker = Seeker::new(&old.targets);
+    fn assign_ids(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan, old: &Table) -> Result<IdAssignment> {
+        let mut index = TargetIndex::new(&old.targets);
         let mut stays = vec![false; old.targets.len()];
         let (mut ids, mut fresh) = (Vec::with_capacity(plan.targets.len()), Vec::new());
         for target in plan.targets.iter() {
             let address = target.downstream.address;
-            if let Some(at) = seeker.find(address).filter(|&at| same_entry(&old.targets[at], target)) {
+            if let Some(at) = index.find(address).filter(|&at| same_entry(&old.targets[at], target)) {
                 stays[at] = true;
                 ids.push(old.ids[at]);
                 continue;
@@ -280,7 +290,7 @@ impl Tables {
             match self.take_id(loaded) {
                 Ok(number) => {
                     self.downstreams.write(number, downstream_entry(target));
-                    self.owners.write(number, plan.id.0 + 1);
+                    self.stat_owners.write(number, plan.id.0 + 1);
                     fresh.push((number, address));
                     ids.push(number);
                 }
@@ -290,54 +300,54 @@ impl Tables {
                 }
             }
         }
-        let left = old.named().zip(stays).filter(|(_, stays)| !stays).map(|(left, _)| left).collect();
-        Ok(Assignment { ids: ids.into(), fresh, left })
+        let released = old.named().zip(stays).filter(|(_, stays)| !stays).map(|(left, _)| left).collect();
+        Ok(IdAssignment { ids: ids.into(), fresh, released })
     }
 
     /// Retires ids of a listener.
     fn retire_ids(&mut self, id: ListenerId, ids: &[(u32, SocketAddr)]) {
         for &(number, address) in ids {
-            self.retired.push((number, (id, address)));
-            self.id_arena.give_back(Region { start: number, len: 1 });
+            self.pending_free.push((number, (id, address)));
+            self.id_allocator.retire(SlotRange { start: number, len: 1 });
         }
     }
 
-    fn take_id(&mut self, loaded: &Loaded) -> Result<u32> {
-        if let Some(region) = self.id_arena.take(1) {
+    fn take_id(&mut self, loaded: &LoadedProgram) -> Result<u32> {
+        if let Some(region) = self.id_allocator.allocate(1) {
             return Ok(region.start);
         }
         self.reclaim(loaded)?;
-        let room = self.id_arena.take(1);
+        let room = self.id_allocator.allocate(1);
         Ok(room.context("no room for another downstream: raise limits.max_downstreams and restart")?.start)
     }
 
-    fn take_slots(&mut self, loaded: &Loaded, len: usize) -> Result<Region> {
+    fn take_slots(&mut self, loaded: &LoadedProgram, len: usize) -> Result<SlotRange> {
         let len = u32::try_from(len).context("a table is too long")?;
-        if let Some(region) = self.slot_arena.take(len) {
+        if let Some(region) = self.slot_allocator.allocate(len) {
             return Ok(region);
         }
         self.reclaim(loaded)?;
-        self.slot_arena
-            .take(len)
+        self.slot_allocator
+            .allocate(len)
             .with_context(|| format!("no room for a table of {len} slots: raise limits.max_downstreams and restart"))
     }
 
     /// Waits until nothing reads what has been retired, settles its counters and frees it.
-    fn reclaim(&mut self, loaded: &Loaded) -> Result<()> {
+    fn reclaim(&mut self, loaded: &LoadedProgram) -> Result<()> {
         wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
         let named = self.named();
-        while let Some(&last) = self.retired.last() {
-            self.settle(loaded, &named, last)?;
+        while let Some(&last) = self.pending_free.last() {
+            self.fold(loaded, &named, last)?;
         }
-        self.slot_arena.release();
-        self.id_arena.release();
+        self.slot_allocator.reclaim();
+        self.id_allocator.reclaim();
         Ok(())
     }
 }
 
 /// Writes a table that is not published yet. Only for that is it mapped: the array has room for the longest of tables, of
 /// which the daemon would seem to need the memory once more.
-fn write_slots(loaded: &Loaded, region: Region, slots: &[u32]) -> Result<()> {
+fn write_slots(loaded: &LoadedProgram, region: SlotRange, slots: &[u32]) -> Result<()> {
     if region.len == 0 {
         return Ok(());
     }
@@ -347,7 +357,7 @@ fn write_slots(loaded: &Loaded, region: Region, slots: &[u32]) -> Result<()> {
 }
 
 /// The smallest MTU on the ways to the plan's downstreams; none if all are on this host.
-fn least_mtu(plan: &ListenerPlan) -> u32 {
+fn min_mtu(plan: &ListenerPlan) -> u32 {
     let mtu = |target: &Target| match target.delivery {
         Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => Some(mtu),
         Delivery::Local | Delivery::Unreachable => None,
@@ -356,7 +366,7 @@ fn least_mtu(plan: &ListenerPlan) -> u32 {
 }
 
 /// True if nothing differs but what is known of neighbours, which changes often and means nothing to an operator.
-fn same_ways(old: &[Target], new: &[Target]) -> bool {
+fn same_routes(old: &[Target], new: &[Target]) -> bool {
     let same = |(old, new): (&Target, &Target)| {
         old.downstream == new.downstream && old.delivery.without_neighbour() == new.delivery.without_neighbour()
     };
@@ -376,14 +386,14 @@ impl Table {
 }
 
 /// Finds addresses among targets, quickest in the targets' own order: of a long list, mostly but little changes.
-struct Seeker<'a> {
+struct TargetIndex<'a> {
     targets: &'a [Target],
     next: usize,
     missed: usize,
     places: Option<HashMap<SocketAddr, usize>>,
 }
 
-impl<'a> Seeker<'a> {
+impl<'a> TargetIndex<'a> {
     /// So many addresses are looked for one by one, sooner than in an index of them all, which has to be made first.
     const FEW: usize = 8;
 
@@ -436,9 +446,9 @@ mod tests {
             sought in prop::collection::vec(0u16..60, 0..60),
         ) {
             let targets = targets(&there);
-            let mut seeker = Seeker::new(&targets);
+            let mut index = TargetIndex::new(&targets);
             for port in there.iter().chain(&sought) {
-                let found = seeker.find(SocketAddr::from(([192, 0, 2, 1], *port)));
+                let found = index.find(SocketAddr::from(([192, 0, 2, 1], *port)));
                 prop_assert_eq!(found, there.iter().position(|other| other == port));
             }
         }

@@ -1,4 +1,4 @@
-//! Who may send to a listener, and how fast, as its workers ask: the other half of `bpf/admit.h`.
+//! Who may send to a listener, and how fast, as its workers ask: the other half of `bpf/admission.h`.
 //!
 //! The workers of a listener share one gate, since a sender's datagrams may come to any of them. Its buckets stand in
 //! sets of a few, each behind a lock of its own that is held for some nanoseconds; nothing is locked where there is no

@@ -3,8 +3,8 @@
  * The books. Each datagram that is ours passes through exactly one of these three, and each keeps
  * received = forwarded + dropped + passed. Plain additions: a TC program is not interrupted by itself on one CPU.
  */
-#ifndef FANOUT_COUNT_H
-#define FANOUT_COUNT_H
+#ifndef FANOUT_COUNTERS_H
+#define FANOUT_COUNTERS_H
 
 static __always_inline void count_received(struct stats *stats, const struct packet *pkt)
 {

@@ -9,22 +9,22 @@ use nix::time::{ClockId, clock_gettime};
 use super::maps::MappedArray;
 use super::skel::types;
 
-/// `LEASE_FOR_EVER`.
-const FOR_EVER: u64 = u64::MAX;
+/// `HEARTBEAT_FOREVER`.
+const FOREVER: u64 = u64::MAX;
 /// Longest time between two signs of life.
-const LONGEST: Duration = Duration::from_secs(5);
+const MAX_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A program's lease, also that of another daemon's.
 #[derive(Debug)]
-pub struct Lease(MappedArray<types::lease>);
+pub struct Heartbeat(MappedArray<types::heartbeat>);
 
-impl Lease {
+impl Heartbeat {
     /// The lease in this map.
     ///
     /// # Errors
     /// When the kernel refuses to map it, or it is no lease.
-    pub fn new(map: &MapHandle) -> Result<Lease> {
-        Ok(Lease(MappedArray::new(map)?))
+    pub fn new(map: &MapHandle) -> Result<Heartbeat> {
+        Ok(Heartbeat(MappedArray::new(map)?))
     }
 
     /// Lets the program act for so long from now on; none for ever.
@@ -32,14 +32,14 @@ impl Lease {
     /// # Errors
     /// When there is no clock.
     pub fn renew(&mut self, term: Option<Duration>) -> Result<()> {
-        let until = match term {
-            None => FOR_EVER,
+        let deadline = match term {
+            None => FOREVER,
             Some(term) => {
                 let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
-                u64::try_from((Duration::from(now) + term).as_nanos()).unwrap_or(FOR_EVER)
+                u64::try_from((Duration::from(now) + term).as_nanos()).unwrap_or(FOREVER)
             }
         };
-        self.0.write(0, types::lease { until });
+        self.0.write(0, types::heartbeat { deadline });
         Ok(())
     }
 }
@@ -47,8 +47,8 @@ impl Lease {
 /// How often a lease of this length is renewed: several times before it ends, and not so seldom that it would matter when
 /// a daemon dies.
 #[must_use]
-pub fn renewal(term: Option<Duration>) -> Option<Duration> {
-    term.map(|term| (term / 4).min(LONGEST))
+pub fn renewal_interval(term: Option<Duration>) -> Option<Duration> {
+    term.map(|term| (term / 4).min(MAX_INTERVAL))
 }
 
 #[cfg(test)]
@@ -57,10 +57,10 @@ mod tests {
 
     #[test]
     fn a_lease_is_renewed_well_before_its_end() {
-        assert_eq!(renewal(None), None);
-        assert_eq!(renewal(Some(Duration::from_secs(1))), Some(Duration::from_millis(250)));
-        assert_eq!(renewal(Some(Duration::from_secs(300))), Some(LONGEST));
+        assert_eq!(renewal_interval(None), None);
+        assert_eq!(renewal_interval(Some(Duration::from_secs(1))), Some(Duration::from_millis(250)));
+        assert_eq!(renewal_interval(Some(Duration::from_secs(300))), Some(MAX_INTERVAL));
         let header = include_str!("../../../bpf/fanout_abi.h");
-        assert!(header.contains("LEASE_FOR_EVER 0xffffffffffffffff"));
+        assert!(header.contains("HEARTBEAT_FOREVER 0xffffffffffffffff"));
     }
 }

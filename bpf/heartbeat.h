@@ -4,30 +4,30 @@
  * few seconds: it may have ended in order to be replaced, been killed, or be stuck. But the receivers that it has named may be
  * gone by and by, or their addresses somebody else's.
  */
-#ifndef FANOUT_LEASE_H
-#define FANOUT_LEASE_H
+#ifndef FANOUT_HEARTBEAT_H
+#define FANOUT_HEARTBEAT_H
 
 /* Written by user space through a mapping; read by the program without a lookup. */
-volatile struct lease lease SEC(".data.lease") = { .until = LEASE_FOR_EVER };
+volatile struct heartbeat heartbeat SEC(".data.heartbeat") = { .deadline = HEARTBEAT_FOREVER };
 
 /* A clock is asked once in a tick. The coarse one, since 5.11, costs less; it is behind by a tick at most. */
-static __always_inline bool is_headless(struct work *work)
+static __always_inline bool is_orphaned(struct scratch *scratch)
 {
-	__u64 until = lease.until, tick, now;
+	__u64 deadline = heartbeat.deadline, tick, now;
 
-	if (until == LEASE_FOR_EVER)
+	if (deadline == HEARTBEAT_FOREVER)
 		return false;
 	tick = bpf_jiffies64();
-	if (work->led_at == tick && work->led_until == until)
+	if (scratch->heartbeat_tick == tick && scratch->heartbeat_deadline == deadline)
 		return false;
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_ktime_get_coarse_ns))
 		now = bpf_ktime_get_coarse_ns();
 	else
 		now = bpf_ktime_get_ns();
-	if (now > until)
+	if (now > deadline)
 		return true;
-	work->led_at = tick;
-	work->led_until = until;
+	scratch->heartbeat_tick = tick;
+	scratch->heartbeat_deadline = deadline;
 	return false;
 }
 

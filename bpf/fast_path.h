@@ -9,15 +9,15 @@
  * Whatever is unusual is left to the long way (fanout.bpf.c), which decides alike; the packet and the books are as they
  * were. What is plain and somebody else's is seen here too.
  *
- * Nobody asks here whether a daemon is there (lease.h): that was asked when the neighbour was found, at most NEXT_HOP_TICKS
+ * Nobody asks here whether a daemon is there (heartbeat.h): that was asked when the neighbour was found, at most NEXT_HOP_TICKS
  * ago.
  */
-#ifndef FANOUT_SHORT_WAY_H
-#define FANOUT_SHORT_WAY_H
+#ifndef FANOUT_FAST_PATH_H
+#define FANOUT_FAST_PATH_H
 
 /* What is answered beside verdicts. */
-#define LONG_WAY -3
-#define OURS -4
+#define SLOW_PATH -3
+#define MATCHED -4
 
 #define IPV4_PLAIN 0x45 /* version 4, no options */
 
@@ -25,22 +25,22 @@
 static __always_inline bool is_plain_frame(struct __sk_buff *skb, __u8 first, __u8 version)
 {
 	return !skb->vlan_present && CTX_FIELD(__u32, skb, pkt_type) == PACKET_HOST &&
-	       !came_around(skb) && (likely(first >> 4 != version) || !comes_without_frames(skb));
+	       !is_reinjected(skb) && (likely(first >> 4 != version) || !is_l3_device(skb));
 }
 
-/* The listener of a datagram of which the destination is known: OURS, TC_ACT_UNSPEC for somebody else's, LONG_WAY. */
-static __always_inline int short_match(struct __sk_buff *skb, const struct packet *pkt,
-				       __u32 *listener_id)
+/* The listener of a datagram of which the destination is known: MATCHED, TC_ACT_UNSPEC for somebody else's, SLOW_PATH. */
+static __always_inline int fast_match(struct __sk_buff *skb, const struct packet *pkt,
+				      __u32 *listener_id)
 {
-	__u16 found;
-	const struct first_look *look = first_look_of(&pkt->dst, &found);
+	__u16 state;
+	const struct cached_listener *entry = cache_lookup(&pkt->dst, &state);
 
-	if (unlikely(!look || found == LOOK_FURTHER))
-		return LONG_WAY;
-	if (found == LOOK_NOBODY || !is_for_one(look, &pkt->dst))
+	if (unlikely(!entry || state == CACHE_COLLISION))
+		return SLOW_PATH;
+	if (state == CACHE_EMPTY || !cache_entry_matches(entry, &pkt->dst))
 		return TC_ACT_UNSPEC;
-	*listener_id = look->listener.id;
-	return look->listener.flags || was_seen(skb) ? LONG_WAY : OURS;
+	*listener_id = entry->listener.id;
+	return entry->listener.flags || already_processed(skb) ? SLOW_PATH : MATCHED;
 }
 
 /*
@@ -61,20 +61,20 @@ static __always_inline bool read_plain_udp(struct __sk_buff *skb, struct packet 
 }
 
 /* The place in the table, and where the cursor is after that. False if only the long way can tell. */
-static __always_inline bool short_place(const struct packet *pkt, __u32 policy, __u32 slots,
-					__u32 *cursor, __u32 *place)
+static __always_inline bool fast_index(const struct packet *pkt, __u32 policy, __u32 slots,
+				       __u32 *cursor, __u32 *index)
 {
 	if (likely(policy == POLICY_ROUND_ROBIN)) {
 		/* Not the first on this CPU, nor has the table become shorter. */
 		if (unlikely(*cursor - 1 >= slots))
 			return false;
-		*place = *cursor == slots ? 0 : *cursor;
-		*cursor = *place + 1;
+		*index = *cursor == slots ? 0 : *cursor;
+		*cursor = *index + 1;
 		return true;
 	}
 	if (policy > POLICY_HASH_FLOW || !slots)
 		return false;
-	*place = place_of(hash_of_flow(pkt, policy), slots);
+	*index = table_index(flow_hash(pkt, policy), slots);
 	return true;
 }
 
@@ -82,116 +82,118 @@ static __always_inline bool short_place(const struct packet *pkt, __u32 policy, 
  * True if it can go where the next hop says. Of a downstream on this host, of one on a link that has no neighbours, or of
  * one without a route, none is ever known.
  */
-static __always_inline bool can_go(const struct packet *pkt, const struct downstream *to,
-				   const struct next_hop *known)
+static __always_inline bool has_fresh_hop(const struct packet *pkt, const struct downstream *to,
+					  const struct next_hop *cached_hop)
 {
-	return fresh(known) && pkt->ip_len <= to->mtu;
+	return is_fresh(cached_hop) && pkt->ip_len <= to->mtu;
 }
 
 /* From selection to the books, of a datagram of this listener's. */
-static __always_inline int short_take(struct __sk_buff *skb, struct packet *pkt, __u32 listener_id)
+static __always_inline int fast_forward(struct __sk_buff *skb, struct packet *pkt,
+					__u32 listener_id)
 {
 	const struct listener_state *state = bpf_map_lookup_elem(&listener_states, &listener_id);
 	struct stats *stats = bpf_map_lookup_elem(&STATS, &listener_id);
 	struct downstream_stats *to_stats;
 	const struct downstream *to;
-	__u32 cursor, place, to_id;
+	__u32 cursor, index, to_id;
 	struct table table;
 	__u8 ttl;
 
-	if (unlikely(!state || !stats || is_guarded(state) || trace.on || pkt->ttl <= 1))
-		return LONG_WAY;
+	if (unlikely(!state || !stats || has_admission(state) || trace.on || pkt->ttl <= 1))
+		return SLOW_PATH;
 	read_table(stats, state, &table);
 	cursor = stats->cursor;
-	if (unlikely(!short_place(pkt, table.policy, table.slots, &cursor, &place)))
-		return LONG_WAY;
-	to = downstream_at(table.first + place, &to_id);
+	if (unlikely(!fast_index(pkt, table.policy, table.slots, &cursor, &index)))
+		return SLOW_PATH;
+	to = downstream_at(table.first + index, &to_id);
 	if (unlikely(!to))
-		return LONG_WAY;
+		return SLOW_PATH;
 	to_stats = bpf_map_lookup_elem(&DOWNSTREAM_STAT, &to_id);
-	if (unlikely(!to_stats || !can_go(pkt, to, &to_stats->known)))
-		return LONG_WAY;
-	if (unlikely(redirect_known(skb, pkt, to, &to_stats->known, true) != TC_ACT_REDIRECT))
-		return LONG_WAY;
+	if (unlikely(!to_stats || !has_fresh_hop(pkt, to, &to_stats->cached_hop)))
+		return SLOW_PATH;
+	if (unlikely(redirect_resolved(skb, pkt, to, &to_stats->cached_hop, true) !=
+		     TC_ACT_REDIRECT))
+		return SLOW_PATH;
 	/* Only the first change can be refused, for want of memory: after that the packet is writable. */
 	ttl = pkt->ttl - 1;
-	if (unlikely(pkt->v6 ? rewrite_ipv6(skb, pkt, to, to_stats->known.macs, ttl)
-			     : rewrite_ipv4(skb, pkt, to, to_stats->known.macs, ttl, L3_OFF)))
-		return LONG_WAY;
+	if (unlikely(pkt->v6 ? rewrite_ipv6(skb, pkt, to, to_stats->cached_hop.macs, ttl)
+			     : rewrite_ipv4(skb, pkt, to, to_stats->cached_hop.macs, ttl, L3_OFF)))
+		return SLOW_PATH;
 	stats->cursor = cursor;
 	count_forwarded(stats, pkt);
 	count_copy(to_stats, pkt);
 	return TC_ACT_REDIRECT;
 }
 
-static __always_inline int short_ipv4(struct __sk_buff *skb)
+static __always_inline int fast_ipv4(struct __sk_buff *skb)
 {
 	void *frame = frame_start(skb);
 	struct iphdr *ip = frame + L3_OFF;
 	struct udphdr *udp = (void *)(ip + 1);
 	struct packet pkt = { .l4_off = L3_OFF + sizeof(*ip) };
 	__u32 listener_id;
-	int whose;
+	int match;
 
 	if (unlikely((void *)(udp + 1) > frame_end(skb) || !is_plain_frame(skb, *(__u8 *)frame, 4)))
-		return LONG_WAY;
+		return SLOW_PATH;
 	if (unlikely(*(__u8 *)ip != IPV4_PLAIN ||
 		     ip->frag_off & bpf_htons(IPV4_MORE | IPV4_OFFSET)))
-		return LONG_WAY;
+		return SLOW_PATH;
 	if (ip->protocol != IPPROTO_UDP)
 		return TC_ACT_UNSPEC;
 	pkt.dst.addr_be[2] = bpf_htonl(0xffff);
 	pkt.dst.addr_be[3] = ip->daddr;
 	pkt.dst.port_be = udp->dest;
-	whose = short_match(skb, &pkt, &listener_id);
-	if (whose != OURS)
-		return whose;
+	match = fast_match(skb, &pkt, &listener_id);
+	if (match != MATCHED)
+		return match;
 	pkt.ttl = ip->ttl;
 	pkt.src_be[2] = bpf_htonl(0xffff);
 	pkt.src_be[3] = ip->saddr;
 	if (unlikely(!read_plain_udp(skb, &pkt, udp, bpf_ntohs(ip->tot_len)) ||
-		     ipv4_martian(ip->saddr) || ipv4_group(ip->daddr) ||
+		     is_ipv4_martian(ip->saddr) || is_ipv4_multicast(ip->daddr) ||
 		     ipv4_header_sum(ip) != 0xffff))
-		return LONG_WAY;
-	return short_take(skb, &pkt, listener_id);
+		return SLOW_PATH;
+	return fast_forward(skb, &pkt, listener_id);
 }
 
 /* A function of its own: on a host with both, each has its own code in a row. */
-static __noinline int short_ipv6(struct __sk_buff *skb)
+static __noinline int fast_ipv6(struct __sk_buff *skb)
 {
 	void *frame = frame_start(skb);
 	struct ipv6hdr *ip = frame + L3_OFF;
 	struct udphdr *udp = (void *)(ip + 1);
 	struct packet pkt = { .v6 = true, .l4_off = L3_OFF + sizeof(*ip) };
 	__u32 listener_id;
-	int whose;
+	int match;
 
 	if (unlikely((void *)(udp + 1) > frame_end(skb) || !is_plain_frame(skb, *(__u8 *)frame, 6)))
-		return LONG_WAY;
+		return SLOW_PATH;
 	if (unlikely(ip->version != 6 || ip->nexthdr == NEXTHDR_FRAGMENT ||
-		     ipv6_martian(&ip->daddr)))
-		return LONG_WAY;
+		     is_ipv6_martian(&ip->daddr)))
+		return SLOW_PATH;
 	if (ip->nexthdr != IPPROTO_UDP)
 		return TC_ACT_UNSPEC;
 	__builtin_memcpy(pkt.dst.addr_be, &ip->daddr, sizeof(pkt.dst.addr_be));
 	pkt.dst.port_be = udp->dest;
-	whose = short_match(skb, &pkt, &listener_id);
-	if (whose != OURS)
-		return whose;
+	match = fast_match(skb, &pkt, &listener_id);
+	if (match != MATCHED)
+		return match;
 	pkt.ttl = ip->hop_limit;
 	__builtin_memcpy(pkt.src_be, &ip->saddr, sizeof(pkt.src_be));
 	if (unlikely(!read_plain_udp(skb, &pkt, udp, sizeof(*ip) + bpf_ntohs(ip->payload_len)) ||
-		     !udp->check || ipv6_martian(&ip->saddr) || ipv6_link_local(&ip->saddr)))
-		return LONG_WAY;
-	return short_take(skb, &pkt, listener_id);
+		     !udp->check || is_ipv6_martian(&ip->saddr) || is_ipv6_link_local(&ip->saddr)))
+		return SLOW_PATH;
+	return fast_forward(skb, &pkt, listener_id);
 }
 
-/* The verdict, or LONG_WAY. */
-static __always_inline int short_way(struct __sk_buff *skb)
+/* The verdict, or SLOW_PATH. */
+static __always_inline int fast_path(struct __sk_buff *skb)
 {
 	if (likely(skb->protocol == bpf_htons(ETH_P_IP)))
-		return short_ipv4(skb);
-	return skb->protocol == bpf_htons(ETH_P_IPV6) ? short_ipv6(skb) : TC_ACT_UNSPEC;
+		return fast_ipv4(skb);
+	return skb->protocol == bpf_htons(ETH_P_IPV6) ? fast_ipv6(skb) : TC_ACT_UNSPEC;
 }
 
 #endif

@@ -1,8 +1,8 @@
 //! What a program has counted and for whom, as its successor finds it in the pinned maps.
 //!
 //! The program counts by number. What the numbers mean only its daemon knows, so that writes it down: `names` and
-//! `owners`. What cannot be counted under a number, because it was counted by an earlier program or the number has been
-//! given to somebody else, is in `ledger`, to be added. All three are written by user space alone.
+//! `stat_owners`. What cannot be counted under a number, because it was counted by an earlier program or the number has been
+//! given to somebody else, is in `carried_counts`, to be added. All three are written by user space alone.
 //!
 //! A daemon may be killed between any two writes, so whatever takes several of them has one that decides: until then the
 //! next daemon counts as before them, and from then on as after them.
@@ -13,19 +13,20 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapHandle};
 
-use super::maps::{MappedArray, address_of, bytes_of, look_up, mapped_words, store, sum_over_cpus, value_of};
+use super::entries::{address_of, mapped_words};
+use super::maps::{MappedArray, bytes_of, lookup, store, sum_over_cpus, value_of};
 use super::skel::{
-    DROP_REASONS, LEDGER_DOWNSTREAM, LEDGER_FRAGMENTS, LEDGER_INHERITED_DOWNSTREAM, LEDGER_LISTENER, LEDGER_WORDS,
-    Loaded, NAME_LENGTH, types,
+    CARRIED_DOWNSTREAM, CARRIED_FOLDED_DOWNSTREAM, CARRIED_FRAGMENTS, CARRIED_LISTENER, CARRIED_WORDS, DROP_REASONS,
+    LoadedProgram, NAME_LENGTH, types,
 };
 use crate::model::{DropReason, ListenerCounters, ListenerId};
 
 /// What the program counts of a listener, in the order of `ledger_entry`.
-pub type ListenerWords = [u64; LEDGER_WORDS];
+pub type ListenerWords = [u64; CARRIED_WORDS];
 
 /// The maps that tell what has been counted.
 #[derive(Debug)]
-pub struct Maps<'a> {
+pub struct CounterMaps<'a> {
     /// Listener id to counters.
     pub stats: &'a MapHandle,
     /// Listener id and reason to drops.
@@ -39,18 +40,18 @@ pub struct Maps<'a> {
     /// Downstream id to receiver.
     pub downstreams: &'a MapHandle,
     /// Listener id to name.
-    pub names: &'a MapHandle,
+    pub listener_names: &'a MapHandle,
     /// Downstream id to listener.
-    pub owners: &'a MapHandle,
+    pub stat_owners: &'a MapHandle,
     /// What was counted before.
-    pub ledger: &'a MapHandle,
+    pub carried_counts: &'a MapHandle,
     /// What the ledger says of earlier programs is complete, and theirs no longer counts.
     pub inherited: bool,
 }
 
 /// All that has been counted, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Account {
+pub struct CounterSnapshot {
     /// Of listeners.
     pub listeners: BTreeMap<String, ListenerWords>,
     /// Of downstreams: packets and bytes.
@@ -59,48 +60,48 @@ pub struct Account {
     pub fragments: [u64; 2],
 }
 
-impl Account {
+impl CounterSnapshot {
     /// Reads what a program that is no longer attached has counted.
     ///
     /// # Errors
     /// When the kernel refuses to read a map, or one is not as it should be.
-    pub fn read(maps: &Maps<'_>) -> Result<Account> {
-        let mut account = Account::default();
+    pub fn read(maps: &CounterMaps<'_>) -> Result<CounterSnapshot> {
+        let mut snapshot = CounterSnapshot::default();
         let mut names = BTreeMap::new();
-        for id in 0..maps.names.max_entries() {
-            let Some(name) = name_of(maps.names, id)? else { continue };
-            add(account.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), listener_words(maps, id)?);
+        for id in 0..maps.listener_names.max_entries() {
+            let Some(name) = name_of(maps.listener_names, id)? else { continue };
+            add(snapshot.listeners.entry(name.clone()).or_insert([0; CARRIED_WORDS]), listener_words(maps, id)?);
             names.insert(id, name);
         }
-        let settled = account.add_ledger(maps, &names)?;
-        let owners: MappedArray<u32> = MappedArray::new(maps.owners)?;
-        for id in (0..owners.entries()).filter(|id| !settled.contains(id)) {
-            let Some(name) = owners.read(id).checked_sub(1).and_then(|owner| names.get(&owner)) else { continue };
+        let folded = snapshot.add_carried(maps, &names)?;
+        let stat_owners: MappedArray<u32> = MappedArray::new(maps.stat_owners)?;
+        for id in (0..stat_owners.entries()).filter(|id| !folded.contains(id)) {
+            let Some(name) = stat_owners.read(id).checked_sub(1).and_then(|owner| names.get(&owner)) else { continue };
             let entry: types::downstream =
-                look_up(maps.downstreams, &id)?.with_context(|| format!("there is no downstream {id}"))?;
+                lookup(maps.downstreams, &id)?.with_context(|| format!("there is no downstream {id}"))?;
             let key = (name.clone(), address_of(entry.addr_be, entry.port_be));
-            add(account.downstreams.entry(key).or_default(), sum_over_cpus(maps.downstream_stats, id)?);
+            add(snapshot.downstreams.entry(key).or_default(), sum_over_cpus(maps.downstream_stats, id)?);
         }
-        add(&mut account.fragments, fragments(maps.fragment_stats)?);
-        Ok(account)
+        add(&mut snapshot.fragments, fragments(maps.fragment_stats)?);
+        Ok(snapshot)
     }
 
     /// Adds what is in the ledger. Returns the ids whose own counts are in there already.
-    fn add_ledger(&mut self, maps: &Maps<'_>, names: &BTreeMap<u32, String>) -> Result<BTreeSet<u32>> {
-        let mut settled = BTreeSet::new();
-        for key in maps.ledger.keys() {
-            let key: types::ledger_key = value_of(&key).context("the ledger's keys have another size")?;
-            let Some(types::ledger_entry { words }) = look_up(maps.ledger, &key)? else { continue };
+    fn add_carried(&mut self, maps: &CounterMaps<'_>, names: &BTreeMap<u32, String>) -> Result<BTreeSet<u32>> {
+        let mut folded = BTreeSet::new();
+        for key in maps.carried_counts.keys() {
+            let key: types::carried_key = value_of(&key).context("the ledger's keys have another size")?;
+            let Some(types::carried_entry { words }) = lookup(maps.carried_counts, &key)? else { continue };
             let name = names.get(&key.listener);
             match (key.kind, name) {
-                (LEDGER_LISTENER | LEDGER_FRAGMENTS | LEDGER_INHERITED_DOWNSTREAM, _) if !maps.inherited => {}
-                (LEDGER_LISTENER, Some(name)) => {
-                    add(self.listeners.entry(name.clone()).or_insert([0; LEDGER_WORDS]), words);
+                (CARRIED_LISTENER | CARRIED_FRAGMENTS | CARRIED_DOWNSTREAM, _) if !maps.inherited => {}
+                (CARRIED_LISTENER, Some(name)) => {
+                    add(self.listeners.entry(name.clone()).or_insert([0; CARRIED_WORDS]), words);
                 }
-                (LEDGER_FRAGMENTS, _) => add(&mut self.fragments, [words[0], words[1]]),
-                (LEDGER_DOWNSTREAM | LEDGER_INHERITED_DOWNSTREAM, Some(name)) => {
-                    if key.kind == LEDGER_DOWNSTREAM {
-                        settled.extend(words[2].checked_sub(1).and_then(|id| u32::try_from(id).ok()));
+                (CARRIED_FRAGMENTS, _) => add(&mut self.fragments, [words[0], words[1]]),
+                (CARRIED_FOLDED_DOWNSTREAM | CARRIED_DOWNSTREAM, Some(name)) => {
+                    if key.kind == CARRIED_FOLDED_DOWNSTREAM {
+                        folded.extend(words[2].checked_sub(1).and_then(|id| u32::try_from(id).ok()));
                     }
                     let key = (name.clone(), address_of(key.addr_be, key.port_be));
                     add(self.downstreams.entry(key).or_default(), [words[0], words[1]]);
@@ -108,13 +109,13 @@ impl Account {
                 _ => {}
             }
         }
-        Ok(settled)
+        Ok(folded)
     }
 
-    /// Adds another account to this one.
-    pub fn merge(&mut self, other: Account) {
+    /// Adds another snapshot to this one.
+    pub fn merge(&mut self, other: CounterSnapshot) {
         for (name, words) in other.listeners {
-            add(self.listeners.entry(name).or_insert([0; LEDGER_WORDS]), words);
+            add(self.listeners.entry(name).or_insert([0; CARRIED_WORDS]), words);
         }
         for (key, counted) in other.downstreams {
             add(self.downstreams.entry(key).or_default(), counted);
@@ -123,20 +124,20 @@ impl Account {
     }
 }
 
-impl<'a> Maps<'a> {
+impl<'a> CounterMaps<'a> {
     /// Those of a program of this daemon's own.
     #[must_use]
-    pub fn of(loaded: &'a Loaded) -> Maps<'a> {
-        Maps {
+    pub fn of(loaded: &'a LoadedProgram) -> CounterMaps<'a> {
+        CounterMaps {
             stats: &loaded.stats,
             drops: &loaded.drops,
             copy_drops: &loaded.copy_drops,
             downstream_stats: &loaded.downstream_stats,
             fragment_stats: &loaded.fragment_stats,
             downstreams: &loaded.downstreams,
-            names: &loaded.names,
-            owners: &loaded.owners,
-            ledger: &loaded.ledger,
+            listener_names: &loaded.listener_names,
+            stat_owners: &loaded.stat_owners,
+            carried_counts: &loaded.carried_counts,
             inherited: true,
         }
     }
@@ -146,9 +147,9 @@ impl<'a> Maps<'a> {
 ///
 /// # Errors
 /// When the kernel refuses to read a map.
-pub fn listener_words(maps: &Maps<'_>, id: u32) -> Result<ListenerWords> {
+pub fn listener_words(maps: &CounterMaps<'_>, id: u32) -> Result<ListenerWords> {
     let [_, forwarded, _, passed, bytes_received, bytes_forwarded] = sum_over_cpus::<6>(maps.stats, id)?;
-    let mut words = [0; LEDGER_WORDS];
+    let mut words = [0; CARRIED_WORDS];
     words[..4].copy_from_slice(&[forwarded, passed, bytes_received, bytes_forwarded]);
     let (drops, copies) = words[4..].split_at_mut(DROP_REASONS as usize);
     for ((offset, drops), copies) in (0..).zip(drops).zip(copies) {
@@ -193,17 +194,17 @@ pub fn fragments(map: &MapHandle) -> Result<[u64; 2]> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn set_name(loaded: &Loaded, id: ListenerId, name: &str) -> Result<()> {
+pub fn set_name(loaded: &LoadedProgram, id: ListenerId, name: &str) -> Result<()> {
     let mut entry = types::listener_name { name: [0; NAME_LENGTH] };
     ensure!(name.len() < NAME_LENGTH, "listener {name:?} has too long a name");
     for (to, from) in entry.name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    store(&loaded.names, &id.0, &entry)
+    store(&loaded.listener_names, &id.0, &entry)
 }
 
 fn name_of(names: &MapHandle, id: u32) -> Result<Option<String>> {
-    let entry: types::listener_name = look_up(names, &id)?.context("the names are incomplete")?;
+    let entry: types::listener_name = lookup(names, &id)?.context("the names are incomplete")?;
     let bytes: Vec<u8> = entry.name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned()).collect();
     let name = String::from_utf8(bytes).context("a listener's name is no text")?;
     Ok((!name.is_empty()).then_some(name))
@@ -211,7 +212,7 @@ fn name_of(names: &MapHandle, id: u32) -> Result<Option<String>> {
 
 /// What a ledger's entry is about.
 #[derive(Debug, Clone, Copy)]
-pub enum Item {
+pub enum CarriedCounter {
     /// A listener.
     Listener(ListenerId),
     /// A downstream of a listener, as far as this program has counted it.
@@ -222,20 +223,22 @@ pub enum Item {
     Fragments,
 }
 
-impl Item {
-    fn key(self) -> types::ledger_key {
-        let key = types::ledger_key { addr_be: [0; 4], port_be: 0, kind: LEDGER_FRAGMENTS, listener: 0 };
-        let downstream = |kind, ListenerId(listener), address: SocketAddr| types::ledger_key {
+impl CarriedCounter {
+    fn key(self) -> types::carried_key {
+        let key = types::carried_key { addr_be: [0; 4], port_be: 0, kind: CARRIED_FRAGMENTS, listener: 0 };
+        let downstream = |kind, ListenerId(listener), address: SocketAddr| types::carried_key {
             addr_be: mapped_words(address.ip()),
             port_be: address.port().to_be(),
             kind,
             listener,
         };
         match self {
-            Item::Listener(ListenerId(listener)) => types::ledger_key { kind: LEDGER_LISTENER, listener, ..key },
-            Item::Downstream(listener, address) => downstream(LEDGER_DOWNSTREAM, listener, address),
-            Item::Inherited(listener, address) => downstream(LEDGER_INHERITED_DOWNSTREAM, listener, address),
-            Item::Fragments => key,
+            CarriedCounter::Listener(ListenerId(listener)) => {
+                types::carried_key { kind: CARRIED_LISTENER, listener, ..key }
+            }
+            CarriedCounter::Downstream(listener, address) => downstream(CARRIED_FOLDED_DOWNSTREAM, listener, address),
+            CarriedCounter::Inherited(listener, address) => downstream(CARRIED_DOWNSTREAM, listener, address),
+            CarriedCounter::Fragments => key,
         }
     }
 }
@@ -244,16 +247,16 @@ impl Item {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn enter(loaded: &Loaded, item: Item, counted: &[u64]) -> Result<()> {
-    let mut words = [0; LEDGER_WORDS];
+pub fn store_carried(loaded: &LoadedProgram, item: CarriedCounter, counted: &[u64]) -> Result<()> {
+    let mut words = [0; CARRIED_WORDS];
     words[..counted.len()].copy_from_slice(counted);
-    store(&loaded.ledger, &item.key(), &types::ledger_entry { words })
+    store(&loaded.carried_counts, &item.key(), &types::carried_entry { words })
 }
 
 /// Takes an entry back, if there is one.
-pub fn strike(loaded: &Loaded, item: Item) {
+pub fn delete_carried(loaded: &LoadedProgram, item: CarriedCounter) {
     // It may never have been there. One that could not be deleted is of a number that means nobody.
-    let _ = loaded.ledger.delete(bytes_of(&item.key()));
+    let _ = loaded.carried_counts.delete(bytes_of(&item.key()));
 }
 
 /// Adds numbers one by one.

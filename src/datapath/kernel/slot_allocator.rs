@@ -1,13 +1,13 @@
 //! Room in the kernel's flat arrays: which slots of `table_slots` and which ids of `downstreams` are in use.
 //!
 //! Pure bookkeeping. What is given back is not handed out again at once, because a CPU may still be reading it:
-//! it waits in quarantine until the owner has waited out an RCU grace period and calls [`Arena::release`].
+//! it waits in quarantine until the owner has waited out an RCU grace period and calls [`SlotAllocator::reclaim`].
 
 use std::collections::BTreeMap;
 
 /// A stretch of entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub struct Region {
+pub struct SlotRange {
     /// The first entry.
     pub start: u32,
     /// How many.
@@ -16,55 +16,55 @@ pub struct Region {
 
 /// Which entries of an array of fixed size are free.
 #[derive(Debug, Clone)]
-pub struct Arena {
+pub struct SlotAllocator {
     /// Free stretches: start to length; never adjacent, never empty.
     free: BTreeMap<u32, u32>,
-    quarantine: Vec<Region>,
+    pending_reclaim: Vec<SlotRange>,
 }
 
-impl Arena {
+impl SlotAllocator {
     /// All `size` entries free.
     #[must_use]
-    pub fn new(size: u32) -> Arena {
+    pub fn new(size: u32) -> SlotAllocator {
         let free = if size == 0 { BTreeMap::new() } else { BTreeMap::from([(0, size)]) };
-        Arena { free, quarantine: Vec::new() }
+        SlotAllocator { free, pending_reclaim: Vec::new() }
     }
 
     /// Takes `len` adjacent entries, from the first stretch that has them. None if no stretch has.
     /// A region of no entries takes none and is always to be had.
-    pub fn take(&mut self, len: u32) -> Option<Region> {
+    pub fn allocate(&mut self, len: u32) -> Option<SlotRange> {
         if len == 0 {
-            return Some(Region::default());
+            return Some(SlotRange::default());
         }
         let (&start, &room) = self.free.iter().find(|&(_, &room)| room >= len)?;
         self.free.remove(&start);
         if room > len {
             self.free.insert(start + len, room - len);
         }
-        Some(Region { start, len })
+        Some(SlotRange { start, len })
     }
 
     /// Gives a region back, into quarantine.
-    pub fn give_back(&mut self, region: Region) {
+    pub fn retire(&mut self, region: SlotRange) {
         if region.len > 0 {
-            self.quarantine.push(region);
+            self.pending_reclaim.push(region);
         }
     }
 
     /// What waits in quarantine.
     #[must_use]
-    pub fn quarantined(&self) -> &[Region] {
-        &self.quarantine
+    pub fn pending_reclaim(&self) -> &[SlotRange] {
+        &self.pending_reclaim
     }
 
-    /// Frees all that is in quarantine. Only right when a grace period has passed since the last `give_back`.
-    pub fn release(&mut self) {
-        for region in std::mem::take(&mut self.quarantine) {
+    /// Frees all that is in quarantine. Only right when a grace period has passed since the last `retire`.
+    pub fn reclaim(&mut self) {
+        for region in std::mem::take(&mut self.pending_reclaim) {
             self.free_region(region);
         }
     }
 
-    fn free_region(&mut self, Region { mut start, mut len }: Region) {
+    fn free_region(&mut self, SlotRange { mut start, mut len }: SlotRange) {
         if let Some((&before, &room)) = self.free.range(..start).next_back()
             && before + room == start
         {
@@ -86,40 +86,40 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_free_only_after_release() {
-        let mut arena = Arena::new(4);
-        let all = arena.take(4).unwrap();
-        assert_eq!(arena.take(1), None);
-        arena.give_back(all);
-        assert_eq!(arena.take(1), None);
-        arena.release();
-        assert_eq!(arena.take(4), Some(all));
-        assert_eq!(arena.take(0), Some(Region::default()));
+        let mut allocator = SlotAllocator::new(4);
+        let all = allocator.allocate(4).unwrap();
+        assert_eq!(allocator.allocate(1), None);
+        allocator.retire(all);
+        assert_eq!(allocator.allocate(1), None);
+        allocator.reclaim();
+        assert_eq!(allocator.allocate(4), Some(all));
+        assert_eq!(allocator.allocate(0), Some(SlotRange::default()));
     }
 
     proptest! {
         #[test]
         fn regions_never_overlap_and_all_comes_back(steps in prop::collection::vec((any::<bool>(), 0u32..40), 1..200)) {
-            let mut arena = Arena::new(256);
-            let mut held: Vec<Region> = Vec::new();
+            let mut allocator = SlotAllocator::new(256);
+            let mut taken: Vec<SlotRange> = Vec::new();
             for (take, n) in steps {
                 if take {
-                    held.extend(arena.take(n).filter(|r| r.len > 0));
-                } else if !held.is_empty() {
-                    arena.give_back(held.swap_remove(n as usize % held.len()));
+                    taken.extend(allocator.allocate(n).filter(|r| r.len > 0));
+                } else if !taken.is_empty() {
+                    allocator.retire(taken.swap_remove(n as usize % taken.len()));
                 }
                 if n % 5 == 0 {
-                    arena.release();
+                    allocator.reclaim();
                 }
                 let mut used = [false; 256];
-                for region in held.iter().chain(arena.quarantined()) {
+                for region in taken.iter().chain(allocator.pending_reclaim()) {
                     for entry in region.start..region.start + region.len {
                         prop_assert!(!std::mem::replace(&mut used[entry as usize], true));
                     }
                 }
             }
-            held.into_iter().for_each(|region| arena.give_back(region));
-            arena.release();
-            prop_assert_eq!(arena.take(256), Some(Region { start: 0, len: 256 }));
+            taken.into_iter().for_each(|region| allocator.retire(region));
+            allocator.reclaim();
+            prop_assert_eq!(allocator.allocate(256), Some(SlotRange { start: 0, len: 256 }));
         }
     }
 }

@@ -7,10 +7,10 @@
  * is dropped. One number can be added to atomically from several CPUs on every kernel. Two that find the bucket full at
  * the same moment may count as one: it lets through no more datagrams than there are CPUs, and only then.
  */
-#ifndef FANOUT_ADMIT_H
-#define FANOUT_ADMIT_H
+#ifndef FANOUT_ADMISSION_H
+#define FANOUT_ADMISSION_H
 
-static __always_inline bool may_send(__u32 rules, const struct packet *pkt)
+static __always_inline bool source_allowed(__u32 rules, const struct packet *pkt)
 {
 	struct source_key key = {
 		.prefixlen = 8 * (sizeof(key) - offsetof(struct source_key, rules)),
@@ -55,12 +55,13 @@ static __always_inline bool within_rate(const struct listener_state *state, __u3
 }
 
 /* Why the datagram is not taken; DROP_REASONS if it is. A function of its own, since few listeners need it. */
-static __noinline int refusal(const struct listener_state *state, const struct packet *pkt)
+static __noinline int admission_verdict(const struct listener_state *state,
+					const struct packet *pkt)
 {
 	__u32 rules = *(const volatile __u32 *)&state->rules;
 	__u32 meter = *(const volatile __u32 *)&state->meter;
 
-	if (rules && !may_send(rules, pkt))
+	if (rules && !source_allowed(rules, pkt))
 		return DROP_SOURCE_DENIED;
 	if (meter && !within_rate(state, meter, pkt))
 		return DROP_RATE_LIMITED;
@@ -68,7 +69,7 @@ static __noinline int refusal(const struct listener_state *state, const struct p
 }
 
 /* True if there is anything to ask. */
-static __always_inline bool is_guarded(const struct listener_state *state)
+static __always_inline bool has_admission(const struct listener_state *state)
 {
 	return state->rules | state->meter;
 }

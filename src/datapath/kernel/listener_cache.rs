@@ -1,0 +1,107 @@
+//! The map `first_look`, where the program finds most destinations without asking the hash map `listeners`.
+//!
+//! A destination's place follows from its address and port ([`index`], as in `bpf/match.h`). A place says that nobody is
+//! there, or names the one destination that is, or, where several are, sends the program on to `listeners`, which has all of
+//! them. What is in `listeners` is right at any moment; a place that is about to name another destination sends everybody
+//! on until no CPU looks at it any more.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::mem::offset_of;
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::entries::listener_key;
+use super::maps::MappedArray;
+use super::skel::{
+    CACHE_COLLISION, CACHE_EMPTY, CACHE_SINGLE, LISTENER_CACHE_BITS, LISTENER_CACHE_FACTOR, LoadedProgram, types,
+};
+use crate::model::ListenerId;
+
+/// The map, in memory.
+#[derive(Debug)]
+pub(super) struct ListenerCache(MappedArray<types::cached_listener>);
+
+impl ListenerCache {
+    /// That of a program.
+    ///
+    /// # Errors
+    /// When the kernel refuses to map it.
+    pub(super) fn new(loaded: &LoadedProgram) -> Result<ListenerCache> {
+        Ok(ListenerCache(MappedArray::new(&loaded.listener_cache)?))
+    }
+
+    /// Makes every place right for these destinations, all of which are in `listeners`. `wait` waits until no CPU looks at what
+    /// was there before.
+    ///
+    /// # Errors
+    /// Those of `wait`. Then the places send the program on to `listeners`.
+    pub(super) fn update(
+        &mut self,
+        keys: &BTreeMap<SocketAddr, (ListenerId, u32)>,
+        wait: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let wanted = wanted(keys);
+        let nobody = types::cached_listener { state: CACHE_EMPTY, ..Default::default() };
+        let (mut changed, mut in_use) = (Vec::new(), false);
+        for index in 0..self.0.entries() {
+            let (now, wanted) = (self.0.read(index), wanted.get(&index).unwrap_or(&nobody));
+            if wanted.state != CACHE_SINGLE {
+                if now.state != wanted.state {
+                    self.set_state(index, wanted.state);
+                }
+            } else if !same(&now, wanted) {
+                self.set_state(index, CACHE_COLLISION);
+                in_use |= !same(&now, &types::cached_listener { state: now.state, ..nobody });
+                changed.push((index, *wanted));
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        if in_use {
+            wait()?;
+        }
+        for &(index, one) in &changed {
+            self.0.write(index, types::cached_listener { state: CACHE_COLLISION, ..one });
+        }
+        // Nobody has seen half of it.
+        wait()?;
+        changed.iter().for_each(|&(index, _)| self.set_state(index, CACHE_SINGLE));
+        Ok(())
+    }
+
+    fn set_state(&mut self, index: u32, state: u16) {
+        self.0.store_field(index, offset_of!(types::cached_listener, state), state);
+    }
+}
+
+/// What the places of these destinations are to say; all others: nobody.
+fn wanted(keys: &BTreeMap<SocketAddr, (ListenerId, u32)>) -> BTreeMap<u32, types::cached_listener> {
+    let mut entries = BTreeMap::new();
+    for (&address, &(id, flags)) in keys {
+        match entries.entry(index(address)) {
+            Entry::Vacant(free) => {
+                let types::listener_key { addr_be, port_be, .. } = listener_key(address);
+                let listener = types::fanout_listener { id: id.0, flags };
+                free.insert(types::cached_listener { addr_be, port_be, state: CACHE_SINGLE, unused: 0, listener });
+            }
+            Entry::Occupied(taken) => taken.into_mut().state = CACHE_COLLISION,
+        }
+    }
+    entries
+}
+
+/// The place of a destination.
+fn index(address: SocketAddr) -> u32 {
+    let types::listener_key { addr_be, port_be, .. } = listener_key(address);
+    addr_be[3].wrapping_add(port_be.into()).wrapping_mul(LISTENER_CACHE_FACTOR) >> (32 - LISTENER_CACHE_BITS)
+}
+
+fn same(one: &types::cached_listener, other: &types::cached_listener) -> bool {
+    let parts = |entry: &types::cached_listener| {
+        (entry.addr_be, entry.port_be, entry.state, entry.listener.id, entry.listener.flags)
+    };
+    parts(one) == parts(other)
+}
