@@ -83,7 +83,7 @@ lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd uni
 
 fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
-	$(CARGO) fmt
+	$(CARGO) fmt --all
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
 	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
 

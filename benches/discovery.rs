@@ -18,24 +18,18 @@
     reason = "a bench that cannot go on should stop, and prints"
 )]
 
-#[path = "../tests/support/apiserver/server.rs"]
-mod apiserver;
-#[path = "../tests/support/cluster.rs"]
-mod cluster;
-#[path = "../tests/support/mod.rs"]
-mod support;
 #[path = "../tests/support/watching.rs"]
 mod watching;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use apiserver::{ApiServer, Kind};
-use cluster::{nth, ready, slice, slices_of, unready};
-use support::{Daemon, DaemonConfig, Lab, Place, Surroundings};
 use udp_fanout::discovery::hub::{Finding, Hub, ServiceKey};
 use udp_fanout::discovery::wire::Wire;
 use udp_fanout::discovery::{Limits, Request};
+use udp_fanout_lab::apiserver::{ApiServer, Kind};
+use udp_fanout_lab::cluster::{nth, ready, slice, slices_of, unready};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Surroundings};
 use watching::{Watching, request};
 
 const ENDPOINTS: usize = 1000;

@@ -19,8 +19,6 @@
 
 #[path = "support/mod.rs"]
 mod bench;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

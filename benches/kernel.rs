@@ -26,8 +26,6 @@ mod kernel_run;
 mod packet;
 #[path = "kernel/pods.rs"]
 mod pods;
-#[path = "../tests/support/mod.rs"]
-mod support;
 #[path = "kernel/ways.rs"]
 mod ways;
 

@@ -1,14 +1,11 @@
 //! `make demo`: real datagrams from one socket through the real daemon to three receivers, and the proof that it works.
 //!
-//! Everything happens in network namespaces of the demo's own (`tests/support`, which the network tests use too);
+//! Everything happens in network namespaces of the demo's own (the crate `lab`, which the network tests use too);
 //! the host's network is not touched, and nothing is left behind, not after Ctrl-C either. Needs root.
 //!
 //! Exit code: 0 if every check is ok, 1 otherwise.
 
 #![allow(clippy::print_stdout, reason = "printing is what a demonstration is for")]
-
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -23,9 +20,9 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
-use support::lab::INGRESS;
-use support::traffic::Progress;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Place, Report, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::traffic::Progress;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Place, Report, Sender};
 
 /// Shows udp-fanout at work, in network namespaces of its own.
 #[derive(Parser)]
@@ -252,7 +249,7 @@ fn align<const N: usize>(rows: &[[String; N]]) -> String {
 }
 
 /// The samples worth showing: those of traffic, zeros left out.
-fn counters(metrics: &Metrics) -> impl Iterator<Item = &support::scrape::Sample> {
+fn counters(metrics: &Metrics) -> impl Iterator<Item = &udp_fanout_lab::scrape::Sample> {
     let traffic = ["udp_fanout_packets_", "udp_fanout_bytes_", "udp_fanout_downstream_"];
     let shown = move |name: &str| traffic.iter().any(|prefix| name.starts_with(prefix));
     metrics.samples.iter().filter(move |sample| sample.value != 0.0 && shown(&sample.name))

@@ -1,7 +1,7 @@
 //! `make soak`: both datapaths at work for as long as one likes, while what can change under them changes again and again,
 //! and the proof at the end that no datagram was lost or doubled and that nothing has grown.
 //!
-//! One daemon with a listener in each mode, in network namespaces of the soak's own (`tests/support`). Each round removes
+//! One daemon with a listener in each mode, in network namespaces of the soak's own (the crate `lab`). Each round removes
 //! and returns receivers, changes weights and policy, takes down an interface that is not in use, and lets a receiver
 //! fail its health checks, though it still takes datagrams: all that loses nothing by promise. Needs root.
 //!
@@ -19,10 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
-
-#[path = "../tests/support/mod.rs"]
-mod support;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// Where receivers answer health checks.
 const HEALTH_PORT: u16 = 9999;

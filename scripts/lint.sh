@@ -29,10 +29,10 @@ mapfile -t sh < <(shell_scripts | sort --unique)
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --invert-match '^deploy/helm/.*/templates/')
 mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
 
-check rustfmt "$cargo" fmt --check
+check rustfmt "$cargo" fmt --all --check
 # tests/fuzz.rs includes its modules, so clippy checks them there.
 check 'rustfmt of fuzz/' "$cargo" fmt --manifest-path fuzz/Cargo.toml --check
-check clippy "$cargo" clippy --all-targets --locked -- -D warnings
+check clippy "$cargo" clippy --workspace --all-targets --locked -- -D warnings
 [[ ${#c[@]} -eq 0 ]] || check clang-format clang-format --dry-run -Werror "${c[@]}"
 check shellcheck shellcheck "${sh[@]}"
 check hadolint "$(scripts/tools.sh --bin hadolint)/hadolint" Dockerfile

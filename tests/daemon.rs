@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -18,8 +16,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::Value;
-use support::{Metrics, scrape};
 use tempfile::TempDir;
+use udp_fanout_lab::{Metrics, scrape};
 
 /// How long anything may take before a test fails. Nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(20);

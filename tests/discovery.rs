@@ -7,17 +7,13 @@
     reason = "a test that cannot go on should stop"
 )]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
-#[path = "support/cluster.rs"]
-mod cluster;
 #[path = "support/watching.rs"]
 mod watching;
 
-use apiserver::{ApiServer, Kind, Rule};
-use cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
 use serde_json::json;
 use udp_fanout::discovery::{Family, Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
+use udp_fanout_lab::cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
 use watching::{Watching, addresses, limits, log_count, logged, request, request_of};
 
 #[test]
@@ -294,11 +290,11 @@ fn requests_can_be_replaced_while_running() {
 fn a_large_service_is_listed_in_pages_and_published_once() {
     let server = ApiServer::start();
     // 600 slices of one endpoint: more than a page.
-    let one = |n: usize| slice("logging", "large", &format!("large-{n:04}"), [ready(&cluster::nth(n))]);
+    let one = |n: usize| slice("logging", "large", &format!("large-{n:04}"), [ready(&udp_fanout_lab::cluster::nth(n))]);
     server.apply_all(Kind::EndpointSlice, (0..600).map(one));
     let mut watching = Watching::start(&server, vec![request("large")]);
     assert_eq!(watching.next().set.downstreams.len(), 600, "a set is whole or is not");
-    let lists: Vec<_> = server.seen().into_iter().filter(apiserver::Seen::is_list).collect();
+    let lists: Vec<_> = server.seen().into_iter().filter(udp_fanout_lab::apiserver::Seen::is_list).collect();
     assert_eq!(lists.len(), 2);
     assert!(lists[1].get("continue").is_some() && lists[1].get("resourceVersion").is_none());
 }
@@ -314,16 +310,16 @@ fn a_rolling_restart_of_a_thousand_pods_never_empties_the_set() {
         let name = format!("roll-{step:04}");
         for change in 0..100 {
             let pod = |i: usize| match i {
-                i if i < change => ready(&cluster::nth(2000 + step * 100 + i)),
-                i if i == change => leaving(&cluster::nth(step * 100 + i)),
-                i => ready(&cluster::nth(step * 100 + i)),
+                i if i < change => ready(&udp_fanout_lab::cluster::nth(2000 + step * 100 + i)),
+                i if i == change => leaving(&udp_fanout_lab::cluster::nth(step * 100 + i)),
+                i => ready(&udp_fanout_lab::cluster::nth(step * 100 + i)),
             };
             server.apply(Kind::EndpointSlice, slice("logging", "roll", &name, (0..100).map(pod)));
         }
-        let new = (0..100).map(|i| ready(&cluster::nth(2000 + step * 100 + i)));
+        let new = (0..100).map(|i| ready(&udp_fanout_lab::cluster::nth(2000 + step * 100 + i)));
         server.apply(Kind::EndpointSlice, slice("logging", "roll", &name, new));
     }
-    let expected: Vec<String> = (2000..3000).map(|n| format!("{}:5514", cluster::nth(n))).collect();
+    let expected: Vec<String> = (2000..3000).map(|n| format!("{}:5514", udp_fanout_lab::cluster::nth(n))).collect();
     let started = std::time::Instant::now();
     let mut updates = 0;
     loop {

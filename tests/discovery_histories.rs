@@ -11,10 +11,6 @@
     reason = "a test that cannot go on should stop"
 )]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
-#[path = "support/cluster.rs"]
-mod cluster;
 #[path = "support/history.rs"]
 mod history;
 #[path = "support/watching.rs"]
@@ -24,7 +20,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use apiserver::{ApiServer, Kind, Rule};
 use history::{History, NODE, Step, ZONE, expected, requests};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use rand::RngExt;
@@ -34,6 +29,7 @@ use udp_fanout::discovery::hub::{Finding, Hub, ServiceKey};
 use udp_fanout::discovery::slices::Slice;
 use udp_fanout::discovery::wire::{BetaEndpointSlice, Wire};
 use udp_fanout::model::ListenerId;
+use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use watching::{Watching, limits};
 
 /// An object as either version of the API would give it to us.
@@ -57,7 +53,8 @@ fn read(object: &Value, beta: bool) -> Slice {
 /// All slices of one service, as its watch would report them.
 fn finding(history: &History, namespace: &str, service: &str, beta: bool) -> Finding {
     let ours = |object: &&Value| {
-        object["metadata"]["namespace"] == namespace && object["metadata"]["labels"][cluster::LABEL] == service
+        object["metadata"]["namespace"] == namespace
+            && object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL] == service
     };
     let slices = history.cluster.values().filter(ours).map(|object| Arc::new(read(object, beta))).collect();
     Finding::Slices(ServiceKey::new(namespace, service), slices)
@@ -94,7 +91,10 @@ fn pure_history(seed: u64) {
         let (namespace, name) = match &step {
             Step::Apply(object) => {
                 let text = |field: &Value| field.as_str().unwrap().to_owned();
-                (text(&object["metadata"]["namespace"]), text(&object["metadata"]["labels"][cluster::LABEL]))
+                (
+                    text(&object["metadata"]["namespace"]),
+                    text(&object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL]),
+                )
             }
             // Slices of a service are called service-number.
             Step::Delete { namespace, name } => (namespace.clone(), name.split_once('-').unwrap().0.to_owned()),
@@ -141,7 +141,7 @@ fn disturb(server: &ApiServer, history: &mut History) {
 fn watched_history(seed: u64) {
     let server = ApiServer::start();
     server.allow(Rule::new(&["get"], "nodes"));
-    server.apply(Kind::Node, cluster::node(NODE, ZONE));
+    server.apply(Kind::Node, udp_fanout_lab::cluster::node(NODE, ZONE));
     let mut history = History::new(seed);
     if history.rng.random() {
         server.serve_versions(&["v1beta1"]);

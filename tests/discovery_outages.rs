@@ -7,19 +7,15 @@
     reason = "a test that cannot go on should stop"
 )]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
-#[path = "support/cluster.rs"]
-mod cluster;
 #[path = "support/watching.rs"]
 mod watching;
 
 use std::time::{Duration, Instant};
 
-use apiserver::{ApiServer, Kind, Rule, Seen};
-use cluster::{namespace, ready, slice};
 use serde_json::{Value, json};
 use udp_fanout::discovery::{Discovery, ErrorKind, Limits, Settings};
+use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule, Seen};
+use udp_fanout_lab::cluster::{namespace, ready, slice};
 use watching::{Watching, limits, log_count, logged, request};
 
 /// A service with one endpoint, followed.
@@ -142,7 +138,7 @@ fn a_410_instead_of_a_watch_means_a_new_list() {
 #[test]
 fn a_list_that_expires_between_two_pages_is_begun_again() {
     let server = ApiServer::start();
-    let one = |n: usize| slice("logging", "pages", &format!("pages-{n:04}"), [ready(&cluster::nth(n))]);
+    let one = |n: usize| slice("logging", "pages", &format!("pages-{n:04}"), [ready(&udp_fanout_lab::cluster::nth(n))]);
     server.apply_all(Kind::EndpointSlice, (0..600).map(one));
     // Version, first page; then, in place of the second:
     let mut watching = {

@@ -2,17 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
-#[path = "support/cluster.rs"]
-mod cluster;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use apiserver::{ApiServer, Kind, Rule};
-use cluster::{namespace, ready, service, slice};
+use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
+use udp_fanout_lab::cluster::{namespace, ready, service, slice};
 
 const CONFIG: &str = r#"
 [[listeners]]

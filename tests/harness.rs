@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::process::ExitStatusExt;
@@ -16,10 +14,10 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use proptest::prelude::*;
-use support::daemon::{Daemon, DaemonConfig};
-use support::report::{RunTally, Tally};
-use support::traffic::{PATIENCE, Sender, bind, decode, encode};
-use support::{Collectors, Expect, Lab, Metrics, Namespace, Place, Report, scrape};
+use udp_fanout_lab::daemon::{Daemon, DaemonConfig};
+use udp_fanout_lab::report::{RunTally, Tally};
+use udp_fanout_lab::traffic::{PATIENCE, Sender, bind, decode, encode};
+use udp_fanout_lab::{Collectors, Expect, Lab, Metrics, Namespace, Place, Report, scrape};
 
 const RUN: u64 = 7;
 
@@ -418,7 +416,7 @@ fn netns_a_dropped_daemon_is_gone() {
     let mut config = DaemonConfig::for_lab(&lab, "auto");
     config.metrics = None;
     let daemon = Daemon::start(&lab.gateway, &path, &config).unwrap();
-    let handle = support::cleanup::pidfd(daemon.pid()).unwrap();
+    let handle = udp_fanout_lab::cleanup::pidfd(daemon.pid()).unwrap();
     drop(daemon);
-    assert!(support::cleanup::wait_readable(&handle, Duration::ZERO));
+    assert!(udp_fanout_lab::cleanup::wait_readable(&handle, Duration::ZERO));
 }

@@ -11,11 +11,8 @@
 mod bench;
 #[path = "health/icmp.rs"]
 mod icmp;
-#[path = "support/netns_thread.rs"]
-mod netns_thread;
 #[path = "health/servers.rs"]
 mod servers;
-mod support;
 #[path = "health/tcp.rs"]
 mod tcp;
 #[path = "health/udp.rs"]

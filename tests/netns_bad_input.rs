@@ -3,17 +3,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-mod support;
-
 use std::fs::{self, Permissions};
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use support::lab::INGRESS;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 use tempfile::TempDir;
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// A directory anyone can use, with a copy of the program that anyone can run: the one that cargo has built may be
 /// below a home that only its owner may enter.
@@ -23,7 +21,7 @@ struct Stage {
 
 impl Stage {
     fn new() -> Stage {
-        let prefix = format!("{}{}-", support::cleanup::DIRECTORY_PREFIX, std::process::id());
+        let prefix = format!("{}{}-", udp_fanout_lab::cleanup::DIRECTORY_PREFIX, std::process::id());
         let directory = tempfile::Builder::new().prefix(&prefix).tempdir().unwrap();
         fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
         Stage { directory }

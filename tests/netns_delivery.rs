@@ -54,7 +54,6 @@ mod places;
 mod pods;
 #[path = "netns_delivery/scale.rs"]
 mod scale;
-mod support;
 #[path = "netns_delivery/tables.rs"]
 mod tables;
 #[path = "netns_delivery/vlans.rs"]

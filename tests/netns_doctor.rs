@@ -2,15 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-mod support;
-
 use std::fs;
 use std::path::Path;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Daemon, DaemonConfig, Lab, Namespace, Place};
 use tempfile::TempDir;
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Namespace, Place};
 
 const HEALTH: &str = "[health]\nenabled = true\n";
 
@@ -258,7 +256,7 @@ fn netns_missing_privileges_are_found_by_name() {
 fn netns_addresses_that_cannot_be_had_are_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let good = config(&lab, "userspace");
-    let taken = support::traffic::bind(&lab.gateway, lab.listener()).unwrap();
+    let taken = udp_fanout_lab::traffic::bind(&lab.gateway, lab.listener()).unwrap();
     let found = doctor(&lab, &good);
     assert!(
         found.only(&[("problem", "bind")]).the("problem", "bind").contains("another program listens at 10.0.0.1:5514")

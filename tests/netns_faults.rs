@@ -6,7 +6,6 @@
 //! `netns_reload/edits.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
 
 #[path = "netns_faults/clock.rs"]
 mod clock;
@@ -20,13 +19,12 @@ mod logs;
 mod maps;
 #[path = "netns_faults/network.rs"]
 mod network;
-mod support;
 
 use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Pins, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Pins, Place, Sender};
 
 /// How long anything may take before a test fails. Nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(30);

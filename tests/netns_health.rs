@@ -1,22 +1,21 @@
 //! Health checks in the real daemon: a receiver that stops answering leaves the round and comes back.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
 
 #[path = "netns_health/kinds.rs"]
 mod kinds;
 #[path = "health/servers.rs"]
+#[allow(dead_code, reason = "other tests use more of it")]
 mod servers;
 #[path = "netns_health/settings.rs"]
 mod settings;
-mod support;
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::scrape::Metrics;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::scrape::Metrics;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 const HEALTH: &str = r#"
 [health]

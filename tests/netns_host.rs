@@ -2,16 +2,12 @@
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
-#[path = "support/netns_thread.rs"]
-mod netns_thread;
-
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
-use netns_thread::{in_new_netns, ip};
 use nix::errno::Errno;
 use udp_fanout::config::{Limits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
@@ -19,6 +15,7 @@ use udp_fanout::datapath::kernel::attach::{AttachMode, Attachment};
 use udp_fanout::host::programs;
 use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
 use udp_fanout::plan::LinkRef;
+use udp_fanout_lab::{in_new_netns, ip};
 
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()

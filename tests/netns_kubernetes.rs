@@ -7,18 +7,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
 #[path = "netns_kubernetes/choices.rs"]
 mod choices;
-#[path = "support/cluster.rs"]
-mod cluster;
 #[path = "netns_kubernetes/flow.rs"]
 mod flow;
 #[path = "netns_kubernetes/outages.rs"]
 mod outages;
 #[path = "netns_kubernetes/refusals.rs"]
 mod refusals;
-mod support;
 #[path = "netns_kubernetes/world.rs"]
 mod world;

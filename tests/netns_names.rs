@@ -2,21 +2,16 @@
 //! a hosts file and a name server of the test's own, which the daemon sees in place of the machine's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
-
-#[path = "netns_names/server.rs"]
-mod server;
-mod support;
 
 use std::fs::{self, OpenOptions};
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use server::{Answer, Server};
-use support::daemon::Surroundings;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, scrape};
 use tempfile::TempDir;
+use udp_fanout_lab::daemon::Surroundings;
+use udp_fanout_lab::dns_server::{Answer, DnsServer};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, scrape};
 
 /// Bytes of the hosts file: always as many, so that it can be changed in one write.
 const HOSTS: usize = 512;
@@ -127,7 +122,7 @@ fn netns_a_name_in_the_hosts_file_is_followed() {
 fn netns_a_name_in_dns_is_followed_and_an_outage_changes_nothing() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).ipv6(true).build().unwrap();
     let [first, second] = [lab.sites[0].address.ip(), lab.sites[1].address.ip()];
-    let server = Server::start(&lab.gateway);
+    let server = DnsServer::start(&lab.gateway);
     server.set("collector.example.org", Answer::Addresses(vec![first]));
     let resolver = Resolver::new();
     let mut config = by_name(&lab, "userspace", "Collector.Example.ORG:5514");
@@ -142,7 +137,7 @@ fn netns_a_name_in_dns_is_followed_and_an_outage_changes_nothing() {
         server.set("collector.example.org", outage);
         if half {
             // An answer, but nothing for an IPv6 listener: no outage, and no reason to change anything either.
-            server.wait_for_questions(4);
+            server.wait_for_queries(4);
         } else {
             daemon.wait_for_line("the last known addresses stay in use").unwrap();
         }

@@ -11,11 +11,10 @@ mod choices;
 mod parity;
 #[path = "netns_policies/replicate.rs"]
 mod replicate;
-mod support;
 
 use std::path::Path;
 
-use support::{Daemon, DaemonConfig, Lab};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 const MODES: [&str; 2] = ["tc_ebpf", "userspace"];
 

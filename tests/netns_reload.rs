@@ -2,19 +2,17 @@
 //! those that do not; and one that is wrong, or cannot be put in force, changes nothing at all.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
 
 #[path = "netns_reload/edits.rs"]
 mod edits;
 #[path = "netns_reload/refusals.rs"]
 mod refusals;
-mod support;
 
 use std::net::SocketAddr;
 use std::path::Path;
 
-use support::scrape::Metrics;
-use support::{Daemon, DaemonConfig, Lab};
+use udp_fanout_lab::scrape::Metrics;
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 /// Only SIGHUP is a reason to read the file, so that every reload is one that the test has asked for.
 const ON_SIGNAL: &str = "watch_config = false\n";

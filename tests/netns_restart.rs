@@ -2,7 +2,6 @@
 //! what is left behind can be taken over, refused to go on for ever, and be removed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
 
 #[path = "netns_restart/detach.rs"]
 mod detach;
@@ -12,14 +11,13 @@ mod flow;
 mod headless;
 #[path = "netns_restart/obstacles.rs"]
 mod obstacles;
-mod support;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
-use support::lab::INGRESS;
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Pins, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Pins, Place, Sender};
 
 /// The program under test.
 fn binary() -> &'static Path {

@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-mod support;
-
 use std::path::Path;
 use std::process::Output;
 
 use serde_json::{Value, json};
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 const HEALTH: &str = "[health]\nenabled = true\ninterval_secs = 0.6\ntimeout_secs = 0.5\n";
 
@@ -76,7 +74,7 @@ fn netns_status_names_what_is_wrong() {
     let mut sender = Sender::in_lab(&lab).unwrap();
     // Half of them have nowhere to go.
     sender.burst(100, &collectors).unwrap();
-    assert!(collectors.wait_for(50, support::traffic::PATIENCE));
+    assert!(collectors.wait_for(50, udp_fanout_lab::traffic::PATIENCE));
 
     let seen = report(&lab, &daemon);
     let listener = &seen["listeners"][0];

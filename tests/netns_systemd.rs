@@ -5,9 +5,6 @@
 //! with systemd as its first process (`scripts/test-kernels.sh`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
-#![allow(dead_code, reason = "each test file uses a part of the laboratory")]
-
-mod support;
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -19,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::lab::INGRESS;
-use support::{Collectors, DaemonConfig, Expect, Lab, Metrics, Place, Report, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Metrics, Place, Report, Sender};
 
 const CONFIG: &str = "/etc/udp-fanout/config.toml";
 const PINS: &str = "/sys/fs/bpf/udp-fanout";
@@ -176,7 +173,7 @@ impl Machine {
         let inside = self.lab.namespace_of(receiver);
         fs::write("/etc/hosts", format!("127.0.0.1 localhost\n{} receiver.test\n", receiver.address.ip())).unwrap();
         let mut low = self.config("keep");
-        low.listeners.push(support::ListenerSpec {
+        low.listeners.push(udp_fanout_lab::ListenerSpec {
             name: "low".into(),
             bind: "10.0.0.1:514".into(),
             interface: None,

@@ -3,14 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-mod support;
-
 use std::io::{BufRead, BufReader, Lines};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use serde_json::{Value, json};
-use support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 fn binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
@@ -139,7 +137,7 @@ fn netns_only_what_is_asked_for_is_shown_and_drops_have_their_reasons() {
     assert_eq!(note, "tracing until interrupted; but for what is forwarded in user space: sockets\n");
     let (_strangers, _) = Trace::start(&lab, &daemon, &["--source", "192.0.2.0/24"]);
     exchange(&lab, 3);
-    let socket = support::traffic::bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
+    let socket = udp_fanout_lab::traffic::bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
     socket.send_to(b"to nobody", "10.0.0.1:9000").unwrap();
     let line = drops.next();
     assert!(line.contains(" nowhere 10.0.0.2:") && line.contains(" dropped -> 10.99.0.1:514 away: no_route"), "{line}");

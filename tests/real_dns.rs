@@ -6,8 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
 
-mod support;
-
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -16,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use support::lab::Site;
-use support::sockets::{udp_count, until, waiting_at};
-use support::{Daemon, DaemonConfig, Lab, Namespace, Place};
 use tempfile::TempDir;
+use udp_fanout_lab::Site;
+use udp_fanout_lab::sockets::{udp_count, until, waiting_at};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Namespace, Place};
 
 const PORT: u16 = 53;
 const QUERIES: u64 = 6000;

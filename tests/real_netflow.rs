@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
 
-mod support;
-
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -14,9 +12,9 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::sockets::{until, waiting_at};
-use support::{Daemon, DaemonConfig, Lab, Namespace, Place, sockets};
 use tempfile::TempDir;
+use udp_fanout_lab::sockets::{until, waiting_at};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Namespace, Place, sockets};
 
 const EXPORTERS: u8 = 6;
 const FLOWS: u16 = 600;
@@ -93,7 +91,7 @@ fn records(lab: &Lab, mode: &str, extra: &str) -> Vec<usize> {
     );
     let daemon = daemon.unwrap();
     let places: Vec<_> = lab.sites.iter().map(|site| (site, directory.path().join(&site.name))).collect();
-    let start = |(site, flows): &(&support::lab::Site, std::path::PathBuf)| {
+    let start = |(site, flows): &(&udp_fanout_lab::Site, std::path::PathBuf)| {
         fs::create_dir(flows).unwrap();
         Collector::start(lab.namespace_of(site), site.address, flows)
     };

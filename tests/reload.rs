@@ -3,11 +3,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 
-#[path = "support/apiserver/server.rs"]
-mod apiserver;
-#[path = "support/cluster.rs"]
-mod cluster;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -16,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
-use apiserver::{ApiServer, Kind};
-use cluster::{ready, slice};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use udp_fanout_lab::apiserver::{ApiServer, Kind};
+use udp_fanout_lab::cluster::{ready, slice};
 
 /// How long anything may take before a test fails. Nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(20);

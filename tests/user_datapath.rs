@@ -9,8 +9,6 @@ mod admission;
 mod flow;
 #[path = "user_datapath/joined.rs"]
 mod joined;
-#[path = "support/netns_thread.rs"]
-mod netns_thread;
 #[path = "user_datapath/policies.rs"]
 mod policies;
 #[path = "user_datapath/replicate.rs"]
@@ -19,9 +17,9 @@ mod replicate;
 use std::net::{SocketAddr, UdpSocket};
 
 use flow::{Flow, GUARD, ID, final_counters, listener, plan, serving, until};
-use netns_thread::{in_new_netns, ip};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::{DownstreamCounters, DropReason, ListenerId, Mode};
+use udp_fanout_lab::{in_new_netns, ip};
 
 const LOCALHOST: &str = "127.0.0.1:0";
 

@@ -17,9 +17,9 @@ use anyhow::{Result, ensure};
 use crate::bench::bed::{receive_on, two_cpus};
 use crate::bench::generator::{Generator, Load};
 use crate::bench::sink::Sink;
-use crate::support::Namespace;
-use crate::support::netns::{End, connect};
 use crate::ways;
+use udp_fanout_lab::Namespace;
+use udp_fanout_lab::netns::{End, connect};
 
 /// The port of the listener and of every pod.
 pub const PORT: u16 = 5514;

@@ -10,7 +10,7 @@ use libbpf_rs::{Object, ObjectBuilder, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcH
 
 use super::pods::{IN, LISTENER, PORT, Pod, Pods};
 use crate::bench::programs;
-use crate::support::daemon::{Daemon, DaemonConfig, ListenerSpec};
+use udp_fanout_lab::daemon::{Daemon, DaemonConfig, ListenerSpec};
 
 /// One way to be set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 
 use super::generator::{Generator, Load};
 use super::sink::Sink;
-use crate::support::Namespace;
-use crate::support::netns::{End, connect};
+use udp_fanout_lab::Namespace;
+use udp_fanout_lab::netns::{End, connect};
 
 /// The port of the listener and of every downstream.
 pub const PORT: u16 = 5514;

@@ -19,8 +19,8 @@ use super::bed::{Bed, LISTENER};
 use super::contenders::{Task, cpu_seconds, daemon};
 use super::results::{Figure, Goal};
 use super::sink::Look;
-use crate::support::Daemon;
-use crate::support::scrape;
+use udp_fanout_lab::Daemon;
+use udp_fanout_lab::scrape;
 
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
 /// Listeners of the reload.

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Socket, Type};
 
 use super::contenders::stay_on;
-use crate::support::Namespace;
+use udp_fanout_lab::Namespace;
 
 /// Most messages given to the kernel in one call.
 const MESSAGES: usize = 16;

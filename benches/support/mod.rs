@@ -9,8 +9,6 @@
 //! - [`costs`]: CPU time at given rates, for a machine that is not idle.
 //! - [`suite`]: the comparisons; [`control`]: what else the daemon does.
 //! - [`results`], [`report`], [`plots`]: what was found, and how it is shown.
-//!
-//! Needs `tests/support` beside it, as `crate::support`.
 
 #![allow(dead_code, reason = "every benchmark compiles this module and uses a part of it")]
 

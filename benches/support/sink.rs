@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, TC_INGRESS, TcHookBuilder};
 
 use super::programs;
-use crate::support::Namespace;
+use udp_fanout_lab::Namespace;
 
 /// How long nothing may arrive before a trial counts as over.
 const QUIET: Duration = Duration::from_millis(30);

@@ -22,8 +22,6 @@ use super::bytes::Bytes;
 
 #[path = "../../tests/user_datapath/flow.rs"]
 pub mod flow;
-#[path = "../../tests/support/netns_thread.rs"]
-pub mod netns_thread;
 
 /// Longest datagram that is taken.
 const LONGEST: usize = 3_000;
@@ -76,7 +74,7 @@ struct Listener {
 impl World {
     fn begin() -> World {
         unshare(CloneFlags::CLONE_NEWNET).expect("cannot make a network namespace: run this as root");
-        netns_thread::ip("link set lo mtu 1500 up");
+        udp_fanout_lab::ip("link set lo mtu 1500 up");
         let this = Pid::from_raw(0);
         let allowed = sched_getaffinity(this).unwrap();
         let mut one = CpuSet::new();

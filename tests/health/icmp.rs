@@ -16,9 +16,9 @@ use udp_fanout::health::probers::icmp::{Access, open};
 use udp_fanout::health::settings::{HealthSettings, Protocol, ProtocolKind};
 
 use super::bench::{Bench, settings, state, watch};
-use super::netns_thread::{in_new_netns, ip};
-use super::support::Namespace;
-use super::support::netns::{End, connect};
+use udp_fanout_lab::Namespace;
+use udp_fanout_lab::netns::{End, connect};
+use udp_fanout_lab::{in_new_netns, ip};
 
 fn address(ip: &str) -> SocketAddr {
     SocketAddr::new(ip.parse().unwrap(), 5514)

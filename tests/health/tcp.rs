@@ -9,8 +9,8 @@ use udp_fanout::health::model::Outcome;
 use udp_fanout::health::settings::{Protocol, ProtocolKind};
 
 use super::bench::{Bench, settings, watch};
-use super::netns_thread::in_new_netns;
 use super::servers::{Server, tcp_listener};
+use udp_fanout_lab::in_new_netns;
 
 const TCP: Protocol = Protocol::Tcp { port: None };
 

@@ -8,8 +8,8 @@ use udp_fanout::health::settings::{Bytes, Protocol, ProtocolKind};
 
 use super::bench::{Bench, LISTENER, settings, watch};
 use super::servers::{Server, udp_socket};
-use super::support::Namespace;
-use super::support::netns::{End, connect};
+use udp_fanout_lab::Namespace;
+use udp_fanout_lab::netns::{End, connect};
 
 const ECHO: Protocol = Protocol::UdpEcho { port: None };
 

@@ -12,9 +12,9 @@ use udp_fanout::host::programs::{self, Hook};
 use crate::books::{Books, audit, binary, filters, start};
 use crate::filters::{Other, exchange};
 use crate::packets::widen_ingress;
-use crate::support::daemon::Surroundings;
-use crate::support::lab::INGRESS;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::daemon::Surroundings;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 const TCX: &str = "attach = \"tcx\"";
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{Daemon, DaemonConfig, Lab, Metrics, Namespace, Report};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Metrics, Namespace, Report};
 
 /// How long the daemon may take to write down what has arrived. Nothing waits that long unless a test fails.
 const LIMIT: Duration = Duration::from_secs(10);

@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crate::books::{Books, audit, start};
-use crate::support::lab::INGRESS;
-use crate::support::netns::{End, connect};
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender, scrape};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::netns::{End, connect};
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender, scrape};
 
 #[test]
 fn netns_nothing_is_lost_while_neighbours_are_resolved() {
@@ -21,7 +21,7 @@ fn netns_nothing_is_lost_while_neighbours_are_resolved() {
                 lab.gateway.ip("neigh flush all").unwrap();
                 // For each neighbour fewer than the kernel holds while it asks: unres_qlen_bytes, at least 64 KiB.
                 sender.burst(4 * 25, &collectors).unwrap();
-                assert!(collectors.wait_for(sender.sent(), crate::support::traffic::PATIENCE));
+                assert!(collectors.wait_for(sender.sent(), udp_fanout_lab::traffic::PATIENCE));
             }
             let report = collectors.finish(&[&sender]).unwrap();
             assert!(report.is_complete(), "{mode}: {report}");
@@ -89,7 +89,7 @@ fn netns_a_pod_that_comes_back_gets_its_share_again() {
     // Its turns are dropped, and nobody else's.
     let mut meanwhile = Sender::in_lab(&lab).unwrap();
     meanwhile.burst(10, &collectors).unwrap();
-    assert!(collectors.wait_for(105, crate::support::traffic::PATIENCE));
+    assert!(collectors.wait_for(105, udp_fanout_lab::traffic::PATIENCE));
     let line = daemon.wait_for_line("WARN FIB lookup failed, a datagram was dropped").unwrap();
     let source = meanwhile.address().unwrap();
     let who = format!("listener=\"lab\" source={source} destination=10.0.0.1:5514 downstream=10.244.0.10:5514 reason=");

@@ -11,9 +11,9 @@ use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHookBuilder, libbpf_sys}
 use nix::sys::signal::Signal;
 
 use crate::books::{Books, audit, binary, bpftool, filters, start};
-use crate::support::lab::INGRESS;
-use crate::support::traffic::bind;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::traffic::bind;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// A TC program of somebody else's that lets every packet go on to the next filter.
 pub struct Other {

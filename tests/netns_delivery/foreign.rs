@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::books::{Books, audit_listener, bpftool, start, stats_map_id};
 use crate::packet::{Checksum, Frame, sum};
-use crate::support::traffic::{Pinned, bind};
-use crate::support::{DaemonConfig, Lab, ListenerSpec, Place};
 use crate::wire::{Wire, gateway_mac, snmp};
+use udp_fanout_lab::traffic::{Pinned, bind};
+use udp_fanout_lab::{DaemonConfig, Lab, ListenerSpec, Place};
 
 /// What becomes of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

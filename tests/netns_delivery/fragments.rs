@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::packet::{Frame, fragmented};
-use crate::support::traffic::{Pinned, bind};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 use crate::wire::{Wire, gateway_mac};
+use udp_fanout_lab::traffic::{Pinned, bind};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// Everywhere but on the sender's network, whose switch would have to carry everything twice.
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];

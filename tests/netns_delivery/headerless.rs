@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::packet::Frame;
 use crate::packets::{as_a_router_sends, towards, widen_ingress};
-use crate::support::lab::INGRESS;
-use crate::support::netns::End;
-use crate::support::tun::Crossing;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, LabBuilder, Namespace, Place, Sender};
 use crate::wire::{Wire, udp_errors};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::netns::End;
+use udp_fanout_lab::tun::Crossing;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, LabBuilder, Namespace, Place, Sender};
 
 /// Behind links with frames, and on the gateway.
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];

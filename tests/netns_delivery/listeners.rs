@@ -6,8 +6,8 @@ use std::thread;
 
 use crate::books::{Books, audit, audit_listener, filters, start};
 use crate::packets::widen_ingress;
-use crate::support::lab::INGRESS;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// True if our filter is on the device's ingress.
 fn attached(namespace: &Namespace, device: &str) -> bool {

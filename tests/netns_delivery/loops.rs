@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::books::{binary, start};
-use crate::support::lab::Site;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::Site;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// How long a datagram's last hop may take. Nothing waits that long unless a test fails.
 const LIMIT: Duration = Duration::from_secs(20);

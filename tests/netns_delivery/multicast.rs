@@ -3,9 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::books::{Books, audit, audit_downstreams, start};
-use crate::support::lab::INGRESS;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
 use crate::wire::Wire;
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
 
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
 /// A group of each family, and one of IPv6 that means another one on each link.

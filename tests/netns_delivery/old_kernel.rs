@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use crate::books::{Books, audit, audit_downstreams, binary};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// A daemon that takes this kernel for an old one, ready.
 fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
@@ -65,7 +65,7 @@ fn netns_an_old_kernel_loses_nothing_while_neighbours_are_resolved() {
         for _ in 0..20 {
             lab.gateway.ip("neigh flush all").unwrap();
             sender.burst(4 * 5, &collectors).unwrap();
-            assert!(collectors.wait_for(sender.sent(), crate::support::traffic::PATIENCE));
+            assert!(collectors.wait_for(sender.sent(), udp_fanout_lab::traffic::PATIENCE));
         }
         let sent = sender.sent();
         let report = collectors.finish(&[&sender]).unwrap();

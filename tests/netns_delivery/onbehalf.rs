@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 
 use crate::books::{Books, audit, audit_downstreams, binary, start};
 use crate::packets::widen_ingress;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Report, Sender};
 use crate::wire::udp_errors;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Report, Sender};
 
 fn config(lab: &Lab, mode: &str) -> DaemonConfig {
     DaemonConfig::for_lab(lab, mode).settings("workers = 2\npreserve_source = true\n")

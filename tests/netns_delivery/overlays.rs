@@ -1,8 +1,8 @@
 //! Receivers where network plugins put them: behind a bridge on the host, and on another host behind a VXLAN.
 
 use crate::books::{Books, audit, start};
-use crate::support::netns::{End, connect};
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::netns::{End, connect};
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// Sends `count` datagrams of this size to receivers at these addresses by way of the daemon and checks the shares.
 fn exchange(lab: &Lab, receivers: &[(String, &Namespace)], payload: usize, segments: u16, count: u64) {
@@ -43,7 +43,7 @@ fn netns_pods_behind_a_bridge_on_the_host() {
                 pod
             })
             .collect();
-        crate::support::lab::wait_for_bridge(&lab.gateway).unwrap();
+        udp_fanout_lab::topology::wait_for_bridge(&lab.gateway).unwrap();
         let receivers: Vec<_> = (2..5).zip(&pods).map(|(n, pod)| (format!("10.88.0.{n}:5514"), pod)).collect();
         let daemon = start(&lab, &config(&lab, &receivers));
         exchange(&lab, &receivers, 100, 1, 900);

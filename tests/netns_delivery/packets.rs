@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::packet::Frame;
-use crate::support::lab::{INGRESS, Site};
-use crate::support::traffic::bind;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Report, Sender};
 use crate::wire::{Wire, mac, udp_errors};
+use udp_fanout_lab::traffic::bind;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Report, Sender};
+use udp_fanout_lab::{INGRESS, Site};
 
 /// Lets the sender send packets of up to this many bytes to the gateway.
 pub fn widen_ingress(lab: &Lab, mtu: u32) {

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::books::{Books, audit, audit_downstreams, filters, start};
-use crate::support::lab::INGRESS;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, LabBuilder, Place, Report, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, LabBuilder, Place, Report, Sender};
 
 /// Datagrams of each run: a multiple of every table's length in this file.
 const COUNT: u64 = 1_500;

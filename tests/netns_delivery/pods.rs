@@ -8,10 +8,10 @@ use libbpf_rs::libbpf_sys;
 use crate::books::{Books, audit, audit_downstreams, start};
 use crate::changes::sent_by;
 use crate::filters::Other;
-use crate::support::lab::INGRESS;
-use crate::support::netns::{End, connect};
-use crate::support::traffic::PATIENCE;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::netns::{End, connect};
+use udp_fanout_lab::traffic::PATIENCE;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// How long the daemon may take to notice what the kernel does not announce. Nothing waits that long unless a test fails.
 const LIMIT: Duration = Duration::from_secs(30);

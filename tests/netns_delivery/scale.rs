@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Instant;
 
 use crate::books::binary;
-use crate::support::{Collectors, Daemon, Expect, Lab, Metrics, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, Expect, Lab, Metrics, Place, Sender};
 
 const MANY: u32 = 10_000;
 const LISTENERS: u32 = 256;

@@ -18,8 +18,8 @@ use udp_fanout::model::{Downstream, DownstreamSet, HashOn, ListenerId, Mode, Pol
 use udp_fanout::plan::compile::compile;
 use udp_fanout::plan::{ListenerPlan, Plan};
 
-use crate::support::traffic::PATIENCE;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::traffic::PATIENCE;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
 
 const CHANGES: usize = 1_000;
 /// Datagrams that pass between two changes, at least.
@@ -31,7 +31,7 @@ type Addresses = Vec<[SocketAddr; 2]>;
 fn lab() -> (Lab, Addresses) {
     let places = [Place::OtherInterface, Place::Pod, Place::OtherInterface, Place::Pod];
     let lab = Lab::builder().receivers(places).build().unwrap();
-    let second = |site: &crate::support::lab::Site, number: usize| {
+    let second = |site: &udp_fanout_lab::Site, number: usize| {
         let (place, inside) = (site.place, lab.namespace_of(site));
         let IpAddr::V4(first) = site.address.ip() else { panic!("an IPv4 lab") };
         let mut octets = first.octets();
@@ -51,7 +51,7 @@ fn lab() -> (Lab, Addresses) {
 }
 
 fn collect(lab: &Lab, expect: Expect) -> Collectors {
-    let any = |site: &crate::support::lab::Site| SocketAddr::from(([0, 0, 0, 0], site.address.port()));
+    let any = |site: &udp_fanout_lab::Site| SocketAddr::from(([0, 0, 0, 0], site.address.port()));
     let places = lab.sites.iter().map(|site| (site.name.as_str(), lab.namespace_of(site), any(site)));
     Collectors::start_at(places, expect).unwrap()
 }

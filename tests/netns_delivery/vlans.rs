@@ -4,8 +4,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::books::{Books, audit, audit_downstreams, start};
-use crate::support::lab::INGRESS;
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// Adds a VLAN device with these addresses to a device.
 fn add_vlan(namespace: &Namespace, device: &str, id: u16, addresses: &[String]) {

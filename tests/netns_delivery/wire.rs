@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use socket2::{Domain, Socket, Type};
 
 use crate::packet::Frame;
-use crate::support::lab::INGRESS;
-use crate::support::{Lab, Namespace};
+use udp_fanout_lab::INGRESS;
+use udp_fanout_lab::{Lab, Namespace};
 
 /// How long a frame may take to arrive. Nothing waits that long unless a test fails.
 const LIMIT: Duration = Duration::from_secs(10);

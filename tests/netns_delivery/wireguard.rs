@@ -9,7 +9,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::books::{Books, audit, audit_downstreams, start};
-use crate::support::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
+use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// One end of a tunnel.
 struct Peer {

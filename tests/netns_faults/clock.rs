@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::{Daemon, Lab, Surroundings};
 use crate::{MODES, Pins, binary, exchange, lab, metrics, status, wait_until_counted};
+use udp_fanout_lab::{Daemon, Lab, Surroundings};
 
 /// The library that shows a program another time (Debian package faketime).
 fn library() -> PathBuf {
@@ -112,7 +112,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
         assert!(daemon.stop().unwrap().0.success());
         // The program that stays ends by its own clock; so it does not end at once.
         if mode == "tc_ebpf" {
-            crate::support::Daemon::start(&lab.gateway, binary(), &config).unwrap().stop().unwrap();
+            udp_fanout_lab::Daemon::start(&lab.gateway, binary(), &config).unwrap().stop().unwrap();
         }
     }
 }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Daemon, DaemonConfig, Lab};
 use crate::{LIMIT, MODES, config, exchange, lab, metrics, start_behind, status, wait_until_counted};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 /// Root may raise every limit, and the daemon does: as one that may not, it has to live with what it is given.
 const WITHOUT_THAT_RIGHT: [&str; 2] = ["setpriv", "--bounding-set=-sys_resource"];

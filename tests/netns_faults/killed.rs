@@ -6,8 +6,8 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Daemon, DaemonConfig, Lab};
 use crate::{Pins, binary, counted, exchange, lab, start_behind};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 /// The calls that change something, of which a takeover consists.
 const CALLS: [&str; 3] = ["bpf", "unlink", "rmdir"];

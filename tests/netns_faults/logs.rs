@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Daemon, DaemonConfig, Lab};
 use crate::{LIMIT, MODES, config, exchange, lab, metrics, start_behind, status, wait_until_counted};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 /// Starts the daemon with its standard output and error sent elsewhere by a shell.
 fn start_with(lab: &Lab, redirection: &str, config: &DaemonConfig) -> Daemon {

@@ -9,8 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Sender};
 use crate::{Pins, config, counted, lab, start_behind, wait_until_counted};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Sender};
 
 /// A tracer that has system calls of a daemon at work fail, or ends it at one. It lets go of the daemon when dropped.
 pub struct Tracer {

@@ -7,8 +7,8 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
-use crate::support::{Collectors, Daemon, Expect, Lab, Sender};
 use crate::{LIMIT, config, exchange, lab, metrics, start_behind};
+use udp_fanout_lab::{Collectors, Daemon, Expect, Lab, Sender};
 
 /// An address that the gateway gets as the last of all changes.
 const NEW: &str = "10.0.0.7";

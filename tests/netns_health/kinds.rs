@@ -4,8 +4,8 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
 use crate::servers::Server;
-use crate::support::{Daemon, DaemonConfig, Lab, ListenerSpec, Place};
 use crate::{deaf, metrics, shares_by, wait_for_metrics};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, ListenerSpec, Place};
 
 /// Name, `health` of the listener, and the port that a receiver answers on.
 const KINDS: [(&str, &str, u16); 5] = [

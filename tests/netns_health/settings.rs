@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::support::{Daemon, DaemonConfig, Lab, Place, Sender};
 use crate::{active, deaf, metrics, shares, updated, wait_for_metrics};
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Sender};
 
 const QUICK: &str = "[health]\nenabled = true\ninterval_secs = 0.4\ntimeout_secs = 0.4\nhealthy_threshold = 1\n";
 

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
-use crate::apiserver::{Kind, Rule};
-use crate::cluster::{at, leaving, node, ready, slice, unready};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, ListenerSpec, Place, Surroundings};
 use crate::world::{NAMESPACE, SERVICE, World, binary, shares};
+use udp_fanout_lab::apiserver::{Kind, Rule};
+use udp_fanout_lab::cluster::{at, leaving, node, ready, slice, unready};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, ListenerSpec, Place, Surroundings};
 
 /// A slice whose endpoints have a port of this name and number.
 fn slice_with_port(name: &str, endpoints: Vec<Value>, port: (&str, u16)) -> Value {
@@ -35,7 +35,7 @@ fn netns_a_port_by_name_is_what_each_slice_says() {
     for mode in ["tc_ebpf", "userspace"] {
         let world = World::new(mode, [Place::OtherInterface, Place::Pod]);
         let listening = |ports: [u16; 2]| {
-            let place = |(site, port): (&'_ crate::support::lab::Site, u16)| SocketAddr::new(site.address.ip(), port);
+            let place = |(site, port): (&'_ udp_fanout_lab::Site, u16)| SocketAddr::new(site.address.ip(), port);
             let places = world.lab.sites.iter().zip(ports);
             let sites = places.map(|pair| (pair.0.name.as_str(), world.lab.namespace_of(pair.0), place(pair)));
             Collectors::start_at(sites, Expect::OneOfThem).unwrap()

@@ -4,10 +4,10 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 
-use crate::apiserver::Kind;
-use crate::cluster::{leaving, unready};
-use crate::support::{Collectors, Expect, Place};
 use crate::world::{NAMESPACE, World, shares};
+use udp_fanout_lab::apiserver::Kind;
+use udp_fanout_lab::cluster::{leaving, unready};
+use udp_fanout_lab::{Collectors, Expect, Place};
 
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::Pod, Place::BehindRouter, Place::SameInterface];
 

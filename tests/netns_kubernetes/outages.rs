@@ -1,7 +1,7 @@
 //! The API server is away: what is known stays in use, and a daemon that starts meanwhile says what it waits for.
 
-use crate::support::{Collectors, Expect, Place};
 use crate::world::{NAMESPACE, SERVICE, World, shares};
+use udp_fanout_lab::{Collectors, Expect, Place};
 
 fn outage(mode: &'static str) {
     let world = World::new(mode, [Place::OtherInterface, Place::Pod, Place::BehindRouter]);
@@ -68,7 +68,7 @@ fn netns_a_start_without_the_api_server_waits_and_says_for_what() {
         daemon.wait_for_logged("serving metrics").unwrap();
         assert_eq!(world.readyz(), 503);
         let body =
-            crate::support::scrape::get(&world.lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/readyz").unwrap();
+            udp_fanout_lab::scrape::get(&world.lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/readyz").unwrap();
         assert!(body.body.contains("listener lab: waiting for its first downstream set"), "{}", body.body);
         let filters = world.lab.gateway.tc("filter show dev eth0 ingress").unwrap();
         assert!(!filters.contains("udp_fanout"), "nothing is taken from the host's sockets yet: {filters}");

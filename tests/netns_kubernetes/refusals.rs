@@ -5,10 +5,10 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::apiserver::{Kind, Rule};
-use crate::cluster::{at, namespace, node, ready, service, slice};
-use crate::support::{DaemonConfig, Place};
 use crate::world::{NAMESPACE, SERVICE, World, binary};
+use udp_fanout_lab::apiserver::{Kind, Rule};
+use udp_fanout_lab::cluster::{at, namespace, node, ready, service, slice};
+use udp_fanout_lab::{DaemonConfig, Place};
 
 /// The objects that `udp-fanout rbac` prints for a configuration.
 fn rbac(config: &DaemonConfig, more: &[&str]) -> Vec<Value> {
@@ -62,7 +62,7 @@ fn netns_what_rbac_prints_is_what_the_daemon_needs() {
     let config = world.config(&format!("{}, locality = \"prefer_zone\"", World::by_number()));
     let mut surroundings = world.surroundings();
     surroundings.environment.push(("NODE_NAME".to_owned(), "n3".to_owned()));
-    let spawn = || crate::support::Daemon::spawn_in(&world.lab.gateway, binary(), &config, &surroundings).unwrap();
+    let spawn = || udp_fanout_lab::Daemon::spawn_in(&world.lab.gateway, binary(), &config, &surroundings).unwrap();
 
     let mut daemon = spawn();
     let line = daemon.wait_for_line("EndpointSlice not found").unwrap();

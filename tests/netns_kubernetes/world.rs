@@ -7,9 +7,9 @@ use std::thread;
 
 use serde_json::Value;
 
-use crate::apiserver::{ApiServer, Kind};
-use crate::cluster::{ready, slice};
-use crate::support::{Collectors, Daemon, DaemonConfig, Lab, Metrics, Place, Sender, Surroundings, scrape};
+use udp_fanout_lab::apiserver::{ApiServer, Kind};
+use udp_fanout_lab::cluster::{ready, slice};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Lab, Metrics, Place, Sender, Surroundings, scrape};
 
 /// The namespace and the Service that most tests follow.
 pub const NAMESPACE: &str = "logging";
@@ -100,7 +100,7 @@ impl World {
 
     /// Asks for the metrics until they say this. Nothing else tells of it, so it asks again and again.
     pub fn wait_for_metrics(&self, what: &str, condition: impl Fn(&Metrics) -> bool) -> Metrics {
-        let until = std::time::Instant::now() + crate::apiserver::DEADLINE;
+        let until = std::time::Instant::now() + udp_fanout_lab::apiserver::DEADLINE;
         loop {
             let page = self.metrics();
             if condition(&page) {

@@ -4,8 +4,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 use crate::{MODES, start, stop};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// How long the daemon may take to write down what it has dropped. Nothing waits that long unless a test fails.
 const LIMIT: Duration = Duration::from_secs(10);

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::support::traffic::bind;
-use crate::support::{DaemonConfig, Lab, Place};
 use crate::{MODES, forwarded, start, stop};
+use udp_fanout_lab::traffic::bind;
+use udp_fanout_lab::{DaemonConfig, Lab, Place};
 
 /// Sending addresses, and sockets at each.
 const ADDRESSES: u16 = 400;

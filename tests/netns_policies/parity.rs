@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::stop;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// A listener of its own in each daemon.
 struct Case {
@@ -104,7 +104,7 @@ fn run(lab: &Lab, number: usize, case: &Case) -> Vec<Vec<u64>> {
 /// Whether what is counted agrees with what has arrived, whichever datapath has counted it. Worker write batches down a
 /// moment after they have arrived, which is waited for.
 fn audit(lab: &Lab, daemon: &Daemon, case: &Case, got: &[Vec<u64>]) {
-    let deadline = std::time::Instant::now() + crate::support::traffic::PATIENCE;
+    let deadline = std::time::Instant::now() + udp_fanout_lab::traffic::PATIENCE;
     let sent = u64::from(case.senders) * case.count;
     loop {
         let page = daemon.metrics(&lab.gateway).unwrap();

@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::support::lab::Site;
-use crate::support::traffic::{PATIENCE, bind};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Report, Sender};
 use crate::{MODES, forwarded, start, stop};
+use udp_fanout_lab::Site;
+use udp_fanout_lab::traffic::{PATIENCE, bind};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Report, Sender};
 
 const REPLICATE: &str = "policy = \"replicate\"";
 

@@ -11,10 +11,10 @@ use std::time::Instant;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBufForce;
 
-use crate::support::netns::{End, connect};
-use crate::support::traffic::{PATIENCE, bind};
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 use crate::{metrics, reloads, second_listener, start, two_listeners};
+use udp_fanout_lab::netns::{End, connect};
+use udp_fanout_lab::traffic::{PATIENCE, bind};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// Edits of the first listener of two, one after the other, and the second has to bear them.
 fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
@@ -326,7 +326,7 @@ fn netns_metrics_move_without_a_refused_scrape() {
     let config = two_listeners(&lab, "userspace");
     let mut daemon = start(&lab, &config);
     let get = |address: &str, path: &str| {
-        crate::support::scrape::get(&lab.gateway, address.parse().unwrap(), path).map(|page| page.status)
+        udp_fanout_lab::scrape::get(&lab.gateway, address.parse().unwrap(), path).map(|page| page.status)
     };
     let moved = config.to_toml().replace("path = \"/metrics\"", "path = \"/m\"");
     daemon.reload(&moved).unwrap();

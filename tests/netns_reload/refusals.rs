@@ -2,9 +2,9 @@
 
 use nix::sys::signal::Signal;
 
-use crate::support::traffic::bind;
-use crate::support::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 use crate::{metrics, reloads, start, two_listeners};
+use udp_fanout_lab::traffic::bind;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
 /// Sends SIGHUP and waits for the refusal; returns the log since.
 fn refused(daemon: &mut Daemon, config: &str) -> String {

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Lab, Place};
 use crate::{Pins, end, exchange, filter, lab, run, start};
+use udp_fanout_lab::{Lab, Place};
 
 fn printed(output: &std::process::Output) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -5,8 +5,8 @@ use std::thread;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Collectors, Expect, Sender};
 use crate::{Pins, counted, end, exchange, filter, lab, start};
+use udp_fanout_lab::{Collectors, Expect, Sender};
 
 #[test]
 fn netns_ten_restarts_lose_and_double_nothing_and_counters_go_on() {

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::support::traffic::bind;
 use crate::{Pins, counted, end, exchange, lab, start};
+use udp_fanout_lab::traffic::bind;
 
 /// How long it may take until the program has noticed. Nothing waits that long unless the test fails.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -7,8 +7,8 @@ use std::process::Command;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::sys::signal::Signal;
 
-use crate::support::{Daemon, Lab, Place};
 use crate::{Pins, binary, counted, end, exchange, filter, lab, start};
+use udp_fanout_lab::{Daemon, Lab, Place};
 
 fn bpftool(arguments: &[&str]) {
     let output = Command::new("bpftool").args(arguments).output().expect("bpftool runs (Debian package bpftool)");

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use udp_fanout::discovery::{Family, Locality, PortRef, Request, ServiceRef, Terminating};
 use udp_fanout::model::ListenerId;
 
-use crate::cluster::slice;
+use udp_fanout_lab::cluster::slice;
 
 pub const NAMESPACES: [&str; 2] = ["logging", "tenant"];
 pub const SERVICES: [&str; 2] = ["vector", "statsd"];
@@ -160,7 +160,7 @@ pub fn expected(cluster: &Cluster, request: &Request, node: &str, zone: &str) ->
     for service in &request.services {
         for ((namespace, _), object) in cluster {
             let ours = Some(namespace) == service.namespace.as_ref()
-                && object["metadata"]["labels"][crate::cluster::LABEL] == service.service.as_str();
+                && object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL] == service.service.as_str();
             if ours {
                 collect(object, service, request.family, &mut said);
             }

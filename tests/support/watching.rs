@@ -16,7 +16,7 @@ use udp_fanout::discovery::{
 };
 use udp_fanout::model::ListenerId;
 
-use crate::apiserver::{ApiServer, DEADLINE};
+use udp_fanout_lab::apiserver::{ApiServer, DEADLINE};
 
 /// A request of listener 0 for one service in `logging`, by number.
 pub fn request(service: &str) -> Request {

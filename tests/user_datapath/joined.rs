@@ -14,7 +14,7 @@ use udp_fanout::model::{DownstreamCounters, DropReason, HashOn, ListenerCounters
 use udp_fanout::plan::{ListenerPlan, hash, maglev};
 
 use crate::flow::{Flow, GUARD, ID, final_counters, listener, serving, until};
-use crate::netns_thread::{in_new_netns, ip};
+use udp_fanout_lab::{in_new_netns, ip};
 
 /// A datapath that serves these listeners, on one CPU together with the calling thread: loopback keeps no order between
 /// datagrams that a thread sends from one CPU and then from another.

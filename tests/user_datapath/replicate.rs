@@ -9,7 +9,7 @@ use udp_fanout::model::{Downstream, DownstreamCounters, DropReason, ListenerCoun
 use udp_fanout::plan::ListenerPlan;
 
 use crate::flow::{Flow, ID, final_counters, listener, plan, serving, until};
-use crate::netns_thread::in_new_netns;
+use udp_fanout_lab::in_new_netns;
 
 fn replicating(receivers: &[(SocketAddr, u32)], batch_size: u32) -> ListenerPlan {
     let mut listener = listener(0, "tee", "127.0.0.1:0", receivers);

@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use crate::bench::bed::{Bed, IN, LISTENER};
 use crate::bench::contenders::{Running, Task, cpu_seconds};
-use crate::support::daemon::{Daemon, DaemonConfig, ListenerSpec};
+use udp_fanout_lab::daemon::{Daemon, DaemonConfig, ListenerSpec};
 
 struct Serving(Daemon);
 

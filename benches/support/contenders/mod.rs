@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::bed::{Bed, PORT};
-use crate::support::cleanup;
+use udp_fanout_lab::cleanup;
 
 /// What a contender is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -22,9 +22,9 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setso
 use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
-use super::lab::Lab;
 use super::netns::Namespace;
 use super::report::{Expect, Report, RunId, Tally};
+use super::topology::Lab;
 
 /// Bytes of a datagram before the filling: run, number, length.
 pub const HEADER: usize = 20;

@@ -18,6 +18,7 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Allows these verbs on a resource, in every namespace and for every name.
     pub fn new(verbs: &[&str], resource: &str) -> Rule {
         Rule {
             verbs: verbs.iter().map(|&verb| verb.to_owned()).collect(),
@@ -27,10 +28,12 @@ impl Rule {
         }
     }
 
+    /// Restricts it to a namespace.
     pub fn within(self, namespace: &str) -> Rule {
         Rule { namespace: Some(namespace.to_owned()), ..self }
     }
 
+    /// Restricts it to objects of these names.
     pub fn named(self, names: &[String]) -> Rule {
         Rule { names: Some(names.to_vec()), ..self }
     }

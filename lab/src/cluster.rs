@@ -1,7 +1,5 @@
 //! Kubernetes objects as the control plane writes them, for tests.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
-
 use serde_json::{Value, json};
 
 /// The label by which slices belong to a Service.
@@ -31,15 +29,17 @@ pub fn placeholder(namespace: &str, service: &str, name: &str) -> Value {
     slice
 }
 
+/// An endpoint that gets traffic.
 pub fn ready(address: &str) -> Value {
     endpoint(address, true, true, false)
 }
 
+/// An endpoint that gets none.
 pub fn unready(address: &str) -> Value {
     endpoint(address, false, false, false)
 }
 
-/// Shutting down and still serving.
+/// A terminating endpoint that still serves.
 pub fn leaving(address: &str) -> Value {
     endpoint(address, false, true, true)
 }
@@ -59,14 +59,17 @@ pub fn at(mut endpoint: Value, node: &str, zone: &str) -> Value {
     endpoint
 }
 
+/// A headless Service.
 pub fn service(namespace: &str, name: &str) -> Value {
     json!({"metadata": {"namespace": namespace, "name": name}, "spec": {"clusterIP": "None"}})
 }
 
+/// A namespace.
 pub fn namespace(name: &str) -> Value {
     json!({"metadata": {"name": name}})
 }
 
+/// A node in a zone.
 pub fn node(name: &str, zone: &str) -> Value {
     json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
 }

@@ -4,9 +4,10 @@
 //! a signal (a thread ends the children and removes the namespaces, then lets the signal have its usual effect), and
 //! `SIGKILL` (the next run removes the namespaces of processes that are no more).
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -17,13 +18,13 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, mkdtemp};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// Names of our namespaces are this, the process id, a number and a label: `uf-4711-0-gateway`.
 pub const PREFIX: &str = "uf-";
-/// Names of our directories below the system's temporary directory are this, the process id and something unique.
+/// Names of our directories below the system's temporary directory are this, the process id and a unique suffix.
 pub const DIRECTORY_PREFIX: &str = "udp-fanout-lab-";
 /// Where tests pin programs, in directories named likewise.
 pub const BPF_FS: &str = "/sys/fs/bpf";
@@ -79,6 +80,40 @@ impl Registry {
     /// Forgets a directory, which its owner removes.
     pub fn forget_directory(&mut self, path: &Path) {
         self.directories.retain(|known| known != path);
+    }
+}
+
+/// A temporary directory, removed when dropped, after a signal, or by the next run.
+#[derive(Debug)]
+pub struct TempDirectory(PathBuf);
+
+impl TempDirectory {
+    /// Makes an empty directory that every user can enter and read.
+    ///
+    /// # Errors
+    /// When the system's temporary directory is not writable.
+    pub fn new() -> Result<Self> {
+        let template = std::env::temp_dir().join(format!("{DIRECTORY_PREFIX}{}-XXXXXX", std::process::id()));
+        let mut registry = registry();
+        let path = mkdtemp(&template).with_context(|| format!("cannot make a directory {}", template.display()))?;
+        registry.add_directory(&path);
+        let directory = TempDirectory(path);
+        drop(registry);
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755))?;
+        Ok(directory)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDirectory {
+    fn drop(&mut self) {
+        let mut registry = registry();
+        let _ = fs::remove_dir_all(&self.0);
+        registry.forget_directory(&self.0);
     }
 }
 

@@ -4,18 +4,24 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-/// What there is.
+/// The kinds of objects that are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
+    /// `discovery.k8s.io/v1` or `v1beta1`.
     EndpointSlice,
+    /// `v1`.
     Service,
+    /// `v1`; belongs to no namespace.
     Namespace,
+    /// `v1`; belongs to no namespace.
     Node,
 }
 
 impl Kind {
+    /// Every kind.
     pub const ALL: [Kind; 4] = [Kind::EndpointSlice, Kind::Service, Kind::Namespace, Kind::Node];
 
+    /// The plural of paths and rules.
     pub fn resource(self) -> &'static str {
         match self {
             Kind::EndpointSlice => "endpointslices",
@@ -25,10 +31,12 @@ impl Kind {
         }
     }
 
+    /// The API group; empty for the core.
     pub fn group(self) -> &'static str {
         if self == Kind::EndpointSlice { "discovery.k8s.io" } else { "" }
     }
 
+    /// The `kind` of objects.
     pub fn name(self) -> &'static str {
         match self {
             Kind::EndpointSlice => "EndpointSlice",
@@ -38,6 +46,7 @@ impl Kind {
         }
     }
 
+    /// Whether objects belong to a namespace.
     pub fn namespaced(self) -> bool {
         matches!(self, Kind::EndpointSlice | Kind::Service)
     }

@@ -8,14 +8,16 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
+use crate::cleanup::TempDirectory;
+
 pub struct Files {
-    directory: tempfile::TempDir,
+    directory: TempDirectory,
     tls: Arc<ServerConfig>,
 }
 
 impl Files {
     pub fn new(server: SocketAddr, token: &str) -> Files {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = TempDirectory::new().unwrap();
         let (authority, tls) = certificates();
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("ca.crt"), authority).unwrap();

@@ -1,4 +1,6 @@
-//! A small name server on 127.0.0.1:53 of a namespace, which says what the test wants it to.
+//! A small DNS server on 127.0.0.1:53 of a namespace. The test decides its answers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
 use std::collections::HashMap;
 use std::net::{IpAddr, UdpSocket};
@@ -7,68 +9,79 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::support::Namespace;
+use crate::Namespace;
 
 /// How long anything may take before a test fails. Nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What is said of a name.
+/// The answer to queries for a name.
 #[derive(Debug, Clone)]
 pub enum Answer {
-    /// These, each to a question for its family.
+    /// These addresses, each to a query for its family.
     Addresses(Vec<IpAddr>),
-    /// That the server cannot tell at the moment.
+    /// `SERVFAIL`.
     ServerFailure,
-    /// That there is no such name.
+    /// `NXDOMAIN`, as for every name that has not been set.
     NoSuchName,
 }
 
 /// The running server. Dropping it ends it.
-pub struct Server {
+pub struct DnsServer {
     answers: Arc<Mutex<HashMap<String, Answer>>>,
-    questions: Arc<AtomicU64>,
+    queries: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Server {
-    pub fn start(namespace: &Namespace) -> Server {
+impl DnsServer {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When the port is taken.
+    pub fn start(namespace: &Namespace) -> DnsServer {
         let socket = namespace.run(|| Ok(UdpSocket::bind("127.0.0.1:53")?)).unwrap();
-        // Only to look whether it is time to end.
+        // How often `stop` is looked at.
         socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
         let answers: Arc<Mutex<HashMap<String, Answer>>> = Arc::default();
-        let (stop, questions): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
+        let (stop, queries): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
         let thread = {
-            let (answers, stop, questions) = (Arc::clone(&answers), Arc::clone(&stop), Arc::clone(&questions));
+            let (answers, stop, queries) = (Arc::clone(&answers), Arc::clone(&stop), Arc::clone(&queries));
             std::thread::spawn(move || {
                 let mut packet = [0; 512];
                 while !stop.load(Ordering::Relaxed) {
                     let Ok((length, from)) = socket.recv_from(&mut packet) else { continue };
                     let reply = reply(&packet[..length], &answers.lock().unwrap());
                     socket.send_to(&reply, from).unwrap();
-                    questions.fetch_add(1, Ordering::SeqCst);
+                    queries.fetch_add(1, Ordering::SeqCst);
                 }
             })
         };
-        Server { answers, questions, stop, thread: Some(thread) }
+        DnsServer { answers, queries, stop, thread: Some(thread) }
     }
 
+    /// Answers queries for a name like this from now on.
+    ///
+    /// # Panics
+    /// When the server has panicked.
     pub fn set(&self, name: &str, answer: Answer) {
         self.answers.lock().unwrap().insert(name.to_owned(), answer);
     }
 
-    /// Waits until so many more questions have been answered.
-    pub fn wait_for_questions(&self, count: u64) {
-        let target = self.questions.load(Ordering::SeqCst) + count;
+    /// Waits until so many more queries have been answered.
+    ///
+    /// # Panics
+    /// When there are no more queries for half a minute.
+    pub fn wait_for_queries(&self, count: u64) {
+        let target = self.queries.load(Ordering::SeqCst) + count;
         let guard = Instant::now() + LIMIT;
-        while self.questions.load(Ordering::SeqCst) < target {
-            assert!(Instant::now() < guard, "nobody asks any more");
+        while self.queries.load(Ordering::SeqCst) < target {
+            assert!(Instant::now() < guard, "no more queries");
             std::thread::yield_now();
         }
     }
 }
 
-impl Drop for Server {
+impl Drop for DnsServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -77,7 +90,7 @@ impl Drop for Server {
     }
 }
 
-/// The answer to a packet with one question.
+/// The reply to a packet with one question.
 fn reply(packet: &[u8], answers: &HashMap<String, Answer>) -> Vec<u8> {
     const HEADER: usize = 12;
     let mut labels = Vec::new();

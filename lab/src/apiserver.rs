@@ -6,7 +6,7 @@
 //! history, goes away and comes back on the same port, cuts, freezes or slows its connections, takes rights and
 //! tokens away. It runs in a thread of its own and listens on 127.0.0.1 only.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
 mod answer;
 mod auth;
@@ -45,10 +45,12 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// The first value of a query parameter.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.query.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
+    /// A watch, not a list.
     pub fn is_watch(&self) -> bool {
         self.get("watch").is_some_and(|value| value == "true" || value == "1")
     }
@@ -153,6 +155,7 @@ impl ApiServer {
         }
     }
 
+    /// Deletes an object, which must exist.
     pub fn delete(&self, kind: Kind, namespace: &str, name: &str) {
         self.shared.change(|state| state.store.delete(kind, namespace, name));
     }

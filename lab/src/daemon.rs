@@ -16,12 +16,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tempfile::TempDir;
 
-use super::cleanup;
-use super::lab::{INGRESS, Lab};
+use super::cleanup::{self, TempDirectory};
 use super::netns::Namespace;
 use super::scrape::{self, Metrics};
+use super::topology::{INGRESS, Lab};
 
 /// How long anything the daemon has to do may take before a test fails. Generous: nothing waits that long otherwise.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -77,7 +76,7 @@ pub struct Daemon {
     log: String,
     metrics: Option<SocketAddr>,
     ended: Option<ExitStatus>,
-    directory: TempDir,
+    directory: TempDirectory,
 }
 
 impl DaemonConfig {
@@ -206,10 +205,7 @@ impl Daemon {
         config: &str,
         surroundings: &Surroundings,
     ) -> Result<Self> {
-        let prefix = format!("{}{}-", cleanup::DIRECTORY_PREFIX, std::process::id());
-        // Whoever the daemon runs as can read it.
-        let open = Permissions::from_mode(0o755);
-        let directory = tempfile::Builder::new().prefix(&prefix).permissions(open).tempdir()?;
+        let directory = TempDirectory::new()?;
         let path: PathBuf = directory.path().join("config.toml");
         fs::write(&path, config)?;
         let mut words = before.iter().map(OsStr::new).chain([binary.as_os_str()]);
@@ -227,7 +223,6 @@ impl Daemon {
         let mut registry = cleanup::registry();
         let mut child = command.spawn().with_context(|| format!("cannot run {}", binary.display()))?;
         registry.add_child(pid_of(&child));
-        registry.add_directory(directory.path());
         drop(registry);
         let lines = read_lines(child.stderr.take());
         Ok(Daemon { child, lines, log: String::new(), metrics: None, ended: None, directory })
@@ -393,7 +388,6 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         let mut registry = cleanup::registry();
-        registry.forget_directory(self.directory.path());
         if self.ended.is_none() {
             registry.forget_child(self.pid());
             let _ = self.child.kill();
@@ -403,7 +397,7 @@ impl Drop for Daemon {
 }
 
 /// A socket's path in a directory to which whoever the daemon runs as may write.
-fn status_socket(directory: &TempDir) -> Result<PathBuf> {
+fn status_socket(directory: &TempDirectory) -> Result<PathBuf> {
     let run = directory.path().join("run");
     fs::create_dir(&run)?;
     fs::set_permissions(&run, Permissions::from_mode(0o777))?;
