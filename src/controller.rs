@@ -20,8 +20,8 @@ pub use self::mode::ModeChoice;
 pub use self::reload::Prepared;
 use self::reload::Previous;
 use crate::config::{Attach, Config, ListenerConfig};
-use crate::health::Watch;
-use crate::health::share::{HealthMap, shares};
+use crate::health::ListenerCheck;
+use crate::health::weights::{HealthMap, effective_weights};
 use crate::host::HostFacts;
 use crate::host::probe::Obstacle;
 use crate::model::{Downstream, DownstreamSet, ListenerId, Mode};
@@ -176,11 +176,11 @@ impl Controller {
 
     /// Whose downstreams are to be checked, and how.
     #[must_use]
-    pub fn watches(&self) -> Vec<Watch> {
+    pub fn watches(&self) -> Vec<ListenerCheck> {
         self.listeners
             .iter()
             .filter_map(|listener| {
-                Some(Watch {
+                Some(ListenerCheck {
                     listener: listener.config.id,
                     name: listener.config.name.as_str().into(),
                     downstreams: self.others(listener, listener.set.as_ref()?).map(|to| to.address).collect(),
@@ -359,12 +359,12 @@ impl Controller {
         let mut downstreams: Vec<Downstream> = self.others(listener, set).cloned().collect();
         let Some(health) = &listener.config.health else { return (DownstreamSet { generation, downstreams }, None) };
         let id = listener.config.id;
-        let shares = shares(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
-        for (downstream, &weight) in downstreams.iter_mut().zip(&shares.weights) {
+        let effective = effective_weights(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
+        for (downstream, &weight) in downstreams.iter_mut().zip(&effective.weights) {
             downstream.weight = weight;
         }
         downstreams.retain(|downstream| downstream.weight > 0);
-        (DownstreamSet { generation, downstreams }, shares.next_change)
+        (DownstreamSet { generation, downstreams }, effective.next_change)
     }
 
     /// The downstreams of a set but for the listener itself.

@@ -40,7 +40,7 @@ use crate::controller::{Action, Controller, Event};
 use crate::datapath::Datapath;
 use crate::datapath::kernel::{KernelDatapath, KernelSetup};
 use crate::datapath::user::UserDatapath;
-use crate::health::Health;
+use crate::health::HealthChecks;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 use crate::host::{Follow, Host, HostFacts, Monitor};
 use crate::metrics::PlanApplies;
@@ -98,7 +98,7 @@ struct Daemon {
     kernel: Option<KernelDatapath>,
     http: Option<(http::Server, Receiver<Request>)>,
     sources: Sources,
-    health: Health,
+    health: HealthChecks,
     control: Control,
     plan_applies: PlanApplies,
     /// Links whose guards have been told of.
@@ -164,7 +164,7 @@ impl Daemon {
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
         let sources = Sources::start(&config, kubeconfig, &waker)?;
-        let health = Health::new(poll.registry(), HEALTH)?;
+        let health = HealthChecks::new(poll.registry(), HEALTH)?;
         let controller = Controller::new(config.clone(), &tc_support, facts)?;
         let mut kernel = kernel.filter(|_| controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf));
         kernel.as_mut().map(|kernel| succession::begin(kernel, &config, poll.registry())).transpose()?;

@@ -42,7 +42,7 @@ pub fn needed(config: &Config, cpus: u64) -> u64 {
 pub fn raise(config: &Config) -> Result<Option<String>> {
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
     let needed = needed(config, cpus);
-    let wanted = needed + health::SOCKETS * health::PART_OF_FILES;
+    let wanted = needed + health::MAX_SOCKETS * health::OPEN_FILES_DIVISOR;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of open files")?;
     if soft >= wanted {
         return Ok(None);

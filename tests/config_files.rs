@@ -13,7 +13,7 @@ use std::time::Duration;
 use udp_fanout::config::keys::{self, Absent, Key, Kind};
 use udp_fanout::config::{Config, Interfaces, OnExit, RequestedMode, Source, Succession};
 use udp_fanout::discovery::{PortRef, ServiceRef};
-use udp_fanout::health::settings::Protocol;
+use udp_fanout::health::settings::ProbeProtocol;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -470,7 +470,7 @@ fn every_configuration_in_the_deployment_guide_loads_and_means_what_the_guide_sa
 
     let health = &configs[3].health.as_ref().unwrap().probe;
     assert_eq!((health.interval, health.timeout), (Duration::from_secs(5), Duration::from_secs(2)));
-    assert_eq!(health.protocol, Protocol::Icmp);
+    assert_eq!(health.protocol, ProbeProtocol::Icmp);
 
     let metrics = configs[4].metrics.as_ref().unwrap();
     assert_eq!((metrics.bind.to_string().as_str(), metrics.path.as_str()), ("0.0.0.0:9090", "/metrics"));

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use udp_fanout::discovery::ErrorKind;
-use udp_fanout::health::model::Outcome;
+use udp_fanout::health::model::ProbeOutcome;
 use udp_fanout::metrics::names;
 use udp_fanout::model::DropReason;
 
@@ -64,7 +64,7 @@ fn every_drop_reason_has_its_row() {
 fn every_result_of_a_probe_has_its_row() {
     let rows = table(&read("docs/METRICS.md"), "Result");
     let documented: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
-    let counted: Vec<String> = Outcome::ALL.iter().map(|outcome| code(outcome.label())).collect();
+    let counted: Vec<String> = ProbeOutcome::ALL.iter().map(|outcome| code(outcome.label())).collect();
     assert_eq!(documented, counted, "in numeric order");
 }
 

@@ -99,7 +99,7 @@ fn snapshot(downstreams: u32) -> Snapshot {
         programs_ahead: Vec::new(),
         health: Vec::new(),
         health_transitions: Vec::new(),
-        probes: udp_fanout::health::tally::Tallies::default(),
+        probes: udp_fanout::health::probe_stats::ProbeStatsByKind::default(),
         discovery: Vec::new(),
     }
 }

@@ -1,7 +1,7 @@
 //! What targets of health checks answer: HTTP (its grammar is the crate `httparse`'s), and ICMP echo replies.
 
-use udp_fanout::health::probers::http::{MAX_HEAD, judge};
-use udp_fanout::health::probers::icmp::{Echo, without_ip_header};
+use udp_fanout::health::probers::http::{MAX_HEAD, parse_response};
+use udp_fanout::health::probers::icmp::{EchoMessage, without_ip_header};
 
 /// Types of echo messages: requests and replies, of ICMP and of ICMPv6.
 const TYPES: [u8; 4] = [8, 0, 128, 129];
@@ -11,7 +11,7 @@ pub fn run(bytes: &[u8]) {
     http(bytes);
     for kind in TYPES {
         for message in [bytes, without_ip_header(bytes)] {
-            let Some(echo) = Echo::read(kind, message) else { continue };
+            let Some(echo) = EchoMessage::read(kind, message) else { continue };
             assert_eq!(echo.nonce.is_some(), message.len() >= 16);
             assert_eq!(echo.sequence.to_be_bytes(), message[6..8]);
         }
@@ -20,11 +20,11 @@ pub fn run(bytes: &[u8]) {
 
 /// An answer that comes in pieces: what has been said of the first is not taken back, and the last has the last word.
 fn http(bytes: &[u8]) {
-    let whole = judge(bytes, true);
+    let whole = parse_response(bytes, true);
     assert!(whole.is_some());
     let mut before = None;
     for length in 0..=bytes.len().min(MAX_HEAD - 1) {
-        let verdict = judge(&bytes[..length], false);
+        let verdict = parse_response(&bytes[..length], false);
         assert!(before.is_none() || before == verdict, "{before:?}, then {verdict:?} at {length}");
         before = verdict;
     }

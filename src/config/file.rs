@@ -416,14 +416,14 @@ mod tests {
 
     use super::*;
     use crate::config::keys::{self, Kind};
-    use crate::health::settings::ProtocolKind;
+    use crate::health::settings::ProbeKind;
 
     fn every_health_field() -> Keys {
         Keys {
             enabled: Some(true),
             interval_secs: Some(1.0),
             timeout_secs: Some(0.5),
-            protocol: Some(ProtocolKind::Icmp),
+            protocol: Some(ProbeKind::Icmp),
             port: Some(1),
             payload: Some("p".into()),
             expect: Some("e".into()),
@@ -543,7 +543,7 @@ mod tests {
                     "listeners[].hash_on" => known::<model::HashOn>(choices),
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
-                    "health.protocol" | "listeners[].health.protocol" => known::<ProtocolKind>(choices),
+                    "health.protocol" | "listeners[].health.protocol" => known::<ProbeKind>(choices),
                     "on_exit" => known::<OnExit>(choices),
                     other => panic!("say here which type `{other}` is"),
                 }

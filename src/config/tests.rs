@@ -70,7 +70,7 @@ fn a_health_table_must_enable_health_checks() {
         (enabled.probe.interval, enabled.probe.timeout),
         (Duration::from_millis(250), Duration::from_millis(250))
     );
-    assert_eq!(enabled.probe.protocol, probe::Protocol::Icmp);
+    assert_eq!(enabled.probe.protocol, probe::ProbeProtocol::Icmp);
 }
 
 #[test]
@@ -79,10 +79,10 @@ fn a_listeners_health_table_wins_key_by_key() {
     let of = |own: &str| config(&format!("{text}{ONE}[listeners.health]\n{own}"));
     let health = |own: &str| of(own).listeners[0].health.clone();
     let enabled = health("enabled = true").unwrap();
-    assert_eq!(enabled.probe.protocol, probe::Protocol::Http { port: Some(80), path: "/".into() });
+    assert_eq!(enabled.probe.protocol, probe::ProbeProtocol::Http { port: Some(80), path: "/".into() });
     assert!(!enabled.fail_open);
     let other = health("enabled = true\nprotocol = \"tcp\"\nfail_open = true").unwrap();
-    assert_eq!(other.probe.protocol, probe::Protocol::Tcp { port: None });
+    assert_eq!(other.probe.protocol, probe::ProbeProtocol::Tcp { port: None });
     assert!(other.fail_open);
     assert_eq!(health("port = 81"), None);
     let warning = "listeners[0].health: nothing is checked, since health checks are not enabled; add enabled = true";

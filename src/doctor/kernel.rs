@@ -9,8 +9,8 @@ use caps::Capability;
 use super::Findings;
 use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::datapath::kernel::KernelDatapath;
-use crate::health::probers::{Unsent, icmp};
-use crate::health::settings::Protocol;
+use crate::health::probers::{SendError, icmp};
+use crate::health::settings::ProbeProtocol;
 use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
 
 /// Looks, and says whether the kernel program can be used.
@@ -60,20 +60,20 @@ fn judge_support(ability: &Ability, support: &Result<(), Obstacle>, demanded: bo
 
 /// Whether ICMP health checks can be made.
 fn ping(config: &Config, findings: &mut Findings) {
-    let pings = |l: &&ListenerConfig| l.health.as_ref().is_some_and(|h| h.probe.protocol == Protocol::Icmp);
+    let pings = |l: &&ListenerConfig| l.health.as_ref().is_some_and(|h| h.probe.protocol == ProbeProtocol::Icmp);
     let families: BTreeSet<bool> = config.listeners.iter().filter(pings).map(|l| l.bind.is_ipv6()).collect();
     for v6 in families {
         let name = if v6 { "IPv6" } else { "IPv4" };
         match icmp::open(v6) {
             Ok((_, access)) => {
-                let how = if access == icmp::Access::Ping { "a ping socket" } else { "a raw socket" };
+                let how = if access == icmp::IcmpSocketKind::Ping { "a ping socket" } else { "a raw socket" };
                 findings.ok("ping", format!("ICMP health checks can be made over {name}, through {how}"));
             }
-            Err(Unsent::Trouble(reason)) => {
+            Err(SendError::Local(reason)) => {
                 let (what, fix) = reason.split_once("; ").unwrap_or((&reason, "choose another health.protocol"));
                 findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {what}"), fix);
             }
-            Err(Unsent::Failed(failure)) => {
+            Err(SendError::Target(failure)) => {
                 let fix = "give this host an address of that version, or choose another health.protocol";
                 findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {failure}"), fix);
             }

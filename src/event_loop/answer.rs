@@ -59,7 +59,7 @@ impl Daemon {
             programs_ahead: self.ahead.iter().map(|(name, ahead)| (name.as_str().into(), ahead.len())).collect(),
             health,
             health_transitions,
-            probes: self.health.tallies().clone(),
+            probes: self.health.probe_stats().clone(),
             discovery,
         })
     }

@@ -116,9 +116,9 @@ impl Daemon {
         let warnings = self.controller.standing_warnings().map(str::to_owned);
         let troubles = self
             .health
-            .troubles()
+            .local_errors()
             .map(|(kind, reason)| format!("health checks ({}) cannot be made: {reason}", kind.name()));
-        let out = self.health.all_out();
+        let out = self.health.all_unhealthy();
         let out =
             out.map(|(name, fate)| format!("listener {name:?}: all downstreams fail their health checks: {fate}"));
         unread.chain(refused).chain(warnings).chain(self.programs_ahead()).chain(troubles).chain(out).collect()

@@ -10,8 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::settings::{
-    Bytes, FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeSettings, Protocol,
-    ProtocolKind, SECONDS, SLOW_START_SECS, THRESHOLDS, TIMEOUT_SECS, UNHEALTHY_THRESHOLD,
+    FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeBytes, ProbeKind, ProbeProtocol,
+    ProbeSettings, SECONDS, SLOW_START_SECS, THRESHOLDS, TIMEOUT_SECS, UNHEALTHY_THRESHOLD,
 };
 
 /// The keys of a `health` table; what is none was not given.
@@ -29,7 +29,7 @@ pub struct Keys {
     pub timeout_secs: Option<f64>,
     /// What is sent; ICMP.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub protocol: Option<ProtocolKind>,
+    pub protocol: Option<ProbeKind>,
     /// Where to, for all but ICMP; the downstream's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -72,11 +72,11 @@ impl From<&HealthSettings> for Keys {
     fn from(settings: &HealthSettings) -> Keys {
         let HealthSettings { probe, fail_open, slow_start } = settings;
         let (payload, expect) = match &probe.protocol {
-            Protocol::Udp { payload, expect, .. } => (Some(payload.to_string()), Some(expect.to_string())),
+            ProbeProtocol::Udp { payload, expect, .. } => (Some(payload.to_string()), Some(expect.to_string())),
             _ => (None, None),
         };
         let path = match &probe.protocol {
-            Protocol::Http { path, .. } => Some(path.to_string()),
+            ProbeProtocol::Http { path, .. } => Some(path.to_string()),
             _ => None,
         };
         Keys {
@@ -169,7 +169,7 @@ impl Keys {
         if faults.0.is_empty() { Ok(settings) } else { Err(faults.0) }
     }
 
-    fn protocol(&self, faults: &mut Faults) -> Option<Protocol> {
+    fn protocol(&self, faults: &mut Faults) -> Option<ProbeProtocol> {
         let kind = self.protocol.unwrap_or_default();
         let given = [
             ("port", self.port.is_some()),
@@ -188,11 +188,11 @@ impl Keys {
         let path = faults.path(self.path.as_deref().unwrap_or(PATH));
         let port = self.port;
         Some(match kind {
-            ProtocolKind::Icmp => Protocol::Icmp,
-            ProtocolKind::UdpEcho => Protocol::UdpEcho { port },
-            ProtocolKind::Udp => Protocol::Udp { port, payload: payload?, expect: expect? },
-            ProtocolKind::Tcp => Protocol::Tcp { port },
-            ProtocolKind::Http => Protocol::Http { port, path: path? },
+            ProbeKind::Icmp => ProbeProtocol::Icmp,
+            ProbeKind::UdpEcho => ProbeProtocol::UdpEcho { port },
+            ProbeKind::Udp => ProbeProtocol::Udp { port, payload: payload?, expect: expect? },
+            ProbeKind::Tcp => ProbeProtocol::Tcp { port },
+            ProbeKind::Http => ProbeProtocol::Http { port, path: path? },
         })
     }
 }
@@ -221,8 +221,8 @@ impl Faults {
         value
     }
 
-    fn bytes(&mut self, key: &'static str, text: Option<&str>) -> Option<Bytes> {
-        Bytes::read(text.unwrap_or_default()).map_err(|message| self.add(key, message)).ok()
+    fn bytes(&mut self, key: &'static str, text: Option<&str>) -> Option<ProbeBytes> {
+        ProbeBytes::read(text.unwrap_or_default()).map_err(|message| self.add(key, message)).ok()
     }
 
     /// Nothing that could end the request line or add a header to it.
@@ -272,20 +272,20 @@ mod tests {
     #[test]
     fn each_protocol_has_its_keys() {
         let protocol = |toml: &str| settings(toml).probe.protocol;
-        assert_eq!(protocol("protocol = 'icmp'"), Protocol::Icmp);
-        assert_eq!(protocol("protocol = 'udp_echo'"), Protocol::UdpEcho { port: None });
-        assert_eq!(protocol("protocol = 'tcp'\nport = 8080"), Protocol::Tcp { port: Some(8080) });
-        assert_eq!(protocol("protocol = 'http'"), Protocol::Http { port: None, path: "/".into() });
+        assert_eq!(protocol("protocol = 'icmp'"), ProbeProtocol::Icmp);
+        assert_eq!(protocol("protocol = 'udp_echo'"), ProbeProtocol::UdpEcho { port: None });
+        assert_eq!(protocol("protocol = 'tcp'\nport = 8080"), ProbeProtocol::Tcp { port: Some(8080) });
+        assert_eq!(protocol("protocol = 'http'"), ProbeProtocol::Http { port: None, path: "/".into() });
         assert_eq!(
             protocol("protocol = 'udp'\npayload = 'hex:00 fF'\nexpect = 'pong'"),
-            Protocol::Udp {
+            ProbeProtocol::Udp {
                 port: None,
-                payload: Bytes::read("hex:00ff").unwrap(),
-                expect: Bytes::read("pong").unwrap()
+                payload: ProbeBytes::read("hex:00ff").unwrap(),
+                expect: ProbeBytes::read("pong").unwrap()
             }
         );
-        for kind in ProtocolKind::ALL {
-            let named: ProtocolKind = serde_json::from_value(kind.name().into()).unwrap();
+        for kind in ProbeKind::ALL {
+            let named: ProbeKind = serde_json::from_value(kind.name().into()).unwrap();
             assert_eq!(named, kind);
             for key in ["port = 7", "payload = 'x'", "expect = 'x'", "path = '/x'"] {
                 let name = key.split(' ').next().unwrap();
@@ -329,12 +329,15 @@ mod tests {
             keys("enabled = true\nprotocol = 'http'\nport = 80\npath = '/x'\ninterval_secs = 9\nfail_open = false");
         let of = |toml: &str| keys(toml).over(&base).settings().unwrap();
         let inherited = of("").unwrap();
-        assert_eq!(inherited.probe.protocol, Protocol::Http { port: Some(80), path: "/x".into() });
+        assert_eq!(inherited.probe.protocol, ProbeProtocol::Http { port: Some(80), path: "/x".into() });
         assert!(!inherited.fail_open);
         assert_eq!(of("enabled = false"), None);
-        assert_eq!(of("path = '/y'").unwrap().probe.protocol, Protocol::Http { port: Some(80), path: "/y".into() });
+        assert_eq!(
+            of("path = '/y'").unwrap().probe.protocol,
+            ProbeProtocol::Http { port: Some(80), path: "/y".into() }
+        );
         let changed = of("protocol = 'tcp'\ntimeout_secs = 0.5").unwrap();
-        assert_eq!(changed.probe.protocol, Protocol::Tcp { port: None });
+        assert_eq!(changed.probe.protocol, ProbeProtocol::Tcp { port: None });
         assert_eq!(changed.probe.timeout, Duration::from_millis(500));
         assert_eq!(changed.probe.interval, Duration::from_secs(9));
     }

@@ -6,15 +6,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::model::{Change, State, Status, Target};
-use super::settings::{HealthSettings, ProbeSettings, ProtocolKind};
-use super::share::{HealthMap, Standing};
-use super::state::Monitor;
+use super::model::{HealthState, ProbeTarget, StateChange, TargetStatus};
+use super::monitor::HealthMonitor;
+use super::settings::{HealthSettings, ProbeKind, ProbeSettings};
+use super::weights::{HealthMap, HealthMark};
 use crate::model::ListenerId;
 
 /// A listener that has health checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Watch {
+pub struct ListenerCheck {
     /// Its number.
     pub listener: ListenerId,
     /// Its name, for the log.
@@ -33,9 +33,9 @@ pub struct DownstreamHealth<'a> {
     /// The downstream's address.
     pub downstream: SocketAddr,
     /// How it is probed.
-    pub protocol: ProtocolKind,
+    pub protocol: ProbeKind,
     /// What has come of it.
-    pub status: &'a Status,
+    pub status: &'a TargetStatus,
 }
 
 /// How often downstreams of a listener have changed their state.
@@ -49,98 +49,99 @@ pub struct Transitions {
 
 /// All listeners that have health checks.
 #[derive(Debug, Default)]
-pub struct Listeners {
-    listeners: BTreeMap<ListenerId, Listener>,
+pub struct CheckedListeners {
+    listeners: BTreeMap<ListenerId, CheckedListener>,
     /// Whose downstream each target is.
-    users: HashMap<Target, Vec<(ListenerId, SocketAddr)>>,
+    users: HashMap<ProbeTarget, Vec<(ListenerId, SocketAddr)>>,
     map: HealthMap,
     /// The map is not the one last taken.
     changed: bool,
 }
 
 #[derive(Debug)]
-struct Listener {
+struct CheckedListener {
     name: Arc<str>,
     settings: Arc<ProbeSettings>,
     fail_open: bool,
     downstreams: BTreeSet<SocketAddr>,
     /// How many of them are out.
-    out: usize,
+    unhealthy: usize,
     /// All of them are out, and that has been said.
-    all_out: bool,
+    all_unhealthy: bool,
     transitions: Transitions,
 }
 
-impl Listeners {
-    /// Replaces all listeners and returns their targets. [`settle`](Self::settle) is to follow when the monitor has them.
-    pub(super) fn replace(&mut self, watches: &[Watch]) -> Vec<Target> {
+impl CheckedListeners {
+    /// Replaces all listeners and returns their targets. [`sync_with`](Self::sync_with) is to follow when the monitor has them.
+    pub(super) fn replace_checks(&mut self, checks: &[ListenerCheck]) -> Vec<ProbeTarget> {
         let mut before = std::mem::take(&mut self.listeners);
         self.users.clear();
-        for watch in watches {
-            let settings = Arc::new(watch.settings.probe.clone());
-            let downstreams: BTreeSet<SocketAddr> = watch.downstreams.iter().copied().collect();
+        for check in checks {
+            let settings = Arc::new(check.settings.probe.clone());
+            let downstreams: BTreeSet<SocketAddr> = check.downstreams.iter().copied().collect();
             for &downstream in &downstreams {
-                let users = self.users.entry(Target::new(downstream, &settings)).or_default();
-                users.push((watch.listener, downstream));
+                let users = self.users.entry(ProbeTarget::new(downstream, &settings)).or_default();
+                users.push((check.listener, downstream));
             }
-            let before = before.remove(&watch.listener);
-            let listener = Listener {
-                name: Arc::clone(&watch.name),
+            let before = before.remove(&check.listener);
+            let listener = CheckedListener {
+                name: Arc::clone(&check.name),
                 settings,
-                fail_open: watch.settings.fail_open,
+                fail_open: check.settings.fail_open,
                 downstreams,
-                out: 0,
-                all_out: before.as_ref().is_some_and(|before| before.all_out),
+                unhealthy: 0,
+                all_unhealthy: before.as_ref().is_some_and(|before| before.all_unhealthy),
                 transitions: before.map(|before| before.transitions).unwrap_or_default(),
             };
-            self.listeners.insert(watch.listener, listener);
+            self.listeners.insert(check.listener, listener);
         }
         self.users.keys().cloned().collect()
     }
 
-    /// Takes the standing of every downstream from the monitor, which knows those that it knew before.
-    pub(super) fn settle(&mut self, monitor: &Monitor) {
+    /// Takes the mark of every downstream from the monitor, which knows those that it knew before.
+    pub(super) fn sync_with(&mut self, monitor: &HealthMonitor) {
         let map: HealthMap = self
             .downstreams(monitor)
-            .filter_map(|seen| Some(((seen.listener, seen.downstream), standing(seen.status)?)))
+            .filter_map(|seen| Some(((seen.listener, seen.downstream), mark(seen.status)?)))
             .collect();
         self.changed |= map != self.map;
         self.map = map;
         for (&id, listener) in &mut self.listeners {
-            let out = |downstream: &&SocketAddr| matches!(self.map.get(id, **downstream), Some(Standing::Out(_)));
-            listener.out = listener.downstreams.iter().filter(out).count();
-            listener.tell_if_all_out();
+            let out =
+                |downstream: &&SocketAddr| matches!(self.map.get(id, **downstream), Some(HealthMark::Unhealthy(_)));
+            listener.unhealthy = listener.downstreams.iter().filter(out).count();
+            listener.report_if_all_unhealthy();
         }
     }
 
     /// A target's state is another.
-    pub(super) fn changed(&mut self, target: &Target, change: &Change) {
+    pub(super) fn handle_change(&mut self, target: &ProbeTarget, change: &StateChange) {
         let protocol = target.settings.protocol.kind().name();
-        let standing = standing(&change.status);
+        let mark = mark(&change.status);
         for &(id, downstream) in self.users.get(target).map(Vec::as_slice).unwrap_or_default() {
             let Some(listener) = self.listeners.get_mut(&id) else { continue };
             let name = &*listener.name;
-            self.changed |= self.map.set(id, downstream, standing);
+            self.changed |= self.map.set(id, downstream, mark);
             match (change.from, change.status.state) {
-                (_, State::Unhealthy) => {
+                (_, HealthState::Unhealthy) => {
                     let reason = change.status.failure.as_ref().map(|failure| &*failure.reason).unwrap_or_default();
                     tracing::warn!(%downstream, listener = name, protocol, reason, "health check failed");
-                    listener.out += 1;
+                    listener.unhealthy += 1;
                     listener.transitions.failed += 1;
                 }
-                (State::Unhealthy, _) => {
+                (HealthState::Unhealthy, _) => {
                     // Whole milliseconds are fine enough for people.
                     let unhealthy_for =
                         Duration::from_millis(u64::try_from(change.lasted.as_millis()).unwrap_or_default());
                     tracing::info!(%downstream, listener = name, protocol, ?unhealthy_for, "health check passed again");
-                    listener.out = listener.out.saturating_sub(1);
+                    listener.unhealthy = listener.unhealthy.saturating_sub(1);
                     listener.transitions.recovered += 1;
                 }
-                (State::Unknown | State::Healthy, _) => {
+                (HealthState::Unknown | HealthState::Healthy, _) => {
                     tracing::debug!(%downstream, listener = name, protocol, "health check passed");
                 }
             }
-            listener.tell_if_all_out();
+            listener.report_if_all_unhealthy();
         }
     }
 
@@ -152,10 +153,10 @@ impl Listeners {
         &self.map
     }
 
-    pub(super) fn downstreams<'a>(&'a self, monitor: &'a Monitor) -> impl Iterator<Item = DownstreamHealth<'a>> {
+    pub(super) fn downstreams<'a>(&'a self, monitor: &'a HealthMonitor) -> impl Iterator<Item = DownstreamHealth<'a>> {
         self.listeners.iter().flat_map(move |(&id, listener)| {
             listener.downstreams.iter().filter_map(move |&downstream| {
-                let status = monitor.status(&Target::new(downstream, &listener.settings))?;
+                let status = monitor.status(&ProbeTarget::new(downstream, &listener.settings))?;
                 let protocol = listener.settings.protocol.kind();
                 Some(DownstreamHealth { listener: id, downstream, protocol, status })
             })
@@ -163,8 +164,11 @@ impl Listeners {
     }
 
     /// Those all of whose downstreams are unhealthy, and what is done with their datagrams.
-    pub(super) fn all_out(&self) -> impl Iterator<Item = (&str, &'static str)> {
-        self.listeners.values().filter(|listener| listener.all_out).map(|listener| (&*listener.name, listener.fate()))
+    pub(super) fn all_unhealthy(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.listeners
+            .values()
+            .filter(|listener| listener.all_unhealthy)
+            .map(|listener| (&*listener.name, listener.fallback()))
     }
 
     pub(super) fn transitions(&self) -> impl Iterator<Item = (ListenerId, Transitions)> + '_ {
@@ -172,9 +176,9 @@ impl Listeners {
     }
 }
 
-impl Listener {
+impl CheckedListener {
     /// What becomes of its datagrams while all downstreams are out.
-    fn fate(&self) -> &'static str {
+    fn fallback(&self) -> &'static str {
         if self.fail_open {
             "still sending to all of them, since fail_open = true"
         } else {
@@ -183,27 +187,27 @@ impl Listener {
     }
 
     /// Says it loudly when the last downstream goes out, and when the first is back.
-    fn tell_if_all_out(&mut self) {
-        let all_out = !self.downstreams.is_empty() && self.out == self.downstreams.len();
-        if all_out == self.all_out {
+    fn report_if_all_unhealthy(&mut self) {
+        let all_unhealthy = !self.downstreams.is_empty() && self.unhealthy == self.downstreams.len();
+        if all_unhealthy == self.all_unhealthy {
             return;
         }
-        self.all_out = all_out;
+        self.all_unhealthy = all_unhealthy;
         let (listener, downstreams) = (&*self.name, self.downstreams.len());
-        if !all_out {
+        if !all_unhealthy {
             tracing::info!(listener, downstreams, "not all downstreams are unhealthy any more");
         } else {
-            let fate = self.fate();
-            tracing::error!(listener, downstreams, "the health checks of all downstreams failed: {fate}");
+            let fallback = self.fallback();
+            tracing::error!(listener, downstreams, "the health checks of all downstreams failed: {fallback}");
         }
     }
 }
 
-fn standing(status: &Status) -> Option<Standing> {
+fn mark(status: &TargetStatus) -> Option<HealthMark> {
     match status.state {
-        State::Unhealthy => Some(Standing::Out(status.since)),
-        State::Healthy if status.recovered => Some(Standing::Back(status.since)),
-        State::Healthy | State::Unknown => None,
+        HealthState::Unhealthy => Some(HealthMark::Unhealthy(status.since)),
+        HealthState::Healthy if status.recovered => Some(HealthMark::Recovering(status.since)),
+        HealthState::Healthy | HealthState::Unknown => None,
     }
 }
 

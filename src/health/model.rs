@@ -12,32 +12,32 @@ use super::settings::ProbeSettings;
 
 /// What is probed: an address, in one way. Listeners with the same downstream and equal settings have one in common.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Target {
+pub struct ProbeTarget {
     /// Where probes go. Port 0 for ICMP, which has no ports: downstreams on one host are one target.
     pub address: SocketAddr,
     /// How.
     pub settings: Arc<ProbeSettings>,
 }
 
-impl Target {
+impl ProbeTarget {
     /// The target that stands for a downstream.
     #[must_use]
-    pub fn new(downstream: SocketAddr, settings: &Arc<ProbeSettings>) -> Target {
+    pub fn new(downstream: SocketAddr, settings: &Arc<ProbeSettings>) -> ProbeTarget {
         let protocol = &settings.protocol;
         let port = match protocol {
-            super::settings::Protocol::Icmp => 0,
+            super::settings::ProbeProtocol::Icmp => 0,
             _ => protocol.port().unwrap_or(downstream.port()),
         };
-        let mut address = plain(downstream);
+        let mut address = canonical_address(downstream);
         address.set_port(port);
-        Target { address, settings: Arc::clone(settings) }
+        ProbeTarget { address, settings: Arc::clone(settings) }
     }
 }
 
 /// An address as it is compared: IPv4 mapped into IPv6 is IPv4, and nothing is kept of an IPv6 address but what
 /// distinguishes it (the scope of a link-local one, and no flow label).
 #[must_use]
-pub fn plain(address: SocketAddr) -> SocketAddr {
+pub fn canonical_address(address: SocketAddr) -> SocketAddr {
     match (address.ip().to_canonical(), address) {
         (IpAddr::V6(ip), SocketAddr::V6(v6)) => {
             let scope = if ip.is_unicast_link_local() { v6.scope_id() } else { 0 };
@@ -53,16 +53,16 @@ pub struct ProbeId(pub u64);
 
 /// Why a probe, or a round of probes, is taken for a sign that the downstream does not work.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct ProbeFailure {
     /// The sort, for counters.
-    pub kind: FailureKind,
+    pub kind: ProbeFailureKind,
     /// In words, for people.
     pub reason: Cow<'static, str>,
 }
 
-/// The sorts of [`Failure`].
+/// The sorts of [`ProbeFailure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FailureKind {
+pub enum ProbeFailureKind {
     /// Nothing came back in time.
     NoAnswer,
     /// The host said that nobody is there: a reset connection, a closed port.
@@ -73,20 +73,20 @@ pub enum FailureKind {
     BadAnswer,
 }
 
-impl Failure {
+impl ProbeFailure {
     /// A failure of the given sort.
-    pub fn new(kind: FailureKind, reason: impl Into<Cow<'static, str>>) -> Failure {
-        Failure { kind, reason: reason.into() }
+    pub fn new(kind: ProbeFailureKind, reason: impl Into<Cow<'static, str>>) -> ProbeFailure {
+        ProbeFailure { kind, reason: reason.into() }
     }
 
     /// Silence for as long as allowed.
     #[must_use]
-    pub fn silence(timeout: Duration) -> Failure {
-        Failure::new(FailureKind::NoAnswer, format!("no answer within {timeout:?}"))
+    pub fn silence(timeout: Duration) -> ProbeFailure {
+        ProbeFailure::new(ProbeFailureKind::NoAnswer, format!("no answer within {timeout:?}"))
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for ProbeFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.reason)
     }
@@ -95,16 +95,16 @@ impl fmt::Display for Failure {
 /// How a probe ended; each ends once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(usize)]
-pub enum Outcome {
+pub enum ProbeOutcome {
     /// A valid answer came.
     Answered = 0,
-    /// See [`FailureKind::NoAnswer`].
+    /// See [`ProbeFailureKind::NoAnswer`].
     NoAnswer = 1,
-    /// See [`FailureKind::Refused`].
+    /// See [`ProbeFailureKind::Refused`].
     Refused = 2,
-    /// See [`FailureKind::Unreachable`].
+    /// See [`ProbeFailureKind::Unreachable`].
     Unreachable = 3,
-    /// See [`FailureKind::BadAnswer`].
+    /// See [`ProbeFailureKind::BadAnswer`].
     BadAnswer = 4,
     /// This host could not send it, which says nothing about the downstream.
     NotSent = 5,
@@ -112,40 +112,40 @@ pub enum Outcome {
     Abandoned = 6,
 }
 
-impl Outcome {
+impl ProbeOutcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Outcome; 7] = [
-        Outcome::Answered,
-        Outcome::NoAnswer,
-        Outcome::Refused,
-        Outcome::Unreachable,
-        Outcome::BadAnswer,
-        Outcome::NotSent,
-        Outcome::Abandoned,
+    pub const ALL: [ProbeOutcome; 7] = [
+        ProbeOutcome::Answered,
+        ProbeOutcome::NoAnswer,
+        ProbeOutcome::Refused,
+        ProbeOutcome::Unreachable,
+        ProbeOutcome::BadAnswer,
+        ProbeOutcome::NotSent,
+        ProbeOutcome::Abandoned,
     ];
 
     /// The value of the `result` label in metrics.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
-            Outcome::Answered => "answered",
-            Outcome::NoAnswer => "no_answer",
-            Outcome::Refused => "refused",
-            Outcome::Unreachable => "unreachable",
-            Outcome::BadAnswer => "bad_answer",
-            Outcome::NotSent => "not_sent",
-            Outcome::Abandoned => "abandoned",
+            ProbeOutcome::Answered => "answered",
+            ProbeOutcome::NoAnswer => "no_answer",
+            ProbeOutcome::Refused => "refused",
+            ProbeOutcome::Unreachable => "unreachable",
+            ProbeOutcome::BadAnswer => "bad_answer",
+            ProbeOutcome::NotSent => "not_sent",
+            ProbeOutcome::Abandoned => "abandoned",
         }
     }
 }
 
-impl From<FailureKind> for Outcome {
-    fn from(kind: FailureKind) -> Outcome {
+impl From<ProbeFailureKind> for ProbeOutcome {
+    fn from(kind: ProbeFailureKind) -> ProbeOutcome {
         match kind {
-            FailureKind::NoAnswer => Outcome::NoAnswer,
-            FailureKind::Refused => Outcome::Refused,
-            FailureKind::Unreachable => Outcome::Unreachable,
-            FailureKind::BadAnswer => Outcome::BadAnswer,
+            ProbeFailureKind::NoAnswer => ProbeOutcome::NoAnswer,
+            ProbeFailureKind::Refused => ProbeOutcome::Refused,
+            ProbeFailureKind::Unreachable => ProbeOutcome::Unreachable,
+            ProbeFailureKind::BadAnswer => ProbeOutcome::BadAnswer,
         }
     }
 }
@@ -153,7 +153,7 @@ impl From<FailureKind> for Outcome {
 /// What is known of a downstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum HealthState {
     /// Neither answered nor failed yet. Used like a healthy one until proven otherwise.
     Unknown,
     /// It answers.
@@ -162,46 +162,46 @@ pub enum State {
     Unhealthy,
 }
 
-impl State {
+impl HealthState {
     /// The name in status output.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            State::Unknown => "unknown",
-            State::Healthy => "healthy",
-            State::Unhealthy => "unhealthy",
+            HealthState::Unknown => "unknown",
+            HealthState::Healthy => "healthy",
+            HealthState::Unhealthy => "unhealthy",
         }
     }
 
     /// Whether it is sent to, the rest of its listener's downstreams aside.
     #[must_use]
     pub fn usable(self) -> bool {
-        self != State::Unhealthy
+        self != HealthState::Unhealthy
     }
 }
 
 /// All that there is to say of one target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Status {
+pub struct TargetStatus {
     /// Its state.
-    pub state: State,
+    pub state: HealthState,
     /// Since when, as time since the daemon started.
     pub since: Duration,
     /// True for a healthy one that was unhealthy before.
     pub recovered: bool,
     /// Why the last round that failed did so; none if none has since the last answer.
-    pub failure: Option<Failure>,
+    pub failure: Option<ProbeFailure>,
     /// How long the last answer took; none before the first.
     pub round_trip: Option<Duration>,
 }
 
 /// A target has become healthy or unhealthy, or has been found healthy for the first time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
+pub struct StateChange {
     /// Its state before.
-    pub from: State,
+    pub from: HealthState,
     /// How long it was in that.
     pub lasted: Duration,
     /// What it is now.
-    pub status: Status,
+    pub status: TargetStatus,
 }

@@ -1,18 +1,18 @@
 //! The sockets of health checks: probes out, replies in. Non-blocking, on the event loop's own mio registry.
 //!
 //! - [`icmp`] and `datagram` send everything of a sort through one socket a family, a `channel`;
-//! - `connection` opens a socket for each probe; how many at a time is the [monitor](super::state)'s business. `http` is
+//! - `connection` opens a socket for each probe; how many at a time is the [monitor](super::monitor)'s business. `http` is
 //!   what is said over it.
 //! - `errors` tells what says something about a target from what is this host's own trouble.
 //!
-//! Nothing is decided here: what comes of a probe is a [`Reply`], and what a probe is for, the monitor knows.
+//! Nothing is decided here: what comes of a probe is a [`ProbeReply`], and what a probe is for, the monitor knows.
 
-mod channel;
-mod connection;
-mod datagram;
 mod errors;
 pub mod http;
 pub mod icmp;
+mod probe_socket;
+mod tcp;
+mod udp;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -24,12 +24,12 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use slab::Slab;
 
-use self::connection::Connection;
-use self::datagram::{Datagrams, Question};
-pub use self::errors::Unsent;
-use self::icmp::Icmp;
-use super::model::{Failure, ProbeId, Target};
-use super::settings::Protocol;
+pub use self::errors::SendError;
+use self::icmp::IcmpProber;
+use self::tcp::TcpProbe;
+use self::udp::{UdpProber, UdpRequest};
+use super::model::{ProbeFailure, ProbeId, ProbeTarget};
+use super::settings::ProbeProtocol;
 
 /// Tokens set aside: one for each socket, which the limit of open files bounds far below this.
 pub const TOKENS: usize = 1 << 24;
@@ -39,23 +39,23 @@ const REOPEN: Duration = Duration::from_secs(1);
 
 /// What has come of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
+pub struct ProbeReply {
     /// Which.
     pub probe: ProbeId,
     /// What.
-    pub verdict: Verdict,
+    pub verdict: ProbeVerdict,
 }
 
 /// How a probe was replied to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum ProbeVerdict {
     /// With a valid answer.
     Answered {
         /// Certainly to this probe, not to an earlier one of the same target.
         exact: bool,
     },
     /// With a refusal.
-    Failed(Failure),
+    Failed(ProbeFailure),
 }
 
 /// All sockets.
@@ -63,70 +63,70 @@ pub enum Verdict {
 pub struct Probers {
     registry: Registry,
     first_token: usize,
-    slots: Slab<Slot>,
+    slots: Slab<OpenSocket>,
     /// The sockets that probes share.
-    shared: HashMap<Key, usize>,
+    shared: HashMap<SharedSocket, usize>,
     connections: HashMap<ProbeId, usize>,
     /// Sockets that could not be opened: why, and when that was tried.
-    closed: HashMap<Key, (Unsent, Duration)>,
+    closed: HashMap<SharedSocket, (SendError, Duration)>,
     /// Slots that had more to read than was read.
     unread: BTreeSet<usize>,
 }
 
 #[derive(Debug)]
-enum Slot {
-    Icmp(Icmp),
-    Datagrams(Datagrams),
-    Connection(Connection),
+enum OpenSocket {
+    Icmp(IcmpProber),
+    Udp(UdpProber),
+    Tcp(TcpProbe),
 }
 
 /// What the probes that share a socket have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Key {
+enum SharedSocket {
     Icmp { v6: bool },
-    Datagrams { v6: bool, question: Question },
+    Udp { v6: bool, request: UdpRequest },
 }
 
-impl Key {
+impl SharedSocket {
     /// None for targets whose probes share none.
-    fn of(target: &Target) -> Option<Key> {
+    fn of(target: &ProbeTarget) -> Option<SharedSocket> {
         let v6 = target.address.is_ipv6();
         match &target.settings.protocol {
-            Protocol::Icmp => Some(Key::Icmp { v6 }),
-            Protocol::UdpEcho { .. } => Some(Key::Datagrams { v6, question: Question::Echo }),
-            Protocol::Udp { payload, expect, .. } => {
-                let question = Question::Fixed { payload: payload.clone(), expect: expect.clone() };
-                Some(Key::Datagrams { v6, question })
+            ProbeProtocol::Icmp => Some(SharedSocket::Icmp { v6 }),
+            ProbeProtocol::UdpEcho { .. } => Some(SharedSocket::Udp { v6, request: UdpRequest::Echo }),
+            ProbeProtocol::Udp { payload, expect, .. } => {
+                let request = UdpRequest::Fixed { payload: payload.clone(), expect: expect.clone() };
+                Some(SharedSocket::Udp { v6, request })
             }
-            Protocol::Tcp { .. } | Protocol::Http { .. } => None,
+            ProbeProtocol::Tcp { .. } | ProbeProtocol::Http { .. } => None,
         }
     }
 }
 
-impl Slot {
-    fn open(key: &Key) -> Result<Slot, Unsent> {
+impl OpenSocket {
+    fn open(key: &SharedSocket) -> Result<OpenSocket, SendError> {
         match key {
-            Key::Icmp { v6 } => Icmp::new(*v6).map(Slot::Icmp),
-            Key::Datagrams { v6, question } => {
-                let opened = Datagrams::new(*v6, question.clone()).map(Slot::Datagrams);
-                opened.map_err(|error| errors::unsent(&error))
+            SharedSocket::Icmp { v6 } => IcmpProber::new(*v6).map(OpenSocket::Icmp),
+            SharedSocket::Udp { v6, request } => {
+                let opened = UdpProber::new(*v6, request.clone()).map(OpenSocket::Udp);
+                opened.map_err(|error| errors::send_error(&error))
             }
         }
     }
 
     fn fd(&self) -> Option<RawFd> {
         match self {
-            Slot::Icmp(icmp) => Some(icmp.channel().fd()),
-            Slot::Datagrams(datagrams) => Some(datagrams.channel().fd()),
-            Slot::Connection(_) => None,
+            OpenSocket::Icmp(icmp) => Some(icmp.socket().fd()),
+            OpenSocket::Udp(udp) => Some(udp.socket().fd()),
+            OpenSocket::Tcp(_) => None,
         }
     }
 
-    fn send(&mut self, probe: ProbeId, to: SocketAddr) -> Result<(), Unsent> {
+    fn send(&mut self, probe: ProbeId, to: SocketAddr) -> Result<(), SendError> {
         match self {
-            Slot::Icmp(icmp) => icmp.send(probe, to),
-            Slot::Datagrams(datagrams) => datagrams.send(probe, to),
-            Slot::Connection(_) => Ok(()),
+            OpenSocket::Icmp(icmp) => icmp.send(probe, to),
+            OpenSocket::Udp(udp) => udp.send(probe, to),
+            OpenSocket::Tcp(_) => Ok(()),
         }
     }
 }
@@ -153,48 +153,48 @@ impl Probers {
         self.first_token..self.first_token + TOKENS
     }
 
-    /// Sends a probe. What comes of it, if anything does, comes as a [`Reply`], unless [`cancel`](Self::cancel) is called.
+    /// Sends a probe. What comes of it, if anything does, comes as a [`ProbeReply`], unless [`cancel`](Self::cancel) is called.
     ///
     /// # Errors
     /// When it could not be sent; then there will be no reply.
-    pub fn send(&mut self, probe: ProbeId, target: &Target, now: Duration) -> Result<(), Unsent> {
+    pub fn send(&mut self, probe: ProbeId, target: &ProbeTarget, now: Duration) -> Result<(), SendError> {
         let path = match &target.settings.protocol {
-            Protocol::Tcp { .. } => None,
-            Protocol::Http { path, .. } => Some(&**path),
-            Protocol::Icmp | Protocol::UdpEcho { .. } | Protocol::Udp { .. } => {
-                return self.shared_slot(target, now)?.map_or(Ok(()), |slot| slot.send(probe, target.address));
+            ProbeProtocol::Tcp { .. } => None,
+            ProbeProtocol::Http { path, .. } => Some(&**path),
+            ProbeProtocol::Icmp | ProbeProtocol::UdpEcho { .. } | ProbeProtocol::Udp { .. } => {
+                return self.shared_socket(target, now)?.map_or(Ok(()), |slot| slot.send(probe, target.address));
             }
         };
-        let mut connection = Connection::begin(probe, target.address, path)?;
+        let mut connection = TcpProbe::connect(probe, target.address, path)?;
         let entry = self.slots.vacant_entry();
         let token = Token(self.first_token + entry.key());
         self.registry
             .register(&mut connection.stream, token, Interest::READABLE | Interest::WRITABLE)
-            .map_err(|error| errors::unsent(&error))?;
+            .map_err(|error| errors::send_error(&error))?;
         self.connections.insert(probe, entry.key());
-        entry.insert(Slot::Connection(connection));
+        entry.insert(OpenSocket::Tcp(connection));
         Ok(())
     }
 
     /// Forgets a probe, if it is still known.
-    pub fn cancel(&mut self, probe: ProbeId, target: &Target) {
-        let Some(key) = Key::of(target) else {
+    pub fn cancel(&mut self, probe: ProbeId, target: &ProbeTarget) {
+        let Some(key) = SharedSocket::of(target) else {
             if let Some(&index) = self.connections.get(&probe) {
                 self.close(index);
             }
             return;
         };
         match self.shared.get(&key).and_then(|&index| self.slots.get_mut(index)) {
-            Some(Slot::Icmp(icmp)) => icmp.cancel(probe, target.address),
-            Some(Slot::Datagrams(datagrams)) => datagrams.cancel(probe, target.address),
-            Some(Slot::Connection(_)) | None => {}
+            Some(OpenSocket::Icmp(icmp)) => icmp.cancel(probe, target.address),
+            Some(OpenSocket::Udp(udp)) => udp.cancel(probe, target.address),
+            Some(OpenSocket::Tcp(_)) | None => {}
         }
     }
 
     /// Closes the sockets that none of these targets needs.
-    pub fn keep<'a>(&mut self, targets: impl Iterator<Item = &'a Target>) {
-        let needed: HashSet<Key> = targets.filter_map(Key::of).collect();
-        let idle: Vec<Key> = self.shared.keys().filter(|key| !needed.contains(key)).cloned().collect();
+    pub fn close_unneeded<'a>(&mut self, targets: impl Iterator<Item = &'a ProbeTarget>) {
+        let needed: HashSet<SharedSocket> = targets.filter_map(SharedSocket::of).collect();
+        let idle: Vec<SharedSocket> = self.shared.keys().filter(|key| !needed.contains(key)).cloned().collect();
         for key in idle {
             if let Some(index) = self.shared.remove(&key) {
                 self.close(index);
@@ -204,14 +204,14 @@ impl Probers {
     }
 
     /// Reads what has come in under a token. A token that is not ours, or of a socket closed since, is no error.
-    pub fn on_event(&mut self, token: Token, replies: &mut Vec<Reply>) {
+    pub fn on_event(&mut self, token: Token, replies: &mut Vec<ProbeReply>) {
         if let Some(index) = token.0.checked_sub(self.first_token) {
             self.read(index, replies);
         }
     }
 
     /// Reads what has come in on any socket, whether or not an event has told of it.
-    pub fn read_all(&mut self, replies: &mut Vec<Reply>) {
+    pub fn read_all(&mut self, replies: &mut Vec<ProbeReply>) {
         let all: Vec<usize> = self.slots.iter().map(|(index, _)| index).collect();
         for index in all {
             self.read(index, replies);
@@ -219,15 +219,15 @@ impl Probers {
     }
 
     /// Reads what was left unread because there was so much of it.
-    pub fn read_rest(&mut self, replies: &mut Vec<Reply>) {
+    pub fn read_unread(&mut self, replies: &mut Vec<ProbeReply>) {
         for index in std::mem::take(&mut self.unread) {
             self.read(index, replies);
         }
     }
 
-    /// True if [`read_rest`](Self::read_rest) is to be called soon; no event will tell.
+    /// True if [`read_unread`](Self::read_unread) is to be called soon; no event will tell.
     #[must_use]
-    pub fn has_rest(&self) -> bool {
+    pub fn has_unread(&self) -> bool {
         !self.unread.is_empty()
     }
 
@@ -237,14 +237,15 @@ impl Probers {
         self.slots.len()
     }
 
-    fn read(&mut self, index: usize, replies: &mut Vec<Reply>) {
+    fn read(&mut self, index: usize, replies: &mut Vec<ProbeReply>) {
         let more = match self.slots.get_mut(index) {
-            Some(Slot::Icmp(icmp)) => icmp.receive(replies),
-            Some(Slot::Datagrams(datagrams)) => datagrams.receive(replies),
-            Some(Slot::Connection(connection)) => {
+            Some(OpenSocket::Icmp(icmp)) => icmp.receive(replies),
+            Some(OpenSocket::Udp(udp)) => udp.receive(replies),
+            Some(OpenSocket::Tcp(connection)) => {
                 if let Some(outcome) = connection.advance() {
-                    let verdict = outcome.map_or_else(Verdict::Failed, |()| Verdict::Answered { exact: true });
-                    replies.push(Reply { probe: connection.probe, verdict });
+                    let verdict =
+                        outcome.map_or_else(ProbeVerdict::Failed, |()| ProbeVerdict::Answered { exact: true });
+                    replies.push(ProbeReply { probe: connection.probe, verdict });
                     self.close(index);
                 }
                 false
@@ -257,22 +258,22 @@ impl Probers {
     }
 
     /// The socket that the target's probes share with others; opened if need be.
-    fn shared_slot(&mut self, target: &Target, now: Duration) -> Result<Option<&mut Slot>, Unsent> {
-        let Some(key) = Key::of(target) else { return Ok(None) };
+    fn shared_socket(&mut self, target: &ProbeTarget, now: Duration) -> Result<Option<&mut OpenSocket>, SendError> {
+        let Some(key) = SharedSocket::of(target) else { return Ok(None) };
         if let Some(&index) = self.shared.get(&key) {
             return Ok(self.slots.get_mut(index));
         }
-        if let Some((unsent, tried)) = self.closed.get(&key)
+        if let Some((error, tried)) = self.closed.get(&key)
             && now < *tried + REOPEN
         {
-            return Err(unsent.clone());
+            return Err(error.clone());
         }
         let entry = self.slots.vacant_entry();
         let token = Token(self.first_token + entry.key());
-        let opened = Slot::open(&key).and_then(|slot| {
+        let opened = OpenSocket::open(&key).and_then(|slot| {
             let registered =
                 slot.fd().map_or(Ok(()), |fd| self.registry.register(&mut SourceFd(&fd), token, Interest::READABLE));
-            registered.map(|()| slot).map_err(|error| errors::unsent(&error))
+            registered.map(|()| slot).map_err(|error| errors::send_error(&error))
         });
         match opened {
             Ok(slot) => {
@@ -280,9 +281,9 @@ impl Probers {
                 self.shared.insert(key, entry.key());
                 Ok(Some(entry.insert(slot)))
             }
-            Err(unsent) => {
-                self.closed.insert(key, (unsent.clone(), now));
-                Err(unsent)
+            Err(error) => {
+                self.closed.insert(key, (error.clone(), now));
+                Err(error)
             }
         }
     }
@@ -290,7 +291,7 @@ impl Probers {
     fn close(&mut self, index: usize) {
         self.unread.remove(&index);
         match self.slots.try_remove(index) {
-            Some(Slot::Connection(mut connection)) => {
+            Some(OpenSocket::Tcp(mut connection)) => {
                 self.connections.remove(&connection.probe);
                 // Closing the socket takes it off the registry anyway.
                 let _ = self.registry.deregister(&mut connection.stream);

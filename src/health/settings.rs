@@ -50,11 +50,11 @@ pub struct HealthSettings {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ProbeSettings {
     /// What is sent, and what counts as an answer.
-    pub protocol: Protocol,
+    pub protocol: ProbeProtocol,
     /// From the start of one round of probes to the start of the next.
     pub interval: Duration,
     /// How long a round may go without an answer; at most `interval`. It holds retries, see
-    /// [`ATTEMPTS`](super::state::ATTEMPTS).
+    /// [`PROBES_PER_ROUND`](super::monitor::PROBES_PER_ROUND).
     pub timeout: Duration,
     /// Failed rounds in a row after which a downstream is unhealthy, from 1.
     pub unhealthy_threshold: u32,
@@ -65,7 +65,7 @@ pub struct ProbeSettings {
 /// A probe. Where `port` is none, it goes to the downstream's own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Protocol {
+pub enum ProbeProtocol {
     /// An ICMP echo request: is the host there?
     Icmp,
     /// A datagram with a nonce that the application must send back unchanged.
@@ -78,9 +78,9 @@ pub enum Protocol {
         /// The application's port.
         port: Option<u16>,
         /// What is sent.
-        payload: Bytes,
+        payload: ProbeBytes,
         /// What the answer must begin with; nothing for any answer.
-        expect: Bytes,
+        expect: ProbeBytes,
     },
     /// A TCP connection, closed as soon as it stands.
     Tcp {
@@ -99,34 +99,34 @@ pub enum Protocol {
 /// The sorts of probe, without their settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ProtocolKind {
-    /// [`Protocol::Icmp`]
+pub enum ProbeKind {
+    /// [`ProbeProtocol::Icmp`]
     #[default]
     Icmp,
-    /// [`Protocol::UdpEcho`]
+    /// [`ProbeProtocol::UdpEcho`]
     UdpEcho,
-    /// [`Protocol::Udp`]
+    /// [`ProbeProtocol::Udp`]
     Udp,
-    /// [`Protocol::Tcp`]
+    /// [`ProbeProtocol::Tcp`]
     Tcp,
-    /// [`Protocol::Http`]
+    /// [`ProbeProtocol::Http`]
     Http,
 }
 
-impl ProtocolKind {
+impl ProbeKind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [ProtocolKind; 5] =
-        [ProtocolKind::Icmp, ProtocolKind::UdpEcho, ProtocolKind::Udp, ProtocolKind::Tcp, ProtocolKind::Http];
+    pub const ALL: [ProbeKind; 5] =
+        [ProbeKind::Icmp, ProbeKind::UdpEcho, ProbeKind::Udp, ProbeKind::Tcp, ProbeKind::Http];
 
     /// The name in configuration files, log lines and metric labels.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            ProtocolKind::Icmp => "icmp",
-            ProtocolKind::UdpEcho => "udp_echo",
-            ProtocolKind::Udp => "udp",
-            ProtocolKind::Tcp => "tcp",
-            ProtocolKind::Http => "http",
+            ProbeKind::Icmp => "icmp",
+            ProbeKind::UdpEcho => "udp_echo",
+            ProbeKind::Udp => "udp",
+            ProbeKind::Tcp => "tcp",
+            ProbeKind::Http => "http",
         }
     }
 
@@ -134,30 +134,30 @@ impl ProtocolKind {
     #[must_use]
     pub fn keys(self) -> &'static [&'static str] {
         match self {
-            ProtocolKind::Icmp => &[],
-            ProtocolKind::UdpEcho | ProtocolKind::Tcp => &["port"],
-            ProtocolKind::Udp => &["port", "payload", "expect"],
-            ProtocolKind::Http => &["port", "path"],
+            ProbeKind::Icmp => &[],
+            ProbeKind::UdpEcho | ProbeKind::Tcp => &["port"],
+            ProbeKind::Udp => &["port", "payload", "expect"],
+            ProbeKind::Http => &["port", "path"],
         }
     }
 }
 
-impl fmt::Display for ProtocolKind {
+impl fmt::Display for ProbeKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl Protocol {
+impl ProbeProtocol {
     /// Which sort it is.
     #[must_use]
-    pub fn kind(&self) -> ProtocolKind {
+    pub fn kind(&self) -> ProbeKind {
         match self {
-            Protocol::Icmp => ProtocolKind::Icmp,
-            Protocol::UdpEcho { .. } => ProtocolKind::UdpEcho,
-            Protocol::Udp { .. } => ProtocolKind::Udp,
-            Protocol::Tcp { .. } => ProtocolKind::Tcp,
-            Protocol::Http { .. } => ProtocolKind::Http,
+            ProbeProtocol::Icmp => ProbeKind::Icmp,
+            ProbeProtocol::UdpEcho { .. } => ProbeKind::UdpEcho,
+            ProbeProtocol::Udp { .. } => ProbeKind::Udp,
+            ProbeProtocol::Tcp { .. } => ProbeKind::Tcp,
+            ProbeProtocol::Http { .. } => ProbeKind::Http,
         }
     }
 
@@ -165,25 +165,25 @@ impl Protocol {
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         match self {
-            Protocol::Icmp => None,
-            Protocol::UdpEcho { port }
-            | Protocol::Udp { port, .. }
-            | Protocol::Tcp { port }
-            | Protocol::Http { port, .. } => *port,
+            ProbeProtocol::Icmp => None,
+            ProbeProtocol::UdpEcho { port }
+            | ProbeProtocol::Udp { port, .. }
+            | ProbeProtocol::Tcp { port }
+            | ProbeProtocol::Http { port, .. } => *port,
         }
     }
 
     /// True where each probe needs a connection, and so a socket of its own.
     #[must_use]
     pub fn connects(&self) -> bool {
-        matches!(self, Protocol::Tcp { .. } | Protocol::Http { .. })
+        matches!(self, ProbeProtocol::Tcp { .. } | ProbeProtocol::Http { .. })
     }
 }
 
 impl Default for ProbeSettings {
     fn default() -> Self {
         ProbeSettings {
-            protocol: Protocol::Icmp,
+            protocol: ProbeProtocol::Icmp,
             interval: Duration::from_secs_f64(INTERVAL_SECS),
             timeout: Duration::from_secs_f64(TIMEOUT_SECS),
             unhealthy_threshold: UNHEALTHY_THRESHOLD,
@@ -200,14 +200,14 @@ impl Default for HealthSettings {
 
 /// Some bytes, written as text, or as `hex:` and hexadecimal digits.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Bytes(Arc<[u8]>);
+pub struct ProbeBytes(Arc<[u8]>);
 
-impl Bytes {
+impl ProbeBytes {
     /// Reads `text` as it is, or what follows `hex:` as pairs of hexadecimal digits, between which there may be blanks.
     ///
     /// # Errors
     /// What is wrong, in words for the operator: not hexadecimal, or more than [`MAX_BYTES`].
-    pub fn read(text: &str) -> Result<Bytes, String> {
+    pub fn read(text: &str) -> Result<ProbeBytes, String> {
         let bytes = match text.strip_prefix(HEX) {
             Some(digits) => from_hex(digits).ok_or_else(|| {
                 format!(
@@ -219,7 +219,7 @@ impl Bytes {
         if bytes.len() > MAX_BYTES {
             return Err(format!("{} bytes are too many; give at most {MAX_BYTES}", bytes.len()));
         }
-        Ok(Bytes(bytes.into()))
+        Ok(ProbeBytes(bytes.into()))
     }
 
     /// The bytes.
@@ -229,8 +229,8 @@ impl Bytes {
     }
 }
 
-/// What [`Bytes::read`] would make the same bytes of; as text where that can be read by people.
-impl fmt::Display for Bytes {
+/// What [`ProbeBytes::read`] would make the same bytes of; as text where that can be read by people.
+impl fmt::Display for ProbeBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match std::str::from_utf8(&self.0) {
             Ok(text) if !text.starts_with(HEX) && !text.chars().any(char::is_control) => f.write_str(text),
@@ -242,13 +242,13 @@ impl fmt::Display for Bytes {
     }
 }
 
-impl fmt::Debug for Bytes {
+impl fmt::Debug for ProbeBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.to_string())
     }
 }
 
-impl Serialize for Bytes {
+impl Serialize for ProbeBytes {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
@@ -273,11 +273,11 @@ mod tests {
         #[test]
         fn bytes_read_back_what_they_show(bytes in prop::collection::vec(any::<u8>(), 0..40), text in "[ -~]{0,9}") {
             for bytes in [bytes, text.clone().into_bytes(), format!("hex:{text}").into_bytes()] {
-                let bytes = Bytes(bytes.into());
-                prop_assert_eq!(&Bytes::read(&bytes.to_string()).unwrap(), &bytes);
+                let bytes = ProbeBytes(bytes.into());
+                prop_assert_eq!(&ProbeBytes::read(&bytes.to_string()).unwrap(), &bytes);
             }
             if !text.starts_with(HEX) {
-                prop_assert_eq!(Bytes::read(&text).unwrap().to_string(), text);
+                prop_assert_eq!(ProbeBytes::read(&text).unwrap().to_string(), text);
             }
         }
     }

@@ -16,8 +16,8 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use super::names::{self, Kind, Metric};
 use super::snapshot::{ListenerSnapshot, Snapshot};
 use crate::discovery::ServiceStatus;
-use crate::health::settings::ProtocolKind;
-use crate::health::tally::Tally;
+use crate::health::probe_stats::ProbeStats;
+use crate::health::settings::ProbeKind;
 use crate::version;
 
 /// The page's media type.
@@ -60,7 +60,7 @@ pub fn render(snapshot: &Snapshot) -> String {
     page.gauge(&names::START_TIME, [], seconds(snapshot.started));
     let round_trips = histogram::text(
         &names::HEALTH_ROUND_TRIP,
-        probed(snapshot).map(|(kind, tally)| (kind.name(), &tally.round_trips)),
+        probed(snapshot).map(|(kind, stats)| (kind.name(), &stats.round_trips)),
     );
     in_order(&(page.recorder.handle().render() + &round_trips))
 }
@@ -71,9 +71,9 @@ fn seconds(time: SystemTime) -> f64 {
 }
 
 /// The protocols by which anything has been probed.
-fn probed(snapshot: &Snapshot) -> impl Iterator<Item = (ProtocolKind, &Tally)> {
-    let all = ProtocolKind::ALL.into_iter().map(|kind| (kind, snapshot.probes.of(kind)));
-    all.filter(|(_, tally)| tally.begun() > 0)
+fn probed(snapshot: &Snapshot) -> impl Iterator<Item = (ProbeKind, &ProbeStats)> {
+    let all = ProbeKind::ALL.into_iter().map(|kind| (kind, snapshot.probes.of(kind)));
+    all.filter(|(_, stats)| stats.sent() > 0)
 }
 
 struct Page {
@@ -135,8 +135,8 @@ impl Page {
                 self.counter(&names::HEALTH_TRANSITIONS, [listener, SharedString::const_str(to)], times);
             }
         }
-        for (kind, tally) in probed(snapshot) {
-            for (outcome, probes) in tally.outcomes() {
+        for (kind, stats) in probed(snapshot) {
+            for (outcome, probes) in stats.outcomes() {
                 let labels = [kind.name(), outcome.label()].map(SharedString::const_str);
                 self.counter(&names::HEALTH_PROBES, labels, probes);
             }

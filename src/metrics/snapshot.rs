@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use crate::datapath::Counters;
 use crate::discovery::ServiceStatus;
 use crate::health::listeners::Transitions;
-use crate::health::tally::Tallies;
+use crate::health::probe_stats::ProbeStatsByKind;
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
@@ -31,7 +31,7 @@ pub struct Snapshot {
     /// How often downstreams have changed their state, by the names of the listeners whose downstreams are checked.
     pub health_transitions: Vec<(Arc<str>, Transitions)>,
     /// Health probes of all listeners.
-    pub probes: Tallies,
+    pub probes: ProbeStatsByKind,
     /// The Services that are followed.
     pub discovery: Vec<ServiceStatus>,
 }

@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use udp_fanout::config::{Config, Numbers, Source};
 use udp_fanout::controller::{Action, Controller, Event, Origin, RETRY};
-use udp_fanout::health::share::{HealthMap, Standing};
+use udp_fanout::health::weights::{HealthMap, HealthMark};
 use udp_fanout::host::{Address, HostFacts, Link, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
@@ -243,7 +243,7 @@ impl World {
         for listener in 0..7 {
             for n in 1..=8 {
                 if self.rng.random_bool(0.2) {
-                    standings.push(((ListenerId(listener), address(n)), Standing::Out(self.now)));
+                    standings.push(((ListenerId(listener), address(n)), HealthMark::Unhealthy(self.now)));
                 }
             }
         }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Poll, Token};
-use udp_fanout::health::model::{State, Status};
-use udp_fanout::health::settings::{HealthSettings, ProbeSettings, Protocol};
-use udp_fanout::health::share::Standing;
-use udp_fanout::health::{Health, Watch};
+use udp_fanout::health::model::{HealthState, TargetStatus};
+use udp_fanout::health::settings::{HealthSettings, ProbeProtocol, ProbeSettings};
+use udp_fanout::health::weights::HealthMark;
+use udp_fanout::health::{HealthChecks, ListenerCheck};
 use udp_fanout::model::ListenerId;
 
 /// How long a test waits before it fails. Nothing takes that long.
@@ -20,12 +20,12 @@ pub const LISTENER: ListenerId = ListenerId(0);
 pub struct Bench {
     poll: Poll,
     events: Events,
-    pub health: Health,
+    pub health: HealthChecks,
     started: Instant,
 }
 
 /// Probes this way, often enough for a test.
-pub fn settings(protocol: Protocol) -> HealthSettings {
+pub fn settings(protocol: ProbeProtocol) -> HealthSettings {
     let probe = ProbeSettings {
         protocol,
         interval: Duration::from_millis(400),
@@ -36,19 +36,24 @@ pub fn settings(protocol: Protocol) -> HealthSettings {
     HealthSettings { probe, fail_open: true, slow_start: Duration::ZERO }
 }
 
-pub fn watch(downstreams: &[SocketAddr], settings: &HealthSettings) -> Watch {
-    Watch { listener: LISTENER, name: Arc::from("lab"), downstreams: downstreams.to_vec(), settings: settings.clone() }
+pub fn watch(downstreams: &[SocketAddr], settings: &HealthSettings) -> ListenerCheck {
+    ListenerCheck {
+        listener: LISTENER,
+        name: Arc::from("lab"),
+        downstreams: downstreams.to_vec(),
+        settings: settings.clone(),
+    }
 }
 
 impl Bench {
     pub fn new() -> Bench {
         let poll = Poll::new().unwrap();
-        let health = Health::new(poll.registry(), FIRST_TOKEN).unwrap();
+        let health = HealthChecks::new(poll.registry(), FIRST_TOKEN).unwrap();
         Bench { poll, events: Events::with_capacity(64), health, started: Instant::now() }
     }
 
     /// One listener with these downstreams, probed this way.
-    pub fn probing(downstreams: &[SocketAddr], protocol: Protocol) -> Bench {
+    pub fn probing(downstreams: &[SocketAddr], protocol: ProbeProtocol) -> Bench {
         let mut bench = Bench::new();
         bench.set(&[watch(downstreams, &settings(protocol))]);
         bench
@@ -58,7 +63,7 @@ impl Bench {
         self.started.elapsed()
     }
 
-    pub fn set(&mut self, watches: &[Watch]) {
+    pub fn set(&mut self, watches: &[ListenerCheck]) {
         let now = self.now();
         self.health.set_targets(watches, now);
     }
@@ -81,35 +86,36 @@ impl Bench {
     }
 
     /// Turns until it is so.
-    pub fn until(&mut self, what: &str, so: impl Fn(&Health) -> bool) {
+    pub fn until(&mut self, what: &str, so: impl Fn(&HealthChecks) -> bool) {
         let end = Instant::now() + LIMIT;
         while !so(&self.health) {
             if Instant::now() > end {
                 let seen: Vec<_> = self.health.downstreams().take(20).collect();
-                let troubles: Vec<_> = self.health.troubles().collect();
+                let troubles: Vec<_> = self.health.local_errors().collect();
                 panic!("in vain waited until {what}: {seen:#?} {troubles:#?}");
             }
             self.turn();
         }
     }
 
-    pub fn until_healthy(&mut self, downstream: SocketAddr) -> Status {
-        self.until(&format!("{downstream} is healthy"), |health| state(health, downstream) == State::Healthy);
-        assert!(!matches!(self.health.map().get(LISTENER, downstream), Some(Standing::Out(_))));
+    pub fn until_healthy(&mut self, downstream: SocketAddr) -> TargetStatus {
+        self.until(&format!("{downstream} is healthy"), |health| state(health, downstream) == HealthState::Healthy);
+        assert!(!matches!(self.health.map().get(LISTENER, downstream), Some(HealthMark::Unhealthy(_))));
         status(&self.health, downstream)
     }
 
     /// Returns the reason.
     pub fn until_unhealthy(&mut self, downstream: SocketAddr) -> String {
-        self.until(&format!("{downstream} is unhealthy"), |health| state(health, downstream) == State::Unhealthy);
-        assert!(matches!(self.health.map().get(LISTENER, downstream), Some(Standing::Out(_))));
+        self.until(&format!("{downstream} is unhealthy"), |health| state(health, downstream) == HealthState::Unhealthy);
+        assert!(matches!(self.health.map().get(LISTENER, downstream), Some(HealthMark::Unhealthy(_))));
         status(&self.health, downstream).failure.expect("a reason").to_string()
     }
 
     /// Turns until this many rounds have been probed.
     pub fn until_probed(&mut self, rounds: u64) {
-        let count = |health: &Health| {
-            let tallies = udp_fanout::health::settings::ProtocolKind::ALL.map(|kind| health.tallies().of(kind).clone());
+        let count = |health: &HealthChecks| {
+            let tallies =
+                udp_fanout::health::settings::ProbeKind::ALL.map(|kind| health.probe_stats().of(kind).clone());
             tallies.iter().flat_map(|tally| tally.outcomes().map(|(_, n)| n).collect::<Vec<_>>()).sum::<u64>()
         };
         let before = count(&self.health);
@@ -117,11 +123,11 @@ impl Bench {
     }
 }
 
-pub fn status(health: &Health, downstream: SocketAddr) -> Status {
+pub fn status(health: &HealthChecks, downstream: SocketAddr) -> TargetStatus {
     let seen = health.downstreams().find(|seen| seen.downstream == downstream);
     seen.unwrap_or_else(|| panic!("{downstream} is not watched")).status.clone()
 }
 
-pub fn state(health: &Health, downstream: SocketAddr) -> State {
+pub fn state(health: &HealthChecks, downstream: SocketAddr) -> HealthState {
     status(health, downstream).state
 }

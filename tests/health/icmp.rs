@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use caps::{CapSet, Capability};
 use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
-use udp_fanout::health::model::{Outcome, State};
-use udp_fanout::health::probers::icmp::{Access, open};
-use udp_fanout::health::settings::{HealthSettings, Protocol, ProtocolKind};
+use udp_fanout::health::model::{HealthState, ProbeOutcome};
+use udp_fanout::health::probers::icmp::{IcmpSocketKind, open};
+use udp_fanout::health::settings::{HealthSettings, ProbeKind, ProbeProtocol};
 
 use super::bench::{Bench, settings, state, watch};
 use udp_fanout_lab::Namespace;
@@ -44,8 +44,8 @@ impl Permit {
         for v6 in [false, true] {
             let access = open(v6).ok().map(|(_, access)| access);
             match self {
-                Permit::Ping => assert_eq!(access, Some(Access::Ping)),
-                Permit::Raw => assert!(matches!(access, Some(Access::Raw { .. })), "{access:?}"),
+                Permit::Ping => assert_eq!(access, Some(IcmpSocketKind::Ping)),
+                Permit::Raw => assert!(matches!(access, Some(IcmpSocketKind::Raw { .. })), "{access:?}"),
                 Permit::Neither => assert_eq!(access, None),
             }
         }
@@ -65,16 +65,16 @@ fn netns_two_thousand_targets_are_probed_through_one_socket() {
             let downstreams: Vec<SocketAddr> =
                 (0..2000).map(|n: u16| SocketAddr::from(([127, 7, (n >> 8) as u8, n as u8], 514))).collect();
             let mut bench = Bench::new();
-            let mut settings = settings(Protocol::Icmp);
+            let mut settings = settings(ProbeProtocol::Icmp);
             settings.probe.interval = Duration::from_secs(1);
             settings.probe.timeout = Duration::from_secs(1);
             bench.set(&[watch(&downstreams, &settings)]);
             bench.until("all two thousand are healthy", |health| {
-                health.downstreams().all(|seen| seen.status.state == State::Healthy)
+                health.downstreams().all(|seen| seen.status.state == HealthState::Healthy)
             });
             assert_eq!(bench.health.open_sockets(), 1);
             assert_eq!(bench.health.downstreams().count(), 2000);
-            let tally = bench.health.tallies().of(ProtocolKind::Icmp);
+            let tally = bench.health.probe_stats().of(ProbeKind::Icmp);
             println!("{permit:?}: {:?}, {:?} on average", tally.outcomes().collect::<Vec<_>>(), {
                 tally.round_trips.sum() / u32::try_from(tally.round_trips.count()).unwrap()
             });
@@ -88,7 +88,7 @@ fn netns_both_families_and_addresses_written_in_the_other() {
         in_new_netns(|| {
             permit.set();
             let downstreams = ["127.0.0.1", "::1", "::ffff:127.0.0.9"].map(address);
-            let mut bench = Bench::probing(&downstreams, Protocol::Icmp);
+            let mut bench = Bench::probing(&downstreams, ProbeProtocol::Icmp);
             for downstream in downstreams {
                 bench.until_healthy(downstream);
             }
@@ -102,10 +102,11 @@ fn netns_without_permission_nothing_is_concluded_and_the_remedy_is_named() {
     in_new_netns(|| {
         Permit::Neither.set();
         let downstream = address("127.0.0.1");
-        let mut bench = Bench::probing(&[downstream], Protocol::Icmp);
-        bench.until("there is trouble", |health| health.troubles().count() > 0);
-        let (kind, reason) = bench.health.troubles().next().map(|(kind, reason)| (kind, reason.to_owned())).unwrap();
-        assert_eq!(kind, ProtocolKind::Icmp);
+        let mut bench = Bench::probing(&[downstream], ProbeProtocol::Icmp);
+        bench.until("there is trouble", |health| health.local_errors().count() > 0);
+        let (kind, reason) =
+            bench.health.local_errors().next().map(|(kind, reason)| (kind, reason.to_owned())).unwrap();
+        assert_eq!(kind, ProbeKind::Icmp);
         for words in
             ["net.ipv4.ping_group_range, which is \"1 0\"", "CAP_NET_RAW, which is missing", "\"0 2147483647\""]
         {
@@ -113,7 +114,7 @@ fn netns_without_permission_nothing_is_concluded_and_the_remedy_is_named() {
         }
         assert!(!reason.contains('\n'));
         bench.until_probed(5);
-        assert_eq!(state(&bench.health, downstream), State::Unknown);
+        assert_eq!(state(&bench.health, downstream), HealthState::Unknown);
         assert_eq!(bench.health.take_change(), None);
         // The remedy works without a restart.
         fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0").unwrap();
@@ -126,18 +127,18 @@ fn netns_what_this_hosts_own_firewall_refuses_says_nothing_of_the_receiver() {
     in_new_netns(|| {
         Permit::Ping.set();
         let downstream = address("127.0.0.1");
-        let mut bench = Bench::probing(&[downstream], Protocol::Icmp);
+        let mut bench = Bench::probing(&[downstream], ProbeProtocol::Icmp);
         bench.until_healthy(downstream);
         nft("add table inet t");
         nft("add chain inet t out { type filter hook output priority 0 ; }");
         nft("add rule inet t out icmp type echo-request drop");
-        bench.until("there is trouble", |health| health.troubles().count() > 0);
-        let reason = bench.health.troubles().next().unwrap().1.to_owned();
+        bench.until("there is trouble", |health| health.local_errors().count() > 0);
+        let reason = bench.health.local_errors().next().unwrap().1.to_owned();
         assert!(reason.contains("a packet filter on this host refuses it"), "{reason}");
         bench.until_probed(5);
-        let tally = bench.health.tallies().of(ProtocolKind::Icmp);
-        assert!(tally.count(Outcome::NotSent) > 0);
-        assert_eq!(tally.count(Outcome::Unreachable) + tally.count(Outcome::Refused), 0);
+        let tally = bench.health.probe_stats().of(ProbeKind::Icmp);
+        assert!(tally.count(ProbeOutcome::NotSent) > 0);
+        assert_eq!(tally.count(ProbeOutcome::Unreachable) + tally.count(ProbeOutcome::Refused), 0);
     });
 }
 
@@ -151,17 +152,17 @@ fn netns_no_route_is_known_at_once_and_a_blackhole_too() {
             ip("addr add 10.0.0.1/24 dev eth0");
             for (route, reason) in [("blackhole", "no usable route"), ("prohibit", "prohibited by a route")] {
                 ip(&format!("route add {route} 10.9.0.0/16"));
-                let mut bench = Bench::probing(&[address("10.9.0.1")], Protocol::Icmp);
+                let mut bench = Bench::probing(&[address("10.9.0.1")], ProbeProtocol::Icmp);
                 let found = bench.until_unhealthy(address("10.9.0.1"));
                 assert!(found.starts_with(reason), "{found}");
                 ip("route del 10.9.0.0/16");
             }
             let downstreams = ["10.8.0.1", "fd00::1"].map(address);
-            let mut bench = Bench::probing(&downstreams, Protocol::Icmp);
+            let mut bench = Bench::probing(&downstreams, ProbeProtocol::Icmp);
             for downstream in downstreams {
                 assert_eq!(bench.until_unhealthy(downstream), "network unreachable: no route");
             }
-            assert_eq!(bench.health.tallies().of(ProtocolKind::Icmp).count(Outcome::NoAnswer), 0);
+            assert_eq!(bench.health.probe_stats().of(ProbeKind::Icmp).count(ProbeOutcome::NoAnswer), 0);
         });
     }
 }
@@ -211,7 +212,7 @@ fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
         path.prober
             .run(|| {
                 permit.set();
-                let mut bench = Bench::probing(&[v4, v6], Protocol::Icmp);
+                let mut bench = Bench::probing(&[v4, v6], ProbeProtocol::Icmp);
                 let healthy = |bench: &mut Bench| [v4, v6].map(|downstream| drop(bench.until_healthy(downstream)));
                 healthy(&mut bench);
 
@@ -259,7 +260,7 @@ fn netns_a_hint_has_a_target_probed_before_its_turn() {
         let downstream = address("127.0.0.1");
         let mut bench = Bench::new();
         // The next round of its own would come after the test has given up.
-        let mut settings: HealthSettings = settings(Protocol::Icmp);
+        let mut settings: HealthSettings = settings(ProbeProtocol::Icmp);
         settings.probe.interval = Duration::from_secs(3600);
         bench.set(&[watch(&[downstream], &settings)]);
         bench.recheck(downstream.ip());
@@ -364,13 +365,13 @@ fn netns_replies_that_are_not_to_the_probe_or_not_from_the_target_are_ignored() 
             .run(|| {
                 permit.set();
                 let (honest, liars) = downstreams.split_last().unwrap();
-                let mut bench = Bench::probing(liars, Protocol::Icmp);
+                let mut bench = Bench::probing(liars, ProbeProtocol::Icmp);
                 for liar in liars {
                     assert_eq!(bench.until_unhealthy(*liar), "no answer within 300ms", "{liar}");
                 }
                 bench.until_probed(15);
-                assert_eq!(bench.health.tallies().of(ProtocolKind::Icmp).count(Outcome::Answered), 0);
-                bench.set(&[watch(&downstreams, &settings(Protocol::Icmp))]);
+                assert_eq!(bench.health.probe_stats().of(ProbeKind::Icmp).count(ProbeOutcome::Answered), 0);
+                bench.set(&[watch(&downstreams, &settings(ProbeProtocol::Icmp))]);
                 bench.until_healthy(*honest);
                 Ok(())
             })

@@ -5,17 +5,17 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc;
 
 use socket2::{Domain, Socket, Type};
-use udp_fanout::health::model::Outcome;
-use udp_fanout::health::settings::{Protocol, ProtocolKind};
+use udp_fanout::health::model::ProbeOutcome;
+use udp_fanout::health::settings::{ProbeKind, ProbeProtocol};
 
 use super::bench::{Bench, settings, watch};
 use super::servers::{Server, tcp_listener};
 use udp_fanout_lab::in_new_netns;
 
-const TCP: Protocol = Protocol::Tcp { port: None };
+const TCP: ProbeProtocol = ProbeProtocol::Tcp { port: None };
 
-fn http() -> Protocol {
-    Protocol::Http { port: None, path: "/healthz".into() }
+fn http() -> ProbeProtocol {
+    ProbeProtocol::Http { port: None, path: "/healthz".into() }
 }
 
 /// A listener whose queue is full, so that the kernel leaves further connections unanswered.
@@ -59,7 +59,7 @@ fn a_port_that_accepts_is_healthy_one_that_refuses_or_keeps_silent_is_not() {
 fn an_own_port_is_probed_instead_of_the_downstreams() {
     let server = Server::tcp(tcp_listener("127.0.0.1"), drop);
     let downstream = SocketAddr::from(([127, 0, 0, 1], 1));
-    let mut bench = Bench::probing(&[downstream], Protocol::Tcp { port: Some(server.address.port()) });
+    let mut bench = Bench::probing(&[downstream], ProbeProtocol::Tcp { port: Some(server.address.port()) });
     bench.until_healthy(downstream);
 }
 
@@ -91,7 +91,7 @@ fn http_statuses() {
             Err(reason) => assert_eq!(bench.until_unhealthy(server.address), *reason),
         }
     }
-    assert!(bench.health.tallies().of(ProtocolKind::Http).count(Outcome::BadAnswer) >= 6);
+    assert!(bench.health.probe_stats().of(ProbeKind::Http).count(ProbeOutcome::BadAnswer) >= 6);
 }
 
 #[test]
@@ -132,6 +132,6 @@ fn netns_hundreds_of_silent_servers_hold_up_nobody_and_leave_no_socket_behind() 
         assert!(bench.health.open_sockets() <= 3 * downstreams.len());
         bench.set(&[watch(&[], &settings(TCP))]);
         assert_eq!(bench.health.open_sockets(), 0);
-        assert_eq!(bench.health.tallies().of(ProtocolKind::Tcp).under_way(), 0);
+        assert_eq!(bench.health.probe_stats().of(ProbeKind::Tcp).in_flight(), 0);
     });
 }

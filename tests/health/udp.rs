@@ -3,15 +3,15 @@
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use udp_fanout::health::model::Outcome;
-use udp_fanout::health::settings::{Bytes, Protocol, ProtocolKind};
+use udp_fanout::health::model::ProbeOutcome;
+use udp_fanout::health::settings::{ProbeBytes, ProbeKind, ProbeProtocol};
 
 use super::bench::{Bench, LISTENER, settings, watch};
 use super::servers::{Server, udp_socket};
 use udp_fanout_lab::Namespace;
 use udp_fanout_lab::netns::{End, connect};
 
-const ECHO: Protocol = Protocol::UdpEcho { port: None };
+const ECHO: ProbeProtocol = ProbeProtocol::UdpEcho { port: None };
 
 fn echo(ip: &str) -> Server {
     Server::udp(udp_socket(ip), |socket, from, bytes| {
@@ -19,8 +19,12 @@ fn echo(ip: &str) -> Server {
     })
 }
 
-fn question(payload: &str, expect: &str) -> Protocol {
-    Protocol::Udp { port: None, payload: Bytes::read(payload).unwrap(), expect: Bytes::read(expect).unwrap() }
+fn question(payload: &str, expect: &str) -> ProbeProtocol {
+    ProbeProtocol::Udp {
+        port: None,
+        payload: ProbeBytes::read(payload).unwrap(),
+        expect: ProbeBytes::read(expect).unwrap(),
+    }
 }
 
 /// A receiver that replies to a probe with something that is not the probe, or not from where it was sent.
@@ -36,7 +40,7 @@ fn echoes_are_healthy_over_both_families() {
     for address in addresses {
         assert!(bench.until_healthy(address).round_trip.is_some());
     }
-    assert!(bench.health.tallies().of(ProtocolKind::UdpEcho).round_trips.count() >= 2);
+    assert!(bench.health.probe_stats().of(ProbeKind::UdpEcho).round_trips.count() >= 2);
     assert_eq!(bench.health.open_sockets(), 2);
     bench.set(&[watch(&addresses[..1], &settings(ECHO))]);
     assert_eq!(bench.health.open_sockets(), 1, "sockets that nobody needs are closed");
@@ -76,7 +80,7 @@ fn what_is_not_the_probe_come_back_is_ignored() {
         assert!(server.received() >= 1);
     }
     bench.until_probed(40);
-    assert_eq!(bench.health.tallies().of(ProtocolKind::UdpEcho).count(Outcome::Answered), 0);
+    assert_eq!(bench.health.probe_stats().of(ProbeKind::UdpEcho).count(ProbeOutcome::Answered), 0);
 }
 
 #[test]
@@ -88,7 +92,7 @@ fn a_closed_port_is_refused_and_a_receiver_that_comes_back_is_found() {
         bench.until_healthy(address);
         drop(server);
         assert!(bench.until_unhealthy(address).starts_with("port unreachable, says "), "{ip}");
-        assert!(bench.health.tallies().of(ProtocolKind::UdpEcho).count(Outcome::Refused) >= 3);
+        assert!(bench.health.probe_stats().of(ProbeKind::UdpEcho).count(ProbeOutcome::Refused) >= 3);
         let socket = UdpSocket::bind(address).unwrap();
         let _server = Server::udp(socket, |socket, from, bytes| drop(socket.send_to(bytes, from)));
         assert!(bench.until_healthy(address).recovered);
@@ -137,8 +141,8 @@ fn probes_go_to_their_own_port_if_they_have_one() {
     let downstream = SocketAddr::from(([127, 0, 0, 1], 1));
     let port = Some(server.address.port());
     for protocol in [
-        Protocol::UdpEcho { port },
-        Protocol::Udp { port, payload: Bytes::read("x").unwrap(), expect: Bytes::read("x").unwrap() },
+        ProbeProtocol::UdpEcho { port },
+        ProbeProtocol::Udp { port, payload: ProbeBytes::read("x").unwrap(), expect: ProbeBytes::read("x").unwrap() },
     ] {
         let mut bench = Bench::probing(&[downstream], protocol);
         bench.until_healthy(downstream);

@@ -1,8 +1,8 @@
 //! The names in a query of Prometheus: metrics, labels and their values. Whether it is a query at all, promtool says.
 
 use udp_fanout::discovery::ErrorKind;
-use udp_fanout::health::model::Outcome;
-use udp_fanout::health::settings::ProtocolKind;
+use udp_fanout::health::model::ProbeOutcome;
+use udp_fanout::health::settings::ProbeKind;
 use udp_fanout::metrics::names::{self, Kind, Metric};
 use udp_fanout::model::{DropReason, Mode};
 
@@ -156,10 +156,10 @@ pub fn values(metric: &Metric, label: &str) -> Option<Vec<&'static str>> {
     let values = match label {
         "mode" => [Mode::TcEbpf, Mode::Userspace].map(Mode::name).to_vec(),
         "reason" if metric.name != names::LISTENER_MODE.name => DropReason::ALL.map(DropReason::label).to_vec(),
-        "result" if metric.name == names::HEALTH_PROBES.name => Outcome::ALL.map(Outcome::label).to_vec(),
+        "result" if metric.name == names::HEALTH_PROBES.name => ProbeOutcome::ALL.map(ProbeOutcome::label).to_vec(),
         "result" => vec!["success", "error"],
         "kind" => ErrorKind::ALL.map(ErrorKind::label).to_vec(),
-        "protocol" => ProtocolKind::ALL.map(ProtocolKind::name).to_vec(),
+        "protocol" => ProbeKind::ALL.map(ProbeKind::name).to_vec(),
         "to" => vec!["healthy", "unhealthy"],
         _ => return None,
     };

@@ -1,5 +1,5 @@
 //! What a target's changes mean for listeners and say in the log. The targets' own life is tested in
-//! [`state`](crate::health::state).
+//! [`monitor`](crate::health::monitor).
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::*;
-use crate::health::settings::Protocol;
-use crate::health::state::{Action, Event};
+use crate::health::monitor::{MonitorAction, MonitorEvent};
+use crate::health::settings::ProbeProtocol;
 use crate::logging::capture;
 
 const A: ListenerId = ListenerId(0);
@@ -18,9 +18,9 @@ fn downstream(last: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, last], 5514))
 }
 
-fn watch(listener: ListenerId, lasts: &[u8], settings: &HealthSettings) -> Watch {
+fn check(listener: ListenerId, lasts: &[u8], settings: &HealthSettings) -> ListenerCheck {
     let name = if listener == A { "syslog" } else { "netflow" };
-    Watch {
+    ListenerCheck {
         listener,
         name: name.into(),
         downstreams: lasts.iter().map(|&last| downstream(last)).collect(),
@@ -28,23 +28,23 @@ fn watch(listener: ListenerId, lasts: &[u8], settings: &HealthSettings) -> Watch
     }
 }
 
-/// Listeners and a monitor for their targets; of the network, `dead` says which addresses do not answer.
+/// CheckedListeners and a monitor for their targets; of the network, `dead` says which addresses do not answer.
 #[derive(Default)]
 struct Bench {
-    listeners: Listeners,
-    monitor: Option<Monitor>,
+    listeners: CheckedListeners,
+    monitor: Option<HealthMonitor>,
     now: Duration,
     dead: Vec<u8>,
 }
 
 impl Bench {
-    fn set(&mut self, watches: &[Watch]) {
+    fn set(&mut self, checks: &[ListenerCheck]) {
         capture::prepare();
-        let targets = self.listeners.replace(watches);
-        let monitor = self.monitor.get_or_insert_with(|| Monitor::new(10));
-        let actions = monitor.handle(Event::Targets(targets), self.now);
-        assert!(actions.iter().all(|action| matches!(action, Action::Cancel { .. })), "{actions:?}");
-        self.listeners.settle(monitor);
+        let targets = self.listeners.replace_checks(checks);
+        let monitor = self.monitor.get_or_insert_with(|| HealthMonitor::new(10));
+        let actions = monitor.handle(MonitorEvent::Targets(targets), self.now);
+        assert!(actions.iter().all(|action| matches!(action, MonitorAction::Cancel { .. })), "{actions:?}");
+        self.listeners.sync_with(monitor);
     }
 
     fn run(&mut self, length: Duration) {
@@ -52,25 +52,26 @@ impl Bench {
         let monitor = self.monitor.as_mut().unwrap();
         while let Some(due) = monitor.next_deadline().filter(|&due| due <= end) {
             self.now = due;
-            let mut actions = monitor.handle(Event::Tick, self.now);
+            let mut actions = monitor.handle(MonitorEvent::Tick, self.now);
             while let Some(action) = actions.pop() {
                 match action {
-                    Action::Send { probe, target } => {
+                    MonitorAction::Send { probe, target } => {
                         if !self.dead.iter().any(|&last| downstream(last).ip() == target.address.ip()) {
-                            actions.extend(monitor.handle(Event::Answered { probe, exact: true }, self.now));
+                            actions.extend(monitor.handle(MonitorEvent::Answered { probe, exact: true }, self.now));
                         }
                     }
-                    Action::Cancel { .. } => {}
-                    Action::Changed { target, change } => self.listeners.changed(&target, &change),
+                    MonitorAction::Cancel { .. } => {}
+                    MonitorAction::Changed { target, change } => self.listeners.handle_change(&target, &change),
                 }
             }
         }
         self.now = end;
     }
 
-    fn out(&self, listener: ListenerId) -> Vec<SocketAddr> {
+    fn unhealthy(&self, listener: ListenerId) -> Vec<SocketAddr> {
         let map = self.listeners.map();
-        let is_out = |downstream: &&SocketAddr| matches!(map.get(listener, **downstream), Some(Standing::Out(_)));
+        let is_out =
+            |downstream: &&SocketAddr| matches!(map.get(listener, **downstream), Some(HealthMark::Unhealthy(_)));
         self.listeners.listeners[&listener].downstreams.iter().filter(is_out).copied().collect()
     }
 }
@@ -117,7 +118,7 @@ const LONG: Duration = Duration::from_secs(20);
 fn each_change_is_said_once_in_the_promised_words() {
     let mut bench = Bench::default();
     let settings = HealthSettings::default();
-    bench.set(&[watch(A, &[1, 2, 3], &settings)]);
+    bench.set(&[check(A, &[1, 2, 3], &settings)]);
     assert_eq!(logged(|| bench.run(LONG)), [""; 0]);
     bench.dead = vec![2];
     assert_eq!(
@@ -141,7 +142,7 @@ fn the_last_to_go_is_said_loudly() {
     for (fail_open, consequence) in [(true, "still sending to all of them"), (false, "dropping all datagrams")] {
         let mut bench = Bench::default();
         let settings = HealthSettings { fail_open, ..HealthSettings::default() };
-        bench.set(&[watch(A, &[1, 2], &settings), watch(B, &[], &settings)]);
+        bench.set(&[check(A, &[1, 2], &settings), check(B, &[], &settings)]);
         bench.dead = vec![1, 2];
         let lines = logged(|| bench.run(LONG));
         let errors: Vec<&String> = lines.iter().filter(|line| line.starts_with("ERROR")).collect();
@@ -154,11 +155,11 @@ fn the_last_to_go_is_said_loudly() {
         // The same pattern finds it as finds a single one.
         assert!(lines.iter().all(|line| line.split_once("health").unwrap().1.contains("failed")), "{lines:?}");
         // Not again when the set is given again, and not when it changes but all are still out.
-        assert_eq!(logged(|| bench.set(&[watch(A, &[1, 2], &settings)])), [""; 0]);
-        assert_eq!(logged(|| bench.set(&[watch(A, &[1], &settings)])), [""; 0]);
-        let lines = logged(|| bench.set(&[watch(A, &[1, 3], &settings)]));
+        assert_eq!(logged(|| bench.set(&[check(A, &[1, 2], &settings)])), [""; 0]);
+        assert_eq!(logged(|| bench.set(&[check(A, &[1], &settings)])), [""; 0]);
+        let lines = logged(|| bench.set(&[check(A, &[1, 3], &settings)]));
         assert_eq!(lines, [r#"INFO not all downstreams are unhealthy any more listener="syslog" downstreams=2"#]);
-        let lines = logged(|| bench.set(&[watch(A, &[1], &settings)]));
+        let lines = logged(|| bench.set(&[check(A, &[1], &settings)]));
         assert!(lines.len() == 1 && lines[0].starts_with("ERROR"), "{lines:?}");
     }
 }
@@ -167,31 +168,31 @@ fn the_last_to_go_is_said_loudly() {
 fn a_target_speaks_for_all_its_users() {
     let mut bench = Bench::default();
     let settings = HealthSettings::default();
-    let both = [watch(A, &[1, 2], &settings), watch(B, &[2, 3], &settings)];
+    let both = [check(A, &[1, 2], &settings), check(B, &[2, 3], &settings)];
     bench.set(&both);
     assert_eq!(bench.monitor.as_ref().unwrap().targets().count(), 3);
     bench.dead = vec![2];
     assert_eq!(logged(|| bench.run(LONG)).len(), 2);
-    assert_eq!(bench.out(A), [downstream(2)]);
-    assert_eq!(bench.out(B), [downstream(2)]);
+    assert_eq!(bench.unhealthy(A), [downstream(2)]);
+    assert_eq!(bench.unhealthy(B), [downstream(2)]);
     // A listener that joins learns what is known already, and one whose timing changes forgets nothing.
     let mut slower = settings.clone();
     slower.probe.interval *= 2;
-    bench.set(&[watch(A, &[1, 2, 3], &slower)]);
-    assert_eq!(bench.out(A), [downstream(2)]);
+    bench.set(&[check(A, &[1, 2, 3], &slower)]);
+    assert_eq!(bench.unhealthy(A), [downstream(2)]);
     bench.set(&both);
-    assert_eq!(bench.out(B), [downstream(2)]);
+    assert_eq!(bench.unhealthy(B), [downstream(2)]);
     // One that leaves and comes back is new.
-    bench.set(&[watch(A, &[1], &settings)]);
+    bench.set(&[check(A, &[1], &settings)]);
     bench.set(&both);
-    assert_eq!(bench.out(A), []);
+    assert_eq!(bench.unhealthy(A), []);
 }
 
 #[test]
 fn the_controller_hears_of_changes_that_matter_to_it() {
     let mut bench = Bench::default();
     let settings = HealthSettings::default();
-    bench.set(&[watch(A, &[1, 2], &settings)]);
+    bench.set(&[check(A, &[1, 2], &settings)]);
     assert_eq!(bench.listeners.take_change(), None);
     // That someone unknown turns out to be healthy changes nobody's share.
     bench.run(LONG);
@@ -199,13 +200,13 @@ fn the_controller_hears_of_changes_that_matter_to_it() {
     bench.dead = vec![1];
     bench.run(LONG);
     let map = bench.listeners.take_change().unwrap();
-    assert!(matches!(map.get(A, downstream(1)), Some(Standing::Out(_))));
+    assert!(matches!(map.get(A, downstream(1)), Some(HealthMark::Unhealthy(_))));
     assert_eq!(map.get(A, downstream(2)), None);
     assert_eq!(bench.listeners.take_change(), None);
     bench.dead.clear();
     bench.run(LONG);
     let map = bench.listeners.take_change().unwrap();
-    assert!(matches!(map.get(A, downstream(1)), Some(Standing::Back(_))));
+    assert!(matches!(map.get(A, downstream(1)), Some(HealthMark::Recovering(_))));
     bench.set(&[]);
     assert_eq!(bench.listeners.take_change(), Some(HealthMap::default()));
 }
@@ -214,8 +215,8 @@ fn the_controller_hears_of_changes_that_matter_to_it() {
 fn every_downstream_is_shown_with_what_is_known_of_it() {
     let mut bench = Bench::default();
     let mut settings = HealthSettings::default();
-    settings.probe.protocol = Protocol::Tcp { port: Some(80) };
-    bench.set(&[watch(A, &[1, 2], &settings), watch(B, &[2], &HealthSettings::default())]);
+    settings.probe.protocol = ProbeProtocol::Tcp { port: Some(80) };
+    bench.set(&[check(A, &[1, 2], &settings), check(B, &[2], &HealthSettings::default())]);
     bench.dead = vec![1];
     bench.run(LONG);
     let monitor = bench.monitor.as_ref().unwrap();
@@ -227,9 +228,9 @@ fn every_downstream_is_shown_with_what_is_known_of_it() {
     assert_eq!(
         seen,
         [
-            (A, downstream(1), "tcp", State::Unhealthy),
-            (A, downstream(2), "tcp", State::Healthy),
-            (B, downstream(2), "icmp", State::Healthy),
+            (A, downstream(1), "tcp", HealthState::Unhealthy),
+            (A, downstream(2), "tcp", HealthState::Healthy),
+            (B, downstream(2), "icmp", HealthState::Healthy),
         ]
     );
 }

@@ -5,26 +5,26 @@ use std::io;
 
 use nix::errno::Errno;
 
-use crate::health::model::{Failure, FailureKind};
+use crate::health::model::{ProbeFailure, ProbeFailureKind};
 
 /// Why a probe has not left.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unsent {
+pub enum SendError {
     /// For a reason that lies on the way to the target: datagrams would not get there either.
-    Failed(Failure),
+    Target(ProbeFailure),
     /// For a reason that lies with this host and says nothing about the target; in words for the operator.
-    Trouble(String),
+    Local(String),
 }
 
-impl From<Failure> for Unsent {
-    fn from(failure: Failure) -> Unsent {
-        Unsent::Failed(failure)
+impl From<ProbeFailure> for SendError {
+    fn from(failure: ProbeFailure) -> SendError {
+        SendError::Target(failure)
     }
 }
 
 /// What it says that a probe could not be sent.
-pub fn unsent(error: &io::Error) -> Unsent {
-    let trouble = |fix: &str| Unsent::Trouble(format!("{}; {fix}", words(error)));
+pub fn send_error(error: &io::Error) -> SendError {
+    let trouble = |fix: &str| SendError::Local(format!("{}; {fix}", words(error)));
     match errno(error) {
         Errno::EPERM => trouble("a packet filter on this host refuses it: let probes pass, or choose another protocol"),
         Errno::EMFILE => trouble("raise the limit of open files (systemd: LimitNOFILE=)"),
@@ -36,18 +36,18 @@ pub fn unsent(error: &io::Error) -> Unsent {
         Errno::EADDRNOTAVAIL => {
             trouble("no local port or address to send from: widen the sysctl net.ipv4.ip_local_port_range")
         }
-        _ => Unsent::Failed(failure(error)),
+        _ => SendError::Target(probe_failure(error)),
     }
 }
 
 /// What it says that a connection, or a datagram on its way, has met with this error.
-pub fn failure(error: &io::Error) -> Failure {
+pub fn probe_failure(error: &io::Error) -> ProbeFailure {
     let kind = match errno(error) {
-        Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::EPIPE | Errno::ECONNABORTED => FailureKind::Refused,
-        Errno::ETIMEDOUT => FailureKind::NoAnswer,
-        _ => FailureKind::Unreachable,
+        Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::EPIPE | Errno::ECONNABORTED => ProbeFailureKind::Refused,
+        Errno::ETIMEDOUT => ProbeFailureKind::NoAnswer,
+        _ => ProbeFailureKind::Unreachable,
     };
-    Failure::new(kind, words(error))
+    ProbeFailure::new(kind, words(error))
 }
 
 fn errno(error: &io::Error) -> Errno {
@@ -70,11 +70,11 @@ fn words(error: &io::Error) -> String {
     }
 }
 
-impl fmt::Display for Unsent {
+impl fmt::Display for SendError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unsent::Failed(failure) => failure.fmt(f),
-            Unsent::Trouble(trouble) => f.write_str(trouble),
+            SendError::Target(failure) => failure.fmt(f),
+            SendError::Local(trouble) => f.write_str(trouble),
         }
     }
 }
@@ -87,23 +87,23 @@ mod tests {
     fn what_lies_with_this_host_is_no_failure_of_the_target() {
         use Errno::{EADDRNOTAVAIL, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, EPERM};
         for errno in [EPERM, EMFILE, ENFILE, ENOBUFS, ENOMEM, EAGAIN, ENOSPC, EADDRNOTAVAIL] {
-            let unsent = unsent(&errno.into());
-            assert!(matches!(&unsent, Unsent::Trouble(words) if words.contains("; ")), "{unsent:?}");
+            let sent = send_error(&errno.into());
+            assert!(matches!(&sent, SendError::Local(words) if words.contains("; ")), "{sent:?}");
         }
     }
 
     #[test]
     fn what_lies_on_the_way_is() {
         let cases = [
-            (Errno::ENETUNREACH, FailureKind::Unreachable, "network unreachable: no route"),
-            (Errno::EHOSTUNREACH, FailureKind::Unreachable, "host unreachable"),
-            (Errno::EINVAL, FailureKind::Unreachable, "no usable route (invalid argument)"),
-            (Errno::ECONNREFUSED, FailureKind::Refused, "connection refused"),
-            (Errno::EAFNOSUPPORT, FailureKind::Unreachable, "this host does not speak its IP version"),
-            (Errno::ETIMEDOUT, FailureKind::NoAnswer, "connection timed out"),
+            (Errno::ENETUNREACH, ProbeFailureKind::Unreachable, "network unreachable: no route"),
+            (Errno::EHOSTUNREACH, ProbeFailureKind::Unreachable, "host unreachable"),
+            (Errno::EINVAL, ProbeFailureKind::Unreachable, "no usable route (invalid argument)"),
+            (Errno::ECONNREFUSED, ProbeFailureKind::Refused, "connection refused"),
+            (Errno::EAFNOSUPPORT, ProbeFailureKind::Unreachable, "this host does not speak its IP version"),
+            (Errno::ETIMEDOUT, ProbeFailureKind::NoAnswer, "connection timed out"),
         ];
         for (errno, kind, reason) in cases {
-            assert_eq!(unsent(&errno.into()), Unsent::Failed(Failure::new(kind, reason)));
+            assert_eq!(send_error(&errno.into()), SendError::Target(ProbeFailure::new(kind, reason)));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::health::model::{Failure, FailureKind};
+use crate::health::model::{ProbeFailure, ProbeFailureKind};
 use crate::version;
 
 /// Most bytes of status line and headers that are read.
@@ -12,7 +12,7 @@ pub const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 128;
 
 /// The request for `path`.
-pub fn request(host: SocketAddr, path: &str) -> String {
+pub fn build_request(host: SocketAddr, path: &str) -> String {
     let version = version::PACKAGE;
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: udp-fanout/{version} (health check)\r\nAccept: */*\r\n\
@@ -21,8 +21,8 @@ pub fn request(host: SocketAddr, path: &str) -> String {
 }
 
 /// What the bytes received so far amount to: nothing yet, or an answer, good or bad. `ended` says that no more will come.
-pub fn judge(mut bytes: &[u8], ended: bool) -> Option<Result<(), Failure>> {
-    let bad = |reason: String| Some(Err(Failure::new(FailureKind::BadAnswer, reason)));
+pub fn parse_response(mut bytes: &[u8], ended: bool) -> Option<Result<(), ProbeFailure>> {
+    let bad = |reason: String| Some(Err(ProbeFailure::new(ProbeFailureKind::BadAnswer, reason)));
     let received = bytes.len();
     loop {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
@@ -54,7 +54,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn reason(bytes: &[u8], ended: bool) -> String {
-        judge(bytes, ended).unwrap().unwrap_err().to_string()
+        parse_response(bytes, ended).unwrap().unwrap_err().to_string()
     }
 
     #[test]
@@ -63,23 +63,26 @@ mod tests {
             [(200, true), (204, true), (301, true), (399, true), (400, false), (404, false), (503, false)]
         {
             let answer = format!("HTTP/1.1 {status} Whatever\r\nContent-Length: 3\r\n\r\nabc");
-            assert_eq!(judge(answer.as_bytes(), false).unwrap().is_ok(), good, "{status}");
+            assert_eq!(parse_response(answer.as_bytes(), false).unwrap().is_ok(), good, "{status}");
         }
         assert_eq!(reason(b"HTTP/1.0 503 No\r\n\r\n", false), "HTTP status 503");
         // Interim answers and missing reasons.
-        assert_eq!(judge(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 204\r\n\r\n", false), Some(Ok(())));
-        assert_eq!(judge(b"HTTP/1.1 100 Continue\r\n\r\n", false), None);
+        assert_eq!(
+            parse_response(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 204\r\n\r\n", false),
+            Some(Ok(()))
+        );
+        assert_eq!(parse_response(b"HTTP/1.1 100 Continue\r\n\r\n", false), None);
     }
 
     #[test]
     fn an_answer_counts_when_its_head_is_whole() {
         let answer = b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n";
         for length in 0..answer.len() {
-            assert_eq!(judge(&answer[..length], false), None, "{length}");
+            assert_eq!(parse_response(&answer[..length], false), None, "{length}");
             let closed = if length == 0 { "without an answer" } else { "amid an answer" };
             assert_eq!(reason(&answer[..length], true), format!("connection closed {closed}"));
         }
-        assert_eq!(judge(answer, true), Some(Ok(())));
+        assert_eq!(parse_response(answer, true), Some(Ok(())));
     }
 
     #[test]
@@ -93,7 +96,7 @@ mod tests {
 
     #[test]
     fn the_request_is_http() {
-        let request = request("[::1]:8080".parse().unwrap(), "/healthz?full=1");
+        let request = build_request("[::1]:8080".parse().unwrap(), "/healthz?full=1");
         let mut headers = [httparse::EMPTY_HEADER; 8];
         let mut parsed = httparse::Request::new(&mut headers);
         assert!(parsed.parse(request.as_bytes()).unwrap().is_complete());
@@ -105,8 +108,8 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_received_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), ended: bool) {
-            let _ = judge(&bytes, ended);
-            let _ = judge(&[b"HTTP/1.1 100 Continue\r\n\r\n".to_vec(), bytes].concat(), ended);
+            let _ = parse_response(&bytes, ended);
+            let _ = parse_response(&[b"HTTP/1.1 100 Continue\r\n\r\n".to_vec(), bytes].concat(), ended);
         }
     }
 }

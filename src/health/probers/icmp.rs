@@ -12,15 +12,15 @@ use std::os::fd::AsRawFd;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::channel::{Channel, Incoming};
-use super::errors::{Unsent, unsent};
-use super::{Reply, Verdict};
+use super::errors::{SendError, send_error};
+use super::probe_socket::{ProbeSocket, Received};
+use super::{ProbeReply, ProbeVerdict};
 use crate::health::model::ProbeId;
 
 /// Where the kernel says whose groups may open ping sockets.
 const GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
 
-/// Bytes of the ICMP header: type, code, checksum, identifier, sequence number.
+/// ProbeBytes of the ICMP header: type, code, checksum, identifier, sequence number.
 const HEADER: usize = 8;
 
 /// After header, nonce and number: for whoever looks at the traffic.
@@ -28,7 +28,7 @@ const SIGNATURE: &[u8] = b"udp-fanout health";
 
 /// How ICMP is spoken to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum IcmpSocketKind {
     /// A ping socket: the identifier is the kernel's business.
     Ping,
     /// A raw socket, with an identifier of ours.
@@ -40,23 +40,23 @@ pub enum Access {
 
 /// The prober of one family.
 #[derive(Debug)]
-pub struct Icmp {
-    channel: Channel,
-    access: Access,
+pub struct IcmpProber {
+    socket: ProbeSocket,
+    access: IcmpSocketKind,
     v6: bool,
     /// By address and sequence number, which is the end of the probe's number.
-    pending: HashMap<(SocketAddr, u16), Pending>,
+    pending: HashMap<(SocketAddr, u16), PendingEcho>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Pending {
+struct PendingEcho {
     probe: ProbeId,
     nonce: u64,
 }
 
 /// An echo message.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Echo {
+pub struct EchoMessage {
     /// Whose it is.
     pub identifier: u16,
     /// The end of the probe's number.
@@ -68,27 +68,27 @@ pub struct Echo {
 /// Opens a socket of one family, in whichever way is allowed.
 ///
 /// # Errors
-/// When neither is: [`Unsent::Trouble`], which names the capability and the sysctl, and how they stand. When this host
-/// does not speak the IP version at all: [`Unsent::Failed`].
-pub fn open(v6: bool) -> Result<(Socket, Access), Unsent> {
+/// When neither is: [`SendError::Local`], which names the capability and the sysctl, and how they stand. When this host
+/// does not speak the IP version at all: [`SendError::Target`].
+pub fn open(v6: bool) -> Result<(Socket, IcmpSocketKind), SendError> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
     if let Ok(socket) = Socket::new(domain, Type::DGRAM, Some(protocol)) {
-        return Ok((socket, Access::Ping));
+        return Ok((socket, IcmpSocketKind::Ping));
     }
     match Socket::new(domain, Type::RAW, Some(protocol)) {
         Ok(socket) => {
-            accept_echo_replies_only(&socket, v6).map_err(|error| unsent(&error))?;
-            Ok((socket, Access::Raw { identifier: rand::random() }))
+            accept_echo_replies_only(&socket, v6).map_err(|error| send_error(&error))?;
+            Ok((socket, IcmpSocketKind::Raw { identifier: rand::random() }))
         }
         Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {
-            Err(Unsent::Trouble(forbidden(fs::read_to_string(GROUP_RANGE).ok().as_deref())))
+            Err(SendError::Local(no_socket_message(fs::read_to_string(GROUP_RANGE).ok().as_deref())))
         }
-        Err(error) => Err(unsent(&error)),
+        Err(error) => Err(send_error(&error)),
     }
 }
 
 /// Why neither sort of socket may be had, and the remedy. `group_range` is what the sysctl says.
-fn forbidden(group_range: Option<&str>) -> String {
+fn no_socket_message(group_range: Option<&str>) -> String {
     let range = group_range.map_or("unreadable".to_owned(), |range| {
         let words: Vec<&str> = range.split_whitespace().collect();
         format!("\"{}\"", words.join(" "))
@@ -124,31 +124,31 @@ fn reply_type(v6: bool) -> u8 {
     if v6 { 129 } else { 0 }
 }
 
-impl Icmp {
+impl IcmpProber {
     /// The prober of one family.
     ///
     /// # Errors
     /// As of [`open`].
-    pub fn new(v6: bool) -> Result<Icmp, Unsent> {
+    pub fn new(v6: bool) -> Result<IcmpProber, SendError> {
         let (socket, access) = open(v6)?;
-        let channel = Channel::new(socket, v6).map_err(|error| unsent(&error))?;
-        Ok(Icmp { channel, access, v6, pending: HashMap::new() })
+        let socket = ProbeSocket::new(socket, v6).map_err(|error| send_error(&error))?;
+        Ok(IcmpProber { socket, access, v6, pending: HashMap::new() })
     }
 
     /// The socket.
-    pub fn channel(&self) -> &Channel {
-        &self.channel
+    pub fn socket(&self) -> &ProbeSocket {
+        &self.socket
     }
 
     /// Sends an echo request.
-    pub fn send(&mut self, probe: ProbeId, to: SocketAddr) -> Result<(), Unsent> {
+    pub fn send(&mut self, probe: ProbeId, to: SocketAddr) -> Result<(), SendError> {
         let nonce = rand::random();
         let identifier = match self.access {
-            Access::Ping => 0,
-            Access::Raw { identifier } => identifier,
+            IcmpSocketKind::Ping => 0,
+            IcmpSocketKind::Raw { identifier } => identifier,
         };
-        self.channel.send(&request(self.v6, identifier, probe, nonce), to)?;
-        self.pending.insert((to, sequence(probe)), Pending { probe, nonce });
+        self.socket.send(&request(self.v6, identifier, probe, nonce), to)?;
+        self.pending.insert((to, sequence(probe)), PendingEcho { probe, nonce });
         Ok(())
     }
 
@@ -161,36 +161,36 @@ impl Icmp {
     }
 
     /// Reads what has come back. True if there may be more.
-    pub fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
-        let Icmp { channel, access, v6, pending } = self;
+    pub fn receive(&mut self, replies: &mut Vec<ProbeReply>) -> bool {
+        let IcmpProber { socket, access, v6, pending } = self;
         let (access, v6) = (*access, *v6);
-        let ours = |echo: &Echo| match access {
-            Access::Ping => true,
-            Access::Raw { identifier } => echo.identifier == identifier,
+        let ours = |echo: &EchoMessage| match access {
+            IcmpSocketKind::Ping => true,
+            IcmpSocketKind::Raw { identifier } => echo.identifier == identifier,
         };
-        let mut take = |from: SocketAddr, echo: &Echo, verdict| {
+        let mut take = |from: SocketAddr, echo: &EchoMessage, verdict| {
             let key = (from, echo.sequence);
-            let Some(&Pending { probe, nonce }) = pending.get(&key) else { return false };
+            let Some(&PendingEcho { probe, nonce }) = pending.get(&key) else { return false };
             if echo.nonce.is_some_and(|returned| returned != nonce) {
                 return false;
             }
             pending.remove(&key);
-            replies.push(Reply { probe, verdict });
+            replies.push(ProbeReply { probe, verdict });
             true
         };
-        channel.receive(|incoming| match incoming {
-            Incoming::Datagram { mut from, bytes } => {
+        socket.receive(|incoming| match incoming {
+            Received::Datagram { mut from, bytes } => {
                 from.set_port(0);
-                let bytes = if access == Access::Ping || v6 { bytes } else { without_ip_header(bytes) };
-                let Some(echo) = Echo::read(reply_type(v6), bytes).filter(&ours) else { return };
-                if echo.nonce.is_none() || !take(from, &echo, Verdict::Answered { exact: true }) {
+                let bytes = if access == IcmpSocketKind::Ping || v6 { bytes } else { without_ip_header(bytes) };
+                let Some(echo) = EchoMessage::read(reply_type(v6), bytes).filter(&ours) else { return };
+                if echo.nonce.is_none() || !take(from, &echo, ProbeVerdict::Answered { exact: true }) {
                     tracing::debug!(%from, "ignored an ICMP echo reply that answers no probe");
                 }
             }
-            Incoming::Bounce { mut to, quoted, failure } => {
+            Received::IcmpError { mut to, quoted, failure } => {
                 to.set_port(0);
-                if let Some(echo) = Echo::read(request_type(v6), quoted).filter(&ours) {
-                    take(to, &echo, Verdict::Failed(failure));
+                if let Some(echo) = EchoMessage::read(request_type(v6), quoted).filter(&ours) {
+                    take(to, &echo, ProbeVerdict::Failed(failure));
                 }
             }
         })
@@ -216,13 +216,13 @@ fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
     packet
 }
 
-impl Echo {
+impl EchoMessage {
     /// Reads an echo message of this type. None if it is none.
     #[must_use]
-    pub fn read(kind: u8, bytes: &[u8]) -> Option<Echo> {
+    pub fn read(kind: u8, bytes: &[u8]) -> Option<EchoMessage> {
         let (header, payload) = bytes.split_first_chunk::<HEADER>()?;
         let [actual, code, _, _, id_high, id_low, sequence_high, sequence_low] = *header;
-        (actual == kind && code == 0).then(|| Echo {
+        (actual == kind && code == 0).then(|| EchoMessage {
             identifier: u16::from_be_bytes([id_high, id_low]),
             sequence: u16::from_be_bytes([sequence_high, sequence_low]),
             nonce: payload.first_chunk().map(|nonce| u64::from_be_bytes(*nonce)),
@@ -261,13 +261,13 @@ mod tests {
         let Icmpv4Type::EchoRequest(echo) = slice.icmp_type() else { panic!("{slice:?}") };
         assert_eq!((echo.id, echo.seq), (0x1234, 0xdef0));
         assert_eq!(slice.icmp_type().calc_checksum(slice.payload()), slice.checksum());
-        let seen = Echo::read(request_type(false), &packet).unwrap();
-        assert_eq!(seen, Echo { identifier: 0x1234, sequence: 0xdef0, nonce: Some(77) });
-        assert_eq!(Echo::read(reply_type(false), &packet), None);
-        assert_eq!(Echo::read(request_type(true), &request(true, 1, ProbeId(2), 3)).unwrap().nonce, Some(3));
+        let seen = EchoMessage::read(request_type(false), &packet).unwrap();
+        assert_eq!(seen, EchoMessage { identifier: 0x1234, sequence: 0xdef0, nonce: Some(77) });
+        assert_eq!(EchoMessage::read(reply_type(false), &packet), None);
+        assert_eq!(EchoMessage::read(request_type(true), &request(true, 1, ProbeId(2), 3)).unwrap().nonce, Some(3));
         // As little as a router has to return.
-        assert_eq!(Echo::read(request_type(false), &packet[..8]).unwrap().nonce, None);
-        assert_eq!(Echo::read(request_type(false), &packet[..7]), None);
+        assert_eq!(EchoMessage::read(request_type(false), &packet[..8]).unwrap().nonce, None);
+        assert_eq!(EchoMessage::read(request_type(false), &packet[..7]), None);
     }
 
     #[test]
@@ -279,16 +279,16 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said_and_how_to_get_it() {
-        let words = forbidden(Some("1\t0\n"));
+        let words = no_socket_message(Some("1\t0\n"));
         assert!(words.contains("net.ipv4.ping_group_range, which is \"1 0\""), "{words}");
         assert!(words.contains("CAP_NET_RAW, which is missing"), "{words}");
-        assert!(forbidden(None).contains("which is unreadable"));
+        assert!(no_socket_message(None).contains("which is unreadable"));
     }
 
     proptest! {
         #[test]
         fn nothing_received_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            let _ = Echo::read(0, without_ip_header(&bytes));
+            let _ = EchoMessage::read(0, without_ip_header(&bytes));
             let _ = checksum(&bytes);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::health::tally::Histogram;
+use crate::health::probe_stats::Histogram;
 use crate::metrics::names::Metric;
 
 /// A histogram with one label, series by series, after an empty line; nothing if there are none. Values of the label must

@@ -9,9 +9,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::discovery::ErrorKind;
 use crate::health::listeners::Transitions;
-use crate::health::model::Outcome;
-use crate::health::settings::ProtocolKind;
-use crate::health::tally::{BOUNDS, Tallies};
+use crate::health::model::ProbeOutcome;
+use crate::health::probe_stats::{BOUNDS, ProbeStatsByKind};
+use crate::health::settings::ProbeKind;
 use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies, Reloads};
 use crate::model::{DownstreamCounters, DropReason, Drops, FragmentCounters, ListenerCounters, Mode};
 
@@ -119,18 +119,19 @@ fn listener(name: &str) -> ListenerSnapshot {
 }
 
 /// Of ICMP, four: two answered, one not, one under way.
-fn probes() -> Tallies {
-    let mut tallies = Tallies::default();
-    let icmp = tallies.of_mut(ProtocolKind::Icmp);
-    (0..4).for_each(|_| icmp.sent());
-    for (outcome, millis) in [(Outcome::Answered, Some(1)), (Outcome::Answered, Some(3_000)), (Outcome::NoAnswer, None)]
+fn probes() -> ProbeStatsByKind {
+    let mut stats = ProbeStatsByKind::default();
+    let icmp = stats.of_mut(ProbeKind::Icmp);
+    (0..4).for_each(|_| icmp.record_sent());
+    for (outcome, millis) in
+        [(ProbeOutcome::Answered, Some(1)), (ProbeOutcome::Answered, Some(3_000)), (ProbeOutcome::NoAnswer, None)]
     {
-        icmp.ended(outcome);
+        icmp.record_outcome(outcome);
         if let Some(millis) = millis {
             icmp.round_trips.observe(Duration::from_millis(millis));
         }
     }
-    tallies
+    stats
 }
 
 fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
@@ -235,11 +236,11 @@ fn health_checks_are_counted_for_the_protocols_in_use() {
     let to = |to| page[names::HEALTH_TRANSITIONS.name].series[&labels(&[("listener", "syslog"), ("to", to)])].as_str();
     assert_eq!((to("unhealthy"), to("healthy")), ("3", "2"));
     let probes = &page[names::HEALTH_PROBES.name].series;
-    assert_eq!(probes.len(), Outcome::ALL.len());
-    for outcome in Outcome::ALL {
+    assert_eq!(probes.len(), ProbeOutcome::ALL.len());
+    for outcome in ProbeOutcome::ALL {
         let expected = match outcome {
-            Outcome::Answered => "2",
-            Outcome::NoAnswer => "1",
+            ProbeOutcome::Answered => "2",
+            ProbeOutcome::NoAnswer => "1",
             _ => "0",
         };
         assert_eq!(probes[&labels(&[("protocol", "icmp"), ("result", outcome.label())])], expected);
@@ -254,7 +255,7 @@ fn health_checks_are_counted_for_the_protocols_in_use() {
     expected.push(format!("{name}_sum{{protocol=\"icmp\"}} 3.001"));
     expected.push(format!("{name}_count{{protocol=\"icmp\"}} 2"));
     assert_eq!(lines, expected);
-    let unused = Snapshot { probes: Tallies::default(), ..snapshot(Vec::new()) };
+    let unused = Snapshot { probes: ProbeStatsByKind::default(), ..snapshot(Vec::new()) };
     assert!(!render(&unused).contains("udp_fanout_health_probe"));
 }
 

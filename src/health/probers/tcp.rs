@@ -7,80 +7,83 @@ use std::time::Duration;
 use mio::net::TcpStream;
 use socket2::SockRef;
 
-use super::errors::{Unsent, failure, unsent};
+use super::errors::{SendError, probe_failure, send_error};
 use super::http;
-use crate::health::model::{Failure, FailureKind, ProbeId};
+use crate::health::model::{ProbeFailure, ProbeFailureKind, ProbeId};
 
 /// A connection on its way.
 #[derive(Debug)]
-pub struct Connection {
+pub struct TcpProbe {
     /// The probe it is.
     pub probe: ProbeId,
     /// The socket.
     pub stream: TcpStream,
-    stage: Stage,
+    stage: ConnectStage,
     /// What is left to ask once it stands; none where standing is enough.
-    exchange: Option<Exchange>,
+    exchange: Option<HttpExchange>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Stage {
+enum ConnectStage {
     Connecting,
     Connected,
 }
 
 #[derive(Debug)]
-struct Exchange {
+struct HttpExchange {
     request: Vec<u8>,
     written: usize,
     answer: Vec<u8>,
 }
 
-impl Connection {
+impl TcpProbe {
     /// Begins to connect; with a path, to ask for that over HTTP.
-    pub fn begin(probe: ProbeId, to: SocketAddr, path: Option<&str>) -> Result<Connection, Unsent> {
-        let stream = TcpStream::connect(to).map_err(|error| unsent(&error))?;
+    pub fn connect(probe: ProbeId, to: SocketAddr, path: Option<&str>) -> Result<TcpProbe, SendError> {
+        let stream = TcpStream::connect(to).map_err(|error| send_error(&error))?;
         if path.is_none() {
             // Close with a reset: nothing was said, and a port in TIME_WAIT for each probe would add up. If this fails, a
             // port is used for a minute longer.
             let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
         }
-        let exchange =
-            path.map(|path| Exchange { request: http::request(to, path).into_bytes(), written: 0, answer: Vec::new() });
-        Ok(Connection { probe, stream, stage: Stage::Connecting, exchange })
+        let exchange = path.map(|path| HttpExchange {
+            request: http::build_request(to, path).into_bytes(),
+            written: 0,
+            answer: Vec::new(),
+        });
+        Ok(TcpProbe { probe, stream, stage: ConnectStage::Connecting, exchange })
     }
 
     /// Goes on as far as possible without waiting. None if there is nothing to say yet.
-    pub fn advance(&mut self) -> Option<Result<(), Failure>> {
+    pub fn advance(&mut self) -> Option<Result<(), ProbeFailure>> {
         match self.try_advance() {
             Ok(()) => Some(Ok(())),
-            Err(Setback::Wait) => None,
-            Err(Setback::Failed(failure)) => Some(Err(failure)),
+            Err(NoResult::Pending) => None,
+            Err(NoResult::Failed(failure)) => Some(Err(failure)),
         }
     }
 
-    fn try_advance(&mut self) -> Result<(), Setback> {
-        if self.stage == Stage::Connecting {
+    fn try_advance(&mut self) -> Result<(), NoResult> {
+        if self.stage == ConnectStage::Connecting {
             if let Some(error) = self.stream.take_error()? {
                 return Err(error.into());
             }
             let peer = match self.stream.peer_addr() {
-                Err(error) if error.kind() == io::ErrorKind::NotConnected => return Err(Setback::Wait),
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => return Err(NoResult::Pending),
                 peer => peer?,
             };
             // To a port of this host on which nobody listens, a socket can connect to itself.
             if self.stream.local_addr()? == peer {
                 return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED).into());
             }
-            self.stage = Stage::Connected;
+            self.stage = ConnectStage::Connected;
         }
         let Some(exchange) = &mut self.exchange else { return Ok(()) };
         exchange.advance(&mut self.stream)
     }
 }
 
-impl Exchange {
-    fn advance(&mut self, stream: &mut TcpStream) -> Result<(), Setback> {
+impl HttpExchange {
+    fn advance(&mut self, stream: &mut TcpStream) -> Result<(), NoResult> {
         while self.written < self.request.len() {
             match stream.write(&self.request[self.written..]) {
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::ECONNRESET).into()),
@@ -100,29 +103,29 @@ impl Exchange {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             };
-            if let Some(verdict) = http::judge(&self.answer, ended) {
-                return verdict.map_err(Setback::Failed);
+            if let Some(verdict) = http::parse_response(&self.answer, ended) {
+                return verdict.map_err(NoResult::Failed);
             }
         }
     }
 }
 
 /// Why there is no answer.
-enum Setback {
+enum NoResult {
     /// Not yet.
-    Wait,
+    Pending,
     /// There will be none, or a bad one has come.
-    Failed(Failure),
+    Failed(ProbeFailure),
 }
 
-impl From<io::Error> for Setback {
-    fn from(error: io::Error) -> Setback {
+impl From<io::Error> for NoResult {
+    fn from(error: io::Error) -> NoResult {
         match error.kind() {
-            io::ErrorKind::WouldBlock => Setback::Wait,
+            io::ErrorKind::WouldBlock => NoResult::Pending,
             io::ErrorKind::NotConnected => {
-                Setback::Failed(Failure::new(FailureKind::Refused, "connection closed at once"))
+                NoResult::Failed(ProbeFailure::new(ProbeFailureKind::Refused, "connection closed at once"))
             }
-            _ => Setback::Failed(failure(&error)),
+            _ => NoResult::Failed(probe_failure(&error)),
         }
     }
 }

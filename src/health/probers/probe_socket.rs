@@ -9,10 +9,10 @@ use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn6, SockaddrStorage, recvmsg, setsockopt, sockopt};
 use socket2::Socket;
 
-use super::errors::{Unsent, unsent};
-use crate::health::model::{Failure, FailureKind, plain};
+use super::errors::{SendError, send_error};
+use crate::health::model::{ProbeFailure, ProbeFailureKind, canonical_address};
 
-/// Bytes of receive buffer to ask for: room for the answers of a thousand probes sent at once.
+/// ProbeBytes of receive buffer to ask for: room for the answers of a thousand probes sent at once.
 const RECEIVE_BUFFER: usize = 1024 * 1024;
 
 /// Most things read at a time, so that a flood at this socket cannot hold up the event loop.
@@ -23,15 +23,15 @@ const SENDS: usize = 3;
 
 /// An unconnected socket for datagrams of one address family.
 #[derive(Debug)]
-pub struct Channel {
+pub struct ProbeSocket {
     socket: Socket,
     buffer: Vec<u8>,
     control: Vec<u8>,
 }
 
-/// Something that has come back. Addresses are [`plain`].
+/// Something that has come back. Addresses are [`canonical_address`].
 #[derive(Debug)]
-pub enum Incoming<'a> {
+pub enum Received<'a> {
     /// A datagram; for raw IPv4 sockets, with its IP header.
     Datagram {
         /// From whom.
@@ -40,19 +40,19 @@ pub enum Incoming<'a> {
         bytes: &'a [u8],
     },
     /// One of ours has not arrived.
-    Bounce {
+    IcmpError {
         /// Where it was sent.
         to: SocketAddr,
         /// As much of it as the reporting host has returned, from behind the IP (and UDP) header.
         quoted: &'a [u8],
         /// What was reported.
-        failure: Failure,
+        failure: ProbeFailure,
     },
 }
 
-impl Channel {
+impl ProbeSocket {
     /// Prepares a fresh socket of the given family.
-    pub fn new(socket: Socket, v6: bool) -> io::Result<Channel> {
+    pub fn new(socket: Socket, v6: bool) -> io::Result<ProbeSocket> {
         socket.set_nonblocking(true)?;
         if v6 {
             setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?;
@@ -64,7 +64,7 @@ impl Channel {
             socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
         }
         let control = nix::cmsg_space!(libc::sock_extended_err, SockaddrIn6);
-        Ok(Channel { socket, buffer: vec![0; 2048], control })
+        Ok(ProbeSocket { socket, buffer: vec![0; 2048], control })
     }
 
     /// The socket, for options.
@@ -78,7 +78,7 @@ impl Channel {
     }
 
     /// Sends one datagram.
-    pub fn send(&self, bytes: &[u8], to: SocketAddr) -> Result<(), Unsent> {
+    pub fn send(&self, bytes: &[u8], to: SocketAddr) -> Result<(), SendError> {
         let mut sends = 1;
         loop {
             match self.socket.send_to(bytes, &to.into()) {
@@ -89,13 +89,13 @@ impl Channel {
                     tracing::trace!(%to, %error, "sending a health probe again");
                     sends += 1;
                 }
-                Err(error) => return Err(unsent(&error)),
+                Err(error) => return Err(send_error(&error)),
             }
         }
     }
 
     /// Hands over what has come back. True if there may be more: then this is to be called again soon.
-    pub fn receive(&mut self, mut take: impl FnMut(Incoming<'_>)) -> bool {
+    pub fn receive(&mut self, mut take: impl FnMut(Received<'_>)) -> bool {
         for flags in [MsgFlags::MSG_DONTWAIT, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_ERRQUEUE] {
             let mut reads = 0;
             while self.receive_one(flags, &mut take) {
@@ -109,7 +109,7 @@ impl Channel {
     }
 
     /// False if there is nothing.
-    fn receive_one(&mut self, flags: MsgFlags, take: &mut impl FnMut(Incoming<'_>)) -> bool {
+    fn receive_one(&mut self, flags: MsgFlags, take: &mut impl FnMut(Received<'_>)) -> bool {
         let fd = self.socket.as_raw_fd();
         let mut parts = [IoSliceMut::new(&mut self.buffer)];
         let (length, address, bounced) =
@@ -121,19 +121,19 @@ impl Channel {
                 // Interrupted, or the fate of a datagram, which the error queue tells better.
                 Err(_) => return true,
             };
-        let Some(address) = address.as_ref().and_then(to_std).map(plain) else { return true };
+        let Some(address) = address.as_ref().and_then(to_std).map(canonical_address) else { return true };
         let bytes = &self.buffer[..length];
         if !flags.contains(MsgFlags::MSG_ERRQUEUE) {
-            take(Incoming::Datagram { from: address, bytes });
+            take(Received::Datagram { from: address, bytes });
         } else if let Some(failure) = bounced {
-            take(Incoming::Bounce { to: address, quoted: bytes, failure });
+            take(Received::IcmpError { to: address, quoted: bytes, failure });
         }
         true
     }
 }
 
 /// What an entry of the error queue says about its datagram's destination, if anything.
-fn bounce(message: ControlMessageOwned) -> Option<Failure> {
+fn bounce(message: ControlMessageOwned) -> Option<ProbeFailure> {
     let (error, by) = match message {
         ControlMessageOwned::Ipv4RecvErr(error, by) => {
             (error, by.map(|by| IpAddr::from(by.sin_addr.s_addr.to_ne_bytes())))
@@ -145,25 +145,25 @@ fn bounce(message: ControlMessageOwned) -> Option<Failure> {
     let (kind, what) = verdict(error.ee_origin, error.ee_type, error.ee_code, errno)?;
     // The kernel gives no address where it was this host itself that gave up.
     let by = by.filter(|by| !by.is_unspecified()).map(|by| format!(", says {by}")).unwrap_or_default();
-    Some(Failure::new(kind, format!("{what}{by}")))
+    Some(ProbeFailure::new(kind, format!("{what}{by}")))
 }
 
 /// What an ICMP message says about the destination of the packet it returns. None where that is nothing: a packet that
 /// was too big, or what this host itself could not do.
-fn verdict(origin: u8, kind: u8, code: u8, errno: Errno) -> Option<(FailureKind, &'static str)> {
+fn verdict(origin: u8, kind: u8, code: u8, errno: Errno) -> Option<(ProbeFailureKind, &'static str)> {
     const V4: u8 = libc::SO_EE_ORIGIN_ICMP;
     const V6: u8 = libc::SO_EE_ORIGIN_ICMP6;
     Some(match (origin, kind, code) {
         // "Fragmentation needed" is a sort of "unreachable" in IPv4.
         (V4, 3, 4) => return None,
-        (V4, 3, 3) | (V6, 1, 4) => (FailureKind::Refused, "port unreachable"),
+        (V4, 3, 3) | (V6, 1, 4) => (ProbeFailureKind::Refused, "port unreachable"),
         (V4, 3, _) | (V6, 1, _) => match errno {
-            Errno::ENETUNREACH => (FailureKind::Unreachable, "network unreachable"),
-            Errno::EHOSTUNREACH => (FailureKind::Unreachable, "host unreachable"),
-            Errno::EACCES => (FailureKind::Unreachable, "prohibited"),
-            _ => (FailureKind::Unreachable, "unreachable"),
+            Errno::ENETUNREACH => (ProbeFailureKind::Unreachable, "network unreachable"),
+            Errno::EHOSTUNREACH => (ProbeFailureKind::Unreachable, "host unreachable"),
+            Errno::EACCES => (ProbeFailureKind::Unreachable, "prohibited"),
+            _ => (ProbeFailureKind::Unreachable, "unreachable"),
         },
-        (V4, 11, _) | (V6, 3, _) => (FailureKind::Unreachable, "hop limit exceeded on the way"),
+        (V4, 11, _) | (V6, 3, _) => (ProbeFailureKind::Unreachable, "hop limit exceeded on the way"),
         _ => return None,
     })
 }

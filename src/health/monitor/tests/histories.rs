@@ -8,21 +8,21 @@ use rand::{RngExt, SeedableRng};
 
 use super::super::*;
 use super::{address, invariants, ms, target};
-use crate::health::model::FailureKind;
+use crate::health::model::ProbeFailureKind;
 use crate::health::settings::ProbeSettings;
 
 /// Receivers behind a network, the monitor that probes them, and the time.
 struct World {
     rng: SmallRng,
-    monitor: Monitor,
+    monitor: HealthMonitor,
     now: Duration,
     hosts: BTreeMap<SocketAddr, Host>,
     /// What comes back when: the probe, and whether it is an answer or a refusal.
     mail: BTreeMap<(Duration, u64), (ProbeId, bool)>,
     letters: u64,
     /// When which target was probed.
-    sent: Vec<(Duration, Arc<Target>)>,
-    changes: Vec<(Duration, SocketAddr, State)>,
+    sent: Vec<(Duration, Arc<ProbeTarget>)>,
+    changes: Vec<(Duration, SocketAddr, HealthState)>,
     /// How late the event loop comes round at most.
     lateness: Duration,
 }
@@ -51,7 +51,7 @@ impl World {
     fn new(seed: u64, limit: usize) -> World {
         World {
             rng: SmallRng::seed_from_u64(seed),
-            monitor: Monitor::new(limit),
+            monitor: HealthMonitor::new(limit),
             now: Duration::ZERO,
             hosts: BTreeMap::new(),
             mail: BTreeMap::new(),
@@ -66,25 +66,25 @@ impl World {
         Duration::from_micros(self.rng.random_range(from.as_micros() as u64..=to.as_micros() as u64))
     }
 
-    fn handle(&mut self, event: Event) {
-        let tick = event == Event::Tick;
+    fn handle(&mut self, event: MonitorEvent) {
+        let tick = event == MonitorEvent::Tick;
         let actions = self.monitor.handle(event, self.now);
-        let known: BTreeSet<&Target> = self.monitor.targets().map(|(target, _)| &**target).collect();
+        let known: BTreeSet<&ProbeTarget> = self.monitor.targets().map(|(target, _)| &**target).collect();
         let mut sent = Vec::new();
         for action in &actions {
             match action {
-                Action::Send { probe, target } => {
+                MonitorAction::Send { probe, target } => {
                     assert!(known.contains(&**target), "a probe for a target that is gone");
                     sent.push((*probe, Arc::clone(target)));
                 }
-                Action::Cancel { probe, .. } => self.mail.retain(|_, (of, _)| of != probe),
-                Action::Changed { target, change } => {
+                MonitorAction::Cancel { probe, .. } => self.mail.retain(|_, (of, _)| of != probe),
+                MonitorAction::Changed { target, change } => {
                     assert_ne!(change.from, change.status.state);
                     self.changes.push((self.now, target.address, change.status.state));
                 }
             }
         }
-        assert!(!tick || sent.len() as u64 <= BURST);
+        assert!(!tick || sent.len() as u64 <= MAX_PROBES_PER_TICK);
         for (probe, target) in sent {
             self.post(probe, &target);
             self.sent.push((self.now, target));
@@ -93,7 +93,7 @@ impl World {
     }
 
     /// Takes a probe to its target and schedules what comes back, if anything does.
-    fn post(&mut self, probe: ProbeId, target: &Target) {
+    fn post(&mut self, probe: ProbeId, target: &ProbeTarget) {
         let Some(host) = self.hosts.get(&target.address).cloned() else { return };
         let mut lost = false;
         if host.loses > 0 {
@@ -101,7 +101,7 @@ impl World {
             let start = start.and_then(|watched| watched.last_start).unwrap_or_default();
             let (probes, losses) = match host.round {
                 Some((round, probes, losses)) if round == start => (probes, losses),
-                _ => (ATTEMPTS, host.loses),
+                _ => (PROBES_PER_ROUND, host.loses),
             };
             // Any `losses` of the `probes` still to come.
             lost = losses > 0 && self.rng.random_range(0..probes) < losses;
@@ -127,7 +127,7 @@ impl World {
             self.now = self.now.max(next + late);
             self.deliver();
             if self.monitor.next_deadline().is_some_and(|due| due <= self.now) {
-                self.handle(Event::Tick);
+                self.handle(MonitorEvent::Tick);
             }
             if enough(self) {
                 return;
@@ -144,15 +144,15 @@ impl World {
             }
             self.mail.remove(&(at, letter));
             self.handle(if answer {
-                Event::Answered { probe, exact: true }
+                MonitorEvent::Answered { probe, exact: true }
             } else {
-                Event::Failed { probe, failure: Failure::new(FailureKind::Refused, "refused") }
+                MonitorEvent::Failed { probe, failure: ProbeFailure::new(ProbeFailureKind::Refused, "refused") }
             });
         }
     }
 
-    fn watch(&mut self, targets: Vec<Target>) {
-        self.handle(Event::Targets(targets));
+    fn watch(&mut self, targets: Vec<ProbeTarget>) {
+        self.handle(MonitorEvent::Targets(targets));
     }
 }
 
@@ -169,7 +169,7 @@ fn for_seeds(count: u64, history: impl Fn(u64)) {
 fn settings(rng: &mut SmallRng) -> ProbeSettings {
     let interval = rng.random_range(100..6000);
     ProbeSettings {
-        protocol: if rng.random_bool(0.7) { Protocol::Icmp } else { Protocol::Tcp { port: None } },
+        protocol: if rng.random_bool(0.7) { ProbeProtocol::Icmp } else { ProbeProtocol::Tcp { port: None } },
         interval: ms(interval),
         timeout: ms(rng.random_range(30..=interval)),
         unhealthy_threshold: rng.random_range(1..4),
@@ -186,12 +186,12 @@ fn losing_all_but_one_probe_of_each_round_ejects_nobody() {
         let settings = ProbeSettings { interval: ms(1500), timeout: ms(1200), ..ProbeSettings::default() };
         for n in 0..10 {
             // The last probe of a round has a third of the timeout left.
-            let host = Host { loses: ATTEMPTS - 1, round_trip: (ms(0), ms(395)), ..Host::up() };
+            let host = Host { loses: PROBES_PER_ROUND - 1, round_trip: (ms(0), ms(395)), ..Host::up() };
             world.hosts.insert(target(n, &settings).address, host);
         }
         world.watch((0..10).map(|n| target(n, &settings)).collect());
         world.run(ms(60_000), |_| false);
-        assert!(world.changes.iter().all(|(_, _, state)| *state == State::Healthy), "{:?}", world.changes);
+        assert!(world.changes.iter().all(|(_, _, state)| *state == HealthState::Healthy), "{:?}", world.changes);
         assert_eq!(world.changes.len(), 10);
         assert!(world.sent.len() > 100);
     });
@@ -220,16 +220,16 @@ fn a_dead_receiver_is_out_within_interval_and_timeout_and_comes_back() {
         // What was on its way when it died may still arrive.
         let died = world.now + host.round_trip.1;
         let is = |world: &World, state| world.monitor.targets().any(|(t, s)| t.address == victim && s.state == state);
-        world.run(died + settings.interval * 3 + timeout, |world| is(world, State::Unhealthy));
+        world.run(died + settings.interval * 3 + timeout, |world| is(world, HealthState::Unhealthy));
         let slack = world.lateness * 8;
         assert!(world.now <= died + settings.interval + timeout + slack, "{:?} after {died:?}", world.now);
 
         let back = world.now;
         world.hosts.insert(victim, host);
         let rounds = settings.healthy_threshold + 2;
-        world.run(back + settings.interval * rounds * 2, |world| is(world, State::Healthy));
+        world.run(back + settings.interval * rounds * 2, |world| is(world, HealthState::Healthy));
         assert!(world.now <= back + settings.interval * rounds + timeout + slack * rounds, "{:?} {back:?}", world.now);
-        let out: Vec<_> = world.changes.iter().filter(|(_, _, state)| *state == State::Unhealthy).collect();
+        let out: Vec<_> = world.changes.iter().filter(|(_, _, state)| *state == HealthState::Unhealthy).collect();
         assert_eq!(out.len(), 1, "the others had no trouble");
     });
 }
@@ -325,20 +325,23 @@ fn anything(world: &mut World, palette: &[ProbeSettings]) {
             without_port.set_port(0);
             world.hosts.insert(without_port, host);
         }
-        16..24 => world.handle(Event::Answered { probe, exact: false }),
+        16..24 => world.handle(MonitorEvent::Answered { probe, exact: false }),
         24..32 => {
-            world.handle(Event::Failed { probe, failure: Failure::new(FailureKind::Unreachable, "no route") });
+            world.handle(MonitorEvent::Failed {
+                probe,
+                failure: ProbeFailure::new(ProbeFailureKind::Unreachable, "no route"),
+            });
         }
-        32..42 => world.handle(Event::NotSent(probe)),
+        32..42 => world.handle(MonitorEvent::NotSent(probe)),
         42..50 => {
             let host = address(world.rng.random_range(0..8)).ip();
-            world.handle(Event::Recheck(host));
+            world.handle(MonitorEvent::Recheck(host));
         }
-        50..56 => world.handle(Event::Tick),
+        50..56 => world.handle(MonitorEvent::Tick),
         56..60 => {
             // The process was stopped for a while.
             world.now += ms(world.rng.random_range(0..20_000));
-            world.handle(Event::Tick);
+            world.handle(MonitorEvent::Tick);
         }
         _ => {
             let end = world.now + ms(world.rng.random_range(0..400));

@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use super::model::Outcome;
-use super::settings::ProtocolKind;
+use super::model::ProbeOutcome;
+use super::settings::ProbeKind;
 
-/// Upper bounds of the classes of a [`Histogram`], in seconds.
+/// Upper bounds of the buckets of a [`Histogram`], in seconds.
 pub const BOUNDS: [f64; 14] =
     [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
 
-/// Durations in classes.
+/// Durations in buckets.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Histogram {
     /// One more than there are bounds: the last is for what is longer than all of them.
-    classes: [u64; BOUNDS.len() + 1],
+    buckets: [u64; BOUNDS.len() + 1],
     sum: Duration,
 }
 
@@ -21,7 +21,7 @@ impl Histogram {
     /// Counts one duration.
     pub fn observe(&mut self, value: Duration) {
         let seconds = value.as_secs_f64();
-        self.classes[BOUNDS.partition_point(|&bound| bound < seconds)] += 1;
+        self.buckets[BOUNDS.partition_point(|&bound| bound < seconds)] += 1;
         self.sum = self.sum.saturating_add(value);
     }
 
@@ -29,7 +29,7 @@ impl Histogram {
     /// Prometheus wants it.
     pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
         let bounds = BOUNDS.into_iter().chain([f64::INFINITY]);
-        bounds.zip(self.classes).scan(0, |sum, (bound, count)| {
+        bounds.zip(self.buckets).scan(0, |sum, (bound, count)| {
             *sum += count;
             Some((bound, *sum))
         })
@@ -38,7 +38,7 @@ impl Histogram {
     /// How many durations were counted.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.classes.iter().sum()
+        self.buckets.iter().sum()
     }
 
     /// All of them together.
@@ -50,58 +50,58 @@ impl Histogram {
 
 /// Counts of one protocol's probes since the start.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Tally {
+pub struct ProbeStats {
     sent: u64,
-    ended: [u64; Outcome::ALL.len()],
+    ended: [u64; ProbeOutcome::ALL.len()],
     /// From sending a probe to its answer. Leaves out answers of which it is not known to which probe they belong.
     pub round_trips: Histogram,
 }
 
-impl Tally {
-    pub(crate) fn sent(&mut self) {
+impl ProbeStats {
+    pub(crate) fn record_sent(&mut self) {
         self.sent += 1;
     }
 
-    pub(crate) fn ended(&mut self, outcome: Outcome) {
+    pub(crate) fn record_outcome(&mut self, outcome: ProbeOutcome) {
         self.ended[outcome as usize] += 1;
     }
 
-    /// Probes that have ended in each way, in the order of [`Outcome::ALL`].
-    pub fn outcomes(&self) -> impl Iterator<Item = (Outcome, u64)> + '_ {
-        Outcome::ALL.into_iter().zip(self.ended)
+    /// Probes that have ended in each way, in the order of [`ProbeOutcome::ALL`].
+    pub fn outcomes(&self) -> impl Iterator<Item = (ProbeOutcome, u64)> + '_ {
+        ProbeOutcome::ALL.into_iter().zip(self.ended)
     }
 
     /// Probes that have ended so.
     #[must_use]
-    pub fn count(&self, outcome: Outcome) -> u64 {
+    pub fn count(&self, outcome: ProbeOutcome) -> u64 {
         self.ended[outcome as usize]
     }
 
     /// Probes begun.
     #[must_use]
-    pub fn begun(&self) -> u64 {
+    pub fn sent(&self) -> u64 {
         self.sent
     }
 
     /// Probes on their way: begun and not ended.
     #[must_use]
-    pub fn under_way(&self) -> u64 {
+    pub fn in_flight(&self) -> u64 {
         self.sent - self.ended.iter().sum::<u64>()
     }
 }
 
-/// The tallies of all protocols.
+/// The probe_stats of all protocols.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Tallies([Tally; ProtocolKind::ALL.len()]);
+pub struct ProbeStatsByKind([ProbeStats; ProbeKind::ALL.len()]);
 
-impl Tallies {
+impl ProbeStatsByKind {
     /// One protocol's.
     #[must_use]
-    pub fn of(&self, kind: ProtocolKind) -> &Tally {
+    pub fn of(&self, kind: ProbeKind) -> &ProbeStats {
         &self.0[kind as usize]
     }
 
-    pub(crate) fn of_mut(&mut self, kind: ProtocolKind) -> &mut Tally {
+    pub(crate) fn of_mut(&mut self, kind: ProbeKind) -> &mut ProbeStats {
         &mut self.0[kind as usize]
     }
 }
@@ -112,8 +112,8 @@ mod tests {
 
     #[test]
     fn kinds_and_outcomes_are_numbered_in_order() {
-        assert!(ProtocolKind::ALL.iter().enumerate().all(|(i, kind)| *kind as usize == i));
-        assert!(Outcome::ALL.iter().enumerate().all(|(i, outcome)| *outcome as usize == i));
+        assert!(ProbeKind::ALL.iter().enumerate().all(|(i, kind)| *kind as usize == i));
+        assert!(ProbeOutcome::ALL.iter().enumerate().all(|(i, outcome)| *outcome as usize == i));
     }
 
     #[test]
@@ -122,12 +122,12 @@ mod tests {
         for micros in [0, 100, 101, 2_500_000, 2_500_001, 9_000_000] {
             histogram.observe(Duration::from_micros(micros));
         }
-        let classes: Vec<_> = histogram.cumulative().collect();
-        assert_eq!(classes.len(), 15);
-        assert_eq!(classes[0], (0.0001, 2));
-        assert_eq!(classes[1], (0.000_25, 3));
-        assert_eq!(classes[13], (2.5, 4));
-        assert_eq!(classes[14], (f64::INFINITY, 6));
+        let buckets: Vec<_> = histogram.cumulative().collect();
+        assert_eq!(buckets.len(), 15);
+        assert_eq!(buckets[0], (0.0001, 2));
+        assert_eq!(buckets[1], (0.000_25, 3));
+        assert_eq!(buckets[13], (2.5, 4));
+        assert_eq!(buckets[14], (f64::INFINITY, 6));
         assert_eq!(histogram.count(), 6);
         assert_eq!(histogram.sum(), Duration::from_micros(14_000_202));
     }

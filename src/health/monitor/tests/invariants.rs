@@ -1,10 +1,10 @@
-//! What always holds of a [`Monitor`], whatever has happened.
+//! What always holds of a [`HealthMonitor`], whatever has happened.
 
 use super::super::*;
-use crate::health::settings::ProtocolKind;
+use crate::health::settings::ProbeKind;
 
 /// Panics where something does not hold.
-pub(super) fn check(monitor: &Monitor, now: Duration) {
+pub(super) fn check(monitor: &HealthMonitor, now: Duration) {
     each_target_is_due_once_or_waits(monitor);
     probes_under_way_are_those_of_rounds(monitor);
     connections_are_bounded(monitor);
@@ -18,7 +18,7 @@ pub(super) fn check(monitor: &Monitor, now: Duration) {
     assert_eq!(monitor.hosts.len(), monitor.targets.len());
 }
 
-fn each_target_is_due_once_or_waits(monitor: &Monitor) {
+fn each_target_is_due_once_or_waits(monitor: &HealthMonitor) {
     let due: BTreeSet<(Duration, u64)> =
         monitor.targets.iter().filter_map(|(number, watched)| Some((watched.due?, *number))).collect();
     assert_eq!(monitor.timers, due);
@@ -29,8 +29,8 @@ fn each_target_is_due_once_or_waits(monitor: &Monitor) {
     assert_eq!(waiting.len(), monitor.waiting.len(), "one waits twice");
 }
 
-fn probes_under_way_are_those_of_rounds(monitor: &Monitor) {
-    let mut under_way = [0; ProtocolKind::ALL.len()];
+fn probes_under_way_are_those_of_rounds(monitor: &HealthMonitor) {
+    let mut in_flight = [0; ProbeKind::ALL.len()];
     let mut probes = 0;
     for (number, watched) in &monitor.targets {
         let Some(round) = &watched.round else { continue };
@@ -42,16 +42,16 @@ fn probes_under_way_are_those_of_rounds(monitor: &Monitor) {
             assert!(attempt.sent >= round.started);
         }
         probes += round.pending.len();
-        under_way[watched.target.settings.protocol.kind() as usize] += round.pending.len() as u64;
+        in_flight[watched.target.settings.protocol.kind() as usize] += round.pending.len() as u64;
     }
     assert_eq!(monitor.probes.len(), probes);
-    for kind in ProtocolKind::ALL {
-        assert_eq!(monitor.tallies.of(kind).under_way(), under_way[kind as usize], "{kind}");
+    for kind in ProbeKind::ALL {
+        assert_eq!(monitor.probe_stats.of(kind).in_flight(), in_flight[kind as usize], "{kind}");
     }
 }
 
-fn connections_are_bounded(monitor: &Monitor) {
-    let connects = |watched: &&Watched| watched.target.settings.protocol.connects();
+fn connections_are_bounded(monitor: &HealthMonitor) {
+    let connects = |watched: &&MonitoredTarget| watched.target.settings.protocol.connects();
     let rounds = monitor.targets.values().filter(connects).filter(|watched| watched.round.is_some()).count();
     assert_eq!(monitor.connecting, rounds);
     assert!(rounds <= monitor.limit);
@@ -59,7 +59,7 @@ fn connections_are_bounded(monitor: &Monitor) {
 }
 
 /// Nobody is forgotten: the next thing to do for a target is never further away than its interval.
-fn soon_enough(watched: &Watched, now: Duration) {
+fn soon_enough(watched: &MonitoredTarget, now: Duration) {
     let settings = &watched.target.settings;
     let Some(due) = watched.due else { return };
     match &watched.round {
@@ -68,16 +68,16 @@ fn soon_enough(watched: &Watched, now: Duration) {
     }
 }
 
-fn states_follow_from_rounds(watched: &Watched) {
-    let Watched { status, target, .. } = watched;
+fn states_follow_from_rounds(watched: &MonitoredTarget) {
+    let MonitoredTarget { status, target, .. } = watched;
     let settings = &target.settings;
     assert!(watched.failed == 0 || watched.passed == 0);
     match status.state {
-        State::Unhealthy => {
+        HealthState::Unhealthy => {
             assert!(status.failure.is_some(), "unhealthy without a reason");
             assert!(watched.passed < settings.healthy_threshold);
             assert!(!status.recovered);
         }
-        State::Healthy | State::Unknown => assert!(watched.failed < settings.unhealthy_threshold),
+        HealthState::Healthy | HealthState::Unknown => assert!(watched.failed < settings.unhealthy_threshold),
     }
 }

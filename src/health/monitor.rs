@@ -1,6 +1,6 @@
 //! The state machine of health checks: every target, no I/O.
 //!
-//! [`Monitor::handle`] takes an [`Event`] and says what is to be sent; it opens nothing and reads no clock. A target is
+//! [`HealthMonitor::handle`] takes a [`MonitorEvent`] and says what is to be sent; it opens nothing and reads no clock. A target is
 //! probed in rounds:
 //!
 //! ```text
@@ -17,7 +17,7 @@
 //!
 //! Rounds start on a grid of the target's own, whose phase is a hash of its address: thousands of targets spread evenly
 //! over the interval, and stay where they are when others come and go. Should the caller have been held up, a probe
-//! still gets its time before it counts as unanswered, and a tick sends no more than [`BURST`] probes, so that their
+//! still gets its time before it counts as unanswered, and a tick sends no more than [`MAX_PROBES_PER_TICK`] probes, so that their
 //! answers can be read before the next are sent.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -25,29 +25,29 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::model::{Change, Failure, Outcome, ProbeId, State, Status, Target};
-use super::settings::Protocol;
-use super::tally::Tallies;
+use super::model::{HealthState, ProbeFailure, ProbeId, ProbeOutcome, ProbeTarget, StateChange, TargetStatus};
+use super::probe_stats::ProbeStatsByKind;
+use super::settings::ProbeProtocol;
 use crate::plan::maglev;
 
 /// Probes in one round of a target that is not unhealthy, spread evenly over the timeout.
-pub const ATTEMPTS: u32 = 3;
+pub const PROBES_PER_ROUND: u32 = 3;
 
-/// Most probes sent for one [`Event::Tick`]. Their answers, about 1 KiB each as the kernel counts, fit into the smallest
+/// Most probes sent for one [`MonitorEvent::Tick`]. Their answers, about 1 KiB each as the kernel counts, fit into the smallest
 /// default receive buffer; over loopback they are there before the next probe is sent.
-pub const BURST: u64 = 64;
+pub const MAX_PROBES_PER_TICK: u64 = 64;
 
 /// After a refusal the next probe follows in this part of the timeout.
-const HURRY: u32 = 10;
+const RETRY_DIVISOR: u32 = 10;
 
 /// A round some of whose probes this host cannot send is given up, without a verdict, after so many timeouts.
-const STALEMATE: u32 = 3;
+const MAX_UNSENT_TIMEOUTS: u32 = 3;
 
 /// Something that has happened. Times are durations since the daemon started.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum MonitorEvent {
     /// The targets are these from now on. Those known before keep their state.
-    Targets(Vec<Target>),
+    Targets(Vec<ProbeTarget>),
     /// A valid answer has come.
     Answered {
         /// To this probe, or to one of the same round.
@@ -60,51 +60,51 @@ pub enum Event {
         /// Which.
         probe: ProbeId,
         /// How.
-        failure: Failure,
+        failure: ProbeFailure,
     },
     /// A probe could not be sent for a reason that lies with this host.
     NotSent(ProbeId),
     /// Something may have happened to this host: begin a round now, or, where one has begun within the timeout, when that
     /// has passed.
     Recheck(IpAddr),
-    /// The time of [`Monitor::next_deadline`] has come.
+    /// The time of [`HealthMonitor::next_deadline`] has come.
     Tick,
 }
 
 /// Something to do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Action {
+pub enum MonitorAction {
     /// Send a probe, and report how it ends.
     Send {
         /// Its number.
         probe: ProbeId,
         /// Where to and how.
-        target: Arc<Target>,
+        target: Arc<ProbeTarget>,
     },
     /// Forget a probe. What comes of it no longer matters.
     Cancel {
         /// Its number.
         probe: ProbeId,
         /// Where it was sent.
-        target: Arc<Target>,
+        target: Arc<ProbeTarget>,
     },
     /// A target's state is another.
     Changed {
         /// Whose.
-        target: Arc<Target>,
+        target: Arc<ProbeTarget>,
         /// From what to what.
-        change: Change,
+        change: StateChange,
     },
 }
 
 /// All targets, what is known of them and what is to be sent when.
 #[derive(Debug)]
-pub struct Monitor {
+pub struct HealthMonitor {
     /// Most rounds under way at a time among targets whose probes need a socket each; others wait in `waiting`. What is
     /// bounded are rounds and not probes, so that a round once begun can end, and makes room.
     limit: usize,
-    targets: BTreeMap<u64, Watched>,
-    numbers: HashMap<Arc<Target>, u64>,
+    targets: BTreeMap<u64, MonitoredTarget>,
+    numbers: HashMap<Arc<ProbeTarget>, u64>,
     hosts: BTreeSet<(IpAddr, u64)>,
     probes: HashMap<ProbeId, u64>,
     /// What is due when; each target but the waiting ones once.
@@ -113,52 +113,52 @@ pub struct Monitor {
     connecting: usize,
     next_number: u64,
     next_probe: u64,
-    tallies: Tallies,
+    probe_stats: ProbeStatsByKind,
 }
 
 /// One target.
 #[derive(Debug)]
-struct Watched {
-    target: Arc<Target>,
-    status: Status,
+struct MonitoredTarget {
+    target: Arc<ProbeTarget>,
+    status: TargetStatus,
     /// Rounds in a row.
     failed: u32,
     /// Rounds in a row.
     passed: u32,
-    round: Option<Round>,
+    round: Option<ProbeRound>,
     last_start: Option<Duration>,
     /// When to look at it again; none while it waits for room.
     due: Option<Duration>,
 }
 
 #[derive(Debug)]
-struct Round {
+struct ProbeRound {
     started: Duration,
     sent: u32,
-    pending: Vec<Attempt>,
+    pending: Vec<SentProbe>,
     /// The last refusal.
-    refusal: Option<Failure>,
+    refusal: Option<ProbeFailure>,
     /// Something has happened since it began, so the next is not to wait for its turn.
-    again: bool,
+    recheck_requested: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Attempt {
+struct SentProbe {
     probe: ProbeId,
     sent: Duration,
 }
 
-impl Watched {
+impl MonitoredTarget {
     fn timeout(&self) -> Duration {
         self.target.settings.timeout
     }
 
-    fn gap(&self) -> Duration {
-        self.timeout() / ATTEMPTS
+    fn probe_spacing(&self) -> Duration {
+        self.timeout() / PROBES_PER_ROUND
     }
 
     fn attempts(&self) -> u32 {
-        if self.status.state.usable() { ATTEMPTS } else { 1 }
+        if self.status.state.usable() { PROBES_PER_ROUND } else { 1 }
     }
 
     /// The first start of a round after `time`.
@@ -170,7 +170,7 @@ impl Watched {
     }
 
     /// Changes the state, if it is another.
-    fn turn(&mut self, state: State, now: Duration) -> Option<Action> {
+    fn set_state(&mut self, state: HealthState, now: Duration) -> Option<MonitorAction> {
         let from = self.status.state;
         if from == state {
             return None;
@@ -178,18 +178,18 @@ impl Watched {
         let lasted = now.saturating_sub(self.status.since);
         self.status.state = state;
         self.status.since = now;
-        self.status.recovered = from == State::Unhealthy;
-        let change = Change { from, lasted, status: self.status.clone() };
-        Some(Action::Changed { target: Arc::clone(&self.target), change })
+        self.status.recovered = from == HealthState::Unhealthy;
+        let change = StateChange { from, lasted, status: self.status.clone() };
+        Some(MonitorAction::Changed { target: Arc::clone(&self.target), change })
     }
 }
 
-impl Monitor {
+impl HealthMonitor {
     /// Without targets. `limit` is the most rounds under way at a time among those whose probes need a socket each, of
-    /// which a round has up to [`ATTEMPTS`]; at least one.
+    /// which a round has up to [`PROBES_PER_ROUND`]; at least one.
     #[must_use]
-    pub fn new(limit: usize) -> Monitor {
-        Monitor {
+    pub fn new(limit: usize) -> HealthMonitor {
+        HealthMonitor {
             limit: limit.max(1),
             targets: BTreeMap::new(),
             numbers: HashMap::new(),
@@ -200,26 +200,26 @@ impl Monitor {
             connecting: 0,
             next_number: 0,
             next_probe: 1,
-            tallies: Tallies::default(),
+            probe_stats: ProbeStatsByKind::default(),
         }
     }
 
     /// Takes an event in and says what is to be done, in order. `now` is the time since the daemon started; it does not
     /// go back.
-    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Action> {
+    pub fn handle(&mut self, event: MonitorEvent, now: Duration) -> Vec<MonitorAction> {
         let mut actions = Vec::new();
         match event {
-            Event::Targets(targets) => self.replace(targets, now, &mut actions),
-            Event::Answered { probe, exact } => self.answered(probe, exact, now, &mut actions),
-            Event::Failed { probe, failure } => self.refused(probe, failure, now, &mut actions),
-            Event::NotSent(probe) => self.not_sent(probe, now, &mut actions),
-            Event::Recheck(host) => self.recheck(host, now),
-            Event::Tick => self.tick(now, &mut actions),
+            MonitorEvent::Targets(targets) => self.replace_targets(targets, now, &mut actions),
+            MonitorEvent::Answered { probe, exact } => self.handle_answer(probe, exact, now, &mut actions),
+            MonitorEvent::Failed { probe, failure } => self.handle_failure(probe, failure, now, &mut actions),
+            MonitorEvent::NotSent(probe) => self.handle_not_sent(probe, now, &mut actions),
+            MonitorEvent::Recheck(host) => self.recheck(host, now),
+            MonitorEvent::Tick => self.tick(now, &mut actions),
         }
         actions
     }
 
-    /// When the next [`Event::Tick`] is due; possibly at once. None without targets.
+    /// When the next [`MonitorEvent::Tick`] is due; possibly at once. None without targets.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         self.timers.first().map(|&(due, _)| due)
@@ -227,61 +227,66 @@ impl Monitor {
 
     /// What is known of a target; none if it is not one.
     #[must_use]
-    pub fn status(&self, target: &Target) -> Option<&Status> {
+    pub fn status(&self, target: &ProbeTarget) -> Option<&TargetStatus> {
         let number = self.numbers.get(target)?;
         self.targets.get(number).map(|watched| &watched.status)
     }
 
     /// The targets.
-    pub fn targets(&self) -> impl Iterator<Item = (&Arc<Target>, &Status)> {
+    pub fn targets(&self) -> impl Iterator<Item = (&Arc<ProbeTarget>, &TargetStatus)> {
         self.targets.values().map(|watched| (&watched.target, &watched.status))
     }
 
     /// What has been counted since the start.
     #[must_use]
-    pub fn tallies(&self) -> &Tallies {
-        &self.tallies
+    pub fn probe_stats(&self) -> &ProbeStatsByKind {
+        &self.probe_stats
     }
 
-    fn replace(&mut self, targets: Vec<Target>, now: Duration, actions: &mut Vec<Action>) {
-        let wanted: BTreeSet<Target> = targets.into_iter().collect();
+    fn replace_targets(&mut self, targets: Vec<ProbeTarget>, now: Duration, actions: &mut Vec<MonitorAction>) {
+        let wanted: BTreeSet<ProbeTarget> = targets.into_iter().collect();
         let gone: Vec<u64> = self
             .targets
             .iter()
             .filter(|(_, known)| !wanted.contains(&*known.target))
             .map(|(&number, _)| number)
             .collect();
-        let new: Vec<Target> = wanted.into_iter().filter(|target| !self.numbers.contains_key(target)).collect();
+        let new: Vec<ProbeTarget> = wanted.into_iter().filter(|target| !self.numbers.contains_key(target)).collect();
         // A target that differs from a known one in its timing alone is what that one is.
-        let mut known: HashMap<(SocketAddr, &Protocol), &Status> = HashMap::new();
+        let mut known: HashMap<(SocketAddr, &ProbeProtocol), &TargetStatus> = HashMap::new();
         if !new.is_empty() {
             for watched in self.targets.values() {
-                let Target { address, settings } = &*watched.target;
+                let ProbeTarget { address, settings } = &*watched.target;
                 known.insert((*address, &settings.protocol), &watched.status);
             }
         }
-        let inherited: Vec<Option<Status>> = new
+        let inherited: Vec<Option<TargetStatus>> = new
             .iter()
             .map(|target| known.get(&(target.address, &target.settings.protocol)).map(|&status| status.clone()))
             .collect();
         for number in gone {
-            self.remove(number, now, actions);
+            self.remove_target(number, now, actions);
         }
         self.waiting.retain(|number| self.targets.contains_key(number));
         for (target, status) in new.into_iter().zip(inherited) {
-            self.add(Arc::new(target), status, now);
+            self.add_target(Arc::new(target), status, now);
         }
-        self.admit(now, actions);
+        self.start_waiting_rounds(now, actions);
     }
 
-    fn add(&mut self, target: Arc<Target>, status: Option<Status>, now: Duration) {
+    fn add_target(&mut self, target: Arc<ProbeTarget>, status: Option<TargetStatus>, now: Duration) {
         let number = self.next_number;
         self.next_number += 1;
-        let unknown =
-            || Status { state: State::Unknown, since: now, recovered: false, failure: None, round_trip: None };
+        let unknown = || TargetStatus {
+            state: HealthState::Unknown,
+            since: now,
+            recovered: false,
+            failure: None,
+            round_trip: None,
+        };
         self.numbers.insert(Arc::clone(&target), number);
         self.hosts.insert((target.address.ip(), number));
-        let watched = Watched {
+        let watched = MonitoredTarget {
             target,
             status: status.unwrap_or_else(unknown),
             failed: 0,
@@ -295,8 +300,8 @@ impl Monitor {
         self.set_due(number, Some(due));
     }
 
-    fn remove(&mut self, number: u64, now: Duration, actions: &mut Vec<Action>) {
-        self.end_round(number, Outcome::Abandoned, now, actions);
+    fn remove_target(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
+        self.end_round(number, ProbeOutcome::Abandoned, now, actions);
         self.set_due(number, None);
         if let Some(watched) = self.targets.remove(&number) {
             self.hosts.remove(&(watched.target.address.ip(), number));
@@ -304,27 +309,27 @@ impl Monitor {
         }
     }
 
-    fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
+    fn tick(&mut self, now: Duration, actions: &mut Vec<MonitorAction>) {
         let first = self.next_probe;
         while let Some(&(due, number)) = self.timers.first()
             && due <= now
-            && self.next_probe - first < BURST
+            && self.next_probe - first < MAX_PROBES_PER_TICK
         {
-            self.act(number, now, actions);
+            self.run_due(number, now, actions);
         }
     }
 
     /// Does what is due for a target.
-    fn act(&mut self, number: u64, now: Duration, actions: &mut Vec<Action>) {
+    fn run_due(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get(&number) else { return };
         match &watched.round {
-            None => self.start(number, now, actions),
-            Some(round) if round.sent < watched.attempts() => self.attempt(number, now, actions),
-            Some(_) => self.round_failed(number, now, actions),
+            None => self.start_round(number, now, actions),
+            Some(round) if round.sent < watched.attempts() => self.send_probe(number, now, actions),
+            Some(_) => self.fail_round(number, now, actions),
         }
     }
 
-    fn start(&mut self, number: u64, now: Duration, actions: &mut Vec<Action>) {
+    fn start_round(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get_mut(&number) else { return };
         if watched.target.settings.protocol.connects() {
             if self.connecting >= self.limit {
@@ -334,44 +339,45 @@ impl Monitor {
             }
             self.connecting += 1;
         }
-        watched.round = Some(Round { started: now, sent: 0, pending: Vec::new(), refusal: None, again: false });
+        watched.round =
+            Some(ProbeRound { started: now, sent: 0, pending: Vec::new(), refusal: None, recheck_requested: false });
         watched.last_start = Some(now);
-        self.attempt(number, now, actions);
+        self.send_probe(number, now, actions);
     }
 
     /// Starts rounds that have waited for room.
-    fn admit(&mut self, now: Duration, actions: &mut Vec<Action>) {
+    fn start_waiting_rounds(&mut self, now: Duration, actions: &mut Vec<MonitorAction>) {
         while self.connecting < self.limit
             && let Some(number) = self.waiting.pop_front()
         {
-            self.start(number, now, actions);
+            self.start_round(number, now, actions);
         }
     }
 
-    fn attempt(&mut self, number: u64, now: Duration, actions: &mut Vec<Action>) {
+    fn send_probe(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get_mut(&number) else { return };
-        let (attempts, gap, timeout) = (watched.attempts(), watched.gap(), watched.timeout());
+        let (attempts, gap, timeout) = (watched.attempts(), watched.probe_spacing(), watched.timeout());
         let Some(round) = &mut watched.round else { return };
         let probe = ProbeId(self.next_probe);
         self.next_probe += 1;
         round.sent += 1;
-        round.pending.push(Attempt { probe, sent: now });
+        round.pending.push(SentProbe { probe, sent: now });
         // The last probe gets its time even if it was sent late.
         let due = if round.sent < attempts { now + gap } else { (now + gap).max(round.started + timeout) };
         let target = Arc::clone(&watched.target);
         self.probes.insert(probe, number);
-        self.tallies.of_mut(target.settings.protocol.kind()).sent();
+        self.probe_stats.of_mut(target.settings.protocol.kind()).record_sent();
         self.set_due(number, Some(due));
-        actions.push(Action::Send { probe, target });
+        actions.push(MonitorAction::Send { probe, target });
     }
 
-    fn answered(&mut self, probe: ProbeId, exact: bool, now: Duration, actions: &mut Vec<Action>) {
-        let Some((number, attempt)) = self.settle(probe, Outcome::Answered) else { return };
+    fn handle_answer(&mut self, probe: ProbeId, exact: bool, now: Duration, actions: &mut Vec<MonitorAction>) {
+        let Some((number, attempt)) = self.record_outcome(probe, ProbeOutcome::Answered) else { return };
         let Some(watched) = self.targets.get_mut(&number) else { return };
         if exact {
             let round_trip = now.saturating_sub(attempt.sent);
             watched.status.round_trip = Some(round_trip);
-            self.tallies.of_mut(watched.target.settings.protocol.kind()).round_trips.observe(round_trip);
+            self.probe_stats.of_mut(watched.target.settings.protocol.kind()).round_trips.observe(round_trip);
         }
         watched.failed = 0;
         watched.passed = watched.passed.saturating_add(1);
@@ -379,35 +385,41 @@ impl Monitor {
         if healthy {
             watched.status.failure = None;
         }
-        let change = if healthy { watched.turn(State::Healthy, now) } else { None };
-        self.end_round(number, Outcome::Abandoned, now, actions);
+        let change = if healthy { watched.set_state(HealthState::Healthy, now) } else { None };
+        self.end_round(number, ProbeOutcome::Abandoned, now, actions);
         actions.extend(change);
-        self.admit(now, actions);
+        self.start_waiting_rounds(now, actions);
     }
 
-    fn refused(&mut self, probe: ProbeId, failure: Failure, now: Duration, actions: &mut Vec<Action>) {
-        let Some((number, _)) = self.settle(probe, failure.kind.into()) else { return };
+    fn handle_failure(
+        &mut self,
+        probe: ProbeId,
+        failure: ProbeFailure,
+        now: Duration,
+        actions: &mut Vec<MonitorAction>,
+    ) {
+        let Some((number, _)) = self.record_outcome(probe, failure.kind.into()) else { return };
         let Some(watched) = self.targets.get_mut(&number) else { return };
-        let (attempts, soon) = (watched.attempts(), now + watched.timeout() / HURRY);
+        let (attempts, soon) = (watched.attempts(), now + watched.timeout() / RETRY_DIVISOR);
         let due = watched.due;
         let Some(round) = &mut watched.round else { return };
         round.refusal = Some(failure);
         if round.sent < attempts {
             self.set_due(number, Some(due.map_or(soon, |due| due.min(soon))));
         } else if round.pending.is_empty() {
-            self.round_failed(number, now, actions);
+            self.fail_round(number, now, actions);
         }
     }
 
-    fn not_sent(&mut self, probe: ProbeId, now: Duration, actions: &mut Vec<Action>) {
-        let Some((number, _)) = self.settle(probe, Outcome::NotSent) else { return };
+    fn handle_not_sent(&mut self, probe: ProbeId, now: Duration, actions: &mut Vec<MonitorAction>) {
+        let Some((number, _)) = self.record_outcome(probe, ProbeOutcome::NotSent) else { return };
         let Some(watched) = self.targets.get_mut(&number) else { return };
-        let (later, timeout) = (now + watched.gap(), watched.timeout());
+        let (later, timeout) = (now + watched.probe_spacing(), watched.timeout());
         let Some(round) = &mut watched.round else { return };
         round.sent -= 1;
-        if round.sent == 0 || now >= round.started + timeout * STALEMATE {
-            self.end_round(number, Outcome::Abandoned, now, actions);
-            self.admit(now, actions);
+        if round.sent == 0 || now >= round.started + timeout * MAX_UNSENT_TIMEOUTS {
+            self.end_round(number, ProbeOutcome::Abandoned, now, actions);
+            self.start_waiting_rounds(now, actions);
         } else {
             self.set_due(number, Some(later));
         }
@@ -418,7 +430,7 @@ impl Monitor {
         for number in numbers {
             let Some(watched) = self.targets.get_mut(&number) else { continue };
             if let Some(round) = &mut watched.round {
-                round.again = true;
+                round.recheck_requested = true;
                 continue;
             }
             let rested = watched.last_start.map_or(now, |start| now.max(start + watched.timeout()));
@@ -428,32 +440,32 @@ impl Monitor {
         }
     }
 
-    fn round_failed(&mut self, number: u64, now: Duration, actions: &mut Vec<Action>) {
+    fn fail_round(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get_mut(&number) else { return };
         let timeout = watched.timeout();
         let refusal = watched.round.as_mut().and_then(|round| round.refusal.take());
-        watched.status.failure = Some(refusal.unwrap_or_else(|| Failure::silence(timeout)));
+        watched.status.failure = Some(refusal.unwrap_or_else(|| ProbeFailure::silence(timeout)));
         watched.passed = 0;
         watched.failed = watched.failed.saturating_add(1);
         let unhealthy = watched.failed >= watched.target.settings.unhealthy_threshold;
-        let change = if unhealthy { watched.turn(State::Unhealthy, now) } else { None };
-        self.end_round(number, Outcome::NoAnswer, now, actions);
+        let change = if unhealthy { watched.set_state(HealthState::Unhealthy, now) } else { None };
+        self.end_round(number, ProbeOutcome::NoAnswer, now, actions);
         actions.extend(change);
-        self.admit(now, actions);
+        self.start_waiting_rounds(now, actions);
     }
 
     /// Notes how a probe has ended. None if it has before.
-    fn settle(&mut self, probe: ProbeId, outcome: Outcome) -> Option<(u64, Attempt)> {
+    fn record_outcome(&mut self, probe: ProbeId, outcome: ProbeOutcome) -> Option<(u64, SentProbe)> {
         let number = self.probes.remove(&probe)?;
         let watched = self.targets.get_mut(&number)?;
         let pending = &mut watched.round.as_mut()?.pending;
         let place = pending.iter().position(|attempt| attempt.probe == probe)?;
-        self.tallies.of_mut(watched.target.settings.protocol.kind()).ended(outcome);
+        self.probe_stats.of_mut(watched.target.settings.protocol.kind()).record_outcome(outcome);
         Some((number, pending.remove(place)))
     }
 
     /// Ends the round, if one is under way, and with it the probes not yet settled, and schedules the next.
-    fn end_round(&mut self, number: u64, rest: Outcome, now: Duration, actions: &mut Vec<Action>) {
+    fn end_round(&mut self, number: u64, rest: ProbeOutcome, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get_mut(&number) else { return };
         let Some(round) = watched.round.take() else { return };
         let protocol = &watched.target.settings.protocol;
@@ -462,12 +474,12 @@ impl Monitor {
         }
         for attempt in round.pending {
             self.probes.remove(&attempt.probe);
-            self.tallies.of_mut(protocol.kind()).ended(rest);
-            actions.push(Action::Cancel { probe: attempt.probe, target: Arc::clone(&watched.target) });
+            self.probe_stats.of_mut(protocol.kind()).record_outcome(rest);
+            actions.push(MonitorAction::Cancel { probe: attempt.probe, target: Arc::clone(&watched.target) });
         }
         // Where the round has taken longer than the interval, the next is due already.
         let turn = watched.start_after(round.started);
-        let due = if round.again { turn.min(round.started + watched.timeout()) } else { turn }.max(now);
+        let due = if round.recheck_requested { turn.min(round.started + watched.timeout()) } else { turn }.max(now);
         self.set_due(number, Some(due));
     }
 
