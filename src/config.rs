@@ -1,24 +1,24 @@
 //! The validated configuration: what the rest of the program may rely on.
 //!
 //! ```text
-//! text ──► document ──► shape ──► file ──► rules ──► Config ──► render
+//! text ──► document ──► schema_check ──► file ──► rules ──► Config ──► render
 //!          (lines)     (keys)   (defaults)                     (effective TOML)
 //! ```
 //!
-//! `document` reads TOML or YAML into one tree that knows its lines; `shape` checks it against the table of all
+//! `document` reads TOML or YAML into one tree that knows its lines; `schema_check` checks it against the table of all
 //! [`keys`]; `file` holds the serde types that mirror the file, with every default; `rules` checks the rest and makes a
 //! [`Config`]. No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
 
 mod address;
-mod change;
 mod document;
 mod file;
 pub mod keys;
+mod listener_ids;
 mod problem;
 mod protocol;
 mod render;
 mod rules;
-mod shape;
+mod schema_check;
 #[cfg(test)]
 mod tests;
 pub mod watch;
@@ -33,9 +33,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use change::Numbers;
+pub use listener_ids::ListenerIdAllocator;
 pub use problem::{Problem, Problems};
-pub use protocol::Protocol;
+pub use protocol::ListenerProtocol;
 
 use crate::admission::{RateLimit, Sources};
 use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
@@ -93,7 +93,7 @@ pub struct Config {
     pub path: PathBuf,
     /// Whether a change of the file is a reason to read it again.
     pub watch: bool,
-    /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::succeeding`] gives
+    /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::inherit_listener_ids`] gives
     /// it another.
     pub listeners: Vec<ListenerConfig>,
     /// The health checks of listeners without a `health` of their own, if enabled.
@@ -101,20 +101,20 @@ pub struct Config {
     /// The HTTP endpoint, if enabled.
     pub metrics: Option<MetricsConfig>,
     /// Sizes of the kernel program's maps.
-    pub limits: Limits,
+    pub limits: MapLimits,
     /// The Unix socket on which the daemon answers `udp-fanout status`: an absolute path.
     pub status_socket: PathBuf,
     /// How the TC program is attached to interfaces.
-    pub attach: Attach,
+    pub attach: AttachConfig,
     /// What becomes of the kernel program without a daemon.
-    pub succession: Succession,
+    pub handover: HandoverConfig,
     /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
     pub warnings: Vec<String>,
 }
 
 /// How the TC program is attached to interfaces, all of them alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
-pub struct Attach {
+pub struct AttachConfig {
     /// Where.
     pub hook: AttachHook,
     /// Its place among other TCX programs, where it is one.
@@ -147,7 +147,7 @@ pub enum TcxOrder {
 
 /// What becomes of the kernel program when the daemon ends, and until the next one comes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Succession {
+pub struct HandoverConfig {
     /// Whether it stays.
     pub on_exit: OnExit,
     /// The directory of a BPF file system in which it is pinned: an absolute path.
@@ -156,9 +156,9 @@ pub struct Succession {
     pub max_headless: Option<Duration>,
 }
 
-impl Default for Succession {
-    fn default() -> Succession {
-        Succession {
+impl Default for HandoverConfig {
+    fn default() -> HandoverConfig {
+        HandoverConfig {
             on_exit: OnExit::Detach,
             pin_path: PathBuf::from(PIN_PATH),
             max_headless: Some(Duration::from_secs(HEADLESS.into())),
@@ -191,7 +191,7 @@ pub struct ListenerConfig {
     /// The datapath asked for.
     pub mode: RequestedMode,
     /// What it carries.
-    pub protocol: Protocol,
+    pub protocol: ListenerProtocol,
     /// How a downstream is chosen.
     pub policy: Policy,
     /// Who may send.
@@ -199,11 +199,11 @@ pub struct ListenerConfig {
     /// How fast each sender may send, if there is a limit.
     pub rate_limit: Option<RateLimit>,
     /// Where its downstreams come from.
-    pub source: Source,
+    pub source: DownstreamSource,
     /// How they are checked, if they are.
     pub health: Option<HealthSettings>,
     /// Settings of its userspace datapath.
-    pub settings: Settings,
+    pub settings: UserspaceSettings,
 }
 
 /// Which interfaces a listener's traffic arrives on.
@@ -232,7 +232,7 @@ pub enum RequestedMode {
 /// Where a listener's downstreams come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Source {
+pub enum DownstreamSource {
     /// The configuration file; at least one.
     Static(Vec<Downstream>),
     /// The configuration file, and the names in it.
@@ -261,9 +261,10 @@ pub struct KubernetesSource {
     pub terminating: Terminating,
 }
 
-/// Settings of the userspace datapath of one listener.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Settings {
+/// Settings of the userspace datapath of one listener: `listeners[].settings`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UserspaceSettings {
     /// Worker threads, each with its own socket; 0 means one per CPU.
     pub workers: u32,
     /// Messages taken from the kernel per system call, 1 to 1024.
@@ -271,6 +272,7 @@ pub struct Settings {
     /// Pin worker n to CPU n.
     pub pin_cpus: bool,
     /// `SO_RCVBUF` of each worker's socket, in bytes; none leaves the host's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub recv_buf_size: Option<u32>,
     /// Longest datagram forwarded, in bytes of UDP payload, 1 to 65,507.
     pub max_packet_size: u32,
@@ -279,9 +281,9 @@ pub struct Settings {
 }
 
 /// What a listener has that says nothing of them.
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings {
+impl Default for UserspaceSettings {
+    fn default() -> UserspaceSettings {
+        UserspaceSettings {
             workers: 0,
             batch_size: 64,
             pin_cpus: false,
@@ -301,9 +303,10 @@ pub struct MetricsConfig {
     pub path: String,
 }
 
-/// Sizes of the kernel program's maps; fixed while the daemon runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Limits {
+/// Sizes of the kernel program's maps; fixed while the daemon runs: `limits`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MapLimits {
     /// Most listeners, 1 to 4,096.
     pub max_listeners: u32,
     /// Most downstreams over all listeners, 1 to 1,000,000.
@@ -312,6 +315,12 @@ pub struct Limits {
     pub max_sources: u32,
     /// Most senders whose rates are kept apart, 1,024 to 1,000,000.
     pub max_senders: u32,
+}
+
+impl Default for MapLimits {
+    fn default() -> MapLimits {
+        MapLimits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
+    }
 }
 
 impl Config {
@@ -371,7 +380,7 @@ fn top_path(path: &Path, key: &str) -> Option<PathBuf> {
     let text = String::from_utf8(read(path).ok()?).ok()?;
     let document = document::Document::read(&text, path).ok()?;
     match document.top(key) {
-        Some(document::Value::Text(value)) => Some(PathBuf::from(value)),
+        Some(document::DocumentValue::Text(value)) => Some(PathBuf::from(value)),
         _ => None,
     }
 }
@@ -379,11 +388,11 @@ fn top_path(path: &Path, key: &str) -> Option<PathBuf> {
 fn parse(text: &str, path: &Path) -> Result<Config, Problems> {
     let document = document::Document::read(text, path)?;
     let mut problems = Problems::new(path);
-    shape::check(&document, &mut problems);
+    schema_check::check(&document, &mut problems);
     if !problems.is_empty() {
         return Err(problems.in_order());
     }
-    let file = file::File::from_document(&document)
+    let file = file::ConfigFile::from_document(&document)
         .map_err(|error| Problems::one(path, None, format!("cannot be understood: {}", error.message())))?;
     rules::apply(file, path, &document, &mut problems).ok_or_else(|| problems.in_order())
 }
@@ -391,8 +400,8 @@ fn parse(text: &str, path: &Path) -> Result<Config, Problems> {
 /// The file's bytes, or what is wrong and the fix.
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| explain(&error))?;
-    file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes).map_err(|error| explain(&error))?;
+    let file = File::open(path).map_err(|error| describe_read_error(&error))?;
+    file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes).map_err(|error| describe_read_error(&error))?;
     if bytes.len() as u64 > MAX_FILE_SIZE {
         return Err(format!("is larger than {} MiB; name a configuration file with --config", MAX_FILE_SIZE >> 20));
     }
@@ -400,7 +409,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// Why a file cannot be read, and the fix.
-fn explain(error: &io::Error) -> String {
+fn describe_read_error(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "no such file; create it (config/reference.toml shows every key), or name another \
                                     with --config"
@@ -421,8 +430,8 @@ impl ListenerConfig {
     #[must_use]
     pub fn names_request(&self) -> Option<names::Request> {
         match &self.source {
-            Source::Static(_) | Source::Kubernetes(_) => None,
-            Source::Names(NamedSource { entries, interval }) => Some(names::Request {
+            DownstreamSource::Static(_) | DownstreamSource::Kubernetes(_) => None,
+            DownstreamSource::Names(NamedSource { entries, interval }) => Some(names::Request {
                 listener: self.id,
                 name: self.name.as_str().into(),
                 family: Family::of(self.bind.ip()),
@@ -436,8 +445,8 @@ impl ListenerConfig {
     #[must_use]
     pub fn discovery_request(&self) -> Option<discovery::Request> {
         match &self.source {
-            Source::Static(_) | Source::Names(_) => None,
-            Source::Kubernetes(source) => Some(discovery::Request {
+            DownstreamSource::Static(_) | DownstreamSource::Names(_) => None,
+            DownstreamSource::Kubernetes(source) => Some(discovery::Request {
                 listener: self.id,
                 services: source.services.clone(),
                 family: Family::of(self.bind.ip()),

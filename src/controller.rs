@@ -19,7 +19,7 @@ use self::ages::Ages;
 pub use self::mode::ModeChoice;
 pub use self::reload::Prepared;
 use self::reload::Previous;
-use crate::config::{Attach, Config, ListenerConfig};
+use crate::config::{AttachConfig, Config, ListenerConfig};
 use crate::health::ListenerCheck;
 use crate::health::weights::{HealthMap, effective_weights};
 use crate::host::HostFacts;
@@ -97,7 +97,7 @@ pub enum NotReady {
 #[derive(Debug)]
 pub struct Controller {
     listeners: Vec<Listener>,
-    attach: Attach,
+    attach: AttachConfig,
     health_map: HealthMap,
     facts: HostFacts,
     /// The plan last handed out, and whether it is in force.
@@ -128,7 +128,7 @@ impl Controller {
     pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
         let mut controller = Controller {
             listeners: Vec::new(),
-            attach: Attach::default(),
+            attach: AttachConfig::default(),
             health_map: HealthMap::default(),
             facts,
             plan: Plan::default(),

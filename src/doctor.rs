@@ -28,7 +28,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cli;
-use crate::config::{Config, Interfaces, ListenerConfig, Problems, Source};
+use crate::config::{Config, DownstreamSource, Interfaces, ListenerConfig, Problems};
 use crate::controller::ModeChoice;
 use crate::host::{Address, Host, HostFacts, Link};
 use crate::model::{Downstream, ListenerId, Mode};
@@ -176,8 +176,10 @@ fn subjects(
     let mut subjects = Vec::new();
     for listener in &config.listeners {
         let downstreams = match &listener.source {
-            Source::Static(downstreams) => downstreams.clone(),
-            Source::Kubernetes(_) | Source::Names(_) => discovered.remove(&listener.id).unwrap_or_default(),
+            DownstreamSource::Static(downstreams) => downstreams.clone(),
+            DownstreamSource::Kubernetes(_) | DownstreamSource::Names(_) => {
+                discovered.remove(&listener.id).unwrap_or_default()
+            }
         };
         if let Some(choice) = choices.remove(&listener.id) {
             subjects.push(Subject { config: listener, choice, downstreams });

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::admission::{Meter, Sources};
-use crate::config::{Attach, Settings};
+use crate::config::{AttachConfig, UserspaceSettings};
 use crate::host::Mac;
 use crate::model::{Downstream, ListenerId, Mode, Policy};
 
@@ -24,7 +24,7 @@ pub struct Plan {
     /// Ordered by id.
     pub listeners: Vec<ListenerPlan>,
     /// How the TC program is attached.
-    pub attach: Attach,
+    pub attach: AttachConfig,
 }
 
 /// What to do with one listener's datagrams.
@@ -59,8 +59,8 @@ pub struct ListenerPlan {
     pub targets: Arc<[Target]>,
     /// Indices into `targets` in the order of the round. Empty exactly if `targets` is.
     pub table: Arc<[u32]>,
-    /// Settings of the userspace datapath.
-    pub settings: Settings,
+    /// UserspaceSettings of the userspace datapath.
+    pub settings: UserspaceSettings,
 }
 
 /// An interface: the kernel's number for it, and the name for people.

@@ -10,8 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use udp_fanout::config::keys::{self, Absent, Key, Kind};
-use udp_fanout::config::{Config, Interfaces, OnExit, RequestedMode, Source, Succession};
+use udp_fanout::config::keys::{self, KeyKind, KeySpec, WhenAbsent};
+use udp_fanout::config::{Config, DownstreamSource, HandoverConfig, Interfaces, OnExit, RequestedMode};
 use udp_fanout::discovery::{PortRef, ServiceRef};
 use udp_fanout::health::settings::ProbeProtocol;
 
@@ -52,7 +52,7 @@ fn the_examples_are_what_they_promise() {
     for listener in &run.listeners {
         assert_eq!(listener.mode, RequestedMode::Userspace, "works without root");
         assert!(listener.bind.ip().is_loopback() && listener.bind.port() > 1024);
-        let Source::Static(downstreams) = &listener.source else { panic!("works without a cluster") };
+        let DownstreamSource::Static(downstreams) = &listener.source else { panic!("works without a cluster") };
         assert!(downstreams.len() == 3 && downstreams.iter().all(|d| d.address.ip().is_loopback()));
     }
     assert_eq!(run.metrics.unwrap().bind.to_string(), "127.0.0.1:9090");
@@ -60,14 +60,14 @@ fn the_examples_are_what_they_promise() {
     let syslog = load("syslog.toml");
     assert_eq!(syslog.listeners[0].mode, RequestedMode::TcEbpf);
     assert_eq!(
-        syslog.succession,
-        Succession { on_exit: OnExit::Keep, ..Succession::default() },
+        syslog.handover,
+        HandoverConfig { on_exit: OnExit::Keep, ..HandoverConfig::default() },
         "the unit's place for pins"
     );
-    assert!(matches!(&syslog.listeners[0].source, Source::Static(downstreams) if downstreams.len() == 3));
+    assert!(matches!(&syslog.listeners[0].source, DownstreamSource::Static(downstreams) if downstreams.len() == 3));
 
     let kubernetes = load("kubernetes.toml");
-    assert!(kubernetes.listeners.iter().all(|l| matches!(l.source, Source::Kubernetes(_))));
+    assert!(kubernetes.listeners.iter().all(|l| matches!(l.source, DownstreamSource::Kubernetes(_))));
 
     let tenants = load("multi-tenant.toml");
     let guide = snippets(&repository().join("tests/data/guide-snippets.md")).pop().unwrap();
@@ -114,15 +114,15 @@ fn the_reference_holds_every_key() {
         assert!(shown.contains_key(path), "config/reference.toml lacks {path}");
         match key.absent {
             // The reference shows the table, whose absence means the opposite of this default.
-            Absent::Default(_) if path == "metrics.enabled" => assert_eq!(set[path], "false"),
-            Absent::Default(default) => {
+            WhenAbsent::Default(_) if path == "metrics.enabled" => assert_eq!(set[path], "false"),
+            WhenAbsent::Default(default) => {
                 assert_eq!(set.get(path).map(String::as_str), Some(default), "config/reference.toml: {path}");
             }
             // Required in most files, and set in one place of the reference or another.
-            Absent::Means(_) if ["service", "port"].contains(&key.name) && set.contains_key(path) => {}
-            Absent::Means(_) => assert!(!set.contains_key(path), "config/reference.toml sets {path}: no default"),
+            WhenAbsent::Means(_) if ["service", "port"].contains(&key.name) && set.contains_key(path) => {}
+            WhenAbsent::Means(_) => assert!(!set.contains_key(path), "config/reference.toml sets {path}: no default"),
             // Or the whole table that requires it is an example.
-            Absent::Refused => {
+            WhenAbsent::Refused => {
                 let table = path.trim_end_matches(key.name);
                 let example = !set.keys().any(|other| other.starts_with(table));
                 assert!(example || set.contains_key(path), "config/reference.toml: {path} is required");
@@ -237,7 +237,7 @@ fn with(path: &str, value: &str) -> String {
     toml::to_string(&text).unwrap()
 }
 
-fn every_leaf(visit: &mut dyn FnMut(&str, &'static Key)) {
+fn every_leaf(visit: &mut dyn FnMut(&str, &'static KeySpec)) {
     keys::walk(&mut |path, key| {
         if key.kind.children().is_empty() {
             visit(path, key);
@@ -250,7 +250,7 @@ fn every_default_in_the_table_is_the_real_one() {
     let path = Path::new("c.toml");
     let minimal = Config::parse(MINIMAL, path).unwrap();
     every_leaf(&mut |name, key| {
-        let Absent::Default(default) = key.absent else { return };
+        let WhenAbsent::Default(default) = key.absent else { return };
         let config = Config::parse(&with(name, default), path).unwrap();
         if name.starts_with("metrics.") {
             let empty = Config::parse(&format!("{MINIMAL}\n[metrics]"), path).unwrap();
@@ -275,23 +275,23 @@ fn every_range_in_the_table_is_the_real_one() {
     let try_value = |name: &str, value: String| Config::parse(&with(name, &value), Path::new("c.toml"));
     every_leaf(&mut |name, key| {
         let (inside, outside): (Vec<String>, Vec<String>) = match &key.kind {
-            Kind::Integer(range) | Kind::IntegerOrText(range, _) => {
+            KeyKind::Integer(range) | KeyKind::IntegerOrText(range, _) => {
                 let (low, high) = (*range.start(), *range.end());
                 let max_is_too_small_for_the_file = name == "limits.max_listeners" && low == 1;
                 let low_inside = if max_is_too_small_for_the_file { low + 2 } else { low };
                 (vec![low_inside.to_string(), high.to_string()], vec![(low - 1).to_string(), (high + 1).to_string()])
             }
-            Kind::Seconds(range) => {
+            KeyKind::Seconds(range) => {
                 let inside = if name.ends_with("health.interval_secs") { range.end() } else { range.start() };
                 let (below, above) = (range.start() - 0.001, range.end() + 0.001);
                 let outside = [below, -1.0, above, f64::NAN, f64::INFINITY];
                 (vec![format!("{inside:?}")], outside.map(|value| format!("{value:?}").to_lowercase()).into())
             }
-            Kind::Number(range) => (
+            KeyKind::Number(range) => (
                 vec![format!("{:?}", range.start()), format!("{:?}", range.end())],
                 vec!["0".into(), "-0.5".into(), "1.000001".into(), "nan".into(), "inf".into()],
             ),
-            Kind::Choice(choices) => (choices.iter().map(|c| format!("{c:?}")).collect(), vec!["\"other\"".into()]),
+            KeyKind::Choice(choices) => (choices.iter().map(|c| format!("{c:?}")).collect(), vec!["\"other\"".into()]),
             _ => return,
         };
         for value in inside {
@@ -308,18 +308,18 @@ fn every_range_in_the_table_is_the_real_one() {
 // ---- Documentation ----
 
 /// The rows for the keys of one table, as Markdown.
-fn markdown(table: &str, keys: &[Key]) -> String {
+fn markdown(table: &str, keys: &[KeySpec]) -> String {
     let mut text = String::from("| key | type | takes | default | meaning | example |\n|---|---|---|---|---|---|\n");
     let header = table.replace("[]", "");
     let header = if header.is_empty() { header } else { header + "." };
     for key in keys {
         let default = match key.absent {
-            Absent::Refused => "required".to_owned(),
-            Absent::Default(value) => format!("`{value}`"),
-            Absent::Means(words) => words.to_owned(),
+            WhenAbsent::Refused => "required".to_owned(),
+            WhenAbsent::Default(value) => format!("`{value}`"),
+            WhenAbsent::Means(words) => words.to_owned(),
         };
         let example = match (&key.kind, key.example) {
-            (Kind::Tables(_), "") => format!("`[[{header}{}]]`", key.name),
+            (KeyKind::Tables(_), "") => format!("`[[{header}{}]]`", key.name),
             (_, "") => format!("`[{header}{}]`", key.name),
             (_, example) => format!("`{} = {example}`", key.name),
         };
@@ -334,9 +334,9 @@ fn markdown(table: &str, keys: &[Key]) -> String {
 fn the_documentation_has_every_key() {
     let path = repository().join("docs/CONFIGURATION.md");
     let text = fs::read_to_string(&path).unwrap();
-    let mut tables: BTreeMap<String, &[Key]> = BTreeMap::from([(String::new(), keys::FILE)]);
+    let mut tables: BTreeMap<String, &[KeySpec]> = BTreeMap::from([(String::new(), keys::FILE)]);
     keys::walk(&mut |path, key| {
-        let list = if matches!(key.kind, Kind::Tables(_) | Kind::NamesOrTables(..)) { "[]" } else { "" };
+        let list = if matches!(key.kind, KeyKind::Tables(_) | KeyKind::NamesOrTables(..)) { "[]" } else { "" };
         if !key.kind.children().is_empty() {
             tables.insert(format!(" {path}{list}"), key.kind.children());
         }
@@ -455,7 +455,7 @@ fn every_configuration_in_the_deployment_guide_loads_and_means_what_the_guide_sa
     assert_eq!(step_3.bind.to_string(), "0.0.0.0:5514");
     assert_eq!(step_3.interfaces, Interfaces::Named(vec!["eth0".into()]));
     assert_eq!(step_3.mode, RequestedMode::TcEbpf);
-    let Source::Kubernetes(service) = &step_3.source else { panic!() };
+    let DownstreamSource::Kubernetes(service) = &step_3.source else { panic!() };
     let expected = ServiceRef {
         namespace: Some("logging".into()),
         service: "vector-aggregators".into(),
@@ -475,7 +475,7 @@ fn every_configuration_in_the_deployment_guide_loads_and_means_what_the_guide_sa
     let metrics = configs[4].metrics.as_ref().unwrap();
     assert_eq!((metrics.bind.to_string().as_str(), metrics.path.as_str()), ("0.0.0.0:9090", "/metrics"));
 
-    let Source::Static(downstreams) = &configs[5].listeners[0].source else { panic!() };
+    let DownstreamSource::Static(downstreams) = &configs[5].listeners[0].source else { panic!() };
     let shown: Vec<String> = downstreams.iter().map(|d| format!("{} {} {}", d.name, d.address, d.weight)).collect();
     assert_eq!(shown, ["receiver-1 10.0.1.10:9000 1", "receiver-2 10.0.1.11:9000 1", "receiver-3 10.0.1.12:9000 1"]);
 

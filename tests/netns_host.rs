@@ -9,7 +9,7 @@ use std::time::Duration;
 use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
 use nix::errno::Errno;
-use udp_fanout::config::{Limits, TcxOrder};
+use udp_fanout::config::{MapLimits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::attach::{AttachMode, Attachment};
 use udp_fanout::host::programs;
@@ -593,7 +593,7 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
     // Not twice on one: a command that another test is starting holds on to the claim for a moment.
     let [eth0, eth1] = ["eth0", "eth1"].map(|name| LinkRef { index: link(name).index, name: name.into() });
     without(capabilities, || {
-        let datapath = KernelDatapath::new(&Limits {
+        let datapath = KernelDatapath::new(&MapLimits {
             max_listeners: 4,
             max_downstreams: 64,
             max_sources: 64,

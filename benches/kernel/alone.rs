@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::libbpf_sys;
-use udp_fanout::config::Limits;
+use udp_fanout::config::MapLimits;
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::plan::{Delivery, Macs, Plan, Target};
@@ -43,7 +43,7 @@ pub fn costs() -> Result<Vec<(&'static str, f64)>> {
 }
 
 fn ours(to: SocketAddr, pods: usize) -> Result<KernelDatapath> {
-    let limits = Limits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
+    let limits = MapLimits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
     let mut datapath = KernelDatapath::open(&KernelSetup::new(&limits))?;
     let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
     let delivery = Delivery::Neighbour { link: 1, next_hop: to.ip(), mtu: 1500, macs, into_pod: true };

@@ -13,25 +13,25 @@ use super::problem::{Problems, quoted};
 
 /// The notation of a configuration file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum Notation {
     Toml,
     Yaml,
 }
 
-impl Format {
+impl Notation {
     /// By the file's name: YAML for `*.yaml` and `*.yml` in any case, TOML for every other.
-    pub(super) fn of(path: &Path) -> Format {
+    pub(super) fn of(path: &Path) -> Notation {
         match path.extension() {
-            Some(end) if end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml") => Format::Yaml,
-            _ => Format::Toml,
+            Some(end) if end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml") => Notation::Yaml,
+            _ => Notation::Toml,
         }
     }
 
     /// `key` set to `value` in this notation.
     pub(super) fn assignment(self, key: &str, value: &str) -> String {
         match self {
-            Format::Toml => format!("{key} = {value}"),
-            Format::Yaml => format!("{key}: {value}"),
+            Notation::Toml => format!("{key} = {value}"),
+            Notation::Yaml => format!("{key}: {value}"),
         }
     }
 }
@@ -39,20 +39,20 @@ impl Format {
 /// A file's content.
 #[derive(Debug)]
 pub(super) struct Document {
-    pub(super) format: Format,
-    pub(super) root: Node,
+    pub(super) notation: Notation,
+    pub(super) root: DocumentNode,
 }
 
 /// A value and the line, from 1, where it stands: for a table's entry, where its key does.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(super) struct DocumentNode {
     pub(super) line: usize,
-    pub(super) value: Value,
+    pub(super) value: DocumentValue,
 }
 
 /// What both notations can say.
 #[derive(Debug)]
-pub(super) enum Value {
+pub(super) enum DocumentValue {
     /// YAML's null: a key without a value.
     Nothing,
     Flag(bool),
@@ -61,9 +61,9 @@ pub(super) enum Value {
     Text(String),
     /// TOML's dates and times, for which no key has a use.
     Date(String),
-    List(Vec<Node>),
+    List(Vec<DocumentNode>),
     /// In the file's order.
-    Table(Vec<(String, Node)>),
+    Table(Vec<(String, DocumentNode)>),
 }
 
 impl Document {
@@ -74,18 +74,18 @@ impl Document {
     pub(super) fn read(text: &str, path: &Path) -> Result<Document, Problems> {
         // Editors on some systems put a byte order mark first; it means nothing in UTF-8.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        let format = Format::of(path);
-        let root = match format {
-            Format::Toml => toml::read(text, path)?,
-            Format::Yaml => yaml::read(text, path)?,
+        let notation = Notation::of(path);
+        let root = match notation {
+            Notation::Toml => toml::read(text, path)?,
+            Notation::Yaml => yaml::read(text, path)?,
         };
-        Ok(Document { format, root })
+        Ok(Document { notation, root })
     }
 
     /// The value of a key at the top of the file.
-    pub(super) fn top(&self, key: &str) -> Option<&Value> {
+    pub(super) fn top(&self, key: &str) -> Option<&DocumentValue> {
         match &self.root.value {
-            Value::Table(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, node)| &node.value),
+            DocumentValue::Table(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, node)| &node.value),
             _ => None,
         }
     }
@@ -96,10 +96,10 @@ impl Document {
         let mut line = None;
         for step in &key.0 {
             let next = match (step, &node.value) {
-                (Step::Key(key), Value::Table(entries)) => {
+                (KeyStep::Key(key), DocumentValue::Table(entries)) => {
                     entries.iter().find(|(name, _)| name == key).map(|(_, node)| node)
                 }
-                (Step::Index(index), Value::List(items)) => items.get(*index),
+                (KeyStep::Index(index), DocumentValue::List(items)) => items.get(*index),
                 _ => None,
             };
             let Some(next) = next else { break };
@@ -118,48 +118,48 @@ fn invalid(path: &Path, line: Option<usize>, content: &str, message: &str) -> Pr
     }
 }
 
-impl fmt::Display for Value {
+impl fmt::Display for DocumentValue {
     /// The kind and the value, short enough for a message.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Value::Nothing => f.write_str("nothing"),
-            Value::Flag(flag) => write!(f, "{flag}"),
-            Value::Integer(number) => write!(f, "the number {number}"),
-            Value::Number(number) => write!(f, "the number {number:?}"),
-            Value::Text(text) => write!(f, "the text {}", quoted(text)),
-            Value::Date(date) => write!(f, "the date {}", quoted(date)),
-            Value::List(items) => write!(f, "a list of {}", items.len()),
-            Value::Table(_) => f.write_str("a table"),
+            DocumentValue::Nothing => f.write_str("nothing"),
+            DocumentValue::Flag(flag) => write!(f, "{flag}"),
+            DocumentValue::Integer(number) => write!(f, "the number {number}"),
+            DocumentValue::Number(number) => write!(f, "the number {number:?}"),
+            DocumentValue::Text(text) => write!(f, "the text {}", quoted(text)),
+            DocumentValue::Date(date) => write!(f, "the date {}", quoted(date)),
+            DocumentValue::List(items) => write!(f, "a list of {}", items.len()),
+            DocumentValue::Table(_) => f.write_str("a table"),
         }
     }
 }
 
 /// One step down the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum KeyStep {
     Key(String),
     Index(usize),
 }
 
-impl From<&str> for Step {
-    fn from(key: &str) -> Step {
-        Step::Key(key.to_owned())
+impl From<&str> for KeyStep {
+    fn from(key: &str) -> KeyStep {
+        KeyStep::Key(key.to_owned())
     }
 }
 
-impl From<usize> for Step {
-    fn from(index: usize) -> Step {
-        Step::Index(index)
+impl From<usize> for KeyStep {
+    fn from(index: usize) -> KeyStep {
+        KeyStep::Index(index)
     }
 }
 
 /// Where a value stands. Shown as `listeners[0].downstream[2].address`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct KeyPath(pub(super) Vec<Step>);
+pub(super) struct KeyPath(pub(super) Vec<KeyStep>);
 
 impl KeyPath {
     /// This key's path with one more step.
-    pub(super) fn then(&self, step: impl Into<Step>) -> KeyPath {
+    pub(super) fn then(&self, step: impl Into<KeyStep>) -> KeyPath {
         let mut longer = self.clone();
         longer.0.push(step.into());
         longer
@@ -170,8 +170,8 @@ impl fmt::Display for KeyPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, step) in self.0.iter().enumerate() {
             match step {
-                Step::Index(index) => write!(f, "[{index}]")?,
-                Step::Key(key) => {
+                KeyStep::Index(index) => write!(f, "[{index}]")?,
+                KeyStep::Key(key) => {
                     let dot = if n == 0 { "" } else { "." };
                     let plain = key.len() <= 40 && key.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
                     match plain && !key.is_empty() {
@@ -223,14 +223,14 @@ mod tests {
     #[test]
     fn the_name_decides_the_notation() {
         for (name, format) in [
-            ("c.yaml", Format::Yaml),
-            ("c.YML", Format::Yaml),
-            ("c.toml", Format::Toml),
-            ("c", Format::Toml),
-            ("yaml", Format::Toml),
-            ("c.yaml.bak", Format::Toml),
+            ("c.yaml", Notation::Yaml),
+            ("c.YML", Notation::Yaml),
+            ("c.toml", Notation::Toml),
+            ("c", Notation::Toml),
+            ("yaml", Notation::Toml),
+            ("c.yaml.bak", Notation::Toml),
         ] {
-            assert_eq!(Format::of(Path::new(name)), format, "{name}");
+            assert_eq!(Notation::of(Path::new(name)), format, "{name}");
         }
     }
 

@@ -5,16 +5,19 @@
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::document::{Document, Node, Value};
-use super::{AttachHook, HEADLESS, OnExit, PIN_PATH, Protocol, RequestedMode, STATUS_SOCKET, TcxOrder};
+use super::document::{Document, DocumentNode, DocumentValue};
+use super::{
+    AttachHook, HEADLESS, ListenerProtocol, MapLimits, OnExit, PIN_PATH, RequestedMode, STATUS_SOCKET, TcxOrder,
+    UserspaceSettings,
+};
 use crate::discovery::{Locality, PortRef, Terminating};
-use crate::health::keys::Keys;
+use crate::health::keys::HealthKeys;
 use crate::model;
 
 /// A whole file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct File {
+pub(super) struct ConfigFile {
     /// Whether a change of the file is a reason to read it again; it is by default.
     pub(super) watch_config: bool,
     /// An absolute path; under /run by default.
@@ -30,19 +33,19 @@ pub(super) struct File {
     /// How long the kernel program goes on without a daemon; 300 by default.
     pub(super) max_headless_secs: u32,
     /// The listeners, in order.
-    pub(super) listeners: Vec<Listener>,
+    pub(super) listeners: Vec<FileListener>,
     /// Health checks; disabled by default.
-    pub(super) health: Keys,
+    pub(super) health: HealthKeys,
     /// The HTTP endpoint; absent means disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) metrics: Option<Metrics>,
+    pub(super) metrics: Option<FileMetrics>,
     /// Sizes of the kernel program's maps.
-    pub(super) limits: Limits,
+    pub(super) limits: MapLimits,
 }
 
-impl Default for File {
-    fn default() -> File {
-        File {
+impl Default for ConfigFile {
+    fn default() -> ConfigFile {
+        ConfigFile {
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
             attach: AttachHook::default(),
@@ -51,9 +54,9 @@ impl Default for File {
             pin_path: PIN_PATH.to_owned(),
             max_headless_secs: HEADLESS,
             listeners: Vec::new(),
-            health: Keys::default(),
+            health: HealthKeys::default(),
             metrics: None,
-            limits: Limits::default(),
+            limits: MapLimits::default(),
         }
     }
 }
@@ -61,69 +64,69 @@ impl Default for File {
 /// One of `listeners`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Listener {
+pub(super) struct FileListener {
     /// Unique; no default.
     pub(super) name: String,
     /// `IP:port`; no default.
     pub(super) bind: String,
     /// Where the kernel program is attached; `"auto"` by default.
     #[serde(default)]
-    pub(super) interface: Interface,
+    pub(super) interface: FileInterfaces,
     /// The datapath; `auto` by default.
     #[serde(default)]
     pub(super) mode: RequestedMode,
     /// What it carries; raw by default.
     #[serde(default)]
-    pub(super) protocol: Protocol,
+    pub(super) protocol: ListenerProtocol,
     /// How a downstream is chosen; what suits the protocol by default.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) policy: Option<Policy>,
+    pub(super) policy: Option<FilePolicy>,
     /// What is hashed; the source's address by default, and only where the policy is to hash.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) hash_on: Option<model::HashOn>,
     /// Who may send; everybody by default.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) sources: Option<Sources>,
+    pub(super) sources: Option<FileSources>,
     /// How fast each sender may send; as fast as it likes by default.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) rate_limit: Option<RateLimit>,
+    pub(super) rate_limit: Option<FileRateLimit>,
     /// Receivers known beforehand; this or `kubernetes`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) downstream: Option<Vec<Downstream>>,
+    pub(super) downstream: Option<Vec<FileDownstream>>,
     /// Seconds for which the addresses of a downstream's name are believed; 30 by default.
     #[serde(default = "resolve_interval_secs", serialize_with = "number")]
     pub(super) resolve_interval_secs: f64,
     /// The Service to follow; this or `downstream`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) kubernetes: Option<Kubernetes>,
+    pub(super) kubernetes: Option<FileKubernetes>,
     /// Health checks of its downstreams; what is not there is as in the file's own `health`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) health: Option<Keys>,
+    pub(super) health: Option<HealthKeys>,
     /// The userspace datapath.
     #[serde(default)]
-    pub(super) settings: Settings,
+    pub(super) settings: UserspaceSettings,
 }
 
 /// `listeners[].interface`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Interface {
+pub(super) enum FileInterfaces {
     /// A name, or `auto`.
     One(String),
     /// Names.
     List(Vec<String>),
 }
 
-impl Default for Interface {
-    fn default() -> Interface {
-        Interface::One("auto".to_owned())
+impl Default for FileInterfaces {
+    fn default() -> FileInterfaces {
+        FileInterfaces::One("auto".to_owned())
     }
 }
 
 /// `listeners[].policy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Policy {
+pub(super) enum FilePolicy {
     /// In turn.
     RoundRobin,
     /// By a hash of where a datagram comes from.
@@ -132,22 +135,22 @@ pub(super) enum Policy {
     Replicate,
 }
 
-impl Policy {
+impl FilePolicy {
     /// The name in a file.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Policy::RoundRobin => "round_robin",
-            Policy::Hash => "hash",
-            Policy::Replicate => "replicate",
+            FilePolicy::RoundRobin => "round_robin",
+            FilePolicy::Hash => "hash",
+            FilePolicy::Replicate => "replicate",
         }
     }
 
     /// What it means to the rest of the program, without a `hash_on`.
     pub(super) fn meaning(self) -> model::Policy {
         match self {
-            Policy::RoundRobin => model::Policy::RoundRobin,
-            Policy::Hash => model::Policy::Hash(model::HashOn::default()),
-            Policy::Replicate => model::Policy::Replicate,
+            FilePolicy::RoundRobin => model::Policy::RoundRobin,
+            FilePolicy::Hash => model::Policy::Hash(model::HashOn::default()),
+            FilePolicy::Replicate => model::Policy::Replicate,
         }
     }
 }
@@ -155,31 +158,31 @@ impl Policy {
 /// `listeners[].sources`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Sources {
+pub(super) struct FileSources {
     /// Prefixes whose datagrams are taken; none by default, which means everybody's.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) allow: Option<Prefixes>,
+    pub(super) allow: Option<FilePrefixes>,
     /// Prefixes whose datagrams are dropped; none by default.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) deny: Option<Prefixes>,
+    pub(super) deny: Option<FilePrefixes>,
 }
 
 /// `listeners[].sources.allow` and `deny`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Prefixes {
+pub(super) enum FilePrefixes {
     /// One.
     One(String),
     /// Any number.
     List(Vec<String>),
 }
 
-impl Prefixes {
+impl FilePrefixes {
     /// Each of them.
     pub(super) fn texts(&self) -> &[String] {
         match self {
-            Prefixes::One(text) => std::slice::from_ref(text),
-            Prefixes::List(texts) => texts,
+            FilePrefixes::One(text) => std::slice::from_ref(text),
+            FilePrefixes::List(texts) => texts,
         }
     }
 }
@@ -187,7 +190,7 @@ impl Prefixes {
 /// `listeners[].rate_limit`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct RateLimit {
+pub(super) struct FileRateLimit {
     /// Over time; no default.
     pub(super) packets_per_second: u32,
     /// At once; a second's worth by default.
@@ -212,7 +215,7 @@ fn network_of_ipv6() -> u8 {
 /// One of `listeners[].downstream`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Downstream {
+pub(super) struct FileDownstream {
     /// Unique within the listener; its address by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) name: Option<String>,
@@ -244,7 +247,7 @@ fn all() -> f64 {
 /// `listeners[].kubernetes`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Kubernetes {
+pub(super) struct FileKubernetes {
     /// The Services'; the daemon's own by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) namespace: Option<String>,
@@ -262,23 +265,23 @@ pub(super) struct Kubernetes {
     pub(super) terminating: Terminating,
     /// Several Services; this or `service`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) services: Option<Vec<Service>>,
+    pub(super) services: Option<Vec<FileService>>,
 }
 
 /// One of `listeners[].kubernetes.services`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Service {
+pub(super) enum FileService {
     /// Only its name.
     Name(String),
     /// Its name and what differs from the other services.
-    Table(ServiceTable),
+    Table(FileServiceTable),
 }
 
 /// One of `listeners[].kubernetes.services` that is written out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ServiceTable {
+pub(super) struct FileServiceTable {
     /// The Service's name; no default.
     pub(super) service: String,
     /// That of all by default.
@@ -289,50 +292,12 @@ pub(super) struct ServiceTable {
     pub(super) port: Option<PortRef>,
 }
 
-impl Service {
+impl FileService {
     /// Written out.
-    pub(super) fn table(&self) -> ServiceTable {
+    pub(super) fn table(&self) -> FileServiceTable {
         match self {
-            Service::Name(name) => ServiceTable { service: name.clone(), namespace: None, port: None },
-            Service::Table(table) => table.clone(),
-        }
-    }
-}
-
-/// `listeners[].settings`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct Settings {
-    /// Threads; 0, one per CPU, by default.
-    pub(super) workers: u32,
-    /// Messages per system call; 64 by default.
-    pub(super) batch_size: u32,
-    /// Keep worker n on CPU n; off by default.
-    pub(super) pin_cpus: bool,
-    /// Bytes of receive buffer; the host's default by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) recv_buf_size: Option<u32>,
-    /// Longest payload forwarded; 65,507, the longest there is, by default.
-    pub(super) max_packet_size: u32,
-    /// Send in the senders' names; off by default.
-    pub(super) preserve_source: bool,
-}
-
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings::from(&super::Settings::default())
-    }
-}
-
-impl From<&super::Settings> for Settings {
-    fn from(settings: &super::Settings) -> Settings {
-        Settings {
-            workers: settings.workers,
-            batch_size: settings.batch_size,
-            pin_cpus: settings.pin_cpus,
-            recv_buf_size: settings.recv_buf_size,
-            max_packet_size: settings.max_packet_size,
-            preserve_source: settings.preserve_source,
+            FileService::Name(name) => FileServiceTable { service: name.clone(), namespace: None, port: None },
+            FileService::Table(table) => table.clone(),
         }
     }
 }
@@ -347,7 +312,7 @@ fn number<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error>
 /// `metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Metrics {
+pub(super) struct FileMetrics {
     /// On by default, where the table is there at all.
     pub(super) enabled: bool,
     /// `IP:port` over TCP; all IPv4 addresses, port 9090, by default.
@@ -356,55 +321,35 @@ pub(super) struct Metrics {
     pub(super) path: String,
 }
 
-impl Default for Metrics {
-    fn default() -> Metrics {
-        Metrics { enabled: true, bind: "0.0.0.0:9090".to_owned(), path: "/metrics".to_owned() }
+impl Default for FileMetrics {
+    fn default() -> FileMetrics {
+        FileMetrics { enabled: true, bind: "0.0.0.0:9090".to_owned(), path: "/metrics".to_owned() }
     }
 }
 
-/// `limits`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct Limits {
-    /// 256 by default.
-    pub(super) max_listeners: u32,
-    /// 16,384 by default.
-    pub(super) max_downstreams: u32,
-    /// 65,536 by default.
-    pub(super) max_sources: u32,
-    /// 65,536 by default.
-    pub(super) max_senders: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
-    }
-}
-
-impl File {
+impl ConfigFile {
     /// Takes a document over into types.
     ///
     /// # Errors
     /// When the document's shape is not the types'. `shape` has refused such a document before.
-    pub(super) fn from_document(document: &Document) -> Result<File, toml::de::Error> {
+    pub(super) fn from_document(document: &Document) -> Result<ConfigFile, toml::de::Error> {
         plain(&document.root).try_into()
     }
 }
 
 /// The tree without its lines. What no key takes becomes text, which no such key takes either.
-fn plain(node: &Node) -> toml::Value {
+fn plain(node: &DocumentNode) -> toml::Value {
     match &node.value {
-        Value::Flag(flag) => toml::Value::Boolean(*flag),
-        Value::Integer(number) => {
+        DocumentValue::Flag(flag) => toml::Value::Boolean(*flag),
+        DocumentValue::Integer(number) => {
             i64::try_from(*number).map_or_else(|_| toml::Value::String(number.to_string()), toml::Value::Integer)
         }
-        Value::Number(number) => toml::Value::Float(*number),
-        Value::Text(text) => toml::Value::String(text.clone()),
-        Value::Date(date) => toml::Value::String(date.clone()),
-        Value::Nothing => toml::Value::String(String::new()),
-        Value::List(items) => toml::Value::Array(items.iter().map(plain).collect()),
-        Value::Table(entries) => {
+        DocumentValue::Number(number) => toml::Value::Float(*number),
+        DocumentValue::Text(text) => toml::Value::String(text.clone()),
+        DocumentValue::Date(date) => toml::Value::String(date.clone()),
+        DocumentValue::Nothing => toml::Value::String(String::new()),
+        DocumentValue::List(items) => toml::Value::Array(items.iter().map(plain).collect()),
+        DocumentValue::Table(entries) => {
             toml::Value::Table(entries.iter().map(|(key, node)| (key.clone(), plain(node))).collect())
         }
     }
@@ -415,11 +360,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::config::keys::{self, Kind};
+    use crate::config::keys::{self, KeyKind};
     use crate::health::settings::ProbeKind;
 
-    fn every_health_field() -> Keys {
-        Keys {
+    fn every_health_field() -> HealthKeys {
+        HealthKeys {
             enabled: Some(true),
             interval_secs: Some(1.0),
             timeout_secs: Some(0.5),
@@ -436,8 +381,8 @@ mod tests {
     }
 
     /// Every field of every type, written out so that a new field does not compile until it is here.
-    fn every_field() -> File {
-        File {
+    fn every_field() -> ConfigFile {
+        ConfigFile {
             watch_config: true,
             status_socket: "s".into(),
             attach: AttachHook::Clsact,
@@ -445,40 +390,45 @@ mod tests {
             on_exit: OnExit::Keep,
             pin_path: "p".into(),
             max_headless_secs: 1,
-            listeners: vec![Listener {
+            listeners: vec![FileListener {
                 name: "n".into(),
                 bind: "b".into(),
-                interface: Interface::default(),
+                interface: FileInterfaces::default(),
                 mode: RequestedMode::Auto,
-                protocol: Protocol::Raw,
-                policy: Some(Policy::Hash),
+                protocol: ListenerProtocol::Raw,
+                policy: Some(FilePolicy::Hash),
                 hash_on: Some(model::HashOn::Flow),
-                sources: Some(Sources {
-                    allow: Some(Prefixes::One("a".into())),
-                    deny: Some(Prefixes::List(vec!["d".into()])),
+                sources: Some(FileSources {
+                    allow: Some(FilePrefixes::One("a".into())),
+                    deny: Some(FilePrefixes::List(vec!["d".into()])),
                 }),
-                rate_limit: Some(RateLimit { packets_per_second: 1, burst: Some(1), ipv4_prefix: 1, ipv6_prefix: 1 }),
-                downstream: Some(vec![Downstream {
+                rate_limit: Some(FileRateLimit {
+                    packets_per_second: 1,
+                    burst: Some(1),
+                    ipv4_prefix: 1,
+                    ipv6_prefix: 1,
+                }),
+                downstream: Some(vec![FileDownstream {
                     name: Some("n".into()),
                     address: "a".into(),
                     weight: 1,
                     sample: 1.0,
                 }]),
                 resolve_interval_secs: 1.0,
-                kubernetes: Some(Kubernetes {
+                kubernetes: Some(FileKubernetes {
                     namespace: Some("n".into()),
                     service: Some("s".into()),
                     port: Some(PortRef::Number(1)),
                     locality: Locality::Node,
                     terminating: Terminating::Never,
-                    services: Some(vec![Service::Table(ServiceTable {
+                    services: Some(vec![FileService::Table(FileServiceTable {
                         service: "s".into(),
                         namespace: Some("n".into()),
                         port: Some(PortRef::Name("p".into())),
                     })]),
                 }),
                 health: Some(every_health_field()),
-                settings: Settings {
+                settings: UserspaceSettings {
                     workers: 1,
                     batch_size: 1,
                     pin_cpus: true,
@@ -488,8 +438,8 @@ mod tests {
                 },
             }],
             health: every_health_field(),
-            metrics: Some(Metrics { enabled: true, bind: "b".into(), path: "p".into() }),
-            limits: Limits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
+            metrics: Some(FileMetrics { enabled: true, bind: "b".into(), path: "p".into() }),
+            limits: MapLimits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
         }
     }
 
@@ -532,14 +482,14 @@ mod tests {
         }
         let mut seen = 0;
         keys::walk(&mut |path, key| {
-            if let Kind::Choice(choices) = key.kind {
+            if let KeyKind::Choice(choices) = key.kind {
                 seen += 1;
                 match path {
                     "attach" => known::<AttachHook>(choices),
                     "tcx_order" => known::<TcxOrder>(choices),
                     "listeners[].mode" => known::<RequestedMode>(choices),
-                    "listeners[].protocol" => known::<Protocol>(choices),
-                    "listeners[].policy" => known::<Policy>(choices),
+                    "listeners[].protocol" => known::<ListenerProtocol>(choices),
+                    "listeners[].policy" => known::<FilePolicy>(choices),
                     "listeners[].hash_on" => known::<model::HashOn>(choices),
                     "listeners[].kubernetes.locality" => known::<Locality>(choices),
                     "listeners[].kubernetes.terminating" => known::<Terminating>(choices),

@@ -12,7 +12,7 @@ use crate::model::{HashOn, Policy};
 /// `listeners[].protocol`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Protocol {
+pub enum ListenerProtocol {
     /// Nothing is known of it: datagrams stand for themselves.
     #[default]
     Raw,
@@ -34,38 +34,41 @@ pub enum Protocol {
 
 /// What is to be said about a policy that does not suit a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Objection {
+pub(super) enum PolicyConflict {
     /// Nobody can want it: the protocol's own policy does the same and more.
-    Refused(&'static str),
+    Error(&'static str),
     /// It loses something, unless the senders or receivers are of a kind that the configuration does not tell.
     Warning(&'static str),
 }
 
-impl Protocol {
+impl ListenerProtocol {
     /// The policy that is right for the protocol whoever sends and receives.
     pub(super) fn policy(self) -> Policy {
         match self {
-            Protocol::Raw | Protocol::Syslog | Protocol::Dns => Policy::RoundRobin,
-            Protocol::Statsd | Protocol::Netflow | Protocol::Ipfix | Protocol::Sflow => Policy::Hash(HashOn::SourceIp),
-            Protocol::Gelf => Policy::GelfMessage,
+            ListenerProtocol::Raw | ListenerProtocol::Syslog | ListenerProtocol::Dns => Policy::RoundRobin,
+            ListenerProtocol::Statsd
+            | ListenerProtocol::Netflow
+            | ListenerProtocol::Ipfix
+            | ListenerProtocol::Sflow => Policy::Hash(HashOn::SourceIp),
+            ListenerProtocol::Gelf => Policy::GelfMessage,
         }
     }
 
     /// What a policy breaks, if it does.
-    pub(super) fn objection(self, policy: Policy) -> Option<Objection> {
+    pub(super) fn objection(self, policy: Policy) -> Option<PolicyConflict> {
         let objection = match (self, policy) {
-            (Protocol::Netflow | Protocol::Ipfix, Policy::RoundRobin) => Objection::Warning(
+            (ListenerProtocol::Netflow | ListenerProtocol::Ipfix, Policy::RoundRobin) => PolicyConflict::Warning(
                 "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
             ),
-            (Protocol::Sflow, Policy::RoundRobin) => Objection::Warning(
+            (ListenerProtocol::Sflow, Policy::RoundRobin) => PolicyConflict::Warning(
                 "spreads an agent's sequence numbers, whose gaps receivers take for losses, unless they ignore them",
             ),
-            (Protocol::Statsd, Policy::RoundRobin) => Objection::Warning(
+            (ListenerProtocol::Statsd, Policy::RoundRobin) => PolicyConflict::Warning(
                 "spreads a sender's gauges and sets, which then are wrong, unless it sends counters only",
             ),
-            (Protocol::Gelf, Policy::RoundRobin) => Objection::Refused("parts the chunks of a message"),
-            (Protocol::Dns, Policy::Replicate) => {
-                Objection::Warning("has every receiver answer every question, unless all but one stay silent")
+            (ListenerProtocol::Gelf, Policy::RoundRobin) => PolicyConflict::Error("parts the chunks of a message"),
+            (ListenerProtocol::Dns, Policy::Replicate) => {
+                PolicyConflict::Warning("has every receiver answer every question, unless all but one stay silent")
             }
             _ => return None,
         };
@@ -75,11 +78,13 @@ impl Protocol {
     /// What is lost if a receiver gets only some of the datagrams, if more is lost than those.
     pub(super) fn sampling_loses(self) -> Option<&'static str> {
         match self {
-            Protocol::Netflow | Protocol::Ipfix => Some("leaves out templates, without which records cannot be read"),
-            Protocol::Sflow => Some("leaves gaps in the sequence numbers, which the receiver takes for losses"),
-            Protocol::Statsd => Some("leaves out changes of counters, gauges and sets, which then are wrong"),
-            Protocol::Gelf => Some("leaves out chunks of messages"),
-            Protocol::Raw | Protocol::Syslog | Protocol::Dns => None,
+            ListenerProtocol::Netflow | ListenerProtocol::Ipfix => {
+                Some("leaves out templates, without which records cannot be read")
+            }
+            ListenerProtocol::Sflow => Some("leaves gaps in the sequence numbers, which the receiver takes for losses"),
+            ListenerProtocol::Statsd => Some("leaves out changes of counters, gauges and sets, which then are wrong"),
+            ListenerProtocol::Gelf => Some("leaves out chunks of messages"),
+            ListenerProtocol::Raw | ListenerProtocol::Syslog | ListenerProtocol::Dns => None,
         }
     }
 }
@@ -90,7 +95,7 @@ mod tests {
 
     #[test]
     fn no_protocol_objects_to_its_own_policy() {
-        use Protocol::{Dns, Gelf, Ipfix, Netflow, Raw, Sflow, Statsd, Syslog};
+        use ListenerProtocol::{Dns, Gelf, Ipfix, Netflow, Raw, Sflow, Statsd, Syslog};
         for protocol in [Raw, Syslog, Statsd, Netflow, Ipfix, Sflow, Gelf, Dns] {
             assert_eq!(protocol.objection(protocol.policy()), None, "{protocol:?}");
             assert_eq!(protocol.objection(Policy::Hash(HashOn::Flow)), None, "{protocol:?}");

@@ -3,50 +3,45 @@
 use std::time::Duration;
 
 use super::file::{
-    Downstream, File, Interface, Kubernetes, Limits, Listener, Metrics, Policy, Prefixes, RESOLVE_INTERVAL_SECS,
-    RateLimit, Service, ServiceTable, Settings, Sources,
+    ConfigFile, FileDownstream, FileInterfaces, FileKubernetes, FileListener, FileMetrics, FilePolicy, FilePrefixes,
+    FileRateLimit, FileService, FileServiceTable, FileSources, RESOLVE_INTERVAL_SECS,
 };
-use super::rules::part_of;
-use super::{Config, Interfaces, KubernetesSource, ListenerConfig, Source};
+use super::rules::sample_to_fraction;
+use super::{Config, DownstreamSource, Interfaces, KubernetesSource, ListenerConfig};
 use crate::admission::{self, Prefix};
 use crate::discovery::ServiceRef;
-use crate::health::keys::Keys;
+use crate::health::keys::HealthKeys;
 use crate::health::settings::HealthSettings;
 use crate::model;
 use crate::names;
 
 /// The file that says all that the configuration says.
-pub(super) fn file(config: &Config) -> File {
-    let metrics = config.metrics.as_ref().map(|metrics| Metrics {
+pub(super) fn file(config: &Config) -> ConfigFile {
+    let metrics = config.metrics.as_ref().map(|metrics| FileMetrics {
         enabled: true,
         bind: metrics.bind.to_string(),
         path: metrics.path.clone(),
     });
-    File {
+    ConfigFile {
         watch_config: config.watch,
         status_socket: config.status_socket.display().to_string(),
         attach: config.attach.hook,
         tcx_order: config.attach.order,
-        on_exit: config.succession.on_exit,
-        pin_path: config.succession.pin_path.display().to_string(),
-        max_headless_secs: config.succession.max_headless.map_or(0, |most| most.as_secs() as u32),
+        on_exit: config.handover.on_exit,
+        pin_path: config.handover.pin_path.display().to_string(),
+        max_headless_secs: config.handover.max_headless.map_or(0, |most| most.as_secs() as u32),
         listeners: config.listeners.iter().map(|one| listener(one, config)).collect(),
         health: health(config.health.as_ref()),
-        metrics: Some(metrics.unwrap_or_else(|| Metrics { enabled: false, ..Metrics::default() })),
-        limits: Limits {
-            max_listeners: config.limits.max_listeners,
-            max_downstreams: config.limits.max_downstreams,
-            max_sources: config.limits.max_sources,
-            max_senders: config.limits.max_senders,
-        },
+        metrics: Some(metrics.unwrap_or_else(|| FileMetrics { enabled: false, ..FileMetrics::default() })),
+        limits: config.limits.clone(),
     }
 }
 
 /// Health checks with every key that means something to their protocol.
-fn health(settings: Option<&HealthSettings>) -> Keys {
+fn health(settings: Option<&HealthSettings>) -> HealthKeys {
     match settings {
-        Some(settings) => Keys::from(settings),
-        None => Keys { enabled: Some(false), ..Keys::from(&HealthSettings::default()) },
+        Some(settings) => HealthKeys::from(settings),
+        None => HealthKeys { enabled: Some(false), ..HealthKeys::from(&HealthSettings::default()) },
     }
 }
 
@@ -55,9 +50,9 @@ fn seconds(duration: Duration) -> f64 {
 }
 
 /// One Service stands in the table itself; of several, each says all that it is.
-fn kubernetes(source: &KubernetesSource) -> Kubernetes {
+fn kubernetes(source: &KubernetesSource) -> FileKubernetes {
     let KubernetesSource { services, locality, terminating } = source;
-    let mut table = Kubernetes {
+    let mut table = FileKubernetes {
         namespace: None,
         service: None,
         port: None,
@@ -72,56 +67,56 @@ fn kubernetes(source: &KubernetesSource) -> Kubernetes {
     } else {
         let service = |service: &ServiceRef| {
             let ServiceRef { namespace, service, port } = service.clone();
-            Service::Table(ServiceTable { service, namespace, port: Some(port) })
+            FileService::Table(FileServiceTable { service, namespace, port: Some(port) })
         };
         table.services = Some(services.iter().map(service).collect());
     }
     table
 }
 
-fn listener(listener: &ListenerConfig, config: &Config) -> Listener {
+fn listener(listener: &ListenerConfig, config: &Config) -> FileListener {
     let (downstream, kubernetes) = match &listener.source {
-        Source::Static(downstreams) => {
-            let downstream = |d: &model::Downstream| Downstream {
+        DownstreamSource::Static(downstreams) => {
+            let downstream = |d: &model::Downstream| FileDownstream {
                 name: Some(d.name.to_string()),
                 address: d.address.to_string(),
                 weight: d.weight,
-                sample: part_of(d.sample),
+                sample: sample_to_fraction(d.sample),
             };
             (Some(downstreams.iter().map(downstream).collect()), None)
         }
-        Source::Names(source) => {
-            let downstream = |entry: &names::Entry| Downstream {
+        DownstreamSource::Names(source) => {
+            let downstream = |entry: &names::Entry| FileDownstream {
                 name: Some(entry.name.to_string()),
                 address: entry.address.to_string(),
                 weight: entry.weight,
-                sample: part_of(entry.sample),
+                sample: sample_to_fraction(entry.sample),
             };
             (Some(source.entries.iter().map(downstream).collect()), None)
         }
-        Source::Kubernetes(source) => (None, Some(kubernetes(source))),
+        DownstreamSource::Kubernetes(source) => (None, Some(kubernetes(source))),
     };
     let (policy, hash_on) = match listener.policy {
-        model::Policy::RoundRobin => (Some(Policy::RoundRobin), None),
-        model::Policy::Hash(on) => (Some(Policy::Hash), Some(on)),
-        model::Policy::Replicate => (Some(Policy::Replicate), None),
+        model::Policy::RoundRobin => (Some(FilePolicy::RoundRobin), None),
+        model::Policy::Hash(on) => (Some(FilePolicy::Hash), Some(on)),
+        model::Policy::Replicate => (Some(FilePolicy::Replicate), None),
         // Has no name in a file: it is what comes of the protocol alone.
         model::Policy::GelfMessage => (None, None),
     };
-    Listener {
+    FileListener {
         name: listener.name.clone(),
         bind: listener.bind.to_string(),
         interface: match &listener.interfaces {
-            Interfaces::Auto => Interface::default(),
-            Interfaces::Named(names) if names.len() == 1 => Interface::One(names[0].clone()),
-            Interfaces::Named(names) => Interface::List(names.clone()),
+            Interfaces::Auto => FileInterfaces::default(),
+            Interfaces::Named(names) if names.len() == 1 => FileInterfaces::One(names[0].clone()),
+            Interfaces::Named(names) => FileInterfaces::List(names.clone()),
         },
         mode: listener.mode,
         protocol: listener.protocol,
         policy,
         hash_on,
         sources: sources(&listener.sources),
-        rate_limit: listener.rate_limit.map(|limit| RateLimit {
+        rate_limit: listener.rate_limit.map(|limit| FileRateLimit {
             packets_per_second: limit.packets_per_second,
             burst: Some(limit.burst),
             ipv4_prefix: limit.ipv4_prefix,
@@ -129,20 +124,20 @@ fn listener(listener: &ListenerConfig, config: &Config) -> Listener {
         }),
         downstream,
         resolve_interval_secs: match &listener.source {
-            Source::Names(source) => seconds(source.interval),
-            Source::Static(_) | Source::Kubernetes(_) => RESOLVE_INTERVAL_SECS,
+            DownstreamSource::Names(source) => seconds(source.interval),
+            DownstreamSource::Static(_) | DownstreamSource::Kubernetes(_) => RESOLVE_INTERVAL_SECS,
         },
         kubernetes,
         health: (listener.health != config.health).then(|| health(listener.health.as_ref())),
-        settings: Settings::from(&listener.settings),
+        settings: listener.settings.clone(),
     }
 }
 
 /// The prefixes as the file has them; none where everybody may send.
-fn sources(sources: &admission::Sources) -> Option<Sources> {
+fn sources(sources: &admission::Sources) -> Option<FileSources> {
     let texts = |prefixes: &[Prefix]| {
         let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
-        (!texts.is_empty()).then_some(Prefixes::List(texts))
+        (!texts.is_empty()).then_some(FilePrefixes::List(texts))
     };
-    (!sources.is_open()).then(|| Sources { allow: texts(&sources.allow), deny: texts(&sources.deny) })
+    (!sources.is_open()).then(|| FileSources { allow: texts(&sources.allow), deny: texts(&sources.deny) })
 }

@@ -3,12 +3,12 @@
 //! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
 //! breaks one is added to the problems with the key, the value and the fix.
 
+mod admission;
 mod downstreams;
 mod health;
 mod kubernetes;
 mod policies;
-mod senders;
-mod texts;
+mod values;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -16,21 +16,23 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::document::{Document, KeyPath};
-use super::file::{self, File};
+use super::file::{ConfigFile, FileInterfaces, FileListener, FileMetrics};
 use super::problem::{Problems, quoted};
-use super::{Attach, Config, Interfaces, Limits, ListenerConfig, MetricsConfig, Settings, Source, Succession};
+use super::{
+    AttachConfig, Config, DownstreamSource, HandoverConfig, Interfaces, ListenerConfig, MapLimits, MetricsConfig,
+};
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
-use crate::health::keys::Keys;
+use crate::health::keys::HealthKeys;
 use crate::model::{self, ListenerId};
 
-pub(super) use policies::part_of;
+pub(super) use policies::sample_to_fraction;
 
 const BIND_EXAMPLE: &str = "0.0.0.0:5514";
 const METRICS_EXAMPLE: &str = "0.0.0.0:9090";
 
 /// Checks a file and makes it a configuration; none if `problems` has got any.
-pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut Problems) -> Option<Config> {
-    let mut rules = Rules { document, problems, warnings: Vec::new(), health: None };
+pub(super) fn apply(file: ConfigFile, path: &Path, document: &Document, problems: &mut Problems) -> Option<Config> {
+    let mut rules = RuleChecker { document, problems, warnings: Vec::new(), health: None };
     if !rules.counts(&file) {
         return None;
     }
@@ -44,8 +46,8 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     rules.distinct_names(&file);
     rules.distinct_binds(&file);
     let metrics = rules.metrics(file.metrics.as_ref());
-    let status_socket = rules.check(&top("status_socket"), texts::socket_path(&file.status_socket));
-    let pin_path = rules.check(&top("pin_path"), texts::pin_path(&file.pin_path));
+    let status_socket = rules.check(&top("status_socket"), values::socket_path(&file.status_socket));
+    let pin_path = rules.check(&top("pin_path"), values::pin_path(&file.pin_path));
     let warnings = rules.warnings;
     if !problems.is_empty() {
         return None;
@@ -56,15 +58,10 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
         listeners: listeners.into_iter().collect::<Option<_>>()?,
         health,
         metrics,
-        limits: Limits {
-            max_listeners: file.limits.max_listeners,
-            max_downstreams: file.limits.max_downstreams,
-            max_sources: file.limits.max_sources,
-            max_senders: file.limits.max_senders,
-        },
+        limits: file.limits,
         status_socket: status_socket?.into(),
-        attach: Attach { hook: file.attach, order: file.tcx_order },
-        succession: Succession {
+        attach: AttachConfig { hook: file.attach, order: file.tcx_order },
+        handover: HandoverConfig {
             on_exit: file.on_exit,
             pin_path: pin_path?.into(),
             max_headless: (file.max_headless_secs > 0).then(|| Duration::from_secs(file.max_headless_secs.into())),
@@ -73,12 +70,12 @@ pub(super) fn apply(file: File, path: &Path, document: &Document, problems: &mut
     })
 }
 
-struct Rules<'a> {
+struct RuleChecker<'a> {
     document: &'a Document,
     problems: &'a mut Problems,
     warnings: Vec<String>,
     /// The file's own `health`, if there is nothing wrong with it.
-    health: Option<Keys>,
+    health: Option<HealthKeys>,
 }
 
 fn top(key: &str) -> KeyPath {
@@ -89,7 +86,7 @@ fn listener_key(id: ListenerId) -> KeyPath {
     top("listeners").then(id.0 as usize)
 }
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     fn fault(&mut self, key: &KeyPath, message: impl Into<String>) {
         self.problems.add(self.document.line(key), Some(key.to_string()), message.into());
     }
@@ -104,10 +101,10 @@ impl Rules<'_> {
     }
 
     /// How many there are. Where there are too many, nothing else is looked at: some rules compare all with all.
-    fn counts(&mut self, file: &File) -> bool {
+    fn counts(&mut self, file: &ConfigFile) -> bool {
         let listeners = file.listeners.len();
         let downstreams: usize = file.listeners.iter().filter_map(|l| l.downstream.as_ref()).map(Vec::len).sum();
-        let sources: usize = file.listeners.iter().filter_map(|l| l.sources.as_ref()).map(senders::count).sum();
+        let sources: usize = file.listeners.iter().filter_map(|l| l.sources.as_ref()).map(admission::count).sum();
         let mut fits = true;
         if listeners == 0 {
             let fix = "add one with a name, a bind address and its downstreams (config/reference.toml shows every key)";
@@ -133,9 +130,9 @@ impl Rules<'_> {
         fits
     }
 
-    fn listener(&mut self, listener: &file::Listener, id: ListenerId, limits: &file::Limits) -> Option<ListenerConfig> {
+    fn listener(&mut self, listener: &FileListener, id: ListenerId, limits: &MapLimits) -> Option<ListenerConfig> {
         let at = listener_key(id);
-        let name = self.check(&at.then("name"), texts::listener_name(&listener.name));
+        let name = self.check(&at.then("name"), values::listener_name(&listener.name));
         let bind = self.bind(&at.then("bind"), &listener.bind);
         let interfaces = self.interfaces(&at.then("interface"), &listener.interface);
         if let (Some(bind), Some(interfaces)) = (bind.filter(|bind| bind.ip().is_multicast()), &interfaces) {
@@ -154,28 +151,21 @@ impl Rules<'_> {
             protocol: listener.protocol,
             policy,
             sources: sources?.into(),
-            rate_limit: listener.rate_limit.as_ref().map(|limit| senders::rate_limit(limit, limits.max_senders)),
+            rate_limit: listener.rate_limit.as_ref().map(|limit| admission::rate_limit(limit, limits.max_senders)),
             source: source?,
             health,
-            settings: Settings {
-                workers: listener.settings.workers,
-                batch_size: listener.settings.batch_size,
-                pin_cpus: listener.settings.pin_cpus,
-                recv_buf_size: listener.settings.recv_buf_size,
-                max_packet_size: listener.settings.max_packet_size,
-                preserve_source: listener.settings.preserve_source,
-            },
+            settings: listener.settings.clone(),
         })
     }
 
     fn bind(&mut self, at: &KeyPath, text: &str) -> Option<SocketAddr> {
-        let bind = address::parse(text, BIND_EXAMPLE).and_then(texts::bind);
+        let bind = address::parse(text, BIND_EXAMPLE).and_then(values::bind);
         self.check(at, bind)
     }
 
     /// What a listener on a multicast group needs beside that.
-    fn group(&mut self, at: &KeyPath, listener: &file::Listener, bind: SocketAddr, interfaces: &Interfaces) {
-        let interface = self.document.format.assignment("interface", "\"eth0\"");
+    fn group(&mut self, at: &KeyPath, listener: &FileListener, bind: SocketAddr, interfaces: &Interfaces) {
+        let interface = self.document.notation.assignment("interface", "\"eth0\"");
         match interfaces {
             Interfaces::Auto => self.fault(
                 &at.then("bind"),
@@ -203,14 +193,14 @@ impl Rules<'_> {
         }
     }
 
-    fn interfaces(&mut self, at: &KeyPath, interface: &file::Interface) -> Option<Interfaces> {
+    fn interfaces(&mut self, at: &KeyPath, interface: &FileInterfaces) -> Option<Interfaces> {
         let names = match interface {
-            file::Interface::One(name) if name == "auto" => return Some(Interfaces::Auto),
-            file::Interface::One(name) => {
-                let name = self.check(at, texts::interface(name))?;
+            FileInterfaces::One(name) if name == "auto" => return Some(Interfaces::Auto),
+            FileInterfaces::One(name) => {
+                let name = self.check(at, values::interface(name))?;
                 return Some(Interfaces::Named(vec![name.to_owned()]));
             }
-            file::Interface::List(names) => names,
+            FileInterfaces::List(names) => names,
         };
         if names.is_empty() {
             self.fault(at, "an empty list; name an interface, or write \"auto\"");
@@ -220,18 +210,18 @@ impl Rules<'_> {
         for (index, name) in names.iter().enumerate() {
             let at = at.then(index);
             if name == "auto" {
-                let alone = self.document.format.assignment("interface", "\"auto\"");
+                let alone = self.document.notation.assignment("interface", "\"auto\"");
                 self.fault(&at, format!("\"auto\" stands alone; write {alone}, or only names"));
             } else if good.contains(name) {
                 self.fault(&at, format!("{} is in the list twice; remove one", quoted(name)));
-            } else if let Some(name) = self.check(&at, texts::interface(name)) {
+            } else if let Some(name) = self.check(&at, values::interface(name)) {
                 good.push(name.to_owned());
             }
         }
         (good.len() == names.len()).then_some(Interfaces::Named(good))
     }
 
-    fn source(&mut self, at: &KeyPath, listener: &file::Listener, bind: Option<SocketAddr>) -> Option<Source> {
+    fn source(&mut self, at: &KeyPath, listener: &FileListener, bind: Option<SocketAddr>) -> Option<DownstreamSource> {
         match (&listener.downstream, &listener.kubernetes) {
             (Some(_), Some(_)) => {
                 let message =
@@ -252,11 +242,11 @@ impl Rules<'_> {
             (Some(downstreams), None) => {
                 self.downstreams(&at.then("downstream"), downstreams, listener.resolve_interval_secs, bind)
             }
-            (None, Some(service)) => self.kubernetes(&at.then("kubernetes"), service).map(Source::Kubernetes),
+            (None, Some(service)) => self.kubernetes(&at.then("kubernetes"), service).map(DownstreamSource::Kubernetes),
         }
     }
 
-    fn distinct_names(&mut self, file: &File) {
+    fn distinct_names(&mut self, file: &ConfigFile) {
         let mut names: HashMap<&str, usize> = HashMap::new();
         for (index, listener) in file.listeners.iter().enumerate() {
             if let Some(first) = names.insert(&listener.name, index) {
@@ -268,7 +258,7 @@ impl Rules<'_> {
     }
 
     /// Two sockets of one IP version can share a port only if their addresses differ and neither is the wildcard.
-    fn distinct_binds(&mut self, file: &File) {
+    fn distinct_binds(&mut self, file: &ConfigFile) {
         let binds: Vec<Option<SocketAddr>> = file.listeners.iter().map(|l| l.bind.parse().ok()).collect();
         for (index, bind) in binds.iter().enumerate() {
             let Some(bind) = bind.filter(|bind| bind.port() != 0) else { continue };
@@ -291,7 +281,7 @@ impl Rules<'_> {
         }
     }
 
-    fn metrics(&mut self, metrics: Option<&file::Metrics>) -> Option<MetricsConfig> {
+    fn metrics(&mut self, metrics: Option<&FileMetrics>) -> Option<MetricsConfig> {
         let metrics = metrics?;
         let at = top("metrics");
         let bind = address::parse(&metrics.bind, METRICS_EXAMPLE).and_then(|bind| {
@@ -301,7 +291,7 @@ impl Rules<'_> {
             Ok(bind)
         });
         let bind = self.check(&at.then("bind"), bind);
-        let path = self.check(&at.then("path"), texts::metrics_path(&metrics.path));
+        let path = self.check(&at.then("path"), values::metrics_path(&metrics.path));
         metrics.enabled.then_some(MetricsConfig { bind: bind?, path: path?.to_owned() })
     }
 }

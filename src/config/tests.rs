@@ -25,22 +25,22 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.metrics, None);
     assert_eq!(
         config.limits,
-        Limits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
+        MapLimits { max_listeners: 256, max_downstreams: 16_384, max_sources: 65_536, max_senders: 65_536 }
     );
     assert_eq!(config.status_socket, Path::new("/run/udp-fanout/status.sock"));
-    assert_eq!(config.attach, Attach { hook: AttachHook::Clsact, order: TcxOrder::First });
+    assert_eq!(config.attach, AttachConfig { hook: AttachHook::Clsact, order: TcxOrder::First });
     let listener = config.listener(ListenerId(0)).unwrap();
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
     assert_eq!(listener.policy, Policy::RoundRobin);
     assert!(listener.sources.is_open());
     assert_eq!(listener.rate_limit, None);
-    let Source::Static(downstreams) = &listener.source else { panic!() };
+    let DownstreamSource::Static(downstreams) = &listener.source else { panic!() };
     assert_eq!(&*downstreams[0].name, "10.0.0.1:1", "its address");
     assert_eq!((downstreams[0].weight, downstreams[0].sample), (1, Downstream::ALL));
-    assert_eq!(listener.protocol, Protocol::Raw);
+    assert_eq!(listener.protocol, ListenerProtocol::Raw);
     assert_eq!(config.warnings, [""; 0]);
-    let settings = Settings {
+    let settings = UserspaceSettings {
         workers: 0,
         batch_size: 64,
         pin_cpus: false,
@@ -199,7 +199,7 @@ fn what_may_break_a_protocol_is_warned_about() {
 fn a_sample_is_a_part_of_all_that_a_u32_can_say() {
     let sample = |part: &str| {
         let config = config(&one_with("policy = \"replicate\"", &format!(", sample = {part}")));
-        let Source::Static(downstreams) = &config.listeners[0].source else { panic!() };
+        let DownstreamSource::Static(downstreams) = &config.listeners[0].source else { panic!() };
         assert!(config.render().contains(&format!("sample = {part}\n")), "{}", config.render());
         downstreams[0].sample
     };
@@ -213,7 +213,7 @@ fn a_sample_is_a_part_of_all_that_a_u32_can_say() {
 fn services_share_what_they_do_not_say_themselves() {
     let source = |kubernetes: &str| {
         let text = format!("[[listeners]]\nname = \"a\"\nbind = \"0.0.0.0:1\"\nkubernetes = {{ {kubernetes} }}\n");
-        let Source::Kubernetes(source) = config(&text).listeners.remove(0).source else { panic!() };
+        let DownstreamSource::Kubernetes(source) = config(&text).listeners.remove(0).source else { panic!() };
         source
     };
     let service = |namespace: Option<&str>, service: &str, port: PortRef| ServiceRef {
@@ -248,7 +248,7 @@ fn services_share_what_they_do_not_say_themselves() {
 fn a_name_among_the_downstreams_makes_all_of_them_a_source_of_names() {
     let text = one_with("resolve_interval_secs = 2.5", ", weight = 2").replace("10.0.0.1:1", "Vector.example:1");
     let config = config(&text);
-    let Source::Names(source) = &config.listeners[0].source else { panic!() };
+    let DownstreamSource::Names(source) = &config.listeners[0].source else { panic!() };
     assert_eq!(source.interval, Duration::from_millis(2_500));
     let entry = &source.entries[0];
     assert_eq!(
@@ -323,7 +323,7 @@ fn many_listeners_may_share_one_list() {
     (1..256).for_each(|n| text += &format!("- {{name: a{n}, bind: 0.0.0.0:{}, downstream: *all}}\n", 1_000 + n));
     text += "limits: {max_downstreams: 100000}\n";
     let config = Config::parse(&text, Path::new("c.yaml")).unwrap_or_else(|error| panic!("{error}"));
-    assert!(config.listeners.iter().all(|l| matches!(&l.source, Source::Static(all) if all.len() == 150)));
+    assert!(config.listeners.iter().all(|l| matches!(&l.source, DownstreamSource::Static(all) if all.len() == 150)));
 }
 
 #[test]
@@ -414,7 +414,10 @@ fn files_are_loaded_and_those_that_cannot_be_are_named_with_the_fix() {
 fn an_unreadable_file_is_explained() {
     // Root may read everything, so that the kernel's refusal cannot be had in every test run.
     let refused = io::Error::from(io::ErrorKind::PermissionDenied);
-    assert_eq!(explain(&refused), "permission denied; run as a user who may read it, or change its owner or mode");
+    assert_eq!(
+        describe_read_error(&refused),
+        "permission denied; run as a user who may read it, or change its owner or mode"
+    );
 }
 
 #[test]
@@ -425,5 +428,5 @@ fn a_large_file_is_read() {
         text += &format!("  - address: 10.{}.{}.{}:9\n", n >> 16, (n >> 8) & 255, n & 255);
     }
     let config = Config::parse(&text, Path::new("c.yaml")).unwrap();
-    assert!(matches!(&config.listeners[0].source, Source::Static(all) if all.len() == 100_000));
+    assert!(matches!(&config.listeners[0].source, DownstreamSource::Static(all) if all.len() == 100_000));
 }

@@ -24,33 +24,33 @@ const MOST_LINKS: usize = 40;
 
 /// Watches one configuration file. A [`mio::event::Source`].
 #[derive(Debug)]
-pub struct Watch {
+pub struct ConfigWatcher {
     inotify: Inotify,
     path: PathBuf,
-    directories: HashMap<WatchDescriptor, Directory>,
+    directories: HashMap<WatchDescriptor, WatchedDirectory>,
     /// Every place on the way to the file is watched.
     complete: bool,
 }
 
 /// A directory, and which of its entries lead to the file.
 #[derive(Debug)]
-struct Directory {
+struct WatchedDirectory {
     path: PathBuf,
     names: BTreeSet<OsString>,
 }
 
-impl Watch {
+impl ConfigWatcher {
     /// Watches the file from now on, also if it is not there at the moment.
     ///
     /// # Errors
     /// When the kernel has no watch left for it.
-    pub fn new(path: &Path) -> Result<Watch> {
+    pub fn new(path: &Path) -> Result<ConfigWatcher> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(
             "cannot watch the configuration file (inotify; sysctl fs.inotify.max_user_instances); send SIGHUP after a change",
         )?;
         let path = std::path::absolute(path).context("cannot find out the current directory")?;
-        let mut watch = Watch { inotify, path, directories: HashMap::new(), complete: false };
-        watch.follow();
+        let mut watch = ConfigWatcher { inotify, path, directories: HashMap::new(), complete: false };
+        watch.update_watches();
         Ok(watch)
     }
 
@@ -59,44 +59,44 @@ impl Watch {
         let mut changed = false;
         loop {
             match self.inotify.read_events() {
-                Ok(events) => changed |= events.iter().any(|event| self.concerns(event)),
+                Ok(events) => changed |= events.iter().any(|event| self.is_relevant(event)),
                 Err(Errno::EINTR) => {}
                 // Mostly because there is nothing more.
                 Err(_) => break,
             }
         }
         if changed {
-            self.follow();
+            self.update_watches();
         }
         changed
     }
 
     /// Looks for directories that were not there before. True if there are any, so that the file may be another now.
     /// Cheap while all are watched; to be called every few seconds.
-    pub fn tend(&mut self) -> bool {
+    pub fn rescan(&mut self) -> bool {
         if self.complete {
             return false;
         }
         let before = self.directories.len();
-        self.follow();
+        self.update_watches();
         self.complete || self.directories.len() != before
     }
 
     /// Watches the places that lead to the file now, and no others.
-    fn follow(&mut self) {
+    fn update_watches(&mut self) {
         let interesting = AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
-        let mut directories: HashMap<WatchDescriptor, Directory> = HashMap::new();
+        let mut directories: HashMap<WatchDescriptor, WatchedDirectory> = HashMap::new();
         self.complete = true;
-        for (directory, name) in places(&self.path) {
+        for (directory, name) in watch_points(&self.path) {
             // A directory that is there already gives the same descriptor again.
             match self.inotify.add_watch(&directory, interesting) {
                 Ok(descriptor) => {
-                    let entry = Directory { path: directory, names: BTreeSet::new() };
+                    let entry = WatchedDirectory { path: directory, names: BTreeSet::new() };
                     directories.entry(descriptor).or_insert(entry).names.insert(name);
                 }
                 Err(error) => {
@@ -112,7 +112,7 @@ impl Watch {
         self.directories = directories;
     }
 
-    fn concerns(&self, event: &InotifyEvent) -> bool {
+    fn is_relevant(&self, event: &InotifyEvent) -> bool {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return true;
         }
@@ -130,8 +130,8 @@ fn is_being_written(path: &Path) -> bool {
 }
 
 /// The entries of directories that decide which file the path leads to: the file's own, and those of symbolic links.
-fn places(path: &Path) -> Vec<(PathBuf, OsString)> {
-    let mut places = Vec::new();
+fn watch_points(path: &Path) -> Vec<(PathBuf, OsString)> {
+    let mut watch_points = Vec::new();
     let mut at = PathBuf::from("/");
     let mut ahead: VecDeque<OsString> = steps(path).collect();
     let mut links = 0;
@@ -144,18 +144,18 @@ fn places(path: &Path) -> Vec<(PathBuf, OsString)> {
         match fs::read_link(&next) {
             Ok(target) if links < MOST_LINKS => {
                 links += 1;
-                places.push((at.clone(), step));
+                watch_points.push((at.clone(), step));
                 if target.is_absolute() {
                     at = PathBuf::from("/");
                 }
                 let whole: Vec<OsString> = steps(&target).collect();
                 whole.into_iter().rev().for_each(|step| ahead.push_front(step));
             }
-            _ if ahead.is_empty() => places.push((at.clone(), step)),
+            _ if ahead.is_empty() => watch_points.push((at.clone(), step)),
             _ => at = next,
         }
     }
-    places
+    watch_points
 }
 
 /// The names in a path, `..` among them.
@@ -168,7 +168,7 @@ fn steps(path: &Path) -> impl Iterator<Item = OsString> {
     path.components().filter_map(name)
 }
 
-impl mio::event::Source for Watch {
+impl mio::event::Source for ConfigWatcher {
     fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
         SourceFd(&self.inotify.as_fd().as_raw_fd()).register(registry, token, interests)
     }
@@ -192,7 +192,7 @@ mod tests {
 
     struct Bench {
         directory: tempfile::TempDir,
-        watch: Watch,
+        watch: ConfigWatcher,
     }
 
     impl Bench {
@@ -200,7 +200,7 @@ mod tests {
         fn new() -> Bench {
             let directory = tempfile::tempdir().unwrap();
             fs::write(directory.path().join("c.toml"), "a").unwrap();
-            let mut watch = Watch::new(&directory.path().join("c.toml")).unwrap();
+            let mut watch = ConfigWatcher::new(&directory.path().join("c.toml")).unwrap();
             assert!(watch.complete && !watch.drain());
             Bench { directory, watch }
         }
@@ -253,7 +253,7 @@ mod tests {
         version("..1");
         symlink("..1", path("..data")).unwrap();
         symlink("..data/config.toml", path("config.toml")).unwrap();
-        let mut watch = Watch::new(&path("config.toml")).unwrap();
+        let mut watch = ConfigWatcher::new(&path("config.toml")).unwrap();
         assert!(watch.complete);
         for (old, new) in [("..1", "..2"), ("..2", "..3")] {
             version(new);
@@ -274,17 +274,17 @@ mod tests {
     fn a_directory_may_go_and_come_back() {
         let directory = tempfile::tempdir().unwrap();
         let (inner, file) = (directory.path().join("d"), directory.path().join("d/c.toml"));
-        let mut watch = Watch::new(&file).unwrap();
-        assert!(!watch.complete && !watch.tend());
+        let mut watch = ConfigWatcher::new(&file).unwrap();
+        assert!(!watch.complete && !watch.rescan());
         fs::create_dir(&inner).unwrap();
-        assert!(watch.tend() && watch.complete && !watch.tend());
+        assert!(watch.rescan() && watch.complete && !watch.rescan());
         fs::write(&file, "a").unwrap();
         assert!(watch.drain());
         fs::remove_dir_all(&inner).unwrap();
         assert!(watch.drain() && !watch.complete);
         fs::create_dir(&inner).unwrap();
         fs::write(&file, "b").unwrap();
-        assert!(watch.tend() && watch.complete);
+        assert!(watch.rescan() && watch.complete);
     }
 
     #[test]
@@ -295,11 +295,11 @@ mod tests {
         symlink("real/../real", root.join("link")).unwrap();
         symlink(root.join("link/inner/c.toml"), root.join("c.toml")).unwrap();
         let expected = [(&*root, "c.toml"), (&*root, "link"), (&*root.join("real/inner"), "c.toml")];
-        let found = places(&root.join("c.toml"));
+        let found = watch_points(&root.join("c.toml"));
         let found: Vec<(&Path, &str)> = found.iter().map(|(at, name)| (at.as_path(), name.to_str().unwrap())).collect();
         assert_eq!(found, expected);
         // A link to itself is no reason to go round for ever.
         symlink("loop", root.join("loop")).unwrap();
-        assert!(places(&root.join("loop")).len() <= MOST_LINKS + 1);
+        assert!(watch_points(&root.join("loop")).len() <= MOST_LINKS + 1);
     }
 }

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::mode::{self, ModeChoice};
 use super::{Action, Controller, Listener, Origin};
-use crate::config::{Attach, Config, ListenerConfig, Source};
+use crate::config::{AttachConfig, Config, DownstreamSource, ListenerConfig};
 use crate::host::probe::Obstacle;
 use crate::model::{DownstreamSet, ListenerId, Mode};
 
@@ -18,7 +18,7 @@ use crate::model::{DownstreamSet, ListenerId, Mode};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
     listeners: Vec<(ListenerConfig, ModeChoice)>,
-    attach: Attach,
+    attach: AttachConfig,
 }
 
 impl Prepared {
@@ -38,7 +38,7 @@ impl Prepared {
 #[derive(Debug)]
 pub(super) struct Previous {
     listeners: Vec<Listener>,
-    attach: Attach,
+    attach: AttachConfig,
 }
 
 impl Previous {
@@ -54,14 +54,16 @@ impl Listener {
     fn new(config: ListenerConfig, choice: ModeChoice, before: Option<&Listener>) -> Listener {
         let known = before.and_then(|before| before.set.as_ref());
         let set = match &config.source {
-            Source::Static(downstreams) => match known {
+            DownstreamSource::Static(downstreams) => match known {
                 Some(set) if set.downstreams == *downstreams => Some(set.clone()),
                 known => {
                     let generation = known.map_or(0, |set| set.generation) + 1;
                     Some(DownstreamSet { generation, downstreams: downstreams.clone() })
                 }
             },
-            Source::Kubernetes(_) | Source::Names(_) => before.and_then(|before| before.set_to_go_on_with(&config)),
+            DownstreamSource::Kubernetes(_) | DownstreamSource::Names(_) => {
+                before.and_then(|before| before.set_to_go_on_with(&config))
+            }
         };
         Listener { config, choice, set }
     }
@@ -80,9 +82,9 @@ impl Listener {
     pub(super) fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet) -> bool {
         // What a source had found before it was given up may arrive late.
         let wanted = match self.config.source {
-            Source::Static(_) => false,
-            Source::Names(_) => origin == Origin::Names,
-            Source::Kubernetes(_) => origin == Origin::Kubernetes,
+            DownstreamSource::Static(_) => false,
+            DownstreamSource::Names(_) => origin == Origin::Names,
+            DownstreamSource::Kubernetes(_) => origin == Origin::Kubernetes,
         };
         let newer = self.set.as_ref().is_none_or(|old| old.generation < set.generation);
         let taken = self.config.id == id && wanted && newer;

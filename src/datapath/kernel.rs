@@ -46,7 +46,7 @@ use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_readers, zero_on
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, LoadedProgram, MapSizes, types};
 use self::table::KernelTables;
 use super::{Counters, Datapath};
-use crate::config::{Attach, Limits};
+use crate::config::{AttachConfig, MapLimits};
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
@@ -96,7 +96,7 @@ pub struct KernelSetup {
 impl KernelSetup {
     /// For a current kernel.
     #[must_use]
-    pub fn new(limits: &Limits) -> KernelSetup {
+    pub fn new(limits: &MapLimits) -> KernelSetup {
         KernelSetup {
             sizes: MapSizes::of(limits),
             redirects: true,
@@ -113,7 +113,7 @@ impl KernelDatapath {
     ///
     /// # Errors
     /// As for [`KernelDatapath::open`].
-    pub fn new(limits: &Limits) -> Result<KernelDatapath> {
+    pub fn new(limits: &MapLimits) -> Result<KernelDatapath> {
         Self::open(&KernelSetup::new(limits))
     }
 
@@ -262,7 +262,7 @@ impl KernelDatapath {
     }
 
     /// Attaches where the plan says and is not attached, detaches where it no longer says.
-    fn apply_links(&mut self, plan: &[&ListenerPlan], attach: Attach) -> Result<()> {
+    fn apply_links(&mut self, plan: &[&ListenerPlan], attach: AttachConfig) -> Result<()> {
         let mode = AttachMode::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
         // One that someone has taken off goes first: it holds its interface's claim.

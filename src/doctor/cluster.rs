@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::Findings;
-use crate::config::{Config, ListenerConfig, Source};
+use crate::config::{Config, DownstreamSource, ListenerConfig};
 use crate::control::report::Report;
 use crate::discovery::{self, Discovery, ServiceStatus, Settings, Update};
 use crate::model::{Downstream, ListenerId};
@@ -46,7 +46,9 @@ pub(super) fn look(
             BTreeMap::new()
         }
     };
-    for listener in config.listeners.iter().filter(|listener| matches!(listener.source, Source::Kubernetes(_))) {
+    for listener in
+        config.listeners.iter().filter(|listener| matches!(listener.source, DownstreamSource::Kubernetes(_)))
+    {
         let of_daemon = || report?.listeners.iter().find(|reported| reported.name == listener.name);
         if found.get(&listener.id).is_none_or(Vec::is_empty)
             && let Some(reported) = of_daemon()

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::{Findings, Subject, arrives_on};
-use crate::config::Protocol;
+use crate::config::ListenerProtocol;
 use crate::host::neighbours::Standing;
 use crate::host::{Host, HostFacts, Link, Route};
 use crate::model::Downstream;
@@ -204,7 +204,7 @@ fn judge_forwarding(subject: &Subject<'_>, facts: &HostFacts, setting: Setting<'
     };
     let closed = subject.downstreams.iter().filter_map(way_out).find(|link| !forwards(link));
     match closed {
-        Some(link) if subject.config.protocol == Protocol::Dns => findings.warning(
+        Some(link) if subject.config.protocol == ListenerProtocol::Dns => findings.warning(
             "forwarding",
             format!(
                 "listener {name:?}: net.{family}.conf.{}.forwarding is 0, so answers of receivers that come back by this \

@@ -18,8 +18,8 @@ use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
 use super::{Daemon, fit_open_files, follow_ways, load_kernel, succession, take_due};
-use crate::config::watch::Watch;
-use crate::config::{Config, ListenerConfig, Numbers, Source};
+use crate::config::watch::ConfigWatcher;
+use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
 use crate::control::server::Server;
 use crate::controller::Event;
 use crate::datapath::kernel::handover::PreparedPins;
@@ -47,10 +47,10 @@ pub(super) struct Reloading {
     pub(super) record: Reloads,
     /// What was wrong the last time, if anything.
     pub(super) refusal: Option<(SystemTime, String)>,
-    watch: Option<Watch>,
+    watch: Option<ConfigWatcher>,
     /// When the file is to be looked at.
     pub(super) due: Option<Instant>,
-    numbers: Numbers,
+    numbers: ListenerIdAllocator,
     attempt: Option<Attempt>,
 }
 
@@ -92,7 +92,7 @@ impl Reloading {
             refusal: None,
             watch: None,
             due: None,
-            numbers: Numbers::default(),
+            numbers: ListenerIdAllocator::default(),
             attempt: None,
         };
         reloading.watch_or_not(config, registry, token);
@@ -109,7 +109,7 @@ impl Reloading {
         if self.watch.is_some() {
             return;
         }
-        let watch = Watch::new(&config.path).and_then(|mut watch| {
+        let watch = ConfigWatcher::new(&config.path).and_then(|mut watch| {
             registry.register(&mut watch, token, Interest::READABLE)?;
             Ok(watch)
         });
@@ -134,14 +134,14 @@ impl Reloading {
 
     /// Takes in what has happened to the file.
     pub(super) fn drain_watch(&mut self) {
-        if self.watch.as_mut().is_some_and(Watch::drain) {
+        if self.watch.as_mut().is_some_and(ConfigWatcher::drain) {
             self.file_may_have_changed();
         }
     }
 
     /// Sees to it that the file is watched, also after its directory had gone.
     pub(super) fn tend(&mut self) {
-        if self.watch.as_mut().is_some_and(Watch::tend) {
+        if self.watch.as_mut().is_some_and(ConfigWatcher::rescan) {
             self.file_may_have_changed();
         }
     }
@@ -165,8 +165,9 @@ impl Daemon {
     }
 
     fn read_and_follow(&mut self, cause: Cause) {
-        let read = Config::load(&self.config.path)
-            .and_then(|config| config.succeeding(&self.config, self.kernel.is_some(), &mut self.reloading.numbers));
+        let read = Config::load(&self.config.path).and_then(|config| {
+            config.inherit_listener_ids(&self.config, self.kernel.is_some(), &mut self.reloading.numbers)
+        });
         let config = match read {
             Ok(config) => config,
             Err(error) => return self.refuse(&error, cause),
@@ -208,7 +209,7 @@ impl Daemon {
         let prepared = self.controller.prepare(config.clone(), &support)?;
         let discovery = self.new_discovery(&config)?;
         let control = self.control.succeeding(&self.config, &config, self.poll.registry())?;
-        let pins = self.kernel.as_ref().map(|kernel| kernel.prepare(&config.succession)).transpose()?;
+        let pins = self.kernel.as_ref().map(|kernel| kernel.prepare(&config.handover)).transpose()?;
         if prepared.wants_kernel()
             && let Some(mut kernel) = kernel
         {
@@ -238,7 +239,7 @@ impl Daemon {
     }
 
     fn new_discovery(&self, config: &Config) -> Result<Change<(Discovery, Receiver<Update>)>> {
-        let wanted = config.listeners.iter().any(|listener| matches!(listener.source, Source::Kubernetes(_)));
+        let wanted = config.listeners.iter().any(|listener| matches!(listener.source, DownstreamSource::Kubernetes(_)));
         if wanted && self.sources.can_follow(config)? {
             return Ok(Change::Keep);
         }
@@ -280,7 +281,7 @@ impl Daemon {
             self.control.succeed(control);
         }
         if let (Some(kernel), Some(pins)) = (&mut self.kernel, pins) {
-            kernel.configure(&config.succession, pins);
+            kernel.configure(&config.handover, pins);
         }
         self.timers.beat = Some(Instant::now());
         self.sources.follow_names(&config, self.started.elapsed());

@@ -16,16 +16,16 @@ use crate::datapath::kernel::{KernelDatapath, attach, handover};
 /// When the program cannot be pinned or watched.
 pub(super) fn begin(kernel: &mut KernelDatapath, config: &Config, registry: &Registry) -> Result<()> {
     watch_events(kernel, registry)?;
-    let prepared = kernel.prepare(&config.succession)?;
-    kernel.configure(&config.succession, prepared);
-    kernel.find_stale_pins(&config.succession.pin_path)
+    let prepared = kernel.prepare(&config.handover)?;
+    kernel.configure(&config.handover, prepared);
+    kernel.find_stale_pins(&config.handover.pin_path)
 }
 
 impl Daemon {
     /// The start has succeeded: nothing of an earlier daemon is needed any more, but where this one still has to find out
     /// about receivers. Only now, so that there is no moment without either the old filter or what takes its place.
     pub(super) fn succeed_predecessors(&mut self) {
-        let pins = &self.config.succession.pin_path;
+        let pins = &self.config.handover.pin_path;
         attach::remove_stale_filters(&self.controller.unused_links(), pins);
         match &mut self.kernel {
             Some(kernel) => kernel.commit(),

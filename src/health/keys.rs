@@ -17,7 +17,7 @@ use super::settings::{
 /// The keys of a `health` table; what is none was not given.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Keys {
+pub struct HealthKeys {
     /// Whether downstreams are probed at all; false by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
@@ -68,8 +68,8 @@ fn number<S: Serializer>(number: &Option<f64>, serializer: S) -> Result<S::Ok, S
 }
 
 /// The keys that say all that the settings say, and nothing that means nothing to the protocol.
-impl From<&HealthSettings> for Keys {
-    fn from(settings: &HealthSettings) -> Keys {
+impl From<&HealthSettings> for HealthKeys {
+    fn from(settings: &HealthSettings) -> HealthKeys {
         let HealthSettings { probe, fail_open, slow_start } = settings;
         let (payload, expect) = match &probe.protocol {
             ProbeProtocol::Udp { payload, expect, .. } => (Some(payload.to_string()), Some(expect.to_string())),
@@ -79,7 +79,7 @@ impl From<&HealthSettings> for Keys {
             ProbeProtocol::Http { path, .. } => Some(path.to_string()),
             _ => None,
         };
-        Keys {
+        HealthKeys {
             enabled: Some(true),
             interval_secs: Some(probe.interval.as_secs_f64()),
             timeout_secs: Some(probe.timeout.as_secs_f64()),
@@ -98,23 +98,23 @@ impl From<&HealthSettings> for Keys {
 
 /// What is wrong with one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
+pub struct HealthKeyError {
     /// The key.
     pub key: &'static str,
     /// The value, what is wrong with it, and the fix.
     pub message: String,
 }
 
-impl Keys {
+impl HealthKeys {
     /// These keys where they are given, those of `base` where not. The keys that belong to one protocol are not taken
     /// over by another.
     #[must_use]
-    pub fn over(&self, base: &Keys) -> Keys {
+    pub fn over(&self, base: &HealthKeys) -> HealthKeys {
         let same_protocol =
             self.protocol.is_none_or(|protocol| protocol == base.protocol.unwrap_or_default()).then_some(());
         let own = self.clone();
         let of_protocol = |value: Option<String>, other: &Option<String>| value.or(same_protocol.and(other.clone()));
-        Keys {
+        HealthKeys {
             enabled: own.enabled.or(base.enabled),
             interval_secs: own.interval_secs.or(base.interval_secs),
             timeout_secs: own.timeout_secs.or(base.timeout_secs),
@@ -135,23 +135,23 @@ impl Keys {
     ///
     /// # Errors
     /// Everything that is wrong.
-    pub fn settings(&self) -> Result<Option<HealthSettings>, Vec<Fault>> {
-        let mut faults = Faults::default();
-        let interval = faults.seconds("interval_secs", self.interval_secs.unwrap_or(INTERVAL_SECS), SECONDS);
-        let timeout = faults.seconds("timeout_secs", self.timeout_secs.unwrap_or(TIMEOUT_SECS), SECONDS);
+    pub fn settings(&self) -> Result<Option<HealthSettings>, Vec<HealthKeyError>> {
+        let mut errors = HealthKeyErrors::default();
+        let interval = errors.seconds("interval_secs", self.interval_secs.unwrap_or(INTERVAL_SECS), SECONDS);
+        let timeout = errors.seconds("timeout_secs", self.timeout_secs.unwrap_or(TIMEOUT_SECS), SECONDS);
         if let (Some(interval), Some(timeout)) = (interval, timeout)
             && timeout > interval
         {
             let (timeout, interval) = (timeout.as_secs_f64(), interval.as_secs_f64());
             let message = format!("{timeout} is longer than interval_secs, {interval}; make it at most that");
-            faults.add("timeout_secs", message);
+            errors.add("timeout_secs", message);
         }
-        let slow_start = faults.seconds("slow_start_secs", self.slow_start_secs.unwrap_or(0.0), SLOW_START_SECS);
+        let slow_start = errors.seconds("slow_start_secs", self.slow_start_secs.unwrap_or(0.0), SLOW_START_SECS);
         let unhealthy = self.unhealthy_threshold.unwrap_or(UNHEALTHY_THRESHOLD);
-        let unhealthy_threshold = faults.threshold("unhealthy_threshold", unhealthy);
+        let unhealthy_threshold = errors.threshold("unhealthy_threshold", unhealthy);
         let healthy = self.healthy_threshold.unwrap_or(HEALTHY_THRESHOLD);
-        let healthy_threshold = faults.threshold("healthy_threshold", healthy);
-        let protocol = self.protocol(&mut faults);
+        let healthy_threshold = errors.threshold("healthy_threshold", healthy);
+        let protocol = self.protocol(&mut errors);
         let settings = || {
             Some(HealthSettings {
                 probe: ProbeSettings {
@@ -166,10 +166,10 @@ impl Keys {
             })
         };
         let settings = settings().filter(|_| self.enabled.unwrap_or(false));
-        if faults.0.is_empty() { Ok(settings) } else { Err(faults.0) }
+        if errors.0.is_empty() { Ok(settings) } else { Err(errors.0) }
     }
 
-    fn protocol(&self, faults: &mut Faults) -> Option<ProbeProtocol> {
+    fn protocol(&self, errors: &mut HealthKeyErrors) -> Option<ProbeProtocol> {
         let kind = self.protocol.unwrap_or_default();
         let given = [
             ("port", self.port.is_some()),
@@ -178,14 +178,14 @@ impl Keys {
             ("path", self.path.is_some()),
         ];
         for (key, _) in given.into_iter().filter(|&(key, given)| given && !kind.keys().contains(&key)) {
-            faults.add(key, format!("means nothing with protocol = \"{kind}\"; take it out, or change the protocol"));
+            errors.add(key, format!("means nothing with protocol = \"{kind}\"; take it out, or change the protocol"));
         }
         if self.port == Some(0) {
-            faults.add("port", "0 is no port to send to; give 1 to 65535".to_owned());
+            errors.add("port", "0 is no port to send to; give 1 to 65535".to_owned());
         }
-        let payload = faults.bytes("payload", self.payload.as_deref());
-        let expect = faults.bytes("expect", self.expect.as_deref());
-        let path = faults.path(self.path.as_deref().unwrap_or(PATH));
+        let payload = errors.bytes("payload", self.payload.as_deref());
+        let expect = errors.bytes("expect", self.expect.as_deref());
+        let path = errors.path(self.path.as_deref().unwrap_or(PATH));
         let port = self.port;
         Some(match kind {
             ProbeKind::Icmp => ProbeProtocol::Icmp,
@@ -198,11 +198,11 @@ impl Keys {
 }
 
 #[derive(Default)]
-struct Faults(Vec<Fault>);
+struct HealthKeyErrors(Vec<HealthKeyError>);
 
-impl Faults {
+impl HealthKeyErrors {
     fn add(&mut self, key: &'static str, message: String) {
-        self.0.push(Fault { key, message });
+        self.0.push(HealthKeyError { key, message });
     }
 
     fn seconds(&mut self, key: &'static str, value: f64, allowed: RangeInclusive<f64>) -> Option<Duration> {
@@ -248,7 +248,7 @@ mod tests {
     use super::*;
     use crate::health::settings::MAX_BYTES;
 
-    fn keys(toml: &str) -> Keys {
+    fn keys(toml: &str) -> HealthKeys {
         toml::from_str(toml).unwrap()
     }
 
@@ -256,8 +256,8 @@ mod tests {
         keys(&format!("enabled = true\n{toml}")).settings().unwrap().unwrap()
     }
 
-    fn faults(toml: &str) -> Vec<(&'static str, String)> {
-        keys(toml).settings().unwrap_err().into_iter().map(|fault| (fault.key, fault.message)).collect()
+    fn errors(toml: &str) -> Vec<(&'static str, String)> {
+        keys(toml).settings().unwrap_err().into_iter().map(|error| (error.key, error.message)).collect()
     }
 
     #[test]
@@ -313,14 +313,14 @@ mod tests {
             ("protocol = 'http'\npath = \"/a\\r\\nX: y\"", "path", "has the character '\\r'"),
         ];
         for (toml, key, message) in cases {
-            let faults = faults(toml);
-            assert_eq!(faults.len(), 1, "{toml}: {faults:?}");
-            assert_eq!(faults[0].0, key, "{toml}");
-            assert!(faults[0].1.contains(message), "{toml}: {faults:?}");
+            let errors = errors(toml);
+            assert_eq!(errors.len(), 1, "{toml}: {errors:?}");
+            assert_eq!(errors[0].0, key, "{toml}");
+            assert!(errors[0].1.contains(message), "{toml}: {errors:?}");
         }
         let long = format!("protocol = 'udp'\npayload = '{}'", "x".repeat(MAX_BYTES + 1));
-        assert_eq!(faults(&long)[0].1, "1201 bytes are too many; give at most 1200");
-        assert_eq!(faults("interval_secs = 0\nhealthy_threshold = 0").len(), 2);
+        assert_eq!(errors(&long)[0].1, "1201 bytes are too many; give at most 1200");
+        assert_eq!(errors("interval_secs = 0\nhealthy_threshold = 0").len(), 2);
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl ListenerSnapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Settings;
+    use crate::config::UserspaceSettings;
     use crate::model::{Downstream, ListenerId};
     use crate::plan::{Delivery, Target};
 
@@ -157,7 +157,7 @@ mod tests {
             socket_only: None,
             targets: endpoints.iter().map(target).collect(),
             table: (0..).take(endpoints.len()).collect(),
-            settings: Settings::default(),
+            settings: UserspaceSettings::default(),
         }
     }
 

@@ -155,7 +155,7 @@ fn socket_only(policy: Policy, set: &DownstreamSet, routes: &[Option<&Route>]) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Protocol, RequestedMode, Settings, Source};
+    use crate::config::{DownstreamSource, ListenerProtocol, RequestedMode, UserspaceSettings};
     use crate::host::{Address, Neighbour};
     use crate::model::ListenerId;
 
@@ -202,13 +202,13 @@ mod tests {
             bind: bind.parse().unwrap(),
             interfaces,
             mode: RequestedMode::TcEbpf,
-            protocol: Protocol::Raw,
+            protocol: ListenerProtocol::Raw,
             policy: Policy::RoundRobin,
             sources: Arc::default(),
             rate_limit: None,
-            source: Source::Static(Vec::new()),
+            source: DownstreamSource::Static(Vec::new()),
             health: None,
-            settings: Settings::default(),
+            settings: UserspaceSettings::default(),
         }
     }
 

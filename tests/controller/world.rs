@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use udp_fanout::config::{Config, Numbers, Source};
+use udp_fanout::config::{Config, DownstreamSource, ListenerIdAllocator};
 use udp_fanout::controller::{Action, Controller, Event, Origin, RETRY};
 use udp_fanout::health::weights::{HealthMap, HealthMark};
 use udp_fanout::host::{Address, HostFacts, Link, Route};
@@ -100,7 +100,7 @@ pub struct World {
     believed: State,
     /// What is to be in force again if the configuration under way is not taken.
     fallback: Option<State>,
-    numbers: Numbers,
+    numbers: ListenerIdAllocator,
     /// The plan that was last to be applied, and whether it was.
     handed_out: Option<Plan>,
     in_force: bool,
@@ -126,7 +126,7 @@ impl State {
             let old = old.filter(|old| old.name == listener.name || old.bind == listener.bind);
             let known = old.and_then(|old| before?.sets.get(&old.id));
             let set = match &listener.source {
-                Source::Static(downstreams) => Some((1, downstreams)),
+                DownstreamSource::Static(downstreams) => Some((1, downstreams)),
                 _ => known.map(|set| {
                     let same = old.is_some_and(|old| old.source == listener.source);
                     (if same { set.generation } else { 0 }, &set.downstreams)
@@ -142,7 +142,7 @@ impl State {
     fn take_set(&mut self, id: ListenerId, set: &DownstreamSet) {
         let Some(listener) = self.config.listener(id) else { return };
         let newer = self.sets.get(&id).is_none_or(|old| old.generation < set.generation);
-        if newer && !matches!(listener.source, Source::Static(_)) {
+        if newer && !matches!(listener.source, DownstreamSource::Static(_)) {
             self.sets.insert(id, set.clone());
         }
     }
@@ -167,7 +167,7 @@ impl World {
             facts: HostFacts::default(),
             believed: State::of(config.clone(), None),
             fallback: None,
-            numbers: Numbers::default(),
+            numbers: ListenerIdAllocator::default(),
             handed_out: None,
             in_force: false,
             wake_at: None,
@@ -189,7 +189,7 @@ impl World {
         let mut next = configurations()[self.rng.random_range(0..configurations().len())].clone();
         // The limits stay as they are: changing them takes a restart.
         next.limits = committed.config.limits.clone();
-        next.succeeding(&committed.config, true, &mut self.numbers).unwrap()
+        next.inherit_listener_ids(&committed.config, true, &mut self.numbers).unwrap()
     }
 
     pub fn expect_refusal(&mut self) {

@@ -2,7 +2,7 @@
 //! 512 bytes of stack. Older ones look at more instructions than newer ones, because they see less often that they have
 //! been there before.
 
-use udp_fanout::config::Limits;
+use udp_fanout::config::MapLimits;
 use udp_fanout::datapath::kernel::{KernelSetup, skel};
 
 /// Instructions looked at: a tenth of what kernels put up with. Each takes about a microsecond, at every start.
@@ -12,7 +12,7 @@ const INSTRUCTIONS: u32 = 100_000;
 const STACK: u32 = 320;
 
 fn setup(redirects: bool, ring_buffer: bool) -> KernelSetup {
-    let limits = Limits { max_listeners: 4, max_downstreams: 16, max_sources: 16, max_senders: 16 };
+    let limits = MapLimits { max_listeners: 4, max_downstreams: 16, max_sources: 16, max_senders: 16 };
     KernelSetup { redirects, ring_buffer, ..KernelSetup::new(&limits) }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
-use udp_fanout::config::{Limits, Settings};
+use udp_fanout::config::{MapLimits, UserspaceSettings};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
@@ -48,7 +48,7 @@ impl Program {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
         // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let limits = Limits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
+        let limits = MapLimits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
         let mut setup = KernelSetup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
@@ -195,7 +195,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         socket_only: None,
         table: (0..targets.len() as u32).collect(),
         targets: targets.into(),
-        settings: Settings::default(),
+        settings: UserspaceSettings::default(),
     }
 }
 

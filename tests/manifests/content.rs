@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, OnExit, Source};
+use udp_fanout::config::{Config, DownstreamSource, OnExit};
 
 use crate::render::{chart, everything, objects, only, overlay, plain, rbac, read, repository, values};
 
@@ -191,10 +191,7 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(annotations["prometheus.io/path"], metrics.path);
         assert_eq!(daemonset(&all)["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"], 1);
         // Where the program is kept is the node's.
-        assert_eq!(
-            (config.succession.on_exit, config.succession.pin_path.parent()),
-            (OnExit::Keep, Some(BPF_FS.as_ref()))
-        );
+        assert_eq!((config.handover.on_exit, config.handover.pin_path.parent()), (OnExit::Keep, Some(BPF_FS.as_ref())));
         let mounts = container["volumeMounts"].as_array().unwrap();
         let mount = mounts.iter().find(|mount| mount["mountPath"] == BPF_FS).unwrap();
         let volumes = pod(&all)["volumes"].as_array().unwrap();
@@ -210,8 +207,8 @@ fn a_pod_has_what_the_daemon_looks_for() {
 /// Each Service that a configuration follows, as namespace and name.
 pub fn services(config: &Config) -> BTreeSet<(String, String)> {
     let sources = config.listeners.iter().filter_map(|listener| match &listener.source {
-        Source::Kubernetes(source) => Some(&source.services),
-        Source::Static(_) | Source::Names(_) => None,
+        DownstreamSource::Kubernetes(source) => Some(&source.services),
+        DownstreamSource::Static(_) | DownstreamSource::Names(_) => None,
     });
     sources
         .flatten()

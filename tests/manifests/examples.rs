@@ -1,7 +1,7 @@
 //! The examples fit what they are examples for.
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, RequestedMode, Source};
+use udp_fanout::config::{Config, DownstreamSource, RequestedMode};
 use udp_fanout::discovery::PortRef;
 
 use crate::content::{configurations, services};
@@ -34,7 +34,7 @@ fn vector_receives_what_the_daemonset_sends() {
     let policies = objects(&read("k8s/networkpolicy.yaml"));
     assert_eq!(pod["metadata"]["labels"], policies[1]["spec"]["podSelector"]["matchLabels"]);
 
-    let Source::Kubernetes(source) = &daemonset().listeners[0].source else { panic!("static") };
+    let DownstreamSource::Kubernetes(source) = &daemonset().listeners[0].source else { panic!("static") };
     let PortRef::Number(port) = source.services[0].port else { panic!("a named port") };
     assert_eq!(
         pod["spec"]["containers"][0]["ports"][0],

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
-use udp_fanout::config::{Attach, Config, ListenerConfig};
+use udp_fanout::config::{AttachConfig, Config, ListenerConfig};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::user::UserDatapath;
@@ -84,7 +84,7 @@ impl Bare {
         let set = DownstreamSet { generation: 1, downstreams };
         let plan = compile(&self.listener, &set, self.mode, &self.facts, self.before.as_ref());
         self.before = Some(plan.clone());
-        self.datapath.apply(&Plan { listeners: vec![plan], attach: Attach::default() })
+        self.datapath.apply(&Plan { listeners: vec![plan], attach: AttachConfig::default() })
     }
 
     /// Received and forwarded datagrams, and all that any other counter says, once so many have been received: a worker

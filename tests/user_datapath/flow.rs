@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use udp_fanout::config::Settings;
+use udp_fanout::config::UserspaceSettings;
 use udp_fanout::datapath::user::UserDatapath;
 use udp_fanout::datapath::{Counters, Datapath};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
@@ -47,7 +47,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
             })
             .collect(),
         table: interleave(&weights).into(),
-        settings: Settings { workers: 2, batch_size: 16, ..Settings::default() },
+        settings: UserspaceSettings { workers: 2, batch_size: 16, ..UserspaceSettings::default() },
     }
 }
 

@@ -1,22 +1,22 @@
-//! TOML to [`Node`]s.
+//! TOML to [`DocumentNode`]s.
 
 use std::path::Path;
 
 use toml::de::{DeTable, DeValue, Error};
 
-use super::{Node, Value};
+use super::{DocumentNode, DocumentValue};
 use crate::config::problem::{Problems, one_line};
 
 /// Reads a whole TOML file.
-pub(super) fn read(text: &str, path: &Path) -> Result<Node, Problems> {
-    let lines = Lines::of(text);
+pub(super) fn read(text: &str, path: &Path) -> Result<DocumentNode, Problems> {
+    let lines = LineIndex::of(text);
     match DeTable::parse(text) {
-        Ok(table) => Ok(Node { line: 1, value: self::table(table.into_inner(), &lines) }),
+        Ok(table) => Ok(DocumentNode { line: 1, value: self::table(table.into_inner(), &lines) }),
         Err(error) => Err(explain(&error, text, &lines, path)),
     }
 }
 
-fn explain(error: &Error, text: &str, lines: &Lines, path: &Path) -> Problems {
+fn explain(error: &Error, text: &str, lines: &LineIndex, path: &Path) -> Problems {
     let line = error.span().map(|span| lines.line(span.start));
     let content = line.and_then(|line| text.lines().nth(line - 1)).unwrap_or_default().trim();
     let what = one_line(error.message());
@@ -49,33 +49,36 @@ fn unquoted_text(line: &str) -> bool {
     value.trim_start().starts_with(|c: char| c.is_ascii_alphanumeric() || "/:.".contains(c))
 }
 
-fn table(table: DeTable<'_>, lines: &Lines) -> Value {
+fn table(table: DeTable<'_>, lines: &LineIndex) -> DocumentValue {
     let mut entries: Vec<_> = table.into_iter().collect();
     // The parser's map is ordered by key; messages should follow the file.
     entries.sort_by_key(|(key, _)| key.span().start);
     let entry = |(key, value): (toml::Spanned<_>, toml::Spanned<DeValue<'_>>)| {
         let line = lines.line(key.span().start);
         let key: std::borrow::Cow<'_, str> = key.into_inner();
-        (key.into_owned(), Node { line, value: self::value(value.into_inner(), lines) })
+        (key.into_owned(), DocumentNode { line, value: self::value(value.into_inner(), lines) })
     };
-    Value::Table(entries.into_iter().map(entry).collect())
+    DocumentValue::Table(entries.into_iter().map(entry).collect())
 }
 
-fn value(value: DeValue<'_>, lines: &Lines) -> Value {
+fn value(value: DeValue<'_>, lines: &LineIndex) -> DocumentValue {
     match value {
-        DeValue::String(text) => Value::Text(text.into_owned()),
+        DeValue::String(text) => DocumentValue::Text(text.into_owned()),
         DeValue::Integer(number) => match i128::from_str_radix(number.as_str(), number.radix()) {
-            Ok(number) => Value::Integer(number),
+            Ok(number) => DocumentValue::Integer(number),
             // Larger than any key allows; a float is near enough for the message.
-            Err(_) => Value::Number(number.as_str().parse().unwrap_or(f64::INFINITY)),
+            Err(_) => DocumentValue::Number(number.as_str().parse().unwrap_or(f64::INFINITY)),
         },
-        DeValue::Float(number) => Value::Number(number.as_str().parse().unwrap_or(f64::NAN)),
-        DeValue::Boolean(flag) => Value::Flag(flag),
-        DeValue::Datetime(date) => Value::Date(date.to_string()),
-        DeValue::Array(items) => Value::List(
+        DeValue::Float(number) => DocumentValue::Number(number.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Boolean(flag) => DocumentValue::Flag(flag),
+        DeValue::Datetime(date) => DocumentValue::Date(date.to_string()),
+        DeValue::Array(items) => DocumentValue::List(
             items
                 .into_iter()
-                .map(|item| Node { line: lines.line(item.span().start), value: self::value(item.into_inner(), lines) })
+                .map(|item| DocumentNode {
+                    line: lines.line(item.span().start),
+                    value: self::value(item.into_inner(), lines),
+                })
                 .collect(),
         ),
         DeValue::Table(entries) => self::table(entries, lines),
@@ -83,11 +86,11 @@ fn value(value: DeValue<'_>, lines: &Lines) -> Value {
 }
 
 /// Where each line of a text starts.
-struct Lines(Vec<usize>);
+struct LineIndex(Vec<usize>);
 
-impl Lines {
-    fn of(text: &str) -> Lines {
-        Lines(std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect())
+impl LineIndex {
+    fn of(text: &str) -> LineIndex {
+        LineIndex(std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect())
     }
 
     /// The line, from 1, of a byte offset.

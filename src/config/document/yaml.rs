@@ -1,4 +1,4 @@
-//! YAML to [`Node`]s.
+//! YAML to [`DocumentNode`]s.
 //!
 //! Scalars are read as YAML 1.2 says: only `true` and `false` are booleans, and `010` is no number. One document a
 //! file. Anchors, aliases and merge keys work, within bounds that keep a small file from becoming a large tree.
@@ -9,7 +9,7 @@ use std::path::Path;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::{Error, MessageFormatter, Options, Spanned, UserMessageFormatter};
 
-use super::{Node, Value};
+use super::{DocumentNode, DocumentValue};
 use crate::config::problem::{Problems, one_line};
 
 /// Deepest nesting read. No key is nested deeper than five; the bound keeps the recursion off the end of the stack.
@@ -20,9 +20,9 @@ const MAX_DEPTH: usize = 32;
 const MAX_REPEATED: usize = 300_000;
 
 /// Reads a whole YAML file. An empty one is an empty table.
-pub(super) fn read(text: &str, path: &Path) -> Result<Node, Problems> {
-    match serde_saphyr::from_str_with_options::<Node>(text, options()) {
-        Ok(Node { value: Value::Nothing, .. }) => Ok(empty()),
+pub(super) fn read(text: &str, path: &Path) -> Result<DocumentNode, Problems> {
+    match serde_saphyr::from_str_with_options::<DocumentNode>(text, options()) {
+        Ok(DocumentNode { value: DocumentValue::Nothing, .. }) => Ok(empty()),
         Ok(node) => Ok(node),
         Err(error) => match error.without_snippet() {
             Error::Eof { .. } => Ok(empty()),
@@ -31,8 +31,8 @@ pub(super) fn read(text: &str, path: &Path) -> Result<Node, Problems> {
     }
 }
 
-fn empty() -> Node {
-    Node { line: 1, value: Value::Table(Vec::new()) }
+fn empty() -> DocumentNode {
+    DocumentNode { line: 1, value: DocumentValue::Table(Vec::new()) }
 }
 
 fn options() -> Options {
@@ -76,10 +76,10 @@ fn explain(error: &Error, text: &str, path: &Path) -> Problems {
     super::invalid(path, line, content, &format!("not valid YAML: {what}; {fix}"))
 }
 
-impl<'de> Deserialize<'de> for Node {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Node, D::Error> {
-        let spanned = Spanned::<Value>::deserialize(deserializer)?;
-        Ok(Node { line: line(&spanned), value: spanned.value })
+impl<'de> Deserialize<'de> for DocumentNode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<DocumentNode, D::Error> {
+        let spanned = Spanned::<DocumentValue>::deserialize(deserializer)?;
+        Ok(DocumentNode { line: line(&spanned), value: spanned.value })
     }
 }
 
@@ -87,63 +87,63 @@ fn line<T>(spanned: &Spanned<T>) -> usize {
     usize::try_from(spanned.referenced.line()).unwrap_or(usize::MAX)
 }
 
-impl<'de> Deserialize<'de> for Value {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
-        deserializer.deserialize_any(AnyValue)
+impl<'de> Deserialize<'de> for DocumentValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<DocumentValue, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
     }
 }
 
-struct AnyValue;
+struct ValueVisitor;
 
-impl<'de> Visitor<'de> for AnyValue {
-    type Value = Value;
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = DocumentValue;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a value")
     }
 
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Nothing)
+    fn visit_unit<E>(self) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Nothing)
     }
 
-    fn visit_bool<E>(self, flag: bool) -> Result<Value, E> {
-        Ok(Value::Flag(flag))
+    fn visit_bool<E>(self, flag: bool) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Flag(flag))
     }
 
-    fn visit_i64<E>(self, number: i64) -> Result<Value, E> {
-        Ok(Value::Integer(number.into()))
+    fn visit_i64<E>(self, number: i64) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Integer(number.into()))
     }
 
-    fn visit_u64<E>(self, number: u64) -> Result<Value, E> {
-        Ok(Value::Integer(number.into()))
+    fn visit_u64<E>(self, number: u64) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Integer(number.into()))
     }
 
-    fn visit_f64<E>(self, number: f64) -> Result<Value, E> {
-        Ok(Value::Number(number))
+    fn visit_f64<E>(self, number: f64) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Number(number))
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
-        Ok(Value::Text(text.to_owned()))
+    fn visit_str<E>(self, text: &str) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Text(text.to_owned()))
     }
 
-    fn visit_string<E>(self, text: String) -> Result<Value, E> {
-        Ok(Value::Text(text))
+    fn visit_string<E>(self, text: String) -> Result<DocumentValue, E> {
+        Ok(DocumentValue::Text(text))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<DocumentValue, A::Error> {
         let mut list = Vec::new();
         while let Some(item) = items.next_element()? {
             list.push(item);
         }
-        Ok(Value::List(list))
+        Ok(DocumentValue::List(list))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<DocumentValue, A::Error> {
         let mut table = Vec::new();
         while let Some(key) = entries.next_key::<Spanned<String>>()? {
-            let node: Node = entries.next_value()?;
-            table.push((key.value.clone(), Node { line: line(&key), value: node.value }));
+            let node: DocumentNode = entries.next_value()?;
+            table.push((key.value.clone(), DocumentNode { line: line(&key), value: node.value }));
         }
-        Ok(Value::Table(table))
+        Ok(DocumentValue::Table(table))
     }
 }

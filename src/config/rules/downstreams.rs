@@ -1,28 +1,29 @@
-//! Rules about a listener's `downstream`: each address and name once, and none that cannot be a receiver.
+//! RuleChecker about a listener's `downstream`: each address and name once, and none that cannot be a receiver.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::policies::sample_of;
-use super::{Rules, texts};
+use super::policies::fraction_to_sample;
+use super::{RuleChecker, values};
 use crate::config::document::KeyPath;
+use crate::config::file::FileDownstream;
 use crate::config::problem::quoted;
-use crate::config::{NamedSource, Source, address, file};
+use crate::config::{DownstreamSource, NamedSource, address};
 use crate::model::Downstream;
 use crate::names::{Address, Entry};
 
 const EXAMPLE: &str = "10.0.1.10:5514";
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     /// The listener's downstreams as a source: static if all are known by address.
     pub(super) fn downstreams(
         &mut self,
         at: &KeyPath,
-        downstreams: &[file::Downstream],
+        downstreams: &[FileDownstream],
         resolve_interval_secs: f64,
         bind: Option<SocketAddr>,
-    ) -> Option<Source> {
+    ) -> Option<DownstreamSource> {
         let entries = self.entries(at, downstreams, bind)?;
         let fixed = |entry: &Entry| match entry.address {
             Address::Ip(address) => {
@@ -32,9 +33,9 @@ impl Rules<'_> {
             Address::Name { .. } => None,
         };
         Some(match entries.iter().map(fixed).collect() {
-            Some(downstreams) => Source::Static(downstreams),
+            Some(downstreams) => DownstreamSource::Static(downstreams),
             // `shape` has seen that it is within RESOLVE_SECONDS, which every Duration can hold.
-            None => Source::Names(NamedSource {
+            None => DownstreamSource::Names(NamedSource {
                 entries,
                 interval: Duration::try_from_secs_f64(resolve_interval_secs).unwrap_or_default(),
             }),
@@ -44,7 +45,7 @@ impl Rules<'_> {
     fn entries(
         &mut self,
         at: &KeyPath,
-        downstreams: &[file::Downstream],
+        downstreams: &[FileDownstream],
         bind: Option<SocketAddr>,
     ) -> Option<Vec<Entry>> {
         let mut names: HashMap<String, usize> = HashMap::new();
@@ -53,7 +54,7 @@ impl Rules<'_> {
         for (index, downstream) in downstreams.iter().enumerate() {
             let at = at.then(index);
             let address = address::parse_or_name(&downstream.address, EXAMPLE).and_then(|address| match address {
-                Address::Ip(ip) => texts::downstream(ip, bind).map(|()| address),
+                Address::Ip(ip) => values::downstream(ip, bind).map(|()| address),
                 Address::Name { .. } => Ok(address),
             });
             let Some(address) = self.check(&at.then("address"), address) else { continue };
@@ -64,7 +65,7 @@ impl Rules<'_> {
                 continue;
             }
             let name = match &downstream.name {
-                Some(name) => self.check(&at.then("name"), texts::downstream_name(name)).map(str::to_owned),
+                Some(name) => self.check(&at.then("name"), values::downstream_name(name)).map(str::to_owned),
                 None => Some(address.to_string()),
             };
             let Some(name) = name else { continue };
@@ -73,7 +74,7 @@ impl Rules<'_> {
                 self.fault(&at.then("name"), message);
                 continue;
             }
-            let sample = sample_of(downstream.sample);
+            let sample = fraction_to_sample(downstream.sample);
             good.push(Entry { name: name.into(), address, weight: downstream.weight, sample });
         }
         (good.len() == downstreams.len()).then_some(good)

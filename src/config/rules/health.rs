@@ -1,15 +1,15 @@
-//! Rules about `health`, that of the file and those of listeners, whose keys win. What each key may be is known to
+//! RuleChecker about `health`, that of the file and those of listeners, whose keys win. What each key may be is known to
 //! [`keys`](crate::health::keys); here its faults find their place in the file.
 
-use super::{Rules, listener_key, top};
+use super::{RuleChecker, listener_key, top};
 use crate::config::document::KeyPath;
-use crate::health::keys::{Fault, Keys};
+use crate::health::keys::{HealthKeyError, HealthKeys};
 use crate::health::settings::HealthSettings;
 use crate::model::ListenerId;
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     /// The settings of the file's own table; none where checks are not enabled there.
-    pub(super) fn health(&mut self, keys: &Keys) -> Option<HealthSettings> {
+    pub(super) fn health(&mut self, keys: &HealthKeys) -> Option<HealthSettings> {
         match keys.settings() {
             Ok(settings) => {
                 self.health = Some(keys.clone());
@@ -23,7 +23,7 @@ impl Rules<'_> {
     }
 
     /// The settings of a listener, after [`health`](Self::health); none where its downstreams are not checked.
-    pub(super) fn listener_health(&mut self, id: ListenerId, own: Option<&Keys>) -> Option<HealthSettings> {
+    pub(super) fn listener_health(&mut self, id: ListenerId, own: Option<&HealthKeys>) -> Option<HealthSettings> {
         // What is wrong with the file's own table would be said again for each listener.
         let base = self.health.clone()?;
         match own.map_or_else(|| base.settings(), |own| own.over(&base).settings()) {
@@ -41,15 +41,15 @@ impl Rules<'_> {
     }
 
     /// Says that keys have no effect.
-    fn not_enabled(&mut self, id: ListenerId, own: &Keys) {
-        if *own != Keys::default() {
-            let fix = self.document.format.assignment("enabled", "true");
+    fn not_enabled(&mut self, id: ListenerId, own: &HealthKeys) {
+        if *own != HealthKeys::default() {
+            let fix = self.document.notation.assignment("enabled", "true");
             let at = listener_key(id).then("health");
             self.warn(&at, format!("nothing is checked, since health checks are not enabled; add {fix}"));
         }
     }
 
-    fn health_faults(&mut self, at: &KeyPath, faults: Vec<Fault>) {
+    fn health_faults(&mut self, at: &KeyPath, faults: Vec<HealthKeyError>) {
         for fault in faults {
             self.fault(&at.then(fault.key), fault.message);
         }

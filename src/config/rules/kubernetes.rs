@@ -2,14 +2,14 @@
 
 use super::super::KubernetesSource;
 use super::super::document::KeyPath;
-use super::super::file::{Kubernetes, Service};
+use super::super::file::{FileKubernetes, FileService};
 use super::super::problem::quoted;
-use super::{Rules, texts};
+use super::{RuleChecker, values};
 use crate::discovery::{PortRef, ServiceRef};
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     /// The Services of a listener, each with its namespace and port. All are looked at before any is given up.
-    pub(super) fn kubernetes(&mut self, at: &KeyPath, source: &Kubernetes) -> Option<KubernetesSource> {
+    pub(super) fn kubernetes(&mut self, at: &KeyPath, source: &FileKubernetes) -> Option<KubernetesSource> {
         let namespace = self.namespace(&at.then("namespace"), source.namespace.as_deref());
         let port = self.port(&at.then("port"), source.port.as_ref());
         let services = match (&source.service, &source.services) {
@@ -18,7 +18,7 @@ impl Rules<'_> {
                 None
             }
             (None, None) => {
-                let example = self.document.format.assignment("service", "\"vector-aggregators\"");
+                let example = self.document.notation.assignment("service", "\"vector-aggregators\"");
                 self.fault(&at.then("service"), format!("missing; add it, for example {example}"));
                 if source.port.is_none() {
                     self.missing_port(at);
@@ -27,7 +27,7 @@ impl Rules<'_> {
             }
             (Some(name), None) => {
                 let at_name = at.then("service");
-                let name = self.check(&at_name, texts::kubernetes_name(name, "a Service").map(str::to_owned));
+                let name = self.check(&at_name, values::kubernetes_name(name, "a Service").map(str::to_owned));
                 self.complete(at, vec![name.map(|name| (name, None, None))], namespace?, port?)
             }
             (None, Some(list)) => {
@@ -41,16 +41,16 @@ impl Rules<'_> {
     }
 
     /// The list's Services, each with what it says itself; none for one that is wrong.
-    fn services(&mut self, at: &KeyPath, list: &[Service]) -> Option<Vec<Option<Named>>> {
+    fn services(&mut self, at: &KeyPath, list: &[FileService]) -> Option<Vec<Option<Named>>> {
         if list.is_empty() {
             self.fault(at, "an empty list; name a Service, for example [\"vector-aggregators\"]");
             return None;
         }
-        let one = |(index, service): (usize, &Service)| {
+        let one = |(index, service): (usize, &FileService)| {
             let at = at.then(index);
-            let at_name = if matches!(service, Service::Name(_)) { at.clone() } else { at.then("service") };
+            let at_name = if matches!(service, FileService::Name(_)) { at.clone() } else { at.then("service") };
             let table = service.table();
-            let name = self.check(&at_name, texts::kubernetes_name(&table.service, "a Service").map(str::to_owned));
+            let name = self.check(&at_name, values::kubernetes_name(&table.service, "a Service").map(str::to_owned));
             let namespace = self.namespace(&at.then("namespace"), table.namespace.as_deref());
             let port = self.port(&at.then("port"), table.port.as_ref());
             Some((name?, namespace?, port?))
@@ -77,18 +77,18 @@ impl Rules<'_> {
     }
 
     fn missing_port(&mut self, at: &KeyPath) {
-        let example = self.document.format.assignment("port", "5514");
+        let example = self.document.notation.assignment("port", "5514");
         self.fault(&at.then("port"), format!("missing; add it, for example {example}"));
     }
 
     fn namespace(&mut self, at: &KeyPath, name: Option<&str>) -> Option<Option<String>> {
         let Some(name) = name else { return Some(None) };
-        self.check(at, texts::kubernetes_name(name, "a namespace")).map(|name| Some(name.to_owned()))
+        self.check(at, values::kubernetes_name(name, "a namespace")).map(|name| Some(name.to_owned()))
     }
 
     fn port(&mut self, at: &KeyPath, port: Option<&PortRef>) -> Option<Option<PortRef>> {
         if let Some(PortRef::Name(name)) = port {
-            self.check(at, texts::port_name(name))?;
+            self.check(at, values::port_name(name))?;
         }
         Some(port.cloned())
     }

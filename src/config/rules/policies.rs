@@ -1,16 +1,15 @@
-//! Rules about how a listener's downstreams are chosen: `policy`, `protocol` and what only one policy has a use for.
+//! RuleChecker about how a listener's downstreams are chosen: `policy`, `protocol` and what only one policy has a use for.
 
-use super::Rules;
+use super::RuleChecker;
 use crate::config::document::KeyPath;
-use crate::config::file;
-use crate::config::protocol::Objection;
+use crate::config::file::{FileDownstream, FileListener, FilePolicy};
+use crate::config::protocol::PolicyConflict;
 use crate::model::{Downstream, HashOn, MAX_COPIES, Policy};
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     /// The listener's policy. What does not go with it is a fault, what may not suit the protocol a warning.
-    pub(super) fn policy(&mut self, at: &KeyPath, listener: &file::Listener) -> Policy {
-        let policy = match (listener.policy.map_or(listener.protocol.policy(), file::Policy::meaning), listener.hash_on)
-        {
+    pub(super) fn policy(&mut self, at: &KeyPath, listener: &FileListener) -> Policy {
+        let policy = match (listener.policy.map_or(listener.protocol.policy(), FilePolicy::meaning), listener.hash_on) {
             (Policy::Hash(_), Some(on)) => Policy::Hash(on),
             (policy, on) => {
                 self.no_hash_on(at, on);
@@ -20,10 +19,10 @@ impl Rules<'_> {
         if let Some(written) = listener.policy {
             let (shown, at) = (format!("\"{}\"", written.name()), at.then("policy"));
             match listener.protocol.objection(policy) {
-                Some(Objection::Refused(why)) => {
+                Some(PolicyConflict::Error(why)) => {
                     self.fault(&at, format!("{shown} {why}; remove it, and what suits the protocol holds"));
                 }
-                Some(Objection::Warning(why)) => {
+                Some(PolicyConflict::Warning(why)) => {
                     self.warn(&at, format!("{shown} {why}; remove it, and what suits the protocol holds"));
                 }
                 None => {}
@@ -44,18 +43,18 @@ impl Rules<'_> {
 
     fn no_hash_on(&mut self, at: &KeyPath, on: Option<HashOn>) {
         if let Some(on) = on {
-            let hash = self.document.format.assignment("policy", "\"hash\"");
+            let hash = self.document.notation.assignment("policy", "\"hash\"");
             let message = format!("\"{}\" goes with {hash} only; write that too, or remove hash_on", on.name());
             self.fault(&at.then("hash_on"), message);
         }
     }
 
     /// A downstream's part of the datagrams: by weight, or under `replicate` by sample.
-    fn share(&mut self, at: &KeyPath, listener: &file::Listener, downstream: &file::Downstream, policy: Policy) {
+    fn share(&mut self, at: &KeyPath, listener: &FileListener, downstream: &FileDownstream, policy: Policy) {
         let (weight, sample) = (downstream.weight, downstream.sample);
         if policy != Policy::Replicate {
-            if sample_of(sample) != Downstream::ALL {
-                let replicate = self.document.format.assignment("policy", "\"replicate\"");
+            if fraction_to_sample(sample) != Downstream::ALL {
+                let replicate = self.document.notation.assignment("policy", "\"replicate\"");
                 let message = format!("{sample} goes with {replicate} only; write that too, or remove sample");
                 self.fault(&at.then("sample"), message);
             }
@@ -68,11 +67,11 @@ impl Rules<'_> {
             self.fault(&at.then("weight"), message);
         }
         if let Some(loss) = listener.protocol.sampling_loses()
-            && sample_of(sample) != Downstream::ALL
+            && fraction_to_sample(sample) != Downstream::ALL
         {
             self.warn(
                 &at.then("sample"),
-                format!("{} {loss}; remove it to copy everything", part_of(sample_of(sample))),
+                format!("{} {loss}; remove it to copy everything", sample_to_fraction(fraction_to_sample(sample))),
             );
         }
     }
@@ -80,15 +79,15 @@ impl Rules<'_> {
 
 /// A part from 0 to 1 as `Downstream` has it.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float becomes the nearest u32")]
-pub(in crate::config) fn sample_of(part: f64) -> u32 {
+pub(in crate::config) fn fraction_to_sample(part: f64) -> u32 {
     (part * f64::from(Downstream::ALL)).round() as u32
 }
 
-/// The shortest decimal fraction that `sample_of` makes this of.
-pub(in crate::config) fn part_of(sample: u32) -> f64 {
+/// The shortest decimal fraction that `fraction_to_sample` makes this of.
+pub(in crate::config) fn sample_to_fraction(sample: u32) -> f64 {
     let exact = f64::from(sample) / f64::from(Downstream::ALL);
     let short = (1..=12).filter_map(|digits| format!("{exact:.digits$}").parse().ok());
-    short.into_iter().find(|&part| sample_of(part) == sample).unwrap_or(exact)
+    short.into_iter().find(|&part| fraction_to_sample(part) == sample).unwrap_or(exact)
 }
 
 #[cfg(test)]
@@ -99,15 +98,15 @@ mod tests {
     #[test]
     fn parts_are_written_as_people_write_them() {
         for part in [1.0, 0.5, 0.1, 0.01, 0.000_001, 0.25, 0.999] {
-            assert_eq!(part_of(sample_of(part)), part);
+            assert_eq!(sample_to_fraction(fraction_to_sample(part)), part);
         }
-        assert_eq!(sample_of(1.0), Downstream::ALL);
+        assert_eq!(fraction_to_sample(1.0), Downstream::ALL);
     }
 
     proptest! {
         #[test]
         fn every_sample_survives_being_written(sample: u32) {
-            prop_assert_eq!(sample_of(part_of(sample)), sample);
+            prop_assert_eq!(fraction_to_sample(sample_to_fraction(sample)), sample);
         }
     }
 }

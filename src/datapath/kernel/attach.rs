@@ -20,7 +20,7 @@ use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
 use self::tcx::TcxLink;
 use super::pins::{self, StalePins};
-use crate::config::{Attach, AttachHook, TcxOrder};
+use crate::config::{AttachConfig, AttachHook, TcxOrder};
 use crate::host::ahead::{self, FilterPlace, Place};
 use crate::host::filters::{BpfFilter, ingress_bpf_filters};
 use crate::plan::LinkRef;
@@ -49,7 +49,7 @@ impl AttachMode {
     ///
     /// # Errors
     /// When it asks for TCX and the kernel has none.
-    pub fn choose(wanted: Attach, has_tcx: bool) -> Result<AttachMode> {
+    pub fn choose(wanted: AttachConfig, has_tcx: bool) -> Result<AttachMode> {
         match wanted.hook {
             AttachHook::Clsact => Ok(AttachMode::Clsact),
             AttachHook::Tcx if !has_tcx => bail!(

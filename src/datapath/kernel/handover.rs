@@ -25,7 +25,7 @@ use super::heartbeat::{self, Heartbeat};
 use super::maps::wait_for_readers;
 use super::pins::{self, Pins, StalePins};
 use super::skel::{CARRIED_WORDS, LoadedProgram};
-use crate::config::{OnExit, Succession};
+use crate::config::{HandoverConfig, OnExit};
 use crate::model::ListenerId;
 use crate::plan::LinkRef;
 
@@ -55,7 +55,7 @@ pub struct PreparedPins(Option<Pins>);
 
 impl HandoverState {
     pub(super) fn new(loaded: &LoadedProgram) -> Result<HandoverState> {
-        let Succession { pin_path, .. } = Succession::default();
+        let HandoverConfig { pin_path, .. } = HandoverConfig::default();
         Ok(HandoverState {
             heartbeat: Heartbeat::new(&loaded.heartbeat)?,
             timeout: None,
@@ -146,7 +146,7 @@ impl KernelDatapath {
     ///
     /// # Errors
     /// When the program cannot be pinned, in one line with the fix.
-    pub fn prepare(&self, wanted: &Succession) -> Result<PreparedPins> {
+    pub fn prepare(&self, wanted: &HandoverConfig) -> Result<PreparedPins> {
         let there = self.handover.pins.as_ref().map(Pins::path);
         if wanted.on_exit == OnExit::Detach || there == Some(&wanted.pin_path) {
             return Ok(PreparedPins(None));
@@ -155,7 +155,7 @@ impl KernelDatapath {
     }
 
     /// Does from now on as the configuration says.
-    pub fn configure(&mut self, wanted: &Succession, PreparedPins(pins): PreparedPins) {
+    pub fn configure(&mut self, wanted: &HandoverConfig, PreparedPins(pins): PreparedPins) {
         let handover = &mut self.handover;
         handover.keep = wanted.on_exit == OnExit::Keep;
         handover.timeout = wanted.max_headless;

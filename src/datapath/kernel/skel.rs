@@ -11,7 +11,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{AsRawLibbpf, MapHandle, OpenObject, libbpf_sys};
 
 use super::KernelSetup;
-use crate::config::Limits;
+use crate::config::MapLimits;
 use crate::model::{HashOn, Policy};
 use crate::plan::maglev;
 use crate::plan::table::MAX_SLOTS;
@@ -230,7 +230,7 @@ pub struct MapSizes {
 impl MapSizes {
     /// Sizes for the configured limits.
     #[must_use]
-    pub fn of(limits: &Limits) -> MapSizes {
+    pub fn of(limits: &MapLimits) -> MapSizes {
         let downstreams = limits.max_downstreams.max(1).saturating_mul(2);
         let most = limits.max_downstreams.max(1) as usize;
         let longest = maglev::places(most).max(usize::try_from(MAX_SLOTS).unwrap_or(usize::MAX));

@@ -33,7 +33,7 @@ use super::mmsg::incoming::Piece;
 use super::mmsg::{Batch, Family, LANES};
 use super::standing::Standing;
 use super::table::{Round, Table, WorkerTable};
-use crate::config::Settings;
+use crate::config::UserspaceSettings;
 use crate::model::{DropReason, ListenerCounters, Policy};
 use crate::plan::hash;
 
@@ -87,7 +87,7 @@ impl Forwarder {
     /// When the kernel refuses either.
     pub fn new(
         listener: Arc<str>,
-        settings: &Settings,
+        settings: &UserspaceSettings,
         table: WorkerTable,
         cursor: Arc<AtomicU64>,
         cells: Arc<WorkerCells>,

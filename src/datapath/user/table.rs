@@ -162,7 +162,7 @@ pub struct WorkerTable {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::config::Settings;
+    use crate::config::UserspaceSettings;
     use crate::model::{Downstream, ListenerId, Mode};
     use crate::plan::table::interleave;
     use crate::plan::{Delivery, Target};
@@ -188,7 +188,7 @@ pub mod tests {
             socket_only: None,
             targets: downstreams.iter().map(target).collect(),
             table: interleave(&downstreams.iter().map(|&(_, weight)| weight).collect::<Vec<_>>()).into(),
-            settings: Settings { workers: 1, ..Settings::default() },
+            settings: UserspaceSettings { workers: 1, ..UserspaceSettings::default() },
         }
     }
 

@@ -43,7 +43,7 @@ fn config(extra: &str) -> Config {
 
 fn found(config: &Config, mode: Mode, judge: impl FnOnce(&Subject<'_>, &mut Findings)) -> Vec<Finding> {
     let listener = &config.listeners[0];
-    let crate::config::Source::Static(downstreams) = &listener.source else { panic!("static") };
+    let crate::config::DownstreamSource::Static(downstreams) = &listener.source else { panic!("static") };
     let choice = ModeChoice { mode, reason: "configured".into() };
     let subject = Subject { config: listener, choice, downstreams: downstreams.clone() };
     let mut findings = Findings::default();

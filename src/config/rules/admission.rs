@@ -1,27 +1,27 @@
-//! Rules about who may send to a listener, and how fast: `sources` and `rate_limit`.
+//! RuleChecker about who may send to a listener, and how fast: `sources` and `rate_limit`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use super::Rules;
+use super::RuleChecker;
 use crate::admission::{NoPrefix, Prefix, RateLimit, Sources};
 use crate::config::document::KeyPath;
-use crate::config::file;
+use crate::config::file::{FilePrefixes, FileRateLimit, FileSources};
 use crate::config::problem::quoted;
 
 const EXAMPLE: &str = "10.0.0.0/8";
 
 /// How many prefixes there are.
-pub(super) fn count(sources: &file::Sources) -> usize {
+pub(super) fn count(sources: &FileSources) -> usize {
     [&sources.allow, &sources.deny].into_iter().flatten().map(|prefixes| prefixes.texts().len()).sum()
 }
 
-impl Rules<'_> {
+impl RuleChecker<'_> {
     /// Who may send.
     pub(super) fn sources(
         &mut self,
         at: &KeyPath,
-        sources: Option<&file::Sources>,
+        sources: Option<&FileSources>,
         bind: Option<SocketAddr>,
     ) -> Option<Sources> {
         let Some(sources) = sources else { return Some(Sources::default()) };
@@ -33,7 +33,7 @@ impl Rules<'_> {
     fn prefixes(
         &mut self,
         at: &KeyPath,
-        prefixes: Option<&file::Prefixes>,
+        prefixes: Option<&FilePrefixes>,
         bind: Option<SocketAddr>,
     ) -> Option<Vec<Prefix>> {
         let Some(prefixes) = prefixes else { return Some(Vec::new()) };
@@ -46,8 +46,8 @@ impl Rules<'_> {
         let mut list = Vec::with_capacity(texts.len());
         for (index, text) in texts.iter().enumerate() {
             let at = match prefixes {
-                file::Prefixes::One(_) => at.clone(),
-                file::Prefixes::List(_) => at.then(index),
+                FilePrefixes::One(_) => at.clone(),
+                FilePrefixes::List(_) => at.then(index),
             };
             let Some(prefix) = self.check(&at, prefix(text, bind)) else { continue };
             if let Some(first) = good.insert(prefix, index) {
@@ -61,7 +61,7 @@ impl Rules<'_> {
 }
 
 /// How fast each sender may send. `shape` has seen that the numbers are within their ranges.
-pub(super) fn rate_limit(limit: &file::RateLimit, senders: u32) -> RateLimit {
+pub(super) fn rate_limit(limit: &FileRateLimit, senders: u32) -> RateLimit {
     RateLimit {
         packets_per_second: limit.packets_per_second,
         burst: limit.burst.unwrap_or(limit.packets_per_second),

@@ -1,4 +1,4 @@
-//! Rules about a single value. Each passes the value on, or says what it is, what is wrong with it, and the fix.
+//! RuleChecker about a single value. Each passes the value on, or says what it is, what is wrong with it, and the fix.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 

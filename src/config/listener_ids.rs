@@ -8,11 +8,11 @@ use crate::model::ListenerId;
 /// Gives new listeners their numbers, each number in turn: the kernel's counters and what other threads still have to say
 /// about a listener that has gone go by number, so one is not used again before all others have been.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Numbers {
+pub struct ListenerIdAllocator {
     next: u32,
 }
 
-impl Numbers {
+impl ListenerIdAllocator {
     /// The next number that nobody has, of those below `limit`. None if there is none.
     fn next(&mut self, limit: u32, taken: &BTreeSet<ListenerId>) -> Option<ListenerId> {
         let from = self.next;
@@ -31,8 +31,13 @@ impl Config {
     ///
     /// # Errors
     /// [`Problems`]: what cannot be changed without a restart.
-    pub fn succeeding(mut self, running: &Config, has_maps: bool, numbers: &mut Numbers) -> anyhow::Result<Config> {
-        self.check_limits(running, has_maps)?;
+    pub fn inherit_listener_ids(
+        mut self,
+        running: &Config,
+        has_maps: bool,
+        allocator: &mut ListenerIdAllocator,
+    ) -> anyhow::Result<Config> {
+        self.check_map_limits(running, has_maps)?;
         let limit = self.limits.max_listeners;
         let known = |name: &str| running.listeners.iter().find(|listener| listener.name == name);
         let mut ids: Vec<Option<ListenerId>> =
@@ -51,7 +56,8 @@ impl Config {
         shunned.extend(running.listeners.iter().map(|listener| listener.id));
         for (id, listener) in ids.into_iter().zip(&mut self.listeners) {
             // There is always one left: there are at most `limit` listeners.
-            let Some(id) = id.or_else(|| numbers.next(limit, &shunned)).or_else(|| numbers.next(limit, &taken)) else {
+            let Some(id) = id.or_else(|| allocator.next(limit, &shunned)).or_else(|| allocator.next(limit, &taken))
+            else {
                 continue;
             };
             listener.id = id;
@@ -61,7 +67,7 @@ impl Config {
         Ok(self)
     }
 
-    fn check_limits(&self, running: &Config, has_maps: bool) -> Result<(), Problems> {
+    fn check_map_limits(&self, running: &Config, has_maps: bool) -> Result<(), Problems> {
         let mut problems = Problems::new(&self.path);
         for (key, new, old) in [
             ("max_listeners", self.limits.max_listeners, running.limits.max_listeners),
@@ -89,7 +95,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::Limits;
+    use crate::config::MapLimits;
 
     fn config(limits: &str, listeners: &[(&str, u16)]) -> Config {
         let mut text = format!("limits = {{ {limits} }}\n");
@@ -108,12 +114,14 @@ mod tests {
 
     #[test]
     fn listeners_keep_their_numbers_and_new_ones_get_new_ones() {
-        let mut numbers = Numbers::default();
+        let mut allocator = ListenerIdAllocator::default();
         let running = config("", &[("a", 1), ("b", 2), ("c", 3)]);
-        let second = config("", &[("c", 3), ("d", 4), ("a", 1)]).succeeding(&running, true, &mut numbers).unwrap();
+        let second =
+            config("", &[("c", 3), ("d", 4), ("a", 1)]).inherit_listener_ids(&running, true, &mut allocator).unwrap();
         assert_eq!(ids(&second), [("c", 2), ("d", 3), ("a", 0)]);
         // The number that `b` had is free, and yet not given again so soon.
-        let third = config("", &[("a", 1), ("c", 3), ("e", 5)]).succeeding(&second, true, &mut numbers).unwrap();
+        let third =
+            config("", &[("a", 1), ("c", 3), ("e", 5)]).inherit_listener_ids(&second, true, &mut allocator).unwrap();
         assert_eq!(ids(&third), [("a", 0), ("c", 2), ("e", 4)]);
         assert_eq!(third.listener(ListenerId(4)).unwrap().name, "e");
     }
@@ -121,10 +129,14 @@ mod tests {
     #[test]
     fn a_listener_with_a_new_name_is_known_by_its_address() {
         let running = config("", &[("a", 1), ("b", 2)]);
-        let renamed = config("", &[("b", 1), ("x", 2)]).succeeding(&running, true, &mut Numbers::default()).unwrap();
+        let renamed = config("", &[("b", 1), ("x", 2)])
+            .inherit_listener_ids(&running, true, &mut ListenerIdAllocator::default())
+            .unwrap();
         // `b` is still there, at the address that was `a`'s.
         assert_eq!(ids(&renamed), [("b", 1), ("x", 2)]);
-        let renamed = config("", &[("y", 2), ("a", 1)]).succeeding(&running, true, &mut Numbers::default()).unwrap();
+        let renamed = config("", &[("y", 2), ("a", 1)])
+            .inherit_listener_ids(&running, true, &mut ListenerIdAllocator::default())
+            .unwrap();
         assert_eq!(ids(&renamed), [("y", 1), ("a", 0)]);
     }
 
@@ -132,7 +144,7 @@ mod tests {
     fn when_all_numbers_are_taken_one_given_up_is_used_at_once() {
         let running = config("max_listeners = 2", &[("a", 1), ("b", 2)]);
         let next = config("max_listeners = 2", &[("c", 3), ("b", 2)]);
-        let next = next.succeeding(&running, true, &mut Numbers::default()).unwrap();
+        let next = next.inherit_listener_ids(&running, true, &mut ListenerIdAllocator::default()).unwrap();
         assert_eq!(ids(&next), [("c", 0), ("b", 1)]);
     }
 
@@ -141,7 +153,7 @@ mod tests {
         let running = config("", &[("a", 1)]);
         let change = |has_maps| {
             let new = config("max_listeners = 9, max_downstreams = 100", &[("a", 1)]);
-            new.succeeding(&running, has_maps, &mut Numbers::default())
+            new.inherit_listener_ids(&running, has_maps, &mut ListenerIdAllocator::default())
         };
         assert_eq!(change(false).unwrap().limits.max_listeners, 9);
         let expected = "c.toml: limits.max_listeners: 9 needs a restart, since the kernel program's maps have been made for \
@@ -149,10 +161,11 @@ mod tests {
                         since the kernel program's maps have been made for 16384; restart udp-fanout, or write 16384 again";
         assert_eq!(change(true).unwrap_err().to_string(), expected);
         // Every one of them, those added one day included.
-        let Limits { max_listeners: _, max_downstreams: _, max_sources, max_senders } = running.limits.clone();
+        let MapLimits { max_listeners: _, max_downstreams: _, max_sources, max_senders } = running.limits.clone();
         for (key, value) in [("max_sources", max_sources), ("max_senders", max_senders)] {
             let new = config(&format!("{key} = {}", value + 1), &[("a", 1)]);
-            let refusal = new.succeeding(&running, true, &mut Numbers::default()).unwrap_err().to_string();
+            let refusal =
+                new.inherit_listener_ids(&running, true, &mut ListenerIdAllocator::default()).unwrap_err().to_string();
             assert!(refusal.contains(&format!("limits.{key}: {} needs a restart", value + 1)), "{refusal}");
         }
     }
@@ -162,14 +175,14 @@ mod tests {
         fn numbers_are_distinct_and_within_the_limit_whatever_is_edited(
             edits in prop::collection::vec(prop::collection::btree_set(0u16..6, 1..=4), 1..20),
         ) {
-            let mut numbers = Numbers::default();
+            let mut allocator = ListenerIdAllocator::default();
             let mut running: Option<Config> = None;
             for edit in edits {
                 let names: Vec<String> = edit.iter().map(|n| format!("n{n}")).collect();
                 let listeners: Vec<(&str, u16)> = names.iter().map(String::as_str).zip(edit.iter().map(|n| n + 1)).collect();
                 let mut new = config("max_listeners = 4", &listeners);
                 if let Some(running) = &running {
-                    new = new.succeeding(running, true, &mut numbers).unwrap();
+                    new = new.inherit_listener_ids(running, true, &mut allocator).unwrap();
                     for before in &running.listeners {
                         let now = new.listeners.iter().find(|listener| listener.name == before.name);
                         prop_assert!(now.is_none_or(|now| now.id == before.id));
