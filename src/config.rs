@@ -38,10 +38,11 @@ pub use problem::{Problem, Problems};
 pub use protocol::ListenerProtocol;
 
 use crate::admission::{RateLimit, Sources};
-use crate::discovery::{self, Family, Locality, ServiceRef, Terminating};
+use crate::discovery::{self, Locality, ServiceRef, Terminating};
 use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
-use crate::{names, open_files};
+use crate::net::Family;
+use crate::{error_hints, names};
 
 /// Allowed `workers`.
 pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
@@ -419,7 +420,7 @@ fn describe_read_error(error: &io::Error) -> String {
         }
         io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
         _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-            open_files::explain(format!("cannot be read: {error}"))
+            error_hints::add_open_files_hint(format!("cannot be read: {error}"))
         }
         _ => format!("cannot be read: {error}; name another with --config"),
     }

@@ -20,7 +20,6 @@ pub mod wire;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -32,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::status::{ErrorKind, ServiceStatus, Status};
 use crate::model::{DownstreamSet, ListenerId};
+use crate::net::Family;
 
 /// What a listener wants to know: the endpoints of which Services, and which of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -75,36 +75,6 @@ impl fmt::Display for PortRef {
             PortRef::Number(number) => number.fmt(f),
             PortRef::Name(name) => write!(f, "{name:?}"),
         }
-    }
-}
-
-/// An address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl Family {
-    /// The family of an address.
-    #[must_use]
-    pub fn of(address: IpAddr) -> Family {
-        match address {
-            IpAddr::V4(_) => Family::V4,
-            IpAddr::V6(_) => Family::V6,
-        }
-    }
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Family::V4 => "IPv4",
-            Family::V6 => "IPv6",
-        })
     }
 }
 

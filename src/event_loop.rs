@@ -47,7 +47,7 @@ use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
 use crate::plan::Plan;
-use crate::{logging, open_files};
+use crate::{error_hints, logging, open_files};
 
 const SIGNALS: Token = Token(0);
 const NETLINK: Token = Token(1);
@@ -334,7 +334,7 @@ impl Daemon {
         if take_due(&mut self.timers.look_at_host, now)
             && let Err(error) = self.look_at_host(&self.controller.route_addresses())
         {
-            tracing::error!("{}; trying again", open_files::explain(format!("{error:#}")));
+            tracing::error!("{}; trying again", error_hints::add_open_files_hint(format!("{error:#}")));
             self.timers.look_at_host = Some(now + crate::controller::RETRY);
         }
         if take_due(&mut self.timers.tick, now) {
@@ -408,7 +408,7 @@ impl Daemon {
         while let Some(event) = events.pop_front() {
             for action in self.controller.handle(event, self.started.elapsed()) {
                 match action {
-                    Action::Warn(text) => tracing::warn!("{}", open_files::explain(text)),
+                    Action::Warn(text) => tracing::warn!("{}", error_hints::add_open_files_hint(text)),
                     Action::WakeAt(at) => self.timers.tick = Some(self.started + at),
                     Action::Settled(outcome) => self.settled(outcome),
                     Action::Apply(plan) => {
@@ -426,7 +426,7 @@ impl Daemon {
                 match self.facts(&addresses) {
                     Ok(facts) => events.push_back(Event::Host(facts)),
                     Err(error) => {
-                        tracing::error!("{}; trying again", open_files::explain(format!("{error:#}")));
+                        tracing::error!("{}; trying again", error_hints::add_open_files_hint(format!("{error:#}")));
                         self.timers.look_at_host = Some(Instant::now() + crate::controller::RETRY);
                     }
                 }

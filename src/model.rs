@@ -4,7 +4,7 @@
 //! `datapath` counts with them, `metrics` prints them.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -99,18 +99,6 @@ impl Policy {
             Policy::Hash(_) | Policy::GelfMessage | Policy::Replicate => true,
         }
     }
-}
-
-/// True if the address means another group on each link: IPv6 multicast of interface-local or link-local scope.
-#[must_use]
-pub fn is_bound_to_link(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.is_multicast() && matches!(v6.segments()[0] & 0xf, 1 | 2))
-}
-
-/// True if the address is one host's: neither nobody's nor that of many.
-#[must_use]
-pub fn is_one_host(address: IpAddr) -> bool {
-    !address.is_unspecified() && !address.is_multicast() && !matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
 }
 
 /// A receiver of datagrams.

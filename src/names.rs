@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::discovery::Family;
 use crate::model::ListenerId;
+use crate::net::Family;
 
 /// Where a downstream of a configuration is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]

@@ -58,23 +58,6 @@ pub fn raise(config: &Config) -> Result<Option<String>> {
     Ok((reached < needed).then(|| too_low(reached, needed)))
 }
 
-/// An error's words, with the fix behind them if too many files are open: in the daemon or on the whole host. It goes by the
-/// words since many libraries pass an error on as text.
-#[must_use]
-pub fn explain(mut error: String) -> String {
-    let (limit, host) = ("raise the limit of open files", "raise the sysctl fs.file-max");
-    if error.contains(TOO_MANY_ON_HOST) && !error.contains(host) {
-        error = format!("{error}; {host}");
-    } else if error.contains(TOO_MANY) && !error.contains(TOO_MANY_ON_HOST) && !error.contains(limit) {
-        error = format!("{error}; {limit} (LimitNOFILE= in the unit; `prlimit --nofile` for a daemon that runs)");
-    }
-    error
-}
-
-/// `EMFILE` and `ENFILE`, as both the standard library and the C library put them.
-const TOO_MANY: &str = "Too many open files";
-const TOO_MANY_ON_HOST: &str = "Too many open files in system";
-
 fn too_low(limit: u64, needed: u64) -> String {
     format!(
         "the limit of open files is {limit}, and the listeners' workers may need {needed}, so that sockets may be \
@@ -108,17 +91,6 @@ mod tests {
         assert_eq!(needed(&[("0.0.0.0", "userspace", 0)]), 256 + 80);
         assert_eq!(needed(&[("0.0.0.0", "auto", 0), ("0.0.0.0", "tc_ebpf", 0)]), 256 + 80 + 10);
         assert_eq!(needed(&[("239.1.1.1", "userspace", 0)]), 256 + 10);
-    }
-
-    #[test]
-    fn an_error_for_lack_of_descriptors_says_what_to_do() {
-        let words = |errno: i32| explain(format!("cannot open it: {}", std::io::Error::from_raw_os_error(errno)));
-        let fix =
-            "; raise the limit of open files (LimitNOFILE= in the unit; `prlimit --nofile` for a daemon that runs)";
-        assert_eq!(words(nix::libc::EMFILE), format!("cannot open it: Too many open files (os error 24){fix}"));
-        assert!(words(nix::libc::ENFILE).ends_with("(os error 23); raise the sysctl fs.file-max"));
-        assert_eq!(words(nix::libc::EPERM), "cannot open it: Operation not permitted (os error 1)");
-        assert_eq!(explain(words(nix::libc::EMFILE)), words(nix::libc::EMFILE), "once is enough");
     }
 
     #[test]

@@ -11,7 +11,8 @@
 mod watching;
 
 use serde_json::json;
-use udp_fanout::discovery::{Family, Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout::discovery::{Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_lab::cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
 use watching::{Watching, addresses, limits, log_count, logged, request, request_of};

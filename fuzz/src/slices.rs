@@ -8,7 +8,8 @@ use std::sync::Arc;
 use k8s_openapi::api::discovery::v1;
 use udp_fanout::discovery::slices::{AddressType, Outcome, Place, Readiness, Rules, Slice, Source, compile};
 use udp_fanout::discovery::wire::{BetaEndpointSlice, Wire};
-use udp_fanout::discovery::{Family, Locality, PortRef, Terminating};
+use udp_fanout::discovery::{Locality, PortRef, Terminating};
+use udp_fanout::net::Family;
 
 const HERE: Place<'_> = Place { node: Some("here"), zone: Some("west") };
 

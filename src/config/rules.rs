@@ -23,7 +23,8 @@ use super::{
 };
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
 use crate::health::keys::HealthKeys;
-use crate::model::{self, ListenerId};
+use crate::model::ListenerId;
+use crate::net::is_link_scoped_multicast;
 
 pub(super) use policies::sample_to_fraction;
 
@@ -173,7 +174,7 @@ impl RuleChecker<'_> {
                     "\"{bind}\" is a multicast group, which is joined on interfaces that are named; add {interface}"
                 ),
             ),
-            Interfaces::Named(names) if names.len() > 1 && model::is_bound_to_link(bind.ip()) => self.fault(
+            Interfaces::Named(names) if names.len() > 1 && is_link_scoped_multicast(bind.ip()) => self.fault(
                 &at.then("interface"),
                 format!(
                     "{} interfaces, but the group \"{bind}\" is another one on each link; add a listener for each",

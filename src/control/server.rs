@@ -22,7 +22,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{Request, Response};
 use super::trace::Watch;
-use crate::open_files;
+use crate::error_hints;
 
 /// Clients at one time.
 pub const CONNECTIONS: usize = 16;
@@ -220,7 +220,7 @@ impl Server {
 
     fn not_accepted(&mut self, error: &io::Error) {
         if self.again.replace(Instant::now() + ACCEPT_AGAIN).is_none() {
-            let error = open_files::explain(error.to_string());
+            let error = error_hints::add_open_files_hint(error.to_string());
             tracing::warn!(error, "cannot accept connections to the status socket, trying again");
         }
     }

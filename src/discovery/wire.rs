@@ -17,7 +17,7 @@ use serde::Deserialize;
 
 use super::Family;
 use super::slices::{AddressType, Endpoint, Port, Readiness, Slice};
-use crate::model::is_one_host;
+use crate::net::is_unicast;
 
 /// The label that names the Service of a slice.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -172,7 +172,7 @@ fn port(port: &v1::EndpointPort) -> Port {
 fn endpoint(parts: &Parts<'_>, family: Family, names: &mut Names) -> Option<Endpoint> {
     // The API server lets groups pass, and IPv4 addresses in IPv6 notation.
     let address = parts.address?.parse::<IpAddr>().ok()?.to_canonical();
-    if Family::of(address) != family || !is_one_host(address) {
+    if Family::of(address) != family || !is_unicast(address) {
         return None;
     }
     let conditions = parts.conditions;

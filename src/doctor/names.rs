@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use super::Findings;
 use crate::config::{Config, ListenerConfig};
-use crate::discovery::Family;
 use crate::model::{Downstream, ListenerId};
 use crate::names::state::Names;
 use crate::names::{Address, Entry, Request, lookup};
+use crate::net::Family;
 
 type Answers = BTreeMap<Arc<str>, Result<Vec<IpAddr>, String>>;
 

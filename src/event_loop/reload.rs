@@ -24,10 +24,10 @@ use crate::control::server::Server;
 use crate::controller::Event;
 use crate::datapath::kernel::handover::PreparedPins;
 use crate::discovery::{Discovery, Update};
+use crate::error_hints;
 use crate::metrics::Reloads;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
-use crate::open_files;
 
 /// How long after the file has changed it is read: several changes may follow each other.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -304,7 +304,7 @@ impl Daemon {
 
     /// Says what is wrong. What is said already is not said again just because something else happened to the file.
     fn refuse(&mut self, error: &anyhow::Error, cause: Cause) {
-        let text = open_files::explain(format!("{error:#}"));
+        let text = error_hints::add_open_files_hint(format!("{error:#}"));
         let known = self.reloading.refusal.as_ref().is_some_and(|(_, known)| *known == text);
         if known && cause == Cause::File {
             return;

@@ -28,7 +28,7 @@ use std::time::Duration;
 use super::model::{HealthState, ProbeFailure, ProbeId, ProbeOutcome, ProbeTarget, StateChange, TargetStatus};
 use super::probe_stats::ProbeStatsByKind;
 use super::settings::ProbeProtocol;
-use crate::plan::maglev;
+use crate::net::endpoint_hash;
 
 /// Probes in one round of a target that is not unhealthy, spread evenly over the timeout.
 pub const PROBES_PER_ROUND: u32 = 3;
@@ -164,7 +164,7 @@ impl MonitoredTarget {
     /// The first start of a round after `time`.
     fn start_after(&self, time: Duration) -> Duration {
         let interval = nanos(self.target.settings.interval).max(1);
-        let phase = maglev::identity(self.target.address) % interval;
+        let phase = endpoint_hash(self.target.address) % interval;
         let rounds = nanos(time).checked_sub(phase).map_or(0, |past| past / interval + 1);
         Duration::from_nanos(phase.saturating_add(rounds.saturating_mul(interval)))
     }

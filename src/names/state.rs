@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Address, Entry, Request};
-use crate::discovery::Family;
-use crate::model::{Downstream, ListenerId, is_one_host};
+use crate::model::{Downstream, ListenerId};
+use crate::net::{Family, is_unicast};
 
 /// After the first failure a name is asked for again after this long, and after twice as long with each further one, up to
 /// the interval.
@@ -112,7 +112,7 @@ impl Names {
         self.changed = true;
         match answer {
             Ok(addresses) => {
-                let usable: BTreeSet<IpAddr> = addresses.into_iter().filter(|ip| is_one_host(*ip)).collect();
+                let usable: BTreeSet<IpAddr> = addresses.into_iter().filter(|ip| is_unicast(*ip)).collect();
                 let (v4, v6): (Vec<_>, Vec<_>) = usable.into_iter().partition(IpAddr::is_ipv4);
                 if host.failures > 0 {
                     tracing::info!(name, "name can be resolved again");

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use super::{Delivery, LinkRef, ListenerPlan, Macs, Target, maglev, table};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
-use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy, is_bound_to_link};
+use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
+use crate::net::is_link_scoped_multicast;
 
 /// What both datapaths must do for one listener.
 ///
@@ -53,7 +54,7 @@ pub fn compile(
 /// The address with its link, where it means another group on each.
 fn on_link(bind: SocketAddr, joins: &[LinkRef]) -> SocketAddr {
     match (bind, joins.first()) {
-        (SocketAddr::V6(v6), Some(link)) if is_bound_to_link(bind.ip()) => {
+        (SocketAddr::V6(v6), Some(link)) if is_link_scoped_multicast(bind.ip()) => {
             SocketAddrV6::new(*v6.ip(), v6.port(), 0, link.index).into()
         }
         _ => bind,

@@ -7,6 +7,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::model::HashOn;
+use crate::net::mapped_octets;
 
 /// The hash of a datagram from `source` to `destination` under a listener's `hash_on`.
 #[must_use]
@@ -37,10 +38,7 @@ pub fn place(hash: u32, slots: u32) -> u32 {
 
 /// An address as the kernel program has it: IPv4 mapped into IPv6, the bytes of each word as they are on the wire.
 fn words(ip: IpAddr) -> [u32; 4] {
-    let octets = match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    };
+    let octets = mapped_octets(ip);
     std::array::from_fn(|i| {
         u32::from_ne_bytes([octets[4 * i], octets[4 * i + 1], octets[4 * i + 2], octets[4 * i + 3]])
     })

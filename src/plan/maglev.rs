@@ -7,6 +7,8 @@
 
 use std::net::SocketAddr;
 
+use crate::net::{endpoint_hash, mix};
+
 /// Sizes of tables: primes, each about four times the one before.
 const SIZES: [usize; 5] = [4_099, 16_411, 65_537, 262_147, 1_048_583];
 /// A table has at least this many places per downstream: the more, the closer each share is to its weight, and the fewer
@@ -71,7 +73,7 @@ struct Claimant {
 
 impl Claimant {
     fn new(address: SocketAddr, weight: u32, index: u32, places: usize) -> Claimant {
-        let seed = identity(address);
+        let seed = endpoint_hash(address);
         let offset = mix(seed ^ 0x9e37_79b9_7f4a_7c15) % places as u64;
         let skip = mix(seed ^ 0xd1b5_4a32_d192_ed03) % (places as u64 - 1) + 1;
         let weight = u64::from(weight.max(1));
@@ -85,24 +87,6 @@ impl Claimant {
         }
         table[self.next] = self.index;
     }
-}
-
-/// A number that depends on address and port alone, the same in every run and on every host.
-pub(crate) fn identity(address: SocketAddr) -> u64 {
-    let octets = match address {
-        SocketAddr::V4(v4) => v4.ip().to_ipv6_mapped().octets(),
-        SocketAddr::V6(v6) => v6.ip().octets(),
-    };
-    let whole = u128::from_be_bytes(octets);
-    mix(mix(mix((whole >> 64) as u64) ^ whole as u64) ^ u64::from(address.port()))
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ value >> 31
 }
 
 #[cfg(test)]

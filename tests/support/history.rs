@@ -11,8 +11,9 @@ use std::net::{IpAddr, SocketAddr};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
-use udp_fanout::discovery::{Family, Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout::discovery::{Locality, PortRef, Request, ServiceRef, Terminating};
 use udp_fanout::model::ListenerId;
+use udp_fanout::net::Family;
 
 use udp_fanout_lab::cluster::slice;
 

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use udp_fanout::discovery::{
-    Discovery, ErrorKind, Family, Limits, Locality, PortRef, Request, ServiceRef, ServiceStatus, Settings, Terminating,
-    Update,
+    Discovery, ErrorKind, Limits, Locality, PortRef, Request, ServiceRef, ServiceStatus, Settings, Terminating, Update,
 };
 use udp_fanout::model::ListenerId;
+use udp_fanout::net::Family;
 
 use udp_fanout_lab::apiserver::{ApiServer, DEADLINE};
 

@@ -15,8 +15,9 @@ use nix::sys::socket::sockopt::{Ipv4RecvErr, Ipv6RecvErr, SndBufForce};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::lane::{IMPATIENCE, PATIENCE, SEND_BUFFER, mark_fragmentable};
-use super::mmsg::{Batch, Family, next_report};
+use super::mmsg::{Batch, next_report};
 use super::steer;
+use crate::net::Family;
 
 /// Where the IPv4 socket is bound: nobody sends there, so the kernel never has a packet for it. An unbound one would be
 /// given a copy of every UDP packet that the host receives.

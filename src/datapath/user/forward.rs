@@ -30,11 +30,12 @@ use super::behalf::Behalf;
 use super::count::WorkerCells;
 use super::lane::{self, Event, Lane, MAIN, TROUBLED};
 use super::mmsg::incoming::Piece;
-use super::mmsg::{Batch, Family, LANES};
+use super::mmsg::{Batch, LANES};
 use super::standing::Standing;
 use super::table::{Round, Table, WorkerTable};
 use crate::config::UserspaceSettings;
 use crate::model::{DropReason, ListenerCounters, Policy};
+use crate::net::Family;
 use crate::plan::hash;
 
 /// Shortest time between two log lines about failed sends of one worker.
@@ -94,7 +95,7 @@ impl Forwarder {
     ) -> Result<Self> {
         let count = settings.batch_size.max(1) as usize;
         let max_length = settings.max_packet_size.max(1) as usize;
-        let family = Family::of(table.table.listener());
+        let family = Family::of(table.table.listener().ip());
         let mut batch = Batch::new(count, max_length, TOGETHER)
             .with_context(|| format!("no memory for {count} messages; lower batch_size"))?;
         batch.want_addresses(table.table.needs_addresses());

@@ -16,7 +16,8 @@ use tracing::{debug, info, warn};
 
 use super::mmsg::wait_for_network_stack;
 use super::steer;
-use crate::model::{HashOn, Policy, is_bound_to_link};
+use crate::model::{HashOn, Policy};
+use crate::net::is_link_scoped_multicast;
 use crate::plan::LinkRef;
 
 /// `SO_MEMINFO` of `asm-generic/socket.h`.
@@ -324,7 +325,7 @@ fn join_error(group: IpAddr, link: &LinkRef, error: &io::Error) -> anyhow::Error
 fn bind_error(address: SocketAddr, error: &io::Error) -> anyhow::Error {
     let port = address.port();
     match error.kind() {
-        io::ErrorKind::InvalidInput if is_bound_to_link(address.ip()) => {
+        io::ErrorKind::InvalidInput if is_link_scoped_multicast(address.ip()) => {
             anyhow!("cannot bind {address}: its interface does not exist (see `ip link`)")
         }
         io::ErrorKind::AddrInUse => anyhow!(

@@ -20,9 +20,10 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{Ipv4RecvErr, Ipv6RecvErr, SetStruct, SndBufForce};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::mmsg::{Batch, Family, Report, next_report};
+use super::mmsg::{Batch, Report, next_report};
 use super::steer;
 use crate::model::DropReason;
+use crate::net::Family;
 
 /// The lane for everyone in good standing.
 pub const MAIN: usize = 0;

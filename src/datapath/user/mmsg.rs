@@ -26,26 +26,10 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, m
 use self::incoming::{Incoming, Joined, Piece};
 use self::onbehalf::OnBehalf;
 use self::outgoing::Outgoing;
+use crate::net::Family;
 
 /// How many lists of outgoing datagrams a batch can hold at once, each for a sending socket of its own.
 pub const LANES: usize = 2;
-
-/// The address family of a sending socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
-    /// `AF_INET`.
-    V4,
-    /// `AF_INET6`, which reaches IPv4 addresses in their mapped form.
-    V6,
-}
-
-impl Family {
-    /// The family of the sockets that forward what arrives at this address.
-    #[must_use]
-    pub fn of(listener: SocketAddr) -> Self {
-        if listener.is_ipv4() { Family::V4 } else { Family::V6 }
-    }
-}
 
 /// An address with the port, as the kernel reports it: without scope and flow label.
 pub type Endpoint = (IpAddr, u16);

@@ -8,8 +8,9 @@ use anyhow::{Result, ensure};
 
 use super::count::DownstreamCells;
 use super::gate::Gate;
-use super::mmsg::{Endpoint, Family, RawAddress};
+use super::mmsg::{Endpoint, RawAddress};
 use crate::model::Policy;
+use crate::net::Family;
 use crate::plan::{ListenerPlan, hash};
 
 /// One listener's table; never changed, only replaced.
@@ -45,7 +46,7 @@ impl Table {
     }
 
     fn build(plan: &ListenerPlan, listener: SocketAddr, before: Option<&Gate>) -> Result<Self> {
-        let family = Family::of(listener);
+        let family = Family::of(listener.ip());
         let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
         for &index in plan.table.iter() {
             let count = addresses.len();

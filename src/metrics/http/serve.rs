@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use super::Limits;
 use super::answer::Site;
-use crate::open_files;
+use crate::error_hints;
 
 /// Pause after a refused `accept`, which would otherwise be refused again at once: mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -47,7 +47,7 @@ pub(super) async fn accept(listener: TcpListener, site: Arc<Site>, limits: Limit
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    let error = open_files::explain(error.to_string());
+                    let error = error_hints::add_open_files_hint(error.to_string());
                     warn!(error, "cannot accept connections for metrics, trying again");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;

@@ -8,7 +8,8 @@ use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::slice;
 
-use super::{Endpoint, Family, RawAddress};
+use super::{Endpoint, RawAddress};
+use crate::net::{Family, mapped_octets};
 
 /// Bytes of a UDP header.
 const HEAD: usize = 8;
@@ -83,7 +84,7 @@ impl OnBehalf {
         let bytes = unsafe { slice::from_raw_parts(payload.iov_base.cast::<u8>(), payload.iov_len) };
         self.heads[at] = udp_header(from, to, bytes);
         self.vectors[at][1] = payload;
-        let family = Family::of(to);
+        let family = Family::of(to.ip());
         let mut without_port = to;
         // A raw socket takes the port for the protocol.
         without_port.set_port(0);
@@ -137,7 +138,7 @@ pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] 
     header[4..6].copy_from_slice(&length.to_be_bytes());
     let addresses = match (from.0, to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => sum(&from.octets()) + sum(&to.octets()),
-        (from, to) => sum(&as_v6(from)) + sum(&as_v6(to)),
+        (from, to) => sum(&mapped_octets(from)) + sum(&mapped_octets(to)),
     };
     let total = addresses + u64::from(UDP) + u64::from(length) + sum(&header) + sum(payload);
     let checksum = match !fold(total) {
@@ -147,13 +148,6 @@ pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] 
     };
     header[6..8].copy_from_slice(&checksum.to_be_bytes());
     header
-}
-
-fn as_v6(ip: IpAddr) -> [u8; 16] {
-    match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    }
 }
 
 /// The sum of the 16-bit words in network order; a byte too few counts as zero.
