@@ -23,7 +23,7 @@ use crate::config::{AttachConfig, Config, ListenerConfig};
 use crate::health::ListenerCheck;
 use crate::health::weights::{HealthMap, effective_weights};
 use crate::host::HostFacts;
-use crate::host::probe::Obstacle;
+use crate::host::probe::TcUnsupported;
 use crate::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use crate::plan::compile::{compile, links};
 use crate::plan::{Delivery, LinkRef, ListenerPlan, Plan};
@@ -125,7 +125,7 @@ impl Controller {
     /// # Errors
     /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
     /// not exist.
-    pub fn new(config: Config, tc_support: &Result<(), Obstacle>, facts: HostFacts) -> Result<Controller> {
+    pub fn new(config: Config, tc_support: &Result<(), TcUnsupported>, facts: HostFacts) -> Result<Controller> {
         let mut controller = Controller {
             listeners: Vec::new(),
             attach: AttachConfig::default(),

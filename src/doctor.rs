@@ -17,8 +17,8 @@ mod daemon;
 mod kernel;
 mod links;
 mod names;
+mod paths;
 mod show;
-mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -30,7 +30,7 @@ use serde::Serialize;
 use crate::cli;
 use crate::config::{Config, DownstreamSource, Interfaces, ListenerConfig, Problems};
 use crate::controller::ModeChoice;
-use crate::host::{Address, Host, HostFacts, Link};
+use crate::host::{HostAddress, HostFacts, HostNetwork, Link};
 use crate::model::{Downstream, ListenerId, Mode};
 
 /// What is asked for.
@@ -155,7 +155,7 @@ fn examine(config: &Config, options: &Options, findings: &mut Findings) -> Resul
     }
     findings.ok_unless_found(before, "config", format!("{} is right", config.path.display()));
 
-    let mut host = Host::open()?;
+    let mut host = HostNetwork::open()?;
     let facts = host.facts(&BTreeSet::new())?;
     let tc_support = kernel::look(config, findings)?;
     let choices = links::choose(config, &tc_support, &facts, findings);
@@ -164,7 +164,7 @@ fn examine(config: &Config, options: &Options, findings: &mut Findings) -> Resul
     let mut discovered = cluster::look(config, options.kubeconfig.as_deref(), report.as_ref(), findings);
     discovered.append(&mut names::look(config, findings));
     let subjects = subjects(config, choices, discovered);
-    ways::look(&mut host, &subjects, &options.senders, findings)
+    paths::look(&mut host, &subjects, &options.senders, findings)
 }
 
 /// Puts together what is known of each listener that could run.
@@ -192,7 +192,7 @@ fn subjects(
 /// have the addresses it is bound to.
 fn arrives_on<'a>(subject: &Subject<'_>, facts: &'a HostFacts) -> Vec<&'a Link> {
     let bind = subject.config.bind.ip();
-    let ours = |own: &&Address| {
+    let ours = |own: &&HostAddress| {
         if bind.is_unspecified() { own.address.is_ipv4() == bind.is_ipv4() } else { own.address == bind }
     };
     let indices: BTreeSet<u32> = match &subject.config.interfaces {

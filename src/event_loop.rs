@@ -14,7 +14,7 @@ mod sources;
 mod succession;
 mod trace;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -41,8 +41,8 @@ use crate::datapath::Datapath;
 use crate::datapath::kernel::{KernelDatapath, KernelSetup};
 use crate::datapath::user::UserDatapath;
 use crate::health::HealthChecks;
-use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
-use crate::host::{Follow, Host, HostFacts, Monitor};
+use crate::host::probe::{HostFeatures, TcUnsupported, tc_ebpf_support};
+use crate::host::{HostFacts, HostMonitor, HostNetwork, NextHopTracking};
 use crate::metrics::PlanApplies;
 use crate::metrics::http::{self, Request};
 use crate::model::Mode;
@@ -91,8 +91,8 @@ pub fn run(config: Config, options: Options) -> Result<()> {
 struct Daemon {
     poll: Poll,
     signals: Signals,
-    host: Host,
-    monitor: Monitor,
+    host: HostNetwork,
+    monitor: HostMonitor,
     controller: Controller,
     user: UserDatapath,
     kernel: Option<KernelDatapath>,
@@ -101,8 +101,6 @@ struct Daemon {
     health: HealthChecks,
     control: Control,
     plan_applies: PlanApplies,
-    /// Links whose guards have been told of.
-    guarded: BTreeMap<u32, String>,
     /// Who is on interfaces before our program.
     ahead: Ahead,
     drop_log: DropLog,
@@ -150,16 +148,16 @@ impl Daemon {
         // Signals first: one that comes during the start must still end in a clean stop.
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
         poll.registry().register(&mut signals, SIGNALS, Interest::READABLE).context("cannot watch signals")?;
-        let mut monitor = Monitor::open()?;
+        let mut monitor = HostMonitor::open()?;
         poll.registry().register(&mut monitor, NETLINK, Interest::READABLE).context("cannot watch netlink")?;
-        let mut host = Host::open()?;
+        let mut host = HostNetwork::open()?;
         let Options { kubeconfig, status_socket } = options;
         let (control, no_control) = Control::open(&config, status_socket, poll.registry())?;
         let page = config.metrics.as_ref().map(http::Bound::new).transpose()?;
         let (kernel, tc_support) = load_kernel(&config)?;
         if let Some(kernel) = &kernel {
             // Before the first facts, so that no change falls between the two.
-            follow_ways(kernel, &mut monitor, &mut host)?;
+            track_next_hops(kernel, &mut monitor, &mut host)?;
         }
         let facts = host.facts(&BTreeSet::new())?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("cannot create a waker")?);
@@ -182,7 +180,6 @@ impl Daemon {
             health,
             control,
             plan_applies: PlanApplies::default(),
-            guarded: BTreeMap::new(),
             ahead: Ahead::new(),
             drop_log: DropLog::default(),
             tracing: Tracing::default(),
@@ -350,7 +347,7 @@ impl Daemon {
             if let Err(error) = self.user.tend() {
                 tracing::error!("{error:#}");
             }
-            match self.host.tend() {
+            match self.host.maintain(self.controller.facts()) {
                 Ok(false) => {}
                 Ok(true) => self.timers.look_at_host = Some(now),
                 Err(error) => tracing::error!("{error:#}"),
@@ -374,14 +371,13 @@ impl Daemon {
 
     fn facts(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<HostFacts> {
         let facts = self.host.facts(addresses)?;
-        self.monitor.watch(self.host.ways(), &facts);
-        for (&link, guard) in &facts.guarded {
-            if self.guarded.get(&link) != Some(guard) {
+        self.monitor.watch(&facts);
+        for (&link, hook) in &facts.egress_hooks {
+            if self.controller.facts().egress_hooks.get(&link) != Some(hook) {
                 let interface = facts.link(link).map(|link| link.name.as_str());
-                tracing::info!(interface, "datagrams into the namespace behind it pass {guard} on their way");
+                tracing::info!(interface, "datagrams into the namespace behind it pass {hook} on their way");
             }
         }
-        self.guarded.clone_from(&facts.guarded);
         self.recheck(&facts);
         Ok(facts)
     }
@@ -391,7 +387,7 @@ impl Daemon {
         if self.health.next_deadline().is_none() {
             return;
         }
-        for address in self.controller.facts().changed_ways(facts) {
+        for address in self.controller.facts().changed_paths(facts) {
             self.health.recheck(address, self.started.elapsed());
         }
     }
@@ -501,9 +497,13 @@ fn tell_lost_lines() {
 }
 
 /// From now on the host's facts include what the kernel program's ways of delivery depend on.
-fn follow_ways(kernel: &KernelDatapath, monitor: &mut Monitor, host: &mut Host) -> Result<()> {
-    monitor.follow_ways()?;
-    host.follow(if kernel.resolves_neighbours() { Follow::Ways } else { Follow::WaysAndNeighbours });
+fn track_next_hops(kernel: &KernelDatapath, monitor: &mut HostMonitor, host: &mut HostNetwork) -> Result<()> {
+    monitor.track_next_hops()?;
+    host.track_next_hops(if kernel.resolves_neighbours() {
+        NextHopTracking::ResolvePods
+    } else {
+        NextHopTracking::ResolveAll
+    });
     Ok(())
 }
 
@@ -518,11 +518,11 @@ fn watch_events(kernel: &mut KernelDatapath, registry: &Registry) -> Result<()> 
 ///
 /// # Errors
 /// When the host cannot be probed at all.
-fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Obstacle>)> {
+fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), TcUnsupported>)> {
     if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
         return Ok((None, Ok(())));
     }
-    let ability = Ability::probe()?;
+    let ability = HostFeatures::probe()?;
     if let Err(obstacle) = tc_ebpf_support(&ability) {
         return Ok((None, Err(obstacle)));
     }
@@ -534,6 +534,6 @@ fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), Ob
     };
     match KernelDatapath::open(&setup) {
         Ok(kernel) => Ok((Some(kernel), Ok(()))),
-        Err(error) => Ok((None, Err(Obstacle::Kernel(format!("{error:#}"))))),
+        Err(error) => Ok((None, Err(TcUnsupported::Kernel(format!("{error:#}"))))),
     }
 }

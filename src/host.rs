@@ -1,200 +1,187 @@
-//! Facts about this host: links, addresses, routes, and what the kernel and our privileges allow.
+//! Facts about this host: links, addresses, routes, neighbours, and what the kernel and our privileges allow.
 //!
-//! Facts only: nothing here decides anything. The event loop collects [`HostFacts`] (at start, and whenever
-//! [`Monitor`] says that something changed) and hands them to the controller, which decides. What the TC program
-//! needs is found out once, by [`Ability::probe`], and judged by [`tc_ebpf_support`], which is a pure function.
+//! Nothing here decides anything. The event loop collects [`HostFacts`] through [`HostNetwork`], at start and whenever
+//! [`HostMonitor`] reports a change, and hands them to the controller (`Event::Host`), which decides. So an interface that
+//! disappears or returns is a netlink message in [`HostMonitor::drain`], then new facts, then a new plan.
+//!
+//! - [`links`], [`addresses`], [`routes`], [`neighbours`]: one reader for each kind of netlink object. [`netlink`] sends
+//!   the requests and splits the replies.
+//! - [`egress_hooks`]: programs and chains on the egress of a pod's interface, which a redirect to the peer would skip.
+//! - [`preceding_programs`]: programs of others that see an interface's packets before ours does.
+//! - [`probe`]: kernel features and privileges, found once by [`HostFeatures::probe`] and judged by [`tc_ebpf_support`].
 
 mod addresses;
-pub mod ahead;
 pub mod decode;
+mod egress_hooks;
 pub mod facts;
 pub mod filters;
-mod guards;
 mod links;
 mod monitor;
 pub mod neighbours;
 mod netlink;
+pub mod preceding_programs;
 pub mod probe;
 pub mod programs;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::Result;
 
-pub use facts::{Address, HostFacts, Link, Mac, Neighbour, Route};
-pub use monitor::Monitor;
-use neighbours::Standing;
-pub use probe::{Ability, Obstacle, tc_ebpf_support};
+pub use facts::{HostAddress, HostFacts, Link, Mac, Neighbour, NextHop, Route};
+pub use monitor::HostMonitor;
+use neighbours::NeighbourResolution;
+pub use probe::{HostFeatures, TcUnsupported, tc_ebpf_support};
 
-/// The host's network as the kernel tells it, in the network namespace in which this was opened.
-pub struct Host {
-    connection: netlink::Connection,
-    follow: Follow,
-    /// The ways out that the last facts were about, and who guarded them.
-    ways: Ways,
-    guarded: BTreeMap<u32, String>,
+/// The host's network as netlink describes it, in the network namespace in which this was opened.
+pub struct HostNetwork {
+    socket: netlink::NetlinkSocket,
+    tracking: NextHopTracking,
 }
 
-/// Whether the way from a route to its next hop is followed: the next hop's link-layer address, and who looks at packets
-/// before they get there. The TC program wants to know; for a socket, the kernel sees to it.
+/// Whether the facts include the next hops of routes: their link-layer addresses, and the egress hooks before them. The TC
+/// program needs both. For a socket, the kernel resolves the neighbour itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Follow {
+pub enum NextHopTracking {
     /// No.
     #[default]
-    Nothing,
-    /// Yes, and the kernel is kept looking for next hops in other namespaces of this host. Those elsewhere are looked for
-    /// by the traffic itself.
-    Ways,
-    /// Yes, and the kernel is kept looking for all next hops, because the traffic does not do it.
-    WaysAndNeighbours,
+    Off,
+    /// Yes. The kernel is kept resolving next hops in other namespaces of this host; traffic makes it resolve the others.
+    ResolvePods,
+    /// Yes. The kernel is kept resolving all next hops, because the traffic does not make it.
+    ResolveAll,
 }
 
 /// The next hops of a set of routes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Ways {
-    /// Interface and next hop.
-    pub hops: BTreeSet<(u32, IpAddr)>,
-    /// Those of the interfaces that lead into other namespaces, pods usually.
-    pub links: BTreeSet<u32>,
+pub struct NextHops {
+    /// All next hops on Ethernet links.
+    pub hops: BTreeSet<NextHop>,
+    /// Those of their interfaces that lead directly into another namespace, usually a pod's.
+    pub pod_links: BTreeSet<u32>,
 }
 
-impl Host {
-    /// Opens the connection to the kernel, in the network namespace of the calling thread. Needs no privileges.
+impl HostNetwork {
+    /// Opens the netlink socket, in the network namespace of the calling thread. Needs no privileges.
     ///
     /// # Errors
     /// When the kernel refuses a netlink socket.
     pub fn open() -> Result<Self> {
-        let connection = netlink::Connection::open()?;
-        Ok(Self { connection, follow: Follow::Nothing, ways: Ways::default(), guarded: BTreeMap::new() })
+        Ok(Self { socket: netlink::NetlinkSocket::open()?, tracking: NextHopTracking::Off })
     }
 
-    /// Sets what facts to come are to hold beside the routes.
-    pub fn follow(&mut self, follow: Follow) {
-        self.follow = follow;
+    /// Sets what [`HostNetwork::facts`] collects about next hops from now on.
+    pub fn track_next_hops(&mut self, tracking: NextHopTracking) {
+        self.tracking = tracking;
     }
 
-    /// Takes all facts, with the routes to `addresses`: where a packet of this host's own would be sent, which for
-    /// multipath routes is the path of one flow.
+    /// Collects all facts, with the routes to `addresses`. A route is the one that a packet of this host would take; for
+    /// multipath routes, the path of one flow.
     ///
-    /// The parts are read one after the other; where the host changes in between, they may disagree until the facts
-    /// are taken again, which [`Monitor`] will call for.
+    /// The parts are read one after the other. If the host changes in between, they may disagree until [`HostMonitor`]
+    /// reports that change and the facts are collected again.
     ///
     /// # Errors
-    /// When the kernel cannot be asked, or does nothing but change while it is. That an address cannot be reached is
-    /// a fact ([`Route::Unreachable`]).
+    /// When netlink fails, or the host changes during every attempt to list something. An address without a route is no
+    /// error but a fact ([`Route::Unreachable`]).
     pub fn facts(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<HostFacts> {
-        let links = links::list(&mut self.connection)?;
-        let own = addresses::list(&mut self.connection)?;
-        let default_route_links = routes::default_links(&mut self.connection)?;
-        let routes = routes::look_up(&mut self.connection, addresses, &links)?;
+        let links = links::list(&mut self.socket)?;
+        let own = addresses::list(&mut self.socket)?;
+        let default_route_links = routes::default_links(&mut self.socket)?;
+        let routes = routes::look_up(&mut self.socket, addresses, &links)?;
         let links = links.into_iter().map(|seen| seen.link).collect();
         let mut facts = HostFacts { links, addresses: own, default_route_links, routes, ..HostFacts::default() };
-        if self.follow != Follow::Nothing {
-            self.follow_ways(&mut facts)?;
+        if self.tracking != NextHopTracking::Off {
+            self.collect_next_hops(&mut facts)?;
         }
         Ok(facts)
     }
 
-    /// The ways that the last facts were about, for [`Monitor::watch`].
-    #[must_use]
-    pub fn ways(&self) -> &Ways {
-        &self.ways
-    }
-
-    fn follow_ways(&mut self, facts: &mut HostFacts) -> Result<()> {
-        self.ways = Ways::of(facts);
-        let mut seen = neighbours::list(&mut self.connection, &self.ways.hops)?;
+    fn collect_next_hops(&mut self, facts: &mut HostFacts) -> Result<()> {
+        let next_hops = NextHops::of(facts);
+        let mut seen = neighbours::list(&mut self.socket, &next_hops.hops)?;
         let known: BTreeSet<_> = seen.iter().filter(|seen| seen.mac.is_some()).map(|seen| seen.hop).collect();
-        let unknown: BTreeSet<_> = self.looked_for().difference(&known).copied().collect();
+        let unknown: BTreeSet<_> = self.hops_to_resolve(&next_hops).difference(&known).copied().collect();
         if !unknown.is_empty() {
-            neighbours::remind(&mut self.connection, &unknown, &seen)?;
-            // One on this very host has answered by now; of others the monitor will tell.
-            seen = neighbours::list(&mut self.connection, &self.ways.hops)?;
+            neighbours::request_resolution(&mut self.socket, &unknown, &seen)?;
+            // A neighbour on this host has replied by now. The monitor reports the replies of others.
+            seen = neighbours::list(&mut self.socket, &next_hops.hops)?;
         }
         facts.neighbours = neighbours::known(&seen);
-        facts.guarded = self.find_guards(facts);
-        self.guarded.clone_from(&facts.guarded);
+        facts.egress_hooks = self.find_egress_hooks(&next_hops, facts);
         Ok(())
     }
 
-    /// The next hops that the kernel would forget if nobody reminded it.
-    fn looked_for(&self) -> BTreeSet<(u32, IpAddr)> {
-        let all = self.follow == Follow::WaysAndNeighbours;
-        self.ways.hops.iter().filter(|(link, _)| all || self.ways.links.contains(link)).copied().collect()
+    /// The next hops that the kernel would forget without reminders.
+    fn hops_to_resolve(&self, next_hops: &NextHops) -> BTreeSet<NextHop> {
+        let all = self.tracking == NextHopTracking::ResolveAll;
+        next_hops.hops.iter().filter(|(link, _)| all || next_hops.pod_links.contains(link)).copied().collect()
     }
 
-    fn find_guards(&mut self, facts: &HostFacts) -> BTreeMap<u32, String> {
-        let links: Vec<&Link> = self.ways.links.iter().filter_map(|&index| facts.link(index)).collect();
-        guards::find(&mut self.connection, &links)
+    fn find_egress_hooks(&mut self, next_hops: &NextHops, facts: &HostFacts) -> BTreeMap<u32, String> {
+        let links: Vec<&Link> = next_hops.pod_links.iter().filter_map(|&index| facts.link(index)).collect();
+        egress_hooks::find(&mut self.socket, &links)
     }
 
-    /// To be called every few seconds: has the kernel check up on the neighbours that no traffic of its own reminds it of,
-    /// and looks for what it does not announce. True if the facts have changed: then take them anew.
+    /// Keeps the next hops of these facts, the last ones collected, up to date. To be called every few seconds: makes the
+    /// kernel resolve neighbours again that no traffic of its own reminds it of, and looks for egress hooks, which netlink
+    /// does not announce. True if the facts have changed and must be collected again.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
-    pub fn tend(&mut self) -> Result<bool> {
-        if self.follow == Follow::Nothing || self.ways.hops.is_empty() {
+    /// When netlink fails.
+    pub fn maintain(&mut self, facts: &HostFacts) -> Result<bool> {
+        let next_hops = NextHops::of(facts);
+        if self.tracking == NextHopTracking::Off || next_hops.hops.is_empty() {
             return Ok(false);
         }
-        let hops = self.looked_for();
-        let seen = neighbours::list(&mut self.connection, &hops)?;
-        neighbours::remind(&mut self.connection, &hops, &seen)?;
-        if self.ways.links.is_empty() {
+        let hops = self.hops_to_resolve(&next_hops);
+        let seen = neighbours::list(&mut self.socket, &hops)?;
+        neighbours::request_resolution(&mut self.socket, &hops, &seen)?;
+        if next_hops.pod_links.is_empty() {
             return Ok(false);
         }
-        let links = links::list(&mut self.connection)?;
-        let links = links.into_iter().map(|seen| seen.link).collect();
-        let facts = HostFacts { links, ..HostFacts::default() };
-        Ok(self.find_guards(&facts) != self.guarded)
+        let links = links::list(&mut self.socket)?.into_iter().map(|seen| seen.link).collect();
+        let now = HostFacts { links, ..HostFacts::default() };
+        Ok(self.find_egress_hooks(&next_hops, &now) != facts.egress_hooks)
     }
 }
 
-impl Host {
-    /// Has the kernel look for these neighbours, as it would if there were a packet for each. That takes `CAP_NET_ADMIN`;
-    /// without it nothing happens. [`Host::standings`] tells what has come of it: after three seconds of silence the kernel
-    /// gives up.
+impl HostNetwork {
+    /// Makes the kernel resolve these neighbours, as if it had a packet for each. Needs `CAP_NET_ADMIN`; without it, nothing
+    /// happens. [`HostNetwork::neighbour_resolution`] returns the result; the kernel gives up after three seconds.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
-    pub fn look_for(&mut self, hops: &BTreeSet<(u32, IpAddr)>) -> Result<()> {
-        let seen = neighbours::list(&mut self.connection, hops)?;
-        neighbours::remind(&mut self.connection, hops, &seen)
+    /// When netlink fails.
+    pub fn resolve_neighbours(&mut self, hops: &BTreeSet<NextHop>) -> Result<()> {
+        let seen = neighbours::list(&mut self.socket, hops)?;
+        neighbours::request_resolution(&mut self.socket, hops, &seen)
     }
 
-    /// How far the kernel has got with finding these neighbours; those it has not heard of are not there.
+    /// How far the kernel is with resolving these neighbours. Those without an entry in its table are left out.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
-    pub fn standings(&mut self, hops: &BTreeSet<(u32, IpAddr)>) -> Result<BTreeMap<(u32, IpAddr), Standing>> {
-        let seen = neighbours::list(&mut self.connection, hops)?;
-        Ok(seen.into_iter().map(|seen| (seen.hop, seen.standing)).collect())
+    /// When netlink fails.
+    pub fn neighbour_resolution(&mut self, hops: &BTreeSet<NextHop>) -> Result<BTreeMap<NextHop, NeighbourResolution>> {
+        let seen = neighbours::list(&mut self.socket, hops)?;
+        Ok(seen.into_iter().map(|seen| (seen.hop, seen.resolution)).collect())
     }
 
-    /// Whether the host's stack would take a packet to `destination`, one of its own addresses, that comes in from
-    /// `sender` by this link: source validation (`rp_filter`) may refuse it.
+    /// Whether the host's stack would accept a packet from `sender` to `destination`, one of its own addresses, that arrives
+    /// on this link. Source validation (`rp_filter`) may refuse it.
     ///
     /// # Errors
-    /// When the kernel cannot be asked; inside, its refusal.
-    pub fn accepts(&mut self, sender: IpAddr, link: u32, destination: IpAddr) -> Result<io::Result<()>> {
-        routes::accepts(&mut self.connection, sender, link, destination)
+    /// Outside, when netlink fails; inside, the kernel's reason for refusing the packet.
+    pub fn validate_source(&mut self, sender: IpAddr, link: u32, destination: IpAddr) -> Result<io::Result<()>> {
+        routes::validate_source(&mut self.socket, sender, link, destination)
     }
 }
 
-impl Ways {
-    /// True if a way goes out of this interface. It need not lead into another namespace as things are: that may be
-    /// about to change, as when a queue is taken away.
+impl NextHops {
+    /// The next hops of these facts' routes.
     #[must_use]
-    pub fn pass(&self, link: u32) -> bool {
-        let least = (link, IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
-        self.hops.range(least..).next().is_some_and(|hop| hop.0 == link)
-    }
-
-    /// The ways that these facts' routes take.
-    fn of(facts: &HostFacts) -> Ways {
+    pub fn of(facts: &HostFacts) -> NextHops {
         let hops: BTreeSet<_> = facts
             .routes
             .values()
@@ -204,8 +191,16 @@ impl Ways {
             })
             .filter(|&(link, _)| facts.link(link).is_some_and(|link| link.ethernet))
             .collect();
-        let leads = |link: u32| facts.link(link).is_some_and(|link| link.into_namespace);
-        let links = hops.iter().map(|&(link, _)| link).filter(|&link| leads(link)).collect();
-        Ways { hops, links }
+        let pod = |link: u32| facts.link(link).is_some_and(|link| link.direct_peer);
+        let pod_links = hops.iter().map(|&(link, _)| link).filter(|&link| pod(link)).collect();
+        NextHops { hops, pod_links }
+    }
+
+    /// True if one of the next hops is on this interface, whether or not it leads directly into another namespace now: a
+    /// change may make it do so, such as the removal of a queueing discipline.
+    #[must_use]
+    pub fn use_link(&self, link: u32) -> bool {
+        let least = (link, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        self.hops.range(least..).next().is_some_and(|hop| hop.0 == link)
     }
 }

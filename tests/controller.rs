@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use udp_fanout::controller::{Action, Controller, Event, Origin};
-use udp_fanout::host::{Address, Route};
+use udp_fanout::host::{HostAddress, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId};
 
 use world::{World, address, configurations};
@@ -71,7 +71,7 @@ fn the_listener_itself_is_none_of_its_downstreams() {
         plan.targets.iter().map(|target| target.downstream.address).collect()
     };
     assert_eq!(planned(&controller), [address(1), own], "it may be another host's");
-    facts.addresses.push(Address { link: 2, address: own.ip() });
+    facts.addresses.push(HostAddress { link: 2, address: own.ip() });
     let about = |actions: &[Action]| -> usize {
         let text = |action: &&Action| matches!(action, Action::Warn(text) if text.contains("is the listener itself"));
         actions.iter().filter(text).count()

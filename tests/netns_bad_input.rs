@@ -300,8 +300,8 @@ fn netns_a_kernel_that_lacks_something_is_refused_by_name() {
     let hide_types = "mount -t tmpfs none /sys/kernel/btf && exec \"$@\"";
     let line = refusal(&lab.gateway, &["unshare", "--mount", "sh", "-c", hide_types, "sh"], built(), &config);
     assert!(line.starts_with("ERROR listener \"syslog\": failed to attach TC program: kernel "), "{line}");
-    let fix = "does not offer its types at /sys/kernel/btf/vmlinux: use a kernel built with CONFIG_DEBUG_INFO_BTF (or mount \
-               /sys), or set mode = \"userspace\"";
+    let fix = "has no type information at /sys/kernel/btf/vmlinux: use a kernel built with CONFIG_DEBUG_INFO_BTF, or mount \
+               /sys, or set mode = \"userspace\"";
     assert!(line.ends_with(fix), "{line}");
     nothing_left(&lab.gateway);
 }

@@ -13,7 +13,10 @@ use udp_fanout::config::{MapLimits, TcxOrder};
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::kernel::attach::{AttachMode, Attachment};
 use udp_fanout::host::programs;
-use udp_fanout::host::{Ability, Follow, Host, HostFacts, Link, Monitor, Neighbour, Obstacle, Route, tc_ebpf_support};
+use udp_fanout::host::{
+    HostFacts, HostFeatures, HostMonitor, HostNetwork, Link, Neighbour, NextHopTracking, Route, TcUnsupported,
+    tc_ebpf_support,
+};
 use udp_fanout::plan::LinkRef;
 use udp_fanout_lab::{in_new_netns, ip};
 
@@ -24,7 +27,7 @@ fn address(text: &str) -> IpAddr {
 /// All facts, with the routes to these addresses.
 fn facts(addresses: &[&str]) -> HostFacts {
     let addresses: BTreeSet<_> = addresses.iter().map(|text| address(text)).collect();
-    Host::open().unwrap().facts(&addresses).unwrap()
+    HostNetwork::open().unwrap().facts(&addresses).unwrap()
 }
 
 fn route(to: &str) -> Route {
@@ -58,7 +61,7 @@ fn cable() {
 
 /// Waits until something holds that the kernel does in its own time, looking again whenever the host has changed.
 fn until(holds: impl Fn() -> bool) {
-    let mut monitor = Monitor::open().unwrap();
+    let mut monitor = HostMonitor::open().unwrap();
     let mut poll = Poll::new().unwrap();
     let mut events = Events::with_capacity(1);
     poll.registry().register(&mut monitor, Token(0), Interest::READABLE).unwrap();
@@ -93,9 +96,9 @@ fn netns_links_of_other_kinds() {
         ip("tuntap add mode tun name tun0");
         let (bridge, tun) = (link("br0"), link("tun0"));
         assert!(bridge.ethernet && bridge.kind.as_deref() == Some("bridge"), "{bridge:?}");
-        assert!(!bridge.bare && bridge.mac == Some([2, 0, 0, 0, 0, 3]), "{bridge:?}");
+        assert!(!bridge.l3_device && bridge.mac == Some([2, 0, 0, 0, 0, 3]), "{bridge:?}");
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
-        assert!(tun.bare && tun.headerless && tun.mac.is_none() && !bridge.headerless, "{tun:?}");
+        assert!(tun.l3_device && tun.l3_ingress && tun.mac.is_none() && !bridge.l3_ingress, "{tun:?}");
 
         // None of them up: a bridge's carrier follows its ports', and is a fact.
         ip("link add eth0 type veth peer name eth1");
@@ -313,7 +316,7 @@ fn netns_ten_thousand_addresses_are_looked_up() {
                 _ => IpAddr::from([172, 16, high, low]),
             });
         }
-        let mut host = Host::open().unwrap();
+        let mut host = HostNetwork::open().unwrap();
         let start = std::time::Instant::now();
         let routes = host.facts(&addresses).unwrap().routes;
         println!("{} routes in {:?}", routes.len(), start.elapsed());
@@ -348,8 +351,8 @@ fn netns_a_listing_longer_than_one_datagram_is_whole() {
 
 /// A monitor that has seen everything so far and knows each link, so that it overlooks what the kernel still says, in its
 /// own time, about carriers that have come or gone.
-fn caught_up() -> Monitor {
-    let mut monitor = Monitor::open().unwrap();
+fn caught_up() -> HostMonitor {
+    let mut monitor = HostMonitor::open().unwrap();
     for link in facts(&[]).links {
         ip(&format!("link set {} alias known", link.name));
     }
@@ -358,7 +361,7 @@ fn caught_up() -> Monitor {
 }
 
 /// Requires that each command is noticed, and that nothing is left to notice after it.
-fn noticed(monitor: &mut Monitor, command: &str) {
+fn noticed(monitor: &mut HostMonitor, command: &str) {
     ip(command);
     assert!(monitor.drain().unwrap(), "not noticed: ip {command}");
     assert!(!monitor.drain().unwrap());
@@ -407,14 +410,14 @@ fn netns_the_monitor_notices_what_concerns_the_ways_it_watches() {
         ip("addr add 10.0.0.1/24 dev eth0");
         ip("link set eth0 up");
         ip("link set eth1 up");
-        let mut host = Host::open().unwrap();
-        host.follow(Follow::Ways);
+        let mut host = HostNetwork::open().unwrap();
+        host.track_next_hops(NextHopTracking::ResolvePods);
         let addresses = BTreeSet::from([address("10.0.0.7")]);
         let mut monitor = caught_up();
-        monitor.follow_ways().unwrap();
-        let watch = |host: &mut Host, monitor: &mut Monitor| {
+        monitor.track_next_hops().unwrap();
+        let watch = |host: &mut HostNetwork, monitor: &mut HostMonitor| {
             let facts = host.facts(&addresses).unwrap();
-            monitor.watch(host.ways(), &facts);
+            monitor.watch(&facts);
             assert!(!monitor.drain().unwrap());
             facts
         };
@@ -439,33 +442,34 @@ fn netns_the_monitor_notices_what_concerns_the_ways_it_watches() {
         assert!(!monitor.drain().unwrap());
         // What has been written down is not asked for, or else the kernel would forget that it was.
         ip("neigh add 10.0.0.7 lladdr 02:00:00:00:00:07 dev eth0 nud permanent");
-        watch_again(&mut host, &mut monitor, &addresses);
-        host.follow(Follow::WaysAndNeighbours);
-        assert!(!host.tend().unwrap());
+        let facts = watch_again(&mut host, &mut monitor, &addresses);
+        host.track_next_hops(NextHopTracking::ResolveAll);
+        assert!(!host.maintain(&facts).unwrap());
         assert!(ip("neigh show 10.0.0.7 dev eth0").contains("PERMANENT"));
     });
 }
 
-/// Takes the facts and has the monitor forget what led to them.
-fn watch_again(host: &mut Host, monitor: &mut Monitor, addresses: &BTreeSet<IpAddr>) {
+/// Collects the facts and drains the messages that led to them.
+fn watch_again(host: &mut HostNetwork, monitor: &mut HostMonitor, addresses: &BTreeSet<IpAddr>) -> HostFacts {
     let facts = host.facts(addresses).unwrap();
-    monitor.watch(host.ways(), &facts);
+    monitor.watch(&facts);
     monitor.drain().unwrap();
+    facts
 }
 
 #[test]
 fn netns_the_kernel_is_made_to_look_for_neighbours_that_no_traffic_reminds_it_of() {
     in_new_netns(|| {
         cable();
-        let mut host = Host::open().unwrap();
-        host.follow(Follow::WaysAndNeighbours);
+        let mut host = HostNetwork::open().unwrap();
+        host.track_next_hops(NextHopTracking::ResolveAll);
         let addresses = BTreeSet::from([address("10.0.0.7"), address("fd00::7")]);
         host.facts(&addresses).unwrap();
         // Nobody answers, but it has asked.
         for sought in ["10.0.0.7", "fd00::7"] {
             assert!(ip(&format!("neigh show {sought} dev eth0")).contains(sought), "{sought}");
         }
-        host.follow(Follow::Ways);
+        host.track_next_hops(NextHopTracking::ResolvePods);
         host.facts(&BTreeSet::from([address("10.0.0.8")])).unwrap();
         assert_eq!(ip("neigh show 10.0.0.8 dev eth0"), "");
     });
@@ -551,12 +555,12 @@ fn without<T: Send>(capabilities: &[Capability], work: impl FnOnce() -> T + Send
     })
 }
 
-fn ability_without(capabilities: &[Capability]) -> Ability {
-    without(capabilities, || Ability::probe().unwrap())
+fn ability_without(capabilities: &[Capability]) -> HostFeatures {
+    without(capabilities, || HostFeatures::probe().unwrap())
 }
 
 /// All of this thread's capabilities but those that we tell users to grant.
-fn needless(ability: &Ability) -> Vec<Capability> {
+fn needless(ability: &HostFeatures) -> Vec<Capability> {
     let needed = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
     ability.effective_caps.iter().copied().filter(|capability| !needed.contains(capability)).collect()
 }
@@ -583,7 +587,7 @@ fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
             let poor = ability_without(&lost);
             assert_eq!(poor.load, Err(Errno::EPERM), "{lost:?}");
             let obstacle = tc_ebpf_support(&poor).unwrap_err();
-            assert!(matches!(&obstacle, Obstacle::Privilege(what) if what.starts_with(named)), "{obstacle:?}");
+            assert!(matches!(&obstacle, TcUnsupported::Privilege(what) if what.starts_with(named)), "{obstacle:?}");
         }
     });
 }

@@ -9,9 +9,9 @@ const STATES: [u16; 3] = [16, 20, 28];
 /// Reads a netlink datagram with every reader there is, and the same bytes as an event.
 pub fn run(bytes: &[u8]) {
     for message in decode::datagram(bytes) {
-        assert_eq!(message.news.is_some(), message.news_again.is_some(), "{message:?}");
+        assert_eq!(message.changed.is_some(), message.changed_again.is_some(), "{message:?}");
         if STATES.contains(&message.kind) {
-            assert_ne!(message.news_again, Some(true), "{message:?}");
+            assert_ne!(message.changed_again, Some(true), "{message:?}");
         }
         if let Some(Route::Unreachable { reason }) = &message.route {
             assert!(!reason.is_empty());

@@ -46,12 +46,12 @@ pub(super) fn warnings(name: &str, bind: SocketAddr, downstreams: &[Downstream],
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::Address;
+    use crate::host::HostAddress;
 
     #[test]
     fn a_wildcard_is_every_address_of_this_host_and_an_address_only_itself() {
         let own = ["192.0.2.1", "127.0.0.1", "2001:db8::1"];
-        let addresses = own.map(|ip| Address { link: 1, address: ip.parse().unwrap() }).to_vec();
+        let addresses = own.map(|ip| HostAddress { link: 1, address: ip.parse().unwrap() }).to_vec();
         let facts = HostFacts { addresses, ..HostFacts::default() };
         for (bind, endpoint, expected) in [
             ("0.0.0.0:1", "192.0.2.1:1", true),

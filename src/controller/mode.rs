@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow};
 
 use crate::config::{Interfaces, ListenerConfig, RequestedMode};
-use crate::host::probe::Obstacle;
+use crate::host::probe::TcUnsupported;
 use crate::host::{HostFacts, Link};
 use crate::model::Mode;
 
@@ -20,14 +20,18 @@ pub struct ModeChoice {
 ///
 /// # Errors
 /// When `mode = "tc_ebpf"` is demanded and something stands in the way; the error names it and the fix.
-pub fn choose(listener: &ListenerConfig, tc_support: &Result<(), Obstacle>, facts: &HostFacts) -> Result<ModeChoice> {
+pub fn choose(
+    listener: &ListenerConfig,
+    tc_support: &Result<(), TcUnsupported>,
+    facts: &HostFacts,
+) -> Result<ModeChoice> {
     let interfaces = interfaces_fit(&listener.interfaces, facts);
     let chosen = |mode, reason: &str| Ok(ModeChoice { mode, reason: reason.to_owned() });
     match listener.mode {
         RequestedMode::Userspace => chosen(Mode::Userspace, "configured"),
         RequestedMode::TcEbpf => {
             let name = &listener.name;
-            tc_support.as_ref().map_err(|obstacle| anyhow!("listener {name:?}: {}", obstacle.refusal()))?;
+            tc_support.as_ref().map_err(|reason| anyhow!("listener {name:?}: {}", reason.attach_error()))?;
             interfaces.map_err(|obstacle| anyhow!("listener {name:?}: {obstacle}"))?;
             chosen(Mode::TcEbpf, "configured")
         }
@@ -69,7 +73,7 @@ pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<
 
 /// Whether the TC program knows where to find IP packets in what comes in by an interface.
 pub fn carries_program(link: &Link) -> bool {
-    link.ethernet || link.headerless
+    link.ethernet || link.l3_ingress
 }
 
 /// Whether the TC program can work on the interfaces: they exist and carry what it reads.
@@ -94,11 +98,11 @@ mod tests {
 
     #[test]
     fn the_program_goes_where_there_are_frames_or_nothing_but_ip_packets() {
-        let link = |name: &str, (ethernet, bare, headerless)| Link {
+        let link = |name: &str, (ethernet, l3_device, l3_ingress)| Link {
             name: name.into(),
             ethernet,
-            bare,
-            headerless,
+            l3_device,
+            l3_ingress,
             ..Link::default()
         };
         let sorts = [("eth0", (true, false, false)), ("wg0", (false, true, true)), ("ipip0", (false, true, false))];

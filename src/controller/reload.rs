@@ -11,7 +11,7 @@ use anyhow::Result;
 use super::mode::{self, ModeChoice};
 use super::{Action, Controller, Listener, Origin};
 use crate::config::{AttachConfig, Config, DownstreamSource, ListenerConfig};
-use crate::host::probe::Obstacle;
+use crate::host::probe::TcUnsupported;
 use crate::model::{DownstreamSet, ListenerId, Mode};
 
 /// A configuration for which all has been decided that can be decided beforehand.
@@ -103,7 +103,7 @@ impl Controller {
     ///
     /// # Errors
     /// When a listener demands what the host cannot do, as for [`Controller::new`].
-    pub fn prepare(&self, config: Config, tc_support: &Result<(), Obstacle>) -> Result<Prepared> {
+    pub fn prepare(&self, config: Config, tc_support: &Result<(), TcUnsupported>) -> Result<Prepared> {
         let attach = config.attach;
         let choose = |listener: ListenerConfig| {
             let choice = mode::choose(&listener, tc_support, &self.facts);

@@ -11,11 +11,11 @@ use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::datapath::kernel::KernelDatapath;
 use crate::health::probers::{SendError, icmp};
 use crate::health::settings::ProbeProtocol;
-use crate::host::probe::{Ability, Obstacle, tc_ebpf_support};
+use crate::host::probe::{HostFeatures, TcUnsupported, tc_ebpf_support};
 
 /// Looks, and says whether the kernel program can be used.
-pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<Result<(), Obstacle>> {
-    let ability = Ability::probe()?;
+pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<Result<(), TcUnsupported>> {
+    let ability = HostFeatures::probe()?;
     let support = if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
         Ok(())
     } else {
@@ -34,11 +34,11 @@ fn demanded(config: &Config) -> bool {
 }
 
 /// Loads the program as the daemon would, with maps of the configured sizes, and lets go of it again.
-fn load(config: &Config) -> Result<(), Obstacle> {
-    KernelDatapath::new(&config.limits).map(drop).map_err(|error| Obstacle::Kernel(format!("{error:#}")))
+fn load(config: &Config) -> Result<(), TcUnsupported> {
+    KernelDatapath::new(&config.limits).map(drop).map_err(|error| TcUnsupported::Kernel(format!("{error:#}")))
 }
 
-fn judge_support(ability: &Ability, support: &Result<(), Obstacle>, demanded: bool, findings: &mut Findings) {
+fn judge_support(ability: &HostFeatures, support: &Result<(), TcUnsupported>, demanded: bool, findings: &mut Findings) {
     let release = &ability.kernel_release;
     let (check, obstacle) = match support {
         Ok(()) => {
@@ -46,8 +46,8 @@ fn judge_support(ability: &Ability, support: &Result<(), Obstacle>, demanded: bo
             findings.ok("kernel", format!("{release} has all that the kernel program needs, and takes it"));
             return;
         }
-        Err(obstacle @ Obstacle::Privilege(_)) => ("privileges", obstacle),
-        Err(obstacle @ Obstacle::Kernel(_)) => ("kernel", obstacle),
+        Err(obstacle @ TcUnsupported::Privilege(_)) => ("privileges", obstacle),
+        Err(obstacle @ TcUnsupported::Kernel(_)) => ("kernel", obstacle),
     };
     let text = obstacle.to_string();
     let (what, fix) = text.split_once(": ").unwrap_or((&text, "see what is missing"));
@@ -136,8 +136,8 @@ mod tests {
 
     #[test]
     fn what_stands_in_the_programs_way_is_a_problem_only_where_it_is_demanded() {
-        let ability = Ability::probe().unwrap();
-        let missing = Err(Obstacle::Privilege("CAP_BPF is missing: run as root".into()));
+        let ability = HostFeatures::probe().unwrap();
+        let missing = Err(TcUnsupported::Privilege("CAP_BPF is missing: run as root".into()));
         let judge = |demanded| {
             let mut findings = Findings::default();
             judge_support(&ability, &missing, demanded, &mut findings);

@@ -13,9 +13,9 @@ use crate::config::{Config, Interfaces, ListenerConfig, RequestedMode, TcxOrder}
 use crate::controller::ModeChoice;
 use crate::controller::mode::choose as choose_mode;
 use crate::datapath::kernel::attach::{self, AttachMode, HANDLE, PRIORITY, PROGRAM_NAME};
-use crate::host::ahead::{self, Place};
-use crate::host::filters::{Filter, ingress_filters};
-use crate::host::probe::Obstacle;
+use crate::host::filters::{TcFilter, ingress_filters};
+use crate::host::preceding_programs::{self, ProgramPosition};
+use crate::host::probe::TcUnsupported;
 use crate::host::programs::{self, Hook};
 use crate::host::{HostFacts, Link};
 use crate::model::{ListenerId, Mode};
@@ -23,7 +23,7 @@ use crate::model::{ListenerId, Mode};
 /// The datapath that each listener would get; listeners that could not run are found, and left out.
 pub(super) fn choose(
     config: &Config,
-    tc_support: &Result<(), Obstacle>,
+    tc_support: &Result<(), TcUnsupported>,
     facts: &HostFacts,
     findings: &mut Findings,
 ) -> BTreeMap<ListenerId, ModeChoice> {
@@ -72,7 +72,7 @@ pub(super) fn look(
     }
     for link in links {
         judge_link(link, running.as_ref().map(|running| running.contains(&link.name)), findings);
-        let looked = ahead::of(link.index, place(config, link.index))
+        let looked = preceding_programs::list(link.index, place(config, link.index))
             .and_then(|ahead| Ok((ahead, ingress_filters(link.index)?)));
         match looked {
             Ok((ahead, filters)) => judge_programs(link, &filters, &ahead, daemon_runs, findings),
@@ -93,13 +93,13 @@ pub(super) fn look(
 }
 
 /// Where the kernel program is on a link, or where it would be if it were attached now.
-fn place(config: &Config, link: u32) -> Place {
+fn place(config: &Config, link: u32) -> ProgramPosition {
     match AttachMode::choose(config.attach, programs::has_tcx()) {
         Ok(AttachMode::Tcx(order)) => {
             let there = programs::list(link, Hook::TcxIngress).unwrap_or_default();
             let ours = there.iter().find(|&&id| programs::name(id).as_deref() == Some(PROGRAM_NAME));
             let first = if order == TcxOrder::First { there.first() } else { None };
-            Place::Tcx { program: ours.or(first).copied() }
+            ProgramPosition::Tcx { program: ours.or(first).copied() }
         }
         _ => attach::FILTER,
     }
@@ -152,7 +152,7 @@ fn judge_link(link: &Link, running: Option<bool>, findings: &mut Findings) {
 }
 
 /// Who sees the packets of a link before us, and whether our place is free.
-fn judge_programs(link: &Link, filters: &[Filter], ahead: &[String], daemon_runs: bool, findings: &mut Findings) {
+fn judge_programs(link: &Link, filters: &[TcFilter], ahead: &[String], daemon_runs: bool, findings: &mut Findings) {
     let (name, before) = (&link.name, findings.0.len());
     for program in ahead {
         findings.warning(

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::{Daemon, fit_open_files, follow_ways, load_kernel, succession, take_due};
+use super::{Daemon, fit_open_files, load_kernel, succession, take_due, track_next_hops};
 use crate::config::watch::ConfigWatcher;
 use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
 use crate::control::server::Server;
@@ -215,7 +215,7 @@ impl Daemon {
         {
             succession::begin(&mut kernel, &config, self.poll.registry())?;
             kernel.commit();
-            follow_ways(&kernel, &mut self.monitor, &mut self.host)?;
+            track_next_hops(&kernel, &mut self.monitor, &mut self.host)?;
             self.kernel = Some(kernel);
         }
         self.reloading.attempt = Some(Attempt { config, http, discovery, control, pins });

@@ -7,30 +7,29 @@ use netlink_packet_core::{Emitable, parse_ip, parse_u32};
 use netlink_packet_route::address::{AddressFlags, AddressHeader, AddressMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::facts::Address;
-use super::netlink::{Connection, after_header, attributes};
+use super::facts::HostAddress;
+use super::netlink::{NetlinkSocket, after_header, attributes};
 
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
 
-/// What netlink says of an address.
+/// An address as netlink describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Observed {
-    /// Which one, and where.
-    pub(super) address: Address,
-    /// False while duplicate address detection has not finished or has failed: the host does not answer to such an
-    /// IPv6 address. Netlink reports the address again when that changes.
+pub(super) struct ObservedAddress {
+    pub(super) address: HostAddress,
+    /// False for an IPv6 address whose duplicate address detection is unfinished or failed: the host does not accept packets to
+    /// it. Netlink announces the address again when that changes.
     pub(super) usable: bool,
 }
 
-/// All addresses that the host answers to, IPv4 and IPv6, ordered by interface.
+/// All usable addresses, IPv4 and IPv6, ordered by interface.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
-pub(super) fn list(connection: &mut Connection) -> Result<Vec<Address>> {
+/// When netlink fails.
+pub(super) fn list(socket: &mut NetlinkSocket) -> Result<Vec<HostAddress>> {
     let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-    let observed = connection.dump("addresses", &request, read)?;
+    let observed = socket.dump("addresses", &request, read)?;
     let mut addresses: Vec<_> = observed.into_iter().filter(|seen| seen.usable).map(|seen| seen.address).collect();
     addresses.sort_unstable_by_key(|address| (address.link, address.address));
     Ok(addresses)
@@ -40,7 +39,7 @@ pub(super) fn list(connection: &mut Connection) -> Result<Vec<Address>> {
 ///
 /// # Errors
 /// When the message is malformed.
-pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
+pub(super) fn read(payload: &[u8]) -> Result<Option<ObservedAddress>> {
     let header = AddressHeader::parse(payload)?;
     if !matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6) {
         return Ok(None);
@@ -57,14 +56,14 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
             _ => {}
         }
     }
-    // IFA_ADDRESS is the other end's address on a point-to-point link, where IFA_LOCAL is ours. Without another end
-    // the two are the same, and IPv6 then leaves IFA_LOCAL out.
+    // On a point-to-point link, IFA_ADDRESS is the peer's address and IFA_LOCAL is ours. On other links both are the same, and
+    // IPv6 omits IFA_LOCAL.
     let Some(address) = own.or(peer) else {
         return Ok(None);
     };
     let usable = !flags.contains(AddressFlags::Dadfailed)
         && (!flags.contains(AddressFlags::Tentative) || flags.contains(AddressFlags::Optimistic));
-    Ok(Some(Observed { address: Address { link: header.index, address }, usable }))
+    Ok(Some(ObservedAddress { address: HostAddress { link: header.index, address }, usable }))
 }
 
 #[cfg(test)]
@@ -72,7 +71,7 @@ mod tests {
     use super::*;
     use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags};
 
-    fn observed(message: &AddressMessage) -> Option<Observed> {
+    fn observed(message: &AddressMessage) -> Option<ObservedAddress> {
         let mut bytes = vec![0; message.buffer_len()];
         message.emit(&mut bytes);
         read(&bytes).unwrap()
@@ -93,7 +92,7 @@ mod tests {
             AddressFamily::Inet,
             vec![AddressAttribute::Address(peer), AddressAttribute::Local(own)],
         ));
-        assert_eq!(seen, Some(Observed { address: Address { link: 7, address: own }, usable: true }));
+        assert_eq!(seen, Some(ObservedAddress { address: HostAddress { link: 7, address: own }, usable: true }));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The plain values that describe a host. Made by the netlink code beside this file, or by hand in tests.
+//! Plain values that describe a host. The netlink readers beside this file make them; tests write them by hand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,50 +8,53 @@ use serde::Serialize;
 /// The link-layer address of an Ethernet device.
 pub type Mac = [u8; 6];
 
+/// A neighbour that packets are handed to: the interface's index and the neighbour's IP address.
+pub type NextHop = (u32, IpAddr);
+
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Link {
-    /// The kernel's number for it, unique within the namespace.
+    /// Unique within the network namespace.
     pub index: u32,
-    /// Its name, such as `eth0`.
+    /// Such as `eth0`.
     pub name: String,
-    /// The driver family that netlink names (`veth`, `vlan`, `wireguard` …); none for plain hardware.
+    /// The driver (`IFLA_INFO_KIND`: `veth`, `vlan`, `wireguard` …). None for hardware.
     pub kind: Option<String>,
     /// Administratively up.
     pub up: bool,
-    /// Administratively up, and with a carrier: a cable, or the other end of a pair that is up.
+    /// Administratively up, and has a carrier: a cable, or a peer that is up.
     pub running: bool,
     /// Carries Ethernet frames.
     pub ethernet: bool,
-    /// Its own link-layer address, if it carries Ethernet frames.
+    /// Its own link-layer address. None unless it carries Ethernet frames.
     pub mac: Option<Mac>,
-    /// Carries IP packets with no link-layer header in front (tun, WireGuard, IP tunnels).
-    pub bare: bool,
-    /// What comes in by it begins with the IP header (tun, WireGuard). Not so for the kernel's own IP tunnels, which may leave
-    /// the outer header in front of it.
-    pub headerless: bool,
-    /// Nothing is between it and another network namespace: it is up, one end of a pair (veth, netkit) whose other end is
-    /// there and up, belongs to no bridge, and its packets wait in no queue. So pods are connected by most plugins.
-    pub into_namespace: bool,
-    /// The loopback interface.
+    /// A layer-3 device: transmits IP packets without a link-layer header (tun, WireGuard, IP tunnels).
+    pub l3_device: bool,
+    /// Received packets begin with the IP header (tun, WireGuard). False for the kernel's own IP tunnels, which may leave the
+    /// outer header in front of it.
+    pub l3_ingress: bool,
+    /// Leads directly into another network namespace, as most CNI plugins connect pods: one end of a pair (veth, netkit) whose
+    /// peer is in another namespace, both up, not enslaved to a bridge, and without a queueing discipline.
+    pub direct_peer: bool,
+    /// Is the loopback interface.
     pub loopback: bool,
-    /// The largest IP packet it carries, in bytes.
+    /// The largest IP packet it transmits, in bytes.
     pub mtu: u32,
 }
 
 /// An address of this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Address {
-    /// The interface that has it.
+pub struct HostAddress {
+    /// The index of the interface that has it.
     pub link: u32,
-    /// The address.
+    /// IPv4 or IPv6.
     pub address: IpAddr,
 }
 
 /// A neighbour whose link-layer address the kernel knows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Neighbour {
-    /// The interface it is reached by.
+    /// The interface's index.
     pub link: u32,
     /// Its IP address.
     pub address: IpAddr,
@@ -59,128 +62,133 @@ pub struct Neighbour {
     pub mac: Mac,
 }
 
-/// Where the kernel would send a packet for some address.
+/// Where the kernel would send a packet to some address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Route {
-    /// The address is this host's own.
+    /// The address is one of this host's.
     Local {
-        /// True for loopback addresses, to which the kernel will not deliver a packet that came from outside.
+        /// True for loopback addresses. The kernel does not deliver packets from outside to them.
         loopback: bool,
     },
     /// Out of an interface.
     Via {
         /// The interface's index.
         link: u32,
-        /// The neighbour to hand it to: the router, or the destination itself when it is on the link.
+        /// The router, or the destination itself if it is on the link.
         next_hop: IpAddr,
-        /// The largest IP packet the route carries, in bytes.
+        /// The largest IP packet for this route, in bytes.
         mtu: u32,
     },
-    /// Out of an interface, wrapped into another header that the route fills in (MPLS, SRv6, a tunnel without a far end
-    /// of its own, as some CNIs use). Only the host's stack can do that.
+    /// Out of an interface, with an outer header that the route defines (MPLS, SRv6, or a tunnel without a remote address, as
+    /// some CNI plugins use). Only the host's stack can add it.
     Encapsulated {
         /// The interface's index.
         link: u32,
     },
-    /// The kernel has no route, or one that refuses.
+    /// There is no route, or one that rejects packets.
     Unreachable {
-        /// The kernel's words, such as `Network is unreachable (os error 101)`.
+        /// Such as `Network is unreachable (os error 101)`.
         reason: String,
     },
 }
 
-/// What is known about the host at one moment.
+/// The host's network at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct HostFacts {
     /// All interfaces, ordered by index.
     pub links: Vec<Link>,
     /// All addresses of the host, ordered by interface.
-    pub addresses: Vec<Address>,
+    pub addresses: Vec<HostAddress>,
     /// Indices of the interfaces that carry a default route (IPv4 or IPv6), best metric first.
     pub default_route_links: Vec<u32>,
-    /// For each downstream address asked about, where the kernel would send to.
+    /// For each requested address, where the kernel would send a packet.
     pub routes: BTreeMap<IpAddr, Route>,
-    /// The next hops of those routes whose link-layer addresses the kernel knows, ordered by link and address; only if
-    /// asked for.
+    /// Next hops of those routes whose link-layer addresses the kernel knows, ordered by link and address. Empty unless next
+    /// hops are tracked (`HostNetwork::track_next_hops`).
     pub neighbours: Vec<Neighbour>,
-    /// Of the interfaces that lead into other namespaces and that those routes use: the ones on whose way out somebody
-    /// looks at packets, and who. Only if asked for.
-    pub guarded: BTreeMap<u32, String>,
+    /// Of the interfaces that those routes use and that lead directly into another namespace: by index, the program, filter
+    /// or chain that packets pass on egress, in words. Empty unless next hops are tracked.
+    pub egress_hooks: BTreeMap<u32, String>,
 }
 
 impl HostFacts {
-    /// The interface of this name.
+    /// The interface with this name.
     #[must_use]
     pub fn link_named(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)
     }
 
-    /// The interface of this index.
+    /// The interface with this index.
     #[must_use]
     pub fn link(&self, index: u32) -> Option<&Link> {
         self.links.binary_search_by_key(&index, |link| link.index).ok().map(|place| &self.links[place])
     }
 
-    /// The link-layer address of a neighbour, if the kernel knows it.
+    /// The link-layer address of a neighbour. None while the kernel does not know it.
     #[must_use]
     pub fn neighbour(&self, link: u32, address: IpAddr) -> Option<Mac> {
         let found = self.neighbours.binary_search_by_key(&(link, address), |seen| (seen.link, seen.address));
         found.ok().map(|place| self.neighbours[place].mac)
     }
 
-    /// True if a packet may be handed straight to the other end of this interface's pair: nothing on this end would
-    /// queue it, hold it back or look at it.
+    /// True if packets may be redirected to this interface's peer (`bpf_redirect_peer`), because nothing on this end would
+    /// queue, filter or inspect them.
     #[must_use]
-    pub fn straight_into_namespace(&self, link: u32) -> bool {
-        self.link(link).is_some_and(|link| link.into_namespace) && !self.guarded.contains_key(&link)
+    pub fn can_redirect_to_peer(&self, link: u32) -> bool {
+        self.link(link).is_some_and(|link| link.direct_peer) && !self.has_egress_hook(link)
     }
 
-    /// Of the addresses whose routes are known both now and later: those on the way to which something has changed that
-    /// may mean that they can no longer be reached, or can be again. That is the interface, whether it runs, the next hop
-    /// and its link-layer address.
+    /// True if a program, filter or chain sees packets on this interface's egress.
     #[must_use]
-    pub fn changed_ways(&self, later: &HostFacts) -> Vec<IpAddr> {
-        let (before, after) = (Ways::of(self), Ways::of(later));
+    pub fn has_egress_hook(&self, link: u32) -> bool {
+        self.egress_hooks.contains_key(&link)
+    }
+
+    /// The addresses, of those with a route both now and later, whose path has changed so that they may have become
+    /// unreachable or reachable: the interface, whether it is running, the next hop, or its link-layer address.
+    #[must_use]
+    pub fn changed_paths(&self, later: &HostFacts) -> Vec<IpAddr> {
+        let (before, after) = (PathIndex::of(self), PathIndex::of(later));
         let both = self.routes.iter().filter_map(|(address, route)| Some((address, route, later.routes.get(address)?)));
         let changed = both.filter(|(_, route, later)| before.of_route(route) != after.of_route(later));
         changed.map(|(&address, ..)| address).collect()
     }
 }
 
-/// What matters of the ways to downstreams, by what routes name.
-struct Ways {
+/// The facts that decide whether an address is reachable, by what routes refer to.
+struct PathIndex {
     running: BTreeSet<u32>,
-    macs: BTreeMap<(u32, IpAddr), Mac>,
+    macs: BTreeMap<NextHop, Mac>,
 }
 
-/// What matters of one.
+/// Of one route.
 #[derive(PartialEq)]
-enum Way {
+enum PathState {
     Local,
     Out { link: u32, running: bool, next_hop: Option<IpAddr>, mac: Option<Mac> },
     Unreachable,
 }
 
-impl Ways {
-    fn of(facts: &HostFacts) -> Ways {
-        Ways {
+impl PathIndex {
+    fn of(facts: &HostFacts) -> PathIndex {
+        PathIndex {
             running: facts.links.iter().filter(|link| link.running).map(|link| link.index).collect(),
             macs: facts.neighbours.iter().map(|seen| ((seen.link, seen.address), seen.mac)).collect(),
         }
     }
 
-    fn of_route(&self, route: &Route) -> Way {
+    fn of_route(&self, route: &Route) -> PathState {
         match *route {
-            Route::Local { .. } => Way::Local,
+            Route::Local { .. } => PathState::Local,
             Route::Via { link, next_hop, .. } => {
                 let mac = self.macs.get(&(link, next_hop)).copied();
-                Way::Out { link, running: self.running.contains(&link), next_hop: Some(next_hop), mac }
+                PathState::Out { link, running: self.running.contains(&link), next_hop: Some(next_hop), mac }
             }
             Route::Encapsulated { link } => {
-                Way::Out { link, running: self.running.contains(&link), next_hop: None, mac: None }
+                PathState::Out { link, running: self.running.contains(&link), next_hop: None, mac: None }
             }
-            Route::Unreachable { .. } => Way::Unreachable,
+            Route::Unreachable { .. } => PathState::Unreachable,
         }
     }
 }
@@ -207,13 +215,13 @@ mod tests {
     fn changed(change: impl FnOnce(&mut HostFacts)) -> Vec<String> {
         let mut later = facts();
         change(&mut later);
-        let changed = facts().changed_ways(&later);
-        assert_eq!(later.changed_ways(&facts()), changed, "back again is as much of a change");
+        let changed = facts().changed_paths(&later);
+        assert_eq!(later.changed_paths(&facts()), changed, "the reverse is a change too");
         changed.iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn what_may_reach_or_not_reach_an_address_changes_the_way_to_it() {
+    fn a_path_changes_with_what_decides_whether_the_address_is_reachable() {
         let via = |link, next_hop: &str, mtu| Route::Via { link, next_hop: next_hop.parse().unwrap(), mtu };
         let set = |facts: &mut HostFacts, route| drop(facts.routes.insert("10.0.0.1".parse().unwrap(), route));
         let none: [&str; 0] = [];
@@ -224,7 +232,7 @@ mod tests {
         assert_eq!(changed(|facts| facts.neighbours[0].mac = [4; 6]), ["10.9.0.1", "10.9.0.2"]);
         assert_eq!(changed(|facts| set(facts, via(2, "10.0.0.254", 1500))), ["10.0.0.1"]);
         assert_eq!(changed(|facts| set(facts, Route::Unreachable { reason: "gone".into() })), ["10.0.0.1"]);
-        // What does not decide about reaching it, and what is about nobody known before.
+        // The MTU does not decide reachability, and a route must be known before and after.
         assert_eq!(changed(|facts| set(facts, via(2, "10.0.0.1", 900))), none);
         assert_eq!(changed(|facts| facts.links[0].mtu = 900), none);
         assert_eq!(changed(|facts| drop(facts.routes.remove(&"10.8.0.1".parse().unwrap()))), none);

@@ -6,7 +6,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkFlags, LinkH
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::facts::Link;
-use super::netlink::{Connection, after_header, attributes};
+use super::netlink::{NetlinkSocket, after_header, attributes};
 
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_BROADCAST: u16 = 2;
@@ -19,38 +19,37 @@ const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_NETKIT_POLICY: u16 = 3;
-/// `NETKIT_PASS`: what no program decides goes through.
+/// The policy of a netkit device that passes packets no program decides about.
 const NETKIT_PASS: u32 = 0;
 
-/// What netlink says of an interface.
+/// An interface as netlink describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Observed {
-    /// The interface.
+pub(super) struct ObservedLink {
     pub(super) link: Link,
-    /// It is a tunnel without a far end of its own: the route says for each packet where the tunnel leads.
+    /// A tunnel without a remote address of its own: the route supplies it for each packet.
     pub(super) routed_tunnel: bool,
 }
 
 /// All interfaces, ordered by index.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
-pub(super) fn list(connection: &mut Connection) -> Result<Vec<Observed>> {
+/// When netlink fails.
+pub(super) fn list(socket: &mut NetlinkSocket) -> Result<Vec<ObservedLink>> {
     let mut request = LinkMessage::default();
-    // Counters make up most of what the kernel would write about a link.
+    // Counters would be most of each reply.
     request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    let mut links = connection.dump("interfaces", &RouteNetlinkMessage::GetLink(request), read)?;
+    let mut links = socket.dump("interfaces", &RouteNetlinkMessage::GetLink(request), read)?;
     links.sort_unstable_by_key(|seen| seen.link.index);
     Ok(links)
 }
 
-/// Reads the payload of `RTM_NEWLINK` or `RTM_DELLINK`. None where the message does not describe a link: one about a
-/// link's role in a bridge uses the same types, so that a port's leaving its bridge looks like the link's end, and one
-/// about a wireless event names no more than the index.
+/// Reads the payload of `RTM_NEWLINK` or `RTM_DELLINK`. None if the message does not describe a link: messages about a bridge
+/// port have the same types, so a port that leaves its bridge looks like a deleted link; messages about wireless events
+/// contain only the index.
 ///
 /// # Errors
 /// When the message is malformed.
-pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
+pub(super) fn read(payload: &[u8]) -> Result<Option<ObservedLink>> {
     let header = LinkHeader::parse(payload)?;
     if header.interface_family != AddressFamily::Unspec {
         return Ok(None);
@@ -60,44 +59,44 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
         up: header.flags.contains(LinkFlags::Up),
         running: header.flags.contains(LinkFlags::Up) && header.flags.contains(LinkFlags::LowerUp),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
-        bare: is_bare(header.link_layer_type),
-        headerless: is_headerless(header.link_layer_type),
+        l3_device: is_l3_device(header.link_layer_type),
+        l3_ingress: is_l3_ingress(header.link_layer_type),
         loopback: header.flags.contains(LinkFlags::Loopback),
         ..Link::default()
     };
     let tunnel = is_ip_tunnel(header.link_layer_type);
     let mut routed_tunnel = false;
-    let (mut elsewhere, mut queues, mut enslaved) = (false, true, false);
-    let mut driver = Driver::default();
+    let (mut other_netns, mut has_qdisc, mut enslaved) = (false, true, false);
+    let mut driver = LinkDriver::default();
     for attribute in attributes(after_header(payload, header.buffer_len())?) {
         let (kind, value) = attribute?;
         match kind {
             IFLA_ADDRESS if link.ethernet => link.mac = value.try_into().ok(),
-            // A tunnel's broadcast address is its far end, all zeros if it has none.
+            // A tunnel's broadcast address is its remote address, all zeros if it has none.
             IFLA_BROADCAST => routed_tunnel = tunnel && value.iter().all(|&byte| byte == 0),
             IFLA_IFNAME => link.name = text(value),
             IFLA_MTU => link.mtu = parse_u32(value)?,
-            IFLA_QDISC => queues = text(value) != "noqueue",
+            IFLA_QDISC => has_qdisc = text(value) != "noqueue",
             IFLA_MASTER => enslaved = true,
-            IFLA_LINK_NETNSID => elsewhere = true,
+            IFLA_LINK_NETNSID => other_netns = true,
             IFLA_LINKINFO => driver = read_driver(value)?,
             _ => {}
         }
     }
-    link.into_namespace = driver.pair && elsewhere && link.running && !enslaved && !queues;
+    link.direct_peer = driver.pair && other_netns && link.running && !enslaved && !has_qdisc;
     link.kind = driver.kind;
-    Ok((!link.name.is_empty()).then_some(Observed { link, routed_tunnel }))
+    Ok((!link.name.is_empty()).then_some(ObservedLink { link, routed_tunnel }))
 }
 
-/// What a link's driver says of it.
+/// A link's driver (`IFLA_LINKINFO`).
 #[derive(Default)]
-struct Driver {
+struct LinkDriver {
     kind: Option<String>,
-    /// Whatever is sent comes in at the other end.
+    /// Packets sent on it arrive at its peer.
     pair: bool,
 }
 
-fn read_driver(info: &[u8]) -> Result<Driver> {
+fn read_driver(info: &[u8]) -> Result<LinkDriver> {
     let mut kind = None;
     let mut netkit_policy = None;
     for attribute in attributes(info) {
@@ -118,20 +117,20 @@ fn read_driver(info: &[u8]) -> Result<Driver> {
         Some("netkit") => netkit_policy == Some(NETKIT_PASS),
         _ => false,
     };
-    Ok(Driver { kind, pair })
+    Ok(LinkDriver { kind, pair })
 }
 
-/// Devices before whose packets the kernel, too, puts no header (`dev_is_mac_header_xmit`).
-fn is_bare(link_layer: LinkLayerType) -> bool {
-    is_ip_tunnel(link_layer) || is_headerless(link_layer)
+/// Devices on which the kernel sends packets without a link-layer header (`dev_is_mac_header_xmit` is false).
+fn is_l3_device(link_layer: LinkLayerType) -> bool {
+    is_ip_tunnel(link_layer) || is_l3_ingress(link_layer)
 }
 
-/// Devices that know no link-layer addresses at all.
-fn is_headerless(link_layer: LinkLayerType) -> bool {
+/// Devices without link-layer addresses.
+fn is_l3_ingress(link_layer: LinkLayerType) -> bool {
     matches!(link_layer, LinkLayerType::None | LinkLayerType::Rawip)
 }
 
-/// IP in IP, in both versions, and GRE, whose link-layer addresses are IP addresses.
+/// IP-in-IP of both versions, and GRE. Their link-layer addresses are IP addresses.
 fn is_ip_tunnel(link_layer: LinkLayerType) -> bool {
     matches!(
         link_layer,
@@ -143,7 +142,7 @@ fn is_ip_tunnel(link_layer: LinkLayerType) -> bool {
     )
 }
 
-/// A string up to its NUL. Linux takes any bytes but `/` and white space as an interface's name, UTF-8 or not.
+/// A string up to its NUL. An interface's name may contain any bytes but `/` and white space, UTF-8 or not.
 fn text(value: &[u8]) -> String {
     let end = value.iter().position(|&byte| byte == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()
@@ -189,12 +188,12 @@ mod tests {
             mtu: 1450,
             ..Link::default()
         };
-        assert_eq!(read(&bytes(&veth())).unwrap(), Some(Observed { link: expected, routed_tunnel: false }));
+        assert_eq!(read(&bytes(&veth())).unwrap(), Some(ObservedLink { link: expected, routed_tunnel: false }));
     }
 
     #[test]
-    fn pairs_that_lead_elsewhere_are_recognised() {
-        let leads_elsewhere = |kind: &[u8], policy: Option<u32>, netns: Option<i32>| {
+    fn pairs_that_lead_into_another_namespace_are_recognised() {
+        let leads_into_netns = |kind: &[u8], policy: Option<u32>, netns: Option<i32>| {
             let mut info = vec![DefaultNla::new(IFLA_INFO_KIND, kind.to_vec())];
             let policy = policy.map(|policy| DefaultNla::new(IFLA_NETKIT_POLICY, policy.to_ne_bytes().to_vec()));
             info.extend(policy.map(|policy| DefaultNla::new(IFLA_INFO_DATA, emitted(&[policy]))));
@@ -202,24 +201,24 @@ mod tests {
             message.attributes.pop();
             message.attributes.push(LinkAttribute::Other(DefaultNla::new(IFLA_LINKINFO, emitted(&info))));
             message.attributes.extend(netns.map(LinkAttribute::LinkNetNsId));
-            read(&bytes(&message)).unwrap().unwrap().link.into_namespace
+            read(&bytes(&message)).unwrap().unwrap().link.direct_peer
         };
-        assert!(leads_elsewhere(b"veth\0", None, Some(0)));
-        assert!(!leads_elsewhere(b"veth\0", None, None));
-        assert!(!leads_elsewhere(b"macvlan\0", None, Some(0)));
-        assert!(leads_elsewhere(b"netkit\0", Some(NETKIT_PASS), Some(1)));
-        assert!(!leads_elsewhere(b"netkit\0", Some(2), Some(1)));
-        assert!(!leads_elsewhere(b"netkit\0", None, Some(1)));
+        assert!(leads_into_netns(b"veth\0", None, Some(0)));
+        assert!(!leads_into_netns(b"veth\0", None, None));
+        assert!(!leads_into_netns(b"macvlan\0", None, Some(0)));
+        assert!(leads_into_netns(b"netkit\0", Some(NETKIT_PASS), Some(1)));
+        assert!(!leads_into_netns(b"netkit\0", Some(2), Some(1)));
+        assert!(!leads_into_netns(b"netkit\0", None, Some(1)));
     }
 
     #[test]
-    fn whatever_stands_between_the_ends_of_a_pair_counts() {
+    fn a_qdisc_a_bridge_or_an_end_that_is_down_stands_between_the_ends_of_a_pair() {
         let pair = || {
             let mut message = veth();
             message.attributes.push(LinkAttribute::LinkNetNsId(0));
             message
         };
-        let leads = |message: &LinkMessage| read(&bytes(message)).unwrap().unwrap().link.into_namespace;
+        let leads = |message: &LinkMessage| read(&bytes(message)).unwrap().unwrap().link.direct_peer;
         assert!(leads(&pair()));
         for flags in [LinkFlags::Up, LinkFlags::LowerUp] {
             let mut one_end_down = pair();
@@ -240,21 +239,21 @@ mod tests {
     }
 
     #[test]
-    fn attributes_that_nobody_has_seen_before_do_no_harm() {
+    fn unknown_attributes_are_ignored() {
         let mut message = veth();
         let expected = read(&bytes(&message)).unwrap();
-        // A VF list and a type from the future, both filled with nonsense.
+        // A VF list and an unknown type, both malformed.
         message.attributes.push(LinkAttribute::Other(DefaultNla::new(22, vec![0xff; 7])));
         message.attributes.push(LinkAttribute::Other(DefaultNla::new(999, vec![1])));
         assert_eq!(read(&bytes(&message)).unwrap(), expected);
     }
 
     #[test]
-    fn a_tunnel_without_a_far_end_is_told_from_one_with() {
-        let routed = |link_layer, far_end: &[u8]| {
+    fn a_tunnel_without_a_remote_address_is_recognised() {
+        let routed = |link_layer, remote: &[u8]| {
             let mut message = veth();
             message.header.link_layer_type = link_layer;
-            message.attributes.push(LinkAttribute::Broadcast(far_end.to_vec()));
+            message.attributes.push(LinkAttribute::Broadcast(remote.to_vec()));
             read(&bytes(&message)).unwrap().unwrap().routed_tunnel
         };
         assert!(routed(LinkLayerType::Tunnel, &[0; 4]));
@@ -265,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf8_are_shown_as_well_as_they_can_be() {
+    fn names_that_are_not_utf8_are_shown_with_replacement_characters() {
         let mut message = veth();
         message.attributes[0] = LinkAttribute::Other(DefaultNla::new(IFLA_IFNAME, b"e\xfft\0".to_vec()));
         assert_eq!(read(&bytes(&message)).unwrap().unwrap().link.name, "e\u{fffd}t");

@@ -1,7 +1,7 @@
-//! Notices that the host has changed.
+//! Notices that the host's network has changed: an interface disappears or returns, an address moves, a route changes.
 //!
-//! Only *that* it has: the facts are then taken anew and whole by [`Host`](super::Host), so that nothing depends on
-//! having seen every message, and a burst that overruns the socket is a change like any other.
+//! It reports only *that* something changed. [`HostNetwork`](super::HostNetwork) then collects all facts again, so nothing
+//! depends on having read every message, and a burst that overruns the socket counts as a change.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -15,11 +15,11 @@ use mio::{Interest, Registry, Token};
 use netlink_packet_route::tc::TcHeader;
 use netlink_sys::Socket;
 
-use super::facts::{HostFacts, Mac};
-use super::netlink::{BUFFER_SIZE, Frame, frames, open_socket};
-use super::{Ways, addresses, links, neighbours, routes};
+use super::facts::{HostFacts, Mac, NextHop};
+use super::netlink::{BUFFER_SIZE, RawMessage, open_socket, raw_messages};
+use super::{NextHops, addresses, links, neighbours, routes};
 
-/// What is listened to. Rules and next-hop objects change where the kernel sends to as much as routes do.
+/// Multicast groups that are always joined. Rules and next-hop objects affect routing as much as routes do.
 const GROUPS: [(u32, &str); 8] = [
     (libc::RTNLGRP_LINK, "interfaces"),
     (libc::RTNLGRP_IPV4_IFADDR, "IPv4 addresses"),
@@ -31,8 +31,8 @@ const GROUPS: [(u32, &str); 8] = [
     (libc::RTNLGRP_NEXTHOP, "next hops"),
 ];
 
-/// What is listened to besides where ways are followed.
-const GROUPS_OF_WAYS: [(u32, &str); 2] = [(libc::RTNLGRP_NEIGH, "neighbours"), (libc::RTNLGRP_TC, "TC filters")];
+/// Multicast groups that are joined to track next hops.
+const NEXT_HOP_GROUPS: [(u32, &str); 2] = [(libc::RTNLGRP_NEIGH, "neighbours"), (libc::RTNLGRP_TC, "TC filters")];
 
 const RTM_NEWLINK: u16 = libc::RTM_NEWLINK;
 const RTM_DELLINK: u16 = libc::RTM_DELLINK;
@@ -42,37 +42,38 @@ const RTM_NEWROUTE: u16 = libc::RTM_NEWROUTE;
 const RTM_DELROUTE: u16 = libc::RTM_DELROUTE;
 const RTM_NEWNEIGH: u16 = libc::RTM_NEWNEIGH;
 const RTM_DELNEIGH: u16 = libc::RTM_DELNEIGH;
-/// Messages about queueing disciplines, classes and filters, and `RTM_NEWCHAIN` to `RTM_GETCHAIN`.
+/// Queueing disciplines, classes and filters; below, `RTM_NEWCHAIN` to `RTM_GETCHAIN`.
 const RTM_TC: RangeInclusive<u16> = libc::RTM_NEWQDISC..=libc::RTM_GETTFILTER;
 const RTM_CHAINS: RangeInclusive<u16> = 100..=102;
-/// In the place of an interface's index: filters that several interfaces share (`TCM_IFINDEX_MAGIC_BLOCK`).
+/// `TCM_IFINDEX_MAGIC_BLOCK`, in place of an interface's index: filters that several interfaces share.
 const SHARED_FILTERS: i32 = -1;
 
-/// Bytes of receive buffer to ask for; the kernel gives what `net.core.rmem_max` allows. Enough for a few hundred
-/// messages between two turns of the event loop, beyond which an overrun tells as much.
+/// Requested bytes of receive buffer; `net.core.rmem_max` limits it. Enough for a few hundred messages between two turns of
+/// the event loop. With more, the socket overruns, which counts as a change.
 const RECEIVE_BUFFER: usize = 1024 * 1024;
 
-/// A subscription to the kernel's messages about interfaces, addresses and routes. A [`mio::event::Source`].
+/// A subscription to netlink messages about interfaces, addresses and routes. A [`mio::event::Source`].
 ///
-/// Open it before the facts are first taken, so that no change falls between the two.
-pub struct Monitor {
+/// Open it before collecting the first facts, so that no change is lost between the two.
+pub struct HostMonitor {
     socket: Socket,
     buffer: Vec<u8>,
-    memory: Memory,
+    detector: ChangeDetector,
 }
 
-/// What the last message about each interface and address said, to recognise one that says the same again: the kernel
-/// also speaks up about things that are no facts of ours (an alias, a wireless event, a renewed address lifetime).
+/// The content of the last message about each interface, address and neighbour, to recognise repetitions: the kernel also
+/// announces changes that are not part of [`HostFacts`] (an alias, a wireless event, a renewed address lifetime).
 #[derive(Default)]
-pub(super) struct Memory {
-    links: BTreeMap<u32, links::Observed>,
+pub(super) struct ChangeDetector {
+    links: BTreeMap<u32, links::ObservedLink>,
+    /// By interface and address: whether it is usable.
     addresses: HashMap<(u32, IpAddr), bool>,
-    /// The ways that are followed: of other neighbours and filters nobody wants to hear.
-    ways: Ways,
-    neighbours: HashMap<(u32, IpAddr), Option<Mac>>,
+    /// The next hops in use. Messages about other neighbours and filters are ignored.
+    next_hops: NextHops,
+    neighbours: HashMap<NextHop, Option<Mac>>,
 }
 
-impl Monitor {
+impl HostMonitor {
     /// Subscribes, in the network namespace of the calling thread.
     ///
     /// # Errors
@@ -81,7 +82,7 @@ impl Monitor {
         let socket = open_socket()?;
         socket.set_non_blocking(true).context("cannot make a netlink socket non-blocking")?;
         socket.set_rx_buf_sz(RECEIVE_BUFFER as libc::c_int).context("cannot set a netlink socket's buffer size")?;
-        let mut monitor = Self { socket, buffer: vec![0; BUFFER_SIZE], memory: Memory::default() };
+        let mut monitor = Self { socket, buffer: vec![0; BUFFER_SIZE], detector: ChangeDetector::default() };
         monitor.subscribe(&GROUPS)?;
         Ok(monitor)
     }
@@ -90,7 +91,7 @@ impl Monitor {
         for &(group, what) in groups {
             match self.socket.add_membership(group) {
                 Ok(()) => {}
-                // Linux before 5.3 has no next-hop objects, a kernel built without IPv6 none of its groups.
+                // Linux before 5.3 has no next-hop objects. A kernel built without IPv6 lacks those groups.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot watch the host's {what}")),
             }
@@ -98,24 +99,23 @@ impl Monitor {
         Ok(())
     }
 
-    /// Listens also to what is said about neighbours and about filters, as far as it concerns the ways given to
-    /// [`Monitor::watch`].
+    /// Also subscribes to neighbours and TC filters. Of these, only messages about the next hops of the facts given to
+    /// [`HostMonitor::watch`] count as changes.
     ///
     /// # Errors
     /// When the kernel refuses a subscription.
-    pub fn follow_ways(&mut self) -> Result<()> {
-        self.subscribe(&GROUPS_OF_WAYS)
+    pub fn track_next_hops(&mut self) -> Result<()> {
+        self.subscribe(&NEXT_HOP_GROUPS)
     }
 
-    /// Sets the ways about which changes are to be noticed, and what is known of them: those that the facts just taken
-    /// are about.
-    pub fn watch(&mut self, ways: &Ways, facts: &HostFacts) {
+    /// Watches the next hops of these facts, the last ones collected.
+    pub fn watch(&mut self, facts: &HostFacts) {
         let known = facts.neighbours.iter().map(|known| ((known.link, known.address), Some(known.mac)));
-        self.memory.neighbours = known.collect();
-        self.memory.ways.clone_from(ways);
+        self.detector.neighbours = known.collect();
+        self.detector.next_hops = NextHops::of(facts);
     }
 
-    /// Reads everything pending. True if the host's facts may have changed: then take them anew. Does not block.
+    /// Reads all pending messages. True if the facts may have changed and must be collected again. Does not block.
     ///
     /// # Errors
     /// When the socket can no longer be read.
@@ -123,22 +123,22 @@ impl Monitor {
         let mut changed = false;
         let mut lost = false;
         loop {
-            // With MSG_TRUNC the kernel tells the datagram's length even where the buffer is shorter.
+            // With MSG_TRUNC, the kernel returns the datagram's length even if the buffer is shorter.
             match self.socket.recv(&mut &mut self.buffer[..], libc::MSG_TRUNC) {
                 Ok(length) if length > self.buffer.len() => {
                     self.buffer.resize(length.next_power_of_two(), 0);
                     lost = true;
                 }
                 Ok(length) => {
-                    for frame in frames(&self.buffer[..length]) {
-                        // A message that cannot be understood may well be about a change.
-                        changed |= frame.and_then(|frame| self.memory.learn(&frame)).unwrap_or(true);
+                    for message in raw_messages(&self.buffer[..length]) {
+                        // A malformed message may be about a change.
+                        changed |= message.and_then(|message| self.detector.is_change(&message)).unwrap_or(true);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if lost {
-                        // What was lost is newer than what was still queued, so none of it may be remembered.
-                        self.memory = Memory::following(std::mem::take(&mut self.memory.ways));
+                        // The lost messages are newer than the queued ones, so the content of those is outdated.
+                        self.detector = ChangeDetector::for_next_hops(std::mem::take(&mut self.detector.next_hops));
                     }
                     return Ok(changed || lost);
                 }
@@ -150,19 +150,19 @@ impl Monitor {
     }
 }
 
-impl Memory {
-    /// Remembers nothing yet, and is to follow these ways.
-    pub(super) fn following(ways: Ways) -> Memory {
-        Memory { ways, ..Memory::default() }
+impl ChangeDetector {
+    /// A detector that has seen no message yet.
+    pub(super) fn for_next_hops(next_hops: NextHops) -> ChangeDetector {
+        ChangeDetector { next_hops, ..ChangeDetector::default() }
     }
 
-    /// True if the message says something that the messages before it have not.
+    /// True if the message differs from the last one about the same object. Remembers its content.
     ///
     /// # Errors
     /// When the message is malformed.
-    pub(super) fn learn(&mut self, frame: &Frame<'_>) -> Result<bool> {
-        let payload = frame.payload;
-        Ok(match frame.kind {
+    pub(super) fn is_change(&mut self, message: &RawMessage<'_>) -> Result<bool> {
+        let payload = message.payload;
+        Ok(match message.kind {
             RTM_NEWLINK => match links::read(payload)? {
                 Some(seen) => self.links.insert(seen.link.index, seen.clone()).as_ref() != Some(&seen),
                 None => false,
@@ -190,37 +190,37 @@ impl Memory {
                 None => false,
             },
             RTM_NEWNEIGH | RTM_DELNEIGH => match neighbours::read(payload)? {
-                Some(seen) if self.ways.hops.contains(&seen.hop) => {
-                    let mac = seen.mac.filter(|_| frame.kind == RTM_NEWNEIGH);
-                    // One not heard of is like one not found, which the facts don't have either.
+                Some(seen) if self.next_hops.hops.contains(&seen.hop) => {
+                    let mac = seen.mac.filter(|_| message.kind == RTM_NEWNEIGH);
+                    // An unknown neighbour equals an unresolved one: the facts contain neither.
                     self.neighbours.insert(seen.hop, mac).unwrap_or_default() != mac
                 }
                 _ => false,
             },
             kind if RTM_TC.contains(&kind) || RTM_CHAINS.contains(&kind) => {
                 let index = TcHeader::parse(payload)?.index;
-                index == SHARED_FILTERS || u32::try_from(index).is_ok_and(|index| self.ways.pass(index))
+                index == SHARED_FILTERS || u32::try_from(index).is_ok_and(|index| self.next_hops.use_link(index))
             }
             RTM_NEWROUTE | RTM_DELROUTE => !routes::is_cached(payload),
-            // Rules and next hops, and whatever else the groups may bring one day.
+            // Rules, next hops, and message types that future kernels may add to these groups.
             _ => true,
         })
     }
 }
 
-impl AsFd for Monitor {
+impl AsFd for HostMonitor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl AsRawFd for Monitor {
+impl AsRawFd for HostMonitor {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
 }
 
-impl mio::event::Source for Monitor {
+impl mio::event::Source for HostMonitor {
     fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
         SourceFd(&self.as_raw_fd()).register(registry, token, interests)
     }

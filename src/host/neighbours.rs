@@ -1,4 +1,5 @@
-//! The kernel's neighbours: which link-layer addresses it knows, and getting it to find out one.
+//! The kernel's neighbour table (ARP and neighbour discovery): reads link-layer addresses from it, and makes the kernel
+//! resolve them.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -10,70 +11,69 @@ use netlink_packet_route::neighbour::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::facts::{Mac, Neighbour};
-use super::netlink::{Connection, after_header, attributes};
+use super::facts::{Mac, Neighbour, NextHop};
+use super::netlink::{NetlinkSocket, after_header, attributes};
 
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 
-/// A neighbour's address: the interface's index and the neighbour's IP address.
-pub(super) type Hop = (u32, IpAddr);
-
-/// What netlink says of a neighbour.
+/// A neighbour as netlink describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Observed {
-    /// Who.
-    pub(super) hop: Hop,
-    /// Its link-layer address, as far as the kernel would send to it.
+pub(super) struct ObservedNeighbour {
+    pub(super) hop: NextHop,
+    /// Its link-layer address. None while the kernel would not send to it.
     pub(super) mac: Option<Mac>,
-    /// Written down by an administrator, not found out.
+    /// Configured by an administrator, not resolved.
     pub(super) fixed: bool,
-    /// How far the kernel has got with finding it.
-    pub(super) standing: Standing,
+    /// How far the kernel is with resolving it.
+    pub(super) resolution: NeighbourResolution,
 }
 
-/// How far the kernel has got with finding a neighbour.
+/// How far the kernel is with resolving a neighbour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
-    /// It was found, needs not be, or has not been asked for.
-    Well,
-    /// It is being asked for.
-    Asked,
-    /// It was asked for, and nobody answered.
+pub enum NeighbourResolution {
+    /// It is resolved, needs no resolution, or none was requested.
+    Resolved,
+    /// Requests are sent.
+    Pending,
+    /// Nobody replied to the requests.
     Failed,
 }
 
-/// Those of `wanted` that the kernel has heard of.
+/// The entries of the kernel's table for `wanted`.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
-pub(super) fn list(connection: &mut Connection, wanted: &BTreeSet<Hop>) -> Result<Vec<Observed>> {
+/// When netlink fails.
+pub(super) fn list(socket: &mut NetlinkSocket, wanted: &BTreeSet<NextHop>) -> Result<Vec<ObservedNeighbour>> {
     let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-    connection
-        .dump("neighbours", &request, |payload| Ok(read(payload)?.filter(|observed| wanted.contains(&observed.hop))))
+    socket.dump("neighbours", &request, |payload| Ok(read(payload)?.filter(|observed| wanted.contains(&observed.hop))))
 }
 
-/// As facts, in their order.
-pub(super) fn known(observed: &[Observed]) -> Vec<Neighbour> {
-    let fact = |seen: &Observed| Some(Neighbour { link: seen.hop.0, address: seen.hop.1, mac: seen.mac? });
+/// The resolved ones as facts, ordered by link and address.
+pub(super) fn known(observed: &[ObservedNeighbour]) -> Vec<Neighbour> {
+    let fact = |seen: &ObservedNeighbour| Some(Neighbour { link: seen.hop.0, address: seen.hop.1, mac: seen.mac? });
     let mut known: Vec<Neighbour> = observed.iter().filter_map(fact).collect();
     known.sort_unstable_by_key(|neighbour| (neighbour.link, neighbour.address));
     known
 }
 
-/// Makes the kernel treat these neighbours as if a packet had just been sent to them: it asks for those it does not know
-/// and checks up on those it has not heard from for long. Those written down by an administrator are left alone.
+/// Makes the kernel treat these neighbours as if it had just sent a packet to each (`NTF_USE`): it resolves unknown ones and
+/// verifies stale ones. Neighbours that an administrator configured are left alone.
 ///
 /// # Errors
-/// When the kernel cannot be asked. What it refuses for a single neighbour (its interface may be down or gone) is no
-/// error: that neighbour stays unknown.
-pub(super) fn remind(connection: &mut Connection, hops: &BTreeSet<Hop>, observed: &[Observed]) -> Result<()> {
-    let fixed: BTreeSet<Hop> = observed.iter().filter(|seen| seen.fixed).map(|seen| seen.hop).collect();
+/// When netlink fails. A refusal for a single neighbour (its interface may be down or gone) is no error; that neighbour
+/// stays unresolved.
+pub(super) fn request_resolution(
+    socket: &mut NetlinkSocket,
+    hops: &BTreeSet<NextHop>,
+    observed: &[ObservedNeighbour],
+) -> Result<()> {
+    let fixed: BTreeSet<NextHop> = observed.iter().filter(|seen| seen.fixed).map(|seen| seen.hop).collect();
     let requests: Vec<_> = hops.difference(&fixed).map(request).collect();
-    connection.tell(&requests).context("cannot have the kernel look for the downstreams' neighbours")
+    socket.create(&requests).context("cannot make the kernel resolve the next hops of the downstreams")
 }
 
-fn request(&(link, address): &Hop) -> RouteNetlinkMessage {
+fn request(&(link, address): &NextHop) -> RouteNetlinkMessage {
     let mut message = NeighbourMessage::default();
     message.header = NeighbourHeader {
         family: if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 },
@@ -90,11 +90,11 @@ fn request(&(link, address): &Hop) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewNeighbour(message)
 }
 
-/// Reads the payload of `RTM_NEWNEIGH` or `RTM_DELNEIGH`. None for what is no IP neighbour.
+/// Reads the payload of `RTM_NEWNEIGH` or `RTM_DELNEIGH`. None for proxy entries and other families than IP.
 ///
 /// # Errors
 /// When the message is malformed.
-pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
+pub(super) fn read(payload: &[u8]) -> Result<Option<ObservedNeighbour>> {
     let header = NeighbourHeader::parse(payload)?;
     let proxy = header.flags.contains(NeighbourFlags::Proxy);
     if proxy || !matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6) {
@@ -114,12 +114,12 @@ pub(super) fn read(payload: &[u8]) -> Result<Option<Observed>> {
         NeighbourState::Reachable | NeighbourState::Stale | NeighbourState::Delay | NeighbourState::Probe
     );
     let mac = mac.filter(|_| fixed || found);
-    let standing = match header.state {
-        NeighbourState::Incomplete => Standing::Asked,
-        NeighbourState::Failed => Standing::Failed,
-        _ => Standing::Well,
+    let resolution = match header.state {
+        NeighbourState::Incomplete => NeighbourResolution::Pending,
+        NeighbourState::Failed => NeighbourResolution::Failed,
+        _ => NeighbourResolution::Resolved,
     };
-    Ok(address.map(|address| Observed { hop: (header.ifindex, address), mac, fixed, standing }))
+    Ok(address.map(|address| ObservedNeighbour { hop: (header.ifindex, address), mac, fixed, resolution }))
 }
 
 #[cfg(test)]
@@ -128,9 +128,9 @@ mod tests {
 
     const MAC: Mac = [2, 0, 0, 0, 0, 7];
 
-    fn observed(state: NeighbourState, flags: NeighbourFlags, mac: &[u8]) -> Option<Observed> {
+    fn observed(state: NeighbourState, flags: NeighbourFlags, mac: &[u8]) -> Option<ObservedNeighbour> {
         let RouteNetlinkMessage::NewNeighbour(mut message) = request(&(3, "10.0.0.7".parse().unwrap())) else {
-            unreachable!("a request to look for a neighbour is of that type");
+            unreachable!("a request to resolve a neighbour has that type");
         };
         (message.header.state, message.header.flags) = (state, flags);
         message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
@@ -159,18 +159,18 @@ mod tests {
 
     #[test]
     fn a_neighbour_that_nobody_answers_for_is_told_from_one_still_asked_for() {
-        for (state, standing) in [
-            (NeighbourState::Failed, Standing::Failed),
-            (NeighbourState::Incomplete, Standing::Asked),
-            (NeighbourState::None, Standing::Well),
-            (NeighbourState::Stale, Standing::Well),
+        for (state, resolution) in [
+            (NeighbourState::Failed, NeighbourResolution::Failed),
+            (NeighbourState::Incomplete, NeighbourResolution::Pending),
+            (NeighbourState::None, NeighbourResolution::Resolved),
+            (NeighbourState::Stale, NeighbourResolution::Resolved),
         ] {
-            assert_eq!(observed(state, NeighbourFlags::empty(), &MAC).unwrap().standing, standing, "{state:?}");
+            assert_eq!(observed(state, NeighbourFlags::empty(), &MAC).unwrap().resolution, resolution, "{state:?}");
         }
     }
 
     #[test]
-    fn what_an_administrator_has_written_is_told_apart() {
+    fn configured_neighbours_are_recognised() {
         let fixed = |state| observed(state, NeighbourFlags::empty(), &MAC).unwrap().fixed;
         assert!(fixed(NeighbourState::Permanent) && fixed(NeighbourState::Noarp));
         assert!(!fixed(NeighbourState::Reachable) && !fixed(NeighbourState::Failed));
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn known_neighbours_become_facts() {
         let hop = (3, "10.0.0.7".parse().unwrap());
-        let seen = |mac| Observed { hop, mac, fixed: false, standing: Standing::Well };
+        let seen = |mac| ObservedNeighbour { hop, mac, fixed: false, resolution: NeighbourResolution::Resolved };
         assert_eq!(known(&[seen(None), seen(Some(MAC))]), [Neighbour { link: 3, address: hop.1, mac: MAC }]);
     }
 }

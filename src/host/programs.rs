@@ -1,4 +1,4 @@
-//! BPF programs attached to an interface by way of the kernel's list of them (TCX since Linux 6.6, netkit), or as XDP.
+//! BPF programs attached to an interface through the kernel's program lists (TCX since Linux 6.6, netkit), or as XDP.
 
 use std::ffi::CStr;
 use std::io;
@@ -7,14 +7,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libbpf_rs::libbpf_sys;
 
-/// A list of programs that an interface can have.
+/// An attachment point with a list of programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// What comes in, before any TC filter.
+    /// Incoming packets, before any TC filter.
     TcxIngress,
-    /// What goes out, before any TC filter.
+    /// Outgoing packets, before any TC filter.
     TcxEgress,
-    /// What the host sends into a pod over netkit.
+    /// Packets that the host sends into a pod over netkit.
     NetkitPrimary,
 }
 
@@ -28,61 +28,61 @@ impl Hook {
     }
 }
 
-/// The most programs that the kernel takes in one list (`BPF_MPROG_MAX`).
-const MOST: usize = 64;
+/// The kernel's limit for one list (`BPF_MPROG_MAX`).
+const MAX_PROGRAMS: usize = 64;
 
-/// The ids of the programs in an interface's list, in the order they run, in the network namespace of the calling thread.
-/// None on kernels without such lists.
+/// The ids of the programs in an interface's list, in the order in which they run, in the network namespace of the calling
+/// thread. Empty on kernels without such lists.
 ///
 /// # Errors
 /// When the kernel refuses: without `CAP_NET_ADMIN`, or because there is no such interface.
 pub fn list(link: u32, hook: Hook) -> io::Result<Vec<u32>> {
     let link = i32::try_from(link).map_err(io::Error::other)?;
-    let mut ids = [0u32; MOST];
+    let mut ids = [0u32; MAX_PROGRAMS];
     let mut opts = libbpf_sys::bpf_prog_query_opts {
         sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
         prog_ids: ids.as_mut_ptr(),
         ..Default::default()
     };
-    opts.__bindgen_anon_1.count = MOST as u32;
-    // SAFETY: the options live across the call, and their array has as many entries as they say.
+    opts.__bindgen_anon_1.count = MAX_PROGRAMS as u32;
+    // SAFETY: the options and their array outlive the call, and the array has `count` entries.
     let result = unsafe { libbpf_sys::bpf_prog_query_opts(link, hook.number(), &raw mut opts) };
     match -result {
         0 => {
-            // SAFETY: both members of the union are the same number.
+            // SAFETY: both members of the union are the same `u32`.
             let count = unsafe { opts.__bindgen_anon_1.count } as usize;
-            Ok(ids[..count.min(MOST)].to_vec())
+            Ok(ids[..count.min(MAX_PROGRAMS)].to_vec())
         }
-        // The kernel does not know this list.
+        // The kernel does not have this list.
         libc::EINVAL => Ok(Vec::new()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
-/// True if the kernel has lists of TCX programs. Takes `CAP_NET_ADMIN`.
+/// True if the kernel has TCX. Needs `CAP_NET_ADMIN`; false without it.
 #[must_use]
 pub fn has_tcx() -> bool {
     let mut opts = libbpf_sys::bpf_prog_query_opts {
         sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
         ..Default::default()
     };
-    /// The loopback interface, which every network namespace has, under this index.
+    /// The index of the loopback interface, the same in every network namespace.
     const LOOPBACK: i32 = 1;
-    // SAFETY: the options live across the call; they name no buffers to fill.
+    // SAFETY: the options outlive the call and refer to no buffers.
     unsafe { libbpf_sys::bpf_prog_query_opts(LOOPBACK, Hook::TcxIngress.number(), &raw mut opts) == 0 }
 }
 
-/// The XDP program on an interface, by id, if there is one.
+/// The id of the XDP program on an interface, if there is one.
 #[must_use]
 pub fn xdp(link: u32) -> Option<u32> {
     let index = i32::try_from(link).ok()?;
     let mut id = 0;
-    // SAFETY: `id` is ours and lives across the call, which writes it.
+    // SAFETY: `id` outlives the call, which writes it.
     let found = unsafe { libbpf_sys::bpf_xdp_query_id(index, 0, &raw mut id) } == 0;
     (found && id != 0).then_some(id)
 }
 
-/// What to call a program: its name, which takes `CAP_SYS_ADMIN` to find out, or its id.
+/// A program's name and id, or its id alone if the name cannot be read.
 #[must_use]
 pub fn describe(id: u32) -> String {
     match name(id) {
@@ -91,19 +91,19 @@ pub fn describe(id: u32) -> String {
     }
 }
 
-/// A program's name, as far as the kernel keeps it: 15 bytes. None without `CAP_SYS_ADMIN`.
+/// A program's name, of which the kernel keeps 15 bytes. None without `CAP_SYS_ADMIN`.
 #[must_use]
 pub fn name(id: u32) -> Option<String> {
-    // SAFETY: takes a number, touches no memory of ours.
+    // SAFETY: the call takes a number and accesses no memory of this process.
     let fd = unsafe { libbpf_sys::bpf_prog_get_fd_by_id(id) };
     if fd < 0 {
         return None;
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
-    // SAFETY: `info` lives across the call and has the length given; it names no buffers to fill.
+    // SAFETY: `info` outlives the call, has the given length and refers to no buffers.
     let result = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(fd.as_raw_fd(), &raw mut info, &raw mut length) };
     if result != 0 {
         return None;

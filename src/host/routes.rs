@@ -1,4 +1,4 @@
-//! Where the kernel sends to: the default routes, and the route to each of a set of addresses.
+//! Routes: the default routes, and the route to each of a set of addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,7 +11,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::facts::Route;
 use super::links;
-use super::netlink::{Connection, after_header, attributes};
+use super::netlink::{NetlinkSocket, after_header, attributes};
 
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -26,7 +26,7 @@ const RTAX_MTU: u16 = 2;
 /// Bytes of `struct rtnexthop`, which starts each next hop of a multipath route.
 const NEXT_HOP_HEADER: usize = 8;
 
-/// A route that covers everything, out of one or more interfaces.
+/// A default route, out of one or more interfaces.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct DefaultRoute {
     metric: u32,
@@ -35,21 +35,21 @@ pub(super) struct DefaultRoute {
 
 /// Indices of the interfaces that carry a default route of the main table, IPv4 or IPv6, best metric first, each once.
 ///
-/// A default route whose next hop is an object named by number is one of these only while the kernel also spells it out
-/// (`net.ipv4.nexthop_compat_mode`, which is on unless someone has turned it off).
+/// A default route through a next-hop object is included only if `net.ipv4.nexthop_compat_mode` is on, which is the default:
+/// then the kernel also lists its interface.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
-pub(super) fn default_links(connection: &mut Connection) -> Result<Vec<u32>> {
+/// When netlink fails.
+pub(super) fn default_links(socket: &mut NetlinkSocket) -> Result<Vec<u32>> {
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut request = RouteMessage::default();
         request.header.address_family = family;
-        // The kernel then lists this table only (since Linux 4.20).
+        // Since Linux 4.20, the kernel then lists this table only.
         request.header.table = RouteHeader::RT_TABLE_MAIN;
-        match connection.dump("routes", &RouteNetlinkMessage::GetRoute(request), read_default) {
+        match socket.dump("routes", &RouteNetlinkMessage::GetRoute(request), read_default) {
             Ok(routes) => found.extend(routes),
-            // The main table comes into being with its first route.
+            // The main table does not exist before its first route.
             Err(error) if errno(&error) == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }
@@ -59,30 +59,30 @@ pub(super) fn default_links(connection: &mut Connection) -> Result<Vec<u32>> {
     Ok(found.into_iter().flat_map(|route| route.links).filter(|&link| seen.insert(link)).collect())
 }
 
-/// For each address, where the kernel would send a packet of this host's own.
+/// For each address, where the kernel would send a packet of this host.
 ///
 /// # Errors
-/// When the kernel cannot be asked. That it has no route is an answer.
+/// When netlink fails. A missing route is no error.
 pub(super) fn look_up(
-    connection: &mut Connection,
+    socket: &mut NetlinkSocket,
     addresses: &BTreeSet<IpAddr>,
-    links: &[links::Observed],
+    links: &[links::ObservedLink],
 ) -> Result<BTreeMap<IpAddr, Route>> {
-    let links: BTreeMap<u32, &links::Observed> = links.iter().map(|seen| (seen.link.index, seen)).collect();
+    let links: BTreeMap<u32, &links::ObservedLink> = links.iter().map(|seen| (seen.link.index, seen)).collect();
     let mut routes = BTreeMap::new();
-    let mut asked = Vec::with_capacity(addresses.len());
+    let mut requested = Vec::with_capacity(addresses.len());
     for &address in addresses {
         if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
-            let reason = "a link-local address is not enough without its interface".to_owned();
+            let reason = "a link-local address needs an interface, which a downstream cannot name".to_owned();
             routes.insert(address, Route::Unreachable { reason });
         } else {
-            asked.push(address);
+            requested.push(address);
         }
     }
-    let requests: Vec<_> = asked.iter().map(|&address| request_for(address)).collect();
-    connection
-        .ask(&requests, |index, reply| {
-            let address = asked[index];
+    let requests: Vec<_> = requested.iter().map(|&address| request_for(address)).collect();
+    socket
+        .query(&requests, |index, reply| {
+            let address = requested[index];
             let route = match reply {
                 Ok(payload) => read_route(payload, address, &links)?,
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS)) => bail!(error),
@@ -91,11 +91,11 @@ pub(super) fn look_up(
             routes.insert(address, route);
             Ok(())
         })
-        .context("cannot ask the kernel for the routes to the downstreams")?;
+        .context("cannot read the routes to the downstreams")?;
     Ok(routes)
 }
 
-/// The question where a packet to `address` would be sent.
+/// The request for the route to `address`.
 pub(super) fn request_for(address: IpAddr) -> RouteNetlinkMessage {
     let mut request = RouteMessage::default();
     (request.header.address_family, request.header.destination_prefix_length) = match address {
@@ -106,41 +106,41 @@ pub(super) fn request_for(address: IpAddr) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRoute(request)
 }
 
-/// Asks where a packet from `sender` that comes in by `link` would go: nowhere, if source validation refuses it.
-pub(super) fn accepts(
-    connection: &mut Connection,
+/// Requests the route for a packet from `sender` that arrives on `link`. The kernel refuses if source validation would.
+pub(super) fn validate_source(
+    socket: &mut NetlinkSocket,
     sender: IpAddr,
     link: u32,
     destination: IpAddr,
 ) -> Result<io::Result<()>> {
     let RouteNetlinkMessage::GetRoute(mut request) = request_for(destination) else {
-        bail!("a question for a route is none");
+        bail!("not a route request");
     };
     request.header.source_prefix_length = request.header.destination_prefix_length;
     request.attributes.push(RouteAttribute::Source(sender.into()));
     request.attributes.push(RouteAttribute::Iif(link));
     let mut outcome = Ok(());
-    connection.ask(&[RouteNetlinkMessage::GetRoute(request)], |_, reply| {
+    socket.query(&[RouteNetlinkMessage::GetRoute(request)], |_, reply| {
         outcome = reply.map(drop);
         Ok(())
     })?;
     Ok(outcome)
 }
 
-/// The kernel's words, and what it means by the two that mislead.
+/// The kernel's error, with an explanation of the two that mislead.
 fn refusal(error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(libc::EINVAL) => format!("{error}: the kernel's answer where a blackhole route matches"),
-        Some(libc::EACCES) => format!("{error}: the kernel's answer where a prohibit route or rule matches"),
+        Some(libc::EINVAL) => format!("{error}: the kernel's error for a blackhole route"),
+        Some(libc::EACCES) => format!("{error}: the kernel's error for a prohibit route or rule"),
         _ => error.to_string(),
     }
 }
 
-/// Reads the payload of the `RTM_NEWROUTE` that answers the question for `destination`.
+/// Reads the payload of the `RTM_NEWROUTE` that replies to the request for `destination`.
 pub(super) fn read_route(
     payload: &[u8],
     destination: IpAddr,
-    links: &BTreeMap<u32, &links::Observed>,
+    links: &BTreeMap<u32, &links::ObservedLink>,
 ) -> Result<Route> {
     let header = RouteHeader::parse(payload)?;
     let (mut link, mut next_hop, mut mtu, mut encapsulated) = (None, destination, None, false);
@@ -152,7 +152,9 @@ pub(super) fn read_route(
             RTA_VIA => match RouteVia::parse(value)? {
                 RouteVia::Inet(address) => next_hop = address.into(),
                 RouteVia::Inet6(address) => next_hop = address.into(),
-                other => return Ok(Route::Unreachable { reason: format!("its gateway is no IP address: {other:?}") }),
+                other => {
+                    return Ok(Route::Unreachable { reason: format!("its gateway is not an IP address: {other:?}") });
+                }
             },
             RTA_METRICS => mtu = metric_mtu(value)?,
             RTA_ENCAP => encapsulated = true,
@@ -163,18 +165,18 @@ pub(super) fn read_route(
     match header.kind {
         RouteType::Unicast | RouteType::Multicast => {}
         RouteType::Local | RouteType::Anycast => return Ok(Route::Local { loopback: destination.is_loopback() }),
-        RouteType::Broadcast => return unreachable("a broadcast address, which stands for no single receiver"),
+        RouteType::Broadcast => return unreachable("it is a broadcast address"),
         RouteType::BlackHole => return unreachable("a blackhole route"),
         RouteType::Unreachable => return unreachable("an unreachable route"),
         RouteType::Prohibit => return unreachable("a prohibit route"),
         other => return Ok(Route::Unreachable { reason: format!("a route of type {other:?}") }),
     }
     let Some(link) = link else {
-        return unreachable("a route that names no interface");
+        return unreachable("a route without an interface");
     };
     let Some(out) = links.get(&link) else {
-        // Made after the interfaces were listed: the monitor tells, and the facts are taken anew.
-        return Ok(Route::Unreachable { reason: format!("interface {link} has only just come") });
+        // Created after the interfaces were listed. The monitor reports it, and the facts are collected again.
+        return Ok(Route::Unreachable { reason: format!("interface {link} was created a moment ago") });
     };
     if encapsulated || out.routed_tunnel {
         return Ok(Route::Encapsulated { link });
@@ -192,7 +194,7 @@ fn metric_mtu(metrics: &[u8]) -> Result<Option<u32>> {
     Ok(None)
 }
 
-/// Reads the payload of an `RTM_NEWROUTE` from a listing. None unless it is a default route of the main table.
+/// Reads the payload of an `RTM_NEWROUTE` of a dump. None unless it is a default route of the main table.
 pub(super) fn read_default(payload: &[u8]) -> Result<Option<DefaultRoute>> {
     let header = RouteHeader::parse(payload)?;
     let ip = matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6);
@@ -233,8 +235,7 @@ fn errno(error: &anyhow::Error) -> Option<i32> {
     error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error())
 }
 
-/// True for the payload of a route message that says nothing about the tables: the kernel's notes to itself on one
-/// destination, such as a path MTU it has learnt.
+/// True for the payload of a route message about the kernel's cache, such as a learned path MTU, not about a table.
 pub(super) fn is_cached(payload: &[u8]) -> bool {
     RouteHeader::parse(payload).is_ok_and(|header| header.flags.contains(RouteFlags::Cloned))
 }
@@ -264,9 +265,9 @@ mod tests {
         message
     }
 
-    /// Link 3 is an Ethernet, link 4 a tunnel without a far end.
+    /// Link 3 is an Ethernet link, link 4 a tunnel without a remote address.
     fn route(kind: RouteType, attributes: Vec<RouteAttribute>) -> Route {
-        let link = |index| links::Observed {
+        let link = |index| links::ObservedLink {
             link: Link {
                 index,
                 name: format!("link{index}"),
@@ -297,13 +298,13 @@ mod tests {
     }
 
     #[test]
-    fn a_routes_own_mtu_goes_before_the_links() {
+    fn a_routes_own_mtu_overrides_the_links() {
         let metrics = RouteAttribute::Metrics(vec![RouteMetric::Advmss(1340), RouteMetric::Mtu(1380)]);
         assert_eq!(route(RouteType::Unicast, vec![RouteAttribute::Oif(3), metrics]), via(DESTINATION, 1380));
     }
 
     #[test]
-    fn an_encapsulating_route_is_not_one_to_a_neighbour() {
+    fn an_encapsulating_route_has_no_next_hop() {
         let encap = RouteAttribute::Other(DefaultNla::new(RTA_ENCAP, vec![0; 8]));
         assert_eq!(route(RouteType::Unicast, vec![RouteAttribute::Oif(3), encap]), Route::Encapsulated { link: 3 });
         assert_eq!(route(RouteType::Unicast, vec![RouteAttribute::Oif(4)]), Route::Encapsulated { link: 4 });
@@ -350,7 +351,7 @@ mod tests {
         let expected = Some(DefaultRoute { metric: 100, links: vec![3] });
         assert_eq!(default_route(RouteHeader::RT_TABLE_MAIN, attributes.clone()), expected);
         assert_eq!(default_route(100, attributes.clone()), None);
-        // Tables above 255 are named by an attribute; the header then holds RT_TABLE_COMPAT.
+        // An attribute holds a table's number above 255, and the header RT_TABLE_COMPAT.
         let beyond = [attributes.clone(), vec![RouteAttribute::Table(5000)]].concat();
         assert_eq!(default_route(252, beyond), None);
         let prefix = message(RouteType::Unicast, attributes);
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn cached_routes_are_told_from_those_of_the_tables() {
+    fn cached_routes_are_recognised() {
         let mut message = message(RouteType::Unicast, vec![]);
         assert!(!is_cached(&bytes(&message)));
         message.header.flags = RouteFlags::Cloned;
@@ -379,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_misleading_words_are_explained() {
+    fn the_kernels_misleading_errors_are_explained() {
         assert!(refusal(&io::Error::from_raw_os_error(libc::EINVAL)).contains("blackhole"));
         assert!(refusal(&io::Error::from_raw_os_error(libc::EACCES)).contains("prohibit"));
         let plain = refusal(&io::Error::from_raw_os_error(libc::ENETUNREACH));

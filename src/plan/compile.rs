@@ -84,14 +84,14 @@ fn fill_table(policy: Policy, downstreams: &[Downstream], before: Option<&Listen
 fn delivery(route: Option<&Route>, facts: &HostFacts) -> Delivery {
     match route {
         Some(Route::Local { .. }) => Delivery::Local,
-        Some(&Route::Via { link, mtu, .. }) if facts.link(link).is_some_and(|link| link.bare) => {
+        Some(&Route::Via { link, mtu, .. }) if facts.link(link).is_some_and(|link| link.l3_device) => {
             Delivery::Bare { link, mtu }
         }
         Some(&Route::Via { link, next_hop, mtu }) => {
             let own = facts.link(link).and_then(|link| link.mac);
             let neighbour = facts.neighbour(link, next_hop);
             let macs = neighbour.zip(own).map(|(neighbour, own)| Macs { neighbour, own });
-            let into_pod = macs.is_some() && facts.straight_into_namespace(link);
+            let into_pod = macs.is_some() && facts.can_redirect_to_peer(link);
             Delivery::Neighbour { link, next_hop, mtu, macs, into_pod }
         }
         // An encapsulating route is the socket's business, see `socket_only`.
@@ -130,7 +130,7 @@ pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
 
 fn headerless(links: &[LinkRef], facts: &HostFacts) -> Vec<u32> {
     let indices = links.iter().map(|link| link.index);
-    indices.filter(|&index| facts.link(index).is_some_and(|link| link.headerless)).collect()
+    indices.filter(|&index| facts.link(index).is_some_and(|link| link.l3_ingress)).collect()
 }
 
 /// Why the socket must forward everything, if it must: a downstream that the TC program cannot reach but the host's stack
@@ -157,7 +157,7 @@ fn socket_only(policy: Policy, set: &DownstreamSet, routes: &[Option<&Route>]) -
 mod tests {
     use super::*;
     use crate::config::{DownstreamSource, ListenerProtocol, RequestedMode, UserspaceSettings};
-    use crate::host::{Address, Neighbour};
+    use crate::host::{HostAddress, Neighbour};
     use crate::model::ListenerId;
 
     fn facts() -> HostFacts {
@@ -171,7 +171,7 @@ mod tests {
             mtu: 1500,
             ..Link::default()
         };
-        let address = |link, address: &str| Address { link, address: address.parse().unwrap() };
+        let address = |link, address: &str| HostAddress { link, address: address.parse().unwrap() };
         HostFacts {
             links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1")],
             addresses: vec![
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn the_program_is_told_which_of_its_links_have_no_frames() {
         let mut facts = facts();
-        (facts.links[2].ethernet, facts.links[2].headerless) = (false, true);
+        (facts.links[2].ethernet, facts.links[2].l3_ingress) = (false, true);
         let listener = listener("192.0.2.1:514", Interfaces::Named(vec!["eth0".into(), "eth1".into()]));
         let headerless = |mode| compile(&listener, &set(&[]), mode, &facts, None).headerless;
         assert_eq!((headerless(Mode::TcEbpf), headerless(Mode::Userspace)), (vec![3], vec![]));
@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn a_pod_is_entered_directly_where_nobody_guards_its_door_and_it_is_known() {
         let into_pod = |delivery| matches!(delivery, Delivery::Neighbour { into_pod: true, .. });
-        let opened = |facts: &mut HostFacts| facts.links[1].into_namespace = true;
+        let opened = |facts: &mut HostFacts| facts.links[1].direct_peer = true;
         assert!(into_pod(delivery_after(|facts| {
             opened(facts);
             resolve(facts);
@@ -342,7 +342,7 @@ mod tests {
         assert!(!into_pod(delivery_after(|facts| {
             opened(facts);
             resolve(facts);
-            facts.guarded.insert(2, "somebody".into());
+            facts.egress_hooks.insert(2, "somebody".into());
         })));
     }
 
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn on_a_link_that_carries_bare_packets_there_are_no_neighbours() {
-        let bare = delivery_after(|facts| facts.links[1].bare = true);
+        let bare = delivery_after(|facts| facts.links[1].l3_device = true);
         assert_eq!(bare, Delivery::Bare { link: 2, mtu: 1500 });
     }
 

@@ -13,7 +13,7 @@ use rand::{RngExt, SeedableRng};
 use udp_fanout::config::{Config, DownstreamSource, ListenerIdAllocator};
 use udp_fanout::controller::{Action, Controller, Event, Origin, RETRY};
 use udp_fanout::health::weights::{HealthMap, HealthMark};
-use udp_fanout::host::{Address, HostFacts, Link, Route};
+use udp_fanout::host::{HostAddress, HostFacts, Link, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
 
@@ -223,7 +223,7 @@ impl World {
             };
             routes.insert(ip, route);
         }
-        let addresses = vec![Address { link: 2, address: IpAddr::from([192, 0, 2, 1]) }];
+        let addresses = vec![HostAddress { link: 2, address: IpAddr::from([192, 0, 2, 1]) }];
         HostFacts { links, addresses, default_route_links: vec![2], routes, ..HostFacts::default() }
     }
 

@@ -13,7 +13,7 @@ use udp_fanout::config::{AttachConfig, Config, ListenerConfig};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::user::UserDatapath;
-use udp_fanout::host::{Follow, Host, HostFacts};
+use udp_fanout::host::{HostFacts, HostNetwork, NextHopTracking};
 use udp_fanout::model::{Downstream, DownstreamSet, HashOn, ListenerId, Mode, Policy};
 use udp_fanout::plan::compile::compile;
 use udp_fanout::plan::{ListenerPlan, Plan};
@@ -69,8 +69,8 @@ impl Bare {
     fn open(mode: Mode, lab: &Lab, addresses: &Addresses) -> Result<Bare> {
         let text = DaemonConfig::for_lab(lab, "tc_ebpf").to_toml() + "[limits]\nmax_downstreams = 16\n";
         let config = Config::parse(&text, Path::new("c.toml"))?;
-        let mut host = Host::open()?;
-        host.follow(Follow::Ways);
+        let mut host = HostNetwork::open()?;
+        host.track_next_hops(NextHopTracking::ResolvePods);
         let facts = host.facts(&addresses.iter().flatten().map(SocketAddr::ip).collect())?;
         let datapath: Box<dyn Datapath> = match mode {
             Mode::TcEbpf => Box::new(KernelDatapath::new(&config.limits)?),

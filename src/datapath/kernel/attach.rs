@@ -21,8 +21,8 @@ use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 use self::tcx::TcxLink;
 use super::pins::{self, StalePins};
 use crate::config::{AttachConfig, AttachHook, TcxOrder};
-use crate::host::ahead::{self, FilterPlace, Place};
-use crate::host::filters::{BpfFilter, ingress_bpf_filters};
+use crate::host::filters::{TcFilter, ingress_bpf_filters};
+use crate::host::preceding_programs::{self, FilterKey, ProgramPosition};
 use crate::plan::LinkRef;
 
 /// Priority (`pref`) of our filter.
@@ -33,7 +33,7 @@ pub const HANDLE: u32 = 0x7566;
 pub const PROGRAM_NAME: &str = "udp_fanout";
 
 /// The place of our filter.
-pub const FILTER: Place = Place::Filter(FilterPlace { priority: PRIORITY, handle: HANDLE });
+pub const FILTER: ProgramPosition = ProgramPosition::Filter(FilterKey { priority: PRIORITY, handle: HANDLE });
 
 /// How the program is attached to an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -198,9 +198,9 @@ impl Attachment {
     pub fn preceding_programs(&self) -> Result<Vec<String>> {
         let place = match self.mode {
             AttachMode::Clsact => FILTER,
-            AttachMode::Tcx(_) => Place::Tcx { program: Some(self.program_id) },
+            AttachMode::Tcx(_) => ProgramPosition::Tcx { program: Some(self.program_id) },
         };
-        ahead::of(self.link.index, place)
+        preceding_programs::list(self.link.index, place)
     }
 
     /// Takes the program off, unless it has gone already or is not this daemon's any more.
@@ -408,8 +408,8 @@ fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
 /// after its program and adds the program's id in brackets.
 fn installed_filter(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
-    let in_our_place = |filter: &BpfFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
-    let program = |filter: BpfFilter| match filter.name.split_once(":[") {
+    let in_our_place = |filter: &TcFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
+    let program = |filter: TcFilter| match filter.name.split_once(":[") {
         Some((name, rest)) => (name.to_owned(), rest.strip_suffix(']').and_then(|id| id.parse().ok())),
         None => (filter.name, None),
     };

@@ -8,12 +8,12 @@ fn link(up: bool) -> Link {
         kind: None,
         up,
         ethernet: true,
-        bare: false,
-        headerless: false,
+        l3_device: false,
+        l3_ingress: false,
         loopback: false,
         mtu: 1500,
         mac: None,
-        into_namespace: false,
+        direct_peer: false,
         running: true,
     }
 }
@@ -40,14 +40,14 @@ fn a_link_must_be_up_at_both_ends() {
     }
 }
 
-fn filter(kind: &str, priority: u32, handle: u32, name: &str) -> Filter {
-    Filter { kind: kind.into(), priority, handle, name: name.into() }
+fn filter(kind: &str, priority: u32, handle: u32, name: &str) -> TcFilter {
+    TcFilter { kind: kind.into(), priority, handle, name: name.into() }
 }
 
 #[test]
 fn who_comes_before_us_is_named_and_who_comes_behind_is_not() {
     let ours = filter("bpf", PRIORITY, HANDLE, "udp_fanout:[42]");
-    let judge = |filters: &[Filter], ahead: &[String], daemon_runs| {
+    let judge = |filters: &[TcFilter], ahead: &[String], daemon_runs| {
         found(|findings| judge_programs(&link(true), filters, ahead, daemon_runs, findings))
     };
     let alone = judge(&[ours.clone(), filter("bpf", 50_000, 1, "later:[1]")], &[], true);
@@ -70,7 +70,7 @@ fn who_comes_before_us_is_named_and_who_comes_behind_is_not() {
 #[test]
 fn an_address_must_be_ours_and_free() {
     let facts = HostFacts {
-        addresses: vec![crate::host::Address { link: 2, address: [10, 0, 0, 1].into() }],
+        addresses: vec![crate::host::HostAddress { link: 2, address: [10, 0, 0, 1].into() }],
         ..Default::default()
     };
     let judge = |bind: &str, kernel, free| {

@@ -1,5 +1,7 @@
-//! Who looks at packets on their way out of an interface: TC filters, BPF programs, and nftables chains. A packet that
-//! is handed to the other end of a pair directly passes none of them, so where there is one, none is.
+//! Egress hooks: TC filters, BPF programs and nftables chains that packets pass when they leave an interface.
+//!
+//! A packet that is redirected to the interface's peer (`bpf_redirect_peer`) would skip them. So the TC program does that only
+//! on interfaces without an egress hook ([`HostFacts::can_redirect_to_peer`](super::HostFacts::can_redirect_to_peer)).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,7 +14,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
 use super::facts::Link;
-use super::netlink::{BUFFER_SIZE, Connection, PATIENCE, after_header, attributes, frames};
+use super::netlink::{BUFFER_SIZE, NetlinkSocket, REPLY_TIMEOUT, after_header, attributes, raw_messages};
 use super::programs::{self, Hook};
 
 const TC_HEADER_LENGTH: usize = 20;
@@ -34,18 +36,18 @@ const NFTA_DEVICE_NAME: u16 = 1;
 const NFTA_DEVICE_PREFIX: u16 = 2;
 const NF_NETDEV_EGRESS: u32 = 1;
 
-/// Those of `links` that are guarded, by index, and by whom. An interface whose guards cannot be found out counts as
-/// guarded.
-pub(super) fn find(connection: &mut Connection, links: &[&Link]) -> BTreeMap<u32, String> {
+/// For those of `links` that have an egress hook, the first one in words, by the link's index. An interface whose hooks cannot
+/// be listed counts as having one.
+pub(super) fn find(socket: &mut NetlinkSocket, links: &[&Link]) -> BTreeMap<u32, String> {
     if links.is_empty() {
         return BTreeMap::new();
     }
     let chains = egress_chains();
-    links.iter().filter_map(|link| Some((link.index, guard(connection, link, &chains)?))).collect()
+    links.iter().filter_map(|link| Some((link.index, first_hook(socket, link, &chains)?))).collect()
 }
 
-fn guard(connection: &mut Connection, link: &Link, chains: &Result<Vec<Chain>>) -> Option<String> {
-    let unknown = |error: &dyn std::fmt::Display| Some(format!("an unknown guard ({error})"));
+fn first_hook(socket: &mut NetlinkSocket, link: &Link, chains: &Result<Vec<NftChain>>) -> Option<String> {
+    let unknown = |error: &dyn std::fmt::Display| Some(format!("an unknown egress hook ({error})"));
     let hooks: &[Hook] = match link.kind.as_deref() {
         Some("netkit") => &[Hook::TcxEgress, Hook::NetkitPrimary],
         _ => &[Hook::TcxEgress],
@@ -60,7 +62,7 @@ fn guard(connection: &mut Connection, link: &Link, chains: &Result<Vec<Chain>>) 
             Err(error) => return unknown(&error),
         }
     }
-    match egress_filter(connection, link.index) {
+    match egress_filter(socket, link.index) {
         Ok(None) => {}
         Ok(Some(kind)) => return Some(format!("a TC filter ({kind})")),
         Err(error) => return unknown(&error),
@@ -74,13 +76,13 @@ fn guard(connection: &mut Connection, link: &Link, chains: &Result<Vec<Chain>>) 
     }
 }
 
-/// The kind of the first filter on an interface's way out.
-fn egress_filter(connection: &mut Connection, link: u32) -> Result<Option<String>> {
+/// The kind of the first TC filter on an interface's egress.
+fn egress_filter(socket: &mut NetlinkSocket, link: u32) -> Result<Option<String>> {
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(link)?;
     request.header.parent = EGRESS;
-    // The kernel lists this side of this interface only, and under another index where filters are shared by several.
-    let kinds = connection.dump("TC filters", &RouteNetlinkMessage::GetTrafficFilter(request), read_kind)?;
+    // The reply contains only filters on this interface's egress. Shared ones have another index, so the index is not checked.
+    let kinds = socket.dump("TC filters", &RouteNetlinkMessage::GetTrafficFilter(request), read_kind)?;
     Ok(kinds.into_iter().next())
 }
 
@@ -94,28 +96,28 @@ fn read_kind(payload: &[u8]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// True if the payload can be read as a filter with a kind, or as a chain on a way out.
-pub(super) fn understands(payload: &[u8]) -> bool {
+/// True if the payload can be read as a filter with a kind, or as an egress chain.
+pub(super) fn can_read(payload: &[u8]) -> bool {
     matches!(read_kind(payload), Ok(Some(_))) | matches!(read_chain(payload), Ok(Some(_)))
 }
 
-/// An nftables chain that packets pass when they leave an interface.
+/// An nftables chain on the egress of interfaces.
 #[derive(Debug, PartialEq, Eq)]
-struct Chain {
+struct NftChain {
     name: String,
     devices: BTreeSet<String>,
-    /// It is for all interfaces whose names begin so.
+    /// Matches all interfaces whose names begin with one of these.
     prefixes: Vec<String>,
 }
 
-impl Chain {
+impl NftChain {
     fn hooks(&self, device: &str) -> bool {
         self.devices.contains(device) || self.prefixes.iter().any(|prefix| device.starts_with(prefix.as_str()))
     }
 }
 
-/// All chains on ways out. None where the kernel has no nftables.
-fn egress_chains() -> Result<Vec<Chain>> {
+/// All egress chains. Empty on kernels without nftables.
+fn egress_chains() -> Result<Vec<NftChain>> {
     let what = "cannot list the host's nftables chains";
     let mut socket = match Socket::new(NETLINK_NETFILTER) {
         Ok(socket) => socket,
@@ -124,7 +126,7 @@ fn egress_chains() -> Result<Vec<Chain>> {
     };
     socket.bind_auto().context(what)?;
     socket.connect(&SocketAddr::new(0, 0)).context(what)?;
-    socket2::SockRef::from(&socket).set_read_timeout(Some(PATIENCE)).context(what)?;
+    socket2::SockRef::from(&socket).set_read_timeout(Some(REPLY_TIMEOUT)).context(what)?;
     let length = 16 + NETFILTER_HEADER_LENGTH;
     let mut request = u32::try_from(length)?.to_ne_bytes().to_vec();
     request.extend(GET_CHAIN.to_ne_bytes());
@@ -137,32 +139,32 @@ fn egress_chains() -> Result<Vec<Chain>> {
     loop {
         let length = socket.recv(&mut &mut buffer[..], libc::MSG_TRUNC).context(what)?;
         if length > buffer.len() {
-            bail!("{what}: an answer was longer than the buffer for it");
+            bail!("{what}: a reply was longer than the receive buffer");
         }
-        for frame in frames(&buffer[..length]) {
-            let frame = frame.context(what)?;
-            match frame.kind {
+        for message in raw_messages(&buffer[..length]) {
+            let message = message.context(what)?;
+            match message.kind {
                 NLMSG_DONE | NLMSG_ERROR => {
-                    return match frame.error()? {
+                    return match message.error()? {
                         Some(error) if lacks_nftables(&error) => Ok(Vec::new()),
                         Some(error) => Err(error).context(what),
                         None => Ok(chains),
                     };
                 }
-                _ => chains.extend(read_chain(frame.payload).context(what)?),
+                _ => chains.extend(read_chain(message.payload).context(what)?),
             }
         }
     }
 }
 
-/// The subsystem is not there (EINVAL), or not for this family.
+/// The kernel lacks nftables (`EINVAL`), or nftables for this family.
 fn lacks_nftables(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::ENOENT))
 }
 
-/// Reads the payload of `NFT_MSG_NEWCHAIN`. None unless packets pass the chain when they leave an interface.
-fn read_chain(payload: &[u8]) -> Result<Option<Chain>> {
-    let mut chain = Chain { name: String::new(), devices: BTreeSet::new(), prefixes: Vec::new() };
+/// Reads the payload of `NFT_MSG_NEWCHAIN`. None unless it is an egress chain.
+fn read_chain(payload: &[u8]) -> Result<Option<NftChain>> {
+    let mut chain = NftChain { name: String::new(), devices: BTreeSet::new(), prefixes: Vec::new() };
     let mut egress = false;
     for attribute in attributes(after_header(payload, NETFILTER_HEADER_LENGTH)?) {
         match attribute? {
@@ -185,10 +187,10 @@ fn read_chain(payload: &[u8]) -> Result<Option<Chain>> {
     Ok(egress.then_some(chain))
 }
 
-/// Attribute types without the flag that says that the value is attributes again (`NLA_F_NESTED`).
+/// Masks the flag of nested attributes (`NLA_F_NESTED`) out of an attribute's type.
 const NESTED_MASK: u16 = 0x3fff;
 
-fn read_devices(devices: &[u8], chain: &mut Chain) -> Result<()> {
+fn read_devices(devices: &[u8], chain: &mut NftChain) -> Result<()> {
     for attribute in attributes(devices) {
         match attribute? {
             (NFTA_DEVICE_NAME, value) => drop(chain.devices.insert(parse_string(value)?)),
@@ -210,7 +212,7 @@ mod tests {
         bytes
     }
 
-    fn chain(hook: u32, hooked: &[DefaultNla]) -> Option<Chain> {
+    fn chain(hook: u32, hooked: &[DefaultNla]) -> Option<NftChain> {
         let mut hook = vec![DefaultNla::new(NFTA_HOOK_HOOKNUM, hook.to_be_bytes().to_vec())];
         hook.extend(hooked.iter().cloned());
         let mut bytes = vec![NFPROTO_NETDEV, 0, 0, 0];
@@ -222,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_on_ways_out_are_told_from_those_on_ways_in() {
+    fn egress_chains_are_told_from_ingress_chains() {
         let device = DefaultNla::new(NFTA_HOOK_DEV, b"pod1\0".to_vec());
         assert_eq!(chain(0, std::slice::from_ref(&device)), None);
         let out = chain(NF_NETDEV_EGRESS, &[device]).unwrap();
@@ -231,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_can_have_several_devices_and_whole_families_of_them() {
+    fn a_chain_can_have_several_devices_and_prefixes_of_their_names() {
         let devices = emitted(&[
             DefaultNla::new(NFTA_DEVICE_NAME, b"pod1\0".to_vec()),
             DefaultNla::new(NFTA_DEVICE_NAME, b"pod2\0".to_vec()),

@@ -4,7 +4,7 @@ use super::super::{Finding, Level};
 use super::*;
 use crate::config::Config;
 use crate::controller::ModeChoice;
-use crate::host::Address;
+use crate::host::HostAddress;
 use crate::model::Mode;
 
 /// A host with a wide `eth0` and a narrow `pods`, and a downstream behind the latter.
@@ -15,18 +15,18 @@ fn facts() -> HostFacts {
         kind: None,
         up: true,
         ethernet: true,
-        bare: false,
-        headerless: false,
+        l3_device: false,
+        l3_ingress: false,
         loopback: false,
         mtu,
         mac: None,
-        into_namespace: false,
+        direct_peer: false,
         running: true,
     };
     let next_hop: IpAddr = "10.1.0.9".parse().unwrap();
     HostFacts {
         links: vec![link(2, "eth0", 1500), link(3, "pods", 1500)],
-        addresses: vec![Address { link: 2, address: "10.0.0.1".parse().unwrap() }],
+        addresses: vec![HostAddress { link: 2, address: "10.0.0.1".parse().unwrap() }],
         default_route_links: vec![2],
         routes: [(next_hop, Route::Via { link: 3, next_hop, mtu: 1500 })].into(),
         ..HostFacts::default()
@@ -61,7 +61,7 @@ fn a_healthy_host_is_found_healthy() {
     let facts = facts();
     let all = found(&config(""), Mode::TcEbpf, |subject, findings| {
         judge_routes(subject, &facts, findings);
-        judge_neighbours(std::slice::from_ref(subject), &facts, &Standings::new(), findings);
+        judge_neighbours(std::slice::from_ref(subject), &facts, &Resolutions::new(), findings);
         judge_mtu(subject, &facts, findings);
         judge_forwarding(subject, &facts, &|_, _| Some(0), findings);
         judge_source_validation(subject, &facts, &|_, _| Some(1), findings);
@@ -89,10 +89,12 @@ fn routes_that_lead_nowhere_or_past_the_kernel_program_are_found() {
 #[test]
 fn a_silent_next_hop_is_found_with_those_behind_it() {
     let hop = (3, "10.1.0.9".parse().unwrap());
-    for (standing, expected) in
-        [(Standing::Well, Level::Ok), (Standing::Failed, Level::Problem), (Standing::Asked, Level::Problem)]
-    {
-        let neighbours = Standings::from([(hop, standing)]);
+    for (resolution, expected) in [
+        (NeighbourResolution::Resolved, Level::Ok),
+        (NeighbourResolution::Failed, Level::Problem),
+        (NeighbourResolution::Pending, Level::Problem),
+    ] {
+        let neighbours = Resolutions::from([(hop, resolution)]);
         let all = found(&config(""), Mode::TcEbpf, |subject, findings| {
             judge_neighbours(std::slice::from_ref(subject), &facts(), &neighbours, findings);
         });

@@ -10,8 +10,8 @@ use anyhow::Result;
 
 use super::{Findings, Subject, arrives_on};
 use crate::config::ListenerProtocol;
-use crate::host::neighbours::Standing;
-use crate::host::{Host, HostFacts, Link, Route};
+use crate::host::neighbours::NeighbourResolution;
+use crate::host::{HostFacts, HostNetwork, Link, NextHop, Route};
 use crate::model::Downstream;
 
 /// How long a neighbour may take to answer: longer than the kernel asks, three times a second apart.
@@ -19,9 +19,7 @@ const PATIENCE: Duration = Duration::from_millis(4_500);
 /// How often it is looked whether all have answered.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// A neighbour: the interface and its address.
-type Hop = (u32, IpAddr);
-type Standings = BTreeMap<Hop, Standing>;
+type Resolutions = BTreeMap<NextHop, NeighbourResolution>;
 
 /// Bytes of the headers of a datagram in its IP packet, by version.
 fn headers(address: IpAddr) -> u32 {
@@ -30,7 +28,7 @@ fn headers(address: IpAddr) -> u32 {
 
 /// Looks at the ways of every listener.
 pub(super) fn look(
-    host: &mut Host,
+    host: &mut HostNetwork,
     subjects: &[Subject<'_>],
     senders: &[IpAddr],
     findings: &mut Findings,
@@ -58,7 +56,7 @@ fn setting(family: &str, key: &str) -> Option<u32> {
     fs::read_to_string(format!("/proc/sys/net/{family}/{key}")).ok()?.trim().parse().ok()
 }
 
-type Setting<'a> = &'a dyn Fn(&str, &str) -> Option<u32>;
+type SysctlReader<'a> = &'a dyn Fn(&str, &str) -> Option<u32>;
 
 fn judge_routes(subject: &Subject<'_>, facts: &HostFacts, findings: &mut Findings) {
     let (name, before) = (&subject.config.name, findings.0.len());
@@ -106,7 +104,7 @@ fn judge_routes(subject: &Subject<'_>, facts: &HostFacts, findings: &mut Finding
 }
 
 /// The neighbours that datagrams are handed to, with their links.
-fn next_hops(facts: &HostFacts) -> BTreeSet<Hop> {
+fn next_hops(facts: &HostFacts) -> BTreeSet<NextHop> {
     let hop = |route: &Route| match route {
         Route::Via { link, next_hop, .. } if facts.link(*link).is_some_and(|link| link.ethernet) => {
             Some((*link, *next_hop))
@@ -117,25 +115,28 @@ fn next_hops(facts: &HostFacts) -> BTreeSet<Hop> {
 }
 
 /// Has the kernel ask for each of them, and waits until all have answered or none will.
-fn ask_neighbours(host: &mut Host, hops: &BTreeSet<Hop>) -> Result<Standings> {
-    host.look_for(hops)?;
+fn ask_neighbours(host: &mut HostNetwork, hops: &BTreeSet<NextHop>) -> Result<Resolutions> {
+    host.resolve_neighbours(hops)?;
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let standings = host.standings(hops)?;
-        let waiting = standings.values().any(|standing| *standing == Standing::Asked);
+        let resolutions = host.neighbour_resolution(hops)?;
+        let waiting = resolutions.values().any(|resolution| *resolution == NeighbourResolution::Pending);
         if !waiting || Instant::now() > deadline {
-            return Ok(standings);
+            return Ok(resolutions);
         }
         thread::sleep(LOOK_AGAIN);
     }
 }
 
-fn judge_neighbours(subjects: &[Subject<'_>], facts: &HostFacts, neighbours: &Standings, findings: &mut Findings) {
+fn judge_neighbours(subjects: &[Subject<'_>], facts: &HostFacts, neighbours: &Resolutions, findings: &mut Findings) {
     let before = findings.0.len();
     let mut silent: BTreeMap<(u32, IpAddr), BTreeSet<&str>> = BTreeMap::new();
     for downstream in subjects.iter().flat_map(|subject| &subject.downstreams) {
         let Some(Route::Via { link, next_hop, .. }) = facts.routes.get(&downstream.address.ip()) else { continue };
-        if matches!(neighbours.get(&(*link, *next_hop)), Some(Standing::Failed | Standing::Asked)) {
+        if matches!(
+            neighbours.get(&(*link, *next_hop)),
+            Some(NeighbourResolution::Failed | NeighbourResolution::Pending)
+        ) {
             silent.entry((*link, *next_hop)).or_default().insert(&downstream.name);
         }
     }
@@ -191,7 +192,7 @@ fn judge_mtu(subject: &Subject<'_>, facts: &HostFacts, findings: &mut Findings) 
 }
 
 /// The kernel program does without the host's forwarding. What comes back from receivers, and passes this host, does not.
-fn judge_forwarding(subject: &Subject<'_>, facts: &HostFacts, setting: Setting<'_>, findings: &mut Findings) {
+fn judge_forwarding(subject: &Subject<'_>, facts: &HostFacts, setting: SysctlReader<'_>, findings: &mut Findings) {
     if !subject.kernel() {
         return;
     }
@@ -223,7 +224,12 @@ fn judge_forwarding(subject: &Subject<'_>, facts: &HostFacts, setting: Setting<'
 
 /// Strict source validation drops what goes to a socket if the way back to its sender is another interface. The kernel
 /// program comes before it.
-fn judge_source_validation(subject: &Subject<'_>, facts: &HostFacts, setting: Setting<'_>, findings: &mut Findings) {
+fn judge_source_validation(
+    subject: &Subject<'_>,
+    facts: &HostFacts,
+    setting: SysctlReader<'_>,
+    findings: &mut Findings,
+) {
     if subject.config.bind.is_ipv6() {
         return;
     }
@@ -260,14 +266,14 @@ fn judge_source_validation(subject: &Subject<'_>, facts: &HostFacts, setting: Se
 }
 
 /// Whether a link's source validation is the strict one. The kernel takes the larger of two numbers, of which 2 is loose.
-fn strict(link: &Link, setting: Setting<'_>) -> bool {
+fn strict(link: &Link, setting: SysctlReader<'_>) -> bool {
     let value = |scope: &str| setting("ipv4", &format!("conf/{scope}/rp_filter")).unwrap_or(0);
     value("all").max(value(&link.name)) == 1
 }
 
 /// Asks the kernel whether it would take a datagram of this sender to the listener's socket.
 fn judge_sender(
-    host: &mut Host,
+    host: &mut HostNetwork,
     subject: &Subject<'_>,
     facts: &HostFacts,
     sender: IpAddr,
@@ -278,7 +284,7 @@ fn judge_sender(
         let own = facts.addresses.iter().find(|own| own.link == link.index && own.address.is_ipv4() == bind.is_ipv4());
         let destination = if bind.is_unspecified() { own.map(|own| own.address) } else { Some(bind) };
         let Some(destination) = destination else { continue };
-        let Err(error) = host.accepts(sender, link.index, destination)? else {
+        let Err(error) = host.validate_source(sender, link.index, destination)? else {
             findings.ok(
                 "sender",
                 format!("listener {name:?}: the host takes datagrams of {sender} that come in by {}", link.name),
