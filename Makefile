@@ -51,8 +51,8 @@ run: ## Run the daemon on config/udp-fanout.toml, or on CONFIG=file
 
 demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or userspace, COUNT=30000
 	@scripts/deps.sh build run
-	$(CARGO) build --release --locked --bin udp-fanout --example demo
-	@scripts/as-root.sh 'make demo' $(TARGET_DIR)/release/examples/demo --daemon $(BIN) --mode $(MODE) --count $(COUNT)
+	$(CARGO) build --profile demo --locked --bin udp-fanout
+	@scripts/as-root.sh 'make demo' $(TARGET_DIR)/demo/udp-fanout demo --mode $(MODE) --count $(COUNT)
 
 soak: ## Forward in both modes for SOAK_MINUTES=10 under reloads, link and health flaps: nothing lost, nothing grown
 	@scripts/deps.sh build run

@@ -14,13 +14,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use man::man;
 
+use crate::demo::DemoOptions;
 use crate::discovery::rbac;
+use crate::model::Mode;
 use crate::{detach, doctor, logging, version};
 
 /// The configuration file that is read when none is named.
@@ -88,6 +91,8 @@ pub enum Invocation {
     Doctor(doctor::Options),
     /// Remove what daemons have left in force.
     Detach(detach::Options),
+    /// Forward real traffic in network namespaces and check it.
+    Demo(DemoOptions),
     /// Print a completion script; see [`completions`].
     Completions(Shell),
     /// Print the manual page; see [`man`](fn@man).
@@ -153,6 +158,13 @@ enum Command {
     /// interfaces of this network namespace, or off those named, and removes what is pinned of it. Says what it has
     /// removed; to have nothing to remove is no mistake. Refuses while a daemon runs.
     Detach(DetachArgs),
+    /// Forward real traffic in network namespaces of its own and check every datagram
+    ///
+    /// Makes a network of a sender, a gateway and three receivers, each in a network namespace, and runs a daemon in the
+    /// gateway. One socket sends numbered datagrams. Prints what each receiver got, the kernel's filter and the daemon's
+    /// counters, and checks them against each other. Does not touch the host's network, and leaves nothing behind. Needs
+    /// root, and ip and tc (iproute2). Exits with 1 if a check fails.
+    Demo(DemoArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell to print it for
@@ -278,6 +290,23 @@ struct DetachArgs {
     force: bool,
 }
 
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// How the daemon forwards
+    #[arg(long, value_name = "MODE", default_value = "tc_ebpf", value_parser = mode())]
+    mode: Mode,
+    /// How many datagrams to send, at most 100000000
+    #[arg(long, value_name = "N", default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    count: u64,
+}
+
+/// Reads the name of a datapath.
+fn mode() -> impl TypedValueParser<Value = Mode> {
+    let names = [Mode::TcEbpf, Mode::Userspace].map(Mode::name);
+    PossibleValuesParser::new(names)
+        .map(|name| if name == Mode::TcEbpf.name() { Mode::TcEbpf } else { Mode::Userspace })
+}
+
 fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds: &f64| (0.1..=3600.0).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.1 to 3600".to_owned())
@@ -332,6 +361,10 @@ where
             let config = only_config("detach", before, file)?;
             let pin_path = detach::pin_path(config.as_deref(), pin_path);
             Invocation::Detach(detach::Options { pin_path, interfaces: interface, all, force })
+        }
+        Some(Command::Demo(DemoArgs { mode, count })) => {
+            no_options("demo", &before)?;
+            Invocation::Demo(DemoOptions { mode, count })
         }
         Some(Command::Completions { shell }) => {
             no_options("completions", &before)?;

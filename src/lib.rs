@@ -19,6 +19,7 @@ pub mod config;
 pub mod control;
 pub mod controller;
 pub mod datapath;
+pub mod demo;
 pub mod detach;
 pub mod discovery;
 pub mod doctor;

@@ -8,14 +8,15 @@ use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
 use udp_fanout::control::{follow, status};
 use udp_fanout::discovery::rbac::{self, Account};
-use udp_fanout::{detach, doctor, event_loop, logging, version};
+use udp_fanout::{demo, detach, doctor, event_loop, logging, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
         Invocation::Run { config, log, kubeconfig, status_socket } => {
             return run(&config, log, event_loop::Options { kubeconfig, status_socket });
         }
-        Invocation::Doctor(options) => return doctor(&options),
+        Invocation::Doctor(options) => return report(doctor::run(&options)),
+        Invocation::Demo(options) => return report(demo::run(options)),
         Invocation::Check { config } => check(&config),
         Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
         Invocation::Status { config, socket, json, watch, interval } => {
@@ -72,8 +73,9 @@ fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
     cli::print(rbac::manifests(&requests, &account).as_bytes())
 }
 
-fn doctor(options: &doctor::Options) -> ExitCode {
-    match doctor::run(options) {
+/// The exit code of a command whose checks may fail.
+fn report(passed: Result<bool>) -> ExitCode {
+    match passed {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -16,6 +16,7 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]
        udp-fanout detach [-c FILE] [--all] [--pin-path PATH] [--force]
        udp-fanout detach [-c FILE] [--interface NAME]... [--pin-path PATH] [--force]
+       udp-fanout demo [--mode MODE] [--count N]
        udp-fanout completions SHELL
        udp-fanout man";
 
@@ -51,6 +52,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("udp-fanout status --watch", "The same, every second."),
             ("udp-fanout trace --source 10.0.0.7 -n 10", "See what becomes of the next ten datagrams of one sender."),
             ("udp-fanout doctor", "Find out why datagrams do not arrive."),
+            ("sudo udp-fanout demo", "See it work, in network namespaces of its own."),
             ("udp-fanout detach", "Remove what a daemon with on_exit = \"keep\" has left, for good."),
             ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),

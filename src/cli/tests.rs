@@ -102,6 +102,11 @@ fn questions_mean_what_they_say() {
                 json: true,
             }),
         ),
+        ("udp-fanout demo", Invocation::Demo(DemoOptions { mode: Mode::TcEbpf, count: 30_000 })),
+        (
+            "udp-fanout demo --mode userspace --count 12",
+            Invocation::Demo(DemoOptions { mode: Mode::Userspace, count: 12 }),
+        ),
         ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
         ("udp-fanout man", Invocation::Man),
     ]);
@@ -146,6 +151,9 @@ fn mistakes_are_refused_with_what_is_wrong() {
         ("udp-fanout -l info run -l info", ["'--log-level <LEVEL>'", "cannot be used", "multiple times"]),
         ("udp-fanout -c a check -c b", ["'--config <FILE>'", "cannot be used", "multiple times"]),
         ("udp-fanout -l info check", ["'--log-level <LEVEL>'", "cannot be used", "'check'"]),
+        ("udp-fanout demo --mode auto", ["'auto'", "--mode", "tc_ebpf, userspace"]),
+        ("udp-fanout demo --count 0", ["'0'", "--count", "1..=100000000"]),
+        ("udp-fanout -c a demo", ["'--config <FILE>'", "cannot be used", "'demo'"]),
         ("udp-fanout --kubeconfig k check", ["'--kubeconfig <FILE>'", "cannot be used", "'check'"]),
         ("udp-fanout --kubeconfig k run --kubeconfig k", ["'--kubeconfig <FILE>'", "cannot", "multiple times"]),
         ("udp-fanout --log-format json rbac", ["'--log-format <FORMAT>'", "cannot be used", "'rbac'"]),
@@ -181,6 +189,8 @@ fn every_form_of_the_usage_is_accepted() {
             .replace("SECS", "2")
             .replace("CIDR", "10.0.0.0/8")
             .replace("-n N", "-n 3")
+            .replace("--count N", "--count 3")
+            .replace("--mode MODE", "--mode userspace")
             .replace("NAME...", "eth0")
             .replace("IP...", "10.0.0.2");
         parsed(&with_options.replace("SHELL", "bash"));
