@@ -8,12 +8,10 @@ mod man;
 mod prose;
 
 use std::ffi::OsString;
-use std::io::{ErrorKind as IoErrorKind, Write};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -21,13 +19,11 @@ use clap_complete::Shell;
 
 pub use man::man;
 
+use crate::config::DEFAULT_CONFIG;
 use crate::demo::DemoOptions;
 use crate::discovery::rbac;
 use crate::model::Mode;
 use crate::{detach, doctor, logging, version};
-
-/// The configuration file that is read when none is named.
-pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
 
 const NAME: &str = "udp-fanout";
 
@@ -114,11 +110,11 @@ struct Cli {
     #[command(flatten)]
     before: RunArgs,
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<CliCommand>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Run the daemon; this is what happens if no command is named
     Run(RunArgs),
     /// Check a configuration file and print what it amounts to
@@ -331,46 +327,46 @@ where
     let Cli { before, command } = Cli::try_parse_from(arguments)?;
     Ok(match command {
         None => run(before),
-        Some(Command::Run(after)) => run(RunArgs {
+        Some(CliCommand::Run(after)) => run(RunArgs {
             file: ConfigArg { config: once("--config <FILE>", before.file.config, after.file.config)? },
             log_level: once("--log-level <LEVEL>", before.log_level, after.log_level)?,
             log_format: once("--log-format <FORMAT>", before.log_format, after.log_format)?,
             kubeconfig: once("--kubeconfig <FILE>", before.kubeconfig, after.kubeconfig)?,
             status_socket: once("--status-socket <PATH>", before.status_socket, after.status_socket)?,
         }),
-        Some(Command::Check(after)) => {
+        Some(CliCommand::Check(after)) => {
             Invocation::Check { config: or_default(only_config("check", before, after.file)?) }
         }
-        Some(Command::Status(StatusArgs { file, socket, json, watch, interval })) => {
+        Some(CliCommand::Status(StatusArgs { file, socket, json, watch, interval })) => {
             Invocation::Status { config: only_config("status", before, file)?, socket, json, watch, interval }
         }
-        Some(Command::Trace(TraceArgs { file, socket, listener, source, count, json })) => {
+        Some(CliCommand::Trace(TraceArgs { file, socket, listener, source, count, json })) => {
             let config = only_config("trace", before, file)?;
             Invocation::Trace { config, socket, listener, source, count, json }
         }
-        Some(Command::Rbac(after)) => {
+        Some(CliCommand::Rbac(after)) => {
             let config = only_config("rbac", before, after.file)?;
             let (account, namespace) = (after.service_account, after.service_account_namespace);
             Invocation::Rbac { config: or_default(config), account, namespace }
         }
-        Some(Command::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
+        Some(CliCommand::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
             let config = or_default(only_config("doctor", before, file)?);
             Invocation::Doctor(doctor::Options { config, senders: sender, kubeconfig, json })
         }
-        Some(Command::Detach(DetachArgs { file, interface, all, pin_path, force })) => {
+        Some(CliCommand::Detach(DetachArgs { file, interface, all, pin_path, force })) => {
             let config = only_config("detach", before, file)?;
             let pin_path = detach::pin_path(config.as_deref(), pin_path);
             Invocation::Detach(detach::Options { pin_path, interfaces: interface, all, force })
         }
-        Some(Command::Demo(DemoArgs { mode, count })) => {
+        Some(CliCommand::Demo(DemoArgs { mode, count })) => {
             no_options("demo", &before)?;
             Invocation::Demo(DemoOptions { mode, count })
         }
-        Some(Command::Completions { shell }) => {
+        Some(CliCommand::Completions { shell }) => {
             no_options("completions", &before)?;
             Invocation::Completions(shell)
         }
-        Some(Command::Man) => {
+        Some(CliCommand::Man) => {
             no_options("man", &before)?;
             Invocation::Man
         }
@@ -434,26 +430,6 @@ pub fn completions(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command(), NAME, &mut script);
     script
-}
-
-/// Writes to standard output. That nobody reads it to the end is no error.
-///
-/// # Errors
-/// When standard output refuses, a full disk for example.
-pub fn print(text: &[u8]) -> anyhow::Result<()> {
-    print_to_reader(text).map(drop)
-}
-
-/// Writes to standard output. False if nobody reads it any more.
-///
-/// # Errors
-/// As for [`print`].
-pub fn print_to_reader(text: &[u8]) -> anyhow::Result<bool> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == IoErrorKind::BrokenPipe => Ok(false),
-        result => result.map(|()| true).context("cannot write to standard output"),
-    }
 }
 
 #[cfg(test)]

@@ -81,6 +81,9 @@ const HEADLESS: u32 = 300;
 /// Where the kernel program is pinned unless the file says otherwise.
 pub const PIN_PATH: &str = "/sys/fs/bpf/udp-fanout";
 
+/// The configuration file unless the command line names another.
+pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
+
 /// Where the status socket is unless the file says otherwise.
 pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
 

@@ -11,12 +11,15 @@
 //! The daemon answers on its main thread, between other things, and never waits for a client. It keeps no history:
 //! rates are the difference of two reports, and cost nothing while nobody looks.
 
+pub mod assemble;
 pub mod client;
-pub mod follow;
+
 pub mod protocol;
 pub mod rates;
 pub mod report;
 pub mod server;
-pub mod status;
-pub mod table;
+pub mod status_command;
+pub mod tables;
+pub mod throttle;
 pub mod trace;
+pub mod trace_command;

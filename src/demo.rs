@@ -17,8 +17,8 @@ use nix::unistd::geteuid;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, INGRESS, Lab, Metrics, Place, Report, Sender};
 
 use self::progress::{announce_if_slow, show_progress};
-use crate::cli::print;
 use crate::model::Mode;
+use crate::output::print;
 
 /// This binary, even if its file has been replaced or removed since it was started.
 const OWN_BINARY: &str = "/proc/self/exe";

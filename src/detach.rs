@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 
-use crate::cli;
-use crate::config::{Config, PIN_PATH};
+use crate::config::{Config, DEFAULT_CONFIG, PIN_PATH};
 use crate::datapath::kernel::attach::{self, PROGRAM_NAME};
 use crate::datapath::kernel::pins::{self, StalePins};
+use crate::output;
 use crate::plan::LinkRef;
 
 /// What is asked for.
@@ -33,7 +33,7 @@ pub struct Options {
 /// default.
 #[must_use]
 pub fn pin_path(config: Option<&Path>, named: Option<PathBuf>) -> PathBuf {
-    let of_config = || Config::pin_path_of(config.unwrap_or(Path::new(cli::DEFAULT_CONFIG)));
+    let of_config = || Config::pin_path_of(config.unwrap_or(Path::new(DEFAULT_CONFIG)));
     named.or_else(of_config).unwrap_or_else(|| PathBuf::from(PIN_PATH))
 }
 
@@ -72,7 +72,7 @@ pub fn run(options: &Options) -> Result<()> {
     if text.is_empty() {
         text.push_str("nothing to remove\n");
     }
-    cli::print(text.as_bytes())
+    output::print(text.as_bytes())
 }
 
 fn chosen(options: &Options) -> Result<Vec<LinkRef>> {

@@ -27,11 +27,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::cli;
 use crate::config::{Config, DownstreamSource, Interfaces, ListenerConfig, Problems};
 use crate::controller::ModeChoice;
 use crate::host::{HostAddress, HostFacts, HostNetwork, Link};
 use crate::model::{Downstream, ListenerId, Mode};
+use crate::output;
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,7 +143,7 @@ pub fn run(options: &Options) -> Result<bool> {
         }
     }
     let text = if options.json { show::json(&findings)? } else { show::text(&findings) };
-    cli::print(text.as_bytes())?;
+    output::print(text.as_bytes())?;
     Ok(findings.count(Level::Problem) == 0)
 }
 

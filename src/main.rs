@@ -6,30 +6,30 @@ use std::process::ExitCode;
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
-use udp_fanout::control::{follow, status};
+use udp_fanout::control::{status_command, trace_command};
 use udp_fanout::discovery::rbac::{self, Account};
-use udp_fanout::{demo, detach, doctor, event_loop, logging, version};
+use udp_fanout::{demo, detach, doctor, event_loop, logging, output, version};
 
 fn main() -> ExitCode {
     let result = match cli::parse() {
         Invocation::Run { config, log, kubeconfig, status_socket } => {
-            return run(&config, log, event_loop::Options { kubeconfig, status_socket });
+            return run(&config, log, event_loop::DaemonOptions { kubeconfig, status_socket });
         }
         Invocation::Doctor(options) => return report(doctor::run(&options)),
         Invocation::Demo(options) => return report(demo::run(options)),
         Invocation::Check { config } => check(&config),
         Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
         Invocation::Status { config, socket, json, watch, interval } => {
-            let socket = status::socket(config.as_deref(), socket);
-            status::run(&status::Options { socket, json, watch, interval })
+            let socket = status_command::socket(config.as_deref(), socket);
+            status_command::run(&status_command::StatusOptions { socket, json, watch, interval })
         }
         Invocation::Trace { config, socket, listener, source, count, json } => {
-            let socket = status::socket(config.as_deref(), socket);
-            follow::run(&follow::Options { socket, listener, source, count, json })
+            let socket = status_command::socket(config.as_deref(), socket);
+            trace_command::run(&trace_command::TraceOptions { socket, listener, source, count, json })
         }
         Invocation::Detach(options) => detach::run(&options),
-        Invocation::Completions(shell) => cli::print(&cli::completions(shell)),
-        Invocation::Man => cli::man().map_err(Into::into).and_then(|page| cli::print(&page)),
+        Invocation::Completions(shell) => output::print(&cli::completions(shell)),
+        Invocation::Man => cli::man().map_err(Into::into).and_then(|page| output::print(&page)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
 }
 
 /// Is the daemon. What goes wrong is a line in the log, in the log's format.
-fn run(config: &Path, log: logging::Options, options: event_loop::Options) -> ExitCode {
+fn run(config: &Path, log: logging::Options, options: event_loop::DaemonOptions) -> ExitCode {
     if let Err(error) = logging::init(log) {
         eprintln!("{error:#}");
         return ExitCode::FAILURE;
@@ -70,7 +70,7 @@ fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
     if requests.is_empty() {
         eprintln!("{}: no listener follows Services of Kubernetes, so nothing is needed there", config.path.display());
     }
-    cli::print(rbac::manifests(&requests, &account).as_bytes())
+    output::print(rbac::manifests(&requests, &account).as_bytes())
 }
 
 /// The exit code of a command whose checks may fail.
@@ -90,5 +90,5 @@ fn check(config: &Path) -> Result<()> {
     for warning in &config.warnings {
         eprintln!("{}: warning: {warning}", config.path.display());
     }
-    cli::print(config.render().as_bytes())
+    output::print(config.render().as_bytes())
 }

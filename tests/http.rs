@@ -12,14 +12,16 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use mio::{Events, Poll, Token, Waker};
 use udp_fanout::config::MetricsConfig;
-use udp_fanout::metrics::http::{Bound, Health, Limits, ListenerHealth, Readiness, Request, Server};
-use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, PlanApplies, Reloads, Snapshot};
+use udp_fanout::metrics::http::{
+    HttpLimits, ListenerReadiness, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport, ReadinessState,
+};
+use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, MetricsSnapshot, PlanApplyCounts, ReloadCounts};
 use udp_fanout::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode};
 
 /// Long enough to count as never: a test that runs into it fails.
 const NEVER: Duration = Duration::from_secs(600);
-const PATIENT: Limits =
-    Limits { answer: NEVER, headers: NEVER, connection: NEVER, connections: 64, grace: Duration::ZERO };
+const PATIENT: HttpLimits =
+    HttpLimits { answer: NEVER, headers: NEVER, connection: NEVER, connections: 64, grace: Duration::ZERO };
 
 fn config(bind: &str, path: &str) -> MetricsConfig {
     MetricsConfig { bind: bind.parse().expect("an address"), path: path.to_owned() }
@@ -33,7 +35,12 @@ struct Loop {
 }
 
 impl Loop {
-    fn start(mut poll: Poll, waker: Arc<Waker>, requests: Receiver<Request>, answer: fn(Request)) -> Self {
+    fn start(
+        mut poll: Poll,
+        waker: Arc<Waker>,
+        requests: Receiver<MainLoopRequest>,
+        answer: fn(MainLoopRequest),
+    ) -> Self {
         let end = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&end);
         let thread = std::thread::spawn(move || {
@@ -58,34 +65,38 @@ impl Drop for Loop {
 }
 
 /// An endpoint whose requests nobody reads yet.
-fn endpoint(path: &str, limits: Limits) -> (Server, Receiver<Request>, Poll, Arc<Waker>) {
+fn endpoint(path: &str, limits: HttpLimits) -> (MetricsServer, Receiver<MainLoopRequest>, Poll, Arc<Waker>) {
     endpoint_at("127.0.0.1:0", path, limits)
 }
 
-fn endpoint_at(bind: &str, path: &str, limits: Limits) -> (Server, Receiver<Request>, Poll, Arc<Waker>) {
+fn endpoint_at(
+    bind: &str,
+    path: &str,
+    limits: HttpLimits,
+) -> (MetricsServer, Receiver<MainLoopRequest>, Poll, Arc<Waker>) {
     let poll = Poll::new().expect("epoll");
     let waker = Arc::new(Waker::new(poll.registry(), Token(0)).expect("a waker"));
-    let bound = Bound::new(&config(bind, path)).expect("a port");
+    let bound = MetricsListener::new(&config(bind, path)).expect("a port");
     let (server, requests) = bound.serve(Arc::clone(&waker), limits).expect("a thread");
     (server, requests, poll, waker)
 }
 
 /// An endpoint with a loop that answers each request so.
-fn answered_by(answer: fn(Request), limits: Limits) -> (Server, Loop) {
+fn answered_by(answer: fn(MainLoopRequest), limits: HttpLimits) -> (MetricsServer, Loop) {
     let (server, requests, poll, waker) = endpoint("/metrics", limits);
     (server, Loop::start(poll, waker, requests, answer))
 }
 
-fn snapshot(downstreams: u32) -> Snapshot {
+fn snapshot(downstreams: u32) -> MetricsSnapshot {
     let downstream = |n: u32| DownstreamSnapshot {
         endpoint: SocketAddr::from((std::net::Ipv4Addr::from(0x0a00_0000 + n), 514)),
         counters: DownstreamCounters { packets: n.into(), bytes: 0 },
     };
     let counters = ListenerCounters { packets_received: 42, packets_forwarded: 42, ..Default::default() };
-    Snapshot {
+    MetricsSnapshot {
         started: UNIX_EPOCH,
-        plan_applies: PlanApplies::default(),
-        reloads: Reloads { success: 0, error: 0, last_good: true, last_success: UNIX_EPOCH },
+        plan_applies: PlanApplyCounts::default(),
+        reloads: ReloadCounts { success: 0, error: 0, last_good: true, last_success: UNIX_EPOCH },
         listeners: vec![ListenerSnapshot {
             name: "syslog".into(),
             mode: Mode::Userspace,
@@ -104,11 +115,11 @@ fn snapshot(downstreams: u32) -> Snapshot {
     }
 }
 
-fn healthy(request: Request) {
+fn healthy(request: MainLoopRequest) {
     match request {
         // The client may have gone.
-        Request::Scrape(reply) => drop(reply.send(Ok(snapshot(2)))),
-        Request::Health(reply) => drop(reply.send(Health::default())),
+        MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(2)))),
+        MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
     }
 }
 
@@ -129,7 +140,7 @@ impl Answer {
     }
 }
 
-fn connect(server: &Server) -> TcpStream {
+fn connect(server: &MetricsServer) -> TcpStream {
     let stream = TcpStream::connect(server.address()).expect("a connection");
     // Only so that a test which would hang fails.
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
@@ -146,17 +157,17 @@ fn read_answer(mut stream: TcpStream) -> Answer {
     Answer { status: status[..3].parse().expect("a status"), headers: headers.to_owned(), body: body.to_owned() }
 }
 
-fn send(server: &Server, request: &str) -> TcpStream {
+fn send(server: &MetricsServer, request: &str) -> TcpStream {
     let mut stream = connect(server);
     stream.write_all(request.as_bytes()).expect("sent");
     stream
 }
 
-fn request(server: &Server, method: &str, path: &str) -> Answer {
+fn request(server: &MetricsServer, method: &str, path: &str) -> Answer {
     read_answer(send(server, &format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")))
 }
 
-fn get(server: &Server, path: &str) -> Answer {
+fn get(server: &MetricsServer, path: &str) -> Answer {
     request(server, "GET", path)
 }
 
@@ -166,8 +177,8 @@ fn metrics_come_from_the_loop_at_each_scrape() {
     for downstreams in [1, 3] {
         let client = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
         match requests.recv().expect("a request") {
-            Request::Scrape(reply) => reply.send(Ok(snapshot(downstreams))).expect("somebody waits"),
-            Request::Health(_) => panic!("not asked for"),
+            MainLoopRequest::Scrape(reply) => reply.send(Ok(snapshot(downstreams))).expect("somebody waits"),
+            MainLoopRequest::Readiness(_) => panic!("not asked for"),
         }
         let answer = read_answer(client);
         assert_eq!(answer.status, 200);
@@ -214,7 +225,7 @@ fn the_configured_path_replaces_the_usual_one() {
 #[test]
 fn a_probes_path_is_refused_for_metrics() {
     for path in ["/healthz", "/readyz"] {
-        let error = Bound::new(&config("127.0.0.1:0", path)).expect_err("a clash").to_string();
+        let error = MetricsListener::new(&config("127.0.0.1:0", path)).expect_err("a clash").to_string();
         assert!(error.contains(path) && error.contains("metrics.path"), "{error}");
     }
 }
@@ -290,7 +301,7 @@ fn a_connection_carries_one_request() {
 
 #[test]
 fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
-    let limits = Limits { answer: Duration::from_millis(20), ..PATIENT };
+    let limits = HttpLimits { answer: Duration::from_millis(20), ..PATIENT };
     let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
     for path in ["/healthz", "/readyz", "/metrics"] {
         let answer = get(&server, path);
@@ -304,7 +315,7 @@ fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
 
 #[test]
 fn a_loop_stalled_for_long_costs_no_memory() {
-    let limits = Limits { answer: Duration::from_millis(1), connections: 3, ..PATIENT };
+    let limits = HttpLimits { answer: Duration::from_millis(1), connections: 3, ..PATIENT };
     let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
     for _ in 0..20 {
         assert_eq!(get(&server, "/healthz").status, 503);
@@ -330,8 +341,8 @@ fn a_question_dropped_is_answered_at_once() {
 
 #[test]
 fn a_scrape_that_fails_says_why() {
-    fn failing(request: Request) {
-        if let Request::Scrape(reply) = request {
+    fn failing(request: MainLoopRequest) {
+        if let MainLoopRequest::Scrape(reply) = request {
             let error = anyhow::anyhow!("permission denied").context("cannot read map STATS");
             let _ = reply.send(Err(error));
         }
@@ -343,15 +354,15 @@ fn a_scrape_that_fails_says_why() {
 
 #[test]
 fn readiness_names_each_listener_that_is_not_ready() {
-    fn starting(request: Request) {
-        let Request::Health(reply) = request else { return };
-        let listener = |name: &str, readiness| ListenerHealth { name: name.into(), readiness };
+    fn starting(request: MainLoopRequest) {
+        let MainLoopRequest::Readiness(reply) = request else { return };
+        let listener = |name: &str, readiness| ListenerReadiness { name: name.into(), readiness };
         let listeners = vec![
-            listener("a", Readiness::Ready),
-            listener("b", Readiness::NotAttached("interface not found: eth9".to_owned())),
-            listener("c", Readiness::NoDownstreamSet),
+            listener("a", ReadinessState::Ready),
+            listener("b", ReadinessState::NotAttached("interface not found: eth9".to_owned())),
+            listener("c", ReadinessState::NoDownstreamSet),
         ];
-        let _ = reply.send(Health { listeners });
+        let _ = reply.send(ReadinessReport { listeners });
     }
     let (server, _loop) = answered_by(starting, PATIENT);
     let answer = get(&server, "/readyz");
@@ -377,13 +388,13 @@ fn a_hundred_idle_clients_do_not_stop_a_scrape() {
 
 #[test]
 fn clients_that_do_not_read_stop_nobody() {
-    fn huge(request: Request) {
+    fn huge(request: MainLoopRequest) {
         match request {
-            Request::Scrape(reply) => drop(reply.send(Ok(snapshot(5_000)))),
-            Request::Health(reply) => drop(reply.send(Health::default())),
+            MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(5_000)))),
+            MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
         }
     }
-    let (server, _loop) = answered_by(huge, Limits { connections: 4, ..PATIENT });
+    let (server, _loop) = answered_by(huge, HttpLimits { connections: 4, ..PATIENT });
     let _deaf: Vec<_> = (0..8).map(|_| send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")).collect();
     assert_eq!(get(&server, "/healthz").status, 200);
     let page = get(&server, "/metrics");
@@ -392,9 +403,9 @@ fn clients_that_do_not_read_stop_nobody() {
 
 #[test]
 fn a_client_whose_answer_is_being_made_is_not_pushed_out() {
-    let (server, requests, _poll, _waker) = endpoint("/metrics", Limits { connections: 2, ..PATIENT });
+    let (server, requests, _poll, _waker) = endpoint("/metrics", HttpLimits { connections: 2, ..PATIENT });
     let scraper = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
-    let Request::Scrape(reply) = requests.recv().expect("a request") else { panic!("not asked for") };
+    let MainLoopRequest::Scrape(reply) = requests.recv().expect("a request") else { panic!("not asked for") };
     let mut idle = connect(&server);
     let _pushes_it_out = connect(&server);
     assert_eq!(idle.read(&mut [0]).expect("end of stream"), 0);
@@ -404,7 +415,8 @@ fn a_client_whose_answer_is_being_made_is_not_pushed_out() {
 
 #[test]
 fn clients_over_the_limit_wait_while_all_others_are_being_answered() {
-    let (server, requests, _poll, _waker) = endpoint("/metrics", Limits { connections: 2, grace: NEVER, ..PATIENT });
+    let (server, requests, _poll, _waker) =
+        endpoint("/metrics", HttpLimits { connections: 2, grace: NEVER, ..PATIENT });
     let probe = || send(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
     let early = [probe(), probe()];
     let held = [(); 2].map(|()| requests.recv().expect("a request"));
@@ -417,13 +429,13 @@ fn clients_over_the_limit_wait_while_all_others_are_being_answered() {
 
 #[test]
 fn clients_that_dawdle_are_hung_up_on() {
-    let (server, _loop) = answered_by(healthy, Limits { headers: Duration::from_millis(50), ..PATIENT });
+    let (server, _loop) = answered_by(healthy, HttpLimits { headers: Duration::from_millis(50), ..PATIENT });
     let mut sink = Vec::new();
     connect(&server).read_to_end(&mut sink).expect("end of stream");
     send(&server, "GET /metrics HTTP/1.1\r\n").read_to_end(&mut sink).expect("end of stream");
     assert!(sink.is_empty());
 
-    let (server, _loop) = answered_by(healthy, Limits { connection: Duration::from_millis(50), ..PATIENT });
+    let (server, _loop) = answered_by(healthy, HttpLimits { connection: Duration::from_millis(50), ..PATIENT });
     connect(&server).read_to_end(&mut sink).expect("end of stream");
     assert!(sink.is_empty());
 }
@@ -432,7 +444,7 @@ fn clients_that_dawdle_are_hung_up_on() {
 fn a_port_in_use_is_one_clear_line() {
     let other = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = other.local_addr().expect("an address").to_string();
-    let error = Bound::new(&config(&address, "/metrics")).expect_err("in use").to_string();
+    let error = MetricsListener::new(&config(&address, "/metrics")).expect_err("in use").to_string();
     assert!(error.starts_with(&format!("cannot serve metrics on {address}: address already in use; ")), "{error}");
     assert!(error.contains("metrics.bind") && !error.contains('\n'), "{error}");
 }
@@ -440,7 +452,7 @@ fn a_port_in_use_is_one_clear_line() {
 #[test]
 fn an_address_of_another_host_is_one_clear_line() {
     // 192.0.2.0/24 is set aside for documentation.
-    let error = Bound::new(&config("192.0.2.1:9090", "/metrics")).expect_err("not ours").to_string();
+    let error = MetricsListener::new(&config("192.0.2.1:9090", "/metrics")).expect_err("not ours").to_string();
     assert!(error.starts_with("cannot serve metrics on 192.0.2.1:9090: this host has no such address; "), "{error}");
 }
 
@@ -458,5 +470,5 @@ fn shutdown_closes_connections_and_frees_the_port() {
     let mut sink = Vec::new();
     assert_eq!(idle.read_to_end(&mut sink).expect("end of stream"), 0);
     assert_eq!(waiting.read_to_end(&mut sink).expect("end of stream"), 0);
-    Bound::new(&config(&address.to_string(), "/metrics")).expect("the port is free");
+    MetricsListener::new(&config(&address.to_string(), "/metrics")).expect("the port is free");
 }

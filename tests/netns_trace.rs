@@ -134,7 +134,7 @@ fn netns_only_what_is_asked_for_is_shown_and_drops_have_their_reasons() {
     let daemon = Daemon::start(&lab.gateway, binary(), &config).unwrap();
     let (mut drops, _) = Trace::start(&lab, &daemon, &["--listener", "nowhere"]);
     let (mut mine, note) = Trace::start(&lab, &daemon, &["--source", "10.0.0.0/24", "--json"]);
-    assert_eq!(note, "tracing until interrupted; but for what is forwarded in user space: sockets\n");
+    assert_eq!(note, "tracing until interrupted; listeners in mode userspace are not traced: sockets\n");
     let (_strangers, _) = Trace::start(&lab, &daemon, &["--source", "192.0.2.0/24"]);
     exchange(&lab, 3);
     let socket = udp_fanout_lab::traffic::bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
@@ -148,7 +148,7 @@ fn netns_only_what_is_asked_for_is_shown_and_drops_have_their_reasons() {
 
     for (options, reason) in [
         (["--listener", "lob"], "there is no listener \"lob\"; there are lab, nowhere, sockets\n"),
-        (["--listener", "sockets"], "listener \"sockets\" is forwarded in user space (configured), where nothing is"),
+        (["--listener", "sockets"], "listener \"sockets\" is in mode userspace (configured), which is not traced"),
         (["--source", "10.0.0.0/33"], "\"10.0.0.0/33\" is neither an address nor a prefix"),
     ] {
         let refused = command(&lab, &daemon, &options).output().unwrap();
@@ -173,7 +173,7 @@ fn netns_a_flood_is_shown_in_part_and_a_client_that_is_killed_ends_its_trace() {
     let mut notes = BufReader::new(killed.stderr.take().unwrap()).lines();
     assert_eq!(notes.next().unwrap().unwrap(), "tracing until interrupted");
     exchange(&lab, 20_000);
-    let note = "more than 1000 in a second: the others of this second are left out";
+    let note = "more than 1000 datagrams in a second: the rest of this second is not shown";
     assert_eq!(notes.next().unwrap().unwrap(), note);
     killed.kill().unwrap();
     killed.wait().unwrap();

@@ -238,13 +238,13 @@ fn a_manager_that_cannot_be_told_is_no_reason_to_fail() {
     let mut manager = Manager::new(false);
     manager.start(&manager.config(""), &[], &[("NOTIFY_SOCKET", "/nowhere/at/all"), ("WATCHDOG_USEC", "30000")]);
     let deadline = Instant::now() + LIMIT;
-    while !manager.log().contains("cannot tell the service manager") {
+    while !manager.log().contains("cannot notify the service manager") {
         assert!(Instant::now() < deadline, "{}", manager.log());
         thread::yield_now();
     }
     manager.signal(Signal::SIGTERM);
     assert!(manager.wait().success());
-    assert_eq!(manager.log().matches("cannot tell the service manager").count(), 1, "{}", manager.log());
+    assert_eq!(manager.log().matches("cannot notify the service manager").count(), 1, "{}", manager.log());
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn a_manager_that_is_there_later_hears_all_the_same() {
     let late = manager.directory.path().join("late");
     manager.start(&manager.config(""), &[], &[("NOTIFY_SOCKET", late.to_str().unwrap())]);
     let deadline = Instant::now() + LIMIT;
-    while !manager.log().contains("cannot tell the service manager") {
+    while !manager.log().contains("cannot notify the service manager") {
         assert!(Instant::now() < deadline, "{}", manager.log());
         thread::yield_now();
     }

@@ -5,11 +5,11 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use mio::{Poll, Token};
-use udp_fanout::control::protocol::{Request, Response};
-use udp_fanout::control::report::Report;
-use udp_fanout::control::server::{Answer, Server, TOKENS};
-use udp_fanout::control::trace::Watch;
-use udp_fanout::control::{rates, table};
+use udp_fanout::control::protocol::{StatusRequest, StatusResponse};
+use udp_fanout::control::report::StatusReport;
+use udp_fanout::control::server::{StatusReply, StatusServer, TOKENS};
+use udp_fanout::control::trace::TraceSubscription;
+use udp_fanout::control::{rates, tables};
 
 /// Where the input is cut into what a client writes at a time: a byte that no text has.
 const CUT: u8 = 0xff;
@@ -24,26 +24,26 @@ pub fn run(bytes: &[u8]) {
 }
 
 fn request(line: &[u8]) {
-    match Request::from_line(line) {
-        Ok(request) => assert_eq!(Request::from_line(&request.to_line()), Ok(request)),
+    match StatusRequest::from_line(line) {
+        Ok(request) => assert_eq!(StatusRequest::from_line(&request.to_line()), Ok(request)),
         Err(reason) => assert!(!reason.is_empty() && !reason.contains('\n')),
     }
 }
 
 /// Numbers may lose their last digit on the way, so answers are not compared.
 fn response(line: &[u8]) {
-    let Ok(response) = Response::from_line(line) else { return };
+    let Ok(response) = StatusResponse::from_line(line) else { return };
     let line = response.to_line();
     assert_eq!(line.iter().filter(|&&byte| byte == b'\n').count(), 1);
-    let again = Response::from_line(&line);
+    let again = StatusResponse::from_line(&line);
     match (response, again) {
-        (Response::Report(mut report), Ok(Response::Report(again))) => {
+        (StatusResponse::Report(mut report), Ok(StatusResponse::Report(again))) => {
             rates::add(&mut report, &again);
-            assert!(table::render(&report, false).ends_with('\n'));
-            assert!(table::render(&report, true).len() >= table::render(&report, false).len());
+            assert!(tables::render(&report, false).ends_with('\n'));
+            assert!(tables::render(&report, true).len() >= tables::render(&report, false).len());
         }
-        (Response::Traced(traced), Ok(Response::Traced(_))) => assert!(!traced.to_string().is_empty()),
-        (one @ (Response::Note(_) | Response::Error(_)), again) => assert_eq!(again.ok(), Some(one)),
+        (StatusResponse::Traced(traced), Ok(StatusResponse::Traced(_))) => assert!(!traced.to_string().is_empty()),
+        (one @ (StatusResponse::Note(_) | StatusResponse::Error(_)), again) => assert_eq!(again.ok(), Some(one)),
         (one, again) => panic!("{one:?} became {again:?}"),
     }
 }
@@ -53,7 +53,7 @@ thread_local! {
 }
 
 struct World {
-    server: Server,
+    server: StatusServer,
     _poll: Poll,
     _directory: tempfile::TempDir,
 }
@@ -62,7 +62,7 @@ impl World {
     fn new() -> World {
         let directory = tempfile::tempdir().unwrap();
         let poll = Poll::new().unwrap();
-        let server = Server::bind(&directory.path().join("socket"), poll.registry(), Token(0)).unwrap();
+        let server = StatusServer::bind(&directory.path().join("socket"), poll.registry(), Token(0)).unwrap();
         World { server, _poll: poll, _directory: directory }
     }
 
@@ -79,23 +79,26 @@ impl World {
             let answers = self.turn(&mut client, &mut open);
             let lines = piece.iter().filter(|&&byte| byte == b'\n').count();
             assert!(answers.len() <= lines.max(1), "{answers:?}");
-            assert!(answers.iter().all(|answer| matches!(answer, Response::Error(_))) || lines == 1, "{answers:?}");
+            assert!(
+                answers.iter().all(|answer| matches!(answer, StatusResponse::Error(_))) || lines == 1,
+                "{answers:?}"
+            );
             if watching {
                 assert!(piece.is_empty() || !open, "a trace goes on though the client has spoken");
                 if open {
-                    self.server.tell(&Response::Note("datagram".to_owned()), |_| true);
+                    self.server.publish(&StatusResponse::Note("datagram".to_owned()), |_| true);
                     assert_eq!(self.turn(&mut client, &mut open).len(), 1);
                 }
             }
-            watching |= answers.iter().any(|answer| matches!(answer, Response::Note(_)));
+            watching |= answers.iter().any(|answer| matches!(answer, StatusResponse::Note(_)));
         }
         drop(client);
         self.serve();
-        assert_eq!(self.server.watches().count(), 0, "a client that has gone is still told");
+        assert_eq!(self.server.subscriptions().count(), 0, "a client that has gone is still told");
     }
 
     /// Lets the server do what there is to do, and reads what it says.
-    fn turn(&mut self, client: &mut UnixStream, open: &mut bool) -> Vec<Response> {
+    fn turn(&mut self, client: &mut UnixStream, open: &mut bool) -> Vec<StatusResponse> {
         self.serve();
         let mut said = Vec::new();
         match client.read_to_end(&mut said) {
@@ -103,16 +106,17 @@ impl World {
             _ => *open = false,
         }
         assert!(said.is_empty() || said.ends_with(b"\n"));
-        said.split_inclusive(|&byte| byte == b'\n').map(|line| Response::from_line(line).unwrap()).collect()
+        said.split_inclusive(|&byte| byte == b'\n').map(|line| StatusResponse::from_line(line).unwrap()).collect()
     }
 
     fn serve(&mut self) {
         for token in 0..TOKENS {
             self.server.on_event(Token(token), |request| match request {
-                Request::Status => Response::Report(Box::<Report>::default()).into(),
-                Request::Trace { .. } => {
-                    Answer { response: Response::Note("tracing".to_owned()), watch: Some(Watch::default()) }
-                }
+                StatusRequest::Status => StatusResponse::Report(Box::<StatusReport>::default()).into(),
+                StatusRequest::Trace { .. } => StatusReply {
+                    response: StatusResponse::Note("tracing".to_owned()),
+                    subscription: Some(TraceSubscription::default()),
+                },
             });
         }
     }

@@ -7,39 +7,41 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::protocol::{Request, Response};
-use super::report::Report;
+use super::protocol::{StatusRequest, StatusResponse};
+use super::report::StatusReport;
 
 /// How long the daemon may take to answer. It answers between two turns of its loop, so that this is long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection to a daemon.
 #[derive(Debug)]
-pub struct Client {
+pub struct StatusClient {
     stream: BufReader<UnixStream>,
 }
 
-impl Client {
+impl StatusClient {
     /// Connects to the daemon whose status socket this is.
     ///
     /// # Errors
     /// In one line: that none runs, or that this user may not ask it, and the fix.
-    pub fn connect(path: &Path) -> Result<Client> {
+    pub fn connect(path: &Path) -> Result<StatusClient> {
         let stream = UnixStream::connect(path).map_err(|error| explain(&error, path))?;
         stream.set_read_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
         stream.set_write_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
-        Ok(Client { stream: BufReader::new(stream) })
+        Ok(StatusClient { stream: BufReader::new(stream) })
     }
 
     /// Asks for a report.
     ///
     /// # Errors
     /// When the daemon does not answer, ends meanwhile, or speaks another version.
-    pub fn report(&mut self) -> Result<Report> {
-        match self.ask(&Request::Status)? {
-            Response::Report(report) => Ok(*report),
-            Response::Error(reason) => bail!("the daemon refuses: {reason}"),
-            Response::Traced(_) | Response::Note(_) => bail!("the daemon has answered something else than was asked"),
+    pub fn report(&mut self) -> Result<StatusReport> {
+        match self.ask(&StatusRequest::Status)? {
+            StatusResponse::Report(report) => Ok(*report),
+            StatusResponse::Error(reason) => bail!("the daemon refuses: {reason}"),
+            StatusResponse::Traced(_) | StatusResponse::Note(_) => {
+                bail!("the daemon has answered something else than was asked")
+            }
         }
     }
 
@@ -55,7 +57,7 @@ impl Client {
     ///
     /// # Errors
     /// When the daemon ends, or speaks another version.
-    pub fn next_answer(&mut self) -> Result<Response> {
+    pub fn next_answer(&mut self) -> Result<StatusResponse> {
         self.read(Ok(()))
     }
 
@@ -63,16 +65,16 @@ impl Client {
     ///
     /// # Errors
     /// When the daemon does not answer, ends meanwhile, or speaks another version.
-    pub fn ask(&mut self, request: &Request) -> Result<Response> {
+    pub fn ask(&mut self, request: &StatusRequest) -> Result<StatusResponse> {
         // A daemon that has just closed the connection may have said why.
         let sent = self.stream.get_mut().write_all(&request.to_line());
         self.read(sent)
     }
 
-    fn read(&mut self, sent: std::io::Result<()>) -> Result<Response> {
+    fn read(&mut self, sent: std::io::Result<()>) -> Result<StatusResponse> {
         let mut line = Vec::new();
         match self.stream.read_until(b'\n', &mut line) {
-            Ok(_) if line.ends_with(b"\n") => Response::from_line(&line),
+            Ok(_) if line.ends_with(b"\n") => StatusResponse::from_line(&line),
             Ok(_) => {
                 sent.context("the daemon has closed the connection")?;
                 bail!("the daemon has closed the connection without an answer; it may be ending: ask again");

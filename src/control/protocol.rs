@@ -18,8 +18,8 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::report::Report;
-use super::trace::Traced;
+use super::report::StatusReport;
+use super::trace::TraceRecord;
 use crate::version;
 
 /// The version of the protocol that this program speaks.
@@ -28,7 +28,7 @@ pub const VERSION: u32 = 1;
 /// What can be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
-pub enum Request {
+pub enum StatusRequest {
     /// A report of everything, as it is now.
     Status,
     /// What becomes of single datagrams, from now on until the client closes the connection.
@@ -45,11 +45,11 @@ pub enum Request {
 /// What is answered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Response {
-    /// To [`Request::Status`].
-    Report(Box<Report>),
-    /// One of the answers to [`Request::Trace`].
-    Traced(Box<Traced>),
+pub enum StatusResponse {
+    /// To [`StatusRequest::Status`].
+    Report(Box<StatusReport>),
+    /// One of the answers to [`StatusRequest::Trace`].
+    Traced(Box<TraceRecord>),
     /// Something about a trace that the operator should know.
     Note(String),
     /// The request makes no sense, or cannot be answered, and the reason.
@@ -74,7 +74,7 @@ struct Head {
     daemon: Option<String>,
 }
 
-impl Request {
+impl StatusRequest {
     /// The line, with its end.
     #[must_use]
     pub fn to_line(&self) -> Vec<u8> {
@@ -85,21 +85,21 @@ impl Request {
     ///
     /// # Errors
     /// Says what is wrong with it, for the client.
-    pub fn from_line(line: &[u8]) -> Result<Request, String> {
+    pub fn from_line(line: &[u8]) -> Result<StatusRequest, String> {
         let head: Head = serde_json::from_slice(line).map_err(|_| {
-            format!("expected a line such as {}", String::from_utf8_lossy(&Request::Status.to_line()).trim())
+            format!("expected a line such as {}", String::from_utf8_lossy(&StatusRequest::Status.to_line()).trim())
         })?;
         if head.version != VERSION {
             return Err(format!("this daemon speaks version {VERSION} of the protocol, not {}", head.version));
         }
-        let line: Line<Request> = serde_json::from_slice(line).map_err(|_| {
+        let line: Line<StatusRequest> = serde_json::from_slice(line).map_err(|_| {
             "this daemon does not know that request; ask it with a program of its own version".to_owned()
         })?;
         Ok(line.body)
     }
 }
 
-impl Response {
+impl StatusResponse {
     /// The line, with its end.
     #[must_use]
     pub fn to_line(&self) -> Vec<u8> {
@@ -110,7 +110,7 @@ impl Response {
     ///
     /// # Errors
     /// When the daemon speaks another version, or none; names both and the fix.
-    pub fn from_line(line: &[u8]) -> Result<Response> {
+    pub fn from_line(line: &[u8]) -> Result<StatusResponse> {
         let head: Head = serde_json::from_slice(line).context("what answers there is no udp-fanout")?;
         if head.version != VERSION {
             bail!(
@@ -121,7 +121,8 @@ impl Response {
                 version::PACKAGE
             );
         }
-        let line: Line<Response> = serde_json::from_slice(line).context("the daemon's answer cannot be understood")?;
+        let line: Line<StatusResponse> =
+            serde_json::from_slice(line).context("the daemon's answer cannot be understood")?;
         Ok(line.body)
     }
 }
@@ -139,39 +140,40 @@ mod tests {
 
     #[test]
     fn requests_and_answers_are_lines_that_mean_the_same_again() {
-        let line = Request::Status.to_line();
+        let line = StatusRequest::Status.to_line();
         assert_eq!(line, b"{\"version\":1,\"request\":\"status\"}\n");
-        assert_eq!(Request::from_line(&line), Ok(Request::Status));
-        for response in [Response::Error("no\nway".into()), Response::Report(Box::default())] {
+        assert_eq!(StatusRequest::from_line(&line), Ok(StatusRequest::Status));
+        for response in [StatusResponse::Error("no\nway".into()), StatusResponse::Report(Box::default())] {
             let line = response.to_line();
             assert_eq!(line.iter().filter(|&&byte| byte == b'\n').count(), 1);
-            assert_eq!(Response::from_line(&line).unwrap(), response);
+            assert_eq!(StatusResponse::from_line(&line).unwrap(), response);
         }
     }
 
     #[test]
     fn other_versions_are_told_apart_before_anything_else_is_read() {
-        let refused = Request::from_line(br#"{"version":2,"question":42}"#).unwrap_err();
+        let refused = StatusRequest::from_line(br#"{"version":2,"question":42}"#).unwrap_err();
         assert_eq!(refused, "this daemon speaks version 1 of the protocol, not 2");
-        let error = Response::from_line(br#"{"version":7,"daemon":"9.0.0","all":"new"}"#).unwrap_err().to_string();
+        let error =
+            StatusResponse::from_line(br#"{"version":7,"daemon":"9.0.0","all":"new"}"#).unwrap_err().to_string();
         assert!(error.starts_with("the daemon (9.0.0) speaks version 7 "), "{error}");
     }
 
     #[test]
     fn nonsense_is_refused_with_a_reason() {
         for line in [&b""[..], b"status", b"{}", b"\xff", b"[1]"] {
-            assert!(Request::from_line(line).unwrap_err().contains(r#"{"version":1,"request":"status"}"#));
+            assert!(StatusRequest::from_line(line).unwrap_err().contains(r#"{"version":1,"request":"status"}"#));
         }
-        let unknown = Request::from_line(br#"{"version":1,"request":"dance"}"#).unwrap_err();
+        let unknown = StatusRequest::from_line(br#"{"version":1,"request":"dance"}"#).unwrap_err();
         assert!(unknown.contains("does not know"), "{unknown}");
-        assert!(Response::from_line(b"HTTP/1.1 400 Bad Request").is_err());
+        assert!(StatusResponse::from_line(b"HTTP/1.1 400 Bad StatusRequest").is_err());
     }
 
     #[test]
     fn fields_that_are_not_known_do_no_harm() {
         let line = br#"{"version":1,"request":"status","colour":"red"}"#;
-        assert_eq!(Request::from_line(line), Ok(Request::Status));
+        assert_eq!(StatusRequest::from_line(line), Ok(StatusRequest::Status));
         let answer = br#"{"version":1,"daemon":"0.9.0","error":"x","since":3}"#;
-        assert_eq!(Response::from_line(answer).unwrap(), Response::Error("x".into()));
+        assert_eq!(StatusResponse::from_line(answer).unwrap(), StatusResponse::Error("x".into()));
     }
 }

@@ -1,10 +1,10 @@
 //! From two reports of the same daemon to what happens in a second. Pure.
 
-use super::report::{Rates, Report};
+use super::report::{Rates, StatusReport};
 
 /// Adds rates to `now`: the difference to `before` by the daemon's own clock. Nothing is added where the two cannot be
 /// compared: another process, no time between them, a listener or downstream that was not there.
-pub fn add(now: &mut Report, before: &Report) {
+pub fn add(now: &mut StatusReport, before: &StatusReport) {
     let seconds = now.daemon.uptime_secs - before.daemon.uptime_secs;
     if now.daemon.pid != before.daemon.pid || seconds <= 0.0 {
         return;
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
     use crate::control::report::{DaemonReport, DownstreamReport, ListenerReport};
 
-    fn report(uptime_secs: f64, received: u64, packets: &[u64]) -> Report {
+    fn report(uptime_secs: f64, received: u64, packets: &[u64]) -> StatusReport {
         let downstream = |(&packets, port)| DownstreamReport {
             name: "d".into(),
             address: ([10, 0, 0, 1], port).into(),
@@ -51,7 +51,7 @@ mod tests {
             bytes: packets * 100,
             rates: None,
         };
-        Report {
+        StatusReport {
             daemon: DaemonReport { pid: 7, uptime_secs, ..Default::default() },
             listeners: vec![ListenerReport {
                 name: "a".into(),

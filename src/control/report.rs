@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// Everything.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Report {
+pub struct StatusReport {
     /// The process.
     pub daemon: DaemonReport,
     /// In the configuration's order.

@@ -20,8 +20,8 @@ use nix::sys::stat::{Mode, fchmod};
 use slab::Slab;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::protocol::{Request, Response};
-use super::trace::Watch;
+use super::protocol::{StatusRequest, StatusResponse};
+use super::trace::TraceSubscription;
 use crate::error_hints;
 
 /// Clients at one time.
@@ -38,14 +38,14 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(500);
 
 /// The socket and its clients. Dropping it removes the socket.
 #[derive(Debug)]
-pub struct Server {
+pub struct StatusServer {
     path: PathBuf,
     /// Device and inode of the socket's file: only our own is removed.
     file: (u64, u64),
     listener: UnixListener,
     registry: Registry,
     first: usize,
-    connections: Slab<Connection>,
+    connections: Slab<StatusConnection>,
     /// Counts what clients have done, to tell who has been silent the longest.
     turn: u64,
     /// When clients that could not be accepted are tried again; none while all could.
@@ -53,7 +53,7 @@ pub struct Server {
 }
 
 #[derive(Debug)]
-struct Connection {
+struct StatusConnection {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
@@ -63,23 +63,23 @@ struct Connection {
     /// The answer is its last: the request made no sense.
     closing: bool,
     /// It is told of datagrams.
-    watch: Option<Watch>,
+    subscription: Option<TraceSubscription>,
     /// Lines that it has not been told.
     left_out: u64,
 }
 
 /// What is answered to a request.
 #[derive(Debug)]
-pub struct Answer {
+pub struct StatusReply {
     /// The answer, or the first one.
-    pub response: Response,
+    pub response: StatusResponse,
     /// What the client is told of from then on, if that is what it wants.
-    pub watch: Option<Watch>,
+    pub subscription: Option<TraceSubscription>,
 }
 
-impl From<Response> for Answer {
-    fn from(response: Response) -> Answer {
-        Answer { response, watch: None }
+impl From<StatusResponse> for StatusReply {
+    fn from(response: StatusResponse) -> StatusReply {
+        StatusReply { response, subscription: None }
     }
 }
 
@@ -89,18 +89,18 @@ enum Then {
     Ends,
 }
 
-impl Server {
+impl StatusServer {
     /// Puts the socket there, for its owner alone, in place of one that a daemon which died has left. `registry`'s tokens
     /// from `first` on must be free, [`TOKENS`] of them.
     ///
     /// # Errors
     /// When another daemon answers there, when something else is there, or with the kernel's reason; in one line with
     /// the fix.
-    pub fn bind(path: &Path, registry: &Registry, first: Token) -> Result<Server> {
+    pub fn bind(path: &Path, registry: &Registry, first: Token) -> Result<StatusServer> {
         let listener =
             listen(path).with_context(|| format!("cannot answer `udp-fanout status` at {}", path.display()))?;
         let file = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino())).unwrap_or_default();
-        let mut server = Server {
+        let mut server = StatusServer {
             path: path.to_owned(),
             file,
             listener: UnixListener::from_std(listener),
@@ -140,7 +140,7 @@ impl Server {
     }
 
     /// Takes in what has come, and answers what is complete.
-    pub fn on_event<A: Into<Answer>>(&mut self, token: Token, mut answer: impl FnMut(&Request) -> A) {
+    pub fn on_event<A: Into<StatusReply>>(&mut self, token: Token, mut answer: impl FnMut(&StatusRequest) -> A) {
         if token.0 == self.first {
             self.accept();
             return;
@@ -156,18 +156,18 @@ impl Server {
     }
 
     /// What clients want to be told of.
-    pub fn watches(&self) -> impl Iterator<Item = Watch> {
-        self.connections.iter().filter_map(|(_, connection)| connection.watch)
+    pub fn subscriptions(&self) -> impl Iterator<Item = TraceSubscription> {
+        self.connections.iter().filter_map(|(_, connection)| connection.subscription)
     }
 
     /// Tells clients that are being told of datagrams, those that want to know of this one.
-    pub fn tell(&mut self, response: &Response, wants: impl Fn(&Watch) -> bool) {
+    pub fn publish(&mut self, response: &StatusResponse, wants: impl Fn(&TraceSubscription) -> bool) {
         let line = response.to_line();
         self.turn += 1;
         let turn = self.turn;
         let mut gone = Vec::new();
         for (key, connection) in &mut self.connections {
-            if connection.watch.as_ref().is_some_and(&wants) {
+            if connection.subscription.as_ref().is_some_and(&wants) {
                 connection.turn = turn;
                 if let Then::Ends = connection.tell(&line) {
                     gone.push(key);
@@ -178,10 +178,14 @@ impl Server {
     }
 
     /// Tells clients that they are told of nothing any more, and lets go of them.
-    pub fn end_watches(&mut self, response: &Response) {
-        self.tell(response, |_| true);
-        let ended: Vec<usize> =
-            self.connections.iter().filter(|(_, connection)| connection.watch.is_some()).map(|(key, _)| key).collect();
+    pub fn end_traces(&mut self, response: &StatusResponse) {
+        self.publish(response, |_| true);
+        let ended: Vec<usize> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| connection.subscription.is_some())
+            .map(|(key, _)| key)
+            .collect();
         ended.into_iter().for_each(|key| self.close(key));
     }
 
@@ -201,7 +205,8 @@ impl Server {
             self.turn += 1;
             let (input, output) = (Vec::new(), Vec::new());
             let (turn, closing) = (self.turn, false);
-            let connection = Connection { stream, input, output, written: 0, turn, closing, watch: None, left_out: 0 };
+            let connection =
+                StatusConnection { stream, input, output, written: 0, turn, closing, subscription: None, left_out: 0 };
             let key = self.connections.insert(connection);
             let interest = Interest::READABLE | Interest::WRITABLE;
             let token = Token(self.first + 1 + key);
@@ -232,7 +237,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for StatusServer {
     fn drop(&mut self) {
         // Another daemon may have put its own there, should someone have removed ours.
         let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
@@ -242,28 +247,28 @@ impl Drop for Server {
     }
 }
 
-impl Connection {
+impl StatusConnection {
     /// Writes and reads as far as both go.
-    fn proceed(&mut self, answer: &mut impl FnMut(&Request) -> Answer) -> Then {
+    fn proceed(&mut self, answer: &mut impl FnMut(&StatusRequest) -> StatusReply) -> Then {
         loop {
             // Whatever it says ends a trace, be it only that it has gone, which it must not take reading to find out.
-            if self.watch.is_some() && !matches!(self.read(), Ok(false)) {
+            if self.subscription.is_some() && !matches!(self.read(), Ok(false)) {
                 return Then::Ends;
             }
             match self.write() {
                 Ok(true) if self.closing => return Then::Ends,
-                Ok(true) if self.watch.is_some() => return Then::Stays,
+                Ok(true) if self.subscription.is_some() => return Then::Stays,
                 Ok(true) => {}
                 // Nothing more is read before the answer is out: that is what bounds what is kept here.
                 Ok(false) => return Then::Stays,
                 Err(_) => return Then::Ends,
             }
             if let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
-                let response = match Request::from_line(&self.input[..end]) {
+                let response = match StatusRequest::from_line(&self.input[..end]) {
                     Ok(_) if end + 1 < self.input.len() => self.refuse("one request at a time: wait for the answer"),
                     Ok(request) => {
-                        let Answer { response, watch } = answer(&request);
-                        self.watch = watch;
+                        let StatusReply { response, subscription } = answer(&request);
+                        self.subscription = subscription;
                         response
                     }
                     Err(reason) => self.refuse(&reason),
@@ -295,7 +300,7 @@ impl Connection {
         if self.left_out > 0 {
             let note = format!("{} lines are left out: they came faster than they were read", self.left_out);
             self.left_out = 0;
-            self.output.extend_from_slice(&Response::Note(note).to_line());
+            self.output.extend_from_slice(&StatusResponse::Note(note).to_line());
         }
         self.output.extend_from_slice(line);
         match self.write() {
@@ -304,9 +309,9 @@ impl Connection {
         }
     }
 
-    fn refuse(&mut self, reason: &str) -> Response {
+    fn refuse(&mut self, reason: &str) -> StatusResponse {
         self.closing = true;
-        Response::Error(reason.to_owned())
+        StatusResponse::Error(reason.to_owned())
     }
 
     /// True once everything is written.

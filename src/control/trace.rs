@@ -12,7 +12,7 @@ use crate::model::ListenerId;
 
 /// What has become of one datagram, or of several of one sender that came in one packet, or of one copy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Traced {
+pub struct TraceRecord {
     /// When, in seconds since 1970.
     pub time: f64,
     /// The name of the listener whose it was.
@@ -49,25 +49,25 @@ pub struct Traced {
 
 /// What one client wants to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Watch {
+pub struct TraceSubscription {
     /// Only this listener's datagrams.
     pub listener: Option<ListenerId>,
     /// Only those from these addresses.
     pub source: Option<Prefix>,
 }
 
-impl Watch {
+impl TraceSubscription {
     /// Whether it wants to know of a listener's datagram from this address.
     #[must_use]
-    pub fn wants(&self, listener: ListenerId, source: IpAddr) -> bool {
+    pub fn matches(&self, listener: ListenerId, source: IpAddr) -> bool {
         self.listener.is_none_or(|wanted| wanted == listener)
             && self.source.is_none_or(|prefix| prefix.contains(source))
     }
 
     /// The narrowest that leaves nothing out of what all of these want; none if there are none.
     #[must_use]
-    pub fn over(all: impl IntoIterator<Item = Watch>) -> Option<Watch> {
-        all.into_iter().reduce(|one, other| Watch {
+    pub fn covering(all: impl IntoIterator<Item = TraceSubscription>) -> Option<TraceSubscription> {
+        all.into_iter().reduce(|one, other| TraceSubscription {
             listener: one.listener.filter(|_| one.listener == other.listener),
             source: one.source.filter(|_| one.source == other.source),
         })
@@ -75,7 +75,7 @@ impl Watch {
 }
 
 /// A line for a terminal.
-impl std::fmt::Display for Traced {
+impl std::fmt::Display for TraceRecord {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {} {} -> {} ", clock(self.time), self.listener, self.source, self.destination)?;
         match self.fate.as_str() {
@@ -117,8 +117,8 @@ fn clock(time: f64) -> String {
 mod tests {
     use super::*;
 
-    fn traced() -> Traced {
-        Traced {
+    fn traced() -> TraceRecord {
+        TraceRecord {
             time: 1_700_000_000.25,
             listener: "syslog".into(),
             source: "10.0.0.2:4000".parse().unwrap(),
@@ -140,26 +140,30 @@ mod tests {
         let start = "22:13:20.250000 syslog 10.0.0.2:4000 -> 10.0.0.1:514";
         let forwarded = format!("{start} forwarded -> 10.1.0.2:5514 receiver-1 by eth1 (known), 100 bytes");
         assert_eq!(traced().to_string(), forwarded);
-        let nothing = Traced { downstream: None, name: None, out_interface: None, way: None, ..traced() };
-        let dropped =
-            Traced { fate: "dropped".into(), reason: Some("source_denied".into()), datagrams: 3, ..nothing.clone() };
+        let nothing = TraceRecord { downstream: None, name: None, out_interface: None, way: None, ..traced() };
+        let dropped = TraceRecord {
+            fate: "dropped".into(),
+            reason: Some("source_denied".into()),
+            datagrams: 3,
+            ..nothing.clone()
+        };
         assert_eq!(dropped.to_string(), format!("{start} dropped: source_denied, 3 datagrams of 100 bytes together"));
-        let passed = Traced { fate: "passed".into(), ..nothing };
+        let passed = TraceRecord { fate: "passed".into(), ..nothing };
         assert_eq!(passed.to_string(), format!("{start} left to the socket, 100 bytes"));
     }
 
     #[test]
     fn all_that_several_want_is_asked_for_and_each_gets_its_own() {
-        let one = Watch { listener: Some(ListenerId(1)), source: Prefix::parse("10.0.0.0/8").ok() };
-        let same = Watch { source: None, ..one };
-        let other = Watch { listener: Some(ListenerId(2)), ..one };
-        assert_eq!(Watch::over([]), None);
-        assert_eq!(Watch::over([one]), Some(one));
-        assert_eq!(Watch::over([one, same]), Some(same));
-        assert_eq!(Watch::over([one, other]), Some(Watch { listener: None, ..one }));
-        assert_eq!(Watch::over([one, same, other]), Some(Watch::default()));
-        assert!(one.wants(ListenerId(1), "10.1.2.3".parse().unwrap()));
-        assert!(!one.wants(ListenerId(2), "10.1.2.3".parse().unwrap()));
-        assert!(!one.wants(ListenerId(1), "11.1.2.3".parse().unwrap()));
+        let one = TraceSubscription { listener: Some(ListenerId(1)), source: Prefix::parse("10.0.0.0/8").ok() };
+        let same = TraceSubscription { source: None, ..one };
+        let other = TraceSubscription { listener: Some(ListenerId(2)), ..one };
+        assert_eq!(TraceSubscription::covering([]), None);
+        assert_eq!(TraceSubscription::covering([one]), Some(one));
+        assert_eq!(TraceSubscription::covering([one, same]), Some(same));
+        assert_eq!(TraceSubscription::covering([one, other]), Some(TraceSubscription { listener: None, ..one }));
+        assert_eq!(TraceSubscription::covering([one, same, other]), Some(TraceSubscription::default()));
+        assert!(one.matches(ListenerId(1), "10.1.2.3".parse().unwrap()));
+        assert!(!one.matches(ListenerId(2), "10.1.2.3".parse().unwrap()));
+        assert!(!one.matches(ListenerId(1), "11.1.2.3".parse().unwrap()));
     }
 }

@@ -10,7 +10,7 @@ use anyhow::Result;
 use udp_fanout_lab::traffic::Progress;
 
 use super::report::with_thousands;
-use crate::cli::print;
+use crate::output::print;
 
 /// How long a step may take before the demo says that it is still at it, and how often it repeats that.
 const REPORT_INTERVAL: Duration = Duration::from_secs(2);

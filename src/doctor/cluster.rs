@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 
 use super::Findings;
 use crate::config::{Config, DownstreamSource, ListenerConfig};
-use crate::control::report::Report;
+use crate::control::report::StatusReport;
 use crate::discovery::{self, Discovery, ServiceStatus, Settings, Update};
 use crate::model::{Downstream, ListenerId};
 
@@ -28,7 +28,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub(super) fn look(
     config: &Config,
     kubeconfig: Option<&Path>,
-    report: Option<&Report>,
+    report: Option<&StatusReport>,
     findings: &mut Findings,
 ) -> BTreeMap<ListenerId, Vec<Downstream>> {
     let requests: Vec<discovery::Request> =

@@ -2,15 +2,15 @@
 
 use super::Findings;
 use crate::config::Config;
-use crate::control::client::Client;
-use crate::control::report::Report;
+use crate::control::client::StatusClient;
+use crate::control::report::StatusReport;
 
 /// How long an open watch may be silent before that is odd, in seconds. The API server sends a bookmark every minute.
 const SILENCE: f64 = 300.0;
 
 /// Asks the daemon whose status socket the configuration names.
-pub(super) fn ask(config: &Config, findings: &mut Findings) -> Option<Report> {
-    match Client::connect(&config.status_socket).and_then(|mut client| client.report()) {
+pub(super) fn ask(config: &Config, findings: &mut Findings) -> Option<StatusReport> {
+    match StatusClient::connect(&config.status_socket).and_then(|mut client| client.report()) {
         Ok(report) => {
             judge(&report, findings);
             Some(report)
@@ -23,7 +23,7 @@ pub(super) fn ask(config: &Config, findings: &mut Findings) -> Option<Report> {
     }
 }
 
-fn judge(report: &Report, findings: &mut Findings) {
+fn judge(report: &StatusReport, findings: &mut Findings) {
     let before = findings.0.len();
     for problem in &report.problems {
         findings.problem("daemon", format!("it says: {problem}"), "see `udp-fanout status` and its log");
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::control::report::{ListenerReport, ServiceReport};
 
-    fn levels(report: &Report) -> Vec<(Level, String)> {
+    fn levels(report: &StatusReport) -> Vec<(Level, String)> {
         let mut findings = Findings::default();
         judge(report, &mut findings);
         findings.0.into_iter().map(|finding| (finding.level, finding.text)).collect()
@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn a_daemon_without_complaints_is_well() {
         let service = ServiceReport { synced: true, last_event_secs: Some(12.0), ..Default::default() };
-        let found = levels(&Report { services: vec![service], ..Default::default() });
+        let found = levels(&StatusReport { services: vec![service], ..Default::default() });
         assert!(found.len() == 1 && found[0].0 == Level::Ok && found[0].1.contains("last 12 seconds"), "{found:?}");
     }
 
@@ -89,7 +89,7 @@ mod tests {
             ..Default::default()
         };
         let waiting = ListenerReport { name: "a".into(), waits_for: Some("no set".into()), ..Default::default() };
-        let found = levels(&Report {
+        let found = levels(&StatusReport {
             problems: vec!["no route".into()],
             listeners: vec![waiting],
             services: vec![service(false, 1.0), service(true, 3_000.0)],

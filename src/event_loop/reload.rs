@@ -1,13 +1,13 @@
-//! Takes a new configuration over while the daemon runs: whole, or not at all.
+//! Puts a changed configuration in force while the daemon runs: whole, or not at all.
 //!
 //! ```text
-//! SIGHUP, or the file has changed ─► Config::load ─► succeeding ─► attempt ─► controller ─┬─► commit
-//!                                        └──── what is wrong ──────────┴─────────────────-┴─► refuse
+//! SIGHUP, or the file has changed ─► Config::load ─► succeeding ─► prepare ─► controller ─► finish_reload ─┬─► commit
+//!                                        └───────── an error ────────┴───────────────────────────────────┴─► reject
 //! ```
 //!
-//! Everything that can fail comes first: reading the file, taking the metrics port, loading the TC program, deciding the
-//! modes, finding the cluster's credentials, and last the plan itself, which the controller takes back if a datapath
-//! cannot follow it. Only then does the rest change.
+//! What can fail comes first: reading the file, opening the metrics port, loading the TC program, choosing the modes,
+//! finding credentials for the cluster, and last the plan itself, which the controller rolls back if a datapath cannot apply
+//! it. Everything else changes after that.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,90 +17,92 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::{Daemon, fit_open_files, load_kernel, succession, take_due, track_next_hops};
+use super::start::{load_kernel, raise_open_files_limit, track_next_hops};
+use super::{CONFIG_FILE, Daemon, handover};
 use crate::config::watch::ConfigWatcher;
 use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
-use crate::control::server::Server;
+use crate::control::server::StatusServer;
 use crate::controller::Event;
 use crate::datapath::kernel::handover::PreparedPins;
 use crate::discovery::{Discovery, Update};
 use crate::error_hints;
-use crate::metrics::Reloads;
-use crate::metrics::http::{self, Request};
+use crate::metrics::ReloadCounts;
+use crate::metrics::http::{HttpLimits, MainLoopRequest, MetricsListener, MetricsServer};
 use crate::model::Mode;
 
-/// How long after the file has changed it is read: several changes may follow each other.
+/// How long after a change the file is read: an editor may write it in several steps.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// Why the file is read again.
+/// Why the configuration is read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(super) enum ReloadCause {
     /// `SIGHUP`.
     Signal,
-    /// It may have changed.
+    /// inotify reports that the file may have changed.
     File,
 }
 
-/// How reloading has fared, and what is under way.
+/// The file's watch, the reload in progress, and the outcome of earlier ones.
 #[derive(Debug)]
 pub(super) struct Reloading {
-    pub(super) record: Reloads,
-    /// What was wrong the last time, if anything.
-    pub(super) refusal: Option<(SystemTime, String)>,
+    pub(super) counts: ReloadCounts,
+    /// Why the last reload was rejected, and when; none if it was not.
+    pub(super) rejection: Option<(SystemTime, String)>,
     watch: Option<ConfigWatcher>,
-    /// When the file is to be looked at.
+    /// When the file is to be read, if it may have changed.
     pub(super) due: Option<Instant>,
     numbers: ListenerIdAllocator,
-    attempt: Option<Attempt>,
+    pending: Option<PendingReload>,
 }
 
-/// What becomes of the rest of the daemon once the plan is in force.
+/// A reload whose plan is being applied, and what changes once it is in force.
 #[derive(Debug)]
-struct Attempt {
+struct PendingReload {
     config: Config,
-    http: Change<(http::Server, Receiver<Request>)>,
-    discovery: Change<(Discovery, Receiver<Update>)>,
-    /// The status socket, if it is another.
-    control: Option<Server>,
-    /// Where the kernel program is pinned, if there is one already.
+    http: PartChange<(MetricsServer, Receiver<MainLoopRequest>)>,
+    discovery: PartChange<(Discovery, Receiver<Update>)>,
+    /// The new status socket, if its path has changed.
+    status_socket: Option<StatusServer>,
+    /// The new pins of the kernel program, if one is loaded already.
     pins: Option<PreparedPins>,
 }
 
-/// What becomes of a part.
+/// What happens to a part of the daemon.
 #[derive(Debug)]
-enum Change<T> {
+enum PartChange<T> {
     Keep,
-    End,
-    Begin(T),
+    Stop,
+    Replace(T),
 }
 
-impl<T> Change<T> {
-    fn carry_out(self, part: &mut Option<T>) -> Option<T> {
+impl<T> PartChange<T> {
+    /// The part as it was, if it goes.
+    fn apply_to(self, part: &mut Option<T>) -> Option<T> {
         match self {
-            Change::Keep => None,
-            Change::End => part.take(),
-            Change::Begin(new) => part.replace(new),
+            PartChange::Keep => None,
+            PartChange::Stop => part.take(),
+            PartChange::Replace(new) => part.replace(new),
         }
     }
 }
 
 impl Reloading {
-    /// Begins to watch the file, if the configuration wants that.
+    /// Watches the file if the configuration says so.
     pub(super) fn new(config: &Config, registry: &Registry, token: Token, now: SystemTime) -> Reloading {
         let mut reloading = Reloading {
-            record: Reloads { success: 0, error: 0, last_good: true, last_success: now },
-            refusal: None,
+            counts: ReloadCounts { success: 0, error: 0, last_good: true, last_success: now },
+            rejection: None,
             watch: None,
             due: None,
             numbers: ListenerIdAllocator::default(),
-            attempt: None,
+            pending: None,
         };
-        reloading.watch_or_not(config, registry, token);
+        reloading.update_watch(config, registry, token);
         reloading
     }
 
-    /// Watches the file or does not, as the configuration says. Not to be able to is no reason not to go on.
-    fn watch_or_not(&mut self, config: &Config, registry: &Registry, token: Token) {
+    /// Starts or stops watching the file, as the configuration says. A failure is logged.
+    fn update_watch(&mut self, config: &Config, registry: &Registry, token: Token) {
         if !config.watch {
             self.watch = None;
             self.due = None;
@@ -116,238 +118,232 @@ impl Reloading {
         match watch {
             Ok(watch) => {
                 self.watch = Some(watch);
-                // It may have changed since it was read.
-                self.file_may_have_changed();
+                // The file may have changed since it was read.
+                self.schedule();
             }
             Err(error) => tracing::warn!("{error:#}"),
         }
     }
 
-    /// True while a configuration that has been read is neither in force nor refused.
-    pub(super) fn under_way(&self) -> bool {
-        self.attempt.is_some()
+    /// True while a new configuration is being applied.
+    pub(super) fn in_progress(&self) -> bool {
+        self.pending.is_some()
     }
 
-    fn file_may_have_changed(&mut self) {
+    fn schedule(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + SETTLE);
     }
 
-    /// Takes in what has happened to the file.
+    /// Reads inotify's events, and schedules a reload if the file may have changed.
     pub(super) fn drain_watch(&mut self) {
         if self.watch.as_mut().is_some_and(ConfigWatcher::drain) {
-            self.file_may_have_changed();
+            self.schedule();
         }
     }
 
-    /// Sees to it that the file is watched, also after its directory had gone.
-    pub(super) fn tend(&mut self) {
+    /// Watches the file again if its directory had gone.
+    pub(super) fn maintain(&mut self) {
         if self.watch.as_mut().is_some_and(ConfigWatcher::rescan) {
-            self.file_may_have_changed();
+            self.schedule();
         }
     }
 }
 
 impl Daemon {
-    /// Looks at the file if it is time to.
-    pub(super) fn look_at_config(&mut self, now: Instant) {
-        if take_due(&mut self.reloading.due, now) {
-            self.reload(Cause::File);
+    /// Reads the configuration file, and puts it in force if that is possible.
+    pub(super) fn reload(&mut self, cause: ReloadCause) {
+        if cause == ReloadCause::Signal {
+            self.service_manager.notify_reloading();
         }
+        self.read_and_prepare(cause);
+        self.notify_reload_ended();
     }
 
-    /// Reads the file again and follows it, if it can be followed whole.
-    pub(super) fn reload(&mut self, cause: Cause) {
-        if cause == Cause::Signal {
-            self.service.begin_reload();
-        }
-        self.read_and_follow(cause);
-        self.end_reload();
-    }
-
-    fn read_and_follow(&mut self, cause: Cause) {
+    fn read_and_prepare(&mut self, cause: ReloadCause) {
         let read = Config::load(&self.config.path).and_then(|config| {
             config.inherit_listener_ids(&self.config, self.kernel.is_some(), &mut self.reloading.numbers)
         });
         let config = match read {
             Ok(config) => config,
-            Err(error) => return self.refuse(&error, cause),
+            Err(error) => return self.reject(&error, cause),
         };
         if config == self.config {
-            return self.nothing_new(cause);
+            return self.log_unchanged(cause);
         }
         tracing::info!(config = %config.path.display(), cause = cause.name(), "reloading the configuration");
-        if cause == Cause::File {
-            self.service.begin_reload();
+        if cause == ReloadCause::File {
+            self.service_manager.notify_reloading();
         }
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
-        fit_open_files(&config);
-        if let Err(error) = self.attempt(config) {
-            self.refuse(&error, cause);
+        raise_open_files_limit(&config);
+        if let Err(error) = self.prepare_reload(config) {
+            self.reject(&error, cause);
         }
     }
 
-    fn nothing_new(&mut self, cause: Cause) {
-        if cause == Cause::Signal {
+    fn log_unchanged(&mut self, cause: ReloadCause) {
+        if cause == ReloadCause::Signal {
             tracing::info!(config = %self.config.path.display(), "configuration reloaded: nothing in it has changed");
-        } else if self.reloading.refusal.is_some() {
-            tracing::info!(config = %self.config.path.display(), "the configuration in force is in the file again");
+        } else if self.reloading.rejection.is_some() {
+            tracing::info!(config = %self.config.path.display(), "the configuration file is as the configuration in force again");
         } else {
             return;
         }
         self.count_success();
     }
 
-    /// Prepares all that can fail, and has the controller try.
-    fn attempt(&mut self, config: Config) -> Result<()> {
-        let http = self.new_http(&config)?;
+    /// Does everything that can fail, and passes the configuration to the controller.
+    fn prepare_reload(&mut self, config: Config) -> Result<()> {
+        let http = self.http_change(&config)?;
         let (kernel, support) = match self.kernel {
             Some(_) => (None, Ok(())),
             None => load_kernel(&config)?,
         };
         let prepared = self.controller.prepare(config.clone(), &support)?;
-        let discovery = self.new_discovery(&config)?;
-        let control = self.control.succeeding(&self.config, &config, self.poll.registry())?;
+        let discovery = self.discovery_change(&config)?;
+        let status_socket = self.status_socket.replacement(&self.config, &config, self.poll.registry())?;
         let pins = self.kernel.as_ref().map(|kernel| kernel.prepare(&config.handover)).transpose()?;
         if prepared.wants_kernel()
             && let Some(mut kernel) = kernel
         {
-            succession::begin(&mut kernel, &config, self.poll.registry())?;
+            handover::prepare(&mut kernel, &config, self.poll.registry())?;
             kernel.commit();
             track_next_hops(&kernel, &mut self.monitor, &mut self.host)?;
             self.kernel = Some(kernel);
         }
-        self.reloading.attempt = Some(Attempt { config, http, discovery, control, pins });
+        self.reloading.pending = Some(PendingReload { config, http, discovery, status_socket, pins });
         self.handle(Event::Config(prepared));
         Ok(())
     }
 
-    fn new_http(&self, config: &Config) -> Result<Change<(http::Server, Receiver<Request>)>> {
+    fn http_change(&self, config: &Config) -> Result<PartChange<(MetricsServer, Receiver<MainLoopRequest>)>> {
         if config.metrics == self.config.metrics {
-            return Ok(Change::Keep);
+            return Ok(PartChange::Keep);
         }
-        let Some(metrics) = &config.metrics else { return Ok(Change::End) };
+        let Some(metrics) = &config.metrics else { return Ok(PartChange::Stop) };
         let same_port =
             self.config.metrics.as_ref().filter(|before| before.bind == metrics.bind).and(self.http.as_ref());
         let bound = match same_port {
             Some((server, _)) => server.with_path(&metrics.path),
-            None => http::Bound::new(metrics)?,
+            None => MetricsListener::new(metrics)?,
         };
         tracing::info!(address = %bound.address(), "serving metrics");
-        Ok(Change::Begin(bound.serve(Arc::clone(&self.waker), http::Limits::default())?))
+        Ok(PartChange::Replace(bound.serve(Arc::clone(&self.waker), HttpLimits::default())?))
     }
 
-    fn new_discovery(&self, config: &Config) -> Result<Change<(Discovery, Receiver<Update>)>> {
+    fn discovery_change(&self, config: &Config) -> Result<PartChange<(Discovery, Receiver<Update>)>> {
         let wanted = config.listeners.iter().any(|listener| matches!(listener.source, DownstreamSource::Kubernetes(_)));
-        if wanted && self.sources.can_follow(config)? {
-            return Ok(Change::Keep);
+        if wanted && self.sources.can_update_discovery(config)? {
+            return Ok(PartChange::Keep);
         }
         let new = self.sources.start_discovery(config, &self.waker)?;
-        Ok(new.map_or(Change::End, Change::Begin))
+        Ok(new.map_or(PartChange::Stop, PartChange::Replace))
     }
 
-    /// The controller's word on the last attempt.
-    pub(super) fn settled(&mut self, outcome: Result<(), String>) {
+    /// The controller has put the new plan in force, or has gone back to the old one for this reason.
+    pub(super) fn finish_reload(&mut self, outcome: Result<(), String>) {
         if !self.controller.modes().any(|(_, choice)| choice.mode == Mode::TcEbpf) {
-            self.give_kernel_up();
+            self.remove_kernel();
         }
-        match (self.reloading.attempt.take(), outcome) {
-            (Some(attempt), Ok(())) => self.commit(attempt),
-            (Some(_), Err(reason)) => self.refuse(&anyhow::Error::msg(reason), Cause::Signal),
+        match (self.reloading.pending.take(), outcome) {
+            (Some(pending), Ok(())) => self.commit_reload(pending),
+            (Some(_), Err(reason)) => self.reject(&anyhow::Error::msg(reason), ReloadCause::Signal),
             (None, _) => {}
         }
-        self.trace_anew();
-        self.end_reload();
+        self.restart_trace();
+        self.notify_reload_ended();
     }
 
-    /// The plan is in force: the rest follows, none of which can fail any more.
-    fn commit(&mut self, attempt: Attempt) {
-        let Attempt { config, http, discovery, control, pins } = attempt;
-        // Whoever has asked the old endpoint gets an answer before it goes.
-        self.answer_requests();
-        if let Some((server, _)) = http.carry_out(&mut self.http) {
+    /// The plan is in force. Changes everything else, none of which can fail.
+    fn commit_reload(&mut self, pending: PendingReload) {
+        let PendingReload { config, http, discovery, status_socket, pins } = pending;
+        // Clients of the old endpoint get their answers before it closes.
+        self.answer_http_requests();
+        if let Some((server, _)) = http.apply_to(&mut self.http) {
             server.shutdown();
         }
-        let follows = matches!(discovery, Change::Keep);
-        if let Some((discovery, _)) = discovery.carry_out(&mut self.sources.discovery) {
+        let update_discovery = matches!(discovery, PartChange::Keep);
+        if let Some((discovery, _)) = discovery.apply_to(&mut self.sources.discovery) {
             discovery.shutdown();
-            self.sources.lost = false;
+            self.sources.discovery_failed = false;
         }
-        if follows && let Err(error) = self.sources.follow_services(&config) {
+        if update_discovery && let Err(error) = self.sources.update_discovery(&config) {
             tracing::error!("{error:#}");
         }
-        if let Some(control) = control {
-            self.control.succeed(control);
+        if let Some(server) = status_socket {
+            self.status_socket.replace(server);
         }
         if let (Some(kernel), Some(pins)) = (&mut self.kernel, pins) {
             kernel.configure(&config.handover, pins);
         }
-        self.timers.beat = Some(Instant::now());
-        self.sources.follow_names(&config, self.started.elapsed());
+        self.timers.heartbeat = Some(Instant::now());
+        self.sources.update_names(&config, self.started.elapsed());
         let old = std::mem::replace(&mut self.config, config);
-        self.watch_health();
-        self.look_ahead();
-        self.reloading.watch_or_not(&self.config, self.poll.registry(), super::CONFIG);
+        self.update_health_targets();
+        self.check_preceding_programs();
+        self.reloading.update_watch(&self.config, self.poll.registry(), CONFIG_FILE);
         self.count_success();
-        // Whoever waits for these lines may rely on all of the above.
-        tell_changes(&old, &self.config);
-        self.tell_modes();
+        // Last, so that everything above holds once these lines are in the log.
+        log_changes(&old, &self.config);
+        self.log_modes();
     }
 
     fn count_success(&mut self) {
         let reloading = &mut self.reloading;
-        reloading.refusal = None;
-        let success = reloading.record.success + 1;
-        reloading.record = Reloads { success, last_good: true, last_success: SystemTime::now(), ..reloading.record };
+        reloading.rejection = None;
+        let success = reloading.counts.success + 1;
+        reloading.counts =
+            ReloadCounts { success, last_good: true, last_success: SystemTime::now(), ..reloading.counts };
     }
 
-    /// Says what is wrong. What is said already is not said again just because something else happened to the file.
-    fn refuse(&mut self, error: &anyhow::Error, cause: Cause) {
+    /// Logs why the new configuration is not put in force; the same reason only once while the file goes on changing.
+    fn reject(&mut self, error: &anyhow::Error, cause: ReloadCause) {
         let text = error_hints::add_open_files_hint(format!("{error:#}"));
-        let known = self.reloading.refusal.as_ref().is_some_and(|(_, known)| *known == text);
-        if known && cause == Cause::File {
+        let known = self.reloading.rejection.as_ref().is_some_and(|(_, known)| *known == text);
+        if known && cause == ReloadCause::File {
             return;
         }
         for line in text.lines() {
             tracing::error!("{line}");
         }
         let config = self.config.path.display();
-        tracing::error!(%config, "configuration not reloaded: the one in force stays in force, whole");
-        let record = &mut self.reloading.record;
-        record.error += 1;
-        record.last_good = false;
-        self.reloading.refusal = Some((SystemTime::now(), text));
+        tracing::error!(%config, "configuration not reloaded: the one in force stays in force unchanged");
+        let counts = &mut self.reloading.counts;
+        counts.error += 1;
+        counts.last_good = false;
+        self.reloading.rejection = Some((SystemTime::now(), text));
     }
 }
 
-impl Cause {
+impl ReloadCause {
     fn name(self) -> &'static str {
         match self {
-            Cause::Signal => "SIGHUP",
-            Cause::File => "the file has changed",
+            ReloadCause::Signal => "SIGHUP",
+            ReloadCause::File => "the file has changed",
         }
     }
 }
 
-/// Says which listeners are not as they were.
-fn tell_changes(old: &Config, new: &Config) {
+/// Logs which listeners were changed, added or removed.
+fn log_changes(old: &Config, new: &Config) {
     let named = |config: &Config, name: &str| config.listeners.iter().find(|other| other.name == name).cloned();
     let mut unchanged = 0;
     for listener in &new.listeners {
         match named(old, &listener.name) {
             Some(before) if before == *listener => unchanged += 1,
-            Some(_) => tell(listener, "listener changed"),
-            None => tell(listener, "listener added"),
+            Some(_) => log_listener(listener, "listener changed"),
+            None => log_listener(listener, "listener added"),
         }
     }
     for listener in old.listeners.iter().filter(|listener| named(new, &listener.name).is_none()) {
-        tell(listener, "listener removed");
+        log_listener(listener, "listener removed");
     }
     let config: &Path = &new.path;
     tracing::info!(config = %config.display(), listeners = new.listeners.len(), unchanged, "configuration reloaded");
 }
 
-fn tell(listener: &ListenerConfig, what: &str) {
+fn log_listener(listener: &ListenerConfig, what: &str) {
     tracing::info!(listener = listener.name, listener_id = listener.id.0, bind = %listener.bind, "{what}");
 }

@@ -1,65 +1,61 @@
-//! Tells clients of the status socket what becomes of single datagrams, while any of them wants to know.
+//! `udp-fanout trace`: subscriptions of the status socket's clients become the kernel program's trace filter, and its events
+//! become their lines.
 //!
-//! The kernel program's switch is on only then, and only for what they want. No more than [`MOST`] datagrams are told of in
-//! a second: after that the switch is off for the rest of it, so that tracing a busy listener costs the program and this
-//! loop hardly anything.
+//! The program traces only while a client asks for it, and no more than all clients together want. After
+//! [`MAX_PER_SECOND`] datagrams in a second, tracing pauses until that second is over.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Daemon, take_due};
+use super::Daemon;
 use crate::admission::Prefix;
-use crate::control::protocol::Response;
-use crate::control::server::Answer;
-use crate::control::trace::{Traced, Watch};
+use crate::control::protocol::StatusResponse;
+use crate::control::server::StatusReply;
+use crate::control::throttle::{MAX_PER_SECOND, TraceThrottle};
+use crate::control::trace::{TraceRecord, TraceSubscription};
 use crate::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
 use crate::model::Mode;
 
-/// Datagrams told of in a second.
-const MOST: u32 = 1_000;
-/// The time over which they are counted.
-const WINDOW: Duration = Duration::from_secs(1);
-
-/// What is traced, and how much has been.
+/// What is traced, and how much.
 #[derive(Debug, Default)]
 pub(super) struct Tracing {
-    /// What the kernel program has been told.
-    in_force: Option<Watch>,
-    /// Told of since the window began.
-    told: u32,
-    window: Option<Instant>,
+    /// The filter that the kernel program has.
+    in_force: Option<TraceSubscription>,
+    throttle: TraceThrottle,
 }
 
 impl Daemon {
     /// Answers a client that asks for a trace.
-    pub(super) fn trace(&self, listener: Option<&str>, source: Option<&str>) -> Answer {
-        match self.watch_for(listener, source) {
-            Ok(watch) => {
-                let sockets = self.controller.modes().filter(|(_, choice)| choice.mode == Mode::Userspace);
+    pub(super) fn start_trace(&self, listener: Option<&str>, source: Option<&str>) -> StatusReply {
+        match self.subscription(listener, source) {
+            Ok(subscription) => {
+                let userspace = self.controller.modes().filter(|(_, choice)| choice.mode == Mode::Userspace);
                 let left_out: Vec<&str> = match listener {
-                    None => sockets.map(|(config, _)| config.name.as_str()).collect(),
+                    None => userspace.map(|(config, _)| config.name.as_str()).collect(),
                     Some(_) => Vec::new(),
                 };
                 let mut note = "tracing until interrupted".to_owned();
                 if !left_out.is_empty() {
-                    note += &format!("; but for what is forwarded in user space: {}", left_out.join(", "));
+                    note += &format!("; listeners in mode userspace are not traced: {}", left_out.join(", "));
                 }
-                Answer { response: Response::Note(note), watch: Some(watch) }
+                StatusReply { response: StatusResponse::Note(note), subscription: Some(subscription) }
             }
-            Err(reason) => Response::Error(reason).into(),
+            Err(reason) => StatusResponse::Error(reason).into(),
         }
     }
 
-    fn watch_for(&self, listener: Option<&str>, source: Option<&str>) -> Result<Watch, String> {
-        let source = source.map(Prefix::parse).transpose().map_err(|_| "the source is no prefix".to_owned())?;
+    fn subscription(&self, listener: Option<&str>, source: Option<&str>) -> Result<TraceSubscription, String> {
+        let source = source
+            .map(|text| Prefix::parse(text).map_err(|_| format!("source {text:?} is neither an address nor a prefix")))
+            .transpose()?;
         let in_kernel = |mode: Mode| mode == Mode::TcEbpf;
-        let see = "`tcpdump -ni any udp` shows what comes and goes";
+        let advice = "use `tcpdump -ni any udp` instead";
         let Some(name) = listener else {
             if !self.controller.modes().any(|(_, choice)| in_kernel(choice.mode)) {
-                return Err(format!("all listeners are forwarded in user space, where nothing is traced; {see}"));
+                return Err(format!("all listeners are in mode userspace, which is not traced; {advice}"));
             }
-            return Ok(Watch { listener: None, source });
+            return Ok(TraceSubscription { listener: None, source });
         };
         let Some((config, choice)) = self.controller.modes().find(|(config, _)| config.name == name) else {
             let names: Vec<&str> = self.controller.modes().map(|(config, _)| config.name.as_str()).collect();
@@ -67,62 +63,55 @@ impl Daemon {
         };
         if !in_kernel(choice.mode) {
             return Err(format!(
-                "listener {name:?} is forwarded in user space ({}), where nothing is traced; {see}",
+                "listener {name:?} is in mode userspace ({}), which is not traced; {advice}",
                 choice.reason
             ));
         }
-        Ok(Watch { listener: Some(config.id), source })
+        Ok(TraceSubscription { listener: Some(config.id), source })
     }
 
-    /// Has the kernel program tell what clients want to know, and nothing else.
-    pub(super) fn follow_traces(&mut self) {
-        let wanted = self.control.watches();
+    /// Gives the kernel program the filter that covers all clients, if that has changed.
+    pub(super) fn update_trace_filter(&mut self) {
+        let wanted = self.status_socket.subscriptions();
         if wanted != self.tracing.in_force {
-            self.switch_trace(wanted);
+            self.set_trace_filter(wanted);
         }
     }
 
-    /// The kernel program is another one, or there is none.
-    pub(super) fn trace_anew(&mut self) {
-        let wanted = self.control.watches();
-        self.switch_trace(wanted);
+    /// Sets the filter again: after a pause, or for a new kernel program.
+    pub(super) fn restart_trace(&mut self) {
+        let wanted = self.status_socket.subscriptions();
+        self.set_trace_filter(wanted);
     }
 
-    fn switch_trace(&mut self, wanted: Option<Watch>) {
+    fn set_trace_filter(&mut self, wanted: Option<TraceSubscription>) {
         self.tracing.in_force = wanted;
         self.timers.trace = None;
         let Some(kernel) = &mut self.kernel else { return };
-        let filter = wanted.map(|watch| TraceFilter {
-            listener: watch.listener,
-            source: watch.source.map(|prefix| (prefix.address(), prefix.length())),
+        let filter = wanted.map(|wanted| TraceFilter {
+            listener: wanted.listener,
+            source: wanted.source.map(|prefix| (prefix.address(), prefix.length())),
         });
         if let Err(error) = kernel.events().trace(filter.as_ref()) {
             self.tracing.in_force = None;
-            self.control.end_watches(&Response::Error(format!("{error:#}")));
+            self.status_socket.end_traces(&StatusResponse::Error(format!("{error:#}")));
         }
     }
 
-    /// Tells those who want to know of a datagram.
-    pub(super) fn tell_traced(&mut self, event: &DatagramEvent) {
+    /// Sends an event to the clients that subscribe to it.
+    pub(super) fn send_to_traces(&mut self, event: &DatagramEvent) {
         if self.tracing.in_force.is_none() {
             return;
         }
-        let now = Instant::now();
-        if self.tracing.window.is_none_or(|start| now.duration_since(start) >= WINDOW) {
-            self.tracing.window = Some(now);
-            self.tracing.told = 0;
-        }
-        self.tracing.told += 1;
-        if self.tracing.told > MOST {
-            self.pause_trace(now);
+        if let Err(until) = self.tracing.throttle.count(Instant::now()) {
+            self.pause_trace(until);
             return;
         }
-        let traced = self.traced(event);
-        self.control.tell(&Response::Traced(Box::new(traced)), |watch| watch.wants(event.listener, event.source.ip()));
+        let record = StatusResponse::Traced(Box::new(self.trace_record(event)));
+        self.status_socket.publish(&record, |wanted| wanted.matches(event.listener, event.source.ip()));
     }
 
-    /// Enough for this second.
-    fn pause_trace(&mut self, now: Instant) {
+    fn pause_trace(&mut self, until: Instant) {
         if self.timers.trace.is_some() {
             return;
         }
@@ -131,19 +120,12 @@ impl Daemon {
         {
             tracing::error!("{error:#}");
         }
-        self.timers.trace = Some(self.tracing.window.map_or(now, |start| start + WINDOW));
-        let note = format!("more than {MOST} in a second: the others of this second are left out");
-        self.control.tell(&Response::Note(note), |_| true);
+        self.timers.trace = Some(until);
+        let note = format!("more than {MAX_PER_SECOND} datagrams in a second: the rest of this second is not shown");
+        self.status_socket.publish(&StatusResponse::Note(note), |_| true);
     }
 
-    /// Goes on after a pause.
-    pub(super) fn resume_trace(&mut self, now: Instant) {
-        if take_due(&mut self.timers.trace, now) {
-            self.trace_anew();
-        }
-    }
-
-    fn traced(&self, event: &DatagramEvent) -> Traced {
+    fn trace_record(&self, event: &DatagramEvent) -> TraceRecord {
         let (fate, way, reason) = match event.outcome {
             DatagramOutcome::Forwarded(way) => ("forwarded", way, None),
             DatagramOutcome::Passed => ("passed", DeliveryPath::None, None),
@@ -157,7 +139,7 @@ impl Daemon {
         };
         let plan = self.controller.plan().listeners.iter().find(|plan| plan.id == event.listener);
         let name = |to| plan?.targets.iter().map(|target| &target.downstream).find(|known| known.address == to);
-        Traced {
+        TraceRecord {
             time: wall_clock(event.at),
             listener: self.controller.listener_name(event.listener).unwrap_or_default().to_owned(),
             source: event.source,

@@ -1,15 +1,15 @@
 //! The HTTP endpoint: metrics, liveness, readiness.
 //!
 //! One thread, `fo-http`, runs a small tokio runtime and hyper. It holds no state of the daemon: for every request it
-//! sends a [`Request`] through a channel, wakes the event loop, and waits for the answer a limited time. So a page is
+//! sends a [`MainLoopRequest`] through a channel, wakes the event loop, and waits for the answer a limited time. So a page is
 //! always current, and `/healthz` answers 200 only while the event loop really turns.
 //!
-//! - [`Bound`] takes the port, so that a port in use is an error at start and not a line in a log.
+//! - [`MetricsListener`] takes the port, so that a port in use is an error at start and not a line in a log.
 //! - `serve` accepts connections and keeps slow clients from crowding out others.
 //! - `answer` turns one HTTP request into one response.
 
-mod answer;
-mod serve;
+mod connections;
+mod routes;
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
@@ -22,7 +22,7 @@ use anyhow::{Context, anyhow, bail};
 use mio::Waker;
 use tokio::sync::oneshot;
 
-use super::Snapshot;
+use super::MetricsSnapshot;
 use crate::config::MetricsConfig;
 
 /// Path of the liveness probe.
@@ -32,43 +32,43 @@ pub const READY_PATH: &str = "/readyz";
 
 /// What the HTTP thread asks of the event loop. A dropped sender is answered with 503, as is silence.
 #[derive(Debug)]
-pub enum Request {
+pub enum MainLoopRequest {
     /// For the metrics page; an error goes to the client as it is, with 503.
-    Scrape(oneshot::Sender<anyhow::Result<Snapshot>>),
+    Scrape(oneshot::Sender<anyhow::Result<MetricsSnapshot>>),
     /// For liveness, where any answer will do, and readiness.
-    Health(oneshot::Sender<Health>),
+    Readiness(oneshot::Sender<ReadinessReport>),
 }
 
-impl Request {
+impl MainLoopRequest {
     /// True if nobody waits for the answer any more, so that it need not be computed.
     #[must_use]
     pub fn abandoned(&self) -> bool {
         match self {
-            Request::Scrape(reply) => reply.is_closed(),
-            Request::Health(reply) => reply.is_closed(),
+            MainLoopRequest::Scrape(reply) => reply.is_closed(),
+            MainLoopRequest::Readiness(reply) => reply.is_closed(),
         }
     }
 }
 
 /// How far the daemon has got.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Health {
+pub struct ReadinessReport {
     /// Every configured listener.
-    pub listeners: Vec<ListenerHealth>,
+    pub listeners: Vec<ListenerReadiness>,
 }
 
 /// How far one listener has got.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ListenerHealth {
+pub struct ListenerReadiness {
     /// Its name.
     pub name: Arc<str>,
     /// Whether it takes part.
-    pub readiness: Readiness,
+    pub readiness: ReadinessState,
 }
 
 /// Whether a listener can do its work.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Readiness {
+pub enum ReadinessState {
     /// Attached, and has had its first downstream set.
     Ready,
     /// Its datapath is not in place, for this reason.
@@ -79,22 +79,22 @@ pub enum Readiness {
 
 /// How long the endpoint waits, and for how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct HttpLimits {
     /// How long the event loop may take to answer before it counts as stalled.
     pub answer: Duration,
     /// How long a client may take to send its request.
     pub headers: Duration,
     /// How long a connection may last altogether, which is what ends a client that does not read its response.
     pub connection: Duration,
-    /// Connections open at one time, at least 1. One more closes the oldest that waits for its client.
+    /// HttpConnections open at one time, at least 1. One more closes the oldest that waits for its client.
     pub connections: usize,
     /// How long a new connection is safe from being closed for another's sake: time for its request to arrive.
     pub grace: Duration,
 }
 
-impl Default for Limits {
+impl Default for HttpLimits {
     fn default() -> Self {
-        Limits {
+        HttpLimits {
             answer: Duration::from_secs(2),
             headers: Duration::from_secs(5),
             connection: Duration::from_secs(30),
@@ -106,13 +106,13 @@ impl Default for Limits {
 
 /// A port taken, not served yet.
 #[derive(Debug)]
-pub struct Bound {
+pub struct MetricsListener {
     listener: Arc<TcpListener>,
     address: SocketAddr,
     path: String,
 }
 
-impl Bound {
+impl MetricsListener {
     /// Takes the configured address and port.
     ///
     /// # Errors
@@ -125,7 +125,7 @@ impl Bound {
         let listener = TcpListener::bind(config.bind).map_err(|e| bind_error(config.bind, &e))?;
         listener.set_nonblocking(true).context("cannot make the metrics socket non-blocking")?;
         let address = listener.local_addr().context("cannot read the metrics socket's address")?;
-        Ok(Bound { listener: Arc::new(listener), address, path: config.path.clone() })
+        Ok(MetricsListener { listener: Arc::new(listener), address, path: config.path.clone() })
     }
 
     /// The address and port taken: the configured one, with the kernel's choice in place of port 0.
@@ -139,7 +139,11 @@ impl Bound {
     ///
     /// # Errors
     /// When the kernel refuses a thread or an epoll instance.
-    pub fn serve(self, waker: Arc<Waker>, limits: Limits) -> anyhow::Result<(Server, Receiver<Request>)> {
+    pub fn serve(
+        self,
+        waker: Arc<Waker>,
+        limits: HttpLimits,
+    ) -> anyhow::Result<(MetricsServer, Receiver<MainLoopRequest>)> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
@@ -152,8 +156,8 @@ impl Bound {
         };
         // Each connection has at most one request under way, so a full channel means a stalled event loop.
         let (requests, receiver) = mpsc::sync_channel(limits.connections.max(1));
-        let main_loop = answer::MainLoop { requests, waker, patience: limits.answer };
-        let site = Arc::new(answer::Site { main_loop, metrics_path: self.path });
+        let main_loop = routes::MainLoopHandle { requests, waker, patience: limits.answer };
+        let site = Arc::new(routes::HttpRoutes { main_loop, metrics_path: self.path });
         let (stop, stopped) = oneshot::channel::<()>();
         let (ended, done) = mpsc::channel::<()>();
         let thread = std::thread::Builder::new()
@@ -164,7 +168,7 @@ impl Bound {
                     tokio::select! {
                         biased;
                         _ = stopped => {}
-                        () = serve::accept(listener, site, limits) => {}
+                        () = connections::accept(listener, site, limits) => {}
                     }
                 });
                 // Open connections end with the runtime.
@@ -172,7 +176,11 @@ impl Bound {
             })
             .context("cannot start the HTTP thread")?;
         Ok((
-            Server { address: self.address, listener: self.listener, running: Some(Running { stop, done, thread }) },
+            MetricsServer {
+                address: self.address,
+                listener: self.listener,
+                running: Some(HttpThread { stop, done, thread }),
+            },
             receiver,
         ))
     }
@@ -202,22 +210,22 @@ fn bind_error(address: SocketAddr, error: &std::io::Error) -> anyhow::Error {
 
 /// The running endpoint. Dropping it shuts it down.
 #[derive(Debug)]
-pub struct Server {
+pub struct MetricsServer {
     address: SocketAddr,
     /// The same socket as the thread's, and as a successor's on the same port.
     listener: Arc<TcpListener>,
-    running: Option<Running>,
+    running: Option<HttpThread>,
 }
 
 #[derive(Debug)]
-struct Running {
+struct HttpThread {
     stop: oneshot::Sender<()>,
     /// Disconnected once the thread is through.
     done: Receiver<()>,
     thread: JoinHandle<()>,
 }
 
-impl Server {
+impl MetricsServer {
     /// How long a shutdown waits for the thread. It can only be late by rendering a page for very many downstreams.
     const SHUTDOWN: Duration = Duration::from_millis(100);
 
@@ -230,8 +238,8 @@ impl Server {
     /// The same port, to be served with the metrics at another path. Then this server can be shut down: no connection is
     /// refused in between.
     #[must_use]
-    pub fn with_path(&self, path: &str) -> Bound {
-        Bound { listener: Arc::clone(&self.listener), address: self.address, path: path.to_owned() }
+    pub fn with_path(&self, path: &str) -> MetricsListener {
+        MetricsListener { listener: Arc::clone(&self.listener), address: self.address, path: path.to_owned() }
     }
 
     /// Closes the port and all connections and ends the thread, within 100 ms.
@@ -240,7 +248,7 @@ impl Server {
     }
 
     fn stop(&mut self) {
-        let Some(Running { stop, done, thread }) = self.running.take() else { return };
+        let Some(HttpThread { stop, done, thread }) = self.running.take() else { return };
         // An error means that the thread has ended already.
         let _ = stop.send(());
         // The thread may be late, and the port is wanted free: by another server of ours, perhaps.
@@ -258,7 +266,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for MetricsServer {
     fn drop(&mut self) {
         self.stop();
     }

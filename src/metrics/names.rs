@@ -5,7 +5,7 @@
 
 /// How a metric's value behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows, until the daemon starts anew.
     Counter,
     /// Goes up and down.
@@ -14,14 +14,14 @@ pub enum Kind {
     Histogram,
 }
 
-impl Kind {
+impl MetricKind {
     /// Its name in the text format's `# TYPE` line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
         }
     }
 }
@@ -32,7 +32,7 @@ pub struct Metric {
     /// Its full name.
     pub name: &'static str,
     /// Its type.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// What it says, in one line.
     pub help: &'static str,
     /// The names of its labels, in the order in which the renderer is given their values.
@@ -40,15 +40,15 @@ pub struct Metric {
 }
 
 const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
-    Metric { name, kind: Kind::Counter, help, labels }
+    Metric { name, kind: MetricKind::Counter, help, labels }
 }
 
 const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
-    Metric { name, kind: Kind::Gauge, help, labels }
+    Metric { name, kind: MetricKind::Gauge, help, labels }
 }
 
 const fn histogram(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
-    Metric { name, kind: Kind::Histogram, help, labels }
+    Metric { name, kind: MetricKind::Histogram, help, labels }
 }
 
 /// `udp_fanout_packets_received_total`
@@ -271,7 +271,7 @@ mod tests {
     fn names_follow_the_conventions_of_prometheus() {
         for metric in ALL {
             assert!(is_name(metric.name) && metric.name.starts_with("udp_fanout_"), "{}", metric.name);
-            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == MetricKind::Counter, "{}", metric.name);
             assert!(metric.help.ends_with('.'), "{}", metric.name);
             assert!(!metric.help.contains(['\n', '\\']), "{}", metric.name);
             assert!(metric.labels.iter().all(|label| is_name(label) && *label != "le"), "{}", metric.name);

@@ -1,4 +1,4 @@
-//! A [`Snapshot`] becomes a page in Prometheus' text format (version 0.0.4).
+//! A [`MetricsSnapshot`] becomes a page in Prometheus' text format (version 0.0.4).
 //!
 //! Every page has a recorder of its own, filled with absolute values and thrown away: nothing is left over of a
 //! downstream that is gone, and no value is older than the snapshot. The recorder is spoken to directly rather than
@@ -13,8 +13,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use metrics::{Key, KeyName, Label, Level, Metadata, Recorder, SharedString};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 
-use super::names::{self, Kind, Metric};
-use super::snapshot::{ListenerSnapshot, Snapshot};
+use super::names::{self, Metric, MetricKind};
+use super::snapshot::{ListenerSnapshot, MetricsSnapshot};
 use crate::discovery::ServiceStatus;
 use crate::health::probe_stats::ProbeStats;
 use crate::health::settings::ProbeKind;
@@ -26,8 +26,8 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Renders the page. Metrics come in the order of [`names::ALL`], series in alphabetic order, so that two pages can be
 /// compared line by line.
 #[must_use]
-pub fn render(snapshot: &Snapshot) -> String {
-    let page = Page::new();
+pub fn render(snapshot: &MetricsSnapshot) -> String {
+    let page = MetricsPage::new();
     for listener in &snapshot.listeners {
         page.listener(listener);
     }
@@ -71,27 +71,27 @@ fn seconds(time: SystemTime) -> f64 {
 }
 
 /// The protocols by which anything has been probed.
-fn probed(snapshot: &Snapshot) -> impl Iterator<Item = (ProbeKind, &ProbeStats)> {
+fn probed(snapshot: &MetricsSnapshot) -> impl Iterator<Item = (ProbeKind, &ProbeStats)> {
     let all = ProbeKind::ALL.into_iter().map(|kind| (kind, snapshot.probes.of(kind)));
     all.filter(|(_, stats)| stats.sent() > 0)
 }
 
-struct Page {
+struct MetricsPage {
     recorder: PrometheusRecorder,
 }
 
-impl Page {
+impl MetricsPage {
     fn new() -> Self {
         let recorder = PrometheusBuilder::new().build_recorder();
         for metric in names::ALL {
             let (name, help) = (KeyName::from_const_str(metric.name), SharedString::const_str(metric.help));
             match metric.kind {
-                Kind::Counter => recorder.describe_counter(name, None, help),
-                Kind::Gauge => recorder.describe_gauge(name, None, help),
-                Kind::Histogram => {}
+                MetricKind::Counter => recorder.describe_counter(name, None, help),
+                MetricKind::Gauge => recorder.describe_gauge(name, None, help),
+                MetricKind::Histogram => {}
             }
         }
-        Page { recorder }
+        MetricsPage { recorder }
     }
 
     fn listener(&self, listener: &ListenerSnapshot) {
@@ -128,7 +128,7 @@ impl Page {
         self.gauge(&names::LISTENER_MODE, [name(), mode, reason], 1.0);
     }
 
-    fn health_checks(&self, snapshot: &Snapshot) {
+    fn health_checks(&self, snapshot: &MetricsSnapshot) {
         for (listener, transitions) in &snapshot.health_transitions {
             for (to, times) in [("unhealthy", transitions.failed), ("healthy", transitions.recovered)] {
                 let listener = SharedString::from_shared(Arc::clone(listener));
@@ -194,7 +194,7 @@ fn in_order(page: &str) -> String {
     for (position, text) in metrics {
         let (head, mut series): (Vec<&str>, Vec<&str>) =
             text.lines().filter(|line| !line.is_empty()).partition(|line| line.starts_with('#'));
-        if names::ALL[position].kind != Kind::Histogram {
+        if names::ALL[position].kind != MetricKind::Histogram {
             series.sort_unstable();
         }
         for line in head.into_iter().chain(series) {

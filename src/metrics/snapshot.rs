@@ -13,13 +13,13 @@ use crate::plan::ListenerPlan;
 
 /// Everything one scrape shows.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Snapshot {
+pub struct MetricsSnapshot {
     /// When the daemon started.
     pub started: SystemTime,
     /// How the plans given to the datapaths have fared.
-    pub plan_applies: PlanApplies,
+    pub plan_applies: PlanApplyCounts,
     /// How reading the configuration again has fared.
-    pub reloads: Reloads,
+    pub reloads: ReloadCounts,
     /// In the configuration's order.
     pub listeners: Vec<ListenerSnapshot>,
     /// Fragments that could not be treated like the rest of their datagram.
@@ -27,7 +27,7 @@ pub struct Snapshot {
     /// For each interface that carries the TC program, how many programs and filters see its packets before.
     pub programs_ahead: Vec<(Arc<str>, usize)>,
     /// The downstreams that are checked, those left out of a round included.
-    pub health: Vec<HealthSnapshot>,
+    pub health: Vec<DownstreamHealthSnapshot>,
     /// How often downstreams have changed their state, by the names of the listeners whose downstreams are checked.
     pub health_transitions: Vec<(Arc<str>, Transitions)>,
     /// Health probes of all listeners.
@@ -38,7 +38,7 @@ pub struct Snapshot {
 
 /// What health checks say of one downstream of one listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HealthSnapshot {
+pub struct DownstreamHealthSnapshot {
     /// The listener's name.
     pub listener: Arc<str>,
     /// The downstream's address.
@@ -49,7 +49,7 @@ pub struct HealthSnapshot {
 
 /// How often a changed plan was given to the datapaths since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PlanApplies {
+pub struct PlanApplyCounts {
     /// Every datapath took it.
     pub success: u64,
     /// A datapath refused a part of it.
@@ -58,7 +58,7 @@ pub struct PlanApplies {
 
 /// How often the configuration was read again since the start, and how that went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reloads {
+pub struct ReloadCounts {
     /// It was followed, or was what is in force already.
     pub success: u64,
     /// It was wrong, or could not be put in force; what was before stayed.
@@ -72,7 +72,7 @@ pub struct Reloads {
 /// One listener in a scrape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerSnapshot {
-    /// Its name; unique in a [`Snapshot`].
+    /// Its name; unique in a [`MetricsSnapshot`].
     pub name: Arc<str>,
     /// The datapath that carries it.
     pub mode: Mode,

@@ -142,7 +142,7 @@ fn every_unit_is_that_of_the_metric() {
         for target in list(panel, "targets") {
             let query = text(target, "expr");
             for metric in Names::of(query).metrics {
-                let grows = metric.kind != names::Kind::Gauge;
+                let grows = metric.kind != names::MetricKind::Gauge;
                 let rated = query.contains("rate(") || query.contains("increase(");
                 assert_eq!(grows, rated, "{query}");
                 let per_second = ["pps", "Bps", "ops"].contains(&unit);

@@ -3,7 +3,7 @@
 use udp_fanout::discovery::ErrorKind;
 use udp_fanout::health::model::ProbeOutcome;
 use udp_fanout::health::settings::ProbeKind;
-use udp_fanout::metrics::names::{self, Kind, Metric};
+use udp_fanout::metrics::names::{self, Metric, MetricKind};
 use udp_fanout::model::{DropReason, Mode};
 
 /// Labels that Prometheus gives to what it scrapes.
@@ -121,9 +121,9 @@ fn metric(name: &str) -> Option<(&'static Metric, &'static [&'static str])> {
     let exact = names::ALL.into_iter().find(|metric| metric.name == name);
     let series = |suffix: &str| {
         let metric = name.strip_suffix(suffix)?;
-        names::ALL.into_iter().find(|known| known.name == metric && known.kind == Kind::Histogram)
+        names::ALL.into_iter().find(|known| known.name == metric && known.kind == MetricKind::Histogram)
     };
-    if let Some(metric) = exact.filter(|metric| metric.kind != Kind::Histogram) {
+    if let Some(metric) = exact.filter(|metric| metric.kind != MetricKind::Histogram) {
         return Some((metric, &[]));
     }
     let buckets = series("_bucket").map(|metric| (metric, &["le"][..]));

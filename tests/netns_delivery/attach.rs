@@ -151,7 +151,7 @@ fn netns_a_tcx_program_taken_off_is_put_back() {
     crate::books::bpftool(&["link", "detach", "id", &link["id"].to_string()]);
     assert!(chain(&lab).is_empty());
     exchange(&lab, 200);
-    daemon.wait_for_line("taken off by someone else; attaching again").unwrap();
+    daemon.wait_for_line("removed by another program; attaching it again").unwrap();
     daemon.wait_for_line("attached TC eBPF program to ingress").unwrap();
     assert_eq!(chain(&lab), ["udp_fanout"]);
     exchange(&lab, 200);

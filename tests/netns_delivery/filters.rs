@@ -265,7 +265,7 @@ fn netns_a_filter_taken_off_is_put_back() {
     lab.gateway.tc(&format!("qdisc del dev {INGRESS} clsact")).unwrap();
     // Until that is noticed, the socket forwards.
     exchange(&lab, 200);
-    daemon.wait_for_line("the TC filter has been taken off by someone else; attaching again").unwrap();
+    daemon.wait_for_line("the TC filter has been removed by another program; attaching it again").unwrap();
     daemon.wait_for_line("attached TC eBPF program to ingress interface=\"eth0\"").unwrap();
     ours(&filters(&lab.gateway, INGRESS));
     let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();

@@ -61,7 +61,7 @@ fn netns_detach_refuses_while_a_daemon_runs_unless_forced() {
     let text = printed(&run(&lab, &["detach", "--force"], &pins));
     assert!(text.starts_with("eth0: removed the TC filter"), "{text}");
     assert_eq!(text.lines().count(), 1, "a living daemon's pins stay: {text}");
-    daemon.wait_for_line("the TC filter has been taken off by someone else; attaching again").unwrap();
+    daemon.wait_for_line("the TC filter has been removed by another program; attaching it again").unwrap();
     daemon.wait_for_line("attached TC eBPF program").unwrap();
     end(daemon, Signal::SIGTERM);
 }

@@ -8,7 +8,7 @@ use mio::{Events, Poll, Waker};
 use tempfile::TempDir;
 
 use super::*;
-use crate::control::report::Report;
+use crate::control::report::StatusReport;
 
 const FIRST: Token = Token(100);
 const LIMIT: Duration = Duration::from_secs(20);
@@ -21,11 +21,11 @@ struct Running {
 }
 
 impl Running {
-    fn start(answer: impl FnMut(&Request) -> Response + Send + 'static) -> Running {
+    fn start(answer: impl FnMut(&StatusRequest) -> StatusResponse + Send + 'static) -> Running {
         let directory = tempfile::tempdir().unwrap();
         let poll = Poll::new().unwrap();
         let waker = Waker::new(poll.registry(), Token(0)).unwrap();
-        let server = Server::bind(&directory.path().join("sub/status.sock"), poll.registry(), FIRST).unwrap();
+        let server = StatusServer::bind(&directory.path().join("sub/status.sock"), poll.registry(), FIRST).unwrap();
         let thread = Some(thread::spawn(move || serve(poll, server, answer)));
         Running { directory, waker, thread }
     }
@@ -54,7 +54,7 @@ impl Drop for Running {
     }
 }
 
-fn serve(mut poll: Poll, mut server: Server, mut answer: impl FnMut(&Request) -> Response) {
+fn serve(mut poll: Poll, mut server: StatusServer, mut answer: impl FnMut(&StatusRequest) -> StatusResponse) {
     let mut events = Events::with_capacity(8);
     loop {
         poll.poll(&mut events, None).unwrap();
@@ -68,20 +68,20 @@ fn serve(mut poll: Poll, mut server: Server, mut answer: impl FnMut(&Request) ->
     }
 }
 
-fn large() -> Response {
+fn large() -> StatusResponse {
     let problems = vec!["a long way down".repeat(1_000); 200];
-    Response::Report(Box::new(Report { problems, ..Default::default() }))
+    StatusResponse::Report(Box::new(StatusReport { problems, ..Default::default() }))
 }
 
-fn ask(client: &Client) -> Response {
-    (&mut &*client).write_all(&Request::Status.to_line()).unwrap();
+fn ask(client: &Client) -> StatusResponse {
+    (&mut &*client).write_all(&StatusRequest::Status.to_line()).unwrap();
     read(client)
 }
 
-fn read(client: &Client) -> Response {
+fn read(client: &Client) -> StatusResponse {
     let mut line = Vec::new();
     BufReader::new(client).read_until(b'\n', &mut line).unwrap();
-    Response::from_line(&line).unwrap()
+    StatusResponse::from_line(&line).unwrap()
 }
 
 fn is_closed(client: &Client) -> bool {
@@ -101,36 +101,36 @@ fn the_socket_is_its_owners_alone_and_goes_with_the_server() {
 fn a_client_asks_as_often_as_it_likes_and_gets_whole_answers() {
     let mut asked = 0;
     let running = Running::start(move |request| {
-        assert_eq!(*request, Request::Status);
+        assert_eq!(*request, StatusRequest::Status);
         asked += 1;
-        if asked % 2 == 0 { large() } else { Response::Error(format!("{asked}")) }
+        if asked % 2 == 0 { large() } else { StatusResponse::Error(format!("{asked}")) }
     });
     let client = running.client();
     for round in 0..5 {
-        assert_eq!(ask(&client), Response::Error(format!("{}", 2 * round + 1)));
+        assert_eq!(ask(&client), StatusResponse::Error(format!("{}", 2 * round + 1)));
         assert_eq!(ask(&client), large());
     }
 }
 
 #[test]
 fn a_request_may_come_byte_by_byte() {
-    let running = Running::start(|_| Response::Error("answered".into()));
+    let running = Running::start(|_| StatusResponse::Error("answered".into()));
     let client = running.client();
-    for byte in Request::Status.to_line() {
+    for byte in StatusRequest::Status.to_line() {
         (&client).write_all(&[byte]).unwrap();
     }
-    assert_eq!(read(&client), Response::Error("answered".into()));
+    assert_eq!(read(&client), StatusResponse::Error("answered".into()));
 }
 
 #[test]
 fn nonsense_is_answered_and_ends_the_connection() {
     let running = Running::start(|_| large());
-    let two = [Request::Status.to_line(), Request::Status.to_line()].concat();
+    let two = [StatusRequest::Status.to_line(), StatusRequest::Status.to_line()].concat();
     let endless = vec![b'x'; REQUEST];
     for (sent, reason) in [(&b"GET /\n"[..], "expected a line"), (&two, "one request"), (&endless, "at most 4096")] {
         let client = running.client();
         (&client).write_all(sent).unwrap();
-        let Response::Error(answer) = read(&client) else { panic!("{sent:?} was accepted") };
+        let StatusResponse::Error(answer) = read(&client) else { panic!("{sent:?} was accepted") };
         assert!(answer.contains(reason), "{answer}");
         assert!(is_closed(&client));
     }
@@ -147,7 +147,7 @@ fn clients_that_hold_the_socket_open_keep_nobody_out() {
             match n % 3 {
                 0 => {}
                 1 => (&client).write_all(b"{\"version\"").unwrap(),
-                _ => (&client).write_all(&Request::Status.to_line()).unwrap(),
+                _ => (&client).write_all(&StatusRequest::Status.to_line()).unwrap(),
             }
             client
         })
@@ -166,7 +166,7 @@ fn a_socket_that_is_left_over_is_replaced_and_a_living_one_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("status.sock");
     let poll = Poll::new().unwrap();
-    let bind = || Server::bind(&path, poll.registry(), FIRST).map(drop).map_err(|error| format!("{error:#}"));
+    let bind = || StatusServer::bind(&path, poll.registry(), FIRST).map(drop).map_err(|error| format!("{error:#}"));
     drop(net::UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "as after a kill");
     bind().unwrap();
@@ -189,7 +189,7 @@ fn a_socket_of_somebody_else_is_not_removed_at_the_end() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("status.sock");
     let poll = Poll::new().unwrap();
-    let server = Server::bind(&path, poll.registry(), FIRST).unwrap();
+    let server = StatusServer::bind(&path, poll.registry(), FIRST).unwrap();
     fs::remove_file(&path).unwrap();
     // Keeps the inode's number from being used again.
     fs::write(directory.path().join("filler"), "x").unwrap();
@@ -200,12 +200,15 @@ fn a_socket_of_somebody_else_is_not_removed_at_the_end() {
 }
 
 /// Lets the server do what it can.
-fn drive(poll: &mut Poll, server: &mut Server) {
+fn drive(poll: &mut Poll, server: &mut StatusServer) {
     let mut events = Events::with_capacity(8);
     poll.poll(&mut events, Some(Duration::ZERO)).unwrap();
     for event in &events {
-        let response = Response::Note("tracing".into());
-        server.on_event(event.token(), |_| Answer { response: response.clone(), watch: Some(Watch::default()) });
+        let response = StatusResponse::Note("tracing".into());
+        server.on_event(event.token(), |_| StatusReply {
+            response: response.clone(),
+            subscription: Some(TraceSubscription::default()),
+        });
     }
 }
 
@@ -213,16 +216,16 @@ fn drive(poll: &mut Poll, server: &mut Server) {
 fn a_client_that_traces_and_does_not_read_costs_little_and_hears_what_it_has_missed() {
     let directory = tempfile::tempdir().unwrap();
     let mut poll = Poll::new().unwrap();
-    let mut server = Server::bind(&directory.path().join("status.sock"), poll.registry(), FIRST).unwrap();
+    let mut server = StatusServer::bind(&directory.path().join("status.sock"), poll.registry(), FIRST).unwrap();
     let client = Client::connect(server.path()).unwrap();
-    (&client).write_all(&Request::Trace { listener: None, source: None }.to_line()).unwrap();
-    while server.watches().count() == 0 {
+    (&client).write_all(&StatusRequest::Trace { listener: None, source: None }.to_line()).unwrap();
+    while server.subscriptions().count() == 0 {
         drive(&mut poll, &mut server);
     }
-    let line = Response::Note("x".repeat(1_000));
+    let line = StatusResponse::Note("x".repeat(1_000));
     let mut kept = 0;
     for _ in 0..4_000 {
-        server.tell(&line, |_| true);
+        server.publish(&line, |_| true);
         kept = kept.max(server.connections.iter().map(|(_, connection)| connection.output.len()).sum());
     }
     assert!(kept <= UNREAD + 2_000, "{kept} bytes are kept");
@@ -237,7 +240,7 @@ fn a_client_that_traces_and_does_not_read_costs_little_and_hears_what_it_has_mis
         let _ = (&client).read_to_end(&mut text);
         drive(&mut poll, &mut server);
     }
-    server.tell(&line, |_| true);
+    server.publish(&line, |_| true);
     while lines(&text) < 1 + 4_000 - left_out + 2 {
         let _ = (&client).read_to_end(&mut text);
     }
@@ -246,7 +249,7 @@ fn a_client_that_traces_and_does_not_read_costs_little_and_hears_what_it_has_mis
 
     // It ends the trace by going, or by saying anything.
     (&client).write_all(b"enough\n").unwrap();
-    while server.watches().count() > 0 {
+    while server.subscriptions().count() > 0 {
         drive(&mut poll, &mut server);
     }
     assert!(server.connections.is_empty());

@@ -12,7 +12,7 @@ use crate::health::listeners::Transitions;
 use crate::health::model::ProbeOutcome;
 use crate::health::probe_stats::{BOUNDS, ProbeStatsByKind};
 use crate::health::settings::ProbeKind;
-use crate::metrics::{DownstreamSnapshot, HealthSnapshot, PlanApplies, Reloads};
+use crate::metrics::{DownstreamHealthSnapshot, DownstreamSnapshot, PlanApplyCounts, ReloadCounts};
 use crate::model::{DownstreamCounters, DropReason, Drops, FragmentCounters, ListenerCounters, Mode};
 
 /// Label values by label name.
@@ -134,11 +134,11 @@ fn probes() -> ProbeStatsByKind {
     stats
 }
 
-fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
-    Snapshot {
+fn snapshot(listeners: Vec<ListenerSnapshot>) -> MetricsSnapshot {
+    MetricsSnapshot {
         started: UNIX_EPOCH + Duration::from_millis(1_700_000_000_250),
-        plan_applies: PlanApplies { success: 5, error: 1 },
-        reloads: Reloads {
+        plan_applies: PlanApplyCounts { success: 5, error: 1 },
+        reloads: ReloadCounts {
             success: 2,
             error: 1,
             last_good: false,
@@ -147,7 +147,7 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> Snapshot {
         listeners,
         fragments: FragmentCounters { strays: 6, lost: 1 },
         programs_ahead: vec![("eth0".into(), 2)],
-        health: vec![HealthSnapshot {
+        health: vec![DownstreamHealthSnapshot {
             listener: "syslog".into(),
             endpoint: SocketAddr::from(([10, 0, 0, 2], 514)),
             healthy: false,
@@ -190,7 +190,7 @@ fn every_metric_is_there_with_its_type_help_and_labels() {
         assert_eq!(family.kind, metric.kind.name());
         for series in family.series.keys() {
             let mut wanted = metric.labels.to_vec();
-            if metric.kind == Kind::Histogram {
+            if metric.kind == MetricKind::Histogram {
                 wanted.push("part");
                 wanted.extend((series["part"] == "bucket").then_some("le"));
             }
@@ -255,7 +255,7 @@ fn health_checks_are_counted_for_the_protocols_in_use() {
     expected.push(format!("{name}_sum{{protocol=\"icmp\"}} 3.001"));
     expected.push(format!("{name}_count{{protocol=\"icmp\"}} 2"));
     assert_eq!(lines, expected);
-    let unused = Snapshot { probes: ProbeStatsByKind::default(), ..snapshot(Vec::new()) };
+    let unused = MetricsSnapshot { probes: ProbeStatsByKind::default(), ..snapshot(Vec::new()) };
     assert!(!render(&unused).contains("udp_fanout_health_probe"));
 }
 

@@ -4,15 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::client::Client;
-use super::protocol::{Request, Response};
-use super::trace::Traced;
+use super::client::StatusClient;
+use super::protocol::{StatusRequest, StatusResponse};
+use super::trace::TraceRecord;
 use crate::admission::Prefix;
-use crate::cli;
+use crate::output;
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
+pub struct TraceOptions {
     /// The daemon's status socket.
     pub socket: PathBuf,
     /// Only this listener's datagrams.
@@ -29,26 +29,26 @@ pub struct Options {
 ///
 /// # Errors
 /// When there is no daemon to ask, when it cannot trace that, in one line with the fix; or when it ends.
-pub fn run(options: &Options) -> Result<()> {
-    let Options { listener, source, .. } = options;
+pub fn run(options: &TraceOptions) -> Result<()> {
+    let TraceOptions { listener, source, .. } = options;
     if let Some(source) = source {
         ensure!(
             Prefix::parse(source).is_ok(),
             "{source:?} is neither an address nor a prefix; write for example 10.0.0.2 or 10.0.0.0/8"
         );
     }
-    let mut client = Client::connect(&options.socket)?;
-    let request = Request::Trace { listener: listener.clone(), source: source.clone() };
+    let mut client = StatusClient::connect(&options.socket)?;
+    let request = StatusRequest::Trace { listener: listener.clone(), source: source.clone() };
     let mut response = client.ask(&request)?;
     client.wait_for_ever()?;
     let mut left = options.count;
     loop {
         match response {
-            Response::Error(reason) => bail!("{reason}"),
-            Response::Report(_) => bail!("the daemon has answered something else than was asked"),
-            Response::Note(text) => eprintln!("{text}"),
-            Response::Traced(traced) => {
-                if !cli::print_to_reader(line(&traced, options.json)?.as_bytes())? {
+            StatusResponse::Error(reason) => bail!("{reason}"),
+            StatusResponse::Report(_) => bail!("the daemon has answered something else than was asked"),
+            StatusResponse::Note(text) => eprintln!("{text}"),
+            StatusResponse::Traced(traced) => {
+                if !output::print_while_read(line(&traced, options.json)?.as_bytes())? {
                     return Ok(());
                 }
                 left = left.map(|left| left.saturating_sub(1));
@@ -61,7 +61,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-fn line(traced: &Traced, json: bool) -> Result<String> {
+fn line(traced: &TraceRecord, json: bool) -> Result<String> {
     if json {
         return Ok(serde_json::to_string(traced).context("cannot write a datagram as JSON")? + "\n");
     }

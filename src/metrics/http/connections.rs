@@ -1,9 +1,9 @@
 //! Accepting connections, and keeping them few.
 //!
 //! Every connection carries one request, so that none lingers. A connection waits either for its client (to send a
-//! request, to read a response) or for the event loop. The latter ends by itself within [`Limits::answer`]; of the
+//! request, to read a response) or for the event loop. The latter ends by itself within [`HttpLimits::answer`]; of the
 //! former, the oldest gives way when a new connection finds all places taken and the oldest has had its
-//! [`Limits::grace`]. So a scrape gets through however many idle connections someone holds open. While nobody can give
+//! [`HttpLimits::grace`]. So a scrape gets through however many idle connections someone holds open. While nobody can give
 //! way, new connections wait in the kernel's queue.
 
 use std::collections::VecDeque;
@@ -22,8 +22,8 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::Limits;
-use super::answer::Site;
+use super::HttpLimits;
+use super::routes::HttpRoutes;
 use crate::error_hints;
 
 /// Pause after a refused `accept`, which would otherwise be refused again at once: mostly for lack of descriptors.
@@ -33,8 +33,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const MAX_REQUEST: usize = 8192;
 
 /// Serves connections for ever.
-pub(super) async fn accept(listener: TcpListener, site: Arc<Site>, limits: Limits) {
-    let mut connections = Connections { open: VecDeque::new(), progress: Arc::new(Notify::new()), limits };
+pub(super) async fn accept(listener: TcpListener, site: Arc<HttpRoutes>, limits: HttpLimits) {
+    let mut connections = HttpConnections { open: VecDeque::new(), progress: Arc::new(Notify::new()), limits };
     let mut failing = false;
     loop {
         match listener.accept().await {
@@ -57,21 +57,21 @@ pub(super) async fn accept(listener: TcpListener, site: Arc<Site>, limits: Limit
 }
 
 /// The open connections, oldest first.
-struct Connections {
-    open: VecDeque<Connection>,
+struct HttpConnections {
+    open: VecDeque<HttpConnection>,
     /// Told whenever a connection stops waiting for the event loop, and when it ends.
     progress: Arc<Notify>,
-    limits: Limits,
+    limits: HttpLimits,
 }
 
-struct Connection {
+struct HttpConnection {
     task: AbortHandle,
     since: Instant,
     /// Set while the response is being made: the client is not to blame for the wait.
     working: Arc<AtomicBool>,
 }
 
-impl Connections {
+impl HttpConnections {
     async fn make_room(&mut self) {
         loop {
             self.open.retain(|connection| !connection.task.is_finished());
@@ -94,37 +94,37 @@ impl Connections {
         }
     }
 
-    fn add(&mut self, stream: TcpStream, site: Arc<Site>) {
+    fn add(&mut self, stream: TcpStream, site: Arc<HttpRoutes>) {
         let working = Arc::new(AtomicBool::new(false));
-        let work = Work { working: Arc::clone(&working), progress: Arc::clone(&self.progress) };
+        let work = BusyFlag { working: Arc::clone(&working), progress: Arc::clone(&self.progress) };
         let task = tokio::spawn(serve(stream, site, work, self.limits)).abort_handle();
-        self.open.push_back(Connection { task, since: Instant::now(), working });
+        self.open.push_back(HttpConnection { task, since: Instant::now(), working });
     }
 }
 
 /// A connection's way of telling whether it is working on a response.
-struct Work {
+struct BusyFlag {
     working: Arc<AtomicBool>,
     progress: Arc<Notify>,
 }
 
-impl Work {
-    /// Working until the returned value is dropped, however that comes about.
-    fn begin(&self) -> Working<'_> {
+impl BusyFlag {
+    /// BusyGuard until the returned value is dropped, however that comes about.
+    fn begin(&self) -> BusyGuard<'_> {
         self.working.store(true, Ordering::Relaxed);
-        Working(self)
+        BusyGuard(self)
     }
 }
 
-impl Drop for Work {
+impl Drop for BusyFlag {
     fn drop(&mut self) {
         self.progress.notify_one();
     }
 }
 
-struct Working<'a>(&'a Work);
+struct BusyGuard<'a>(&'a BusyFlag);
 
-impl Drop for Working<'_> {
+impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
         self.0.working.store(false, Ordering::Relaxed);
         self.0.progress.notify_one();
@@ -132,7 +132,7 @@ impl Drop for Working<'_> {
 }
 
 /// Serves one connection to its end.
-async fn serve(stream: TcpStream, site: Arc<Site>, work: Work, limits: Limits) {
+async fn serve(stream: TcpStream, site: Arc<HttpRoutes>, work: BusyFlag, limits: HttpLimits) {
     let service = service_fn(async |request: hyper::Request<Incoming>| {
         let _working = work.begin();
         Ok::<_, Infallible>(site.answer(request.method(), request.uri().path()).await)

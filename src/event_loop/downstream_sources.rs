@@ -1,5 +1,5 @@
-//! Where downstreams come from while the daemon runs: the thread that follows EndpointSlices, and the names that are looked
-//! up again and again.
+//! Where downstreams come from at run time: the discovery thread, which follows EndpointSlices, and DNS names, which are
+//! looked up again and again.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -18,41 +18,41 @@ use crate::model::{Downstream, DownstreamSet, ListenerId};
 use crate::names::lookup::{self, Answer, Lookups};
 use crate::names::state::Names;
 
-/// Everything that finds downstreams out.
+/// Discovery and name look-ups.
 #[derive(Debug)]
-pub(super) struct Sources {
-    /// Only while a listener follows a Service.
+pub(super) struct DownstreamSources {
+    /// Runs only while a listener follows a Service.
     pub(super) discovery: Option<(Discovery, Receiver<Update>)>,
-    /// The operator has been told that discovery has failed for good.
-    pub(super) lost: bool,
-    /// Where to find the API server, if the operator has said so.
+    /// Discovery has failed for good, and an error was logged.
+    pub(super) discovery_failed: bool,
+    /// The kubeconfig file that the command line names.
     kubeconfig: Option<PathBuf>,
     names: Names,
     lookups: Lookups,
-    /// Of the last set. One count for all sources: a listener may change from one to another, and a source may begin anew.
+    /// The last set's generation, counted over all sources: a listener may change its source, and a source may restart.
     generation: u64,
 }
 
-impl Sources {
-    /// Starts what the configuration needs. Sets that come before the loop turns wait.
+impl DownstreamSources {
+    /// Starts what the configuration needs. Sets that arrive before the event loop runs are kept for it.
     ///
     /// # Errors
-    /// When there are no credentials for the API server, or the node's name is needed and not known.
-    pub(super) fn start(config: &Config, kubeconfig: Option<PathBuf>, waker: &Arc<Waker>) -> Result<Sources> {
-        let mut sources = Sources {
+    /// When there are no credentials for the API server, or the node's name is needed and unknown.
+    pub(super) fn start(config: &Config, kubeconfig: Option<PathBuf>, waker: &Arc<Waker>) -> Result<DownstreamSources> {
+        let mut sources = DownstreamSources {
             discovery: None,
-            lost: false,
+            discovery_failed: false,
             kubeconfig,
             names: Names::default(),
             lookups: Lookups::new(Arc::clone(waker), lookup::system),
             generation: 0,
         };
         sources.discovery = sources.start_discovery(config, waker)?;
-        sources.follow_names(config, Duration::ZERO);
+        sources.update_names(config, Duration::ZERO);
         Ok(sources)
     }
 
-    /// Starts following the Services that listeners want, if any does.
+    /// Starts discovery if a listener follows a Service.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -69,12 +69,12 @@ impl Sources {
         Ok(Some((Discovery::start(requests, self.settings(config), sender, Arc::clone(waker))?, updates)))
     }
 
-    /// True if discovery can follow the configuration as it runs.
+    /// True if the running discovery can follow this configuration.
     ///
     /// # Errors
-    /// When what the configuration asks for is impossible.
-    pub(super) fn can_follow(&self, config: &Config) -> Result<bool> {
-        // One that has failed must begin anew.
+    /// When discovery cannot do what the configuration asks for.
+    pub(super) fn can_update_discovery(&self, config: &Config) -> Result<bool> {
+        // A failed one must be started again.
         if !self.discovery.as_ref().is_some_and(|(discovery, _)| discovery.is_running()) {
             return Ok(false);
         }
@@ -82,34 +82,34 @@ impl Sources {
         Ok(true)
     }
 
-    /// Has the running discovery follow the configuration.
+    /// Passes the configuration to the running discovery.
     ///
     /// # Errors
-    /// When it has failed in the meantime.
-    pub(super) fn follow_services(&self, config: &Config) -> Result<()> {
+    /// When discovery has failed meanwhile.
+    pub(super) fn update_discovery(&self, config: &Config) -> Result<()> {
         match &self.discovery {
             Some((discovery, _)) => discovery.update_requests(requests(config)),
             None => Ok(()),
         }
     }
 
-    /// Looks up the names in the configuration from now on, and no others.
-    pub(super) fn follow_names(&mut self, config: &Config, now: Duration) {
+    /// Looks up this configuration's names from now on.
+    pub(super) fn update_names(&mut self, config: &Config, now: Duration) {
         self.names.replace(config.listeners.iter().filter_map(ListenerConfig::names_request).collect(), now);
     }
 
-    /// When names are to be looked up.
+    /// When the next name is to be looked up.
     pub(super) fn next_deadline(&self) -> Option<Duration> {
         self.names.next_deadline()
     }
 
-    /// Says once that nothing new will come any more; what is known stays in force.
-    pub(super) fn tend(&mut self) {
-        if !self.lost && self.discovery.as_ref().is_some_and(|(discovery, _)| !discovery.is_running()) {
-            self.lost = true;
+    /// Logs once that discovery has failed. The last known downstreams stay in use.
+    pub(super) fn check_discovery(&mut self) {
+        if !self.discovery_failed && self.discovery.as_ref().is_some_and(|(discovery, _)| !discovery.is_running()) {
+            self.discovery_failed = true;
             tracing::error!(
-                "the thread that follows EndpointSlices has failed: the last known endpoints stay in use, and changes \
-                 are no longer seen; restart the daemon, or have it reload its configuration once that has changed"
+                "the thread that follows EndpointSlices has failed: the last known endpoints stay in use and changes are \
+                 not seen; restart the daemon, or change its configuration and reload it"
             );
         }
     }
@@ -125,9 +125,8 @@ impl Sources {
         DownstreamSet { generation: self.generation, downstreams }
     }
 
-    /// What has been found out since the last call, for each listener only the last of it: each set replaces the one
-    /// before.
-    fn take(&mut self, now: Duration) -> VecDeque<Event> {
+    /// The sets found since the last call; of each listener only the latest, which replaces those before.
+    fn take_updates(&mut self, now: Duration) -> VecDeque<Event> {
         while let Some(Answer { host, addresses }) = self.lookups.answer() {
             self.names.answered(&host, addresses, now);
         }
@@ -147,18 +146,18 @@ impl Sources {
 }
 
 impl Daemon {
-    /// Takes in what is new of downstreams, and looks up the names that are due.
-    pub(super) fn take_downstreams(&mut self) {
-        let events = self.sources.take(self.started.elapsed());
+    /// Passes new sets of downstreams to the controller, and starts the look-ups that are due.
+    pub(super) fn take_downstream_updates(&mut self) {
+        let events = self.sources.take_updates(self.started.elapsed());
         if events.is_empty() {
             return;
         }
         self.handle_all(events);
-        self.watch_health();
+        self.update_health_targets();
     }
 }
 
-/// What the listeners whose downstreams come from Kubernetes want to know.
+/// What the listeners that follow Services ask of discovery.
 fn requests(config: &Config) -> Vec<discovery::Request> {
     config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect()
 }

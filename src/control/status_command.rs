@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::client::Client;
-use super::report::Report;
-use super::{rates, table};
-use crate::cli;
-use crate::config::{Config, STATUS_SOCKET};
+use super::client::StatusClient;
+use super::report::StatusReport;
+use super::{rates, tables};
+use crate::config::{Config, DEFAULT_CONFIG, STATUS_SOCKET};
+use crate::output;
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Options {
+pub struct StatusOptions {
     /// The daemon's status socket.
     pub socket: PathBuf,
     /// JSON, one line a report, instead of tables.
@@ -30,7 +30,7 @@ pub struct Options {
 /// default. A file that cannot be understood is as good as one that names none: this is the moment to ask the daemon.
 #[must_use]
 pub fn socket(config: Option<&Path>, socket: Option<PathBuf>) -> PathBuf {
-    let of_config = || Config::status_socket_of(config.unwrap_or(Path::new(cli::DEFAULT_CONFIG)));
+    let of_config = || Config::status_socket_of(config.unwrap_or(Path::new(DEFAULT_CONFIG)));
     socket.or_else(of_config).unwrap_or_else(|| PathBuf::from(STATUS_SOCKET))
 }
 
@@ -41,8 +41,8 @@ const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 ///
 /// # Errors
 /// When there is no daemon to ask, in one line with the fix; or when standard output refuses.
-pub fn run(options: &Options) -> Result<()> {
-    let mut client = Client::connect(&options.socket)?;
+pub fn run(options: &StatusOptions) -> Result<()> {
+    let mut client = StatusClient::connect(&options.socket)?;
     let terminal = std::io::stdout().is_terminal();
     let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let mut before = client.report()?;
@@ -50,11 +50,11 @@ pub fn run(options: &Options) -> Result<()> {
         thread::sleep(options.interval);
         let mut now = client.report()?;
         rates::add(&mut now, &before);
-        let mut text = if options.json { json(&now)? } else { table::render(&now, colour) };
+        let mut text = if options.json { json(&now)? } else { tables::render(&now, colour) };
         if options.watch && !options.json {
             text = if terminal { format!("{CLEAR}{text}") } else { format!("{text}\n") };
         }
-        let read = cli::print_to_reader(text.as_bytes())?;
+        let read = output::print_while_read(text.as_bytes())?;
         if !options.watch || !read {
             return Ok(());
         }
@@ -62,6 +62,6 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-fn json(report: &Report) -> Result<String> {
+fn json(report: &StatusReport) -> Result<String> {
     Ok(serde_json::to_string(report).context("cannot write the report as JSON")? + "\n")
 }

@@ -1,7 +1,7 @@
-//! The log of single datagrams that the TC program drops: the first of each reason for a listener and second.
+//! Logs datagrams that the TC program drops: one line per listener, reason and second.
 //!
-//! The program keeps to that for each CPU; here the CPUs' are brought together. How many there were in all, the counters
-//! tell.
+//! The program applies the same limit on each CPU; this combines the CPUs. A line's `more` says how many further datagrams
+//! were dropped since the line before. The counters are complete in any case.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,34 +9,34 @@ use std::time::Duration;
 use crate::datapath::kernel::events::{DatagramEvent, DatagramOutcome};
 use crate::model::{DropReason, ListenerId};
 
-/// How long after a line no other of its sort is written.
+/// Shortest time between two lines for the same listener and reason.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What is remembered of lines: by listener, reason, and whether it was about a single copy.
+/// What was logged last, by listener, reason, and whether a single copy was dropped.
 #[derive(Debug, Default)]
-pub(super) struct DropLog {
-    lines: HashMap<(ListenerId, DropReason, bool), Line>,
+pub struct DropLog {
+    lines: HashMap<(ListenerId, DropReason, bool), LastLine>,
     lost: u64,
 }
 
 #[derive(Debug)]
-struct Line {
+struct LastLine {
     written: Duration,
-    /// Datagrams since then that no line has been written about.
+    /// Datagrams dropped since then and not logged.
     suppressed: u64,
 }
 
 impl DropLog {
-    /// Notes a drop. How many like it there have been since the last line, if one is to be written now.
-    fn note(&mut self, event: &DatagramEvent, reason: DropReason, copy: bool, suppressed: u64) -> Option<u64> {
+    /// Counts a drop. If a line is due, the number of drops suppressed since the last one.
+    fn count(&mut self, event: &DatagramEvent, reason: DropReason, copy: bool, suppressed: u64) -> Option<u64> {
         let line = self.lines.entry((event.listener, reason, copy));
         let mut due = false;
         let line = line.or_insert_with(|| {
             due = true;
-            Line { written: event.at, suppressed: 0 }
+            LastLine { written: event.at, suppressed: 0 }
         });
         line.suppressed += suppressed;
-        // Events of several CPUs need not come in order.
+        // Events of different CPUs may arrive out of order.
         if !due && event.at.saturating_sub(line.written) < INTERVAL {
             line.suppressed += u64::from(event.datagrams);
             return None;
@@ -45,31 +45,31 @@ impl DropLog {
         Some(std::mem::take(&mut line.suppressed))
     }
 
-    /// Writes what is to be written about an event; `name` is its listener's.
-    pub(super) fn write(&mut self, event: &DatagramEvent, name: &str) {
+    /// Logs a dropped datagram, unless a line like it was logged within the last second.
+    pub fn log(&mut self, event: &DatagramEvent, listener: &str) {
         let (reason, copy) = match event.outcome {
             DatagramOutcome::Dropped(reason) => (reason, false),
             DatagramOutcome::CopyDropped(reason) => (reason, true),
             DatagramOutcome::Forwarded(_) | DatagramOutcome::Passed | DatagramOutcome::Copied(_) => return,
         };
         let Some(suppressed) = event.logged else { return };
-        let Some(more) = self.note(event, reason, copy, suppressed) else { return };
+        let Some(more) = self.count(event, reason, copy, suppressed) else { return };
         let downstream = event.downstream.map(tracing::field::display);
         let what = if copy { "a copy of a datagram was dropped" } else { "a datagram was dropped" };
         let (source, destination, reason) = (event.source, event.destination, reason.label());
         if reason == DropReason::NoRoute.label() {
-            tracing::warn!(listener = name, %source, %destination, downstream, reason, more, "FIB lookup failed, {what}");
+            tracing::warn!(listener, %source, %destination, downstream, reason, more, "FIB lookup failed, {what}");
         } else {
-            tracing::warn!(listener = name, %source, %destination, downstream, reason, more, "{what}");
+            tracing::warn!(listener, %source, %destination, downstream, reason, more, "{what}");
         }
     }
 
-    /// Says so when events have been lost, given how many in all.
-    pub(super) fn note_lost(&mut self, lost: u64) {
+    /// Warns when further events have been lost; `lost` is the total since the start.
+    pub fn log_lost(&mut self, lost: u64) {
         if lost > self.lost {
             tracing::warn!(
                 events = lost - self.lost,
-                "more was told of single datagrams than could be read; the counters are complete"
+                "trace ring buffer full: events were lost; the counters are complete"
             );
             self.lost = lost;
         }
@@ -97,24 +97,24 @@ mod tests {
         }
     }
 
-    fn note(log: &mut DropLog, millis: u64, suppressed: u64) -> Option<u64> {
-        log.note(&drop_at(millis, suppressed), DropReason::NoRoute, false, suppressed)
+    fn count(log: &mut DropLog, millis: u64, suppressed: u64) -> Option<u64> {
+        log.count(&drop_at(millis, suppressed), DropReason::NoRoute, false, suppressed)
     }
 
     #[test]
     fn one_line_a_second_whatever_the_number_of_cpus_and_every_datagram_counted() {
         let mut log = DropLog::default();
-        assert_eq!(note(&mut log, 10_000, 0), Some(0));
-        assert_eq!(note(&mut log, 10_001, 0), None);
-        assert_eq!(note(&mut log, 10_999, 5), None);
-        // The two that were not written about and what they had held back.
-        assert_eq!(note(&mut log, 11_000, 7), Some(14));
-        assert_eq!(note(&mut log, 10_990, 0), None);
-        assert_eq!(note(&mut log, 12_000, 0), Some(1));
+        assert_eq!(count(&mut log, 10_000, 0), Some(0));
+        assert_eq!(count(&mut log, 10_001, 0), None);
+        assert_eq!(count(&mut log, 10_999, 5), None);
+        // The two that were not logged, and what they had suppressed themselves.
+        assert_eq!(count(&mut log, 11_000, 7), Some(14));
+        assert_eq!(count(&mut log, 10_990, 0), None);
+        assert_eq!(count(&mut log, 12_000, 0), Some(1));
     }
 
     #[test]
-    fn reasons_listeners_and_copies_do_not_hold_each_other_back() {
+    fn listeners_reasons_and_copies_are_limited_separately() {
         let mut log = DropLog::default();
         let event = drop_at(1_000, 0);
         let other = DatagramEvent { listener: ListenerId(2), ..event };
@@ -124,7 +124,7 @@ mod tests {
             (event, DropReason::NoRoute, true),
             (other, DropReason::NoRoute, false),
         ] {
-            assert_eq!(log.note(&event, reason, copy, 0), Some(0));
+            assert_eq!(log.count(&event, reason, copy, 0), Some(0));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Answers what the HTTP thread asks.
+//! Answers the HTTP thread: a snapshot of all metrics for a scrape, the listeners' readiness for the probes.
 
 use std::sync::Arc;
 
@@ -8,27 +8,28 @@ use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Counters, Datapath};
 use crate::discovery::ServiceStatus;
-use crate::metrics::http::{Health, ListenerHealth, Readiness, Request};
-use crate::metrics::{HealthSnapshot, ListenerSnapshot, Snapshot};
+use crate::metrics::http::{ListenerReadiness, MainLoopRequest, ReadinessReport, ReadinessState};
+use crate::metrics::{DownstreamHealthSnapshot, ListenerSnapshot, MetricsSnapshot};
 use crate::model::{ListenerId, Mode};
 
 impl Daemon {
-    /// Answers all that has been asked. A client that has gone away in the meantime costs nothing.
-    pub(super) fn answer_requests(&mut self) {
-        let requests: Vec<Request> = match &self.http {
+    /// Answers every request that still has a client.
+    pub(super) fn answer_http_requests(&mut self) {
+        let requests: Vec<MainLoopRequest> = match &self.http {
             Some((_, requests)) => requests.try_iter().filter(|request| !request.abandoned()).collect(),
             None => return,
         };
         for request in requests {
-            // Sending fails if the client left just now, which is no concern of ours.
+            // Sending fails if the client has left just now.
             match request {
-                Request::Scrape(reply) => drop(reply.send(self.snapshot())),
-                Request::Health(reply) => drop(reply.send(self.health())),
+                MainLoopRequest::Scrape(reply) => drop(reply.send(self.metrics_snapshot())),
+                MainLoopRequest::Readiness(reply) => drop(reply.send(self.readiness())),
             }
         }
     }
 
-    pub(super) fn snapshot(&mut self) -> Result<Snapshot> {
+    /// All metrics, as of now.
+    pub(super) fn metrics_snapshot(&mut self) -> Result<MetricsSnapshot> {
         let kernel = self.kernel.as_mut().map(Datapath::counters).transpose()?;
         let user = self.user.counters()?;
         let mut readings: Vec<(Mode, &Counters)> = Vec::with_capacity(2);
@@ -43,20 +44,28 @@ impl Daemon {
             .collect();
         let health = self.health.downstreams().filter_map(|checked| {
             let listener = self.listener_name(checked.listener)?;
-            Some(HealthSnapshot { listener, endpoint: checked.downstream, healthy: checked.status.state.usable() })
+            Some(DownstreamHealthSnapshot {
+                listener,
+                endpoint: checked.downstream,
+                healthy: checked.status.state.usable(),
+            })
         });
         let health = health.collect();
         let transitions = self.health.transitions();
         let transitions = transitions.filter_map(|(id, counted)| Some((self.listener_name(id)?, counted)));
         let health_transitions = transitions.collect();
         let discovery = self.discovery_status();
-        Ok(Snapshot {
+        Ok(MetricsSnapshot {
             started: self.started_at,
             plan_applies: self.plan_applies,
-            reloads: self.reloading.record,
+            reloads: self.reloading.counts,
             listeners,
             fragments: kernel.as_ref().map(|counters| counters.fragments).unwrap_or_default(),
-            programs_ahead: self.ahead.iter().map(|(name, ahead)| (name.as_str().into(), ahead.len())).collect(),
+            programs_ahead: self
+                .preceding_programs
+                .iter()
+                .map(|(name, found)| (name.as_str().into(), found.len()))
+                .collect(),
             health,
             health_transitions,
             probes: self.health.probe_stats().clone(),
@@ -64,7 +73,8 @@ impl Daemon {
         })
     }
 
-    /// A thread that has failed has left its last word behind, which no longer holds.
+    /// The Services that are followed. A discovery thread that has failed leaves its last status behind; nothing is in sync
+    /// then.
     fn discovery_status(&self) -> Vec<ServiceStatus> {
         let Some((discovery, _)) = &self.sources.discovery else { return Vec::new() };
         let mut services = discovery.status().services();
@@ -85,20 +95,20 @@ impl Daemon {
             .map_or_else(|| "".into(), |(_, choice)| choice.reason.as_str().into())
     }
 
-    fn health(&self) -> Health {
+    fn readiness(&self) -> ReadinessReport {
         let listeners = self
             .controller
             .readiness()
             .into_iter()
-            .map(|(name, state)| ListenerHealth {
+            .map(|(name, state)| ListenerReadiness {
                 name: name.into(),
                 readiness: match state {
-                    Ok(()) => Readiness::Ready,
-                    Err(NotReady::NoDownstreamSet) => Readiness::NoDownstreamSet,
-                    Err(NotReady::NotAttached(reason)) => Readiness::NotAttached(reason),
+                    Ok(()) => ReadinessState::Ready,
+                    Err(NotReady::NoDownstreamSet) => ReadinessState::NoDownstreamSet,
+                    Err(NotReady::NotAttached(reason)) => ReadinessState::NotAttached(reason),
                 },
             })
             .collect();
-        Health { listeners }
+        ReadinessReport { listeners }
     }
 }

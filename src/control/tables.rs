@@ -1,11 +1,11 @@
-//! A [`Report`] as tables for people. Pure: whether there is a terminal to colour is the caller's to know.
+//! A [`StatusReport`] as tables for people. Pure: whether there is a terminal to colour is the caller's to know.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 
-use super::report::{DownstreamReport, ListenerReport, Rates, Report};
+use super::report::{DownstreamReport, ListenerReport, Rates, StatusReport};
 
 const BOLD: &str = "\u{1b}[1m";
 const RED: &str = "\u{1b}[31m";
@@ -22,7 +22,7 @@ enum Look {
 
 /// The report as text, with a line feed at its end.
 #[must_use]
-pub fn render(report: &Report, colour: bool) -> String {
+pub fn render(report: &StatusReport, colour: bool) -> String {
     let mut text = String::new();
     let daemon = &report.daemon;
     // Writing to a String cannot fail.
@@ -52,7 +52,7 @@ pub fn render(report: &Report, colour: bool) -> String {
     text
 }
 
-fn listeners(report: &Report, colour: bool) -> String {
+fn listeners(report: &StatusReport, colour: bool) -> String {
     let head = [
         "LISTENER",
         "BIND",
@@ -89,7 +89,7 @@ fn listeners(report: &Report, colour: bool) -> String {
 }
 
 /// What does not fit into a column: why a listener has its mode, what it dropped and why, what it waits for.
-fn notes(report: &Report) -> String {
+fn notes(report: &StatusReport) -> String {
     let mut text = String::new();
     for listener in &report.listeners {
         let name = &listener.name;
@@ -111,7 +111,7 @@ fn notes(report: &Report) -> String {
     text
 }
 
-fn downstreams(report: &Report, colour: bool) -> String {
+fn downstreams(report: &StatusReport, colour: bool) -> String {
     let head = ["LISTENER", "DOWNSTREAM", "ADDRESS", "HEALTH", "<AGE", "<SHARE", "<OUT/s", "<SENT", "VIA"];
     let all = report.listeners.iter().flat_map(|listener| listener.downstreams.iter().map(move |to| (listener, to)));
     let row = |(listener, to): (&ListenerReport, &DownstreamReport)| {
@@ -149,7 +149,7 @@ fn health(to: &DownstreamReport) -> String {
     }
 }
 
-fn services(report: &Report, colour: bool) -> String {
+fn services(report: &StatusReport, colour: bool) -> String {
     let head = ["SERVICE", "SYNCED", "<LAST EVENT", "ERRORS"];
     let row = |service: &super::report::ServiceReport| {
         let cells = vec![

@@ -12,62 +12,62 @@ use hyper::{Method, Response, StatusCode};
 use mio::Waker;
 use tokio::sync::oneshot;
 
-use super::{HEALTH_PATH, Health, READY_PATH, Readiness, Request};
+use super::{HEALTH_PATH, MainLoopRequest, READY_PATH, ReadinessReport, ReadinessState};
 use crate::metrics::render;
 use crate::version;
 
-type Page = Response<Full<Bytes>>;
+type HttpResponse = Response<Full<Bytes>>;
 
 /// All that is served.
-pub(super) struct Site {
-    pub(super) main_loop: MainLoop,
+pub(super) struct HttpRoutes {
+    pub(super) main_loop: MainLoopHandle,
     pub(super) metrics_path: String,
 }
 
 /// The way to the event loop.
-pub(super) struct MainLoop {
-    pub(super) requests: SyncSender<Request>,
+pub(super) struct MainLoopHandle {
+    pub(super) requests: SyncSender<MainLoopRequest>,
     pub(super) waker: Arc<Waker>,
     pub(super) patience: Duration,
 }
 
 /// Why the event loop gave no answer.
-enum Silence {
+enum MainLoopError {
     Stalled(Duration),
     Ended,
     Dropped,
     NotWoken(std::io::Error),
 }
 
-impl fmt::Display for Silence {
+impl fmt::Display for MainLoopError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Silence::Stalled(patience) => write!(f, "the main loop has not answered for {patience:?}"),
-            Silence::Ended => f.write_str("the main loop has ended"),
-            Silence::Dropped => f.write_str("the main loop has dropped the question"),
-            Silence::NotWoken(error) => write!(f, "the main loop cannot be woken: {error}"),
+            MainLoopError::Stalled(patience) => write!(f, "the main loop has not answered for {patience:?}"),
+            MainLoopError::Ended => f.write_str("the main loop has ended"),
+            MainLoopError::Dropped => f.write_str("the main loop has dropped the question"),
+            MainLoopError::NotWoken(error) => write!(f, "the main loop cannot be woken: {error}"),
         }
     }
 }
 
-impl MainLoop {
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Silence> {
+impl MainLoopHandle {
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> MainLoopRequest) -> Result<T, MainLoopError> {
         let (reply, answer) = oneshot::channel();
         self.requests.try_send(request(reply)).map_err(|error| match error {
-            TrySendError::Full(_) => Silence::Stalled(self.patience),
-            TrySendError::Disconnected(_) => Silence::Ended,
+            TrySendError::Full(_) => MainLoopError::Stalled(self.patience),
+            TrySendError::Disconnected(_) => MainLoopError::Ended,
         })?;
-        self.waker.wake().map_err(Silence::NotWoken)?;
+        self.waker.wake().map_err(MainLoopError::NotWoken)?;
         match tokio::time::timeout(self.patience, answer).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(_)) => Err(Silence::Dropped),
-            Err(_) => Err(Silence::Stalled(self.patience)),
+            Ok(Err(_)) => Err(MainLoopError::Dropped),
+            Err(_) => Err(MainLoopError::Stalled(self.patience)),
         }
     }
 }
 
-impl Site {
-    pub(super) async fn answer(&self, method: &Method, path: &str) -> Page {
+impl HttpRoutes {
+    pub(super) async fn answer(&self, method: &Method, path: &str) -> HttpResponse {
         let known = [self.metrics_path.as_str(), HEALTH_PATH, READY_PATH, "/"].contains(&path);
         if !known {
             return text(StatusCode::NOT_FOUND, format!("no such page; there are:\n{}", self.index()));
@@ -100,8 +100,8 @@ impl Site {
         index
     }
 
-    async fn metrics(&self) -> Page {
-        match self.main_loop.ask(Request::Scrape).await {
+    async fn metrics(&self) -> HttpResponse {
+        match self.main_loop.ask(MainLoopRequest::Scrape).await {
             Ok(Ok(snapshot)) => {
                 page(StatusCode::OK, HeaderValue::from_static(render::CONTENT_TYPE), render::render(&snapshot))
             }
@@ -110,29 +110,31 @@ impl Site {
         }
     }
 
-    async fn healthz(&self) -> Page {
-        match self.main_loop.ask(Request::Health).await {
+    async fn healthz(&self) -> HttpResponse {
+        match self.main_loop.ask(MainLoopRequest::Readiness).await {
             Ok(_) => text(StatusCode::OK, "ok\n".to_owned()),
             Err(silence) => unavailable(silence),
         }
     }
 
-    async fn readyz(&self) -> Page {
-        match self.main_loop.ask(Request::Health).await {
+    async fn readyz(&self) -> HttpResponse {
+        match self.main_loop.ask(MainLoopRequest::Readiness).await {
             Ok(health) => readiness(&health),
             Err(silence) => unavailable(silence),
         }
     }
 }
 
-fn readiness(health: &Health) -> Page {
+fn readiness(health: &ReadinessReport) -> HttpResponse {
     let mut missing = String::new();
     for listener in &health.listeners {
         // Writing to a String cannot fail.
         let _ = match &listener.readiness {
-            Readiness::Ready => Ok(()),
-            Readiness::NotAttached(reason) => writeln!(missing, "listener {}: not attached: {reason}", listener.name),
-            Readiness::NoDownstreamSet => {
+            ReadinessState::Ready => Ok(()),
+            ReadinessState::NotAttached(reason) => {
+                writeln!(missing, "listener {}: not attached: {reason}", listener.name)
+            }
+            ReadinessState::NoDownstreamSet => {
                 writeln!(missing, "listener {}: waiting for its first downstream set", listener.name)
             }
         };
@@ -144,15 +146,15 @@ fn readiness(health: &Health) -> Page {
     }
 }
 
-fn unavailable(reason: impl fmt::Display) -> Page {
+fn unavailable(reason: impl fmt::Display) -> HttpResponse {
     text(StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n"))
 }
 
-fn text(status: StatusCode, body: String) -> Page {
+fn text(status: StatusCode, body: String) -> HttpResponse {
     page(status, HeaderValue::from_static("text/plain; charset=utf-8"), body)
 }
 
-fn page(status: StatusCode, content_type: HeaderValue, body: String) -> Page {
+fn page(status: StatusCode, content_type: HeaderValue, body: String) -> HttpResponse {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, content_type);

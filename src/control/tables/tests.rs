@@ -16,11 +16,11 @@ fn downstream(port: u16, share: f64, health: Option<HealthReport>) -> Downstream
     }
 }
 
-fn report() -> Report {
+fn report() -> StatusReport {
     let healthy = HealthReport { state: "healthy".into(), for_secs: 61.0, ..Default::default() };
     let failure = Some("no answer within 2s".to_owned());
     let unhealthy = HealthReport { state: "unhealthy".into(), for_secs: 9.0, failure, ..Default::default() };
-    Report {
+    StatusReport {
         daemon: DaemonReport {
             version: "0.1.0 (abc)".into(),
             pid: 4711,
