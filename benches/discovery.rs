@@ -24,9 +24,10 @@ mod watching;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use udp_fanout::discovery::hub::{Finding, Hub, ServiceKey};
-use udp_fanout::discovery::wire::Wire;
-use udp_fanout::discovery::{Limits, Request};
+use udp_fanout::discovery::aggregator::{Aggregator, WatchEvent};
+use udp_fanout::discovery::service_key::ServiceKey;
+use udp_fanout::discovery::wire::ApiSlice;
+use udp_fanout::discovery::{DiscoveryRequest, DiscoveryTimeouts};
 use udp_fanout_lab::apiserver::{ApiServer, Kind};
 use udp_fanout_lab::cluster::{nth, ready, slice, slices_of, unready};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Surroundings};
@@ -45,7 +46,7 @@ fn changed(flip: bool) -> serde_json::Value {
 fn main() {
     let brief = std::env::args().any(|argument| argument == "--test" || argument == "--quick");
     let rounds = if brief { 20 } else { 2000 };
-    let pause = Limits::default().coalesce * 2;
+    let pause = DiscoveryTimeouts::default().coalesce * 2;
     if nix::unistd::geteuid().is_root() {
         let p99 = to_the_kernel("to the kernel's table, one change at a time", rounds, pause);
         to_the_kernel("to the kernel's table, changes back to back", rounds, Duration::ZERO);
@@ -93,7 +94,7 @@ fn to_the_kernel(title: &str, rounds: usize, pause: Duration) -> Duration {
 fn through_the_server(title: &str, rounds: usize, pause: Duration) {
     let server = ApiServer::start();
     server.apply_all(Kind::EndpointSlice, slices_of("logging", "bench", 0, ENDPOINTS));
-    let mut watching = Watching::with(&server.kubeconfig(), vec![request("bench")], None, Limits::default());
+    let mut watching = Watching::with(&server.kubeconfig(), vec![request("bench")], None, DiscoveryTimeouts::default());
     assert_eq!(watching.next().set.downstreams.len(), ENDPOINTS);
     server.wait_for_watches(1);
     let times = (0..rounds).map(|round| {
@@ -116,23 +117,23 @@ fn pure(title: &str, rounds: usize) {
     let read = |object: &serde_json::Value| {
         let text = object.to_string();
         std::sync::Arc::new(
-            serde_json::from_str::<k8s_openapi::api::discovery::v1::EndpointSlice>(&text).unwrap().slice(),
+            serde_json::from_str::<k8s_openapi::api::discovery::v1::EndpointSlice>(&text).unwrap().to_slice(),
         )
     };
     let others: Vec<_> = slices_of("logging", "bench", 0, ENDPOINTS).iter().skip(1).map(read).collect();
     let key = ServiceKey::new("logging", "bench");
-    let mut hub = Hub::new("default", None);
-    let wanted: Vec<Request> = vec![request("bench")];
-    hub.replace(wanted);
+    let mut aggregator = Aggregator::new("default", None);
+    let wanted: Vec<DiscoveryRequest> = vec![request("bench")];
+    aggregator.replace_requests(wanted);
     let texts = [changed(false).to_string(), changed(true).to_string()];
     let times = (0..rounds).map(|round| {
         let started = Instant::now();
         let slice: k8s_openapi::api::discovery::v1::EndpointSlice =
             serde_json::from_str(&texts[(round + 1) % 2]).unwrap();
         let mut slices = others.clone();
-        slices.push(std::sync::Arc::new(slice.slice()));
-        hub.take(Finding::Slices(key.clone(), slices));
-        let (updates, _) = hub.flush();
+        slices.push(std::sync::Arc::new(slice.to_slice()));
+        aggregator.handle_event(WatchEvent::Slices(key.clone(), slices));
+        let (updates, _) = aggregator.flush();
         let took = started.elapsed();
         assert_eq!(updates.len(), 1);
         took

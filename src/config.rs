@@ -447,10 +447,10 @@ impl ListenerConfig {
 
     /// What discovery is to find out for it, if its downstreams come from Kubernetes.
     #[must_use]
-    pub fn discovery_request(&self) -> Option<discovery::Request> {
+    pub fn discovery_request(&self) -> Option<discovery::DiscoveryRequest> {
         match &self.source {
             DownstreamSource::Static(_) | DownstreamSource::Names(_) => None,
-            DownstreamSource::Kubernetes(source) => Some(discovery::Request {
+            DownstreamSource::Kubernetes(source) => Some(discovery::DiscoveryRequest {
                 listener: self.id,
                 services: source.services.clone(),
                 family: Family::of(self.bind.ip()),

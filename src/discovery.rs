@@ -1,18 +1,19 @@
 //! Downstreams from Kubernetes: what the EndpointSlices of a listener's Services say, as whole sets.
 //!
 //! ```text
-//! API server ══► watch/service (one task per Service) ──► hub (pure) ──► Update ──► channel + waker ──► event loop
+//! API server ══► watch/service_watch (one task per Service) ──► aggregator (pure) ──► DiscoveryUpdate ──► channel + waker ──► event loop
 //!                  kube's watcher, back-off, outages        merges, counts generations
 //! ```
 //!
 //! One thread, `fo-kube`, runs everything asynchronous; it lives in `watch` and the files below it. [`slices`] turns
-//! slices into a list of downstreams and [`hub`] decides what is published when, both without I/O. Sets are
-//! snapshots: an [`Update`] replaces what the listener had. Only an answer of the API server changes a set; whatever
+//! slices into a list of downstreams and [`aggregator`] decides what is published when, both without I/O. Sets are
+//! snapshots: an [`DiscoveryUpdate`] replaces what the listener had. Only an answer of the API server changes a set; whatever
 //! goes wrong on the way to the server leaves the last good one in force.
 
-pub mod advice;
-pub mod hub;
+pub mod aggregator;
+pub mod messages;
 pub mod rbac;
+pub mod service_key;
 pub mod slices;
 pub mod status;
 mod watch;
@@ -29,13 +30,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use self::status::{ErrorKind, ServiceStatus, Status};
+pub use self::status::{DiscoveryStatus, ErrorKind, ServiceStatus};
 use crate::model::{DownstreamSet, ListenerId};
 use crate::net::Family;
 
 /// What a listener wants to know: the endpoints of which Services, and which of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Request {
+pub struct DiscoveryRequest {
     /// Whose downstreams they will be.
     pub listener: ListenerId,
     /// At least one; their endpoints are merged.
@@ -121,34 +122,34 @@ pub enum Terminating {
 
 /// Where the API server is, who we are, and how patient to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
+pub struct DiscoverySettings {
     /// A kubeconfig file given by the operator; it wins over everything else. Without it: the pod's service account
     /// if there is one, else what `KUBECONFIG` names, else `~/.kube/config`.
     pub kubeconfig: Option<PathBuf>,
-    /// The configuration file, to be named in advice.
+    /// The configuration file, to be named in messages.
     pub config: Option<PathBuf>,
     /// The name of the node this runs on, as EndpointSlices spell it.
     pub node_name: Option<String>,
     /// Time limits.
-    pub limits: Limits,
+    pub limits: DiscoveryTimeouts,
 }
 
-impl Settings {
-    /// Settings of this process: `NODE_NAME` from the environment, everything else by default.
+impl DiscoverySettings {
+    /// DiscoverySettings of this process: `NODE_NAME` from the environment, everything else by default.
     #[must_use]
-    pub fn from_env() -> Settings {
-        Settings {
+    pub fn from_env() -> DiscoverySettings {
+        DiscoverySettings {
             kubeconfig: None,
             config: None,
             node_name: std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
-            limits: Limits::default(),
+            limits: DiscoveryTimeouts::default(),
         }
     }
 }
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct DiscoveryTimeouts {
     /// How long a server may take to accept a connection, to begin its answer, or to go on with one.
     pub request_timeout: Duration,
     /// How long a watch may be silent, bookmarks included, before it is taken for dead. Servers send a bookmark
@@ -167,9 +168,9 @@ pub struct Limits {
     pub coalesce: Duration,
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
+impl Default for DiscoveryTimeouts {
+    fn default() -> DiscoveryTimeouts {
+        DiscoveryTimeouts {
             request_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(150),
             watch_timeout: Duration::from_secs(290),
@@ -183,7 +184,7 @@ impl Default for Limits {
 
 /// A listener's downstreams have changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Update {
+pub struct DiscoveryUpdate {
     /// Whose.
     pub listener: ListenerId,
     /// All of them, in order of address. The generation is higher than in any earlier update of this [`Discovery`].
@@ -198,9 +199,9 @@ pub const LOG_DIRECTIVES: &[&str] = &["kube_client=off", "kube_runtime=off"];
 #[derive(Debug)]
 pub struct Discovery {
     /// Dropped to end the thread.
-    commands: Option<watch::Commands>,
-    status: Status,
-    settings: Settings,
+    commands: Option<watch::CommandSender>,
+    status: DiscoveryStatus,
+    settings: DiscoverySettings,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -213,15 +214,15 @@ impl Discovery {
     /// When a request is impossible ([`validate`]), when there are no credentials or they cannot be read, or when the
     /// thread cannot be started.
     pub fn start(
-        requests: Vec<Request>,
-        settings: Settings,
-        sender: mpsc::Sender<Update>,
+        requests: Vec<DiscoveryRequest>,
+        settings: DiscoverySettings,
+        sender: mpsc::Sender<DiscoveryUpdate>,
         waker: Arc<mio::Waker>,
     ) -> Result<Discovery> {
         validate(&requests, &settings)?;
-        let status = Status::new();
-        let outlet = watch::Outlet::new(sender, waker);
-        let (commands, thread) = watch::start(requests, settings.clone(), status.clone(), outlet)?;
+        let status = DiscoveryStatus::new();
+        let update_sender = watch::UpdateSender::new(sender, waker);
+        let (commands, thread) = watch::start(requests, settings.clone(), status.clone(), update_sender)?;
         Ok(Discovery { commands: Some(commands), status, settings, thread: Some(thread) })
     }
 
@@ -230,7 +231,7 @@ impl Discovery {
     ///
     /// # Errors
     /// When a request is impossible ([`validate`]), which leaves everything as it was; when the thread has ended.
-    pub fn update_requests(&self, requests: Vec<Request>) -> Result<()> {
+    pub fn update_requests(&self, requests: Vec<DiscoveryRequest>) -> Result<()> {
         validate(&requests, &self.settings)?;
         let commands = self.commands.as_ref().context("the discovery thread has been shut down")?;
         commands.replace(requests)
@@ -238,7 +239,7 @@ impl Discovery {
 
     /// How each Service's watch is doing; may be called from any thread, and kept.
     #[must_use]
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> DiscoveryStatus {
         self.status.clone()
     }
 
@@ -273,8 +274,8 @@ impl Drop for Discovery {
 ///
 /// # Errors
 /// What stands in the way and the fix, in one line.
-pub fn explain(settings: &Settings, namespace: &str, service: &str) -> Result<(), String> {
-    watch::explain(settings, namespace, service)
+pub fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &str) -> Result<(), String> {
+    watch::diagnose(settings, namespace, service)
 }
 
 /// Checks what can be checked without a cluster.
@@ -282,7 +283,7 @@ pub fn explain(settings: &Settings, namespace: &str, service: &str) -> Result<()
 /// # Errors
 /// When a listener appears twice or has no service, when a name is not a valid Kubernetes name, when a port is 0,
 /// when `locality = "node"` is asked for without knowing the node's name, or when a limit is out of range.
-pub fn validate(requests: &[Request], settings: &Settings) -> Result<()> {
+pub fn validate(requests: &[DiscoveryRequest], settings: &DiscoverySettings) -> Result<()> {
     let mut seen = BTreeSet::new();
     for request in requests {
         let id = request.listener;

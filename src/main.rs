@@ -7,7 +7,7 @@ use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
 use udp_fanout::control::{status_command, trace_command};
-use udp_fanout::discovery::rbac::{self, Account};
+use udp_fanout::discovery::rbac::{self, ServiceAccount};
 use udp_fanout::{demo, detach, doctor, event_loop, logging, output, version};
 
 fn main() -> ExitCode {
@@ -64,7 +64,7 @@ fn run(config: &Path, log: logging::Options, options: event_loop::DaemonOptions)
 }
 
 fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
-    let account = Account::new(account, namespace)?;
+    let account = ServiceAccount::new(account, namespace)?;
     let config = Config::load(config)?;
     let requests: Vec<_> = config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect();
     if requests.is_empty() {

@@ -11,7 +11,7 @@
 mod watching;
 
 use serde_json::json;
-use udp_fanout::discovery::{Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
 use udp_fanout::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_lab::cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
@@ -98,7 +98,7 @@ fn an_older_server_is_spoken_to_in_v1beta1() {
     let endpoints = [at(ready("10.0.0.1"), "here", "west"), at(ready("10.0.0.2"), "there", "east")];
     server.apply(Kind::EndpointSlice, slice("logging", "old", "old-a", endpoints));
     server.apply(Kind::EndpointSlice, placeholder("logging", "old", "old-b"));
-    let wanted = Request { locality: Locality::Node, ..request("old") };
+    let wanted = DiscoveryRequest { locality: Locality::Node, ..request("old") };
     let mut watching = Watching::with(&server.kubeconfig(), vec![wanted], Some("there"), limits());
     assert_eq!(watching.next_addresses(), ["10.0.0.2:5514"]);
     server.apply(Kind::EndpointSlice, slice("logging", "old", "old-b", [at(ready("10.0.0.3"), "there", "east")]));
@@ -127,7 +127,7 @@ fn ports_by_name_families_and_odd_slices() {
     let mut bare = slice("logging", "odd", "odd-b", [json!({"addresses": ["10.0.0.2", "10.0.0.99"]})]);
     bare["ports"] = json!([{"name": "syslog", "port": 8514}]);
     server.apply_all(Kind::EndpointSlice, [named, six, names, bare]);
-    let by_name = |listener, family| Request {
+    let by_name = |listener, family| DiscoveryRequest {
         services: vec![ServiceRef {
             namespace: Some("logging".to_owned()),
             service: "odd".to_owned(),
@@ -151,8 +151,8 @@ fn the_last_endpoints_serve_until_they_are_gone() {
     let server = ApiServer::start();
     let all = |endpoints: [serde_json::Value; 2]| slice("logging", "leave", "leave-a", endpoints);
     server.apply(Kind::EndpointSlice, all([ready("10.0.0.1"), ready("10.0.0.2")]));
-    let until_gone = Request { terminating: Terminating::UntilGone, ..request_of(1, &[("logging", "leave")]) };
-    let never = Request { terminating: Terminating::Never, ..request_of(2, &[("logging", "leave")]) };
+    let until_gone = DiscoveryRequest { terminating: Terminating::UntilGone, ..request_of(1, &[("logging", "leave")]) };
+    let never = DiscoveryRequest { terminating: Terminating::Never, ..request_of(2, &[("logging", "leave")]) };
     let mut watching = Watching::start(&server, vec![request("leave"), until_gone, never]);
     let (one, two) = ("10.0.0.1:5514", "10.0.0.2:5514");
     (0..3).for_each(|listener| _ = watching.until_listener(listener, &[one, two]));
@@ -173,7 +173,7 @@ fn the_zone_comes_from_the_node_object() {
     server.apply(Kind::Node, node("n1", "west"));
     let endpoints = || [at(ready("10.0.0.1"), "n2", "west"), at(ready("10.0.0.2"), "n3", "east")];
     server.apply(Kind::EndpointSlice, slice("logging", "zone", "zone-a", endpoints()));
-    let wanted = || vec![Request { locality: Locality::PreferZone, ..request("zone") }];
+    let wanted = || vec![DiscoveryRequest { locality: Locality::PreferZone, ..request("zone") }];
     let mut watching = Watching::with(&server.kubeconfig(), wanted(), Some("n1"), limits());
     assert_eq!(watching.next_addresses(), ["10.0.0.1:5514"], "the first set already knows the zone");
     server.apply(Kind::EndpointSlice, slice("logging", "zone", "zone-a", endpoints().into_iter().skip(1)));
@@ -185,7 +185,7 @@ fn a_zone_that_may_be_read_later_is_found_later() {
     let server = ApiServer::start();
     let endpoints = || [at(ready("10.0.0.1"), "n2", "west"), at(ready("10.0.0.2"), "n3", "east")];
     server.apply(Kind::EndpointSlice, slice("logging", "late", "late-a", endpoints()));
-    let wanted = vec![Request { locality: Locality::PreferZone, ..request("late") }];
+    let wanted = vec![DiscoveryRequest { locality: Locality::PreferZone, ..request("late") }];
     let mut watching = Watching::with(&server.kubeconfig(), wanted, Some("late-node"), limits());
     watching.until(&["10.0.0.1:5514", "10.0.0.2:5514"]);
     logged(&["WARN", "may not get node \"late-node\""]);
@@ -203,7 +203,7 @@ fn without_access_to_the_node_the_zone_comes_from_the_slices() {
     let server = ApiServer::start();
     let endpoints = || [at(ready("10.0.0.1"), "n2", "west"), at(ready("10.0.0.2"), "n3", "east")];
     server.apply(Kind::EndpointSlice, slice("logging", "zoneless", "zoneless-a", endpoints()));
-    let wanted = vec![Request { locality: Locality::PreferZone, ..request("zoneless") }];
+    let wanted = vec![DiscoveryRequest { locality: Locality::PreferZone, ..request("zoneless") }];
     let mut watching = Watching::with(&server.kubeconfig(), wanted, Some("node-without-rights"), limits());
     assert_eq!(watching.next_addresses(), ["10.0.0.1:5514", "10.0.0.2:5514"]);
     let line = logged(&["WARN", "node-without-rights"]);

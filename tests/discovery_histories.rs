@@ -24,10 +24,11 @@ use history::{History, NODE, Step, ZONE, expected, requests};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use rand::RngExt;
 use serde_json::Value;
-use udp_fanout::discovery::Update;
-use udp_fanout::discovery::hub::{Finding, Hub, ServiceKey};
+use udp_fanout::discovery::DiscoveryUpdate;
+use udp_fanout::discovery::aggregator::{Aggregator, WatchEvent};
+use udp_fanout::discovery::service_key::ServiceKey;
 use udp_fanout::discovery::slices::Slice;
-use udp_fanout::discovery::wire::{BetaEndpointSlice, Wire};
+use udp_fanout::discovery::wire::{ApiSlice, BetaEndpointSlice};
 use udp_fanout::model::ListenerId;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use watching::{Watching, limits};
@@ -35,7 +36,7 @@ use watching::{Watching, limits};
 /// An object as either version of the API would give it to us.
 fn read(object: &Value, beta: bool) -> Slice {
     if !beta {
-        return serde_json::from_value::<EndpointSlice>(object.clone()).unwrap().slice();
+        return serde_json::from_value::<EndpointSlice>(object.clone()).unwrap().to_slice();
     }
     let mut object = object.clone();
     for endpoint in object["endpoints"].as_array_mut().into_iter().flatten() {
@@ -47,26 +48,26 @@ fn read(object: &Value, beta: bool) -> Slice {
         }
         endpoint["topology"] = topology.into();
     }
-    serde_json::from_value::<BetaEndpointSlice>(object).unwrap().slice()
+    serde_json::from_value::<BetaEndpointSlice>(object).unwrap().to_slice()
 }
 
 /// All slices of one service, as its watch would report them.
-fn finding(history: &History, namespace: &str, service: &str, beta: bool) -> Finding {
+fn finding(history: &History, namespace: &str, service: &str, beta: bool) -> WatchEvent {
     let ours = |object: &&Value| {
         object["metadata"]["namespace"] == namespace
             && object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL] == service
     };
     let slices = history.cluster.values().filter(ours).map(|object| Arc::new(read(object, beta))).collect();
-    Finding::Slices(ServiceKey::new(namespace, service), slices)
+    WatchEvent::Slices(ServiceKey::new(namespace, service), slices)
 }
 
-fn socket_addresses(update: &Update) -> Vec<SocketAddr> {
+fn socket_addresses(update: &DiscoveryUpdate) -> Vec<SocketAddr> {
     update.set.downstreams.iter().map(|downstream| downstream.address).collect()
 }
 
 /// Takes updates over as the controller would, and checks the order of generations.
-fn publish(hub: &mut Hub, published: &mut BTreeMap<ListenerId, Update>) {
-    for update in hub.flush().0 {
+fn publish(aggregator: &mut Aggregator, published: &mut BTreeMap<ListenerId, DiscoveryUpdate>) {
+    for update in aggregator.flush().0 {
         let before = published.insert(update.listener, update.clone());
         if let Some(before) = before {
             assert!(before.set.generation < update.set.generation);
@@ -79,13 +80,13 @@ fn pure_history(seed: u64) {
     let mut history = History::new(seed);
     let requests = requests(&mut history.rng);
     let beta = history.rng.random();
-    let mut hub = Hub::new("default", Some(NODE.to_owned()));
-    hub.replace(requests.clone());
+    let mut aggregator = Aggregator::new("default", Some(NODE.to_owned()));
+    aggregator.replace_requests(requests.clone());
     let mut published = BTreeMap::new();
-    let mut findings = vec![Finding::Zone(Some(ZONE.into()))];
-    let keys: Vec<ServiceKey> = hub.wanted().cloned().collect();
+    let mut findings = vec![WatchEvent::Zone(Some(ZONE.into()))];
+    let keys: Vec<ServiceKey> = aggregator.wanted_services().cloned().collect();
     findings.extend(keys.iter().map(|key| finding(&history, &key.namespace, &key.service, beta)));
-    findings.into_iter().for_each(|finding| hub.take(finding));
+    findings.into_iter().for_each(|finding| aggregator.handle_event(finding));
     for _ in 0..history.rng.random_range(1..30) {
         let step = history.step();
         let (namespace, name) = match &step {
@@ -99,16 +100,16 @@ fn pure_history(seed: u64) {
             // Slices of a service are called service-number.
             Step::Delete { namespace, name } => (namespace.clone(), name.split_once('-').unwrap().0.to_owned()),
         };
-        hub.take(finding(&history, &namespace, &name, beta));
+        aggregator.handle_event(finding(&history, &namespace, &name, beta));
         if history.rng.random_range(0..8) == 0 {
-            hub.take(Finding::Failed(ServiceKey::new(&namespace, &name)));
+            aggregator.handle_event(WatchEvent::Failed(ServiceKey::new(&namespace, &name)));
         }
         // Publishing may come late, and gather several changes.
         if history.rng.random() {
-            publish(&mut hub, &mut published);
+            publish(&mut aggregator, &mut published);
         }
     }
-    publish(&mut hub, &mut published);
+    publish(&mut aggregator, &mut published);
     for request in &requests {
         let found = socket_addresses(&published[&request.listener]);
         let wanted = expected(&history.cluster, request, NODE, ZONE);

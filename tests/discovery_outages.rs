@@ -13,13 +13,13 @@ mod watching;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use udp_fanout::discovery::{Discovery, ErrorKind, Limits, Settings};
+use udp_fanout::discovery::{Discovery, DiscoverySettings, DiscoveryTimeouts, ErrorKind};
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule, Seen};
 use udp_fanout_lab::cluster::{namespace, ready, slice};
 use watching::{Watching, limits, log_count, logged, request};
 
 /// A service with one endpoint, followed.
-fn followed(name: &str, limits: Limits) -> (ApiServer, Watching) {
+fn followed(name: &str, limits: DiscoveryTimeouts) -> (ApiServer, Watching) {
     let server = ApiServer::start();
     change(&server, name, "10.0.0.1");
     let mut watching = Watching::with(&server.kubeconfig(), vec![request(name)], None, limits);
@@ -176,8 +176,11 @@ fn bookmarks_keep_a_quiet_watch_resumable() {
 
 #[test]
 fn a_watch_that_falls_silent_is_replaced() {
-    let impatient =
-        Limits { stall_timeout: Duration::from_millis(300), request_timeout: Duration::from_millis(300), ..limits() };
+    let impatient = DiscoveryTimeouts {
+        stall_timeout: Duration::from_millis(300),
+        request_timeout: Duration::from_millis(300),
+        ..limits()
+    };
     let (server, mut watching) = followed("silent", impatient);
     server.freeze(true);
     change(&server, "silent", "10.0.0.2");
@@ -193,7 +196,7 @@ fn a_watch_that_falls_silent_is_replaced() {
 
 #[test]
 fn a_server_restored_from_a_backup_is_listed_anew() {
-    let impatient = Limits { stall_timeout: Duration::from_millis(300), ..limits() };
+    let impatient = DiscoveryTimeouts { stall_timeout: Duration::from_millis(300), ..limits() };
     let (server, mut watching) = followed("backup", impatient);
     for _ in 0..100 {
         change_elsewhere(&server);
@@ -363,7 +366,7 @@ fn watches_that_end_at_once_are_not_renewed_in_a_tight_loop() {
     change(&server, "short", "10.0.0.1");
     server.hang_up(true);
     let started = Instant::now();
-    let patient = Limits {
+    let patient = DiscoveryTimeouts {
         short_watch: Duration::from_secs(10),
         backoff_min: Duration::from_millis(40),
         backoff_max: Duration::from_secs(10),
@@ -420,7 +423,8 @@ fn starting_without_usable_credentials_is_an_error_in_one_line() {
     let server = ApiServer::start();
     let kubeconfig = server.kubeconfig();
     let start = |path: &std::path::Path| {
-        let settings = Settings { kubeconfig: Some(path.to_owned()), limits: limits(), ..Settings::from_env() };
+        let settings =
+            DiscoverySettings { kubeconfig: Some(path.to_owned()), limits: limits(), ..DiscoverySettings::from_env() };
         let poll = mio::Poll::new().unwrap();
         let waker = std::sync::Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
         let (sender, _updates) = std::sync::mpsc::channel();

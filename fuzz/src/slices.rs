@@ -6,12 +6,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::discovery::v1;
-use udp_fanout::discovery::slices::{AddressType, Outcome, Place, Readiness, Rules, Slice, Source, compile};
-use udp_fanout::discovery::wire::{BetaEndpointSlice, Wire};
+use udp_fanout::discovery::slices::{
+    AddressType, EndpointReadiness, EndpointRules, EndpointSelection, NodeLocation, ServiceSlices, Slice,
+    select_endpoints,
+};
+use udp_fanout::discovery::wire::{ApiSlice, BetaEndpointSlice};
 use udp_fanout::discovery::{Locality, PortRef, Terminating};
 use udp_fanout::net::Family;
 
-const HERE: Place<'_> = Place { node: Some("here"), zone: Some("west") };
+const HERE: NodeLocation<'_> = NodeLocation { node: Some("here"), zone: Some("west") };
 
 /// Reads the lines, and decides upon the downstreams by every rule.
 pub fn run(bytes: &[u8]) {
@@ -22,7 +25,7 @@ pub fn run(bytes: &[u8]) {
     for port in [PortRef::Number(9000), PortRef::Name("syslog".to_owned()), PortRef::Name(String::new())] {
         for family in [Family::V4, Family::V6] {
             for terminating in [Terminating::Never, Terminating::Fallback, Terminating::UntilGone] {
-                let of = |locality| check(&slices, &port, Rules { family, locality, terminating });
+                let of = |locality| check(&slices, &port, EndpointRules { family, locality, terminating });
                 let [all, node, preferred, zone] =
                     [Locality::Cluster, Locality::Node, Locality::PreferNode, Locality::PreferZone].map(of);
                 assert_eq!((preferred.is_empty(), zone.is_empty()), (all.is_empty(), all.is_empty()));
@@ -37,14 +40,14 @@ pub fn run(bytes: &[u8]) {
 
 /// A line in both versions.
 fn read(line: &[u8]) -> Vec<Slice> {
-    let stable = serde_json::from_slice::<v1::EndpointSlice>(line).map(|slice| slice.slice());
-    let beta = serde_json::from_slice::<BetaEndpointSlice>(line).map(|slice| slice.slice());
+    let stable = serde_json::from_slice::<v1::EndpointSlice>(line).map(|slice| slice.to_slice());
+    let beta = serde_json::from_slice::<BetaEndpointSlice>(line).map(|slice| slice.to_slice());
     stable.into_iter().chain(beta).collect()
 }
 
 /// The downstreams, which must be such that datagrams can be sent to them, and must not depend on the order of the slices.
-fn check(slices: &[Arc<Slice>], port: &PortRef, rules: Rules) -> BTreeSet<SocketAddr> {
-    let run = |slices: &[Arc<Slice>]| compile(&[Source { slices, port }], &rules, &HERE);
+fn check(slices: &[Arc<Slice>], port: &PortRef, rules: EndpointRules) -> BTreeSet<SocketAddr> {
+    let run = |slices: &[Arc<Slice>]| select_endpoints(&[ServiceSlices { slices, port }], &rules, &HERE);
     let outcome = run(slices);
     let backwards: Vec<_> = slices.iter().rev().cloned().collect();
     assert_eq!(run(&backwards), outcome);
@@ -55,22 +58,22 @@ fn check(slices: &[Arc<Slice>], port: &PortRef, rules: Rules) -> BTreeSet<Socket
         assert_eq!((Family::of(ip), Family::of(ip.to_canonical())), (rules.family, rules.family), "{downstream:?}");
         assert!(!ip.is_unspecified() && !ip.is_multicast(), "{downstream:?}");
         assert_ne!(downstream.address.port(), 0);
-        assert!(best(slices, downstream.address, &rules) > Readiness::Down, "{downstream:?}");
+        assert!(best(slices, downstream.address, &rules) > EndpointReadiness::NotReady, "{downstream:?}");
     }
-    tallied(&outcome);
+    check_stats(&outcome);
     outcome.downstreams.iter().map(|downstream| downstream.address).collect()
 }
 
 /// The best that is said of an endpoint.
-fn best(slices: &[Arc<Slice>], address: SocketAddr, rules: &Rules) -> Readiness {
+fn best(slices: &[Arc<Slice>], address: SocketAddr, rules: &EndpointRules) -> EndpointReadiness {
     let of_family = slices.iter().filter(|slice| slice.addresses == AddressType::Ip(rules.family));
     let endpoints = of_family.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.address == address.ip());
-    endpoints.map(|endpoint| endpoint.readiness).max().unwrap_or(Readiness::Down)
+    endpoints.map(|endpoint| endpoint.readiness).max().unwrap_or(EndpointReadiness::NotReady)
 }
 
-fn tallied(outcome: &Outcome) {
-    let tally = &outcome.tally;
-    assert!(tally.ready + tally.terminating <= tally.endpoints, "{tally:?}");
-    assert!(outcome.downstreams.len() <= tally.ready + tally.terminating, "{tally:?}");
-    assert!(!tally.elsewhere || outcome.downstreams.is_empty(), "{tally:?}");
+fn check_stats(outcome: &EndpointSelection) {
+    let stats = &outcome.stats;
+    assert!(stats.ready + stats.terminating <= stats.endpoints, "{stats:?}");
+    assert!(outcome.downstreams.len() <= stats.ready + stats.terminating, "{stats:?}");
+    assert!(!stats.other_nodes_only || outcome.downstreams.is_empty(), "{stats:?}");
 }

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
 
-use super::{Locality, Request};
+use super::{DiscoveryRequest, Locality};
 
 /// The service account that the daemon has in our manifests, and the namespace it is in.
 pub const DEFAULT_ACCOUNT: &str = "udp-fanout";
@@ -19,25 +19,25 @@ const NODE_ROLE: &str = "udp-fanout-nodes";
 
 /// Whom the rights are given to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Account {
+pub struct ServiceAccount {
     /// The service account's name.
     pub name: String,
     /// The namespace it is in, which is also that of Services that name none.
     pub namespace: String,
 }
 
-impl Default for Account {
-    fn default() -> Account {
-        Account { name: DEFAULT_ACCOUNT.to_owned(), namespace: DEFAULT_ACCOUNT.to_owned() }
+impl Default for ServiceAccount {
+    fn default() -> ServiceAccount {
+        ServiceAccount { name: DEFAULT_ACCOUNT.to_owned(), namespace: DEFAULT_ACCOUNT.to_owned() }
     }
 }
 
-impl Account {
+impl ServiceAccount {
     /// Checks that these can be the names of a service account and its namespace.
     ///
     /// # Errors
     /// When one of them cannot.
-    pub fn new(name: &str, namespace: &str) -> Result<Account> {
+    pub fn new(name: &str, namespace: &str) -> Result<ServiceAccount> {
         let label = |text: &str| {
             let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
             (1..=63).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-') && !text.ends_with('-')
@@ -49,7 +49,7 @@ impl Account {
         if !label(namespace) {
             bail!("--service-account-namespace: {namespace:?} is not a namespace's name; use 1 to 63 of a-z 0-9 -");
         }
-        Ok(Account { name: name.to_owned(), namespace: namespace.to_owned() })
+        Ok(ServiceAccount { name: name.to_owned(), namespace: namespace.to_owned() })
     }
 }
 
@@ -59,7 +59,7 @@ impl Account {
 /// tell a missing Service from one without endpoints. And a `ClusterRole` to get the daemon's own Node, which holds
 /// the zone, if some listener asks for `prefer_zone`: which node that is differs from pod to pod, so it is for all.
 #[must_use]
-pub fn manifests(requests: &[Request], account: &Account) -> String {
+pub fn manifests(requests: &[DiscoveryRequest], account: &ServiceAccount) -> String {
     let mut services: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for service in requests.iter().flat_map(|request| &request.services) {
         let namespace = service.namespace.as_deref().unwrap_or(&account.namespace);
@@ -98,7 +98,7 @@ fn role(text: &mut String, namespace: &str, services: &BTreeSet<&str>) {
     );
 }
 
-fn binding(text: &mut String, namespace: Option<&str>, account: &Account) {
+fn binding(text: &mut String, namespace: Option<&str>, account: &ServiceAccount) {
     let (kind, name) = if namespace.is_some() { ("Role", NAME) } else { ("ClusterRole", NODE_ROLE) };
     head(text, &format!("{kind}Binding"), name, namespace);
     let _ = write!(
@@ -122,13 +122,13 @@ mod tests {
     use super::*;
     use crate::model::ListenerId;
 
-    fn request(locality: Locality, services: &[(Option<&str>, &str)]) -> Request {
+    fn request(locality: Locality, services: &[(Option<&str>, &str)]) -> DiscoveryRequest {
         let service = |(namespace, service): &(Option<&str>, &str)| ServiceRef {
             namespace: namespace.map(str::to_owned),
             service: (*service).to_owned(),
             port: PortRef::Number(1),
         };
-        Request {
+        DiscoveryRequest {
             listener: ListenerId(0),
             services: services.iter().map(service).collect(),
             family: Family::V4,
@@ -143,7 +143,7 @@ mod tests {
             request(Locality::PreferNode, &[(Some("logging"), "vector"), (Some("123"), "on")]),
             request(Locality::Cluster, &[(None, "own"), (Some("logging"), "loki"), (Some("logging"), "vector")]),
         ];
-        let account = Account { name: "fan".to_owned(), namespace: "edge".to_owned() };
+        let account = ServiceAccount { name: "fan".to_owned(), namespace: "edge".to_owned() };
         let expected = |namespace: &str, services: &str| {
             format!(
                 "---
@@ -188,23 +188,25 @@ subjects:
 
     #[test]
     fn the_zone_takes_a_right_to_read_nodes() {
-        let text = manifests(&[request(Locality::PreferZone, &[(Some("a"), "b")])], &Account::default());
+        let text = manifests(&[request(Locality::PreferZone, &[(Some("a"), "b")])], &ServiceAccount::default());
         assert_eq!(text.matches("kind: ClusterRole\n").count(), 2, "{text}");
         assert!(text.contains("kind: ClusterRoleBinding\nmetadata:\n  name: udp-fanout-nodes\n  labels:"), "{text}");
         assert!(text.contains("    resources: [nodes]\n    verbs: [get]\n"), "{text}");
         for locality in [Locality::Cluster, Locality::PreferNode, Locality::Node] {
-            assert!(!manifests(&[request(locality, &[(Some("a"), "b")])], &Account::default()).contains("Cluster"));
+            assert!(
+                !manifests(&[request(locality, &[(Some("a"), "b")])], &ServiceAccount::default()).contains("Cluster")
+            );
         }
     }
 
     #[test]
     fn what_cannot_be_a_name_is_refused() {
-        assert_eq!(Account::new("udp-fanout", "udp-fanout").unwrap(), Account::default());
-        assert!(Account::new("a.b-c", "a").is_ok());
+        assert_eq!(ServiceAccount::new("udp-fanout", "udp-fanout").unwrap(), ServiceAccount::default());
+        assert!(ServiceAccount::new("a.b-c", "a").is_ok());
         for (name, namespace) in
             [("", "a"), ("a..b", "a"), ("A", "a"), ("a", ""), ("a", "a.b"), ("a: b", "a"), ("a", "-a")]
         {
-            assert!(Account::new(name, namespace).is_err(), "{name:?} {namespace:?}");
+            assert!(ServiceAccount::new(name, namespace).is_err(), "{name:?} {namespace:?}");
         }
     }
 }

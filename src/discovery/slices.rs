@@ -1,6 +1,6 @@
 //! The pure heart: the EndpointSlices of a listener's Services, and what of them becomes its downstreams.
 //!
-//! No I/O and no Kubernetes types; `wire` makes [`Slice`]s from what the API server sends, `hub` calls [`compile`].
+//! No I/O and no Kubernetes types; `wire` makes [`Slice`]s from what the API server sends, `aggregator` calls [`select_endpoints`].
 //! The result depends only on the slices' content, never on their order or history.
 
 use std::collections::{BTreeSet, HashMap};
@@ -16,11 +16,11 @@ pub struct Slice {
     /// What its addresses are.
     pub addresses: AddressType,
     /// The ports that all its endpoints have.
-    pub ports: Vec<Port>,
+    pub ports: Vec<SlicePort>,
     /// Its endpoints, those without a usable address left out.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<SliceEndpoint>,
     /// How many endpoints were left out because their address could not be read, or is no single host's.
-    pub unreadable: usize,
+    pub invalid_addresses: usize,
 }
 
 /// What the addresses of a slice are.
@@ -34,7 +34,7 @@ pub enum AddressType {
 
 /// A port of a slice.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
+pub struct SlicePort {
     /// The Service port's name; empty where it has none.
     pub name: String,
     /// `UDP`, `TCP` or `SCTP`; none where the server did not say.
@@ -45,12 +45,12 @@ pub struct Port {
 
 /// One endpoint of a slice.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
+pub struct SliceEndpoint {
     /// Its first address. The API gives further ones no meaning ("No semantics are defined for additional addresses
     /// beyond the first, and kube-proxy does not look at them"), so that using them could double its share.
     pub address: IpAddr,
     /// Whether it takes traffic.
-    pub readiness: Readiness,
+    pub readiness: EndpointReadiness,
     /// The node it runs on.
     pub node: Option<Arc<str>>,
     /// The zone it runs in.
@@ -61,34 +61,34 @@ pub struct Endpoint {
 
 /// Whether an endpoint takes traffic; the later, the better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Readiness {
+pub enum EndpointReadiness {
     /// Not at all.
-    Down,
+    NotReady,
     /// It is shutting down and still serves.
     Terminating,
     /// It is ready.
     Ready,
 }
 
-impl Readiness {
+impl EndpointReadiness {
     /// From an endpoint's conditions, by the rules of the API: an unknown `ready` is to be taken as true, an unknown
     /// `serving` as what `ready` says, an unknown `terminating` as false. `ready` alone decides where it is true,
     /// because a Service with `publishNotReadyAddresses` keeps it true even while an endpoint terminates.
     #[must_use]
-    pub fn from_conditions(ready: Option<bool>, serving: Option<bool>, terminating: Option<bool>) -> Readiness {
+    pub fn from_conditions(ready: Option<bool>, serving: Option<bool>, terminating: Option<bool>) -> EndpointReadiness {
         if ready.unwrap_or(true) {
-            Readiness::Ready
+            EndpointReadiness::Ready
         } else if terminating.unwrap_or(false) && serving.unwrap_or(false) {
-            Readiness::Terminating
+            EndpointReadiness::Terminating
         } else {
-            Readiness::Down
+            EndpointReadiness::NotReady
         }
     }
 }
 
 /// One Service of a listener: its slices, and the port to send to.
 #[derive(Debug, Clone, Copy)]
-pub struct Source<'a> {
+pub struct ServiceSlices<'a> {
     /// All slices with the Service's label.
     pub slices: &'a [Arc<Slice>],
     /// The port on each endpoint.
@@ -97,7 +97,7 @@ pub struct Source<'a> {
 
 /// Which endpoints a listener wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rules {
+pub struct EndpointRules {
     /// Its own address family.
     pub family: Family,
     /// By where they run.
@@ -108,26 +108,26 @@ pub struct Rules {
 
 /// Where this daemon runs, as far as is known.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Place<'a> {
+pub struct NodeLocation<'a> {
     /// Its node.
     pub node: Option<&'a str>,
     /// Its zone.
     pub zone: Option<&'a str>,
 }
 
-/// What [`compile`] found.
+/// What [`select_endpoints`] found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Outcome {
+pub struct EndpointSelection {
     /// In order of address, each address and port once. Sorted, so that a change of one endpoint moves no other:
     /// the round goes on where it was instead of starting over with the server's accidental order.
     pub downstreams: Vec<Downstream>,
     /// Why the others are not among them.
-    pub tally: Tally,
+    pub stats: SelectionStats,
 }
 
 /// What was looked at and left out, for messages.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Tally {
+pub struct SelectionStats {
     /// Slices looked at.
     pub slices: usize,
     /// Endpoints of the listener's family that have the port, duplicates merged.
@@ -141,23 +141,23 @@ pub struct Tally {
     /// Endpoints left out because their slice has no port of the wanted name.
     pub without_port: usize,
     /// Endpoints left out because their address could not be read, or is no single host's.
-    pub unreadable: usize,
+    pub invalid_addresses: usize,
     /// Address types that cannot be sent to, as the server spells them.
-    pub unusable_types: BTreeSet<String>,
+    pub unsupported_types: BTreeSet<String>,
     /// Wanted port names that slices with endpoints do not have.
     pub missing_ports: BTreeSet<String>,
     /// Names of the ports that those slices have instead.
-    pub known_ports: BTreeSet<String>,
+    pub available_ports: BTreeSet<String>,
     /// Wanted ports that are not UDP, as `name/PROTOCOL`.
-    pub not_udp: BTreeSet<String>,
+    pub non_udp_ports: BTreeSet<String>,
     /// True if there are usable endpoints, but none where the listener's strict locality wants them.
-    pub elsewhere: bool,
+    pub other_nodes_only: bool,
 }
 
 /// An endpoint with its port, what all slices say of it taken together.
 struct Candidate<'a> {
     address: SocketAddr,
-    readiness: Readiness,
+    readiness: EndpointReadiness,
     on_node: bool,
     in_zone: bool,
     pod: Option<&'a Arc<str>>,
@@ -169,58 +169,63 @@ struct Candidate<'a> {
 /// situation where the same endpoint appears in more than one slice"). Then the best thing said of it counts, which
 /// keeps the result independent of the slices' order.
 #[must_use]
-pub fn compile(sources: &[Source<'_>], rules: &Rules, place: &Place<'_>) -> Outcome {
-    let mut tally = Tally::default();
+pub fn select_endpoints(
+    sources: &[ServiceSlices<'_>],
+    rules: &EndpointRules,
+    location: &NodeLocation<'_>,
+) -> EndpointSelection {
+    let mut stats = SelectionStats::default();
     let mut candidates = Vec::new();
     for source in sources {
         for slice in source.slices {
-            gather(slice, source.port, rules.family, place, &mut candidates, &mut tally);
+            collect_candidates(slice, source.port, rules.family, location, &mut candidates, &mut stats);
         }
     }
-    let candidates = merge(candidates);
-    tally.endpoints = candidates.len();
-    tally.ready = candidates.iter().filter(|c| c.readiness == Readiness::Ready).count();
-    tally.terminating = candidates.iter().filter(|c| c.readiness == Readiness::Terminating).count();
-    let chosen = choose(&candidates, rules, place);
-    tally.elsewhere =
-        chosen.is_empty() && !choose(&candidates, &Rules { locality: Locality::Cluster, ..*rules }, place).is_empty();
-    Outcome { downstreams: name(&chosen), tally }
+    let candidates = merge_duplicates(candidates);
+    stats.endpoints = candidates.len();
+    stats.ready = candidates.iter().filter(|c| c.readiness == EndpointReadiness::Ready).count();
+    stats.terminating = candidates.iter().filter(|c| c.readiness == EndpointReadiness::Terminating).count();
+    let chosen = choose_endpoints(&candidates, rules, location);
+    stats.other_nodes_only = chosen.is_empty()
+        && !choose_endpoints(&candidates, &EndpointRules { locality: Locality::Cluster, ..*rules }, location)
+            .is_empty();
+    EndpointSelection { downstreams: name_downstreams(&chosen), stats }
 }
 
 /// Adds the endpoints of one slice that are of the listener's family and have the port.
-fn gather<'a>(
+fn collect_candidates<'a>(
     slice: &'a Slice,
     port: &PortRef,
     family: Family,
-    place: &Place<'_>,
+    location: &NodeLocation<'_>,
     candidates: &mut Vec<Candidate<'a>>,
-    tally: &mut Tally,
+    stats: &mut SelectionStats,
 ) {
-    tally.slices += 1;
+    stats.slices += 1;
     match &slice.addresses {
         AddressType::Ip(other) if *other == family => {}
-        AddressType::Ip(_) => return tally.other_family += slice.endpoints.len(),
+        AddressType::Ip(_) => return stats.other_family += slice.endpoints.len(),
         AddressType::Other(name) => {
-            tally.unusable_types.insert(name.clone());
+            stats.unsupported_types.insert(name.clone());
             return;
         }
     }
-    tally.unreadable += slice.unreadable;
-    let Some(port) = resolve(slice, port, tally) else {
-        return tally.without_port += slice.endpoints.len();
+    stats.invalid_addresses += slice.invalid_addresses;
+    let Some(port) = resolve_port(slice, port, stats) else {
+        return stats.without_port += slice.endpoints.len();
     };
     let is = |a: &Option<Arc<str>>, b: Option<&str>| a.is_some() && a.as_deref() == b;
     candidates.extend(slice.endpoints.iter().map(|endpoint| Candidate {
         address: SocketAddr::new(endpoint.address, port),
         readiness: endpoint.readiness,
-        on_node: is(&endpoint.node, place.node),
-        in_zone: is(&endpoint.zone, place.zone),
+        on_node: is(&endpoint.node, location.node),
+        in_zone: is(&endpoint.zone, location.zone),
         pod: endpoint.pod.as_ref(),
     }));
 }
 
 /// The number to send to on the endpoints of this slice, if it has the port.
-fn resolve(slice: &Slice, port: &PortRef, tally: &mut Tally) -> Option<u16> {
+fn resolve_port(slice: &Slice, port: &PortRef, stats: &mut SelectionStats) -> Option<u16> {
     let wanted = match port {
         PortRef::Number(number) => return Some(*number),
         PortRef::Name(name) => name,
@@ -229,18 +234,18 @@ fn resolve(slice: &Slice, port: &PortRef, tally: &mut Tally) -> Option<u16> {
     let Some((port, number)) = found.and_then(|port| Some((port, port.number.filter(|n| *n != 0)?))) else {
         // The placeholder slice of a Service without pods has neither ports nor endpoints: it proves nothing.
         if !slice.endpoints.is_empty() {
-            tally.missing_ports.insert(wanted.clone());
-            tally.known_ports.extend(slice.ports.iter().map(|port| port.name.clone()));
+            stats.missing_ports.insert(wanted.clone());
+            stats.available_ports.extend(slice.ports.iter().map(|port| port.name.clone()));
         }
         return None;
     };
     if let Some(protocol) = port.protocol.as_deref().filter(|protocol| *protocol != "UDP") {
-        tally.not_udp.insert(format!("{wanted}/{protocol}"));
+        stats.non_udp_ports.insert(format!("{wanted}/{protocol}"));
     }
     Some(number)
 }
 
-fn merge(mut candidates: Vec<Candidate<'_>>) -> Vec<Candidate<'_>> {
+fn merge_duplicates(mut candidates: Vec<Candidate<'_>>) -> Vec<Candidate<'_>> {
     candidates.sort_by_key(|candidate| candidate.address);
     candidates.dedup_by(|next, kept| {
         let same = next.address == kept.address;
@@ -258,20 +263,24 @@ fn merge(mut candidates: Vec<Candidate<'_>>) -> Vec<Candidate<'_>> {
     candidates
 }
 
-/// Readiness decides before locality: a ready endpoint far away is better than one here that is shutting down.
-fn choose<'c, 'a>(candidates: &'c [Candidate<'a>], rules: &Rules, place: &Place<'_>) -> Vec<&'c Candidate<'a>> {
-    let tiers: &[&[Readiness]] = match rules.terminating {
-        Terminating::Never => &[&[Readiness::Ready]],
-        Terminating::Fallback => &[&[Readiness::Ready], &[Readiness::Terminating]],
-        Terminating::UntilGone => &[&[Readiness::Ready, Readiness::Terminating]],
+/// EndpointReadiness decides before locality: a ready endpoint far away is better than one here that is shutting down.
+fn choose_endpoints<'c, 'a>(
+    candidates: &'c [Candidate<'a>],
+    rules: &EndpointRules,
+    location: &NodeLocation<'_>,
+) -> Vec<&'c Candidate<'a>> {
+    let tiers: &[&[EndpointReadiness]] = match rules.terminating {
+        Terminating::Never => &[&[EndpointReadiness::Ready]],
+        Terminating::Fallback => &[&[EndpointReadiness::Ready], &[EndpointReadiness::Terminating]],
+        Terminating::UntilGone => &[&[EndpointReadiness::Ready, EndpointReadiness::Terminating]],
     };
     for tier in tiers {
         let usable = || candidates.iter().filter(|candidate| tier.contains(&candidate.readiness));
         let (preferred, strict): (Vec<_>, bool) = match rules.locality {
             Locality::Cluster => (usable().collect(), false),
             Locality::Node => (usable().filter(|c| c.on_node).collect(), true),
-            Locality::PreferNode if place.node.is_some() => (usable().filter(|c| c.on_node).collect(), false),
-            Locality::PreferZone if place.zone.is_some() => (usable().filter(|c| c.in_zone).collect(), false),
+            Locality::PreferNode if location.node.is_some() => (usable().filter(|c| c.on_node).collect(), false),
+            Locality::PreferZone if location.zone.is_some() => (usable().filter(|c| c.in_zone).collect(), false),
             Locality::PreferNode | Locality::PreferZone => (usable().collect(), false),
         };
         let chosen = if preferred.is_empty() && !strict { usable().collect() } else { preferred };
@@ -283,7 +292,7 @@ fn choose<'c, 'a>(candidates: &'c [Candidate<'a>], rules: &Rules, place: &Place<
 }
 
 /// Downstreams are called by their pods where that tells them apart, else by their addresses.
-fn name(chosen: &[&Candidate<'_>]) -> Vec<Downstream> {
+fn name_downstreams(chosen: &[&Candidate<'_>]) -> Vec<Downstream> {
     let mut uses: HashMap<&Arc<str>, u32> = HashMap::with_capacity(chosen.len());
     for pod in chosen.iter().filter_map(|candidate| candidate.pod) {
         *uses.entry(pod).or_default() += 1;

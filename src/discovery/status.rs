@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::hub::ServiceKey;
+use super::service_key::ServiceKey;
 
 /// Why an exchange with the API server failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,11 +97,11 @@ pub struct ServiceStatus {
 
 /// A handle on the counters of all watches. Cloning it is cheap; it may be read from any thread, also after the end.
 #[derive(Debug, Clone)]
-pub struct Status(Arc<Mutex<BTreeMap<ServiceKey, Arc<Counters>>>>);
+pub struct DiscoveryStatus(Arc<Mutex<BTreeMap<ServiceKey, Arc<WatchCounters>>>>);
 
-impl Status {
-    pub(super) fn new() -> Status {
-        Status(Arc::default())
+impl DiscoveryStatus {
+    pub(super) fn new() -> DiscoveryStatus {
+        DiscoveryStatus(Arc::default())
     }
 
     /// Every Service that is being watched, by namespace and name.
@@ -110,7 +110,7 @@ impl Status {
         self.lock().iter().map(|(key, counters)| counters.snapshot(key)).collect()
     }
 
-    pub(super) fn add(&self, key: &ServiceKey) -> Arc<Counters> {
+    pub(super) fn add(&self, key: &ServiceKey) -> Arc<WatchCounters> {
         self.lock().entry(key.clone()).or_default().clone()
     }
 
@@ -119,42 +119,42 @@ impl Status {
     }
 
     /// The map is whole at every moment, whatever may have panicked while holding it.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ServiceKey, Arc<Counters>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ServiceKey, Arc<WatchCounters>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The counters of one watch.
 #[derive(Debug)]
-pub(super) struct Counters {
+pub(super) struct WatchCounters {
     epoch: Instant,
     synced: AtomicBool,
     /// Milliseconds since `epoch`, plus one; 0 means never.
-    heard: AtomicU64,
+    last_activity: AtomicU64,
     watches: AtomicU64,
     errors: [AtomicU64; ErrorKind::ALL.len()],
 }
 
-impl Default for Counters {
-    fn default() -> Counters {
-        Counters {
+impl Default for WatchCounters {
+    fn default() -> WatchCounters {
+        WatchCounters {
             epoch: Instant::now(),
             synced: AtomicBool::new(false),
-            heard: AtomicU64::new(0),
+            last_activity: AtomicU64::new(0),
             watches: AtomicU64::new(0),
             errors: Default::default(),
         }
     }
 }
 
-impl Counters {
+impl WatchCounters {
     pub(super) fn set_synced(&self, synced: bool) {
         self.synced.store(synced, Relaxed);
     }
 
-    pub(super) fn note_heard(&self) {
+    pub(super) fn record_activity(&self) {
         let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
-        self.heard.store(ms + 1, Relaxed);
+        self.last_activity.store(ms + 1, Relaxed);
     }
 
     pub(super) fn count_watch(&self) {
@@ -166,12 +166,12 @@ impl Counters {
     }
 
     fn snapshot(&self, key: &ServiceKey) -> ServiceStatus {
-        let heard = self.heard.load(Relaxed).checked_sub(1).map(Duration::from_millis);
+        let last_activity = self.last_activity.load(Relaxed).checked_sub(1).map(Duration::from_millis);
         ServiceStatus {
             namespace: key.namespace.to_string(),
             service: key.service.to_string(),
             synced: self.synced.load(Relaxed),
-            last_event_age: heard.map(|at| self.epoch.elapsed().saturating_sub(at)),
+            last_event_age: last_activity.map(|at| self.epoch.elapsed().saturating_sub(at)),
             watch_restarts: self.watches.load(Relaxed).saturating_sub(1),
             errors: ErrorKind::ALL.iter().map(|&kind| (kind, self.errors[kind as usize].load(Relaxed))).collect(),
         }
@@ -193,12 +193,12 @@ mod tests {
 
     #[test]
     fn a_snapshot_shows_what_was_counted() {
-        let status = Status::new();
+        let status = DiscoveryStatus::new();
         let key = ServiceKey::new("logging", "vector");
         let counters = status.add(&key);
         assert_eq!(status.services()[0].last_event_age, None);
         counters.set_synced(true);
-        counters.note_heard();
+        counters.record_activity();
         counters.count_watch();
         assert_eq!(status.services()[0].watch_restarts, 0);
         counters.count_watch();

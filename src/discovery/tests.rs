@@ -1,7 +1,7 @@
 use super::*;
 
-fn request(service: &str, port: PortRef) -> Request {
-    Request {
+fn request(service: &str, port: PortRef) -> DiscoveryRequest {
+    DiscoveryRequest {
         listener: ListenerId(0),
         services: vec![ServiceRef { namespace: Some("logging".to_owned()), service: service.to_owned(), port }],
         family: Family::V4,
@@ -10,11 +10,11 @@ fn request(service: &str, port: PortRef) -> Request {
     }
 }
 
-fn settings() -> Settings {
-    Settings { kubeconfig: None, config: None, node_name: None, limits: Limits::default() }
+fn settings() -> DiscoverySettings {
+    DiscoverySettings { kubeconfig: None, config: None, node_name: None, limits: DiscoveryTimeouts::default() }
 }
 
-fn refused(requests: &[Request]) -> String {
+fn refused(requests: &[DiscoveryRequest]) -> String {
     format!("{:#}", validate(requests, &settings()).unwrap_err())
 }
 
@@ -27,10 +27,10 @@ fn impossible_requests_are_refused_by_name() {
     }
     assert!(refused(&[request("a", PortRef::Number(0))]).contains("port 0"));
     assert!(refused(&[good.clone(), good.clone()]).contains("two discovery requests"));
-    assert!(refused(&[Request { services: vec![], ..good.clone() }]).contains("names no service"));
-    let strict = [Request { locality: Locality::Node, ..good.clone() }];
+    assert!(refused(&[DiscoveryRequest { services: vec![], ..good.clone() }]).contains("names no service"));
+    let strict = [DiscoveryRequest { locality: Locality::Node, ..good.clone() }];
     assert!(refused(&strict).contains("NODE_NAME"));
-    let known = Settings { node_name: Some("here".to_owned()), ..settings() };
+    let known = DiscoverySettings { node_name: Some("here".to_owned()), ..settings() };
     assert!(validate(&strict, &known).is_ok());
     let mut long = settings();
     long.limits.watch_timeout = Duration::from_secs(300);

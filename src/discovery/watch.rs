@@ -1,18 +1,18 @@
 //! The thread `fo-kube`: a tokio runtime of its own, one task per Service, and the loop that publishes.
 //!
-//! Nothing asynchronous leaves this file and those below it. `service` follows one Service through every failure,
-//! `client` builds its connection to the API server, `link` keeps score of that connection, `lookup` asks the
+//! Nothing asynchronous leaves this file and those below it. `service_watch` follows one Service through every failure,
+//! `client` builds its connection to the API server, `connection` keeps history of that connection, `queries` asks the
 //! single questions (which version, which zone, why nothing), `failure` sorts what goes wrong by what helps against it,
 //! `credentials` says who we are, `backoff` how long to wait.
 
 mod backoff;
 mod client;
+mod connection_state;
 mod credentials;
-mod explain;
+mod diagnose;
 mod failure;
-mod link;
-mod lookup;
-mod service;
+mod queries;
+mod service_watch;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,24 +26,25 @@ use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::Instant;
 
 use self::credentials::Credentials;
-use super::hub::{Finding, Hub, Note, ServiceKey};
-use super::status::{ErrorKind, Status};
-use super::{Request, Settings, Update};
+use super::aggregator::{Aggregator, DiscoveryNotice, WatchEvent};
+use super::service_key::ServiceKey;
+use super::status::{DiscoveryStatus, ErrorKind};
+use super::{DiscoveryRequest, DiscoverySettings, DiscoveryUpdate};
 
 /// Where updates go.
 #[derive(Debug)]
-pub(super) struct Outlet {
-    sender: mpsc::Sender<Update>,
+pub(super) struct UpdateSender {
+    sender: mpsc::Sender<DiscoveryUpdate>,
     waker: Arc<mio::Waker>,
 }
 
-impl Outlet {
-    pub(super) fn new(sender: mpsc::Sender<Update>, waker: Arc<mio::Waker>) -> Outlet {
-        Outlet { sender, waker }
+impl UpdateSender {
+    pub(super) fn new(sender: mpsc::Sender<DiscoveryUpdate>, waker: Arc<mio::Waker>) -> UpdateSender {
+        UpdateSender { sender, waker }
     }
 
     /// False if nobody receives any more.
-    fn send(&self, updates: Vec<Update>) -> bool {
+    fn send(&self, updates: Vec<DiscoveryUpdate>) -> bool {
         if updates.is_empty() {
             return true;
         }
@@ -57,51 +58,51 @@ impl Outlet {
 
 /// The way to tell the thread something. Dropping it ends the thread.
 #[derive(Debug)]
-pub(super) struct Commands(UnboundedSender<Vec<Request>>);
+pub(super) struct CommandSender(UnboundedSender<Vec<DiscoveryRequest>>);
 
-impl Commands {
-    pub(super) fn replace(&self, requests: Vec<Request>) -> Result<()> {
+impl CommandSender {
+    pub(super) fn replace(&self, requests: Vec<DiscoveryRequest>) -> Result<()> {
         self.0.send(requests).ok().context("the discovery thread has ended: restart the daemon")
     }
 }
 
 /// Finds out by single questions why the endpoints of a Service are not to be had.
-pub(super) fn explain(settings: &Settings, namespace: &str, service: &str) -> Result<(), String> {
+pub(super) fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &str) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start a runtime: {error}"))?;
-    let outcome = runtime.block_on(explain::explain(settings, namespace, service));
+    let outcome = runtime.block_on(diagnose::diagnose(settings, namespace, service));
     runtime.shutdown_background();
     outcome
 }
 
 /// Reads the credentials, so that a mistake there is reported at once, and starts the thread.
 pub(super) fn start(
-    requests: Vec<Request>,
-    settings: Settings,
-    status: Status,
-    outlet: Outlet,
-) -> Result<(Commands, JoinHandle<()>)> {
+    requests: Vec<DiscoveryRequest>,
+    settings: DiscoverySettings,
+    status: DiscoveryStatus,
+    updates_out: UpdateSender,
+) -> Result<(CommandSender, JoinHandle<()>)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime for Kubernetes discovery")?;
     let credentials = Arc::new(Credentials::find(settings.kubeconfig.as_deref()));
     let config = runtime.block_on(credentials.load())?;
-    let mut hub = Hub::new(config.default_namespace.trim(), settings.node_name.clone());
-    hub.replace(requests);
+    let mut aggregator = Aggregator::new(config.default_namespace.trim(), settings.node_name.clone());
+    aggregator.replace_requests(requests);
     let (commands, inbox) = unbounded_channel();
-    let (findings, found) = unbounded_channel();
-    let crew = Crew {
+    let (events, watch_events) = unbounded_channel();
+    let tasks = TaskSet {
         tasks: JoinSet::new(),
         watches: HashMap::new(),
         settings,
         credentials,
         status,
-        findings,
-        zone_asked: false,
+        events,
+        zone_requested: false,
     };
     let body = move || {
-        runtime.block_on(run(hub, crew, inbox, found, &outlet));
+        runtime.block_on(run(aggregator, tasks, inbox, watch_events, &updates_out));
         // A name being resolved or a credential plugin running would otherwise hold up the end.
         runtime.shutdown_background();
     };
@@ -109,18 +110,18 @@ pub(super) fn start(
         .name("fo-kube".to_owned())
         .spawn(body)
         .context("cannot start the thread fo-kube")?;
-    Ok((Commands(commands), thread))
+    Ok((CommandSender(commands), thread))
 }
 
 /// Publishes until the commands' other end is dropped.
 async fn run(
-    mut hub: Hub,
-    mut crew: Crew,
-    mut inbox: UnboundedReceiver<Vec<Request>>,
-    mut found: UnboundedReceiver<Finding>,
-    outlet: &Outlet,
+    mut aggregator: Aggregator,
+    mut tasks: TaskSet,
+    mut inbox: UnboundedReceiver<Vec<DiscoveryRequest>>,
+    mut watch_events: UnboundedReceiver<WatchEvent>,
+    updates_out: &UpdateSender,
 ) {
-    crew.man(&hub);
+    tasks.reconcile(&aggregator);
     // The first change is published at once, what follows within the window together.
     let mut due = Instant::now();
     let mut dirty = false;
@@ -129,25 +130,25 @@ async fn run(
             biased;
             command = inbox.recv() => {
                 let Some(requests) = command else { return };
-                hub.replace(requests);
-                crew.man(&hub);
+                aggregator.replace_requests(requests);
+                tasks.reconcile(&aggregator);
                 dirty = true;
             }
-            Some(finding) = found.recv() => {
-                hub.take(finding);
+            Some(event) = watch_events.recv() => {
+                aggregator.handle_event(event);
                 dirty = true;
             }
-            Some(ended) = crew.tasks.join_next_with_id() => crew.replace_fallen(ended),
+            Some(ended) = tasks.tasks.join_next_with_id() => tasks.restart_failed_task(ended),
             () = tokio::time::sleep_until(due), if dirty => {
-                let (updates, notes) = hub.flush();
+                let (updates, notices) = aggregator.flush();
                 let any = !updates.is_empty();
-                notes.iter().for_each(log);
-                if !outlet.send(updates) {
+                notices.iter().for_each(log);
+                if !updates_out.send(updates) {
                     return;
                 }
                 dirty = false;
                 if any {
-                    due = Instant::now() + crew.settings.limits.coalesce;
+                    due = Instant::now() + tasks.settings.limits.coalesce;
                 }
             }
         }
@@ -155,20 +156,20 @@ async fn run(
 }
 
 /// The tasks: one for each Service, and one while the zone is asked for.
-struct Crew {
+struct TaskSet {
     tasks: JoinSet<()>,
     watches: HashMap<ServiceKey, AbortHandle>,
-    settings: Settings,
+    settings: DiscoverySettings,
     credentials: Arc<Credentials>,
-    status: Status,
-    findings: UnboundedSender<Finding>,
-    zone_asked: bool,
+    status: DiscoveryStatus,
+    events: UnboundedSender<WatchEvent>,
+    zone_requested: bool,
 }
 
-impl Crew {
+impl TaskSet {
     /// Starts what is wanted and does not run, stops what runs and is not wanted.
-    fn man(&mut self, hub: &Hub) {
-        let wanted: Vec<&ServiceKey> = hub.wanted().collect();
+    fn reconcile(&mut self, aggregator: &Aggregator) {
+        let wanted: Vec<&ServiceKey> = aggregator.wanted_services().collect();
         let status = &self.status;
         self.watches.retain(|key, task| {
             let keep = wanted.contains(&key);
@@ -183,24 +184,24 @@ impl Crew {
                 self.watch(key.clone(), Duration::ZERO);
             }
         }
-        if !self.zone_asked
-            && hub.wants_zone()
+        if !self.zone_requested
+            && aggregator.needs_zone()
             && let Some(node) = self.settings.node_name.clone()
         {
-            self.zone_asked = true;
-            let (credentials, settings, findings) =
-                (self.credentials.clone(), self.settings.clone(), self.findings.clone());
-            self.tasks.spawn(lookup::find_zone(node, credentials, settings, findings));
+            self.zone_requested = true;
+            let (credentials, settings, events) =
+                (self.credentials.clone(), self.settings.clone(), self.events.clone());
+            self.tasks.spawn(queries::find_zone(node, credentials, settings, events));
         }
     }
 
     fn watch(&mut self, key: ServiceKey, delay: Duration) {
-        let watch = service::Watch::new(
+        let watch = service_watch::ServiceWatch::new(
             key.clone(),
             &self.settings,
             self.credentials.clone(),
             self.status.add(&key),
-            self.findings.clone(),
+            self.events.clone(),
         );
         let task = self.tasks.spawn(async move {
             tokio::time::sleep(delay).await;
@@ -211,7 +212,7 @@ impl Crew {
 
     /// A watch never ends by itself: if one did, there is a fault in it. What it found stays in force; another takes
     /// over after a while.
-    fn replace_fallen(&mut self, ended: Result<(Id, ()), tokio::task::JoinError>) {
+    fn restart_failed_task(&mut self, ended: Result<(Id, ()), tokio::task::JoinError>) {
         let (id, fault) = match ended {
             Ok((id, ())) => (id, "it ended".to_owned()), // as the search for the zone does
             Err(error) if error.is_cancelled() => return,
@@ -227,17 +228,17 @@ impl Crew {
     }
 }
 
-fn log(note: &Note) {
-    match note {
-        Note::Discovered { listener, endpoints } => {
+fn log(notice: &DiscoveryNotice) {
+    match notice {
+        DiscoveryNotice::Discovered { listener, endpoints } => {
             tracing::info!(listener_id = listener.0, endpoints, "discovered endpoints");
         }
-        Note::Changed { listener, endpoints } => {
+        DiscoveryNotice::Changed { listener, endpoints } => {
             tracing::debug!(listener_id = listener.0, endpoints, "discovered endpoints");
         }
-        Note::Empty { listener, cause } => {
+        DiscoveryNotice::Empty { listener, cause } => {
             tracing::warn!(listener_id = listener.0, endpoints = 0, "discovered endpoints: none usable: {cause}");
         }
-        Note::Warning { listener, text } => tracing::warn!(listener_id = listener.0, "{text}"),
+        DiscoveryNotice::Warning { listener, text } => tracing::warn!(listener_id = listener.0, "{text}"),
     }
 }

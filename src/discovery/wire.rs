@@ -16,7 +16,7 @@ use kube::Resource;
 use serde::Deserialize;
 
 use super::Family;
-use super::slices::{AddressType, Endpoint, Port, Readiness, Slice};
+use super::slices::{AddressType, EndpointReadiness, Slice, SliceEndpoint, SlicePort};
 use crate::net::is_unicast;
 
 /// The label that names the Service of a slice.
@@ -30,21 +30,21 @@ pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
 
 /// An EndpointSlice as the server sends it.
-pub trait Wire: Resource<DynamicType = (), Scope = NamespaceResourceScope> {
+pub trait ApiSlice: Resource<DynamicType = (), Scope = NamespaceResourceScope> {
     /// Keeps what matters.
-    fn slice(&self) -> Slice;
+    fn to_slice(&self) -> Slice;
 }
 
-impl Wire for v1::EndpointSlice {
-    fn slice(&self) -> Slice {
-        let endpoints = self.endpoints.iter().map(|endpoint| Parts {
+impl ApiSlice for v1::EndpointSlice {
+    fn to_slice(&self) -> Slice {
+        let endpoints = self.endpoints.iter().map(|endpoint| EndpointFields {
             address: endpoint.addresses.first(),
             conditions: endpoint.conditions.as_ref(),
             node: endpoint.node_name.as_deref(),
             zone: endpoint.zone.as_deref(),
             target: endpoint.target_ref.as_ref(),
         });
-        build(&self.address_type, self.ports.as_deref(), endpoints)
+        build_slice(&self.address_type, self.ports.as_deref(), endpoints)
     }
 }
 
@@ -108,11 +108,11 @@ impl Resource for BetaEndpointSlice {
     }
 }
 
-impl Wire for BetaEndpointSlice {
-    fn slice(&self) -> Slice {
+impl ApiSlice for BetaEndpointSlice {
+    fn to_slice(&self) -> Slice {
         let endpoints = self.endpoints.iter().flatten().map(|endpoint| {
             let topology = |key| endpoint.topology.as_ref().and_then(|topology| topology.get(key)).map(String::as_str);
-            Parts {
+            EndpointFields {
                 address: endpoint.addresses.as_ref().and_then(|addresses| addresses.first()),
                 conditions: endpoint.conditions.as_ref(),
                 node: endpoint.node_name.as_deref().or_else(|| topology(HOSTNAME_LABEL)),
@@ -120,12 +120,12 @@ impl Wire for BetaEndpointSlice {
                 target: endpoint.target_ref.as_ref(),
             }
         });
-        build(&self.address_type, self.ports.as_deref(), endpoints)
+        build_slice(&self.address_type, self.ports.as_deref(), endpoints)
     }
 }
 
 /// An endpoint of either version.
-struct Parts<'a> {
+struct EndpointFields<'a> {
     address: Option<&'a String>,
     conditions: Option<&'a v1::EndpointConditions>,
     node: Option<&'a str>,
@@ -133,69 +133,69 @@ struct Parts<'a> {
     target: Option<&'a ObjectReference>,
 }
 
-fn build<'a>(
+fn build_slice<'a>(
     address_type: &str,
     ports: Option<&[v1::EndpointPort]>,
-    endpoints: impl Iterator<Item = Parts<'a>>,
+    endpoints: impl Iterator<Item = EndpointFields<'a>>,
 ) -> Slice {
     let addresses = match address_type {
         "IPv4" => AddressType::Ip(Family::V4),
         "IPv6" => AddressType::Ip(Family::V6),
         other => AddressType::Other(other.to_owned()),
     };
-    let mut names = Names::default();
+    let mut interner = StringInterner::default();
     let mut slice = Slice {
         ports: ports.unwrap_or_default().iter().map(port).collect(),
         endpoints: Vec::new(),
-        unreadable: 0,
+        invalid_addresses: 0,
         addresses,
     };
     if let AddressType::Ip(family) = slice.addresses {
-        for parts in endpoints {
-            match endpoint(&parts, family, &mut names) {
+        for fields in endpoints {
+            match endpoint(&fields, family, &mut interner) {
                 Some(endpoint) => slice.endpoints.push(endpoint),
-                None => slice.unreadable += 1,
+                None => slice.invalid_addresses += 1,
             }
         }
     }
     slice
 }
 
-fn port(port: &v1::EndpointPort) -> Port {
-    Port {
+fn port(port: &v1::EndpointPort) -> SlicePort {
+    SlicePort {
         name: port.name.clone().unwrap_or_default(),
         protocol: port.protocol.clone(),
         number: port.port.and_then(|number| u16::try_from(number).ok()),
     }
 }
 
-fn endpoint(parts: &Parts<'_>, family: Family, names: &mut Names) -> Option<Endpoint> {
+fn endpoint(fields: &EndpointFields<'_>, family: Family, interner: &mut StringInterner) -> Option<SliceEndpoint> {
     // The API server lets groups pass, and IPv4 addresses in IPv6 notation.
-    let address = parts.address?.parse::<IpAddr>().ok()?.to_canonical();
+    let address = fields.address?.parse::<IpAddr>().ok()?.to_canonical();
     if Family::of(address) != family || !is_unicast(address) {
         return None;
     }
-    let conditions = parts.conditions;
-    let pod = parts.target.filter(|target| target.kind.as_deref() == Some("Pod"));
-    Some(Endpoint {
+    let conditions = fields.conditions;
+    let pod = fields.target.filter(|target| target.kind.as_deref() == Some("Pod"));
+    Some(SliceEndpoint {
         address,
-        readiness: Readiness::from_conditions(
+        readiness: EndpointReadiness::from_conditions(
             conditions.and_then(|c| c.ready),
             conditions.and_then(|c| c.serving),
             conditions.and_then(|c| c.terminating),
         ),
-        node: parts.node.map(|node| names.share(node)),
-        zone: parts.zone.map(|zone| names.share(zone)),
+        node: fields.node.map(|node| interner.intern(node)),
+        zone: fields.zone.map(|zone| interner.intern(zone)),
         pod: pod.and_then(|pod| pod.name.as_deref()).map(Arc::from),
     })
 }
 
 /// Endpoints of one slice share few nodes and zones: each is kept once.
 #[derive(Default)]
-struct Names(std::collections::HashMap<String, Arc<str>>);
+struct StringInterner(std::collections::HashMap<String, Arc<str>>);
 
-impl Names {
-    fn share(&mut self, name: &str) -> Arc<str> {
+impl StringInterner {
+    fn intern(&mut self, name: &str) -> Arc<str> {
         if let Some(known) = self.0.get(name) {
             return known.clone();
         }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use super::Findings;
 use crate::config::{Config, DownstreamSource, ListenerConfig};
 use crate::control::report::StatusReport;
-use crate::discovery::{self, Discovery, ServiceStatus, Settings, Update};
+use crate::discovery::{self, Discovery, DiscoverySettings, DiscoveryUpdate, ServiceStatus};
 use crate::model::{Downstream, ListenerId};
 
 /// How long the API server may take to answer.
@@ -31,14 +31,14 @@ pub(super) fn look(
     report: Option<&StatusReport>,
     findings: &mut Findings,
 ) -> BTreeMap<ListenerId, Vec<Downstream>> {
-    let requests: Vec<discovery::Request> =
+    let requests: Vec<discovery::DiscoveryRequest> =
         config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect();
     if requests.is_empty() {
         return BTreeMap::new();
     }
     let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
     let kubeconfig = kubeconfig.map(Path::to_owned);
-    let settings = Settings { kubeconfig, config: Some(path), ..Settings::from_env() };
+    let settings = DiscoverySettings { kubeconfig, config: Some(path), ..DiscoverySettings::from_env() };
     let mut found = match follow(requests, settings, findings) {
         Ok(found) => found,
         Err(error) => {
@@ -65,8 +65,8 @@ fn downstream(name: &str, address: SocketAddr) -> Downstream {
 
 /// Runs the discovery until every Service has been listed and is being watched, or has failed.
 fn follow(
-    requests: Vec<discovery::Request>,
-    settings: Settings,
+    requests: Vec<discovery::DiscoveryRequest>,
+    settings: DiscoverySettings,
     findings: &mut Findings,
 ) -> Result<BTreeMap<ListenerId, Vec<Downstream>>> {
     let listeners: BTreeSet<ListenerId> = requests.iter().map(|request| request.listener).collect();
@@ -80,7 +80,7 @@ fn follow(
     let before = findings.0.len();
     for service in &services {
         let name = format!("{}/{}", service.namespace, service.service);
-        match discovery::explain(&settings, &service.namespace, &service.service) {
+        match discovery::diagnose(&settings, &service.namespace, &service.service) {
             Err(reason) => {
                 let (what, fix) = split(&reason);
                 findings.problem("kubernetes", what, fix);
@@ -101,13 +101,13 @@ fn follow(
 
 fn gather(
     discovery: &Discovery,
-    updates: &Receiver<Update>,
+    updates: &Receiver<DiscoveryUpdate>,
     listeners: &BTreeSet<ListenerId>,
 ) -> (BTreeMap<ListenerId, Vec<Downstream>>, Vec<ServiceStatus>) {
     let deadline = Instant::now() + PATIENCE;
     let mut found = BTreeMap::new();
     loop {
-        if let Ok(Update { listener, set }) = updates.recv_timeout(LOOK_AGAIN) {
+        if let Ok(DiscoveryUpdate { listener, set }) = updates.recv_timeout(LOOK_AGAIN) {
             found.insert(listener, set.downstreams);
         }
         let services = discovery.status().services();

@@ -13,7 +13,7 @@ use mio::Waker;
 use super::Daemon;
 use crate::config::{Config, ListenerConfig};
 use crate::controller::{Event, Origin};
-use crate::discovery::{self, Discovery, Update};
+use crate::discovery::{self, Discovery, DiscoveryUpdate};
 use crate::model::{Downstream, DownstreamSet, ListenerId};
 use crate::names::lookup::{self, Answer, Lookups};
 use crate::names::state::Names;
@@ -22,7 +22,7 @@ use crate::names::state::Names;
 #[derive(Debug)]
 pub(super) struct DownstreamSources {
     /// Runs only while a listener follows a Service.
-    pub(super) discovery: Option<(Discovery, Receiver<Update>)>,
+    pub(super) discovery: Option<(Discovery, Receiver<DiscoveryUpdate>)>,
     /// Discovery has failed for good, and an error was logged.
     pub(super) discovery_failed: bool,
     /// The kubeconfig file that the command line names.
@@ -60,7 +60,7 @@ impl DownstreamSources {
         &self,
         config: &Config,
         waker: &Arc<Waker>,
-    ) -> Result<Option<(Discovery, Receiver<Update>)>> {
+    ) -> Result<Option<(Discovery, Receiver<DiscoveryUpdate>)>> {
         let requests = requests(config);
         if requests.is_empty() {
             return Ok(None);
@@ -114,10 +114,10 @@ impl DownstreamSources {
         }
     }
 
-    fn settings(&self, config: &Config) -> discovery::Settings {
+    fn settings(&self, config: &Config) -> discovery::DiscoverySettings {
         let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
         let kubeconfig = self.kubeconfig.clone();
-        discovery::Settings { kubeconfig, config: Some(path), ..discovery::Settings::from_env() }
+        discovery::DiscoverySettings { kubeconfig, config: Some(path), ..discovery::DiscoverySettings::from_env() }
     }
 
     fn next_set(&mut self, downstreams: Vec<Downstream>) -> DownstreamSet {
@@ -158,6 +158,6 @@ impl Daemon {
 }
 
 /// What the listeners that follow Services ask of discovery.
-fn requests(config: &Config) -> Vec<discovery::Request> {
+fn requests(config: &Config) -> Vec<discovery::DiscoveryRequest> {
     config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect()
 }

@@ -24,7 +24,7 @@ use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocato
 use crate::control::server::StatusServer;
 use crate::controller::Event;
 use crate::datapath::kernel::handover::PreparedPins;
-use crate::discovery::{Discovery, Update};
+use crate::discovery::{Discovery, DiscoveryUpdate};
 use crate::error_hints;
 use crate::metrics::ReloadCounts;
 use crate::metrics::http::{HttpLimits, MainLoopRequest, MetricsListener, MetricsServer};
@@ -60,7 +60,7 @@ pub(super) struct Reloading {
 struct PendingReload {
     config: Config,
     http: PartChange<(MetricsServer, Receiver<MainLoopRequest>)>,
-    discovery: PartChange<(Discovery, Receiver<Update>)>,
+    discovery: PartChange<(Discovery, Receiver<DiscoveryUpdate>)>,
     /// The new status socket, if its path has changed.
     status_socket: Option<StatusServer>,
     /// The new pins of the kernel program, if one is loaded already.
@@ -233,7 +233,7 @@ impl Daemon {
         Ok(PartChange::Replace(bound.serve(Arc::clone(&self.waker), HttpLimits::default())?))
     }
 
-    fn discovery_change(&self, config: &Config) -> Result<PartChange<(Discovery, Receiver<Update>)>> {
+    fn discovery_change(&self, config: &Config) -> Result<PartChange<(Discovery, Receiver<DiscoveryUpdate>)>> {
         let wanted = config.listeners.iter().any(|listener| matches!(listener.source, DownstreamSource::Kubernetes(_)));
         if wanted && self.sources.can_update_discovery(config)? {
             return Ok(PartChange::Keep);

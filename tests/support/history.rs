@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
-use udp_fanout::discovery::{Locality, PortRef, Request, ServiceRef, Terminating};
+use udp_fanout::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
 use udp_fanout::model::ListenerId;
 use udp_fanout::net::Family;
 
@@ -123,11 +123,11 @@ impl History {
 }
 
 /// Listeners of every taste.
-pub fn requests(rng: &mut StdRng) -> Vec<Request> {
+pub fn requests(rng: &mut StdRng) -> Vec<DiscoveryRequest> {
     let localities = [Locality::Cluster, Locality::PreferNode, Locality::Node, Locality::PreferZone];
     let terminatings = [Terminating::Never, Terminating::Fallback, Terminating::UntilGone];
     (0..4)
-        .map(|n| Request {
+        .map(|n| DiscoveryRequest {
             listener: ListenerId(n),
             services: (0..rng.random_range(1..=2))
                 .map(|_| ServiceRef {
@@ -156,7 +156,7 @@ struct Said {
 }
 
 /// What a listener must have, given everything there is.
-pub fn expected(cluster: &Cluster, request: &Request, node: &str, zone: &str) -> Vec<SocketAddr> {
+pub fn expected(cluster: &Cluster, request: &DiscoveryRequest, node: &str, zone: &str) -> Vec<SocketAddr> {
     let mut said: BTreeMap<SocketAddr, Said> = BTreeMap::new();
     for service in &request.services {
         for ((namespace, _), object) in cluster {

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use udp_fanout::discovery::{
-    Discovery, ErrorKind, Limits, Locality, PortRef, Request, ServiceRef, ServiceStatus, Settings, Terminating, Update,
+    Discovery, DiscoveryRequest, DiscoverySettings, DiscoveryTimeouts, DiscoveryUpdate, ErrorKind, Locality, PortRef,
+    ServiceRef, ServiceStatus, Terminating,
 };
 use udp_fanout::model::ListenerId;
 use udp_fanout::net::Family;
@@ -19,12 +20,12 @@ use udp_fanout::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, DEADLINE};
 
 /// A request of listener 0 for one service in `logging`, by number.
-pub fn request(service: &str) -> Request {
+pub fn request(service: &str) -> DiscoveryRequest {
     request_of(0, &[("logging", service)])
 }
 
-pub fn request_of(listener: u32, services: &[(&str, &str)]) -> Request {
-    Request {
+pub fn request_of(listener: u32, services: &[(&str, &str)]) -> DiscoveryRequest {
+    DiscoveryRequest {
         listener: ListenerId(listener),
         services: services
             .iter()
@@ -41,8 +42,8 @@ pub fn request_of(listener: u32, services: &[(&str, &str)]) -> Request {
 }
 
 /// Patient enough for a slow machine, quick to try again.
-pub fn limits() -> Limits {
-    Limits {
+pub fn limits() -> DiscoveryTimeouts {
+    DiscoveryTimeouts {
         request_timeout: Duration::from_secs(20),
         stall_timeout: Duration::from_secs(60),
         watch_timeout: Duration::from_secs(290),
@@ -56,20 +57,25 @@ pub fn limits() -> Limits {
 /// A discovery that runs against a server.
 pub struct Watching {
     pub discovery: Discovery,
-    pub updates: Receiver<Update>,
+    pub updates: Receiver<DiscoveryUpdate>,
     /// Kept because the waker is registered with it.
     poll: mio::Poll,
-    latest: BTreeMap<ListenerId, Update>,
+    latest: BTreeMap<ListenerId, DiscoveryUpdate>,
 }
 
 impl Watching {
-    pub fn start(server: &ApiServer, requests: Vec<Request>) -> Watching {
+    pub fn start(server: &ApiServer, requests: Vec<DiscoveryRequest>) -> Watching {
         Watching::with(&server.kubeconfig(), requests, None, limits())
     }
 
-    pub fn with(kubeconfig: &Path, requests: Vec<Request>, node: Option<&str>, limits: Limits) -> Watching {
+    pub fn with(
+        kubeconfig: &Path,
+        requests: Vec<DiscoveryRequest>,
+        node: Option<&str>,
+        limits: DiscoveryTimeouts,
+    ) -> Watching {
         collect_logs();
-        let settings = Settings {
+        let settings = DiscoverySettings {
             kubeconfig: Some(kubeconfig.to_owned()),
             config: Some("/etc/udp-fanout/config.toml".into()),
             node_name: node.map(str::to_owned),
@@ -83,7 +89,7 @@ impl Watching {
     }
 
     /// The next update of any listener. Generations must increase.
-    pub fn next(&mut self) -> Update {
+    pub fn next(&mut self) -> DiscoveryUpdate {
         let update = self.updates.recv_timeout(DEADLINE).expect("an update should have come");
         let before = self.latest.insert(update.listener, update.clone());
         assert!(before.is_none_or(|before| before.set.generation < update.set.generation), "{update:?}");
@@ -146,7 +152,7 @@ impl Watching {
     }
 }
 
-pub fn addresses(update: &Update) -> Vec<String> {
+pub fn addresses(update: &DiscoveryUpdate) -> Vec<String> {
     update.set.downstreams.iter().map(|downstream| downstream.address.to_string()).collect()
 }
 

@@ -1,8 +1,8 @@
 //! The HTTP client of one Service's watch.
 //!
 //! kube's own stack would retry behind our back (up to 15 times, up to 1,000 s apart), log each attempt and wait
-//! forever on a silent connection. This one does none of that: it reports failures, keeps the connection's score in
-//! the [`Link`], bounds every silence and keeps watches that break at once from being renewed in a tight loop.
+//! forever on a silent connection. This one does none of that: it reports failures, keeps the connection's history in
+//! the [`ConnectionState`], bounds every silence and keeps watches that break at once from being renewed in a tight loop.
 
 use std::fmt;
 use std::pin::Pin;
@@ -23,9 +23,9 @@ use kube::client::{Body, ConfigExt};
 use tokio::time::{Instant, Sleep};
 use tower::{BoxError, ServiceBuilder, service_fn};
 
-use super::super::Limits;
+use super::super::DiscoveryTimeouts;
 use super::backoff::Backoff;
-use super::link::Link;
+use super::connection_state::ConnectionState;
 
 /// The kernel asks a silent peer for a sign of life after this long, then as often as this, and gives up after three:
 /// a node that lost its network is noticed in half a minute without any request to the API server.
@@ -37,8 +37,12 @@ const AGENT: &str = concat!("udp-fanout/", env!("CARGO_PKG_VERSION"));
 /// Connects with the credentials of `config` when a request is made.
 ///
 /// # Errors
-/// When the credentials cannot be used, such as unreadable certificates.
-pub(super) fn connect(config: &kube::Config, limits: Limits, link: Arc<Link>) -> Result<Client> {
+/// When the credentials cannot be used, such as invalid_addresses certificates.
+pub(super) fn connect(
+    config: &kube::Config,
+    limits: DiscoveryTimeouts,
+    connection: Arc<ConnectionState>,
+) -> Result<Client> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -52,22 +56,22 @@ pub(super) fn connect(config: &kube::Config, limits: Limits, link: Arc<Link>) ->
         .pool_idle_timeout(limits.request_timeout)
         .build(tls);
     let exchange = service_fn(move |mut request: Request<Body>| {
-        let (http, link) = (http.clone(), link.clone());
+        let (http, connection) = (http.clone(), connection.clone());
         // For the API server's audit log and its administrators.
         request.headers_mut().insert(USER_AGENT, HeaderValue::from_static(AGENT));
         async move {
             let watch = is_watch(&request);
             if watch {
-                pace(&link, &limits).await;
+                delay_short_watches(&connection, &limits).await;
             }
             let answer = tokio::time::timeout(limits.request_timeout, http.request(request)).await;
-            let answer = answer.map_err(|_| Silence(limits.request_timeout))?.map_err(BoxError::from)?;
+            let answer = answer.map_err(|_| ApiTimeout(limits.request_timeout))?.map_err(BoxError::from)?;
             let watch = watch && answer.status().is_success();
             if watch {
-                link.watch_opened();
+                connection.watch_opened();
             }
-            let patience = if watch { limits.stall_timeout } else { limits.request_timeout };
-            Ok::<_, BoxError>(answer.map(|body| Heard::new(body, patience, watch.then_some(link))))
+            let timeout = if watch { limits.stall_timeout } else { limits.request_timeout };
+            Ok::<_, BoxError>(answer.map(|body| TimedBody::new(body, timeout, watch.then_some(connection))))
         }
     });
     let stack = ServiceBuilder::new()
@@ -84,8 +88,8 @@ fn is_watch(request: &Request<Body>) -> bool {
 }
 
 /// The watcher renews an ended watch at once, which is right once but not for ever.
-async fn pace(link: &Link, limits: &Limits) {
-    let short = link.before_watch(limits.short_watch);
+async fn delay_short_watches(connection: &ConnectionState, limits: &DiscoveryTimeouts) {
+    let short = connection.count_short_watches(limits.short_watch);
     if short > 1 {
         let backoff = Backoff::new(limits.backoff_min, limits.backoff_max);
         tokio::time::sleep(backoff.wait(short - 1)).await;
@@ -93,20 +97,20 @@ async fn pace(link: &Link, limits: &Limits) {
 }
 
 /// A response whose silences are bounded and, if it is a watch, whose sounds are noted.
-struct Heard {
+struct TimedBody {
     body: Incoming,
-    patience: Duration,
+    timeout: Duration,
     deadline: Pin<Box<Sleep>>,
-    watch: Option<Arc<Link>>,
+    watch: Option<Arc<ConnectionState>>,
 }
 
-impl Heard {
-    fn new(body: Incoming, patience: Duration, watch: Option<Arc<Link>>) -> Heard {
-        Heard { body, patience, deadline: Box::pin(tokio::time::sleep(patience)), watch }
+impl TimedBody {
+    fn new(body: Incoming, timeout: Duration, watch: Option<Arc<ConnectionState>>) -> TimedBody {
+        TimedBody { body, timeout, deadline: Box::pin(tokio::time::sleep(timeout)), watch }
     }
 }
 
-impl HttpBody for Heard {
+impl HttpBody for TimedBody {
     type Data = Bytes;
     type Error = BoxError;
 
@@ -114,18 +118,18 @@ impl HttpBody for Heard {
         let this = self.get_mut();
         if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
             if matches!(frame, Some(Ok(_))) {
-                this.deadline.as_mut().reset(Instant::now() + this.patience);
-                if let Some(link) = &this.watch {
-                    link.heard();
+                this.deadline.as_mut().reset(Instant::now() + this.timeout);
+                if let Some(connection) = &this.watch {
+                    connection.record_activity();
                 }
             }
             return Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)));
         }
         ready!(this.deadline.as_mut().poll(cx));
-        if let Some(link) = &this.watch {
-            link.watch_stalled();
+        if let Some(connection) = &this.watch {
+            connection.record_stall();
         }
-        Poll::Ready(Some(Err(Silence(this.patience).into())))
+        Poll::Ready(Some(Err(ApiTimeout(this.timeout).into())))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -139,12 +143,12 @@ impl HttpBody for Heard {
 
 /// Nothing came for this long.
 #[derive(Debug)]
-pub(super) struct Silence(Duration);
+pub(super) struct ApiTimeout(Duration);
 
-impl fmt::Display for Silence {
+impl fmt::Display for ApiTimeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nothing came from the API server for {:?}", self.0)
     }
 }
 
-impl std::error::Error for Silence {}
+impl std::error::Error for ApiTimeout {}

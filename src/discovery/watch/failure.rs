@@ -21,7 +21,7 @@ pub(super) enum Recovery {
 
 /// One failure.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(super) struct WatchFailure {
     pub(super) kind: ErrorKind,
     pub(super) recovery: Recovery,
     /// In one line.
@@ -30,10 +30,10 @@ pub(super) struct Failure {
     pub(super) retry_after: Option<Duration>,
 }
 
-impl Failure {
+impl WatchFailure {
     /// A failure before there was a connection.
-    pub(super) fn before(error: &anyhow::Error) -> Failure {
-        Failure {
+    pub(super) fn before_connection(error: &anyhow::Error) -> WatchFailure {
+        WatchFailure {
             kind: ErrorKind::Unauthorized,
             recovery: Recovery::Reconnect,
             text: format!("{error:#}"),
@@ -42,18 +42,18 @@ impl Failure {
     }
 
     /// The server serves no version of EndpointSlices that we know.
-    pub(super) fn not_served(text: String) -> Failure {
-        Failure { kind: ErrorKind::NotServed, recovery: Recovery::Reconnect, text, retry_after: None }
+    pub(super) fn not_served(text: String) -> WatchFailure {
+        WatchFailure { kind: ErrorKind::NotServed, recovery: Recovery::Reconnect, text, retry_after: None }
     }
 
     /// A single request failed.
-    pub(super) fn of_request(error: &kube::Error) -> Failure {
+    pub(super) fn of_request(error: &kube::Error) -> WatchFailure {
         let kind = kind_of(error);
         let recovery = match kind {
             ErrorKind::Tls | ErrorKind::Unauthorized | ErrorKind::NotServed => Recovery::Reconnect,
             _ => Recovery::Relist,
         };
-        Failure { kind, recovery, text: text_of(error), retry_after: retry_after(error) }
+        WatchFailure { kind, recovery, text: text_of(error), retry_after: retry_after(error) }
     }
 
     /// The watcher failed, after this many silences in a row.
@@ -61,19 +61,19 @@ impl Failure {
     /// The watcher itself lists anew when the list failed and when the stream brings a 410; everything else it resumes,
     /// which would go on for ever where the server will not have the old version, and would pass over an event that
     /// could not be read.
-    pub(super) fn of_watcher(error: &watcher::Error, stalls: u32) -> Failure {
+    pub(super) fn of_watcher(error: &watcher::Error, stalls: u32) -> WatchFailure {
         match error {
-            watcher::Error::InitialListFailed(error) => Failure::of_request(error),
+            watcher::Error::InitialListFailed(error) => WatchFailure::of_request(error),
             watcher::Error::WatchStartFailed(error) => {
-                let failure = Failure::of_request(error);
+                let failure = WatchFailure::of_request(error);
                 let resumable = match failure.kind {
                     ErrorKind::Connect | ErrorKind::Forbidden | ErrorKind::Throttled => true,
                     ErrorKind::Server => !from_the_future(error),
                     _ => false,
                 };
-                if resumable { Failure { recovery: Recovery::Resume, ..failure } } else { failure }
+                if resumable { WatchFailure { recovery: Recovery::Resume, ..failure } } else { failure }
             }
-            watcher::Error::WatchFailed(kube::Error::ReadEvents(_)) if stalls > 0 => Failure {
+            watcher::Error::WatchFailed(kube::Error::ReadEvents(_)) if stalls > 0 => WatchFailure {
                 kind: ErrorKind::Stalled,
                 // Once may be a lost connection; twice, and the server may be waiting for a version that never comes.
                 recovery: if stalls > 1 { Recovery::Relist } else { Recovery::Resume },
@@ -81,16 +81,16 @@ impl Failure {
                 retry_after: None,
             },
             watcher::Error::WatchFailed(error @ (kube::Error::ReadEvents(_) | kube::Error::HyperError(_))) => {
-                Failure { recovery: Recovery::Resume, ..Failure::of_request(error) }
+                WatchFailure { recovery: Recovery::Resume, ..WatchFailure::of_request(error) }
             }
-            watcher::Error::WatchFailed(error) => Failure::of_request(error),
-            watcher::Error::WatchError(status) => Failure {
+            watcher::Error::WatchFailed(error) => WatchFailure::of_request(error),
+            watcher::Error::WatchError(status) => WatchFailure {
                 kind: kind_of_code(status.code),
                 recovery: Recovery::Relist,
                 text: text_of_status(status),
                 retry_after: None,
             },
-            watcher::Error::NoResourceVersion => Failure {
+            watcher::Error::NoResourceVersion => WatchFailure {
                 kind: ErrorKind::Protocol,
                 recovery: Recovery::Relist,
                 text: "the API server sent no resourceVersion".to_owned(),

@@ -28,11 +28,12 @@ fn a_watch_is_resumed_only_where_that_can_help() {
         (500, Kind::Server, Resume),
         (503, Kind::Server, Resume),
     ] {
-        let failure = Failure::of_watcher(&watcher::Error::WatchStartFailed(api(code, "Reason")), 0);
+        let failure = WatchFailure::of_watcher(&watcher::Error::WatchStartFailed(api(code, "Reason")), 0);
         assert_eq!((failure.kind, failure.recovery), (kind, recovery), "{code}");
         assert!(failure.text.contains("it says"), "{}", failure.text);
     }
-    let connection = Failure::of_watcher(&watcher::Error::WatchStartFailed(kube::Error::Service("refused".into())), 0);
+    let connection =
+        WatchFailure::of_watcher(&watcher::Error::WatchStartFailed(kube::Error::Service("refused".into())), 0);
     assert_eq!((connection.kind, connection.recovery), (Kind::Connect, Resume));
 }
 
@@ -44,38 +45,39 @@ fn a_version_from_the_future_needs_a_list() {
     status.message = "elsewise".to_owned();
     status.details = Some(StatusDetails { causes: vec![cause("ResourceVersionTooLarge")], ..details() });
     for error in [by_message, kube::Error::Api(status.boxed())] {
-        let failure = Failure::of_watcher(&watcher::Error::WatchStartFailed(error), 0);
+        let failure = WatchFailure::of_watcher(&watcher::Error::WatchStartFailed(error), 0);
         assert_eq!(failure.recovery, Recovery::Relist);
     }
 }
 
 #[test]
 fn an_open_watch_that_fails_is_resumed_unless_an_event_may_be_lost() {
-    let broken = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 0);
+    let broken = WatchFailure::of_watcher(&watcher::Error::WatchFailed(silence()), 0);
     assert_eq!((broken.kind, broken.recovery), (ErrorKind::Connect, Recovery::Resume));
-    let once = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 1);
+    let once = WatchFailure::of_watcher(&watcher::Error::WatchFailed(silence()), 1);
     assert_eq!((once.kind, once.recovery), (ErrorKind::Stalled, Recovery::Resume));
-    let twice = Failure::of_watcher(&watcher::Error::WatchFailed(silence()), 2);
+    let twice = WatchFailure::of_watcher(&watcher::Error::WatchFailed(silence()), 2);
     assert_eq!((twice.kind, twice.recovery), (ErrorKind::Stalled, Recovery::Relist));
     let nonsense = serde_json::from_str::<u8>("{").unwrap_err();
-    let unread = Failure::of_watcher(&watcher::Error::WatchFailed(kube::Error::SerdeError(nonsense)), 0);
+    let unread = WatchFailure::of_watcher(&watcher::Error::WatchFailed(kube::Error::SerdeError(nonsense)), 0);
     assert_eq!((unread.kind, unread.recovery), (ErrorKind::Protocol, Recovery::Relist));
-    let told = Failure::of_watcher(&watcher::Error::WatchError(Status::failure("x", "Y").with_code(500).boxed()), 0);
-    assert_eq!((told.kind, told.recovery), (ErrorKind::Server, Recovery::Relist));
+    let reported =
+        WatchFailure::of_watcher(&watcher::Error::WatchError(Status::failure("x", "Y").with_code(500).boxed()), 0);
+    assert_eq!((reported.kind, reported.recovery), (ErrorKind::Server, Recovery::Relist));
 }
 
 #[test]
 fn the_server_may_ask_us_to_stay_away() {
     let details = StatusDetails { retry_after_seconds: 7, ..details() };
     let status = Status::failure("busy", "TooManyRequests").with_code(429).with_details(details);
-    let failure = Failure::of_request(&kube::Error::Api(status.boxed()));
+    let failure = WatchFailure::of_request(&kube::Error::Api(status.boxed()));
     assert_eq!(failure.retry_after, Some(Duration::from_secs(7)));
-    assert_eq!(Failure::of_request(&api(429, "TooManyRequests")).retry_after, None);
+    assert_eq!(WatchFailure::of_request(&api(429, "TooManyRequests")).retry_after, None);
 }
 
 #[test]
 fn a_refused_certificate_is_told_from_a_lost_connection() {
     let tls = std::io::Error::other("invalid peer certificate: UnknownIssuer");
-    let failure = Failure::of_request(&kube::Error::Service(Box::new(tls)));
+    let failure = WatchFailure::of_request(&kube::Error::Service(Box::new(tls)));
     assert_eq!((failure.kind, failure.recovery), (ErrorKind::Tls, Recovery::Reconnect));
 }

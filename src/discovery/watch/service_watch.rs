@@ -19,62 +19,63 @@ use rand::RngExt;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::super::advice::{self, Presence};
-use super::super::hub::{Finding, ServiceKey};
+use super::super::aggregator::WatchEvent;
+use super::super::messages::{self, Presence};
+use super::super::service_key::ServiceKey;
 use super::super::slices::Slice;
-use super::super::status::{Counters, ErrorKind};
-use super::super::wire::{BetaEndpointSlice, SERVICE_NAME_LABEL, Wire};
-use super::super::{Limits, Settings};
+use super::super::status::{ErrorKind, WatchCounters};
+use super::super::wire::{ApiSlice, BetaEndpointSlice, SERVICE_NAME_LABEL};
+use super::super::{DiscoverySettings, DiscoveryTimeouts};
 use super::backoff::Backoff;
 use super::client;
+use super::connection_state::ConnectionState;
 use super::credentials::Credentials;
-use super::failure::{Failure, Recovery};
-use super::link::Link;
-use super::lookup::{self, Version};
+use super::failure::{Recovery, WatchFailure};
+use super::queries::{self, SliceApiVersion};
 
-/// Slices by name.
-type Slices = BTreeMap<String, Arc<Slice>>;
+/// SlicesByName by name.
+type SlicesByName = BTreeMap<String, Arc<Slice>>;
 
 /// One Service, and what is known of it.
-pub(super) struct Watch {
+pub(super) struct ServiceWatch {
     key: ServiceKey,
-    limits: Limits,
-    /// The configuration file, to be named in advice.
+    limits: DiscoveryTimeouts,
+    /// The configuration file, to be named in messages.
     config: Option<PathBuf>,
     credentials: Arc<Credentials>,
-    link: Arc<Link>,
-    findings: UnboundedSender<Finding>,
-    slices: Slices,
+    connection: Arc<ConnectionState>,
+    events: UnboundedSender<WatchEvent>,
+    slices: SlicesByName,
     /// The list that is coming in.
-    incoming: Slices,
+    incoming: SlicesByName,
     /// True once a list has been complete.
     listed: bool,
     /// True if the operator has been told that there are no slices.
-    absence_told: bool,
+    absence_reported: bool,
     /// The version to try where asking for it is forbidden.
-    guess: Version,
+    fallback_version: SliceApiVersion,
 }
 
-impl Watch {
+impl ServiceWatch {
     pub(super) fn new(
         key: ServiceKey,
-        settings: &Settings,
+        settings: &DiscoverySettings,
         credentials: Arc<Credentials>,
-        counters: Arc<Counters>,
-        findings: UnboundedSender<Finding>,
-    ) -> Watch {
-        Watch {
-            link: Arc::new(Link::new(key.clone(), counters)),
+        counters: Arc<WatchCounters>,
+        events: UnboundedSender<WatchEvent>,
+    ) -> ServiceWatch {
+        ServiceWatch {
+            connection: Arc::new(ConnectionState::new(key.clone(), counters)),
             key,
             limits: settings.limits,
             config: settings.config.clone(),
             credentials,
-            findings,
-            slices: Slices::new(),
-            incoming: Slices::new(),
+            events,
+            slices: SlicesByName::new(),
+            incoming: SlicesByName::new(),
             listed: false,
-            absence_told: false,
-            guess: Version::V1,
+            absence_reported: false,
+            fallback_version: SliceApiVersion::V1,
         }
     }
 
@@ -87,25 +88,29 @@ impl Watch {
     }
 
     /// Returns when credentials or version have to be looked at again.
-    async fn connect_and_follow(&mut self) -> Result<(), Failure> {
-        let config = self.credentials.load().await.map_err(|error| Failure::before(&error))?;
-        let client =
-            client::connect(&config, self.limits, self.link.clone()).map_err(|error| Failure::before(&error))?;
-        let version = lookup::served_version(&client).await?;
+    async fn connect_and_follow(&mut self) -> Result<(), WatchFailure> {
+        let config = self.credentials.load().await.map_err(|error| WatchFailure::before_connection(&error))?;
+        let client = client::connect(&config, self.limits, self.connection.clone())
+            .map_err(|error| WatchFailure::before_connection(&error))?;
+        let version = queries::served_version(&client).await?;
         tracing::debug!("following the endpoints of {} with {:?}", self.key, version);
-        match version.unwrap_or(self.guess) {
-            Version::V1 => self.follow::<v1::EndpointSlice>(&client).await,
-            Version::V1Beta1 => self.follow::<BetaEndpointSlice>(&client).await,
+        match version.unwrap_or(self.fallback_version) {
+            SliceApiVersion::V1 => self.follow::<v1::EndpointSlice>(&client).await,
+            SliceApiVersion::V1Beta1 => self.follow::<BetaEndpointSlice>(&client).await,
         }
         if version.is_none() {
-            self.guess = if self.guess == Version::V1 { Version::V1Beta1 } else { Version::V1 };
+            self.fallback_version = if self.fallback_version == SliceApiVersion::V1 {
+                SliceApiVersion::V1Beta1
+            } else {
+                SliceApiVersion::V1
+            };
         }
         Ok(())
     }
 
     async fn follow<K>(&mut self, client: &Client)
     where
-        K: Wire + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+        K: ApiSlice + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     {
         loop {
             let failure = self.list_and_watch::<K>(client).await;
@@ -117,9 +122,9 @@ impl Watch {
     }
 
     /// Runs one watcher until only another one, with a fresh list, can help.
-    async fn list_and_watch<K>(&mut self, client: &Client) -> Failure
+    async fn list_and_watch<K>(&mut self, client: &Client) -> WatchFailure
     where
-        K: Wire + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+        K: ApiSlice + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     {
         let api: Api<K> = Api::namespaced(client.clone(), &self.key.namespace);
         let selector = format!("{SERVICE_NAME_LABEL}={}", self.key.service);
@@ -136,44 +141,44 @@ impl Watch {
             tokio::select! {
                 event = events.next() => match event {
                     Some(Ok(event)) => {
-                        self.take(event);
+                        self.apply_event(event);
                         if !self.slices.is_empty() {
                             explanation = None;
-                            self.absence_told = false;
-                        } else if self.listed && !self.absence_told && explanation.is_none() {
-                            explanation = Some(lookup::why_absent(client.clone(), self.key.clone()).boxed());
+                            self.absence_reported = false;
+                        } else if self.listed && !self.absence_reported && explanation.is_none() {
+                            explanation = Some(queries::explain_no_slices(client.clone(), self.key.clone()).boxed());
                         }
                     }
                     Some(Err(error)) => {
-                        let failure = Failure::of_watcher(&error, self.link.stalls());
+                        let failure = WatchFailure::of_watcher(&error, self.connection.stalls());
                         if failure.recovery != Recovery::Resume {
                             return failure;
                         }
                         self.recover_from(&failure, Some(client)).await;
                     }
-                    None => return Failure::not_served("the watcher ended".to_owned()),
+                    None => return WatchFailure::not_served("the watcher ended".to_owned()),
                 },
                 text = explained => {
                     tracing::warn!("{text}");
                     explanation = None;
-                    self.absence_told = true;
+                    self.absence_reported = true;
                 }
             }
         }
     }
 
-    fn take<K: Wire>(&mut self, event: Event<K>) {
+    fn apply_event<K: ApiSlice>(&mut self, event: Event<K>) {
         match event {
             Event::Init => self.incoming.clear(),
             Event::InitApply(object) => {
-                self.incoming.insert(object.name_any(), Arc::new(object.slice()));
+                self.incoming.insert(object.name_any(), Arc::new(object.to_slice()));
             }
             Event::InitDone => {
                 self.slices = std::mem::take(&mut self.incoming);
                 self.publish();
             }
             Event::Apply(object) => {
-                self.slices.insert(object.name_any(), Arc::new(object.slice()));
+                self.slices.insert(object.name_any(), Arc::new(object.to_slice()));
                 self.publish();
             }
             Event::Delete(object) => {
@@ -186,19 +191,19 @@ impl Watch {
     fn publish(&mut self) {
         self.listed = true;
         // The other end is only gone when everything is about to end.
-        let _ = self.findings.send(Finding::Slices(self.key.clone(), self.slices.values().cloned().collect()));
+        let _ = self.events.send(WatchEvent::Slices(self.key.clone(), self.slices.values().cloned().collect()));
     }
 
     /// Counts the failure, tells of it once, and waits.
-    async fn recover_from(&self, failure: &Failure, client: Option<&Client>) {
-        let failures = self.link.failed(failure.kind, self.limits.short_watch);
-        let _ = self.findings.send(Finding::Failed(self.key.clone()));
+    async fn recover_from(&self, failure: &WatchFailure, client: Option<&Client>) {
+        let failures = self.connection.record_failure(failure.kind, self.limits.short_watch);
+        let _ = self.events.send(WatchEvent::Failed(self.key.clone()));
         match failure.kind {
             // Nothing is out of order: the connection is renewed, the history was too short.
             ErrorKind::Stalled | ErrorKind::Expired => {
                 tracing::debug!("the watch of the endpoints of {} starts anew: {}", self.key, failure.text);
             }
-            kind if self.link.is_news(kind) => self.tell(failure, client).await,
+            kind if self.connection.is_first_of_outage(kind) => self.report_failure(failure, client).await,
             _ => tracing::debug!("still no endpoints of {}: {}", self.key, failure.text),
         }
         let backoff = Backoff::new(self.limits.backoff_min, self.limits.backoff_max);
@@ -206,13 +211,16 @@ impl Watch {
         tokio::time::sleep(backoff.wait(failures).max(asked)).await;
     }
 
-    async fn tell(&self, failure: &Failure, client: Option<&Client>) {
+    async fn report_failure(&self, failure: &WatchFailure, client: Option<&Client>) {
         if failure.kind == ErrorKind::Forbidden {
             let namespace = match client {
-                Some(client) => lookup::presence_of_namespace(client, &self.key).await,
+                Some(client) => queries::namespace_presence(client, &self.key).await,
                 None => Presence::Unknown,
             };
-            tracing::warn!("{}", advice::forbidden(&self.key, &failure.text, namespace, self.config.as_deref()));
+            tracing::warn!(
+                "{}",
+                messages::slices_forbidden(&self.key, &failure.text, namespace, self.config.as_deref())
+            );
             return;
         }
         let kept = if self.listed { "the last known endpoints stay in use" } else { "none are known yet" };

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::hub::ServiceKey;
 use super::rbac::DEFAULT_ACCOUNT;
-use super::slices::{Rules, Tally};
+use super::service_key::ServiceKey;
+use super::slices::{EndpointRules, SelectionStats};
 use super::wire::SERVICE_NAME_LABEL;
 use super::{Family, Locality, Terminating};
 
-/// Name of the objects that `kubectl create` in our advice makes; not those of our manifests, so that the commands
+/// Name of the objects that `kubectl create` in our messages makes; not those of our manifests, so that the commands
 /// never meet objects that exist with other rules.
 const ROLE: &str = "udp-fanout-endpointslices";
 const NODE_ROLE: &str = "udp-fanout-node-zone";
@@ -30,9 +30,9 @@ pub enum Presence {
 /// Access to the EndpointSlices was refused. `message` is the API server's, which names the user; `config` is the
 /// configuration file.
 #[must_use]
-pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence, config: Option<&Path>) -> String {
+pub fn slices_forbidden(key: &ServiceKey, message: &str, namespace: Presence, config: Option<&Path>) -> String {
     let ns = &key.namespace;
-    let place = match namespace {
+    let location = match namespace {
         Presence::Missing => return format!("EndpointSlice not found: {}", missing_namespace(key)),
         Presence::Exists => format!("in namespace {ns:?}"),
         Presence::Hidden | Presence::Unknown => format!("in namespace {ns:?} (if that namespace exists)"),
@@ -47,7 +47,7 @@ pub fn forbidden(key: &ServiceKey, message: &str, namespace: Presence, config: O
         )
     });
     format!(
-        "EndpointSlice not found: {who} may not list and watch endpointslices {place}; missing rule: apiGroups \
+        "EndpointSlice not found: {who} may not list and watch endpointslices {location}; missing rule: apiGroups \
          [\"discovery.k8s.io\"], resources [\"endpointslices\"], verbs [\"list\", \"watch\"]; fix: {fix}; the last known \
          endpoints stay in use"
     )
@@ -121,7 +121,7 @@ fn missing_namespace(key: &ServiceKey) -> String {
 
 /// The list came back empty.
 #[must_use]
-pub fn absent(key: &ServiceKey, namespace: Presence, service: Presence) -> String {
+pub fn no_slices(key: &ServiceKey, namespace: Presence, service: Presence) -> String {
     let ServiceKey { namespace: ns, service: name } = key;
     let cause = match (namespace, service) {
         (Presence::Missing, _) => missing_namespace(key),
@@ -150,36 +150,36 @@ pub fn absent(key: &ServiceKey, namespace: Presence, service: Presence) -> Strin
 
 /// Why a listener has no downstreams, most likely cause first.
 #[must_use]
-pub fn empty(rules: &Rules, tally: &Tally, node: Option<&str>) -> String {
-    if tally.slices == 0 {
+pub fn no_endpoints(rules: &EndpointRules, stats: &SelectionStats, node: Option<&str>) -> String {
+    if stats.slices == 0 {
         return "EndpointSlice not found: no slices for its services".to_owned();
     }
     let mut causes = Vec::new();
-    if tally.elsewhere {
+    if stats.other_nodes_only {
         let node = node.unwrap_or("(unknown)");
         causes.push(format!("locality = {:?} and no usable endpoint is on node {node:?}", rules.locality.name()));
-    } else if tally.endpoints > 0 {
-        causes.push(unready(rules, tally));
+    } else if stats.endpoints > 0 {
+        causes.push(none_ready(rules, stats));
     }
-    if tally.without_port > 0 {
-        causes.push(missing_port(tally));
+    if stats.without_port > 0 {
+        causes.push(missing_port(stats));
     }
-    if tally.other_family > 0 {
+    if stats.other_family > 0 {
         let other = if rules.family == Family::V4 { Family::V6 } else { Family::V4 };
-        causes.push(format!("{} endpoints are {other} only and the listener is {}", tally.other_family, rules.family));
+        causes.push(format!("{} endpoints are {other} only and the listener is {}", stats.other_family, rules.family));
     }
-    if tally.unreadable > 0 {
-        causes.push(format!("{} endpoints have no address that can be sent to", tally.unreadable));
+    if stats.invalid_addresses > 0 {
+        causes.push(format!("{} endpoints have no address that can be sent to", stats.invalid_addresses));
     }
-    causes.extend(tally.unusable_types.iter().map(|name| unusable_type(name)));
+    causes.extend(stats.unsupported_types.iter().map(|name| unsupported_type(name)));
     if causes.is_empty() {
         causes.push("the services have no pods: check their selectors and the number of replicas".to_owned());
     }
     causes.join("; ")
 }
 
-fn unready(rules: &Rules, tally: &Tally) -> String {
-    let Tally { endpoints, terminating, .. } = tally;
+fn none_ready(rules: &EndpointRules, stats: &SelectionStats) -> String {
+    let SelectionStats { endpoints, terminating, .. } = stats;
     if *terminating > 0 && rules.terminating == Terminating::Never {
         format!("none of {endpoints} endpoints is ready, {terminating} are terminating and terminating = \"never\"")
     } else {
@@ -187,28 +187,28 @@ fn unready(rules: &Rules, tally: &Tally) -> String {
     }
 }
 
-fn missing_port(tally: &Tally) -> String {
+fn missing_port(stats: &SelectionStats) -> String {
     let quoted = |names: &BTreeSet<String>| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>();
-    let known = quoted(&tally.known_ports);
+    let known = quoted(&stats.available_ports);
     let known = if known.is_empty() { "no ports".to_owned() } else { known.join(", ") };
-    format!("no port {} in the slices, which have {known}: check `port`", quoted(&tally.missing_ports).join(" or "))
+    format!("no port {} in the slices, which have {known}: check `port`", quoted(&stats.missing_ports).join(" or "))
 }
 
 /// Slices of a type that datagrams cannot be sent to.
 #[must_use]
-pub fn unusable_type(name: &str) -> String {
+pub fn unsupported_type(name: &str) -> String {
     format!("slices with addressType {name} are ignored: datagrams need IP addresses")
 }
 
 /// A port that was asked for by name carries something else.
 #[must_use]
-pub fn not_udp(port: &str) -> String {
+pub fn port_not_udp(port: &str) -> String {
     format!("the Service port {port} is not UDP; datagrams are sent to it all the same: check `port`")
 }
 
 /// `prefer_node` without a node name.
 #[must_use]
-pub fn node_unknown(locality: Locality) -> String {
+pub fn node_name_unknown(locality: Locality) -> String {
     format!(
         "locality = {:?} treats all endpoints alike: the node's name is not known; set the environment variable \
          NODE_NAME, in a DaemonSet by the downward API (fieldPath: spec.nodeName)",
@@ -231,7 +231,7 @@ mod tests {
     fn the_command_names_what_differs_from_the_manifests() {
         let key = ServiceKey::new("logging", "vector");
         let fix = |user: &str, config: &str| {
-            let text = forbidden(&key, &refusal(user), Presence::Exists, Some(Path::new(config)));
+            let text = slices_forbidden(&key, &refusal(user), Presence::Exists, Some(Path::new(config)));
             let fix = text.split_once("; fix: ").unwrap().1;
             fix.strip_suffix("; the last known endpoints stay in use").unwrap().to_owned()
         };

@@ -10,48 +10,49 @@ use kube::Client;
 use serde::Deserialize;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::super::Settings;
-use super::super::advice::{self, Presence};
-use super::super::hub::{Finding, ServiceKey};
-use super::super::status::Counters;
+use super::super::DiscoverySettings;
+use super::super::aggregator::WatchEvent;
+use super::super::messages::{self, Presence};
+use super::super::service_key::ServiceKey;
+use super::super::status::WatchCounters;
 use super::super::wire::{GROUP, ZONE_LABEL};
 use super::backoff::Backoff;
 use super::client;
+use super::connection_state::ConnectionState;
 use super::credentials::Credentials;
-use super::failure::{Failure, text_of};
-use super::link::Link;
+use super::failure::{WatchFailure, text_of};
 
 /// What [`ZONE_LABEL`] was called before Kubernetes 1.17; nodes made then may have only this.
 const OLD_ZONE_LABEL: &str = "failure-domain.beta.kubernetes.io/zone";
 
 /// A version of the EndpointSlice API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(super) enum SliceApiVersion {
     V1,
     V1Beta1,
 }
 
 /// Asks for the best version served. None if we may not ask, which is unusual: every authenticated user may, by the
 /// cluster role `system:discovery`.
-pub(super) async fn served_version(client: &Client) -> Result<Option<Version>, Failure> {
+pub(super) async fn served_version(client: &Client) -> Result<Option<SliceApiVersion>, WatchFailure> {
     let group: APIGroup = match get(client, &format!("/apis/{GROUP}")).await {
         Ok(group) => group,
         Err(kube::Error::Api(status)) if status.code == 403 => return Ok(None),
         Err(kube::Error::Api(status)) if status.code == 404 => {
-            return Err(Failure::not_served(format!(
+            return Err(WatchFailure::not_served(format!(
                 "the API server does not serve {GROUP}: Kubernetes 1.19 or later is needed"
             )));
         }
-        Err(error) => return Err(Failure::of_request(&error)),
+        Err(error) => return Err(WatchFailure::of_request(&error)),
     };
     let serves = |version: &str| group.versions.iter().any(|served| served.version == version);
     if serves("v1") {
-        Ok(Some(Version::V1))
+        Ok(Some(SliceApiVersion::V1))
     } else if serves("v1beta1") {
-        Ok(Some(Version::V1Beta1))
+        Ok(Some(SliceApiVersion::V1Beta1))
     } else {
         let served: Vec<&str> = group.versions.iter().map(|served| served.version.as_str()).collect();
-        Err(Failure::not_served(format!(
+        Err(WatchFailure::not_served(format!(
             "the API server serves {GROUP} only as {}, which is not known here",
             served.join(", ")
         )))
@@ -59,21 +60,21 @@ pub(super) async fn served_version(client: &Client) -> Result<Option<Version>, F
 }
 
 /// Says why a Service has no slices, as far as we may look.
-pub(super) async fn why_absent(client: Client, key: ServiceKey) -> String {
+pub(super) async fn explain_no_slices(client: Client, key: ServiceKey) -> String {
     let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
     let namespace = match service {
         Presence::Exists => Presence::Exists,
-        _ => presence_of_namespace(&client, &key).await,
+        _ => namespace_presence(&client, &key).await,
     };
-    advice::absent(&key, namespace, service)
+    messages::no_slices(&key, namespace, service)
 }
 
-pub(super) async fn presence_of_namespace(client: &Client, key: &ServiceKey) -> Presence {
+pub(super) async fn namespace_presence(client: &Client, key: &ServiceKey) -> Presence {
     presence(client, &format!("/api/v1/namespaces/{}", key.namespace)).await
 }
 
 async fn presence(client: &Client, path: &str) -> Presence {
-    match get::<Object>(client, path).await {
+    match get::<ApiObject>(client, path).await {
         Ok(_) => Presence::Exists,
         Err(kube::Error::Api(status)) if status.code == 404 => Presence::Missing,
         Err(kube::Error::Api(status)) if status.code == 403 => Presence::Hidden,
@@ -86,26 +87,26 @@ async fn presence(client: &Client, path: &str) -> Presence {
 pub(super) async fn find_zone(
     node: String,
     credentials: Arc<Credentials>,
-    settings: Settings,
-    findings: UnboundedSender<Finding>,
+    settings: DiscoverySettings,
+    events: UnboundedSender<WatchEvent>,
 ) {
     let backoff = Backoff::new(settings.limits.backoff_min, settings.limits.backoff_max);
-    let mut told = None;
+    let mut reported = None;
     for failures in 1.. {
-        let (zone, done) = match ask_zone(&node, &credentials, &settings).await {
+        let (zone, done) = match read_zone(&node, &credentials, &settings).await {
             Ok(zone) => (Some(zone), true),
-            Err(NoZone { why, code }) => {
+            Err(ZoneError { why, code }) => {
                 match code {
                     None => tracing::debug!("cannot read node {node:?} yet: {why}"),
-                    Some(_) if told == code => {}
+                    Some(_) if reported == code => {}
                     Some(_) => tracing::warn!("{why}"),
                 }
-                told = code.or(told);
+                reported = code.or(reported);
                 // A node's labels are what its administrator makes them.
                 (None, code == Some(200))
             }
         };
-        if findings.send(Finding::Zone(zone.map(Arc::from))).is_err() || done {
+        if events.send(WatchEvent::Zone(zone.map(Arc::from))).is_err() || done {
             return;
         }
         tokio::time::sleep(backoff.wait(failures)).await;
@@ -113,17 +114,17 @@ pub(super) async fn find_zone(
 }
 
 /// Why the zone is not known.
-struct NoZone {
+struct ZoneError {
     why: String,
     /// What the API server answered, if it answered the question at all.
     code: Option<u16>,
 }
 
-async fn ask_zone(node: &str, credentials: &Credentials, settings: &Settings) -> Result<String, NoZone> {
-    let link = Arc::new(Link::new(ServiceKey::new("", ""), Arc::new(Counters::default())));
+async fn read_zone(node: &str, credentials: &Credentials, settings: &DiscoverySettings) -> Result<String, ZoneError> {
+    let connection = Arc::new(ConnectionState::new(ServiceKey::new("", ""), Arc::new(WatchCounters::default())));
     let answer = async {
-        let client = client::connect(&credentials.load().await?, settings.limits, link)?;
-        anyhow::Ok(get::<Object>(&client, &format!("/api/v1/nodes/{node}")).await)
+        let client = client::connect(&credentials.load().await?, settings.limits, connection)?;
+        anyhow::Ok(get::<ApiObject>(&client, &format!("/api/v1/nodes/{node}")).await)
     };
     let (why, code) = match answer.await {
         Ok(Ok(object)) => {
@@ -131,30 +132,30 @@ async fn ask_zone(node: &str, credentials: &Credentials, settings: &Settings) ->
             let zone = labels.get(ZONE_LABEL).or_else(|| labels.get(OLD_ZONE_LABEL)).filter(|zone| !zone.is_empty());
             match zone {
                 Some(zone) => return Ok(zone.clone()),
-                None => (advice::zone_unknown(&format!("node {node:?} has no label {ZONE_LABEL}")), Some(200)),
+                None => (messages::zone_unknown(&format!("node {node:?} has no label {ZONE_LABEL}")), Some(200)),
             }
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
-            (advice::zone_forbidden(node, &status.message, settings.config.as_deref()), Some(403))
+            (messages::zone_forbidden(node, &status.message, settings.config.as_deref()), Some(403))
         }
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => {
-            (advice::zone_unknown(&format!("there is no node {node:?}; check NODE_NAME")), Some(404))
+            (messages::zone_unknown(&format!("there is no node {node:?}; check NODE_NAME")), Some(404))
         }
         Ok(Err(error)) => (text_of(&error), None),
         Err(error) => (format!("{error:#}"), None),
     };
-    Err(NoZone { why, code })
+    Err(ZoneError { why, code })
 }
 
 /// Any object, of which only this much is needed.
 #[derive(Debug, Deserialize)]
-struct Object {
+struct ApiObject {
     #[serde(default)]
-    metadata: Metadata,
+    metadata: ApiMetadata,
 }
 
 #[derive(Debug, Default, Deserialize)]
-struct Metadata {
+struct ApiMetadata {
     #[serde(default)]
     labels: BTreeMap<String, String>,
 }

@@ -1,4 +1,4 @@
-//! The score of one Service's connection to the API server: what was heard when, what failed, what has been said.
+//! The history of one Service's connection to the API server: what was heard when, what failed, what has been said.
 //!
 //! Shared by the HTTP client, which sees bytes and requests, and by the task that follows the Service, which sees
 //! events and errors; the kube crate's watcher between them shows neither bookmarks nor its resumptions.
@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::hub::ServiceKey;
-use super::super::status::{Counters, ErrorKind};
+use super::super::service_key::ServiceKey;
+use super::super::status::{ErrorKind, WatchCounters};
 
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct ConnectionState {
     key: ServiceKey,
-    counters: Arc<Counters>,
-    score: Mutex<Score>,
+    counters: Arc<WatchCounters>,
+    history: Mutex<ConnectionHistory>,
 }
 
 #[derive(Debug, Default)]
-struct Score {
+struct ConnectionHistory {
     /// When the watch that is open, or was last, was opened.
     opened: Option<Instant>,
     /// Watches in a row that did not live long.
@@ -37,77 +37,77 @@ struct Score {
 struct Outage {
     since: Instant,
     /// What the operator has been told of; each kind of failure once.
-    told: BTreeSet<ErrorKind>,
+    reported: BTreeSet<ErrorKind>,
 }
 
-impl Link {
-    pub(super) fn new(key: ServiceKey, counters: Arc<Counters>) -> Link {
-        Link { key, counters, score: Mutex::default() }
+impl ConnectionState {
+    pub(super) fn new(key: ServiceKey, counters: Arc<WatchCounters>) -> ConnectionState {
+        ConnectionState { key, counters, history: Mutex::default() }
     }
 
-    /// The score is whole at every moment, and held only between two awaits.
-    fn score(&self) -> MutexGuard<'_, Score> {
-        self.score.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The history is whole at every moment, and held only between two awaits.
+    fn history(&self) -> MutexGuard<'_, ConnectionHistory> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A watch is about to be asked for: how many before it, in a row, lived less than `short`.
-    pub(super) fn before_watch(&self, short: Duration) -> u32 {
-        let mut score = self.score();
-        match score.opened.take() {
-            Some(opened) if opened.elapsed() < short => score.short += 1,
-            Some(_) => score.short = 0,
+    pub(super) fn count_short_watches(&self, short: Duration) -> u32 {
+        let mut history = self.history();
+        match history.opened.take() {
+            Some(opened) if opened.elapsed() < short => history.short += 1,
+            Some(_) => history.short = 0,
             // The last request did not get as far as a watch, which is counted as a failure.
             None => {}
         }
-        score.short
+        history.short
     }
 
     /// The server has accepted a watch: what is known is current from here on.
     pub(super) fn watch_opened(&self) {
         self.counters.count_watch();
-        self.counters.note_heard();
+        self.counters.record_activity();
         self.counters.set_synced(true);
-        let mut score = self.score();
-        score.opened = Some(Instant::now());
-        if let Some(outage) = score.outage.take() {
+        let mut history = self.history();
+        history.opened = Some(Instant::now());
+        if let Some(outage) = history.outage.take() {
             let after = outage.since.elapsed();
             tracing::info!("endpoints of {} are being followed again, after {:.1} s", self.key, after.as_secs_f64());
         }
     }
 
     /// The open watch has brought something.
-    pub(super) fn heard(&self) {
-        self.counters.note_heard();
-        self.score().stalls = 0;
+    pub(super) fn record_activity(&self) {
+        self.counters.record_activity();
+        self.history().stalls = 0;
     }
 
     /// The open watch has been silent for too long.
-    pub(super) fn watch_stalled(&self) {
-        self.score().stalls += 1;
+    pub(super) fn record_stall(&self) {
+        self.history().stalls += 1;
     }
 
     /// How many silences there have been since the last sign of life.
     pub(super) fn stalls(&self) -> u32 {
-        self.score().stalls
+        self.history().stalls
     }
 
     /// Counts a failure and says how many in a row it makes. A watch that was open for as long as `short` in between
     /// starts the count anew; one that is accepted and at once broken does not.
-    pub(super) fn failed(&self, kind: ErrorKind, short: Duration) -> u32 {
+    pub(super) fn record_failure(&self, kind: ErrorKind, short: Duration) -> u32 {
         self.counters.count_error(kind);
         self.counters.set_synced(false);
-        let mut score = self.score();
-        if score.opened.is_some_and(|opened| opened.elapsed() >= short) {
-            score.failures = 0;
+        let mut history = self.history();
+        if history.opened.is_some_and(|opened| opened.elapsed() >= short) {
+            history.failures = 0;
         }
-        score.failures = score.failures.saturating_add(1);
-        score.failures
+        history.failures = history.failures.saturating_add(1);
+        history.failures
     }
 
     /// True if the operator has not been told of this kind of failure since the last time all was well.
-    pub(super) fn is_news(&self, kind: ErrorKind) -> bool {
-        let mut score = self.score();
-        let outage = score.outage.get_or_insert_with(|| Outage { since: Instant::now(), told: BTreeSet::new() });
-        outage.told.insert(kind)
+    pub(super) fn is_first_of_outage(&self, kind: ErrorKind) -> bool {
+        let mut history = self.history();
+        let outage = history.outage.get_or_insert_with(|| Outage { since: Instant::now(), reported: BTreeSet::new() });
+        outage.reported.insert(kind)
     }
 }
