@@ -1,14 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Who may send to a listener, and how fast. src/admission.rs is the other half: both datapaths must decide alike.
+ * Source rules and rate limits. src/admission.rs is the counterpart: both datapaths must reach the
+ * same verdict.
  *
- * A sender's token bucket is one number, the time at which it will be full again (the generic cell rate algorithm, ITU-T
- * I.371). Each datagram moves it on by what a datagram costs, and one that would move it further than a bucket is deep
- * is dropped. One number can be added to atomically from several CPUs on every kernel. Two that find the bucket full at
- * the same moment may count as one: it lets through no more datagrams than there are CPUs, and only then.
+ * A sender's token bucket is one number, the time at which it is full again (the generic cell rate
+ * algorithm, ITU-T I.371). Each datagram advances it by its cost; a datagram that would advance it
+ * beyond the depth of the bucket is dropped. One number can be updated atomically from several CPUs
+ * on every kernel. Two CPUs that find the bucket full at the same moment may count as one: the
+ * excess is at most one datagram per CPU, and only at that moment.
  */
 #ifndef FANOUT_ADMISSION_H
 #define FANOUT_ADMISSION_H
+
+#include "base.h"
+#include "fanout_abi.h"
+#include "maps.h"
+#include "packet.h"
 
 static __always_inline bool source_allowed(__u32 rules, const struct packet *pkt)
 {
@@ -24,8 +31,8 @@ static __always_inline bool source_allowed(__u32 rules, const struct packet *pkt
 }
 
 /*
- * A super-packet passes if its first datagram may, and pays for all of them: what it takes beyond a bucket is a debt that
- * is paid before the next.
+ * A super-packet is admitted if its first datagram is, and pays for all of them. Tokens taken
+ * beyond an empty bucket are a debt that later datagrams wait for.
  */
 static __always_inline bool within_rate(const struct listener_state *state, __u32 meter,
 					const struct packet *pkt)
@@ -41,7 +48,7 @@ static __always_inline bool within_rate(const struct listener_state *state, __u3
 	if (!due) {
 		if (!bpf_map_update_elem(&buckets, &key, &full_again, BPF_NOEXIST))
 			return true;
-		/* Another CPU was faster, or there is no memory: then nobody is kept out. */
+		/* Another CPU created it first, or there is no memory: then admit the datagram. */
 		due = bpf_map_lookup_elem(&buckets, &key);
 		if (!due)
 			return true;
@@ -54,7 +61,10 @@ static __always_inline bool within_rate(const struct listener_state *state, __u3
 	return true;
 }
 
-/* Why the datagram is not taken; DROP_REASONS if it is. A function of its own, since few listeners need it. */
+/*
+ * Returns why the datagram is refused, or DROP_REASONS if it is admitted. A separate function,
+ * because few listeners need it.
+ */
 static __noinline int admission_verdict(const struct listener_state *state,
 					const struct packet *pkt)
 {
@@ -68,7 +78,7 @@ static __noinline int admission_verdict(const struct listener_state *state,
 	return DROP_REASONS;
 }
 
-/* True if there is anything to ask. */
+/* True if the listener has source rules or a rate limit. */
 static __always_inline bool has_admission(const struct listener_state *state)
 {
 	return state->rules | state->meter;

@@ -1,10 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The books. Each datagram that is ours passes through exactly one of these three, and each keeps
- * received = forwarded + dropped + passed. Plain additions: a TC program is not interrupted by itself on one CPU.
+ * Counters. Each datagram of a listener passes through exactly one of count_forwarded(),
+ * count_passed() and count_dropped(), and each keeps received = forwarded + dropped + passed. Plain
+ * additions suffice: a TC program does not interrupt itself on one CPU.
  */
 #ifndef FANOUT_COUNTERS_H
 #define FANOUT_COUNTERS_H
+
+#include "base.h"
+#include "fanout_abi.h"
+#include "maps.h"
+#include "packet.h"
 
 static __always_inline void count_received(struct stats *stats, const struct packet *pkt)
 {

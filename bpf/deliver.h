@@ -1,32 +1,45 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Rewrites a datagram and hands it on, the fastest way that is safe.
+ * Delivers a datagram by the fastest safe path.
  *
- * Asking the kernel for the neighbour of every packet would cost more than all the rest of this program, so each CPU
- * remembers what it was told. It forgets within two clock ticks (2 to 20 ms, after CONFIG_HZ), and the packet that asks
- * again goes through bpf_redirect_neigh(): that keeps the kernel's neighbour entry in its cycle of STALE, DELAY and
- * PROBE, so that a neighbour whose link-layer address has changed silently is found as soon as for any other traffic.
+ * Asking the kernel for the neighbour of every packet would cost more than the rest of this
+ * program, so each CPU caches the next hop. An entry expires within two clock ticks (2 to 20 ms,
+ * depending on CONFIG_HZ), and the packet that resolves it anew goes through bpf_redirect_neigh().
+ * That keeps the kernel's neighbour entry in its cycle of STALE, DELAY and PROBE, so that a changed
+ * link-layer address is noticed as soon as for any other traffic.
  *
- * With net.ipv4.ip_forward=0 bpf_fib_lookup() refuses to answer. Then the route and the neighbour that user space has
- * seen by netlink serve, in the same way.
+ * With net.ipv4.ip_forward=0 bpf_fib_lookup() does not answer. Then the route and neighbour that
+ * user space learned by netlink are used in the same way.
  *
- * Into a local pod a packet goes straight, past the queue of the link that leads there. One that took the queue would
- * be overtaken by those behind it, so none does: user space sets DOWNSTREAM_PEER once the neighbour is known, and
- * reminds the kernel of the neighbour in this traffic's place.
+ * A packet to a local pod goes directly into the pod, past the queue of the link between. A packet
+ * in that queue would be overtaken by later ones, so none takes it: user space sets DOWNSTREAM_PEER
+ * only once the neighbour is known, and keeps the kernel's neighbour entry alive in place of this
+ * traffic.
  *
- * Kernels before 5.10 have neither way. There the packet's frame is addressed here or, where the neighbour is not known,
- * the datagram is left to the listener's socket, for which the kernel finds it.
+ * Kernels before 5.10 have neither helper. There the program writes the frame's addresses itself
+ * and, while the neighbour is unknown, passes the datagram to the listener's socket, for which the
+ * kernel resolves it.
  */
 #ifndef FANOUT_DELIVER_H
 #define FANOUT_DELIVER_H
 
-/* The kernel has bpf_redirect_neigh() and bpf_redirect_peer() (5.10). Set before load; what is not there is never reached. */
+#include "base.h"
+#include "fanout_abi.h"
+#include "packet.h"
+#include "rewrite.h"
+
+/*
+ * The kernel has bpf_redirect_neigh() and bpf_redirect_peer() (5.10). Set before load; the verifier
+ * removes what is disabled.
+ */
 const volatile __u32 has_redirects = 1;
 
-/* How many ticks what was found is believed: until the end of the tick after the one it was found in. */
+/*
+ * Lifetime of a cached next hop, ticks: until the end of the tick after the one it was resolved in.
+ */
 #define NEXT_HOP_TICKS 2
 
-/* bpf_redirect_neigh() takes no frame that is addressed to a group, although it puts another address there. */
+/* bpf_redirect_neigh() refuses frames with a multicast address, although it writes another one. */
 static __always_inline int clear_frame_addresses(struct __sk_buff *skb)
 {
 	static const __u8 nobody[12];
@@ -34,7 +47,7 @@ static __always_inline int clear_frame_addresses(struct __sk_buff *skb)
 	return bpf_skb_store_bytes(skb, 0, nobody, sizeof(nobody), 0);
 }
 
-/* Out of a link, to a neighbour whose link-layer address the kernel resolves, holding the packet while it asks. */
+/* Sends out of a device. The kernel resolves the neighbour and holds the packet meanwhile. */
 static __always_inline int redirect_via_neighbour(struct __sk_buff *skb, struct packet *pkt,
 						  __u32 ifindex, __u8 family,
 						  const __be32 *next_hop_be)
@@ -49,8 +62,9 @@ static __always_inline int redirect_via_neighbour(struct __sk_buff *skb, struct 
 }
 
 /*
- * What hangs on the host's end of the pair does not see packets that go straight to the other, so user space says where
- * nothing does. A route that leads elsewhere meanwhile, which the kernel tells first, has its own way.
+ * True if the next hop is the peer in a pod. Hooks on the host end of the pair do not see packets
+ * redirected into the pod; user space sets the flag only where there are none. If the route has
+ * changed, which the kernel knows first, the device differs.
  */
 static __always_inline bool is_pod_peer(const struct downstream *to, const struct next_hop *hop)
 {
@@ -61,12 +75,15 @@ static __always_inline int redirect_into_pod(struct __sk_buff *skb, struct packe
 					     const struct next_hop *hop)
 {
 	pkt->path = PATH_POD;
-	/* As when the packet crosses the pair: a mark means something in the host's namespace only. */
+	/* As if the packet crossed the pair: a mark is valid only in the host's namespace. */
 	skb->mark = 0;
 	return bpf_redirect_peer(hop->ifindex, 0);
 }
 
-/* Out of a link, link-layer address known. `straight` if it may go past the queues of others. */
+/*
+ * Sends out of a device to a resolved neighbour. `allow_peer` permits the path into a pod, past
+ * queues.
+ */
 static __always_inline int redirect_resolved(struct __sk_buff *skb, struct packet *pkt,
 					     const struct downstream *to,
 					     const struct next_hop *hop, bool allow_peer)
@@ -101,9 +118,9 @@ static __always_inline bool is_fresh(const struct next_hop *hop)
 }
 
 /*
- * Asks the kernel for route and neighbour; what it does not say, user space may have seen. Writes down what is found:
- * known->ifindex is 0 if the neighbour is not known. True if the kernel has told the route; the next hop then stands in
- * place of the destination in *fib.
+ * Asks the kernel for route and neighbour; if it does not answer, uses what user space learned.
+ * Stores the result in *hop; hop->ifindex is 0 if the neighbour is unknown. True if the kernel
+ * knows the route; the next hop then replaces the destination in *fib.
  */
 static __always_inline bool lookup_neighbour(struct __sk_buff *skb, const struct packet *pkt,
 					     const struct downstream *to, struct next_hop *hop,
@@ -121,7 +138,10 @@ static __always_inline bool lookup_neighbour(struct __sk_buff *skb, const struct
 		hop->ifindex = fib->ifindex;
 		return true;
 	}
-	/* A neighbour that the kernel has forgotten must be asked for, except in a pod, where packets arrive regardless. */
+	/*
+	 * A neighbour that the kernel has forgotten must be resolved, except in a pod, which
+	 * receives packets regardless.
+	 */
 	if (to->flags & DOWNSTREAM_MACS &&
 	    (err != BPF_FIB_LKUP_RET_NO_NEIGH ||
 	     (to->flags & DOWNSTREAM_PEER && fib->ifindex == to->ifindex))) {
@@ -132,8 +152,8 @@ static __always_inline bool lookup_neighbour(struct __sk_buff *skb, const struct
 }
 
 /*
- * Looks up and remembers, and lets the kernel deliver this one packet, unless it goes straight into a pod. A function of
- * its own, since it is needed seldom and takes much of the stack.
+ * Resolves and caches the next hop, and lets the kernel deliver this packet unless it goes into a
+ * pod. A separate function, because it is rare and needs much stack.
  */
 static __noinline int resolve_and_redirect(struct __sk_buff *skb, struct packet *pkt,
 					   const struct downstream *to, struct next_hop *hop,
@@ -150,7 +170,7 @@ static __noinline int resolve_and_redirect(struct __sk_buff *skb, struct packet 
 	return redirect_via_neighbour(skb, pkt, to->ifindex, to->next_hop_family, to->next_hop_be);
 }
 
-/* Looks up and remembers. A function of its own, as above. */
+/* Resolves and caches the next hop. A separate function for the same reason. */
 static __noinline int resolve_next_hop(struct __sk_buff *skb, const struct packet *pkt,
 				       const struct downstream *to, struct next_hop *hop)
 {
@@ -160,8 +180,8 @@ static __noinline int resolve_next_hop(struct __sk_buff *skb, const struct packe
 }
 
 /*
- * False if the packet has no way out: on a kernel that cannot be asked to find the neighbour, which is not known. To be
- * called before anything about the packet changes, so that the socket can have it.
+ * False if the neighbour is unknown and the kernel cannot resolve it for the program. Call it
+ * before the packet changes, so that it can still go to the socket.
  */
 static __always_inline bool has_egress_path(struct __sk_buff *skb, const struct packet *pkt,
 					    const struct downstream *to, struct next_hop *hop)
@@ -173,7 +193,7 @@ static __always_inline bool has_egress_path(struct __sk_buff *skb, const struct 
 	return hop->ifindex;
 }
 
-/* Chooses the way out. Nothing is sent before the program ends. */
+/* Redirects to the downstream's device. The packet leaves after the program ends. */
 static __always_inline int redirect_egress(struct __sk_buff *skb, struct packet *pkt,
 					   const struct downstream *to, struct next_hop *hop,
 					   bool allow_peer)
@@ -183,10 +203,13 @@ static __always_inline int redirect_egress(struct __sk_buff *skb, struct packet 
 	return resolve_and_redirect(skb, pkt, to, hop, allow_peer);
 }
 
-/* What deliver_egress() answers if the packet could not be written to, beside TC_ACT_REDIRECT and TC_ACT_SHOT. */
+/*
+ * Result of deliver_egress() if the packet could not be written; the others are TC_ACT_REDIRECT and
+ * TC_ACT_SHOT.
+ */
 #define REWRITE_FAILED -2
 
-/* Rewrites a datagram and sends it out, one hop older. */
+/* Rewrites a datagram and sends it out of a device, with one hop less. */
 static __always_inline int deliver_egress(struct __sk_buff *skb, struct packet *pkt,
 					  const struct downstream *to, struct next_hop *hop,
 					  bool allow_peer)

@@ -1,16 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Tells user space of single datagrams through a ring buffer: the first drop of each reason per listener, CPU and
- * second, for the log; and everything that becomes of a listener's datagrams, while somebody traces them. The books
- * (counters.h) are kept either way; this shows whose datagram it was.
+ * Reports single datagrams to user space through a ring buffer: the first drop of each reason per
+ * listener, CPU and second, for the log; and every datagram that matches the trace filter. Counters
+ * (counters.h) are independent of this.
  */
 #ifndef FANOUT_EVENTS_H
 #define FANOUT_EVENTS_H
 
-/* The kernel has ring buffers (5.8). Set before load; what is not there is never reached. */
+#include "base.h"
+#include "fanout_abi.h"
+#include "maps.h"
+#include "packet.h"
+
+/* The kernel has ring buffers (5.8). Set before load; the verifier removes what is disabled. */
 const volatile __u32 has_events = 1;
 
-/* Written by user space through a mapping; read by the program without a lookup, for it is read for every datagram. */
+/* Written by user space through a mapping. Read for every datagram, so without a lookup. */
 volatile struct trace_control trace SEC(".data.trace");
 
 #define LOG_INTERVAL_NS 1000000000ULL
@@ -25,7 +30,10 @@ static __always_inline bool is_traced(__u32 listener, const struct packet *pkt)
 	       (pkt->src_be[3] & trace.mask_be[3]) == trace.source_be[3];
 }
 
-/* True once a second for each index of drop_log; *suppressed then is how many datagrams it was not since the last time. */
+/*
+ * True once per second for each index of drop_log. Then *suppressed is the number of datagrams
+ * since the last time.
+ */
 static __always_inline bool should_log(__u32 index, __u64 now, const struct packet *pkt,
 				       __u64 *suppressed)
 {
@@ -67,7 +75,10 @@ static __noinline int fill_event(struct event *event, const struct __sk_buff *sk
 	return 0;
 }
 
-/* `what` is the listener << 32 | enum event_kind << 8 | enum drop_reason: a function takes five arguments. */
+/*
+ * `packed` is listener << 32 | enum event_kind << 8 | enum drop_reason: a BPF function takes at
+ * most five arguments.
+ */
 static __noinline int emit_event(struct __sk_buff *skb, const struct packet *pkt,
 				 const struct listener_key *dst, const struct downstream *to,
 				 __u64 packed)
@@ -99,7 +110,7 @@ static __noinline int emit_event(struct __sk_buff *skb, const struct packet *pkt
 	return 0;
 }
 
-/* For the log or a trace. `to` is NULL where no downstream had been chosen. */
+/* Reports a drop to the log and to a trace. `to` is NULL if no downstream had been chosen. */
 static __always_inline void trace_drop(struct __sk_buff *skb, const struct packet *pkt,
 				       const struct listener_key *dst, const struct downstream *to,
 				       __u64 listener, enum event_kind kind,
@@ -109,7 +120,7 @@ static __always_inline void trace_drop(struct __sk_buff *skb, const struct packe
 		emit_event(skb, pkt, dst, to, listener << 32 | kind << 8 | reason);
 }
 
-/* For a trace. */
+/* Reports an event to a trace. */
 static __always_inline void trace_event(struct __sk_buff *skb, const struct packet *pkt,
 					const struct listener_key *dst, const struct downstream *to,
 					__u64 listener, enum event_kind kind)

@@ -1,30 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * The path of one datagram, top to bottom: parse, match, admit, select, rewrite, deliver. One header a stage. This is
- * the long way, which knows every case; most datagrams take a shorter one through the same stages (fast_path.h).
+ * The entry point and the slow path of a datagram: parse, match, admit, select, rewrite, deliver,
+ * one header per stage. The slow path handles every case; most datagrams take the fast path
+ * (fast_path.h) through the same stages.
  *
- * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. What is not ours, and what only the listener's
- * socket can do justice, continues as if this program were not there: TC_ACT_UNSPEC lets later filters see it too,
- * where TC_ACT_OK would end their turn.
+ * Attached at TC ingress (clsact or TCX) by src/datapath/kernel/attach.rs. Foreign traffic, and
+ * datagrams that need the socket path, continue as if the program did not exist: TC_ACT_UNSPEC lets
+ * later filters see them, TC_ACT_OK would not.
  */
-#include "vmlinux.h"
-
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_core_read.h>
-
-#define TC_ACT_UNSPEC (-1)
-#define TC_ACT_SHOT 2
-#define TC_ACT_REDIRECT 7
-
+#include "base.h"
 #include "fanout_abi.h"
 #include "packet.h"
 #include "maps.h"
+#include "scratch.h"
 #include "parse.h"
 #include "match.h"
 #include "heartbeat.h"
 #include "admission.h"
-#include "hash.h"
 #include "select.h"
 #include "rewrite.h"
 #include "events.h"
@@ -37,13 +29,13 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* What becomes of a datagram, told by the stages below and booked in one place, settle(). */
+/* What became of a datagram. The stages fill it in; account() counts and reports it. */
 struct outcome {
 	const struct downstream *to; /* NULL: none, or all */
-	struct downstream_stats *to_stats; /* likewise */
+	struct downstream_stats *to_stats; /* the same */
 	__u32 to_id;
 	__u32 kind; /* enum event_kind */
-	__u32 reason; /* enum drop_reason, of one that is dropped */
+	__u32 reason; /* enum drop_reason, if it was dropped */
 };
 
 static __always_inline int pass(struct outcome *outcome)
@@ -65,7 +57,7 @@ static __always_inline int forwarded(struct outcome *outcome, int verdict)
 	return verdict;
 }
 
-/* To a socket on this host: the journey ends here, so the TTL is not touched. */
+/* Forwards to a socket on this host, without touching the TTL. */
 static __always_inline int forward_local(struct __sk_buff *skb, struct packet *pkt,
 					 struct outcome *outcome)
 {
@@ -84,7 +76,10 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 
 	if (!may_forward(pkt))
 		return drop(outcome, DROP_TTL_EXPIRED);
-	/* Too long for the way out: redirecting would lose it silently, the socket's stack can fragment it. */
+	/*
+	 * Too long for the egress path: a redirect would lose it silently, while the socket's stack
+	 * can fragment it.
+	 */
 	if (pkt->ip_len > to->mtu)
 		return pass(outcome);
 	if (!has_egress_path(skb, pkt, to, hop))
@@ -98,7 +93,8 @@ static __always_inline int forward_out(struct __sk_buff *skb, struct packet *pkt
 }
 
 /*
- * To all downstreams. A later fragment goes by the table as it is now: whoever was in it and still is gets all of them.
+ * Copies to all downstreams. A later fragment goes by the current table: a downstream that stays in
+ * the table gets all fragments.
  */
 static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 				     const struct packet *pkt, const struct table *table,
@@ -115,7 +111,10 @@ static __always_inline int replicate(struct __sk_buff *skb, __u32 listener_id,
 	return forwarded(outcome, verdict);
 }
 
-/* A datagram of a listener's: whole, its first fragment, or a later one that is for all downstreams. */
+/*
+ * Handles a listener's datagram: whole, its first fragment, or a later one that is copied to all
+ * downstreams.
+ */
 static __always_inline int handle_datagram(struct __sk_buff *skb, __u32 listener_id, __u32 flags,
 					   struct packet *pkt, struct stats *stats, bool later,
 					   struct outcome *outcome)
@@ -150,7 +149,7 @@ static __always_inline int handle_datagram(struct __sk_buff *skb, __u32 listener
 	return drop(outcome, DROP_NO_ROUTE);
 }
 
-/* Writes down what has become of a datagram, and tells whoever wants to know. */
+/* Counts a datagram and reports it to logs and traces. */
 static __always_inline void account(struct __sk_buff *skb, __u32 listener_id, struct stats *stats,
 				    const struct packet *pkt, const struct outcome *outcome)
 {
@@ -170,7 +169,7 @@ static __always_inline void account(struct __sk_buff *skb, __u32 listener_id, st
 	trace_event(skb, pkt, &pkt->dst, outcome->to, listener_id, outcome->kind);
 }
 
-/* What is to become of the other fragments of a datagram. */
+/* Verdict on the other fragments of a datagram. */
 static __always_inline enum fragment_verdict fragment_verdict_of(const struct outcome *outcome)
 {
 	if (outcome->kind == EVENT_DROPPED)
@@ -181,8 +180,8 @@ static __always_inline enum fragment_verdict fragment_verdict_of(const struct ou
 }
 
 /*
- * A datagram or first fragment of somebody else's, or that no daemon is there for. The later fragments, which do not tell
- * whose they are, shall be left alone too.
+ * Passes foreign traffic, and everything once the program is orphaned. The later fragments of a
+ * first fragment, which carry no port, must be passed too.
  */
 static __always_inline int pass_foreign(struct packet *pkt)
 {
@@ -192,7 +191,7 @@ static __always_inline int pass_foreign(struct packet *pkt)
 	return TC_ACT_UNSPEC;
 }
 
-/* A later fragment, or a first one that has come before: counted with the datagram already. */
+/* Handles a later fragment or a repeated first one, which was counted with its datagram. */
 static __always_inline int handle_fragment(struct __sk_buff *skb, struct packet *pkt)
 {
 	pkt->datagrams = 0;
@@ -239,7 +238,7 @@ __noinline int slow_path(struct __sk_buff *skb)
 		listener_id = verdict - COPY_TO_ALL;
 	}
 	stats = bpf_map_lookup_elem(&STATS, &listener_id);
-	/* It has as many entries as there are listeners. */
+	/* Never: the map has an entry for every listener. */
 	if (!stats)
 		return TC_ACT_UNSPEC;
 	verdict = handle_datagram(skb, listener_id, flags, pkt, stats, later, &outcome);

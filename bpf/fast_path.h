@@ -1,34 +1,55 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The short way. On most hosts nearly every datagram is like the one before: whole, without options, for a listener that
- * takes everybody's, and for a downstream whose neighbour is known. That needs few of the stages' branches, and nothing
- * written down for later ones, so for it the stages' parts are put together here once more. It is a third of the code, and
- * in a row. A packet's way through the kernel fills the CPU's cache for instructions, so what there is to fetch anew for each
- * packet costs more than what there is to compute.
+ * The fast path. On most hosts nearly every datagram is whole, has no options, is for a listener
+ * that admits everyone, and goes to a downstream whose neighbour is resolved. Those need few of the
+ * stages' branches, and nothing stored for later stages, so this file combines the parts they need.
+ * It is a third of the code, laid out contiguously. A packet's path through the kernel fills the
+ * CPU's instruction cache, so fetching code costs more than computing.
  *
- * Whatever is unusual is left to the long way (fanout.bpf.c), which decides alike; the packet and the books are as they
- * were. What is plain and somebody else's is seen here too.
+ * Anything unusual goes unmodified and uncounted to the slow path (fanout.bpf.c), which reaches the
+ * same verdict. Plain foreign traffic is passed here.
  *
- * Nobody asks here whether a daemon is there (heartbeat.h): that was asked when the neighbour was found, at most NEXT_HOP_TICKS
- * ago.
+ * The heartbeat (heartbeat.h) is not checked here: the slow path checked it when it resolved the
+ * neighbour, at most NEXT_HOP_TICKS ago.
  */
 #ifndef FANOUT_FAST_PATH_H
 #define FANOUT_FAST_PATH_H
 
-/* What is answered beside verdicts. */
+#include "base.h"
+#include "address.h"
+#include "admission.h"
+#include "counters.h"
+#include "deliver.h"
+#include "events.h"
+#include "fanout_abi.h"
+#include "hook_marker.h"
+#include "l3_ingress.h"
+#include "maps.h"
+#include "match.h"
+#include "packet.h"
+#include "parse.h"
+#include "reinject.h"
+#include "rewrite.h"
+#include "select.h"
+#include "skb.h"
+
+/* Results besides verdicts. */
 #define SLOW_PATH -3
 #define MATCHED -4
 
-#define IPV4_PLAIN 0x45 /* version 4, no options */
+#define IPV4_PLAIN 0x45 /* version 4, header without options */
 
-/* True if this is an Ethernet frame for this host, for the first time here. `first` is its first byte. */
+/*
+ * True if this is an Ethernet frame to this host that was not reinjected. `first` is its first
+ * byte.
+ */
 static __always_inline bool is_plain_frame(struct __sk_buff *skb, __u8 first, __u8 version)
 {
 	return !skb->vlan_present && CTX_FIELD(__u32, skb, pkt_type) == PACKET_HOST &&
 	       !is_reinjected(skb) && (likely(first >> 4 != version) || !is_l3_device(skb));
 }
 
-/* The listener of a datagram of which the destination is known: MATCHED, TC_ACT_UNSPEC for somebody else's, SLOW_PATH. */
+/* Matches a datagram by destination: MATCHED, TC_ACT_UNSPEC for foreign traffic, or SLOW_PATH. */
 static __always_inline int fast_match(struct __sk_buff *skb, const struct packet *pkt,
 				      __u32 *listener_id)
 {
@@ -44,8 +65,8 @@ static __always_inline int fast_match(struct __sk_buff *skb, const struct packet
 }
 
 /*
- * Fills in the rest of what parse_udp() would, of an IP packet of `total` bytes. False if the stack would refuse it, or if
- * it is not one datagram.
+ * Fills in what parse_udp() does, for an IP packet of `total` bytes. False if the stack would
+ * refuse it or it is a super-packet.
  */
 static __always_inline bool read_plain_udp(struct __sk_buff *skb, struct packet *pkt,
 					   const struct udphdr *udp, __u32 total)
@@ -60,12 +81,12 @@ static __always_inline bool read_plain_udp(struct __sk_buff *skb, struct packet 
 	       !skb->gso_size;
 }
 
-/* The place in the table, and where the cursor is after that. False if only the long way can tell. */
+/* Computes the index into the table and the next cursor. False if it needs the slow path. */
 static __always_inline bool fast_index(const struct packet *pkt, __u32 policy, __u32 slots,
 				       __u32 *cursor, __u32 *index)
 {
 	if (likely(policy == POLICY_ROUND_ROBIN)) {
-		/* Not the first on this CPU, nor has the table become shorter. */
+		/* First datagram on this CPU, or the table became shorter. */
 		if (unlikely(*cursor - 1 >= slots))
 			return false;
 		*index = *cursor == slots ? 0 : *cursor;
@@ -79,8 +100,8 @@ static __always_inline bool fast_index(const struct packet *pkt, __u32 policy, _
 }
 
 /*
- * True if it can go where the next hop says. Of a downstream on this host, of one on a link that has no neighbours, or of
- * one without a route, none is ever known.
+ * True if the cached next hop can be used. Downstreams on this host, on L3 devices or without a
+ * route never have one.
  */
 static __always_inline bool has_fresh_hop(const struct packet *pkt, const struct downstream *to,
 					  const struct next_hop *cached_hop)
@@ -88,7 +109,7 @@ static __always_inline bool has_fresh_hop(const struct packet *pkt, const struct
 	return is_fresh(cached_hop) && pkt->ip_len <= to->mtu;
 }
 
-/* From selection to the books, of a datagram of this listener's. */
+/* Selects a downstream, delivers and counts a datagram of this listener. */
 static __always_inline int fast_forward(struct __sk_buff *skb, struct packet *pkt,
 					__u32 listener_id)
 {
@@ -115,7 +136,7 @@ static __always_inline int fast_forward(struct __sk_buff *skb, struct packet *pk
 	if (unlikely(redirect_resolved(skb, pkt, to, &to_stats->cached_hop, true) !=
 		     TC_ACT_REDIRECT))
 		return SLOW_PATH;
-	/* Only the first change can be refused, for want of memory: after that the packet is writable. */
+	/* Only the first write can fail, for lack of memory; after it the packet is writable. */
 	ttl = pkt->ttl - 1;
 	if (unlikely(pkt->v6 ? rewrite_ipv6(skb, pkt, to, to_stats->cached_hop.macs, ttl)
 			     : rewrite_ipv4(skb, pkt, to, to_stats->cached_hop.macs, ttl, L3_OFF)))
@@ -158,7 +179,7 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb)
 	return fast_forward(skb, &pkt, listener_id);
 }
 
-/* A function of its own: on a host with both, each has its own code in a row. */
+/* A separate function, so that the code of each family is contiguous. */
 static __noinline int fast_ipv6(struct __sk_buff *skb)
 {
 	void *frame = frame_start(skb);
@@ -188,7 +209,7 @@ static __noinline int fast_ipv6(struct __sk_buff *skb)
 	return fast_forward(skb, &pkt, listener_id);
 }
 
-/* The verdict, or SLOW_PATH. */
+/* Returns the verdict, or SLOW_PATH. */
 static __always_inline int fast_path(struct __sk_buff *skb)
 {
 	if (likely(skb->protocol == bpf_htons(ETH_P_IP)))

@@ -1,25 +1,36 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Datagrams in fragments. Only the first fragment has the ports, so it is treated like a whole datagram, in whose place it
- * is counted, and what has been decided about it is remembered for the others: they go the same way.
+ * Fragmented datagrams. Only the first fragment has the ports. It is treated and counted like a
+ * whole datagram, and the verdict is stored for the later fragments, which follow it.
  *
- * One that comes before the first cannot be told from one of a datagram for somebody else on this host. It is left to the
- * stack, and then so is all of its datagram, for the stack to put together: if it is a listener's, its socket gets
- * it. The same becomes of a datagram that has been forgotten meanwhile, because too many others have come. It is lost then;
- * FRAGMENT_STAT counts such fragments as strays.
+ * A later fragment that arrives before the first may belong to foreign traffic. It is passed to the
+ * stack, and then so is the rest of its datagram, for the stack to reassemble: if it is for a
+ * listener, the socket gets it. The same happens to a datagram whose state was evicted by too many
+ * others; it is lost then, and FRAGMENT_STAT counts such fragments as strays.
  *
- * What is remembered is forgotten once the datagram is complete, so that the next one with its number starts anew.
- * Completeness is told by bytes; repetitions are recognised by the KiB of the datagram in which they begin. Smaller
- * fragments may be taken for repetitions, which makes the datagram seem incomplete, and it is forgotten later: after a
- * pause, or when its number is used again.
+ * The state is deleted once the datagram is complete, so that the next one with its ID starts anew.
+ * Completeness is measured in bytes; repetitions are recognised by the KiB of the datagram in which
+ * they begin. Fragments smaller than that may be taken for repetitions. Then the datagram seems
+ * incomplete, and its state is dropped later: after a timeout, or when its ID is reused.
  */
 #ifndef FANOUT_FRAGMENTS_H
 #define FANOUT_FRAGMENTS_H
 
-/* How long after the latest fragment another is still waited for, ns. Set before load. */
+#include "base.h"
+#include "deliver.h"
+#include "fanout_abi.h"
+#include "maps.h"
+#include "packet.h"
+#include "rewrite.h"
+#include "scratch.h"
+
+/* How long to wait for the next fragment of a datagram, ns. Set before load. */
 const volatile __u64 fragment_timeout = 2000000000;
 
-/* Bytes that may follow one first fragment: each of the longest datagram twice. More are no repetitions but a flood. */
+/*
+ * Most bytes that may follow one first fragment: twice the longest datagram. More is a flood, not
+ * repetition.
+ */
 #define MAX_FRAGMENT_BYTES (2 * 65535)
 
 static __always_inline void count_fragment(enum fragment_count kind)
@@ -44,7 +55,7 @@ static __always_inline void fragment_key_of(const struct packet *pkt, struct fra
 	key->id_be = pkt->fragment_id_be;
 }
 
-/* What is remembered of the datagram, if it is not too long ago. */
+/* Returns the state of a datagram unless it has timed out. */
 static __always_inline struct fragment_state *lookup_fragment_state(const struct fragment_key *key,
 								    __u64 now)
 {
@@ -53,7 +64,7 @@ static __always_inline struct fragment_state *lookup_fragment_state(const struct
 	return state && now - state->last_seen < fragment_timeout ? state : NULL;
 }
 
-/* True if the address is a listener's, for packets that have no port. */
+/* True if the destination address is a listener's, on any port. */
 static __always_inline bool is_listener_address(const struct packet *pkt)
 {
 	struct listener_key key = { .scope = KEY_ADDRESS };
@@ -62,13 +73,13 @@ static __always_inline bool is_listener_address(const struct packet *pkt)
 	return bpf_map_lookup_elem(&listeners, &key);
 }
 
-/* How much of its datagram a fragment holds, the UDP header included. */
+/* Bytes of the datagram in this fragment, including the UDP header. */
 static __always_inline __u32 fragment_bytes(const struct packet *pkt)
 {
 	return pkt->data_len + (pkt->part == FIRST_FRAGMENT ? sizeof(struct udphdr) : 0);
 }
 
-/* Notes that a fragment has come. True if no more are to come. */
+/* Records the arrival of a fragment. True if the datagram is complete. */
 static __always_inline bool record_fragment(struct fragment_state *of, const struct packet *pkt,
 					    __u64 now)
 {
@@ -86,12 +97,12 @@ static __always_inline bool record_fragment(struct fragment_state *of, const str
 }
 
 enum first_fragment_state {
-	FIRST_IS_NEW = 0, /* nothing of the datagram is known */
-	FIRST_AFTER_LATER = 1, /* others have come before and gone up the stack */
+	FIRST_IS_NEW = 0, /* no state */
+	FIRST_AFTER_LATER = 1, /* later fragments arrived before and went to the stack */
 	FIRST_IS_REPEATED = 2,
 };
 
-/* How a first fragment stands to what is remembered. */
+/* Compares a first fragment with the stored state. */
 __noinline int lookup_first_fragment(void)
 {
 	struct packet *pkt = current_packet();
@@ -106,15 +117,18 @@ __noinline int lookup_first_fragment(void)
 		return FIRST_IS_NEW;
 	if (!state->udp_header)
 		return FIRST_AFTER_LATER;
-	/* One with options, which only the stack interprets, is no repetition of one without. */
+	/* Only the stack interprets options: not a repetition of a fragment without them. */
 	if (pkt->needs_socket && state->verdict >= FRAGMENT_VERDICT_FORWARD)
 		return FIRST_IS_NEW;
-	/* One that is otherwise the same but older has been in a loop: each round counts, until its time is over. */
+	/*
+	 * The same datagram with another TTL is in a loop: each round counts, until the TTL
+	 * expires.
+	 */
 	return state->udp_header == pkt->udp_header && state->ttl == pkt->ttl ? FIRST_IS_REPEATED
 									      : FIRST_IS_NEW;
 }
 
-/* Remembers for the others what has been decided about a first fragment (pkt->fragment_verdict). */
+/* Stores the verdict on a first fragment (pkt->fragment_verdict) for the later ones. */
 __noinline int store_fragment_verdict(__u32 listener_id, __u32 to_id)
 {
 	struct packet *pkt = current_packet();
@@ -166,10 +180,13 @@ static __always_inline int forward_fragment(struct __sk_buff *skb, struct packet
 	return TC_ACT_REDIRECT;
 }
 
-/* What follow() answers if copies are to be made: this and the listener's id. */
+/* Result of handle_later_fragment() if copies are to be made: this plus the listener's id. */
 #define COPY_TO_ALL 256
 
-/* A later fragment of which nothing is known. Its datagram is the stack's, if it is for a listener's address at all. */
+/*
+ * Passes a later fragment without state to the stack, with the rest of its datagram if the address
+ * is a listener's.
+ */
 static __always_inline int pass_stray_fragment(const struct packet *pkt,
 					       const struct fragment_key *key, __u64 now)
 {
@@ -197,7 +214,10 @@ static __always_inline int apply_fragment_verdict(struct __sk_buff *skb, struct 
 	return TC_ACT_SHOT;
 }
 
-/* The verdict on a later fragment, or on a repeated first one, or COPY_TO_ALL. */
+/*
+ * Returns the verdict on a later fragment or a repeated first one, or COPY_TO_ALL plus the
+ * listener's id.
+ */
 __noinline int handle_later_fragment(struct __sk_buff *skb)
 {
 	struct packet *pkt = current_packet();

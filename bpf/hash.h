@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * MurmurHash3_x86_32 over 32-bit words, seed 0. src/plan/hash.rs is the other half: both datapaths must send a sender
- * to the same downstream.
+ * MurmurHash3_x86_32 over 32-bit words, seed 0. src/plan/hash.rs is the counterpart: both datapaths
+ * must send a sender to the same downstream.
  */
 #ifndef FANOUT_HASH_H
 #define FANOUT_HASH_H
+
+#include "base.h"
 
 static __always_inline __u32 rotate_left(__u32 value, int by)
 {

@@ -1,16 +1,23 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Whether a daemon is there. The program goes on without one for as long as its lease says, which the daemon renews every
- * few seconds: it may have ended in order to be replaced, been killed, or be stuck. But the receivers that it has named may be
- * gone by and by, or their addresses somebody else's.
+ * Tells whether a daemon is alive. The program continues without one until the heartbeat's
+ * deadline, which the daemon renews every few seconds: the daemon may be restarting, killed or
+ * stuck. After that, the receivers it named may be gone or their addresses reused.
  */
 #ifndef FANOUT_HEARTBEAT_H
 #define FANOUT_HEARTBEAT_H
 
+#include "base.h"
+#include "fanout_abi.h"
+#include "packet.h"
+
 /* Written by user space through a mapping; read by the program without a lookup. */
 volatile struct heartbeat heartbeat SEC(".data.heartbeat") = { .deadline = HEARTBEAT_FOREVER };
 
-/* A clock is asked once in a tick. The coarse one, since 5.11, costs less; it is behind by a tick at most. */
+/*
+ * Reads the clock once per tick. The coarse clock (Linux 5.11) is cheaper and at most one tick
+ * behind.
+ */
 static __always_inline bool is_orphaned(struct scratch *scratch)
 {
 	__u64 deadline = heartbeat.deadline, tick, now;

@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * While the program moves from one hook of an interface to another it hangs on both, TCX first, and must not take for a
- * new datagram what it has left to the stack a moment ago. The control buffer lasts from hook to hook, and no longer.
+ * While the program moves between the TCX and clsact hooks of an interface it is attached to both,
+ * TCX first. The marker keeps the second from handling a datagram that the first has just passed.
+ * It is in the control buffer, which is valid from hook to hook only.
  */
 #ifndef FANOUT_HOOK_MARKER_H
 #define FANOUT_HOOK_MARKER_H
+
+#include "base.h"
 
 #define HOOK_MARKER_WORD0 0x5a17fa0d
 #define HOOK_MARKER_WORD1 0xc3d20e91

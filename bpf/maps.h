@@ -1,12 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Every map: what it is for and who writes it. Sizes marked "set at load" come from the configuration's limits
- * (src/datapath/kernel/skel.rs). Names have at most 15 characters, the kernel's limit.
+ * All maps: what each is for and who writes it. Sizes marked "set at load" come from the
+ * configuration's limits (src/datapath/kernel/skel.rs). The kernel keeps 15 characters of a name.
  */
 #ifndef FANOUT_MAPS_H
 #define FANOUT_MAPS_H
 
-/* Which destinations are ours. Written by user space when listeners or the host's addresses change. */
+#include "base.h"
+#include "fanout_abi.h"
+#include "packet.h"
+
+/*
+ * Destinations of the listeners. Written by user space when listeners or the host's addresses
+ * change.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -16,8 +23,8 @@ struct {
 } listeners SEC(".maps");
 
 /*
- * The same for most datagrams at much less cost: an array, which needs no call, whose place follows from address and
- * port. Written by user space through a mapping.
+ * Cache in front of `listeners`: an array indexed by a hash of address and port, so that most
+ * lookups need no call. Written by user space through a mapping.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -27,7 +34,10 @@ struct {
 	__type(value, struct cached_listener);
 } listener_cache SEC(".maps");
 
-/* Listener id -> its current table. Written by user space through a mapping, one atomic store a table. */
+/*
+ * Listener id -> its current table. Written by user space through a mapping, one atomic store per
+ * table.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -36,7 +46,10 @@ struct {
 	__type(value, struct listener_state);
 } listener_states SEC(".maps");
 
-/* The slots of all tables: downstream ids. Written by user space before a table over them is published. */
+/*
+ * Slots of all tables: downstream ids. Written by user space before a table that uses them is
+ * published.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -54,7 +67,7 @@ struct {
 	__type(value, struct downstream);
 } downstreams SEC(".maps");
 
-/* Rules and prefix of a sender's address -> whether the datagram is taken. Written by user space, see source_key. */
+/* Rules and sender prefix -> verdict. Written by user space, see struct source_key. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -63,7 +76,10 @@ struct {
 	__type(value, __u32); /* enum source_verdict */
 } sources SEC(".maps");
 
-/* Sender -> when its bucket is full again, for rate limits. Written by the program; the longest unused make room. */
+/*
+ * Sender -> when its token bucket is full again. Written by the program; least recently used
+ * entries are evicted.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1); /* set at load */
@@ -72,8 +88,8 @@ struct {
 } buckets SEC(".maps");
 
 /*
- * Listener id -> counters, and the next place in the round. Written by the program. The name is part of the user interface
- * (`bpftool map dump`).
+ * Listener id -> counters and round-robin cursor. Written by the program. The name is part of the
+ * user interface (`bpftool map dump`).
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -90,7 +106,10 @@ struct {
 	__type(value, __u64);
 } DROPS SEC(".maps");
 
-/* Listener id * DROP_REASONS + reason -> copies of replicated datagrams that failed. Written by the program. */
+/*
+ * Listener id * DROP_REASONS + reason -> copies of replicated datagrams dropped. Written by the
+ * program.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1); /* set at load */
@@ -99,8 +118,8 @@ struct {
 } COPY_DROPS SEC(".maps");
 
 /*
- * Downstream id -> what was handed to it, and where its neighbour was found, a few milliseconds ago. Written by the
- * program; zeroed by user space when an id is reused.
+ * Downstream id -> datagrams sent to it, and its cached next hop. Written by the program; zeroed by
+ * user space when an id is reused.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -110,8 +129,8 @@ struct {
 } DOWNSTREAM_STAT SEC(".maps");
 
 /*
- * What has been decided about datagrams of which more fragments are to come. Written by the program; the longest
- * unused make room, so that a flood of fragments cannot take more memory than this.
+ * Verdicts on datagrams whose fragments are still arriving. Written by the program; least recently
+ * used entries are evicted, so a flood of fragments uses no more memory than this.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -128,7 +147,7 @@ struct {
 	__type(value, __u64);
 } FRAGMENT_STAT SEC(".maps");
 
-/* The packet that this CPU is at work on: see current_packet(). */
+/* The packet that this CPU is processing: see scratch.h. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -136,34 +155,15 @@ struct {
 	__type(value, struct scratch);
 } scratch_buf SEC(".maps");
 
-static __always_inline struct scratch *current_scratch(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch_buf, &zero);
-}
-
-/*
- * The packet is in a map and not on the stack. Functions that take only numbers, as on Linux 5.10 those must that the
- * verifier checks once and not at each call, find it there; and the verifier, which knows nothing of what is in a map, need not
- * follow every kind of packet through all of the program.
- */
-static __always_inline struct packet *current_packet(void)
-{
-	struct scratch *scratch = current_scratch();
-
-	return scratch ? &scratch->pkt : NULL;
-}
-
-/* Single datagrams that user space is told of. Written by the program. */
+/* Events about single datagrams. Written by the program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 256 * 1024); /* bytes */
 } events SEC(".maps");
 
 /*
- * (Listener id * DROP_REASONS + reason) * 2, + 1 for single copies -> when a drop is told of again. Written by the
- * program.
+ * (Listener id * DROP_REASONS + reason) * 2, + 1 for single copies -> when a drop is logged again.
+ * Written by the program.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -172,7 +172,7 @@ struct {
 	__type(value, struct drop_log);
 } drop_log SEC(".maps");
 
-/* Listener id -> its name. Written by user space, for its successor; so are the next three. */
+/* Listener id -> its name. Written by user space for its successor, like the next three maps. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1); /* set at load */
@@ -180,7 +180,7 @@ struct {
 	__type(value, struct listener_name);
 } listener_names SEC(".maps");
 
-/* Downstream id -> 1 + the id of the listener that it counts for; 0 for nobody's. */
+/* Downstream id -> 1 + the id of the listener whose counters it belongs to; 0 for none. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -189,7 +189,7 @@ struct {
 	__type(value, __u32);
 } stat_owners SEC(".maps");
 
-/* What was counted before: by predecessors, and under downstream ids that have been used again. */
+/* Counts from before: of earlier programs, and of downstream ids that were reused. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -198,7 +198,7 @@ struct {
 	__type(value, struct carried_entry);
 } carried_counts SEC(".maps");
 
-/* Whose pins these are. */
+/* Version and network namespace of these pins, and the programs whose counts were imported. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -207,9 +207,10 @@ struct {
 } about SEC(".maps");
 
 /*
- * Never read. User space updates it to wait until no CPU still runs the program with an older table: the kernel
- * returns from an update of a map of maps only after an RCU grace period (kernel/bpf/syscall.c,
- * maybe_wait_bpf_programs). It begins empty, or loading would wait as well.
+ * Never read. User space updates it to wait for an RCU grace period, after which no CPU still runs
+ * the program with an older table: an update of a map of maps returns only then
+ * (kernel/bpf/syscall.c, maybe_wait_bpf_programs). It starts empty, because filling it at load
+ * would wait as well.
  */
 struct barrier_inner {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -1,13 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * From destination to listener. A look into a hash map costs more than any other stage of this program, and five
- * cache lines, so there is a look into an array before it, which suffices where no two destinations have the same place.
- * What is somebody else's traffic costs only that, too.
+ * Finds the listener of a destination. A lookup in a hash map costs more than any other stage, and
+ * five cache lines, so an array comes first. It answers unless two destinations share an entry.
+ * Foreign traffic costs only that array lookup, too.
  */
 #ifndef FANOUT_MATCH_H
 #define FANOUT_MATCH_H
 
-/* The place of a destination in `first_look`; src/datapath/kernel/listener_cache.rs computes the same. */
+#include "base.h"
+#include "fanout_abi.h"
+#include "maps.h"
+#include "packet.h"
+
+/*
+ * Index of a destination in `listener_cache`; src/datapath/kernel/listener_cache.rs computes the
+ * same.
+ */
 static __always_inline __u32 cache_index(const struct listener_key *dst)
 {
 	__u32 hash = (dst->addr_be[3] + dst->port_be) * LISTENER_CACHE_FACTOR;
@@ -21,7 +29,10 @@ static __always_inline bool cache_entry_matches(const struct cached_listener *en
 	return same_address(entry->addr_be, dst->addr_be) && entry->port_be == dst->port_be;
 }
 
-/* The place of a destination, and what was found there, to be read once: it may change. */
+/*
+ * Returns the cache entry of a destination and its state. The state may change at any time, so it
+ * is read once.
+ */
 static __always_inline const struct cached_listener *cache_lookup(const struct listener_key *dst,
 								  __u16 *state)
 {
@@ -32,7 +43,7 @@ static __always_inline const struct cached_listener *cache_lookup(const struct l
 	return entry;
 }
 
-/* The listener that a datagram is for, or NULL. */
+/* Returns the listener of a datagram, or NULL. */
 static __always_inline const struct fanout_listener *find_listener(const struct packet *pkt)
 {
 	__u16 state;

@@ -1,19 +1,33 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * One copy of a datagram to every downstream. All but the last are clones; the packet itself is the last. Which
- * downstream is last changes from packet to packet, so that each in turn goes through bpf_redirect_neigh() now and then
- * and keeps its neighbour entry alive (deliver.h).
+ * Sends one copy of a datagram to every downstream. All but the last are clones; the packet itself
+ * is the last. Which downstream comes last changes from packet to packet, so that each uses
+ * bpf_redirect_neigh() now and then and keeps its neighbour entry alive (deliver.h).
  *
- * A clone can only be sent out of a link as it is, its link-layer address filled in. Where that is not known, the clone
- * is sent around: back into the ingress of the link it came from, marked, where this program meets it again and lets
- * the kernel find the neighbour. Nothing is lost while a neighbour is being resolved.
+ * A clone leaves a device as it is, so its link-layer addresses must be written before. While they
+ * are unknown, the clone is reinjected: sent into the ingress of the device it arrived on, with a
+ * mark, where this program sees it again and lets the kernel resolve the neighbour. Nothing is lost
+ * meanwhile.
  */
 #ifndef FANOUT_REPLICATE_H
 #define FANOUT_REPLICATE_H
 
+#include "base.h"
+#include "counters.h"
+#include "deliver.h"
+#include "events.h"
+#include "fanout_abi.h"
+#include "hash.h"
+#include "maps.h"
+#include "packet.h"
+#include "reinject.h"
+#include "rewrite.h"
+#include "scratch.h"
+#include "select.h"
+
 /*
- * A clone that enters this host once more. Marked, so that this program leaves it alone when it meets it again; it would
- * take a fragment for one that it has not seen.
+ * Sends a clone into this host's ingress, marked so that the program recognises it. It would take a
+ * fragment for a new one.
  */
 static __always_inline int reinject_clone(struct __sk_buff *skb, __u32 to_id)
 {
@@ -35,8 +49,8 @@ static __always_inline bool is_addressed_to(const struct packet *pkt, const stru
 }
 
 /*
- * Delivers a clone that has come around. False if the mark is someone else's, which other programs are free to use: a
- * clone of ours is on its way to the downstream that its mark names.
+ * Delivers a reinjected clone. False if the mark belongs to another program, which may use any
+ * mark: a clone of this program is addressed to the downstream that its mark names.
  */
 static __always_inline bool finish_reinjected(struct __sk_buff *skb, struct packet *pkt,
 					      int *verdict)
@@ -47,7 +61,7 @@ static __always_inline bool finish_reinjected(struct __sk_buff *skb, struct pack
 	if (!to || to->delivery == DELIVER_UNREACHABLE || !is_addressed_to(pkt, to))
 		return false;
 	skb->mark = 0;
-	/* The datagram is, but its frame may have come for a group. */
+	/* The datagram is unicast, but its frame may have arrived by multicast. */
 	bpf_skb_change_type(skb, PACKET_HOST);
 	pkt->is_multicast = true;
 	if (to->delivery == DELIVER_NEIGHBOUR)
@@ -58,7 +72,10 @@ static __always_inline bool finish_reinjected(struct __sk_buff *skb, struct pack
 	return true;
 }
 
-/* Where to send a clone now: what this CPU remembers, else what the kernel says. Not remembered, see above. */
+/*
+ * Finds the next hop of a clone: from this CPU's cache, else from the kernel. Not cached, see
+ * above.
+ */
 static __always_inline bool find_clone_hop(struct __sk_buff *skb, const struct packet *pkt,
 					   const struct downstream *to, const struct next_hop *hop,
 					   struct next_hop *found)
@@ -74,19 +91,19 @@ static __always_inline bool find_clone_hop(struct __sk_buff *skb, const struct p
 enum copy_result {
 	COPY_SENT = 0,
 	COPY_NOT_SAMPLED = 1, /* not in this downstream's sample */
-	COPY_FAILED = 2, /* counted; the next copy is not affected */
-	COPY_CORRUPTED = 3, /* counted; the packet is no longer whole */
-	COPY_REDIRECTED = 4, /* sent, and the packet itself is on its way out */
+	COPY_FAILED = 2, /* counted; the next copy is unaffected */
+	COPY_CORRUPTED = 3, /* counted; the packet is half rewritten */
+	COPY_REDIRECTED = 4, /* sent as the packet itself */
 };
 
-/* The packet has become the copy for one downstream; the next rewrite begins from there. */
+/* The packet now has this downstream's address; the next rewrite starts from it. */
 static __always_inline void set_copy_dst(struct packet *pkt, const struct downstream *to)
 {
 	__builtin_memcpy(pkt->dst.addr_be, to->addr_be, sizeof(to->addr_be));
 	pkt->dst.port_be = to->port_be;
 }
 
-/* Makes the packet the copy for one downstream. Every copy is one hop older, also one that stays on this host. */
+/* Rewrites the packet for one downstream, with one hop less, also for one on this host. */
 static __always_inline bool rewrite_copy(struct __sk_buff *skb, struct packet *pkt,
 					 const struct downstream *to, const __u8 *macs)
 {
@@ -97,8 +114,9 @@ static __always_inline bool rewrite_copy(struct __sk_buff *skb, struct packet *p
 }
 
 /*
- * A clone. One that goes around meets the kernel's look at the link-layer address again, which leaves to others what is
- * not addressed to this host: so it has the one that the packet came with, and not a downstream's.
+ * Sends a clone. A reinjected clone passes the kernel's check of the link-layer address again,
+ * which rejects frames not addressed to this host. So it keeps the address that the packet arrived
+ * with.
  */
 static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct scratch *scratch,
 						   const struct downstream *to, __u32 to_id,
@@ -129,7 +147,7 @@ static __always_inline enum copy_result send_clone(struct __sk_buff *skb, struct
 	return bpf_clone_redirect(skb, found.ifindex, 0) ? COPY_FAILED : COPY_SENT;
 }
 
-/* The lot that all fragments of a datagram draw for one downstream. */
+/* Random number for a downstream's sample that is the same in all fragments of a datagram. */
 static __noinline __u32 sample_hash(const struct packet *pkt, const struct downstream *to)
 {
 	__u32 hash = hash_word(hash_words4(0, pkt->src_be), pkt->fragment_id_be);
@@ -139,7 +157,7 @@ static __noinline __u32 sample_hash(const struct packet *pkt, const struct downs
 
 #define SAMPLE_ALL 0xffffffff
 
-/* True if the downstream is to have a copy. */
+/* True if the downstream gets a copy. */
 static __always_inline bool in_sample(const struct packet *pkt, const struct downstream *to)
 {
 	return to->sample == SAMPLE_ALL ||
@@ -171,8 +189,8 @@ static __always_inline enum drop_reason copy_drop_reason(enum copy_result failur
 }
 
 /*
- * One clone. A global function, which the verifier checks once and not once for every copy; such functions take only
- * the context and numbers on every kernel, so the packet comes through a map.
+ * Sends one clone. A global function, which the verifier checks once and not once per copy. Such
+ * functions take only the context and numbers on every kernel, so the packet comes through a map.
  */
 __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
@@ -196,8 +214,8 @@ __noinline int send_copy(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 }
 
 /*
- * The packet itself, to a receiver on this host: around as well, like the clones of others, which it would overtake on
- * the straight way up the stack.
+ * Sends the packet itself to a receiver on this host. It is reinjected like the clones of other
+ * packets, which it would overtake on the direct path up the stack.
  */
 static __always_inline int reinject_last(struct __sk_buff *skb, struct scratch *scratch,
 					 const struct downstream *to, __u32 to_id)
@@ -211,7 +229,7 @@ static __always_inline int reinject_last(struct __sk_buff *skb, struct scratch *
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
-/* The packet itself. A global function for the same reason. */
+/* Sends the packet itself as the last copy. A global function for the same reason. */
 __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 {
 	struct scratch *scratch = current_scratch();
@@ -231,7 +249,10 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 	if (to->delivery == DELIVER_NEIGHBOUR && !has_egress_path(skb, pkt, to, &stats->cached_hop))
 		return record_copy_failure(skb, listener_id, scratch, to, DROP_REDIRECT_FAILED,
 					   COPY_FAILED);
-	/* Not straight into a pod: this datagram would overtake others, whose copies for it were clones. */
+	/*
+	 * Never directly into a pod: it would overtake other datagrams, whose copies to the pod
+	 * were clones.
+	 */
 	verdict = to->delivery == DELIVER_NEIGHBOUR
 			  ? deliver_egress(skb, pkt, to, &stats->cached_hop, false)
 			  : reinject_last(skb, scratch, to, to_id);
@@ -246,18 +267,18 @@ __noinline int send_last(struct __sk_buff *skb, __u32 listener_id, __u32 slot)
 }
 
 /*
- * All the copies, beginning with the one in place `start`. Answers which results there were, a bit each, and in the next
- * byte the result of the packet itself. A global function, since the loop would be verified for every way that leads
- * here.
+ * Sends all copies, starting at index `start`. Returns the set of results, one bit each, and in the
+ * next byte the result of the packet itself. A global function, because the loop would be verified
+ * for every path that leads here.
  */
 __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, __u32 slots,
 			 __u32 start)
 {
-	/* No branch depends on it, so that the verifier sees the same state every time round. */
+	/* No branch depends on it, so the verifier sees the same state in every iteration. */
 	__u32 results = 0;
 	int result;
 
-	/* As the caller knows, and the verifier does not. */
+	/* The caller checks this; the verifier does not know. */
 	if (!slots || slots > MAX_COPIES)
 		return 0;
 	for (__u32 i = 0; i < MAX_COPIES - 1; i++) {
@@ -273,8 +294,8 @@ __noinline int send_each(struct __sk_buff *skb, __u32 listener_id, __u32 first, 
 }
 
 /*
- * Sends the copies. True if the datagram counts as forwarded: a copy is on its way, or no downstream's sample wanted
- * one. *verdict says what becomes of the packet itself.
+ * Sends all copies. True if the datagram counts as forwarded: a copy is on its way, or no
+ * downstream's sample includes it. *verdict is the verdict on the packet itself.
  */
 static __always_inline bool send_copies(struct __sk_buff *skb, __u32 listener_id,
 					const struct table *table, int *verdict)
@@ -287,13 +308,15 @@ static __always_inline bool send_copies(struct __sk_buff *skb, __u32 listener_id
 	if (!scratch)
 		return false;
 	scratch->orig_dst = scratch->pkt.dst;
-	/* Also for copies that go out without, or around: the kernel takes it off again. */
+	/*
+	 * Also for copies that leave by L3 devices or are reinjected: the kernel removes it again.
+	 */
 	if (!add_eth_header(skb, &scratch->pkt))
 		return false;
 	if (bpf_skb_load_bytes(skb, 0, scratch->macs, sizeof(scratch->macs)))
 		return false;
 	results = send_each(skb, listener_id, table->first, slots, start);
-	/* What is noted of the datagram is about what came in. */
+	/* Events about the datagram show it as it arrived. */
 	scratch->pkt.dst = scratch->orig_dst;
 	scratch->pkt.path = PATH_NONE;
 	last = results >> 8;

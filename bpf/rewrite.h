@@ -1,43 +1,53 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Gives a datagram its new destination. The kernel's checksum helpers are used throughout because they are right
- * for every state an skb's checksum can be in (CHECKSUM_PARTIAL, CHECKSUM_COMPLETE, none yet verified).
+ * Rewrites a datagram's destination. UDP checksums are updated by the kernel's helpers, because
+ * they are right for every checksum state of an skb (CHECKSUM_PARTIAL, CHECKSUM_COMPLETE, not yet
+ * verified).
  *
- * Of a datagram in fragments, the UDP checksum is in the first, and is changed there by the difference that the new address
- * makes; the later ones have an address only.
+ * Of a fragmented datagram, the first fragment has the UDP checksum, which is updated there by the
+ * difference of the addresses; later fragments have only an address to rewrite.
  *
- * Whatever else changes is written directly: the helper for it costs more than all of this program's arithmetic. In return
- * the kernel makes every packet's head writable before this program sees it, also of those that are none of ours. That is one
- * byte to look at, except in clones, whose shared heads are copied: packets flooded by a bridge or to a group's
- * receivers. TCP's own clones, all that others send over a link between namespaces, share nothing that is in the head.
+ * Everything else is written directly: the helper for it costs more than all arithmetic of this
+ * program. In return the kernel makes the head of every packet writable before this program runs,
+ * including foreign traffic. That is a check of one byte, except for clones with shared heads,
+ * which are copied: packets flooded by a bridge or to the receivers of a multicast group. TCP's own
+ * clones, which make up the rest of the traffic between namespaces, do not share their heads.
  */
 #ifndef FANOUT_REWRITE_H
 #define FANOUT_REWRITE_H
+
+#include "base.h"
+#include "fanout_abi.h"
+#include "packet.h"
+#include "skb.h"
 
 #define L4_CSUM_OFF (offsetof(struct udphdr, check))
 
 /* A UDP checksum of zero means "none" and stays zero; one that becomes zero is written as 0xffff (RFC 768). */
 #define UDP_CSUM BPF_F_MARK_MANGLED_0
 
-/* How long to live a datagram to a group has from here on: as long as one that a host sends (RFC 1340). */
+/* TTL of a datagram that arrived by multicast: that of a datagram a host sends (RFC 1340). */
 #define DEFAULT_TTL 64
 
 /*
- * True if the datagram may travel on. The time to live of one that was sent to a group says how far the group reaches,
- * most often not beyond its link, and nothing about a single receiver.
+ * True if the datagram may be forwarded. The TTL of a multicast datagram limits the scope of the
+ * group, often to one link; it does not apply to a single receiver.
  */
 static __always_inline bool may_forward(const struct packet *pkt)
 {
 	return pkt->ttl > 1 || pkt->is_multicast;
 }
 
-/* One hop less to live, as any router would have it (RFC 1812, 5.3.1). The caller has seen that it may travel. */
+/* One hop less, as at any router (RFC 1812, 5.3.1). Only after may_forward(). */
 static __always_inline __u8 next_ttl(const struct packet *pkt)
 {
 	return pkt->is_multicast ? DEFAULT_TTL : pkt->ttl - 1;
 }
 
-/* A frame's addresses, destination first. In words, which clang would not take from bytes. */
+/*
+ * Writes the frame's addresses, destination first. In words, because clang would copy bytes one by
+ * one.
+ */
 static __always_inline bool write_macs(void *frame, const void *end, const __u8 *macs)
 {
 	const __u32 *from = (const __u32 *)macs;
@@ -51,7 +61,7 @@ static __always_inline bool write_macs(void *frame, const void *end, const __u8 
 	return true;
 }
 
-/* The checksum's new value when `sum` is the sum of the words that came and, inverted, of those that went (RFC 1624). */
+/* Updates a checksum by `sum`, the sum of the new words and the inverted old words (RFC 1624). */
 static __always_inline __u16 csum_replace16(__u16 check, __u32 sum)
 {
 	sum += (__u16)~check;
@@ -66,7 +76,10 @@ static __always_inline __u32 sum_words16(__be32 addr_be)
 
 static __always_inline void write_ipv4(struct iphdr *ip, __be32 addr_be, __u8 ttl)
 {
-	/* The checksum works on 16-bit words: TTL is the high byte of the one it shares with the protocol. */
+	/*
+	 * The checksum covers 16-bit words: TTL is the high byte of the one it shares with the
+	 * protocol.
+	 */
 	__u16 old = bpf_htons(ip->ttl << 8), new = bpf_htons(ttl << 8);
 
 	ip->check = csum_replace16(ip->check, sum_words16(~ip->daddr) + sum_words16(addr_be) +
@@ -83,7 +96,7 @@ static __always_inline bool csum_port(struct __sk_buff *skb, const struct packet
 				    UDP_CSUM | sizeof(__be16));
 }
 
-/* Whether the checksum helper has changed what the new address and port change. A later fragment has neither. */
+/* Updates the UDP checksum for the new address and port. A later fragment has none. */
 static __always_inline bool csum_ipv4(struct __sk_buff *skb, const struct packet *pkt,
 				      const struct downstream *to)
 {
@@ -122,7 +135,7 @@ static __always_inline int rewrite_ipv4(struct __sk_buff *skb, const struct pack
 	return !macs || write_macs(data, data_end, macs) ? 0 : -1;
 }
 
-/* The difference that another address makes to a sum of 16-bit words. */
+/* Difference between two addresses in a sum of 16-bit words. */
 static __always_inline __u32 addr_csum_diff(const __be32 *old_be, const __be32 *new_be)
 {
 	__u64 sum = 0;
@@ -147,9 +160,10 @@ static __always_inline bool csum_ipv6(struct __sk_buff *skb, const struct packet
 }
 
 /*
- * In IPv6 the address is covered by the UDP checksum alone. For CHECKSUM_COMPLETE the two changes cancel out in the
- * sum over the packet; the helper with BPF_F_PSEUDO_HDR accounts for its own, so the address must be accounted for too, as
- * the hop limit must, which nothing cancels out. That sum does not cover the frame's addresses.
+ * In IPv6 only the UDP checksum covers the address. Under CHECKSUM_COMPLETE the changes of address
+ * and UDP checksum cancel out in the sum over the packet. The helper with BPF_F_PSEUDO_HDR accounts
+ * for the checksum, so the address must be accounted for too, and the hop limit, which nothing
+ * cancels out. That sum does not cover the frame's addresses.
  */
 static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct packet *pkt,
 					const struct downstream *to, const __u8 *macs, __u8 ttl)
@@ -177,14 +191,14 @@ static __always_inline int rewrite_ipv6(struct __sk_buff *skb, const struct pack
 	sum = (__u64)addr_diff + (__u16)~bpf_htons(ip->hop_limit) + bpf_htons(ttl);
 	ip->hop_limit = ttl;
 	__builtin_memcpy(&ip->daddr, to->addr_be, sizeof(ip->daddr));
-	/* Refused where there is no such sum. */
+	/* Fails without CHECKSUM_COMPLETE, which is fine. */
 	bpf_csum_update(skb, (sum & 0xffffffff) + (sum >> 32));
 	return !macs || write_macs(data, data_end, macs) ? 0 : -1;
 }
 
 /*
- * Puts a frame's header, yet without addresses, before a packet that has come without: it is to go out of a link that
- * wants one. On an error the packet must be dropped.
+ * Adds an Ethernet header, still without addresses, to a packet that arrived without one and leaves
+ * by a device that needs one. On failure the packet must be dropped.
  */
 static __always_inline bool add_eth_header(struct __sk_buff *skb, struct packet *pkt)
 {
@@ -202,21 +216,21 @@ static __always_inline bool add_eth_header(struct __sk_buff *skb, struct packet 
 }
 
 /*
- * Writes the downstream's address and port and the time to live; in a later fragment, no port. Also the frame's
- * addresses, destination first, if they are given and there is a frame. On an error the packet may be half changed and must
- * be dropped. A function of its own, since it is called from many places.
+ * Writes the downstream's address and port and the TTL; in a later fragment, no port. Also writes
+ * the frame's addresses, destination first, unless `macs` is NULL. On failure the packet may be
+ * half rewritten and must be dropped. A separate function, because it is called from many places.
  */
 static __noinline int rewrite_any(struct __sk_buff *skb, const struct packet *pkt,
 				  const struct downstream *to, const __u8 *macs, __u8 ttl)
 {
-	/* From here on it is for one host, as far as this host's own stack and a pod's are concerned too. */
+	/* From here on it is a unicast packet, also for this host's own stack and a pod's. */
 	if (pkt->is_multicast && bpf_skb_change_type(skb, PACKET_HOST))
 		return -1;
 	return pkt->v6 ? rewrite_ipv6(skb, pkt, to, macs, ttl)
 		       : rewrite_ipv4(skb, pkt, to, macs, ttl, l3_off(pkt));
 }
 
-/* The same, in place for what most packets are: the call alone would cost more than many a stage. */
+/* rewrite_any() with the common case inlined: the call alone would cost more than many a stage. */
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
 				   const struct downstream *to, const __u8 *macs, __u8 ttl)
 {

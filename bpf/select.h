@@ -1,11 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * From listener to downstream. Policy has been compiled into the table by user space; all that is left is an index.
+ * Selects a downstream. User space has compiled the policy into the listener's table; what is left
+ * is computing an index.
  */
 #ifndef FANOUT_SELECT_H
 #define FANOUT_SELECT_H
 
-/* The next place in the round of `slots` places, starting somewhere random, so that CPUs do not march in step. */
+#include "base.h"
+#include "fanout_abi.h"
+#include "hash.h"
+#include "maps.h"
+#include "packet.h"
+
+/*
+ * Next index of the round robin over `slots` slots. It starts at random, so that CPUs do not move
+ * in lockstep.
+ */
 static __always_inline __u32 round_robin(__u32 *cursor, __u32 slots)
 {
 	__u32 next = *cursor;
@@ -19,7 +29,7 @@ static __always_inline __u32 round_robin(__u32 *cursor, __u32 slots)
 	return next;
 }
 
-/* A GELF chunk starts with these two bytes and its message's ID (Graylog, "GELF via UDP"). */
+/* A GELF chunk begins with these two bytes and the message's ID (Graylog, "GELF via UDP"). */
 #define GELF_CHUNK_MAGIC 0x1e0f
 
 struct gelf_chunk {
@@ -27,7 +37,7 @@ struct gelf_chunk {
 	__u8 message_id[8];
 } __attribute__((packed));
 
-/* Spreads hashes evenly over the places of a table. */
+/* Maps a hash evenly onto the slots of a table. */
 static __always_inline __u32 table_index(__u32 hash, __u32 slots)
 {
 	return (__u64)hash * slots >> 32;
@@ -45,7 +55,10 @@ static __always_inline __u32 flow_hash(const struct packet *pkt, __u32 policy)
 	return hash_end(hash_word(hash, (__u32)pkt->sport_be << 16 | pkt->dst.port_be), 36);
 }
 
-/* True if the datagram is a GELF chunk; its message's hash is stored. A super-packet is placed by its first datagram. */
+/*
+ * True if the datagram is a GELF chunk; stores the hash of its message ID. A super-packet goes by
+ * its first datagram.
+ */
 static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const struct packet *pkt,
 					      __u32 *hash)
 {
@@ -61,16 +74,16 @@ static __always_inline bool gelf_message_hash(const struct __sk_buff *skb, const
 	return true;
 }
 
-/* A listener's table as one packet sees it. */
+/* A listener's table as this packet sees it. */
 struct table {
-	__u32 first; /* slot */
+	__u32 first; /* index of the first slot in `table_slots` */
 	__u32 slots;
 	__u32 policy;
 	__u32 min_mtu;
 	__u32 *cursor;
 };
 
-/* The place in the table that the listener's policy says. */
+/* Returns the index into the table according to the listener's policy. */
 static __always_inline __u32 choose_index(const struct __sk_buff *skb, const struct packet *pkt,
 					  const struct table *table)
 {
@@ -85,7 +98,7 @@ static __always_inline __u32 choose_index(const struct __sk_buff *skb, const str
 	return round_robin(table->cursor, table->slots);
 }
 
-/* False if the listener has no downstream. */
+/* Reads the listener's table. False if it is empty. */
 static __always_inline bool read_table(struct stats *stats, const struct listener_state *state,
 				       struct table *table)
 {
@@ -99,7 +112,7 @@ static __always_inline bool read_table(struct stats *stats, const struct listene
 	return table->slots != 0;
 }
 
-/* The downstream in a slot and its id. */
+/* Returns the downstream in a slot, and its id. */
 static __always_inline struct downstream *downstream_at(__u32 slot, __u32 *downstream_id)
 {
 	__u32 *id = bpf_map_lookup_elem(&table_slots, &slot);

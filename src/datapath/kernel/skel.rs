@@ -351,6 +351,10 @@ fn finish(open: generated::OpenFanoutSkel<'_>, setup: &KernelSetup) -> Result<Lo
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::process::Command;
+
     use super::*;
     use crate::model::DropReason;
 
@@ -364,6 +368,24 @@ mod tests {
         let line = line.unwrap_or_else(|| panic!("{name} is not in fanout_abi.h"));
         let after = &line[line.find(name).unwrap() + name.len()..];
         after.split([' ', '\t', '=', ',']).find_map(|word| word.parse().ok()).unwrap()
+    }
+
+    #[test]
+    fn every_bpf_header_compiles_alone() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let include = tempfile::tempdir().unwrap();
+        fs::create_dir(include.path().join("bpf")).unwrap();
+        for (name, text) in libbpf_sys::API_HEADERS {
+            fs::write(include.path().join("bpf").join(name), text).unwrap();
+        }
+        let headers = fs::read_dir(root.join("bpf")).unwrap().map(|entry| entry.unwrap().path());
+        for header in headers.filter(|path| path.extension().is_some_and(|extension| extension == "h")) {
+            let mut clang = Command::new("clang");
+            clang.args(["--target=bpf", "-mcpu=v3", "-fsyntax-only", "-Wall", "-Werror", "-Wno-unused-function"]);
+            clang.arg("-I").arg(root.join("vmlinux")).arg("-I").arg(include.path()).args(["-x", "c"]).arg(&header);
+            let output = clang.output().unwrap();
+            assert!(output.status.success(), "{}: {}", header.display(), String::from_utf8_lossy(&output.stderr));
+        }
     }
 
     #[test]
