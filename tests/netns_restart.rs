@@ -11,6 +11,8 @@ mod flow;
 mod headless;
 #[path = "netns_restart/obstacles.rs"]
 mod obstacles;
+#[path = "netns_restart/upgrade.rs"]
+mod upgrade;
 
 use std::path::Path;
 use std::process::{Command, Output};
