@@ -85,7 +85,7 @@ fmt: ## Format the Rust and C sources
 	@scripts/deps.sh build lint
 	$(CARGO) fmt --all
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
-	clang-format -i bpf/*.c bpf/*.h benches/*/*.c
+	clang-format -i bpf/*.c bpf/*.h benches/*/*.c lab/src/*.c
 
 bench: ## Run the benchmarks, beside the programs that others use instead (installs them): ARGS=--quick
 	@scripts/deps.sh build run test bench

@@ -27,7 +27,7 @@ shell_scripts() {
 mapfile -t sh < <(shell_scripts | sort --unique)
 # The chart's templates are not YAML until they are rendered; tests check the rendered files.
 mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --invert-match '^deploy/helm/.*/templates/')
-mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c')
+mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c' 'lab/*.c')
 
 check rustfmt "$cargo" fmt --all --check
 # tests/fuzz.rs includes its modules, so clippy checks them there.

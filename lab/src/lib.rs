@@ -7,6 +7,7 @@
 //! - [`tun`]: a link between two namespaces that carries IP packets without Ethernet headers.
 //! - [`topology`]: a sender, a gateway and receivers in every place a receiver can be.
 //! - [`daemon`]: the daemon's process and its configuration.
+//! - [`old_kernel`]: makes the daemon find an old kernel.
 //! - [`pins`]: a directory of the BPF file system for the maps and programs that outlive a daemon.
 //! - [`traffic`]: numbered datagrams from senders to collectors, in a closed loop.
 //! - [`report`]: what was lost, duplicated or reordered; pure.
@@ -29,6 +30,7 @@ pub mod daemon;
 pub mod dns_server;
 pub mod netns;
 pub mod netns_thread;
+pub mod old_kernel;
 pub mod pins;
 pub mod report;
 pub mod scrape;
@@ -40,6 +42,7 @@ pub mod tun;
 pub use daemon::{Daemon, DaemonConfig, ListenerSpec, Surroundings};
 pub use netns::Namespace;
 pub use netns_thread::{in_new_netns, ip};
+pub use old_kernel::old_kernel;
 pub use pins::Pins;
 pub use report::{Expect, Report};
 pub use scrape::Metrics;

@@ -20,9 +20,6 @@ use super::programs;
 /// The kernel's own types. CO-RE programs are relocated against them when they are loaded.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// For tests. If set, the probe reports a kernel without `bpf_redirect_neigh`, ring buffers and TCX.
-const PRETEND_OLD: &str = "UDP_FANOUT_PRETEND_OLD_KERNEL";
-
 /// Features of the kernel, and privileges of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostFeatures {
@@ -178,16 +175,15 @@ impl HostFeatures {
     /// When this process's capabilities or the kernel's release cannot be read.
     pub fn probe() -> Result<Self> {
         let effective_caps = caps::read(None, CapSet::Effective).context("cannot read this process's capabilities")?;
-        let modern = std::env::var_os(PRETEND_OLD).is_none();
         let (load, redirect_neigh, ring_buffer, tcx) = quietly(|| {
             let load = load_empty_program();
             // If no program can be loaded at all, libbpf would report the helper as present.
             let redirect_neigh = load.is_ok().then(|| {
                 let helper = libbpf_sys::BPF_FUNC_redirect_neigh;
-                modern && ProgramType::SchedCls.is_helper_supported(helper).unwrap_or(false)
+                ProgramType::SchedCls.is_helper_supported(helper).unwrap_or(false)
             });
-            let ring_buffer = load.is_ok().then(|| modern && MapType::RingBuf.is_supported().unwrap_or(false));
-            let tcx = load.is_ok().then(|| modern && programs::has_tcx());
+            let ring_buffer = load.is_ok().then(|| MapType::RingBuf.is_supported().unwrap_or(false));
+            let tcx = load.is_ok().then(programs::has_tcx);
             (load, redirect_neigh, ring_buffer, tcx)
         });
         let kernel = nix::sys::utsname::uname().context("cannot read the kernel's release")?;

@@ -14,7 +14,7 @@ use crate::filters::{Other, exchange};
 use crate::packets::widen_ingress;
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::daemon::Surroundings;
-use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, old_kernel};
 
 const TCX: &str = "attach = \"tcx\"";
 
@@ -73,7 +73,7 @@ fn netns_a_tcx_program_delivers_and_goes_with_the_daemon_however_that_ends() {
 #[test]
 fn netns_where_the_kernel_has_no_tcx_a_filter_serves_or_the_start_says_so() {
     let lab = lab();
-    let old = ["env", "UDP_FANOUT_PRETEND_OLD_KERNEL=1"];
+    let old = old_kernel();
     let daemon = Daemon::start_behind(&lab.gateway, &old, binary(), &config(&lab, "attach = \"auto\"")).unwrap();
     assert_eq!((chain(&lab).len(), filters(&lab.gateway, INGRESS).len()), (0, 1));
     exchange(&lab, 400);

@@ -4,12 +4,11 @@
 use std::collections::BTreeSet;
 
 use crate::books::{Books, audit, audit_downstreams, binary};
-use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, old_kernel};
 
 /// A daemon that takes this kernel for an old one, ready.
 fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
-    let pretend = ["env", "UDP_FANOUT_PRETEND_OLD_KERNEL=1"];
-    Daemon::start_behind(&lab.gateway, &pretend, binary(), config).unwrap()
+    Daemon::start_behind(&lab.gateway, &old_kernel(), binary(), config).unwrap()
 }
 
 const PLACES: [Place; 5] = Place::ALL;

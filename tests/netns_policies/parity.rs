@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::stop;
-use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, old_kernel};
 
 /// A listener of its own in each daemon.
 struct Case {
@@ -53,12 +53,12 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Mode, what goes in front of the configuration, and what goes before the daemon on its command line.
-const WAYS: [(&str, &str, &[&str]); 4] = [
-    ("tc_ebpf", "attach = \"clsact\"", &[]),
-    ("tc_ebpf", "attach = \"auto\"", &[]),
-    ("tc_ebpf", "", &["env", "UDP_FANOUT_PRETEND_OLD_KERNEL=1"]),
-    ("userspace", "", &[]),
+/// Mode, the first lines of the configuration, and whether the daemon finds an old kernel.
+const MODES: [(&str, &str, bool); 4] = [
+    ("tc_ebpf", "attach = \"clsact\"", false),
+    ("tc_ebpf", "attach = \"auto\"", false),
+    ("tc_ebpf", "", true),
+    ("userspace", "", false),
 ];
 
 fn port(number: usize) -> u16 {
@@ -129,8 +129,10 @@ fn alike_every_way(ipv6: bool) {
     let places = [Place::OtherInterface, Place::Pod, Place::BehindRouter];
     let lab = Lab::builder().receivers(places).ipv6(ipv6).build().unwrap();
     let mut first: Option<Vec<Vec<Vec<u64>>>> = None;
-    for (mode, head, before) in WAYS {
+    for (mode, head, old) in MODES {
         let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
+        let words = old_kernel();
+        let before: &[&str] = if old { &words } else { &[] };
         let daemon = Daemon::start_behind(&lab.gateway, before, binary, &config(&lab, mode, head)).unwrap();
         let mut outcomes = Vec::new();
         for (number, case) in cases().iter().enumerate() {
