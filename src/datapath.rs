@@ -1,10 +1,10 @@
-//! The two ways a datagram can travel, behind one trait.
+//! The two datapaths behind one trait.
 //!
 //! - [`kernel`]: the TC program of `bpf/`, its maps and its attachment.
-//! - [`user`]: the listener's sockets and the worker threads behind them.
+//! - [`user`]: the listeners' sockets and the worker threads behind them.
 //!
-//! Both are told what to do by the same [`Plan`] value and report in the same counters, so that a test can hold
-//! them equal. The event loop owns both; the kernel datapath is absent where the host cannot run it.
+//! Both apply the same [`Plan`] and report the same counters, so that a test can compare them. The event loop owns
+//! both; the kernel datapath is absent where the host cannot run it.
 
 pub mod kernel;
 pub mod user;
@@ -20,23 +20,23 @@ use crate::plan::Plan;
 pub struct Counters {
     /// Per listener that the datapath serves.
     pub listeners: BTreeMap<ListenerId, ListenerCounters>,
-    /// Per downstream that the current plan names; those of removed downstreams are forgotten.
+    /// Per downstream in the current plan; counters of removed downstreams are dropped.
     pub downstreams: BTreeMap<(ListenerId, SocketAddr), DownstreamCounters>,
-    /// Of all listeners together. Zeros where the stack puts datagrams together before the datapath sees them.
+    /// Of all listeners together. Zeros where the stack reassembles datagrams before the datapath sees them.
     pub fragments: FragmentCounters,
 }
 
-/// Something that moves datagrams as a [`Plan`] says.
+/// Forwards datagrams as a [`Plan`] says.
 pub trait Datapath {
-    /// The value of the `mode` label on what this datapath counts.
+    /// Value of the `mode` label on this datapath's counters.
     fn mode(&self) -> Mode;
 
-    /// Makes the plan effective. What has not changed since the last plan is not touched; a listener's table
-    /// changes atomically: each datagram sees the old table or the new one.
+    /// Applies a plan. Only what changed since the last plan is touched. A listener's table changes atomically: each
+    /// datagram sees the old table or the new one.
     ///
     /// # Errors
-    /// Names the listener and the step that failed. Listeners before it follow the new plan, it and those after it the
-    /// old one; calling again is safe.
+    /// Names the listener and the step that failed. Listeners before it follow the new plan, it and those after it
+    /// the old one; calling again is safe.
     fn apply(&mut self, plan: &Plan) -> anyhow::Result<()>;
 
     /// Reads all counters. They never decrease while the listener exists.
@@ -45,7 +45,8 @@ pub trait Datapath {
     /// When the kernel refuses to read a map.
     fn counters(&mut self) -> anyhow::Result<Counters>;
 
-    /// Stops taking datagrams, finishes those already taken, removes everything this datapath has put on the host.
+    /// Stops receiving, finishes the datagrams already received, removes everything this datapath has put on the
+    /// host.
     ///
     /// # Errors
     /// Names what could not be removed; the rest has been.

@@ -1,15 +1,17 @@
-//! The TC program of `bpf/`: loads it, keeps its maps in step with the plan, attaches it, reads its counters.
+//! The kernel datapath: loads the TC program of `bpf/`, applies plans to its maps, attaches it, reads its counters.
 //!
-//! - `skel`: the compiled program, its types and its loading. `maps`: typed access to maps; `entries`: their keys and values.
-//! - `table`: listeners' tables and downstreams; `slot_allocator`: free array entries; `listener_state`: publishes tables.
+//! - `skel`: the compiled program, its types and its loading. `maps`: typed access to maps; `entries`: their keys and
+//!   values.
+//! - `table`: listeners' tables and downstreams; `slot_allocator`: free array entries; `listener_state`: publishes
+//!   tables.
 //! - `listener_cache`: fast lookup of destinations. `admission`: source rules and rate limits.
 //! - `handover`: from one daemon to the next. `pins`: the BPF file system; `counters`: what a program has counted;
 //!   `heartbeat`: how long the program acts without a daemon.
 //! - `attach`: filters and TCX programs on interfaces. `events`: single datagrams. `libbpf_log`: libbpf's messages.
 //!
-//! A listener's table is published by one 64-bit store and the entries it replaces are reused only after an RCU grace
-//! period, so a datagram sees the old table or the new one, whole. The order at start is table, then destination keys,
-//! then attachment: the program never sees a listener without its table.
+//! One 64-bit store publishes a listener's table, and the entries it replaces are reused only after an RCU grace
+//! period, so a datagram sees the old table or the new one. At start, tables come first, then destination keys, then
+//! attachment: the program never sees a listener without its table.
 
 pub mod admission;
 pub mod attach;
@@ -50,51 +52,50 @@ use crate::config::{AttachConfig, MapLimits};
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
 
-/// The kernel datapath. Dropping it detaches the program everywhere and frees it.
+/// The kernel datapath. Dropping it detaches the program from all interfaces and frees it.
 #[derive(Debug)]
 pub struct KernelDatapath {
-    // Fields are dropped in this order: off the interfaces first.
+    // Fields drop in this order: the attachments first.
     attachments: Vec<Attachment>,
     tables: KernelTables,
     events: EventReader,
     admissions: AdmissionRules,
-    /// Destination keys in the kernel, with the listener and flags behind each.
+    /// Destination keys in `listeners`, with listener id and flags.
     keys: BTreeMap<SocketAddr, (ListenerId, u32)>,
-    /// Where the program looks for them first.
+    /// The cache in front of `listeners`.
     listener_cache: ListenerCache,
-    /// What else has a key in the kernel.
+    /// The other keys in `listeners`.
     marks: BTreeSet<KeyMark>,
-    /// Whether the program has to ask if a link is marked.
+    /// Tells the program whether any device is marked as an L3 device.
     links: MappedArray<types::link_flags>,
-    /// Something may run the program.
+    /// The program may be running: changes to the cache wait for RCU grace periods.
     exposed: bool,
     loaded: LoadedProgram,
-    /// What each listener was last programmed with.
+    /// The plan that each listener was last programmed with.
     programmed: BTreeMap<ListenerId, ListenerPlan>,
-    /// Those of which the kernel may have more or less than that, because it has refused something on the way.
+    /// Listeners whose state in the kernel is uncertain, because a step of their last update failed.
     unfinished: BTreeSet<ListenerId>,
     setup: KernelSetup,
     handover: HandoverState,
 }
 
-/// What is fixed when the program is loaded.
+/// Settings that are fixed when the program is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelSetup {
-    /// How many entries the maps get.
+    /// Numbers of map entries.
     pub sizes: MapSizes,
-    /// The kernel can find neighbours for the program (`bpf_redirect_neigh`, Linux 5.10), and hand packets straight into
-    /// pods (`bpf_redirect_peer`, likewise).
+    /// The kernel has `bpf_redirect_neigh` and `bpf_redirect_peer` (Linux 5.10).
     pub redirects: bool,
-    /// The kernel has ring buffers (Linux 5.8), through which the program tells of single datagrams.
+    /// The kernel has ring buffers (Linux 5.8), which carry events.
     pub ring_buffer: bool,
-    /// The kernel has lists of TCX programs (Linux 6.6).
+    /// The kernel has TCX (Linux 6.6).
     pub tcx: bool,
-    /// How long after the latest fragment of a datagram another is waited for.
+    /// How long to wait for the next fragment of a datagram.
     pub fragment_timeout: Duration,
 }
 
 impl KernelSetup {
-    /// For a current kernel.
+    /// The settings for a current kernel.
     #[must_use]
     pub fn new(limits: &MapLimits) -> KernelSetup {
         KernelSetup {
@@ -102,14 +103,14 @@ impl KernelSetup {
             redirects: true,
             ring_buffer: true,
             tcx: true,
-            // Fragments of one datagram follow each other closely, and its number is used again soon.
+            // Fragments of a datagram arrive close together, and their ID is soon reused.
             fragment_timeout: Duration::from_secs(2),
         }
     }
 }
 
 impl KernelDatapath {
-    /// [`KernelDatapath::open`] for a current kernel.
+    /// [`KernelDatapath::open`] with [`KernelSetup::new`].
     ///
     /// # Errors
     /// As for [`KernelDatapath::open`].
@@ -144,7 +145,7 @@ impl KernelDatapath {
         })
     }
 
-    /// True if the traffic itself makes the kernel find and keep the neighbours that it needs.
+    /// True if the program has the kernel resolve neighbours. If not, user space must.
     #[must_use]
     pub fn resolves_neighbours(&self) -> bool {
         self.setup.redirects
@@ -156,7 +157,7 @@ impl KernelDatapath {
         self.loaded.program.as_fd()
     }
 
-    /// Single datagrams that the program tells of, and the switch for traces.
+    /// The events of the program, and the trace filter.
     pub fn events(&mut self) -> &mut EventReader {
         &mut self.events
     }
@@ -167,10 +168,10 @@ impl KernelDatapath {
         self.attachments.iter().all(Attachment::in_place)
     }
 
-    /// For each interface that the program is attached to, who sees its packets before, in words.
+    /// For each interface with the program, descriptions of the programs that see packets before it.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not answer.
     pub fn preceding_programs(&self) -> Result<BTreeMap<String, Vec<String>>> {
         let preceding =
             |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.preceding_programs()?));
@@ -186,7 +187,7 @@ impl KernelDatapath {
         sum_over_cpus(&self.loaded.stats, id.0)
     }
 
-    /// Puts a listener's table in force, and who may send to it.
+    /// Publishes a listener's admission rules and table.
     fn publish(&mut self, listener: &ListenerPlan) -> Result<()> {
         let admission = self.admissions.prepare(&self.loaded, listener)?;
         self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
@@ -195,16 +196,16 @@ impl KernelDatapath {
         counters::set_name(&self.loaded, listener.id, &listener.name)
     }
 
-    /// Makes the kernel's destination keys those of the plan. New ones are added before old ones go, so that an
-    /// address that moves between listeners is never without an owner; it is marked for as long as it has keys. Links are
-    /// marked before the program is attached to them, and before it is to others that have got such a one's index.
+    /// Applies the plan's destination keys. New keys are added before old ones are deleted, so an address that moves
+    /// between listeners always has one; its mark stays as long as it has keys. Devices are marked before the program
+    /// is attached to them. Old marks go before the program is attached to a device that reuses the index.
     fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
-        // Also when the kernel has refused something on the way: what it has taken is to be found.
+        // Also after an error: the keys that were stored must be found.
         let changed = self.change_keys(plan);
         changed.and(self.update_cache())
     }
 
-    /// Lets the program find the destination keys as they are now.
+    /// Makes the cache agree with the destination keys.
     fn update_cache(&mut self) -> Result<()> {
         let (loaded, exposed) = (&self.loaded, self.exposed);
         self.listener_cache.update(&self.keys, || match exposed {
@@ -221,7 +222,7 @@ impl KernelDatapath {
         }
         for &mark in marks.difference(&self.marks.clone()) {
             self.set_key(&mark.key(), (ListenerId(0), 0))
-                .with_context(|| format!("cannot tell the TC program about {mark}"))?;
+                .with_context(|| format!("cannot add the key of {mark} to map listeners"))?;
             self.marks.insert(mark);
         }
         let wanted = wanted_keys(plan);
@@ -230,13 +231,14 @@ impl KernelDatapath {
                 continue;
             }
             self.set_key(&listener_key(address), owner)
-                .with_context(|| format!("cannot tell the TC program about {address}"))?;
+                .with_context(|| format!("cannot add the key of {address} to map listeners"))?;
             self.keys.insert(address, owner);
         }
         let gone: Vec<SocketAddr> = self.keys.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         gone.into_iter().try_for_each(|address| self.remove_key(address))?;
         for &mark in self.marks.clone().difference(&marks) {
-            self.delete_key(&mark.key()).with_context(|| format!("cannot make the TC program forget {mark}"))?;
+            self.delete_key(&mark.key())
+                .with_context(|| format!("cannot delete the key of {mark} from map listeners"))?;
             self.marks.remove(&mark);
         }
         if !has_l3_device(&self.marks) {
@@ -247,7 +249,7 @@ impl KernelDatapath {
 
     fn remove_key(&mut self, address: SocketAddr) -> Result<()> {
         self.delete_key(&listener_key(address))
-            .with_context(|| format!("cannot make the TC program forget {address}"))?;
+            .with_context(|| format!("cannot delete the key of {address} from map listeners"))?;
         self.keys.remove(&address);
         Ok(())
     }
@@ -261,11 +263,11 @@ impl KernelDatapath {
         self.loaded.listeners.delete(bytes_of(key))
     }
 
-    /// Attaches where the plan says and is not attached, detaches where it no longer says.
+    /// Attaches the program where the plan wants it, and detaches it elsewhere.
     fn apply_links(&mut self, plan: &[&ListenerPlan], attach: AttachConfig) -> Result<()> {
         let mode = AttachMode::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
-        // One that someone has taken off goes first: it holds its interface's claim.
+        // First drop attachments that something else has removed: they hold the claims on their interfaces.
         self.attachments.retain(Attachment::in_place);
         for &link in &wanted {
             match self.attachments.iter_mut().find(|attachment| attachment.link() == link) {
@@ -294,8 +296,8 @@ impl KernelDatapath {
         })
     }
 
-    /// Removes listeners. Their numbers may be other listeners' later, so their counters are cleared, once no CPU is still
-    /// counting. To wait for that takes some milliseconds, so it is done once for all of them.
+    /// Removes listeners. Their ids may be reused, so their counters are cleared once no CPU counts any more. The
+    /// wait takes some milliseconds, so it is done once for all of them.
     fn forget(&mut self, ids: &BTreeSet<ListenerId>) -> Result<()> {
         if ids.is_empty() {
             return Ok(());
@@ -333,7 +335,7 @@ impl KernelDatapath {
     }
 }
 
-/// Each destination's listener and flags.
+/// The listener id and flags of each destination in the plan.
 fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)> {
     let mut wanted = BTreeMap::new();
     for listener in plan {
@@ -351,7 +353,7 @@ fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<KeyMark> {
     addresses.chain(links).collect()
 }
 
-/// True if the number has passed on to a listener that has nothing to do with the one before.
+/// True if the id now belongs to an unrelated listener.
 fn is_different_listener(before: &ListenerPlan, now: &ListenerPlan) -> bool {
     before.name != now.name && before.bind != now.bind
 }

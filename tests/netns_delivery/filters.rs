@@ -212,7 +212,7 @@ fn netns_what_a_killed_daemon_has_left_is_removed_by_one_that_does_not_take_its_
         let mut config = DaemonConfig::for_lab(&lab, if interfaces.is_some() { "tc_ebpf" } else { "userspace" });
         config.listeners[0].interface = interfaces.map(str::to_owned);
         let mut daemon = start(&lab, &config);
-        let removed = "removed the TC filter that a udp-fanout which died had left interface=\"eth0\"";
+        let removed = "removed the TC filter of a udp-fanout that died interface=\"eth0\"";
         daemon.wait_for_logged(removed).unwrap();
         assert!(filters(&lab.gateway, INGRESS).is_empty());
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
@@ -238,7 +238,7 @@ fn netns_a_second_daemon_on_an_interface_is_refused() {
     let status = second.wait().unwrap();
     assert_eq!(status.code(), Some(1));
     let refusal =
-        "interface eth0 is served by another udp-fanout already; stop it, or put its listeners into one configuration";
+        "interface eth0 is already served by another udp-fanout; stop it, or put all listeners into one configuration";
     assert!(second.log().lines().any(|line| line.contains("ERROR") && line.contains(refusal)), "{}", second.log());
     assert_eq!(filters(&lab.gateway, INGRESS), before);
     exchange(&lab, 400);

@@ -1,4 +1,4 @@
-//! What stands in the way of taking over: pins that cannot be understood, a start that fails, receivers not known yet.
+//! Obstacles to a handover: pins that cannot be read, a start that fails, receivers that are not known yet.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,7 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
 
     let mut daemon = start(&lab, &config);
     let warning = daemon.wait_for_logged("counters begin at zero").unwrap();
-    assert!(warning.contains("they are of version 99, and this one knows 2 to 3"), "{warning}");
+    assert!(warning.contains("they have version 99, and this udp-fanout reads 2 to 3"), "{warning}");
     exchange(&lab, 300);
     assert_eq!(counted(&lab, &daemon), (300, 300, 300));
     assert_eq!(pins.programs().len(), 1);
@@ -107,7 +107,10 @@ fn netns_a_start_that_fails_leaves_the_program_before_in_force() {
     let mut daemon = Daemon::spawn(&lab.gateway, binary(), &second.to_toml()).unwrap();
     assert_eq!(daemon.wait().unwrap().code(), Some(1));
     let log = daemon.log().to_owned();
-    assert!(log.contains("is another program's") && log.contains("has its place back"), "{log}");
+    assert!(
+        log.contains("is another program's") && log.contains("restored the TC program of the earlier daemon"),
+        "{log}"
+    );
     assert_eq!(filter(&lab), before, "{log}");
     assert_eq!(pins.programs().len(), 1);
     exchange(&lab, 300);
@@ -131,7 +134,7 @@ fn netns_the_program_before_goes_on_until_all_receivers_are_known() {
     unknown.listeners[1].downstreams.clear();
     unknown.listeners[1].extra = "downstream = [{ address = \"nobody.invalid:514\" }]".into();
     let mut daemon = Daemon::spawn(&lab.gateway, binary(), &unknown.to_toml()).unwrap();
-    daemon.wait_for_line("goes on there until the receivers of all listeners are known").unwrap();
+    daemon.wait_for_line("keeps forwarding until the receivers of all listeners are known").unwrap();
     exchange(&lab, 300);
     assert_eq!(filter(&lab), before);
     daemon.reload(&config.to_toml()).unwrap();

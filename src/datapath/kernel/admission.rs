@@ -1,8 +1,8 @@
-//! Who may send, in the kernel: the rules in the map `sources`, and the numbers by which listeners name them.
+//! Source rules in the kernel: the map `sources`, and the numbers by which listeners refer to their rules.
 //!
-//! A set of rules is written whole under a number of its own and never changed. One store to a listener's state puts it
-//! in force, so that every datagram is judged by the old rules or by the new ones. What no state names any more is
-//! deleted after an RCU grace period. Listeners with the same rules share them.
+//! A rule set is written completely under a new number and never changed. One store to a listener's state puts it in
+//! force, so each datagram is judged by the old rules or by the new ones. Rule sets that no state names are deleted
+//! after an RCU grace period. Listeners with the same rules share a set.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -19,12 +19,12 @@ use crate::admission::{Meter, Prefix, Sources, Verdict};
 use crate::model::ListenerId;
 use crate::plan::ListenerPlan;
 
-/// Bits of the rules' number in front of an address in a key.
+/// Bits of the rule set's number, before the address in a key.
 const NUMBER_BITS: u32 = 32;
-/// What a v4-mapped address begins with, in bits.
+/// Length of the prefix of v4-mapped addresses, in bits.
 const MAPPED_BITS: u32 = 96;
 
-/// What is in the kernel, and under which number.
+/// The rule sets in the kernel, by number, and the admission of each listener.
 #[derive(Debug, Default)]
 pub struct AdmissionRules {
     rules: BTreeMap<u32, Arc<Sources>>,
@@ -33,17 +33,17 @@ pub struct AdmissionRules {
 }
 
 impl AdmissionRules {
-    /// Writes the listener's rules, unless they are there already. They are in force once the listener's state says
-    /// what this returns and [`AdmissionRules::set_current`] has been told.
+    /// Stores the listener's rules unless they are in the kernel already. They are in force once the listener's state
+    /// holds the result; then call [`AdmissionRules::set_current`].
     ///
     /// # Errors
-    /// When there is no room; nothing has changed then.
+    /// When the map is full; nothing has changed then.
     pub fn prepare(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan) -> Result<ListenerAdmission> {
         let rules = self.store_rules(loaded, &plan.sources)?;
         let Some(meter) = plan.meter else { return Ok(ListenerAdmission { rules, ..ListenerAdmission::default() }) };
         let number = match self.current.get(&plan.id) {
             Some((before, Some(same))) if *same == meter => before.meter,
-            // New buckets, all full: those of another rate would not be comparable.
+            // New buckets, all full: those of another rate are not comparable.
             _ => self.next_number(),
         };
         Ok(ListenerAdmission {
@@ -55,17 +55,17 @@ impl AdmissionRules {
         })
     }
 
-    /// Notes what a listener's state says from now on.
+    /// Records what a listener's state now holds.
     pub fn set_current(&mut self, id: ListenerId, admission: ListenerAdmission, meter: Option<Meter>) {
         self.current.insert(id, (admission, meter));
     }
 
-    /// Notes that a listener's state says nothing any more.
+    /// Records that a listener is gone.
     pub fn forget(&mut self, id: ListenerId) {
         self.current.remove(&id);
     }
 
-    /// Deletes the rules that no listener's state names, once no CPU is still reading them.
+    /// Deletes the rule sets that no listener's state names, after an RCU grace period.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -84,7 +84,7 @@ impl AdmissionRules {
         Ok(())
     }
 
-    /// The number of these rules, after they have been written.
+    /// Stores a rule set unless it is there, and returns its number.
     fn store_rules(&mut self, loaded: &LoadedProgram, sources: &Arc<Sources>) -> Result<u32> {
         if sources.is_open() {
             return Ok(0);
@@ -93,14 +93,14 @@ impl AdmissionRules {
             return Ok(number);
         }
         let number = self.next_number();
-        // Counted as there from the first entry on, so that what a failure leaves behind is swept away.
+        // Recorded before the first entry is written, so that a failure leaves nothing behind.
         self.rules.insert(number, Arc::clone(sources));
         let written = entries(number, sources)
             .try_for_each(|(key, verdict)| loaded.sources.update(bytes_of(&key), bytes_of(&verdict), MapFlags::ANY));
         if let Err(error) = written {
             self.rules.remove(&number);
             delete(loaded, number, sources);
-            return Err(error).context("no room for its sources: raise limits.max_sources and restart");
+            return Err(error).context("map sources is full: raise limits.max_sources and restart");
         }
         Ok(number)
     }
@@ -111,7 +111,7 @@ impl AdmissionRules {
     }
 }
 
-/// What the map holds of a set of rules.
+/// The map entries of a rule set.
 fn entries(number: u32, sources: &Sources) -> impl Iterator<Item = (types::source_key, u32)> {
     let value = |verdict| match verdict {
         Verdict::Allow => SOURCE_ALLOWED,
@@ -119,7 +119,7 @@ fn entries(number: u32, sources: &Sources) -> impl Iterator<Item = (types::sourc
     };
     let others = types::source_key { prefixlen: NUMBER_BITS, rules: number, addr_be: [0; 4] };
     let rules = sources.rules().into_iter().map(move |(prefix, verdict)| (key(number, prefix), value(verdict)));
-    // Where a rule is for everybody, it is written over what would hold for others.
+    // A rule for all addresses overwrites the default verdict.
     [(others, value(sources.others()))].into_iter().chain(rules)
 }
 
@@ -132,14 +132,14 @@ fn key(number: u32, prefix: Prefix) -> types::source_key {
     }
 }
 
-/// Deletes what is there of a set of rules that nobody reads. What cannot be deleted takes up room and does no harm.
+/// Deletes the entries of a rule set that is not in use. A failure costs map entries and is otherwise harmless.
 fn delete(loaded: &LoadedProgram, number: u32, sources: &Sources) {
     for (key, _) in entries(number, sources) {
         let _ = loaded.sources.delete(bytes_of(&key));
     }
 }
 
-/// The bits of a v4-mapped or IPv6 address that tell senders apart.
+/// The mask of the address bits that identify a sender, v4-mapped for IPv4.
 fn sender_mask(meter: &Meter, listener: IpAddr) -> [u32; 4] {
     match meter.mask(listener) {
         IpAddr::V4(v4) => [u32::MAX, u32::MAX, u32::MAX, u32::from_ne_bytes(v4.octets())],

@@ -1,12 +1,12 @@
-//! Puts the program on interfaces and takes it off again.
+//! Attaches the program to interfaces and detaches it.
 //!
-//! By one of two ways, see [`AttachMode`]. A `clsact` filter has a fixed handle and priority, so that `tc filter show dev eth0
-//! ingress` always prints it the same way and a daemon that died can be cleaned up after. Only that filter is ever touched:
-//! a `clsact` qdisc is shared with other programs, is never removed here, and costs nothing while empty. A TCX program
-//! (`tcx`) goes with the daemon.
+//! There are two ways, see [`AttachMode`]. A `clsact` filter has a fixed handle and priority, so `tc filter show dev
+//! eth0 ingress` always shows it alike, and a later daemon can remove it. Only that filter is ever touched: a
+//! `clsact` qdisc may be shared, is never removed here, and costs nothing while empty. A TCX program (`tcx`) is
+//! detached when the daemon ends.
 //!
-//! From one way to the other the program goes by hanging on both hooks for a moment; it then takes each datagram at the
-//! first and leaves it alone at the second.
+//! To change the mode, the program is attached to both hooks for a moment. It handles each datagram at the first hook
+//! and ignores it at the second.
 
 mod tcx;
 
@@ -25,35 +25,35 @@ use crate::host::filters::{TcFilter, ingress_bpf_filters};
 use crate::host::preceding_programs::{self, FilterKey, ProgramPosition};
 use crate::plan::LinkRef;
 
-/// Priority (`pref`) of our filter.
+/// Priority (`pref`) of the filter.
 pub const PRIORITY: u32 = 49_152;
-/// Handle of our filter: "uf" in ASCII, which no other program is likely to have picked.
+/// Handle of the filter: "uf" in ASCII, unlikely to be used by other programs.
 pub const HANDLE: u32 = 0x7566;
-/// The program's name, by which a filter is recognised as ours.
+/// Name of the program, which identifies its filters.
 pub const PROGRAM_NAME: &str = "udp_fanout";
 
-/// The place of our filter.
+/// Position of the filter.
 pub const FILTER: ProgramPosition = ProgramPosition::Filter(FilterKey { priority: PRIORITY, handle: HANDLE });
 
 /// How the program is attached to an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttachMode {
-    /// As a filter of `clsact`.
+    /// As a filter of a `clsact` qdisc.
     Clsact,
     /// As a TCX program.
     Tcx(TcxOrder),
 }
 
 impl AttachMode {
-    /// What a configuration means on this host, where the kernel has TCX or not.
+    /// Chooses the mode for a configuration.
     ///
     /// # Errors
-    /// When it asks for TCX and the kernel has none.
+    /// When the configuration requires TCX and the kernel has none.
     pub fn choose(wanted: AttachConfig, has_tcx: bool) -> Result<AttachMode> {
         match wanted.hook {
             AttachHook::Clsact => Ok(AttachMode::Clsact),
             AttachHook::Tcx if !has_tcx => bail!(
-                "attach = \"tcx\" needs Linux 6.6, with CONFIG_NET_XGRESS; set attach = \"clsact\", or \"auto\" to take what \
+                "attach = \"tcx\" needs Linux 6.6, with CONFIG_NET_XGRESS; set attach = \"clsact\", or \"auto\" to use what \
                  there is"
             ),
             AttachHook::Auto if !has_tcx => Ok(AttachMode::Clsact),
@@ -62,50 +62,50 @@ impl AttachMode {
     }
 }
 
-/// The program on one interface. Dropping it takes the program off.
+/// The program on one interface. Dropping it detaches the program, unless it is persistent.
 #[derive(Debug)]
 pub struct Attachment {
     link: LinkRef,
     program: OwnedFd,
     program_id: u32,
     mode: AttachMode,
-    /// Whether our filter is on the interface, as far as we have seen to it.
+    /// This daemon's filter was attached.
     filter: bool,
     tcx: Option<TcxLink>,
-    /// It outlives this value.
+    /// The program stays attached when this value is dropped.
     persistent: bool,
-    /// The program whose filter was there before, which gets its place back while there is a way back.
-    before: Option<OwnedFd>,
-    /// Held while this daemon serves the interface, so that a second one does not take it over unnoticed.
+    /// The program whose filter was replaced. It is attached again if the start fails.
+    previous: Option<OwnedFd>,
+    /// The claim on the interface, which keeps a second daemon from taking it over.
     _claim: UnixDatagram,
 }
 
 impl Attachment {
-    /// Attaches to an interface's ingress. A filter of ours that a dead daemon has left is replaced.
+    /// Attaches the program to an interface's ingress, replacing the filter of a dead daemon.
     ///
     /// # Errors
-    /// When another live daemon serves the interface, when a foreign filter has our place, or with the kernel's reason.
+    /// When another daemon serves the interface, when a foreign filter has the place, or with the kernel's reason.
     pub fn new(program: BorrowedFd<'_>, link: &LinkRef, mode: AttachMode) -> Result<Attachment> {
         Self::replacing(&[], program, link, mode)
     }
 
-    /// Likewise, and gives the place of the filter back to the one of these programs that had it, if it is dropped before
-    /// [`Attachment::commit`] has been called.
+    /// As [`Attachment::new`]. If the replaced filter belongs to one of `previous`, it is attached again when this
+    /// value is dropped before [`Attachment::commit`].
     ///
     /// # Errors
     /// As for [`Attachment::new`].
     pub fn replacing(
-        before: &[StalePins],
+        previous: &[StalePins],
         program: BorrowedFd<'_>,
         link: &LinkRef,
         mode: AttachMode,
     ) -> Result<Attachment> {
         let claim = claim(link)?;
-        let program = program.try_clone_to_owned().context("cannot keep the program's file descriptor")?;
-        let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot ask for the program's id")?;
+        let program = program.try_clone_to_owned().context("cannot duplicate the program's file descriptor")?;
+        let program_id = libbpf_rs::Program::id_from_fd(program.as_fd()).context("cannot read the program's id")?;
         let id = installed_filter(link)?.and_then(|(_, id)| id);
-        let left = before.iter().find(|left| Some(left.id()) == id);
-        let before = left.and_then(StalePins::program).map(|before| before.try_clone_to_owned()).transpose();
+        let stale = previous.iter().find(|stale| Some(stale.id()) == id);
+        let previous = stale.and_then(StalePins::program).map(|program| program.try_clone_to_owned()).transpose();
         let mut attachment = Attachment {
             link: link.clone(),
             program,
@@ -114,7 +114,7 @@ impl Attachment {
             filter: false,
             tcx: None,
             persistent: false,
-            before: before.context("cannot keep a program")?,
+            previous: previous.context("cannot duplicate a program's file descriptor")?,
             _claim: claim,
         };
         attachment.attach_hook(mode)?;
@@ -122,8 +122,8 @@ impl Attachment {
             AttachMode::Clsact => tracing::info!(interface = link.name, "attached TC eBPF program to ingress"),
             AttachMode::Tcx(_) => {
                 tracing::info!(interface = link.name, hook = "tcx", "attached TC eBPF program to ingress");
-                // One that may get its place back goes later: behind ours it is left nothing that ours has seen.
-                if left.is_none() {
+                // A filter that may be restored is removed later: it ignores what the TCX program has seen.
+                if stale.is_none() {
                     attachment.replace_stale_filter();
                 }
             }
@@ -131,23 +131,24 @@ impl Attachment {
         Ok(attachment)
     }
 
-    /// The interface.
+    /// The interface that the program is attached to.
     #[must_use]
     pub fn link(&self) -> &LinkRef {
         &self.link
     }
 
-    /// Whether it outlives this value. A TCX program does only if its link is pinned: see [`Attachment::tcx_link`].
+    /// Whether the program stays attached when this value is dropped. For a TCX program, its link must be pinned too:
+    /// see [`Attachment::tcx_link`].
     pub fn set_persistent(&mut self, persistent: bool) {
         self.persistent = persistent;
     }
 
-    /// There is no way back: the program that was there before is forgotten.
+    /// The start has succeeded: the previous program will not be restored.
     pub fn commit(&mut self) {
-        self.before = None;
+        self.previous = None;
     }
 
-    /// The BPF link that holds the program on the interface, where it is a TCX program.
+    /// The BPF link that holds a TCX program.
     #[must_use]
     pub fn tcx_link(&self) -> Option<BorrowedFd<'_>> {
         self.tcx.as_ref().map(TcxLink::descriptor)
@@ -159,8 +160,8 @@ impl Attachment {
         self.mode
     }
 
-    /// True while the program on the interface is the one that was attached here. Also while that cannot be found out for
-    /// lack of descriptors, which is no reason to believe anything else.
+    /// True while the program on the interface is this one. Also true if that cannot be determined for lack of file
+    /// descriptors.
     #[must_use]
     pub fn in_place(&self) -> bool {
         match self.mode {
@@ -169,15 +170,15 @@ impl Attachment {
         }
     }
 
-    /// Attaches another way, and takes the program off where it was. There is no moment at which it is nowhere.
+    /// Attaches the program in another mode, then detaches it from the previous hook. It is attached at every moment.
     ///
-    /// `wait` waits until no CPU is still at a packet that came in before it was called.
+    /// `wait` waits for an RCU grace period.
     ///
     /// # Errors
     /// As for [`Attachment::new`]; the program then stays where it was.
     pub fn move_to(&mut self, mode: AttachMode, wait: &dyn Fn() -> Result<()>) -> Result<()> {
         if let (AttachMode::Tcx(_), AttachMode::Tcx(_)) = (self.mode, mode) {
-            // It cannot have two places in one list, so it waits at the other hook.
+            // A list takes a program only once, so it moves by way of the other hook.
             self.move_to(AttachMode::Clsact, wait)?;
         }
         self.attach_hook(mode)?;
@@ -187,14 +188,14 @@ impl Attachment {
             AttachMode::Tcx(_) => self.remove_filter()?,
         }
         self.mode = mode;
-        tracing::info!(interface = self.link.name, ?mode, "attached TC eBPF program to ingress another way");
+        tracing::info!(interface = self.link.name, ?mode, "moved TC eBPF program to another hook");
         Ok(())
     }
 
-    /// The programs and filters that see the interface's packets before ours does, in words.
+    /// Descriptions of the programs and filters that see packets before this one.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not answer.
     pub fn preceding_programs(&self) -> Result<Vec<String>> {
         let place = match self.mode {
             AttachMode::Clsact => FILTER,
@@ -203,7 +204,7 @@ impl Attachment {
         preceding_programs::list(self.link.index, place)
     }
 
-    /// Takes the program off, unless it has gone already or is not this daemon's any more.
+    /// Detaches the program, unless it is gone already or was replaced.
     ///
     /// # Errors
     /// With the kernel's reason.
@@ -211,7 +212,7 @@ impl Attachment {
         self.remove()
     }
 
-    /// Attaches, beside what is attached already.
+    /// Attaches the program to another hook, in addition.
     fn attach_hook(&mut self, mode: AttachMode) -> Result<()> {
         let link = &self.link;
         match mode {
@@ -232,7 +233,7 @@ impl Attachment {
                 hook.attach().map_err(|error| explain(error, link))?;
                 self.filter = true;
             }
-            // From an attempt to move that has failed half-way.
+            // Left by an earlier attempt that failed half-way.
             AttachMode::Tcx(_) if self.tcx.as_ref().is_some_and(TcxLink::in_place) => {}
             AttachMode::Tcx(order) => {
                 let tcx = TcxLink::new(self.program.as_fd(), link.index, order)
@@ -243,8 +244,7 @@ impl Attachment {
         Ok(())
     }
 
-    /// Takes off the filter that a daemon which died has left on an interface where ours is no filter. It would take
-    /// nothing of ours, but what our program leaves to others.
+    /// Removes the filter of a dead daemon. It would get only what this program passes.
     fn replace_stale_filter(&self) {
         if own_program_on(&self.link).is_ok_and(|program| program.is_some()) {
             remove_stale_filter(self.program.as_fd(), &self.link);
@@ -254,7 +254,7 @@ impl Attachment {
     fn filter_in_place(&self) -> bool {
         match hook(self.program.as_fd(), self.link.index).and_then(|mut hook| Ok(hook.query()?)) {
             Ok(id) => id == self.program_id,
-            // The question takes a socket. Where there is one, the answer was that no filter is there.
+            // The query needs a socket. If one can be opened, the query failed because there is no filter.
             Err(_) => UnixDatagram::unbound().is_err(),
         }
     }
@@ -263,11 +263,11 @@ impl Attachment {
         if !std::mem::take(&mut self.filter) || !self.filter_in_place() {
             return Ok(());
         }
-        if let Some(before) = self.before.take() {
-            hook(before.as_fd(), self.link.index)?
+        if let Some(previous) = self.previous.take() {
+            hook(previous.as_fd(), self.link.index)?
                 .attach()
-                .with_context(|| format!("cannot give {} back to the earlier TC program", self.link.name))?;
-            tracing::info!(interface = self.link.name, "the TC program of the earlier daemon has its place back");
+                .with_context(|| format!("cannot restore the earlier TC program on {}", self.link.name))?;
+            tracing::info!(interface = self.link.name, "restored the TC program of the earlier daemon");
             return Ok(());
         }
         hook(self.program.as_fd(), self.link.index)?
@@ -299,7 +299,7 @@ impl Drop for Attachment {
         let attached = self.filter || self.tcx.is_some();
         if self.persistent && attached {
             if self.in_place() {
-                tracing::info!(interface = self.link.name, "the TC eBPF program stays in force without a daemon");
+                tracing::info!(interface = self.link.name, "the TC eBPF program stays attached without a daemon");
             }
         } else if let Err(error) = self.remove() {
             tracing::error!("{error:#}");
@@ -307,43 +307,43 @@ impl Drop for Attachment {
     }
 }
 
-/// Takes off the filters that daemons which died have left on these interfaces. A filter without its daemon goes on
-/// forwarding by itself, to receivers of yesterday. Those of living daemons, this one included, are left alone.
+/// Removes the filters that dead daemons left on these interfaces. Such a filter keeps forwarding to outdated
+/// receivers. The filters of live daemons, including this one, are kept.
 ///
-/// Those of daemons that have their pins beside ours, not in the same directory, are left alone too. Where it takes more
-/// privilege than there is, a warning tells the operator what to do.
+/// Filters whose pins are in a sibling of `pin_path` are kept too. If privileges are missing, a warning says what to
+/// do.
 pub fn remove_stale_filters<'a>(links: impl IntoIterator<Item = &'a LinkRef>, pin_path: &Path) {
     super::libbpf_log::route_libbpf_messages();
-    // Neither asking nor taking off looks at the program's descriptor: any will do.
+    // Neither query nor detach uses the program's descriptor: any will do.
     let Ok(any) = UnixDatagram::unbound() else { return };
     for link in links {
         let Ok(Some((name, id))) = installed_filter(link) else { continue };
         if name != PROGRAM_NAME || id.is_some_and(|id| pins::is_pinned_elsewhere(pin_path, id)) {
             continue;
         }
-        // A living daemon holds its own.
+        // A live daemon holds the claim.
         let Ok(_claim) = claim(link) else { continue };
         remove_stale_filter(any.as_fd(), link);
     }
 }
 
-/// Takes off a filter of ours whose daemon has died. `any` may be any descriptor.
+/// Removes the filter of a dead daemon. `any` may be any descriptor.
 fn remove_stale_filter(any: BorrowedFd<'_>, link: &LinkRef) {
     let Ok(mut hook) = hook(any, link.index) else { return };
     match hook.detach() {
         Ok(()) => {
-            tracing::info!(interface = link.name, "removed the TC filter that a udp-fanout which died had left");
+            tracing::info!(interface = link.name, "removed the TC filter of a udp-fanout that died");
         }
         Err(error) => tracing::warn!(
             interface = link.name,
-            "a udp-fanout which died has left its TC filter, which goes on forwarding ({error}); remove it with \
+            "cannot remove the TC filter of a udp-fanout that died, which keeps forwarding ({error}); remove it with \
              `tc filter del dev {} ingress pref {PRIORITY}`",
             link.name
         ),
     }
 }
 
-/// Takes the filters of these programs off wherever they are in this network namespace.
+/// Removes the filters of these programs from all interfaces of this network namespace.
 pub fn detach_programs(ids: &[u32]) {
     for link in all_links() {
         let theirs = |(_, id): &(String, Option<u32>)| id.is_some_and(|id| ids.contains(&id));
@@ -355,39 +355,40 @@ pub fn detach_programs(ids: &[u32]) {
     }
 }
 
-/// Takes the filter in our place off an interface, whose ever it is.
+/// Removes the filter at this program's place, whoever owns it.
 ///
 /// # Errors
 /// With the kernel's reason.
 pub fn detach_filter(link: &LinkRef) -> Result<()> {
     super::libbpf_log::route_libbpf_messages();
-    // The kernel does not look at the program's descriptor: any will do.
+    // The kernel does not use the program's descriptor: any will do.
     let any = UnixDatagram::unbound().context("cannot open a socket")?;
     let detached = hook(any.as_fd(), link.index)?.detach();
-    detached.with_context(|| format!("cannot take the TC filter off {}", link.name))
+    detached.with_context(|| format!("cannot remove the TC filter from {}", link.name))
 }
 
-/// The program of ours on an interface, be it this daemon's or another's: its id, if the filter's name tells it.
+/// Tells whether a udp-fanout filter is on an interface, of any daemon. The inner value is the program's id, if
+/// known.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
+/// When the kernel does not answer.
 pub fn own_program_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
     Ok(installed_filter(link)?.filter(|(name, _)| name == PROGRAM_NAME).map(|(_, id)| id))
 }
 
-/// True if a filter of ours is there, and no living daemon's.
+/// True if a udp-fanout filter is there without a live daemon.
 #[must_use]
 pub fn has_stale_filter(link: &LinkRef) -> bool {
     own_program_on(link).is_ok_and(|program| program.is_some()) && !is_claimed(link)
 }
 
-/// True if a living daemon of this network namespace serves the interface.
+/// True if a live daemon of this network namespace serves the interface.
 #[must_use]
 pub fn is_claimed(link: &LinkRef) -> bool {
     claim(link).is_err()
 }
 
-/// The interfaces of this network namespace.
+/// All interfaces of this network namespace.
 #[must_use]
 pub fn all_links() -> Vec<LinkRef> {
     let links = nix::net::if_::if_nameindex();
@@ -404,8 +405,8 @@ fn hook(program: BorrowedFd<'_>, link: u32) -> Result<TcHook> {
     Ok(builder.ifindex(index).replace(true).handle(HANDLE).priority(PRIORITY).hook(TC_INGRESS))
 }
 
-/// The name and id of the program whose filter is in our place on an interface, if there is one. libbpf names a filter
-/// after its program and adds the program's id in brackets.
+/// Name and id of the program whose filter is at this program's place. libbpf names a filter after its program, with
+/// the program's id in brackets.
 fn installed_filter(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     let filters = ingress_bpf_filters(link.index).with_context(|| format!("interface {}", link.name))?;
     let in_our_place = |filter: &TcFilter| filter.priority == PRIORITY && filter.handle == HANDLE;
@@ -416,14 +417,14 @@ fn installed_filter(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
     Ok(filters.into_iter().find(in_our_place).map(program))
 }
 
-/// Takes the name that stands for this interface among daemons of this network namespace. The kernel gives it up
-/// with the process, however that ends.
+/// Binds the abstract socket that marks the interface as served in this network namespace. The kernel releases it
+/// when the process ends.
 fn claim(link: &LinkRef) -> Result<UnixDatagram> {
-    let address =
-        SocketAddr::from_abstract_name(format!("udp-fanout/tc/{}", link.index)).context("cannot name a claim")?;
+    let address = SocketAddr::from_abstract_name(format!("udp-fanout/tc/{}", link.index))
+        .context("cannot make the name of the interface's socket")?;
     UnixDatagram::bind_addr(&address).with_context(|| {
         format!(
-            "interface {} is served by another udp-fanout already; stop it, or put its listeners into one configuration",
+            "interface {} is already served by another udp-fanout; stop it, or put all listeners into one configuration",
             link.name
         )
     })

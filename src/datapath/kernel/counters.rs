@@ -1,11 +1,11 @@
-//! What a program has counted and for whom, as its successor finds it in the pinned maps.
+//! What a program has counted, as its successor finds it in the pinned maps.
 //!
-//! The program counts by number. What the numbers mean only its daemon knows, so that writes it down: `names` and
-//! `stat_owners`. What cannot be counted under a number, because it was counted by an earlier program or the number has been
-//! given to somebody else, is in `carried_counts`, to be added. All three are written by user space alone.
+//! The program counts by id. Only its daemon knows what the ids mean, so it writes that down: `listener_names` and
+//! `stat_owners`. Counts that no id can hold, of earlier programs or of ids that were reused, are in
+//! `carried_counts`, to be added. User space alone writes these three maps.
 //!
-//! A daemon may be killed between any two writes, so whatever takes several of them has one that decides: until then the
-//! next daemon counts as before them, and from then on as after them.
+//! A daemon may be killed between any two writes. A multi-step update ends with one commit write; without it, the
+//! successor ignores the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -21,10 +21,10 @@ use super::skel::{
 };
 use crate::model::{DropReason, ListenerCounters, ListenerId};
 
-/// What the program counts of a listener, in the order of `ledger_entry`.
+/// Counters of a listener, in the order of `struct carried_entry`.
 pub type ListenerWords = [u64; CARRIED_WORDS];
 
-/// The maps that tell what has been counted.
+/// The maps that hold counters.
 #[derive(Debug)]
 pub struct CounterMaps<'a> {
     /// Listener id to counters.
@@ -45,26 +45,26 @@ pub struct CounterMaps<'a> {
     pub stat_owners: &'a MapHandle,
     /// What was counted before.
     pub carried_counts: &'a MapHandle,
-    /// What the ledger says of earlier programs is complete, and theirs no longer counts.
+    /// The inherited counts in `carried_counts` are complete and replace those of the earlier programs.
     pub inherited: bool,
 }
 
-/// All that has been counted, by name.
+/// All counters, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CounterSnapshot {
-    /// Of listeners.
+    /// By listener name.
     pub listeners: BTreeMap<String, ListenerWords>,
-    /// Of downstreams: packets and bytes.
+    /// By listener name and downstream address: packets and bytes.
     pub downstreams: BTreeMap<(String, SocketAddr), [u64; 2]>,
     /// By `enum fragment_count`.
     pub fragments: [u64; 2],
 }
 
 impl CounterSnapshot {
-    /// Reads what a program that is no longer attached has counted.
+    /// Reads the counters of a program that is no longer attached.
     ///
     /// # Errors
-    /// When the kernel refuses to read a map, or one is not as it should be.
+    /// When the kernel refuses to read a map, or a map has unexpected contents.
     pub fn read(maps: &CounterMaps<'_>) -> Result<CounterSnapshot> {
         let mut snapshot = CounterSnapshot::default();
         let mut names = BTreeMap::new();
@@ -78,7 +78,7 @@ impl CounterSnapshot {
         for id in (0..stat_owners.entries()).filter(|id| !folded.contains(id)) {
             let Some(name) = stat_owners.read(id).checked_sub(1).and_then(|owner| names.get(&owner)) else { continue };
             let entry: types::downstream =
-                lookup(maps.downstreams, &id)?.with_context(|| format!("there is no downstream {id}"))?;
+                lookup(maps.downstreams, &id)?.with_context(|| format!("map downstreams has no entry {id}"))?;
             let key = (name.clone(), address_of(entry.addr_be, entry.port_be));
             add(snapshot.downstreams.entry(key).or_default(), sum_over_cpus(maps.downstream_stats, id)?);
         }
@@ -86,11 +86,11 @@ impl CounterSnapshot {
         Ok(snapshot)
     }
 
-    /// Adds what is in the ledger. Returns the ids whose own counts are in there already.
+    /// Adds `carried_counts`. Returns the downstream ids whose own counters are included in it.
     fn add_carried(&mut self, maps: &CounterMaps<'_>, names: &BTreeMap<u32, String>) -> Result<BTreeSet<u32>> {
         let mut folded = BTreeSet::new();
         for key in maps.carried_counts.keys() {
-            let key: types::carried_key = value_of(&key).context("the ledger's keys have another size")?;
+            let key: types::carried_key = value_of(&key).context("map carried_counts has keys of another size")?;
             let Some(types::carried_entry { words }) = lookup(maps.carried_counts, &key)? else { continue };
             let name = names.get(&key.listener);
             match (key.kind, name) {
@@ -125,7 +125,7 @@ impl CounterSnapshot {
 }
 
 impl<'a> CounterMaps<'a> {
-    /// Those of a program of this daemon's own.
+    /// The maps of this daemon's own program.
     #[must_use]
     pub fn of(loaded: &'a LoadedProgram) -> CounterMaps<'a> {
         CounterMaps {
@@ -143,7 +143,7 @@ impl<'a> CounterMaps<'a> {
     }
 }
 
-/// What the program has counted of a listener since its maps were made.
+/// What the program has counted for a listener since its maps were created.
 ///
 /// # Errors
 /// When the kernel refuses to read a map.
@@ -159,8 +159,8 @@ pub fn listener_words(maps: &CounterMaps<'_>, id: u32) -> Result<ListenerWords> 
     Ok(words)
 }
 
-/// The same in the program's words. While packets flow, the maps cannot be read at one instant. The parts are taken as they
-/// are and the sum made from them, so that every reading balances; at rest it equals `pkts_received`, which a test checks.
+/// Converts the words to counters. While packets flow, the maps cannot be read at one instant. The total is computed
+/// from its parts, so every reading balances; at rest it equals `pkts_received`, which a test checks.
 #[must_use]
 pub fn listener_counters(words: &ListenerWords) -> ListenerCounters {
     let [packets_forwarded, packets_passed, bytes_received, bytes_forwarded, ..] = *words;
@@ -180,7 +180,7 @@ pub fn listener_counters(words: &ListenerWords) -> ListenerCounters {
     counters
 }
 
-/// What could not follow its datagram, by `enum fragment_count`.
+/// Fragments that could not follow their datagram, by `enum fragment_count`.
 ///
 /// # Errors
 /// When the kernel refuses to read the map.
@@ -190,13 +190,13 @@ pub fn fragments(map: &MapHandle) -> Result<[u64; 2]> {
     Ok([strays, lost])
 }
 
-/// Writes down whose a listener's number is; nobody's if the name is empty.
+/// Stores the name of a listener id; an empty name frees the id.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn set_name(loaded: &LoadedProgram, id: ListenerId, name: &str) -> Result<()> {
     let mut entry = types::listener_name { name: [0; NAME_LENGTH] };
-    ensure!(name.len() < NAME_LENGTH, "listener {name:?} has too long a name");
+    ensure!(name.len() < NAME_LENGTH, "listener {name:?} has a name of more than {} bytes", NAME_LENGTH - 1);
     for (to, from) in entry.name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
@@ -204,22 +204,22 @@ pub fn set_name(loaded: &LoadedProgram, id: ListenerId, name: &str) -> Result<()
 }
 
 fn name_of(names: &MapHandle, id: u32) -> Result<Option<String>> {
-    let entry: types::listener_name = lookup(names, &id)?.context("the names are incomplete")?;
+    let entry: types::listener_name = lookup(names, &id)?.context("map listener_names is too short")?;
     let bytes: Vec<u8> = entry.name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned()).collect();
-    let name = String::from_utf8(bytes).context("a listener's name is no text")?;
+    let name = String::from_utf8(bytes).context("a listener's name is not UTF-8")?;
     Ok((!name.is_empty()).then_some(name))
 }
 
-/// What a ledger's entry is about.
+/// Key of `carried_counts`.
 #[derive(Debug, Clone, Copy)]
 pub enum CarriedCounter {
-    /// A listener.
+    /// A listener: counts of earlier programs.
     Listener(ListenerId),
-    /// A downstream of a listener, as far as this program has counted it.
+    /// A downstream: counts of this program under ids that were reused.
     Downstream(ListenerId, SocketAddr),
-    /// A downstream of a listener, as far as earlier programs have counted it.
+    /// A downstream: counts of earlier programs.
     Inherited(ListenerId, SocketAddr),
-    /// Fragments.
+    /// All fragments: counts of earlier programs.
     Fragments,
 }
 
@@ -243,7 +243,7 @@ impl CarriedCounter {
     }
 }
 
-/// Writes down what is to be added to what the maps count.
+/// Stores counts that are to be added to those in the maps.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -253,13 +253,13 @@ pub fn store_carried(loaded: &LoadedProgram, item: CarriedCounter, counted: &[u6
     store(&loaded.carried_counts, &item.key(), &types::carried_entry { words })
 }
 
-/// Takes an entry back, if there is one.
+/// Deletes an entry, if it exists.
 pub fn delete_carried(loaded: &LoadedProgram, item: CarriedCounter) {
-    // It may never have been there. One that could not be deleted is of a number that means nobody.
+    // A failure is harmless: the entry did not exist, or its listener id has no name.
     let _ = loaded.carried_counts.delete(bytes_of(&item.key()));
 }
 
-/// Adds numbers one by one.
+/// Adds two arrays element by element.
 pub fn add<const N: usize>(sum: &mut [u64; N], more: [u64; N]) {
     for (total, n) in sum.iter_mut().zip(more) {
         *total += n;

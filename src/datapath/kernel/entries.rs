@@ -9,7 +9,7 @@ use super::skel::{
 };
 use crate::plan::{Delivery, Target};
 
-/// The address that words in a map stand for.
+/// The address and port that these words in a map stand for.
 #[must_use]
 pub fn address_of(words: [u32; 4], port_be: u16) -> SocketAddr {
     let mut octets = [0; 16];
@@ -19,7 +19,7 @@ pub fn address_of(words: [u32; 4], port_be: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port_be))
 }
 
-/// An address as both families are kept in the maps: IPv4 as v4-mapped IPv6.
+/// An address in the maps' form: IPv4 as v4-mapped IPv6.
 #[must_use]
 pub fn mapped_words(address: IpAddr) -> [u32; 4] {
     let octets = match address {
@@ -37,23 +37,23 @@ fn words(octets: [u8; 16]) -> [u32; 4] {
     words
 }
 
-/// The key under which datagrams to this address and port are found.
+/// Key of `listeners` for datagrams to this address and port.
 #[must_use]
 pub fn listener_key(address: SocketAddr) -> types::listener_key {
     types::listener_key { addr_be: mapped_words(address.ip()), port_be: address.port().to_be(), scope: KEY_LISTENER }
 }
 
-/// What the program asks the same map about beside destinations. All it wants to know is whether it is there.
+/// Keys of `listeners` other than destinations. Only their presence matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KeyMark {
-    /// The address is some listener's; fragments do not tell the port.
+    /// The address belongs to a listener. Later fragments carry no port.
     Address(IpAddr),
-    /// Packets come by the link of this index without a header before the IP header.
+    /// The device with this index is an L3 device: its packets have no Ethernet header.
     L3Device(u32),
 }
 
 impl KeyMark {
-    /// The key under which it is found.
+    /// The key in `listeners`.
     #[must_use]
     pub fn key(self) -> types::listener_key {
         let (addr_be, scope) = match self {
@@ -73,7 +73,7 @@ impl fmt::Display for KeyMark {
     }
 }
 
-/// A downstream as the program sees it.
+/// The map entry of a downstream.
 #[must_use]
 pub fn downstream_entry(target: &Target) -> types::downstream {
     let address = target.downstream.address;

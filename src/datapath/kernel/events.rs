@@ -1,9 +1,9 @@
-//! Single datagrams that the program tells of: the first drop of each reason for a while, for the log, and what becomes
-//! of datagrams that somebody traces.
+//! Events about single datagrams: the first drop of each reason in an interval, for the log, and traced datagrams.
 //!
-//! The program writes [`DatagramEvent`]s to a ring buffer (`bpf/events.h`) whose descriptor becomes readable; [`EventReader::drain`]
-//! empties it. Tracing is switched on and off with a store into memory shared with the program, and costs nothing
-//! while off. Kernels before 5.8 have no ring buffers and tell nothing; the counters are kept all the same.
+//! The program writes [`DatagramEvent`]s to a ring buffer (`bpf/events.h`) whose descriptor becomes readable;
+//! [`EventReader::drain`] empties it. A store into memory shared with the program switches tracing on and off; it
+//! costs nothing while off. Kernels before 5.8 have no ring buffers and report no events; counters do not depend on
+//! them.
 
 use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -27,65 +27,65 @@ const TRACED: u32 = 2;
 /// `TRACE_ALL_LISTENERS`.
 const ALL_LISTENERS: u32 = u32::MAX;
 
-/// What has become of one datagram (or super-packet), or of one copy of it.
+/// What became of a datagram (or super-packet), or of one copy of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DatagramEvent {
-    /// When, by `CLOCK_MONOTONIC`.
+    /// When it was handled, by `CLOCK_MONOTONIC`.
     pub at: Duration,
-    /// The listener whose it was.
+    /// The listener that it was for.
     pub listener: ListenerId,
-    /// Who has sent it.
+    /// Its source.
     pub source: SocketAddr,
-    /// Where to.
+    /// Its destination as it arrived.
     pub destination: SocketAddr,
-    /// The downstream chosen for it, if one had been.
+    /// The chosen downstream, if any.
     pub downstream: Option<SocketAddr>,
-    /// What has become of it.
+    /// What became of it.
     pub outcome: DatagramOutcome,
-    /// Index of the interface it came in by.
+    /// Index of the ingress interface.
     pub link: u32,
-    /// Index of the interface that leads to the downstream; 0 for none.
+    /// Index of the egress interface; 0 for none.
     pub out_link: u32,
-    /// How many datagrams it held.
+    /// Number of datagrams in the packet.
     pub datagrams: u32,
-    /// Their UDP payload in bytes.
+    /// UDP payload of all of them, in bytes.
     pub bytes: u32,
-    /// It is the first of its sort for a while, so it is for the log; and how many such datagrams there were since the one
-    /// before on the same CPU.
+    /// For the log: the first of its kind in an interval. The value is the number of such datagrams on the same CPU
+    /// that were not logged since the one before.
     pub logged: Option<u64>,
-    /// Somebody wants to see it.
+    /// It matches the trace filter.
     pub traced: bool,
 }
 
-/// What has become of a datagram.
+/// What became of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatagramOutcome {
-    /// Handed to the downstream.
+    /// Sent to the downstream.
     Forwarded(DeliveryPath),
-    /// Left to the listener's socket.
+    /// Passed to the listener's socket.
     Passed,
     /// Dropped.
     Dropped(DropReason),
-    /// One copy of a replicated datagram has been handed to the downstream.
+    /// One copy of a replicated datagram was sent to the downstream.
     Copied(DeliveryPath),
-    /// One copy of a replicated datagram has been dropped.
+    /// One copy of a replicated datagram was dropped.
     CopyDropped(DropReason),
 }
 
-/// How a datagram is delivered.
+/// How a datagram was delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeliveryPath {
-    /// Not at all, or to all downstreams, each in its own way.
+    /// Not delivered, or copied to all downstreams.
     None,
-    /// Up this host's own stack.
+    /// To this host's own stack.
     Local,
-    /// The kernel has been told to find the neighbour.
+    /// The kernel resolves the neighbour.
     Neighbour,
-    /// Out of a link, to a neighbour that was known.
+    /// Out of a device, to a neighbour already resolved.
     Known,
-    /// Straight into another namespace.
+    /// Redirected into a pod's network namespace.
     Pod,
-    /// Out of a link without link-layer addresses.
+    /// Out of an L3 device.
     L3Device,
 }
 
@@ -100,7 +100,7 @@ impl DeliveryPath {
         DeliveryPath::L3Device,
     ];
 
-    /// A word for traces.
+    /// The value of `way` in traces.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -117,14 +117,14 @@ impl DeliveryPath {
 /// Which datagrams are traced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceFilter {
-    /// Those of this listener; none for all.
+    /// This listener only; `None` for all.
     pub listener: Option<ListenerId>,
-    /// Those from addresses that share this prefix: an address and the number of its leading bits, up to 32 or 128. None
-    /// for all sources of both families.
+    /// Sources in this prefix only: an address and the number of leading bits, up to 32 or 128. `None` for all
+    /// sources of both families.
     pub source: Option<(IpAddr, u8)>,
 }
 
-/// The receiving end.
+/// The user-space end of the ring buffer, and the trace filter.
 pub struct EventReader {
     trace: MappedArray<types::trace_control>,
     ring: Option<EventRing>,
@@ -154,7 +154,7 @@ impl EventReader {
             .map(|map| {
                 let (sender, received) = mpsc::channel();
                 let mut builder = RingBufferBuilder::new();
-                // The receiver lives as long as the ring, so that sending cannot fail.
+                // The receiver lives as long as the ring, so sending cannot fail.
                 builder.add(map, move |bytes| {
                     let _ = sender.send(DatagramEvent::read(bytes));
                     0
@@ -166,7 +166,7 @@ impl EventReader {
         Ok(EventReader { trace, ring })
     }
 
-    /// A descriptor that is readable when there are events, if there is a ring buffer. It lives as long as `self`.
+    /// A descriptor that is readable when there are events. It lives as long as `self`. `None` without a ring buffer.
     #[must_use]
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         let fd: RawFd = self.ring.as_ref()?.ring.epoll_fd();
@@ -174,17 +174,17 @@ impl EventReader {
         Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
-    /// All events that have come.
+    /// All pending events.
     ///
     /// # Errors
-    /// When the ring buffer cannot be read, or an event makes no sense.
+    /// When the ring buffer cannot be read, or an event is malformed.
     pub fn drain(&mut self) -> Result<Vec<DatagramEvent>> {
         let Some(ring) = &self.ring else { return Ok(Vec::new()) };
         ring.ring.poll(Duration::ZERO).context("cannot read the TC program's ring buffer")?;
-        ring.received.try_iter().collect::<Option<_>>().context("the TC program has told something unintelligible")
+        ring.received.try_iter().collect::<Option<_>>().context("malformed event in the TC program's ring buffer")
     }
 
-    /// How many events have been lost because the ring buffer was full.
+    /// Number of events lost because the ring buffer was full.
     #[must_use]
     pub fn lost(&self) -> u64 {
         // SAFETY: the field is aligned to 8, within the entry, and mapped as long as `self` lives.
@@ -192,10 +192,11 @@ impl EventReader {
             .load(Ordering::Relaxed)
     }
 
-    /// Traces datagrams, or stops doing so. While the filter changes, a few events may follow neither.
+    /// Sets the trace filter, or stops tracing. While it changes, a few events may match neither the old nor the new
+    /// filter.
     ///
     /// # Errors
-    /// When the source is no prefix, or there is no ring buffer.
+    /// When the source is not a valid prefix, or there is no ring buffer.
     pub fn trace(&mut self, filter: Option<&TraceFilter>) -> Result<()> {
         self.store(offset_of!(types::trace_control, on), 0);
         let Some(filter) = filter else { return Ok(()) };
@@ -226,7 +227,7 @@ impl EventReader {
     }
 }
 
-/// A prefix as the program compares it: address and mask, IPv4 as v4-mapped IPv6.
+/// Address and mask of a prefix in the maps' form: IPv4 as v4-mapped IPv6.
 fn prefix((address, bits): (IpAddr, u8)) -> Result<([u32; 4], [u32; 4])> {
     let most = if address.is_ipv4() { 32 } else { 128 };
     ensure!(bits <= most, "{address}/{bits} is no prefix: it can have at most {most} bits");
@@ -236,7 +237,7 @@ fn prefix((address, bits): (IpAddr, u8)) -> Result<([u32; 4], [u32; 4])> {
 }
 
 impl DatagramEvent {
-    /// Reads what the program has written to its ring buffer. None if it makes no sense.
+    /// Parses a record of the ring buffer. `None` if it is malformed.
     #[must_use]
     pub fn read(bytes: &[u8]) -> Option<DatagramEvent> {
         if bytes.len() < size_of::<types::event>() {

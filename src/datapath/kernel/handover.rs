@@ -1,14 +1,14 @@
-//! From one daemon's program to the next one's without losing a datagram, and what the program does meanwhile.
+//! Handover from one daemon's program to the next without losing a datagram.
 //!
 //! ```text
-//! find what is left behind ─► load, fill ─► replace the filters ─► RCU grace period ─► take its counts over ─► unpin it
+//! find stale pins ─► load, fill ─► replace the filters ─► RCU grace period ─► import the counters ─► unpin
 //! ```
 //!
-//! The new daemon always brings a program and maps of its own, so that versions need to agree on nothing but the few maps
-//! with counters. Until all that has succeeded the old one can have its place back. The new program's counters are its own
-//! from zero on; what was counted before is kept in `bases`, in the tables' settled counts, and, for the next daemon, in the
-//! map `ledger`. What is written there counts from one write on ([`pins::record_imported`]), and as long as that has not been
-//! made, the old programs' pins are there and count. So a daemon may be killed at any moment of all this.
+//! A new daemon always loads a program and maps of its own, so versions need to agree only on the few maps with
+//! counters. Until all steps succeed, the previous program can be restored. The new program counts from zero. Earlier
+//! counts are kept in `bases`, in the tables' folded counts and, for the next daemon, in the map `carried_counts`.
+//! One write ([`pins::record_imported`]) makes them valid there; until then the stale pins exist and are
+//! authoritative. So a daemon may be killed at any moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -29,7 +29,7 @@ use crate::config::{HandoverConfig, OnExit};
 use crate::model::ListenerId;
 use crate::plan::LinkRef;
 
-/// What the kernel datapath knows of those before and after it. Dropped after the attachments.
+/// What the kernel datapath knows about the daemons before and after it. Dropped after the attachments.
 #[derive(Debug)]
 pub(super) struct HandoverState {
     heartbeat: Heartbeat,
@@ -38,18 +38,18 @@ pub(super) struct HandoverState {
     pins: Option<Pins>,
     path: PathBuf,
     predecessors: Vec<StalePins>,
-    /// The start has succeeded: what is attached may stay, and nobody gets a place back.
+    /// The start has succeeded: attachments may persist, and no predecessor is restored.
     committed: bool,
-    /// Links on which the program before goes on, until all listeners there have their receivers.
+    /// Interfaces, by index, that keep their previous program until all listeners there have receivers.
     deferred: BTreeSet<u32>,
-    /// Those that the operator has been told of.
+    /// Interfaces, by index, whose deferral has been logged.
     told: BTreeSet<u32>,
-    /// What was counted before, of listeners and of fragments.
+    /// Counts of earlier programs, for listeners and for fragments.
     bases: BTreeMap<ListenerId, ListenerWords>,
     fragments: [u64; 2],
 }
 
-/// What takes a new `pin_path` or `on_exit`, got before anything else is changed.
+/// Pins for a new `pin_path` or `on_exit`, created before anything else changes.
 #[derive(Debug, Default)]
 pub struct PreparedPins(Option<Pins>);
 
@@ -71,12 +71,12 @@ impl HandoverState {
         })
     }
 
-    /// True if what is attached is to outlive this daemon.
+    /// True if attachments are to outlive this daemon.
     pub(super) fn persists(&self) -> bool {
         self.keep && self.committed
     }
 
-    /// What is to be added to a listener's counters.
+    /// Earlier counts of a listener, to be added to its counters.
     pub(super) fn base(&self, id: ListenerId) -> ListenerWords {
         self.bases.get(&id).copied().unwrap_or([0; CARRIED_WORDS])
     }
@@ -92,12 +92,12 @@ impl HandoverState {
         counters::set_name(loaded, id, "")
     }
 
-    /// The programs that may get their place back.
+    /// The programs that may still be restored.
     pub(super) fn predecessors(&self) -> &[StalePins] {
         if self.committed { &[] } else { &self.predecessors }
     }
 
-    /// True if the program there is to go on for the time being.
+    /// True if the previous program stays on the interface for now.
     pub(super) fn is_deferred(&mut self, link: &LinkRef) -> bool {
         let there =
             || attach::has_stale_filter(link) || self.predecessors.iter().any(|stale| stale.has_link(link.index));
@@ -105,20 +105,20 @@ impl HandoverState {
         if deferred && self.told.insert(link.index) {
             tracing::info!(
                 interface = link.name,
-                "the TC program of an earlier daemon goes on there until the receivers of all listeners are known"
+                "an earlier daemon's TC program keeps forwarding until the receivers of all listeners are known"
             );
         }
         deferred
     }
 
-    /// What is attached is about to be taken off.
+    /// Unpins an attachment's link before it is detached.
     pub(super) fn unpin_link(&self, attachment: &Attachment) {
         if let Some(pins) = &self.pins {
             pins.unpin_link(attachment.link().index);
         }
     }
 
-    /// Lets what is attached stay, if it is to.
+    /// Makes an attachment outlive this daemon, if it is to.
     pub(super) fn set_persistence_of(&self, attachment: &mut Attachment) {
         attachment.set_persistent(self.persists());
         let index = attachment.link().index;
@@ -142,7 +142,7 @@ impl HandoverState {
 }
 
 impl KernelDatapath {
-    /// Gets ready what the configuration asks for and may not be had.
+    /// Prepares the part of a new configuration that can fail.
     ///
     /// # Errors
     /// When the program cannot be pinned, in one line with the fix.
@@ -154,7 +154,7 @@ impl KernelDatapath {
         Ok(PreparedPins(Some(Pins::new(&wanted.pin_path, &self.loaded)?)))
     }
 
-    /// Does from now on as the configuration says.
+    /// Applies the configuration of pins and heartbeat.
     pub fn configure(&mut self, wanted: &HandoverConfig, PreparedPins(pins): PreparedPins) {
         let handover = &mut self.handover;
         handover.keep = wanted.on_exit == OnExit::Keep;
@@ -171,10 +171,10 @@ impl KernelDatapath {
         self.renew_heartbeat();
     }
 
-    /// Looks for programs that daemons which are no more have left behind, to take over from them.
+    /// Finds the programs of earlier daemons that no longer run, to take over from them.
     ///
     /// # Errors
-    /// When it cannot be seen what is there.
+    /// When `path` cannot be read.
     pub fn find_stale_pins(&mut self, path: &Path) -> Result<()> {
         self.handover.predecessors = find_readable_pins(path)?;
         for stale in &self.handover.predecessors {
@@ -184,7 +184,7 @@ impl KernelDatapath {
         Ok(())
     }
 
-    /// Says that there is a daemon.
+    /// Renews the heartbeats of this program and of the predecessors.
     pub fn renew_heartbeat(&mut self) {
         let handover = &mut self.handover;
         let heartbeats =
@@ -196,29 +196,29 @@ impl KernelDatapath {
         }
     }
 
-    /// How often [`KernelDatapath::renew_heartbeat`] is to be called.
+    /// How often to call [`KernelDatapath::renew_heartbeat`]; `None` for never.
     #[must_use]
     pub fn heartbeat_interval(&self) -> Option<Duration> {
         heartbeat::renewal_interval(self.handover.timeout)
     }
 
-    /// On these links, by index, a program that is there goes on for the time being.
+    /// Keeps the previous program on these interfaces, by index, for now.
     pub fn defer(&mut self, links: BTreeSet<u32>) {
         self.handover.deferred = links;
     }
 
-    /// The start has succeeded: from now on there is no way back, and what is attached stays if it is to.
+    /// Ends the start: nothing is restored from now on, and attachments persist if they are to.
     pub fn commit(&mut self) {
         self.handover.committed = true;
         self.attachments.iter_mut().for_each(Attachment::commit);
         self.handover.set_persistence(&mut self.attachments);
     }
 
-    /// Takes the counts of the programs before over and removes them, once none of them is in force any more. Nothing is
-    /// done before that, nor before [`KernelDatapath::commit`].
+    /// Imports the predecessors' counters and removes the predecessors, once none of them is attached. Does nothing
+    /// before that, nor before [`KernelDatapath::commit`].
     ///
     /// # Errors
-    /// When the kernel refuses; the programs before are removed all the same.
+    /// When the kernel refuses; the predecessors are removed all the same.
     pub fn finish_handover(&mut self) -> Result<()> {
         if !self.handover.committed || !self.handover.deferred.is_empty() || self.handover.predecessors.is_empty() {
             return Ok(());
@@ -240,12 +240,12 @@ impl KernelDatapath {
                 tracing::warn!("{error:#}");
             }
         }
-        // Only if nobody has pins there any more.
+        // Fails if other pins are there.
         let _ = fs::remove_dir(&self.handover.path);
         result
     }
 
-    /// What the programs before have counted, each once.
+    /// Sum of the predecessors' counters. One whose counts another has imported is left out.
     fn read_stale_counters(&self, predecessors: &[StalePins]) -> CounterSnapshot {
         let mut sum = CounterSnapshot::default();
         for stale in
@@ -259,7 +259,7 @@ impl KernelDatapath {
                 Err(error) => tracing::warn!(
                     pins = %stale.path().display(),
                     "took over from an earlier daemon's TC program, but counters begin at zero: its maps cannot be \
-                     understood, {error:#}"
+                     read: {error:#}"
                 ),
             }
         }
@@ -281,7 +281,7 @@ impl KernelDatapath {
         counters::store_carried(&self.loaded, CarriedCounter::Fragments, &self.handover.fragments)
     }
 
-    /// Takes the program off all interfaces and unpins it, whatever is to be kept otherwise.
+    /// Detaches the program from all interfaces and unpins it, regardless of `on_exit`.
     ///
     /// # Errors
     /// Names what could not be removed; the rest has been.
@@ -292,11 +292,11 @@ impl KernelDatapath {
     }
 }
 
-/// What daemons of this network namespace that are no more have left. One who may not look, because only root may, could not
-/// take over either: there is nothing for it.
+/// Finds stale pins of this network namespace. Without permission to read them this daemon could not take over
+/// either, so there are none.
 ///
 /// # Errors
-/// When it cannot be seen for another reason.
+/// When `path` cannot be read for another reason.
 fn find_readable_pins(path: &Path) -> Result<Vec<StalePins>> {
     let forbidden = |error: &anyhow::Error| {
         let cause = error.root_cause().downcast_ref::<io::Error>();
@@ -311,8 +311,7 @@ fn find_readable_pins(path: &Path) -> Result<Vec<StalePins>> {
     }
 }
 
-/// Removes what daemons of this network namespace that are no more have left below `path`, when there is no program to
-/// take over. Says what goes wrong.
+/// Removes the stale pins of this network namespace below `path`, when there is no program to take over. Logs errors.
 pub fn remove_stale_pins(path: &Path) {
     let all = find_readable_pins(path).unwrap_or_else(|error| {
         tracing::warn!("{error:#}");

@@ -1,4 +1,4 @@
-//! The daemon's sign of life, which the program looks at (`bpf/lease.h`): until when it acts without another one.
+//! The heartbeat (`bpf/heartbeat.h`): until when a program acts without being renewed by a daemon.
 
 use std::time::Duration;
 
@@ -11,26 +11,26 @@ use super::skel::types;
 
 /// `HEARTBEAT_FOREVER`.
 const FOREVER: u64 = u64::MAX;
-/// Longest time between two signs of life.
+/// Longest interval between renewals.
 const MAX_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A program's lease, also that of another daemon's.
+/// A program's heartbeat, of this daemon's or of an earlier one's.
 #[derive(Debug)]
 pub struct Heartbeat(MappedArray<types::heartbeat>);
 
 impl Heartbeat {
-    /// The lease in this map.
+    /// Maps the heartbeat in this map.
     ///
     /// # Errors
-    /// When the kernel refuses to map it, or it is no lease.
+    /// When the kernel refuses, or the map has another layout.
     pub fn new(map: &MapHandle) -> Result<Heartbeat> {
         Ok(Heartbeat(MappedArray::new(map)?))
     }
 
-    /// Lets the program act for so long from now on; none for ever.
+    /// Lets the program act for `term` from now on; `None` for ever.
     ///
     /// # Errors
-    /// When there is no clock.
+    /// When the clock cannot be read.
     pub fn renew(&mut self, term: Option<Duration>) -> Result<()> {
         let deadline = match term {
             None => FOREVER,
@@ -44,8 +44,8 @@ impl Heartbeat {
     }
 }
 
-/// How often a lease of this length is renewed: several times before it ends, and not so seldom that it would matter when
-/// a daemon dies.
+/// Interval between renewals: several per term, and at most [`MAX_INTERVAL`], so that it hardly matters when within
+/// an interval a daemon dies.
 #[must_use]
 pub fn renewal_interval(term: Option<Duration>) -> Option<Duration> {
     term.map(|term| (term / 4).min(MAX_INTERVAL))

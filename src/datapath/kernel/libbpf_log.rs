@@ -1,11 +1,11 @@
-//! libbpf's own messages, which it would print to standard error, go to the log instead.
+//! Routes libbpf's messages, which would go to standard error, to the log.
 
 use std::sync::Once;
 
 use libbpf_rs::{PrintLevel, set_print};
 
-/// Sends libbpf's messages to the debug log. Failures come back as errors with their reason, so that the daemon
-/// itself says what went wrong, once; the messages add the verifier's log for whoever asks.
+/// Sends libbpf's messages to the debug log. Errors carry their reason and are logged once by the daemon; these
+/// messages add the verifier's log.
 pub fn route_libbpf_messages() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -1,9 +1,9 @@
-//! The map `first_look`, where the program finds most destinations without asking the hash map `listeners`.
+//! The map `listener_cache`, which answers most lookups without the hash map `listeners`.
 //!
-//! A destination's place follows from its address and port ([`index`], as in `bpf/match.h`). A place says that nobody is
-//! there, or names the one destination that is, or, where several are, sends the program on to `listeners`, which has all of
-//! them. What is in `listeners` is right at any moment; a place that is about to name another destination sends everybody
-//! on until no CPU looks at it any more.
+//! A destination's index follows from its address and port ([`index`], as in `bpf/match.h`). An entry is empty, holds
+//! the one destination with that index, or sends the program to `listeners`, which has all destinations and is always
+//! right. An entry that is about to hold another destination is in the last state until no CPU reads the previous
+//! one.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -19,24 +19,22 @@ use super::skel::{
 };
 use crate::model::ListenerId;
 
-/// The map, in memory.
+/// The mapped map.
 #[derive(Debug)]
 pub(super) struct ListenerCache(MappedArray<types::cached_listener>);
 
 impl ListenerCache {
-    /// That of a program.
-    ///
     /// # Errors
     /// When the kernel refuses to map it.
     pub(super) fn new(loaded: &LoadedProgram) -> Result<ListenerCache> {
         Ok(ListenerCache(MappedArray::new(&loaded.listener_cache)?))
     }
 
-    /// Makes every place right for these destinations, all of which are in `listeners`. `wait` waits until no CPU looks at what
-    /// was there before.
+    /// Makes every entry agree with these destinations, all of which are in `listeners`. `wait` waits for an RCU
+    /// grace period.
     ///
     /// # Errors
-    /// Those of `wait`. Then the places send the program on to `listeners`.
+    /// Those of `wait`. Then the entries concerned send the program to `listeners`.
     pub(super) fn update(
         &mut self,
         keys: &BTreeMap<SocketAddr, (ListenerId, u32)>,
@@ -66,7 +64,7 @@ impl ListenerCache {
         for &(index, one) in &changed {
             self.0.write(index, types::cached_listener { state: CACHE_COLLISION, ..one });
         }
-        // Nobody has seen half of it.
+        // No CPU reads an entry that is half written.
         wait()?;
         changed.iter().for_each(|&(index, _)| self.set_state(index, CACHE_SINGLE));
         Ok(())
@@ -77,7 +75,7 @@ impl ListenerCache {
     }
 }
 
-/// What the places of these destinations are to say; all others: nobody.
+/// The entries of these destinations; all others are empty.
 fn wanted(keys: &BTreeMap<SocketAddr, (ListenerId, u32)>) -> BTreeMap<u32, types::cached_listener> {
     let mut entries = BTreeMap::new();
     for (&address, &(id, flags)) in keys {
@@ -93,7 +91,7 @@ fn wanted(keys: &BTreeMap<SocketAddr, (ListenerId, u32)>) -> BTreeMap<u32, types
     entries
 }
 
-/// The place of a destination.
+/// Index of a destination.
 fn index(address: SocketAddr) -> u32 {
     let types::listener_key { addr_be, port_be, .. } = listener_key(address);
     addr_be[3].wrapping_add(port_be.into()).wrapping_mul(LISTENER_CACHE_FACTOR) >> (32 - LISTENER_CACHE_BITS)

@@ -15,7 +15,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use super::skel::types;
 use super::slot_allocator::SlotRange;
 
-/// Types that the program and we see as the same plain bytes.
+/// Types with the same bytes in the program and in user space.
 ///
 /// # Safety
 /// Only for `repr(C)` types of integers without implicit padding, for which every bit pattern is valid.
@@ -49,18 +49,18 @@ unsafe impl Plain for types::listener_state {}
 // SAFETY: six u32 (asserted in `skel`).
 unsafe impl Plain for types::source_key {}
 
-/// The value's bytes, as the kernel wants them.
+/// The value's bytes.
 pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
     // SAFETY: `Plain` types have no padding, so all their bytes are initialised; the lifetime is the borrow's.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// An array map (`BPF_F_MMAPABLE`) in our address space, or a part of it. The kernel strides entries by multiples of 8 bytes.
+/// An array map (`BPF_F_MMAPABLE`) in this process's memory, or a part of it. The kernel aligns entries to 8 bytes.
 #[derive(Debug)]
 pub struct MappedArray<T> {
     memory: NonNull<u8>,
     length: NonZeroUsize,
-    /// Bytes of the first page before the first entry.
+    /// Bytes between the first mapped page and the first entry.
     before: usize,
     part: SlotRange,
     of: PhantomData<T>,
@@ -80,14 +80,14 @@ impl<T: Plain> MappedArray<T> {
         Self::part(map, SlotRange { start: 0, len: map.max_entries() })
     }
 
-    /// Maps some of its entries.
+    /// Maps a range of entries.
     ///
     /// # Errors
-    /// As for [`MappedArray::new`], and when it has fewer entries, or none are asked for.
+    /// As for [`MappedArray::new`], and when the range is empty or not in the array.
     pub fn part(map: &MapHandle, part: SlotRange) -> Result<Self> {
         let name = map.name().to_string_lossy();
-        ensure!(map.value_size() as usize == size_of::<T>(), "map {name} has values of another size than expected");
-        let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE)?.context("no page size")?)?;
+        ensure!(map.value_size() as usize == size_of::<T>(), "map {name} has values of an unexpected size");
+        let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE)?.context("unknown page size")?)?;
         let start = part.start as usize * Self::STRIDE;
         let before = start % page;
         let length = NonZeroUsize::new(part.len as usize * Self::STRIDE)
@@ -100,13 +100,13 @@ impl<T: Plain> MappedArray<T> {
         Ok(Self { memory: memory.cast(), length, before, part, of: PhantomData })
     }
 
-    /// Where an entry is.
+    /// Address of an entry.
     ///
     /// # Panics
-    /// If `index` is not in the array, or not in the part of it that is mapped.
+    /// If `index` is not in the mapped range.
     pub(super) fn entry(&self, index: u32) -> NonNull<u8> {
         let place = index.checked_sub(self.part.start).filter(|&place| place < self.part.len);
-        let Some(place) = place else { panic!("entry {index} of an array of which {:?} is mapped", self.part) };
+        let Some(place) = place else { panic!("entry {index} is not in the mapped range {:?}", self.part) };
         // SAFETY: within the mapping, by the check above.
         unsafe { self.memory.add(self.before + place as usize * Self::STRIDE) }
     }
@@ -121,13 +121,13 @@ impl<T: Plain> MappedArray<T> {
         unsafe { self.entry(index).cast::<T>().as_ptr().read_volatile() }
     }
 
-    /// How many entries are mapped.
+    /// Number of mapped entries.
     #[must_use]
     pub fn entries(&self) -> u32 {
         self.part.len
     }
 
-    /// Writes an entry that the program does not read yet.
+    /// Writes an entry that the program does not use yet.
     ///
     /// # Panics
     /// If `index` is past the array's end.
@@ -137,11 +137,10 @@ impl<T: Plain> MappedArray<T> {
         unsafe { self.entry(index).cast::<T>().as_ptr().write_volatile(value) }
     }
 
-    /// Stores a word of an entry, `offset` bytes from its start. The program sees it after everything that was written
-    /// before.
+    /// Stores a field of an entry, `offset` bytes from its start, with release ordering.
     ///
     /// # Panics
-    /// If `index` is past the array's end, or the word is not aligned and within the entry.
+    /// If `index` is past the array's end, or the field is not aligned and within the entry.
     pub(super) fn store_field<W: AtomicWord>(&mut self, index: u32, offset: usize, value: W) {
         let size = size_of::<W>();
         assert!(offset.is_multiple_of(size) && offset + size <= Self::STRIDE, "no {size}-byte field at {offset}");
@@ -151,7 +150,7 @@ impl<T: Plain> MappedArray<T> {
     }
 }
 
-/// Integers that are stored into a map's memory by one atomic store.
+/// Integers that one atomic store writes to a map's memory.
 pub(super) trait AtomicWord {
     /// Stores the value with release ordering.
     ///
@@ -189,15 +188,13 @@ impl<T> Drop for MappedArray<T> {
     }
 }
 
-/// Waits until no CPU runs the program with tables or downstreams it read before this call.
+/// Waits for an RCU grace period: until no CPU uses tables or downstreams it read before this call.
 ///
 /// # Errors
-/// When the kernel refuses the update that does the waiting.
+/// When the kernel refuses the map update that does the waiting.
 pub fn wait_for_readers(rcu_barrier: &MapHandle, inner: &MapHandle) -> Result<()> {
     let fd = u32::try_from(inner.as_fd().as_raw_fd()).context("a file descriptor is negative")?;
-    rcu_barrier
-        .update(bytes_of(&0u32), bytes_of(&fd), MapFlags::ANY)
-        .context("cannot wait for the TC program to finish with an old table")
+    rcu_barrier.update(bytes_of(&0u32), bytes_of(&fd), MapFlags::ANY).context("cannot wait for an RCU grace period")
 }
 
 /// Sums a per-CPU entry of `N` 64-bit words over all CPUs.
@@ -229,7 +226,7 @@ pub fn zero_on_all_cpus(map: &MapHandle, index: u32) -> Result<()> {
         .with_context(|| format!("cannot clear entry {index} of map {}", map.name().to_string_lossy()))
 }
 
-/// Reads a value of an array or a hash map; none if there is no such key.
+/// Looks up a key in an array or hash map.
 ///
 /// # Errors
 /// When the kernel refuses, or the value has another size.
@@ -241,17 +238,17 @@ pub fn lookup<K: Plain, V: Plain>(map: &MapHandle, key: &K) -> Result<Option<V>>
         .transpose()
 }
 
-/// The value that these bytes are, if they are as many.
+/// Converts bytes to a value, if the size is right.
 #[must_use]
 pub fn value_of<T: Plain>(bytes: &[u8]) -> Option<T> {
     // SAFETY: as many bytes as the type has, any bits make one, and reading needs no alignment.
     (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
-/// Writes a value.
+/// Stores a value under a key.
 ///
 /// # Errors
-/// When the kernel refuses: there is no room.
+/// When the kernel refuses, for instance because the map is full.
 pub fn store<K: Plain, V: Plain>(map: &MapHandle, key: &K, value: &V) -> Result<()> {
     map.update(bytes_of(key), bytes_of(value), MapFlags::ANY)
         .with_context(|| format!("cannot write to map {}", map.name().to_string_lossy()))

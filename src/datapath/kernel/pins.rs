@@ -1,14 +1,14 @@
-//! The program and its maps in a BPF file system, where they outlive the daemon, and where the next one finds them.
+//! Pins: the program and its maps in a BPF file system, where they outlive the daemon and the next one finds them.
 //!
 //! ```text
-//! pin_path/                   daemons of several network namespaces may share it
+//! pin_path/                   shared by the daemons of all network namespaces
 //!   4711/                     the program's id
-//!     program, about, lease, STATS, …
-//!     link-2                  where it is a TCX program: what holds it on the interface of that index
+//!     program, about, heartbeat, STATS, …
+//!     link-2                  the BPF link of a TCX program on the interface with index 2
 //! ```
 //!
-//! A living daemon holds a lock on the directory of its program; what nobody holds a lock on was left behind. Its version
-//! and network namespace are in the map `about`.
+//! A live daemon holds a lock on its program's directory; a directory without a lock is stale. Its version and
+//! network namespace are in the map `about`.
 
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, DirEntry, File};
@@ -32,11 +32,11 @@ use super::skel::{LoadedProgram, MAX_IMPORTED, OLDEST_PINS_VERSION, PINS_VERSION
 
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
-/// The name of the program's pin.
+/// Name of the program's pin.
 const PROGRAM: &str = "program";
-/// With what the names of pinned links begin, which hold TCX programs on interfaces.
+/// Prefix of the pins of BPF links, which hold TCX programs on interfaces.
 const LINK: &str = "link-";
-/// Those of the maps, in the order of [`PinnedCounters`].
+/// The maps with counters, in the order of [`PinnedCounters`].
 const MAPS: [&str; 9] = [
     "STATS",
     "DROPS",
@@ -48,21 +48,21 @@ const MAPS: [&str; 9] = [
     "stat_owners",
     "carried_counts",
 ];
-/// The pin of the heartbeat.
+/// Name of the heartbeat's pin.
 const HEARTBEAT: &str = "heartbeat";
-/// The names of pins in version 2, where they differ. The maps are the same.
+/// Names of pins in version 2 that differ, after today's names. The maps' layouts are the same.
 const VERSION_2_NAMES: [(&str, &str); 4] =
     [("listener_names", "names"), ("stat_owners", "owners"), ("carried_counts", "ledger"), (HEARTBEAT, "lease")];
 
-/// Maps whose entries begin with so many bytes of counters; what comes behind them is each program's own affair.
+/// Maps whose values begin with this many bytes of counters. The rest may differ between versions.
 const COUNTERS_FIRST: [(&str, u32); 2] = [("STATS", 6 * 8), ("DOWNSTREAM_STAT", 2 * 8)];
 
-/// The pins of this daemon's own program. Dropping them removes them, unless they are to stay.
+/// The pins of this daemon's program. Dropping them removes them, unless they are persistent.
 #[derive(Debug)]
 pub struct Pins {
     path: PathBuf,
     directory: Option<PinDirectory>,
-    set_persistent: bool,
+    persistent: bool,
 }
 
 /// The directory of a program's pins, locked.
@@ -72,20 +72,20 @@ struct PinDirectory {
     _lock: Flock<File>,
 }
 
-/// What a daemon that is no more has left behind.
+/// The pins of a daemon that no longer runs.
 #[derive(Debug)]
 pub struct StalePins {
     directory: PinDirectory,
     id: u32,
-    /// Its program, to give it its place back.
+    /// The program, to restore it.
     program: Option<OwnedFd>,
-    /// Its lease, to let it go on.
+    /// Its heartbeat, to keep it acting.
     heartbeat: Option<Heartbeat>,
-    /// Its counters, or why they cannot be understood.
+    /// Its counters, or why they cannot be read.
     counters: Result<PinnedCounters>,
 }
 
-/// The pinned maps.
+/// The pinned maps with counters.
 #[derive(Debug)]
 struct PinnedCounters {
     maps: Vec<MapHandle>,
@@ -93,21 +93,21 @@ struct PinnedCounters {
 }
 
 impl Pins {
-    /// Pins a program and its maps below `path`, which is made if need be.
+    /// Pins a program and its maps below `path`, which is created if necessary.
     ///
     /// # Errors
-    /// In one line with the fix: there is no BPF file system, or no right to write there.
+    /// In one line with the fix: there is no BPF file system, or no permission to write there.
     pub fn new(path: &Path, loaded: &LoadedProgram) -> Result<Pins> {
-        let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot ask for the program's id")?;
+        let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot read the program's id")?;
         ensure_bpf_fs(path)?;
         make(path)?;
         let _order = lock_parent(path)?;
         let own = path.join(id.to_string());
-        // One of this id can only be a dead program's.
+        // The id is this program's now, so these pins are stale.
         remove(&own)?;
         make(&own)?;
         let directory = lock(&own)?.with_context(|| format!("{} is locked already", own.display()))?;
-        let pins = Pins { path: path.to_owned(), directory: Some(directory), set_persistent: false };
+        let pins = Pins { path: path.to_owned(), directory: Some(directory), persistent: false };
         let about = types::pins_about { version: PINS_VERSION, ..own_namespace()? };
         store(&loaded.about, &0u32, &about)?;
         pin(loaded.program.as_fd(), &own.join(PROGRAM))?;
@@ -118,55 +118,55 @@ impl Pins {
         Ok(pins)
     }
 
-    /// The directory below which they are.
+    /// The directory above the program's own.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Pins what holds a TCX program on an interface, in place of what did before.
+    /// Pins the link of a TCX program, replacing an earlier pin for this interface.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn pin_link(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
         let Some(directory) = &self.directory else { return Ok(()) };
         let path = directory.path.join(link_name(interface));
-        // It may have been there, or on another interface of that index.
+        // There may be none, or one of another interface that had this index.
         let _ = fs::remove_file(&path);
         pin(link, &path)
     }
 
-    /// Unpins it.
+    /// Unpins the link of a TCX program.
     pub fn unpin_link(&self, interface: u32) {
         if let Some(directory) = &self.directory {
             let _ = fs::remove_file(directory.path.join(link_name(interface)));
         }
     }
 
-    /// Whether they outlive this value.
-    pub fn set_persistent(&mut self, set_persistent: bool) {
-        self.set_persistent = set_persistent;
+    /// Whether the pins stay when this value is dropped.
+    pub fn set_persistent(&mut self, persistent: bool) {
+        self.persistent = persistent;
     }
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
         if let Some(directory) = self.directory.take()
-            && !self.set_persistent
+            && !self.persistent
         {
             directory.remove_or_tell();
-            // Only if nobody else has pins there.
+            // Fails if other pins are there.
             let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
-/// Removes the directory of the pins if nobody has any there, nor may want to: one that was made for a daemon of another user,
-/// as under systemd, is left to it while it runs, for it could not make another.
+/// Removes the directory for pins if it is empty and not needed. A directory that belongs to another user, as under
+/// systemd, is kept while any of that user's processes runs: a daemon of that user could not create it again.
 pub fn remove_unused(path: &Path) {
     let owner = fs::metadata(path).map(|found| found.uid());
     if owner.is_ok_and(|owner| owner == Uid::effective().as_raw() || !runs_anything(owner)) {
-        // What is not empty cannot be removed.
+        // Fails if it is not empty.
         let _ = fs::remove_dir(path);
     }
 }
@@ -186,16 +186,16 @@ impl PinDirectory {
 }
 
 impl StalePins {
-    /// What is left behind below `path` by daemons of this network namespace, or of any.
+    /// Finds stale pins below `path`, of this network namespace or of any.
     ///
     /// # Errors
-    /// When the directory is there and cannot be read.
+    /// When the directory exists and cannot be read.
     pub fn find(path: &Path, of_any_namespace: bool) -> Result<Vec<StalePins>> {
         let entries = match fs::read_dir(path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot see what is pinned in {}", path.display()));
+                return Err(error).with_context(|| format!("cannot read the pins in {}", path.display()));
             }
         };
         let _order = lock_parent(path)?;
@@ -224,7 +224,7 @@ impl StalePins {
         let counters = about.context("they are incomplete").and_then(|about| {
             ensure!(
                 (OLDEST_PINS_VERSION..=PINS_VERSION).contains(&version),
-                "they are of version {version}, and this one knows {OLDEST_PINS_VERSION} to {PINS_VERSION}"
+                "they have version {version}, and this udp-fanout reads {OLDEST_PINS_VERSION} to {PINS_VERSION}"
             );
             let maps =
                 MAPS.iter().map(|name| pinned(name).with_context(|| format!("{} is missing", pin_name(name, version))));
@@ -233,56 +233,56 @@ impl StalePins {
         StalePins { directory, id, program, heartbeat, counters }
     }
 
-    /// The id of its program.
+    /// The program's id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// Where it is.
+    /// The directory of these pins.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.directory.path
     }
 
-    /// True if it is on this interface as a TCX program.
+    /// True if the program is attached to this interface as a TCX program.
     #[must_use]
     pub fn has_link(&self, interface: u32) -> bool {
         self.directory.path.join(link_name(interface)).exists()
     }
 
-    /// True if it is on any interface as a TCX program.
+    /// True if the program is attached to any interface as a TCX program.
     #[must_use]
     pub fn has_any_link(&self) -> bool {
         let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
         entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(LINK))
     }
 
-    /// Takes it off this interface as a TCX program.
+    /// Detaches the TCX program from this interface.
     ///
     /// # Errors
-    /// When it cannot be.
+    /// With the kernel's reason.
     pub fn detach_link(&self, interface: u32) -> Result<()> {
         detach_pinned_link(&self.directory.path.join(link_name(interface)))
     }
 
-    /// Takes it off all interfaces as a TCX program. When this returns, no packet meets it any more that has not yet.
+    /// Detaches the TCX program from all interfaces. No new packet reaches it once this returns.
     ///
     /// # Errors
-    /// When it cannot be taken off one; it has been off the others.
+    /// Names one interface that failed; the others are detached.
     pub fn detach_all_links(&self) -> Result<()> {
         let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
         let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
         links.map(|entry| detach_pinned_link(&entry.path())).fold(Ok(()), Result::and)
     }
 
-    /// Its program.
+    /// The pinned program, if it could be opened.
     #[must_use]
     pub fn program(&self) -> Option<BorrowedFd<'_>> {
         self.program.as_ref().map(AsFd::as_fd)
     }
 
-    /// Its lease.
+    /// The pinned heartbeat, if it could be mapped.
     pub fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
         self.heartbeat.as_mut()
     }
@@ -290,7 +290,7 @@ impl StalePins {
     /// The maps with its counters.
     ///
     /// # Errors
-    /// Why they cannot be understood: they are of another version.
+    /// Why they cannot be read, for instance because they have another version.
     pub fn maps(&self, loaded: &LoadedProgram) -> Result<CounterMaps<'_>> {
         let counters = self.counters.as_ref().map_err(|error| anyhow!("{error:#}"))?;
         for (theirs, ours) in counters.maps.iter().zip(maps_of(loaded)) {
@@ -300,7 +300,7 @@ impl StalePins {
                 Some(&(_, counters)) => theirs.value_size() >= counters,
                 None => theirs.value_size() == ours.value_size(),
             };
-            ensure!(shape(theirs) == shape(ours) && sized, "map {name} has another shape");
+            ensure!(shape(theirs) == shape(ours) && sized, "map {name} has another layout");
         }
         let [
             stats,
@@ -331,7 +331,7 @@ impl StalePins {
         })
     }
 
-    /// True if its ledger has the counts of this program already.
+    /// True if its `carried_counts` include those of this program.
     #[must_use]
     pub fn has_imported(&self, id: u32) -> bool {
         self.counters.as_ref().is_ok_and(|counters| {
@@ -340,7 +340,7 @@ impl StalePins {
         })
     }
 
-    /// Removes it. The program goes with the last filter.
+    /// Detaches TCX programs and removes the pins. The program is freed with its last filter.
     ///
     /// # Errors
     /// When something cannot be removed.
@@ -350,8 +350,8 @@ impl StalePins {
     }
 }
 
-/// Writes down that these programs' counts are in the ledger, all of them: from then on that counts, and no longer what is
-/// pinned with them.
+/// Records that the counts of these programs are in `carried_counts`, completely. This is the commit: from now on
+/// those counts are valid, and the programs' own maps are not.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -363,7 +363,7 @@ pub fn record_imported(loaded: &LoadedProgram, ids: &[u32]) -> Result<()> {
     store(&loaded.about, &0u32, &about)
 }
 
-/// True if this program is pinned beside `path`, where a daemon with a `pin_path` of its own keeps it.
+/// True if this program is pinned in a sibling of `path`, by a daemon with another `pin_path`.
 #[must_use]
 pub fn is_pinned_elsewhere(path: &Path, id: u32) -> bool {
     let siblings = path.parent().and_then(|parent| fs::read_dir(parent).ok());
@@ -371,10 +371,10 @@ pub fn is_pinned_elsewhere(path: &Path, id: u32) -> bool {
     siblings.any(|sibling| sibling != path && sibling.join(id.to_string()).join(PROGRAM).exists())
 }
 
-/// True if a living daemon has pins below `path`.
+/// True if a live daemon of this network namespace has pins below `path`.
 ///
 /// # Errors
-/// When the directory is there and cannot be read.
+/// When the directory exists and cannot be read.
 pub fn in_use(path: &Path) -> Result<bool> {
     let us = own_namespace()?;
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
@@ -401,14 +401,14 @@ fn maps_of(loaded: &LoadedProgram) -> [&MapHandle; MAPS.len()] {
     ]
 }
 
-/// The network namespace of the calling thread.
+/// Device and inode of the calling thread's network namespace.
 fn own_namespace() -> Result<types::pins_about> {
-    let namespace = fs::metadata("/proc/thread-self/ns/net").context("cannot tell the network namespace")?;
+    let namespace = fs::metadata("/proc/thread-self/ns/net").context("cannot identify the network namespace")?;
     let (netns_device, netns_inode) = (namespace.dev(), namespace.ino());
     Ok(types::pins_about { netns_device, netns_inode, ..types::pins_about::default() })
 }
 
-/// What the map `about` of some pins says, as far as all versions say it alike.
+/// Reads the map `about` of some pins, as far as all versions agree on it.
 fn about(directory: &Path) -> Option<types::pins_about> {
     let map = MapHandle::from_pinned_path(directory.join("about")).ok()?;
     let known = size_of::<types::pins_about>();
@@ -429,10 +429,11 @@ fn link_name(interface: u32) -> String {
 
 fn ensure_bpf_fs(path: &Path) -> Result<()> {
     let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
-    let kind = statfs(there).with_context(|| format!("cannot look at {}", there.display()))?.filesystem_type();
+    let kind =
+        statfs(there).with_context(|| format!("cannot stat the file system of {}", there.display()))?.filesystem_type();
     ensure!(
         kind == BPF_FS,
-        "cannot keep the TC program in {}: there is no BPF file system; mount one (`mount -t bpf bpf /sys/fs/bpf`, in a \
+        "cannot pin the TC program in {}: there is no BPF file system; mount one (`mount -t bpf bpf /sys/fs/bpf`, in a \
          container the host's /sys/fs/bpf), or set on_exit = \"detach\"",
         path.display()
     );
@@ -447,7 +448,7 @@ fn make(path: &Path) -> Result<()> {
 }
 
 fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    let name = CString::new(path.as_os_str().as_bytes()).context("a path has a zero in it")?;
+    let name = CString::new(path.as_os_str().as_bytes()).context("a path contains a zero byte")?;
     // SAFETY: the name is valid for the whole call, and the descriptor is borrowed for as long.
     let result = unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), name.as_ptr()) };
     if result < 0 {
@@ -456,11 +457,11 @@ fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes a TCX program off an interface by its pinned link. To unpin it is not enough: the kernel would take it off, but
-/// some time later.
+/// Detaches a TCX program by its pinned link. Unpinning is not enough: the kernel would detach the program only some
+/// time later.
 fn detach_pinned_link(path: &Path) -> Result<()> {
-    let what = || format!("cannot take the TCX program off that {} holds", path.display());
-    let name = CString::new(path.as_os_str().as_bytes()).context("a path has a zero in it")?;
+    let what = || format!("cannot detach the TCX program held by {}", path.display());
+    let name = CString::new(path.as_os_str().as_bytes()).context("a path contains a zero byte")?;
     // SAFETY: the name is valid for the whole call.
     let fd = unsafe { libbpf_sys::bpf_obj_get(name.as_ptr()) };
     if fd < 0 {
@@ -471,7 +472,7 @@ fn detach_pinned_link(path: &Path) -> Result<()> {
     // SAFETY: takes a number, touches no memory of ours.
     match unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) } {
         0 => {}
-        // The interface has gone, or somebody has taken the program off.
+        // The interface is gone, or something else has detached the program.
         errno if errno == -libc::ENOLINK => {}
         errno => return Err(std::io::Error::from_raw_os_error(-errno)).with_context(what),
     }
@@ -486,7 +487,8 @@ fn explain(error: &anyhow::Error, path: &Path) -> anyhow::Error {
     )
 }
 
-/// Held while pins are made or looked for, so that nobody takes half-made ones for left ones.
+/// Locks the parent directory while pins are created or searched, so that half-made pins are not taken for stale
+/// ones.
 fn lock_parent(path: &Path) -> Result<Flock<File>> {
     let directory = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     Flock::lock(directory, FlockArg::LockExclusive)
@@ -494,7 +496,7 @@ fn lock_parent(path: &Path) -> Result<Flock<File>> {
         .with_context(|| format!("cannot lock {}", path.display()))
 }
 
-/// The lock of a program's directory; none if a living daemon holds it.
+/// Locks a program's directory; `None` if a live daemon holds the lock.
 fn lock(path: &Path) -> Result<Option<PinDirectory>> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

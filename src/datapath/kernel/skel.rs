@@ -32,7 +32,7 @@ mod generated {
 
 pub use generated::types;
 
-/// Reasons the program can count, `DROP_REASONS` in `bpf/fanout_abi.h`.
+/// Number of drop reasons, `DROP_REASONS` in `bpf/fanout_abi.h`.
 pub const DROP_REASONS: u32 = 7;
 /// `LISTENER_SOCKET_ONLY`.
 pub const LISTENER_SOCKET_ONLY: u32 = 1;
@@ -75,7 +75,7 @@ pub const DOWNSTREAM_L3_DEVICE: u32 = 4;
 
 /// `PINS_VERSION`.
 pub const PINS_VERSION: u32 = 3;
-/// The oldest version whose pins this one understands.
+/// The oldest version of pins that this one can read.
 pub const OLDEST_PINS_VERSION: u32 = 2;
 /// `NAME_LENGTH`.
 pub const NAME_LENGTH: usize = 64;
@@ -92,7 +92,7 @@ pub const CARRIED_DOWNSTREAM: u16 = 3;
 /// `MAX_IMPORTED`.
 pub const MAX_IMPORTED: usize = 64;
 
-/// `enum policy`: how the program computes the place in a table.
+/// The number of a policy, `enum policy`.
 #[must_use]
 pub fn policy_number(policy: Policy) -> u32 {
     match policy {
@@ -105,7 +105,7 @@ pub fn policy_number(policy: Policy) -> u32 {
     }
 }
 
-// The ABI, held from this side too: a change in the header that moves a field stops the build here.
+// The ABI, asserted on this side too: a header change that moves a field fails the build here.
 const _: () = {
     assert!(size_of::<types::listener_key>() == 20);
     assert!(offset_of!(types::listener_key, port_be) == 16);
@@ -162,20 +162,20 @@ const _: () = {
     assert!(offset_of!(types::pins_about, imported) == 24);
 };
 
-/// Handles of everything the program has in the kernel. Dropping them frees program and maps once nothing is attached.
+/// Handles of the program and its maps. Dropping them frees program and maps once nothing is attached.
 #[derive(Debug)]
 pub struct LoadedProgram {
     /// The program `udp_fanout`.
     pub program: OwnedFd,
-    /// Destinations that are ours.
+    /// Destinations of the listeners.
     pub listeners: MapHandle,
-    /// The same for most datagrams, by place.
+    /// Cache in front of `listeners`.
     pub listener_cache: MapHandle,
     /// Listener id to current table.
     pub listener_states: MapHandle,
-    /// Rules and senders to verdicts.
+    /// Rule set and source prefix to verdict.
     pub sources: MapHandle,
-    /// The slots of all tables.
+    /// Slots of all tables.
     pub table_slots: MapHandle,
     /// Downstream id to receiver.
     pub downstreams: MapHandle,
@@ -187,43 +187,43 @@ pub struct LoadedProgram {
     pub copy_drops: MapHandle,
     /// Downstream id to counters.
     pub downstream_stats: MapHandle,
-    /// What fragments could not follow the rest of their datagram.
+    /// Fragments that could not follow their datagram.
     pub fragment_stats: MapHandle,
-    /// Single datagrams that the program tells of, if the kernel has ring buffers.
+    /// Ring buffer of events, if the kernel has ring buffers.
     pub events: Option<MapHandle>,
-    /// Which datagrams are traced.
+    /// Trace filter.
     pub trace: MapHandle,
     /// Until when the program acts without a daemon.
     pub heartbeat: MapHandle,
-    /// Whether any link has no frames.
+    /// Whether any device is an L3 device.
     pub links: MapHandle,
     /// Listener id to name.
     pub listener_names: MapHandle,
-    /// Downstream id to the listener it counts for.
+    /// Downstream id to 1 + the id of the listener it counts for.
     pub stat_owners: MapHandle,
-    /// What was counted before.
+    /// Counts of earlier programs and of reused ids.
     pub carried_counts: MapHandle,
-    /// Whose maps these are.
+    /// Version and network namespace of the pins.
     pub about: MapHandle,
     /// Updated to wait for an RCU grace period.
     pub rcu_barrier: MapHandle,
-    /// What is put into `rcu_barrier`.
+    /// The value of `rcu_barrier`.
     pub barrier_inner: MapHandle,
 }
 
-/// How many entries the maps get.
+/// Numbers of map entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MapSizes {
     /// Listener ids.
     pub listeners: u32,
-    /// Downstream ids: twice the configured number, so that a whole new set fits beside the old one.
+    /// Downstream ids: twice the configured number, so that a complete new set fits beside the old one.
     pub downstreams: u32,
-    /// Table slots of all listeners together: a short table for each listener, and room for the longest there can be, new
-    /// beside old. Entries of tables that have been replaced are used again when there is no other room.
+    /// Slots of all tables: a short table per listener, and twice the longest possible table, so that a new one fits
+    /// beside the old one. Slots of replaced tables are reused only when there are no others.
     pub slots: u32,
-    /// Prefixes in all listeners' rules together, with the same room, and one more for each listener's others.
+    /// Prefixes in all rule sets, doubled likewise, plus a default verdict per listener.
     pub sources: u32,
-    /// Senders whose rates are kept apart.
+    /// Token buckets.
     pub senders: u32,
 }
 
@@ -254,7 +254,7 @@ pub fn load(setup: &KernelSetup) -> Result<LoadedProgram> {
     finish(open(&mut storage, setup)?, setup)
 }
 
-/// What the verifier has to say of the program: how many instructions it looked at, and how deep its stacks are.
+/// The verifier's statistics: instructions processed and stack depths.
 ///
 /// # Errors
 /// As for [`load`].
@@ -269,9 +269,9 @@ pub fn verifier_statistics(setup: &KernelSetup) -> Result<String> {
     // SAFETY: the program is open and not loaded yet, and `log` outlives the loading, after which nobody writes to it.
     let set =
         unsafe { libbpf_sys::bpf_program__set_log_buf(program.as_ptr(), log.as_mut_ptr().cast(), log.len() as _) };
-    ensure!(set == 0, "cannot have the verifier write its statistics");
+    ensure!(set == 0, "cannot request the verifier's statistics");
     finish(open, setup)?;
-    let text = CStr::from_bytes_until_nul(&log).context("the verifier's statistics have no end")?;
+    let text = CStr::from_bytes_until_nul(&log).context("the verifier's statistics are truncated")?;
     Ok(text.to_string_lossy().into_owned())
 }
 
@@ -280,16 +280,15 @@ fn open<'object>(
     setup: &KernelSetup,
 ) -> Result<generated::OpenFanoutSkel<'object>> {
     super::libbpf_log::route_libbpf_messages();
-    let mut open = generated::FanoutSkelBuilder::default()
-        .open(storage)
-        .context("cannot open the TC program that is built into this binary")?;
+    let mut open =
+        generated::FanoutSkelBuilder::default().open(storage).context("cannot open the embedded TC program")?;
     let sizes = setup.sizes;
-    let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no place for its settings")?;
+    let settings = open.maps.rodata_data.as_deref_mut().context("the TC program has no .rodata")?;
     settings.has_redirects = u32::from(setup.redirects);
     settings.has_events = u32::from(setup.ring_buffer);
     settings.fragment_timeout = u64::try_from(setup.fragment_timeout.as_nanos()).unwrap_or(u64::MAX);
     let maps = &mut open.maps;
-    let resize = |what: &str, entries: u32| format!("cannot give map {what} {entries} entries");
+    let resize = |what: &str, entries: u32| format!("cannot set map {what} to {entries} entries");
     for (map, entries) in [
         (&mut maps.listener_states, sizes.listeners),
         (&mut maps.STATS, sizes.listeners),
@@ -309,22 +308,22 @@ fn open<'object>(
         map.set_max_entries(entries).with_context(|| resize(&name, entries))?;
     }
     if !setup.ring_buffer {
-        maps.events.set_autocreate(false).context("cannot leave out the map events")?;
+        maps.events.set_autocreate(false).context("cannot omit the map events")?;
     }
     Ok(open)
 }
 
 fn finish(open: generated::OpenFanoutSkel<'_>, setup: &KernelSetup) -> Result<LoadedProgram> {
-    let skel = open.load().context("the kernel refused the TC program (run with RUST_LOG=debug for its words)")?;
+    let skel = open.load().context("the kernel refused the TC program (set RUST_LOG=debug for the verifier's log)")?;
     let maps = &skel.maps;
-    let handle = |map| MapHandle::try_from(map).context("cannot keep a map's file descriptor");
+    let handle = |map| MapHandle::try_from(map).context("cannot duplicate a map's file descriptor");
     Ok(LoadedProgram {
         program: skel
             .progs
             .udp_fanout
             .as_fd()
             .try_clone_to_owned()
-            .context("cannot keep the program's file descriptor")?,
+            .context("cannot duplicate the program's file descriptor")?,
         listeners: handle(&maps.listeners)?,
         listener_cache: handle(&maps.listener_cache)?,
         listener_states: handle(&maps.listener_states)?,

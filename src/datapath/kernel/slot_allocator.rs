@@ -1,37 +1,37 @@
-//! Room in the kernel's flat arrays: which slots of `table_slots` and which ids of `downstreams` are in use.
+//! Allocator for the kernel's flat arrays: slots of `table_slots` and ids of `downstreams`.
 //!
-//! Pure bookkeeping. What is given back is not handed out again at once, because a CPU may still be reading it:
-//! it waits in quarantine until the owner has waited out an RCU grace period and calls [`SlotAllocator::reclaim`].
+//! Bookkeeping only. A CPU may still be reading a retired range, so it stays in `pending_reclaim` until the owner has
+//! waited for an RCU grace period and calls [`SlotAllocator::reclaim`].
 
 use std::collections::BTreeMap;
 
-/// A stretch of entries.
+/// A range of adjacent entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct SlotRange {
-    /// The first entry.
+    /// Index of the first entry.
     pub start: u32,
-    /// How many.
+    /// Number of entries.
     pub len: u32,
 }
 
-/// Which entries of an array of fixed size are free.
+/// The free and retired entries of an array of fixed size.
 #[derive(Debug, Clone)]
 pub struct SlotAllocator {
-    /// Free stretches: start to length; never adjacent, never empty.
+    /// Free ranges, start to length; never adjacent, never empty.
     free: BTreeMap<u32, u32>,
     pending_reclaim: Vec<SlotRange>,
 }
 
 impl SlotAllocator {
-    /// All `size` entries free.
+    /// An allocator with all `size` entries free.
     #[must_use]
     pub fn new(size: u32) -> SlotAllocator {
         let free = if size == 0 { BTreeMap::new() } else { BTreeMap::from([(0, size)]) };
         SlotAllocator { free, pending_reclaim: Vec::new() }
     }
 
-    /// Takes `len` adjacent entries, from the first stretch that has them. None if no stretch has.
-    /// A region of no entries takes none and is always to be had.
+    /// Allocates `len` adjacent entries from the first range that is long enough; `None` if there is none. An empty
+    /// range is always available.
     pub fn allocate(&mut self, len: u32) -> Option<SlotRange> {
         if len == 0 {
             return Some(SlotRange::default());
@@ -44,20 +44,20 @@ impl SlotAllocator {
         Some(SlotRange { start, len })
     }
 
-    /// Gives a region back, into quarantine.
+    /// Retires a range until [`SlotAllocator::reclaim`].
     pub fn retire(&mut self, region: SlotRange) {
         if region.len > 0 {
             self.pending_reclaim.push(region);
         }
     }
 
-    /// What waits in quarantine.
+    /// The retired ranges.
     #[must_use]
     pub fn pending_reclaim(&self) -> &[SlotRange] {
         &self.pending_reclaim
     }
 
-    /// Frees all that is in quarantine. Only right when a grace period has passed since the last `retire`.
+    /// Frees all retired ranges. Only after a grace period since the last [`SlotAllocator::retire`].
     pub fn reclaim(&mut self) {
         for region in std::mem::take(&mut self.pending_reclaim) {
             self.free_region(region);

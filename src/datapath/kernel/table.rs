@@ -1,7 +1,7 @@
 //! Listeners' tables and downstreams in the kernel's flat arrays.
 //!
-//! A downstream entry never changes while a table names it; whatever changes takes a new id. Ids and slots that a new
-//! table no longer names are retired: their counters still count, and they are reused only after an RCU grace period.
+//! A downstream entry is immutable while a table names it; a change gets a new id. Ids and slots that a new table no
+//! longer names stay pending: their counters still count, and they are reused only after an RCU grace period.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ use super::slot_allocator::{SlotAllocator, SlotRange};
 use crate::model::{ListenerId, Policy};
 use crate::plan::{Delivery, ListenerPlan, Target};
 
-/// A downstream of a listener, as counters are kept.
+/// A downstream of a listener: the key of its counters.
 type ListenerEndpoint = (ListenerId, SocketAddr);
 
 /// All tables in the kernel.
@@ -26,16 +26,16 @@ type ListenerEndpoint = (ListenerId, SocketAddr);
 pub struct KernelTables {
     states: ListenerStates,
     downstreams: MappedArray<types::downstream>,
-    /// For the daemon after this one: 1 + the listener that each id counts for.
+    /// For the next daemon: 1 + the id of the listener that each downstream id counts for.
     stat_owners: MappedArray<u32>,
     slot_allocator: SlotAllocator,
     id_allocator: SlotAllocator,
     current: BTreeMap<ListenerId, Table>,
-    /// Ids that no table names any more, with whom they counted for.
+    /// Ids that no table names any more, and whose counters they hold.
     pending_free: Vec<(u32, ListenerEndpoint)>,
-    /// Counts of ids that have been reused since.
+    /// Counts of ids that were reused since.
     folded: BTreeMap<ListenerEndpoint, [u64; 2]>,
-    /// What earlier programs have counted.
+    /// Counts of earlier programs.
     inherited: BTreeMap<ListenerEndpoint, [u64; 2]>,
 }
 
@@ -43,11 +43,11 @@ pub struct KernelTables {
 #[derive(Debug, Clone, Default)]
 struct Table {
     region: SlotRange,
-    /// The slots' content, to see whether a new table differs.
+    /// The slots' contents, to see whether a new table differs.
     slots: Arc<[u32]>,
     policy: Policy,
     targets: Arc<[Target]>,
-    /// Their ids.
+    /// The targets' ids.
     ids: Arc<[u32]>,
 }
 
@@ -55,9 +55,9 @@ struct Table {
 struct IdAssignment {
     /// In the order of the targets.
     ids: Arc<[u32]>,
-    /// Those that have been taken for it.
+    /// Newly allocated ids.
     fresh: Vec<(u32, SocketAddr)>,
-    /// Those that it no longer needs.
+    /// Ids of the old table that are no longer needed.
     released: Vec<(u32, SocketAddr)>,
 }
 
@@ -80,7 +80,7 @@ impl KernelTables {
         })
     }
 
-    /// Makes the plan's table the listener's, atomically. Downstreams that stay as they are keep their ids.
+    /// Publishes the plan's table atomically. Unchanged downstreams keep their ids.
     ///
     /// # Errors
     /// When there is no room; the old table then stays in force.
@@ -107,8 +107,8 @@ impl KernelTables {
         Ok(())
     }
 
-    /// Has the program use the plan's table, and its policy, unless that has to wait until nobody reads the old table: then
-    /// true. After an error it uses the table before.
+    /// Publishes the plan's table and, unless it must wait for a grace period, its policy. True if the policy must
+    /// wait. After an error the old table stays in force.
     fn put_in_force(
         &mut self,
         loaded: &LoadedProgram,
@@ -121,9 +121,9 @@ impl KernelTables {
         let old = old.unwrap_or_default();
         let slots: Arc<[u32]> = plan.table.iter().map(|&index| assignment.ids[index as usize]).collect();
         let region = if was.is_some() && old.slots == slots { old.region } else { self.new_region(loaded, &slots)? };
-        // Policy and table cannot change at one instant. Any policy does well with any table but for this: to replicate by
-        // a table in which someone has several places would give them several copies. So that policy comes after its
-        // table and goes before the next, and nobody still reads the one when the other changes.
+        // Table and policy cannot change in one store. Every policy works with every table, except that replicating
+        // over a table with several slots per downstream would send several copies. So that policy is set after its
+        // table and cleared before the next one, with a grace period between.
         let follows = policy == Policy::Replicate && was.is_some_and(|was| was != policy);
         if !follows {
             self.set_policy(plan);
@@ -152,7 +152,7 @@ impl KernelTables {
         Ok(follows)
     }
 
-    /// A region with these slots, named by nobody yet.
+    /// Allocates slots and writes a table that is not published yet.
     fn new_region(&mut self, loaded: &LoadedProgram, slots: &[u32]) -> Result<SlotRange> {
         let region = self.take_slots(loaded, slots.len())?;
         write_slots(loaded, region, slots).inspect_err(|_| self.slot_allocator.retire(region))?;
@@ -166,12 +166,12 @@ impl KernelTables {
         }
     }
 
-    /// Puts in force who may send to a listener, and how fast.
+    /// Puts a listener's admission in force.
     pub fn admit(&mut self, id: ListenerId, admission: &ListenerAdmission) {
         self.states.set_admission(id, admission);
     }
 
-    /// Empties a listener's table. Its counters are forgotten.
+    /// Removes a listener's table and forgets its downstreams' counters.
     pub fn remove(&mut self, loaded: &LoadedProgram, id: ListenerId) {
         self.states.set_admission(id, &ListenerAdmission::default());
         if let Some(table) = self.current.remove(&id) {
@@ -196,10 +196,10 @@ impl KernelTables {
         }
     }
 
-    /// Adds to the counts of downstreams what earlier programs have counted, where a table names them.
+    /// Adds counts of earlier programs to downstreams that a table names.
     ///
     /// # Errors
-    /// When it cannot be written down for the next daemon.
+    /// When they cannot be stored for the next daemon.
     pub fn inherit(
         &mut self,
         loaded: &LoadedProgram,
@@ -220,9 +220,9 @@ impl KernelTables {
         tables.flat_map(|(&id, table)| table.named().map(move |(_, address)| (id, address))).collect()
     }
 
-    /// Moves what the last of the retired ids has counted to where it stays, if a table still names the downstream, and makes
-    /// the id ready for another. Whenever this fails or the daemon ends, each datagram counts once: from the first write on
-    /// the id does not count itself for the next daemon, and for this one as soon as its counters are zero.
+    /// Folds the counts of the last pending id into `folded`, if a table still names the downstream, and prepares the
+    /// id for reuse. Each datagram counts once even if this fails or the daemon ends: from the first write on the id
+    /// no longer counts for the next daemon, and for this one once its counters are zero.
     fn fold(
         &mut self,
         loaded: &LoadedProgram,
@@ -246,14 +246,14 @@ impl KernelTables {
         counters::store_carried(loaded, item, &sum)
     }
 
-    /// What was counted of a downstream, but not under an id that still counts for it.
+    /// Counts of a downstream that are not in the counters of its current or pending ids.
     fn counted_elsewhere(&self, key: &ListenerEndpoint) -> [u64; 2] {
         let mut sum = self.folded.get(key).copied().unwrap_or_default();
         counters::add(&mut sum, self.inherited.get(key).copied().unwrap_or_default());
         sum
     }
 
-    /// Datagrams and bytes handed to each downstream that a table names.
+    /// Datagrams and bytes sent to each downstream that a table names.
     ///
     /// # Errors
     /// When the kernel refuses to read a counter.
@@ -274,8 +274,8 @@ impl KernelTables {
         Ok(sums)
     }
 
-    /// Ids for the plan's targets: the old id where nothing has changed, else a new one, written but not yet named by any
-    /// table.
+    /// Assigns ids to the plan's targets: the old id if nothing changed, else a new one whose entry is written but
+    /// not named by any table yet.
     fn assign_ids(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan, old: &Table) -> Result<IdAssignment> {
         let mut index = TargetIndex::new(&old.targets);
         let mut stays = vec![false; old.targets.len()];
@@ -304,7 +304,7 @@ impl KernelTables {
         Ok(IdAssignment { ids: ids.into(), fresh, released })
     }
 
-    /// Retires ids of a listener.
+    /// Retires a listener's ids.
     fn retire_ids(&mut self, id: ListenerId, ids: &[(u32, SocketAddr)]) {
         for &(number, address) in ids {
             self.pending_free.push((number, (id, address)));
@@ -332,7 +332,7 @@ impl KernelTables {
             .with_context(|| format!("no room for a table of {len} slots: raise limits.max_downstreams and restart"))
     }
 
-    /// Waits until nothing reads what has been retired, settles its counters and frees it.
+    /// Waits for an RCU grace period, folds the counts of pending ids and frees ids and slots.
     fn reclaim(&mut self, loaded: &LoadedProgram) -> Result<()> {
         wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
         let named = self.named();
@@ -345,8 +345,8 @@ impl KernelTables {
     }
 }
 
-/// Writes a table that is not published yet. Only for that is it mapped: the array has room for the longest of tables, of
-/// which the daemon would seem to need the memory once more.
+/// Writes a table that is not published yet. The slots are mapped only for that: the map is large, and its pages
+/// would count as the daemon's memory.
 fn write_slots(loaded: &LoadedProgram, region: SlotRange, slots: &[u32]) -> Result<()> {
     if region.len == 0 {
         return Ok(());
@@ -356,7 +356,7 @@ fn write_slots(loaded: &LoadedProgram, region: SlotRange, slots: &[u32]) -> Resu
     Ok(())
 }
 
-/// The smallest MTU on the ways to the plan's downstreams; none if all are on this host.
+/// Smallest MTU of the egress paths to the plan's downstreams; the maximum if all are on this host.
 fn min_mtu(plan: &ListenerPlan) -> u32 {
     let mtu = |target: &Target| match target.delivery {
         Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => Some(mtu),
@@ -365,7 +365,7 @@ fn min_mtu(plan: &ListenerPlan) -> u32 {
     plan.targets.iter().filter_map(mtu).min().unwrap_or(u32::MAX)
 }
 
-/// True if nothing differs but what is known of neighbours, which changes often and means nothing to an operator.
+/// True if only neighbours differ, which change often and do not concern operators.
 fn same_routes(old: &[Target], new: &[Target]) -> bool {
     let same = |(old, new): (&Target, &Target)| {
         old.downstream == new.downstream && old.delivery.without_neighbour() == new.delivery.without_neighbour()
@@ -373,19 +373,19 @@ fn same_routes(old: &[Target], new: &[Target]) -> bool {
     old.len() == new.len() && old.iter().zip(new).all(same)
 }
 
-/// True if the program sees the same in both.
+/// True if the program sees no difference.
 fn same_entry(old: &Target, new: &Target) -> bool {
     old.delivery == new.delivery && old.downstream.sample == new.downstream.sample
 }
 
 impl Table {
-    /// The ids, with the addresses of their targets.
+    /// The ids with their targets' addresses.
     fn named(&self) -> impl Iterator<Item = (u32, SocketAddr)> {
         self.ids.iter().copied().zip(self.targets.iter().map(|target| target.downstream.address))
     }
 }
 
-/// Finds addresses among targets, quickest in the targets' own order: of a long list, mostly but little changes.
+/// Finds targets by address. Fastest in the targets' own order, because long lists change little.
 struct TargetIndex<'a> {
     targets: &'a [Target],
     next: usize,
@@ -394,14 +394,14 @@ struct TargetIndex<'a> {
 }
 
 impl<'a> TargetIndex<'a> {
-    /// So many addresses are looked for one by one, sooner than in an index of them all, which has to be made first.
+    /// Number of linear searches before an index is built.
     const FEW: usize = 8;
 
     fn new(targets: &'a [Target]) -> Self {
         Self { targets, next: 0, missed: 0, places: None }
     }
 
-    /// Where the target with this address is.
+    /// Position of the target with this address.
     fn find(&mut self, address: SocketAddr) -> Option<usize> {
         let is_it = |target: &Target| target.downstream.address == address;
         let found = if self.targets.get(self.next).is_some_and(is_it) {

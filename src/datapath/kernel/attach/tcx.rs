@@ -1,7 +1,7 @@
-//! The program in an interface's list of TCX programs (Linux 6.6).
+//! A TCX program on an interface (Linux 6.6).
 //!
-//! Held by a BPF link: the kernel takes the program off when the link's descriptor is closed, so a daemon that dies
-//! leaves nothing behind, and on that interface only, whatever gets its index later.
+//! It is held by a BPF link: the kernel detaches the program when the link's last descriptor is closed, so a daemon
+//! that dies leaves nothing behind. The link is bound to its interface and ignores a new one with the same index.
 
 use std::io;
 use std::mem::size_of;
@@ -11,7 +11,7 @@ use libbpf_rs::libbpf_sys;
 
 use crate::config::TcxOrder;
 
-/// The program's place in the list of one interface. Dropping it takes the program off.
+/// The program's place in an interface's TCX list. Dropping it detaches the program, unless the link is pinned.
 #[derive(Debug)]
 pub(super) struct TcxLink {
     link: OwnedFd,
@@ -19,12 +19,12 @@ pub(super) struct TcxLink {
 }
 
 impl TcxLink {
-    /// Puts the program in the list of the interface with this index. It cannot be there twice.
+    /// Attaches the program to the interface with this index. A list takes a program only once.
     pub(super) fn new(program: BorrowedFd<'_>, interface: u32, order: TcxOrder) -> io::Result<TcxLink> {
         let index = i32::try_from(interface).map_err(io::Error::other)?;
         let opts = libbpf_sys::bpf_link_create_opts {
             sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
-            // Relative to no other program means to all of them.
+            // Without another program as reference: before or after all of them.
             flags: match order {
                 TcxOrder::First => libbpf_sys::BPF_F_BEFORE,
                 TcxOrder::Last => libbpf_sys::BPF_F_AFTER,
@@ -42,7 +42,7 @@ impl TcxLink {
         Ok(TcxLink { link: unsafe { OwnedFd::from_raw_fd(fd) }, interface })
     }
 
-    /// True while the program is in the list: nobody has taken it off, and the interface still exists.
+    /// True while the program is in the list: nothing has detached it, and the interface exists.
     pub(super) fn in_place(&self) -> bool {
         let mut info = libbpf_sys::bpf_link_info::default();
         let mut length = size_of::<libbpf_sys::bpf_link_info>() as u32;
@@ -53,17 +53,17 @@ impl TcxLink {
         result == 0 && unsafe { info.__bindgen_anon_1.tcx.ifindex } == self.interface
     }
 
-    /// To pin it, so that it outlives this value.
+    /// The link, for pinning.
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
     }
 
-    /// Takes the program off, though the link be pinned.
+    /// Detaches the program, even if the link is pinned.
     pub(super) fn detach(self) -> io::Result<()> {
         // SAFETY: takes a number, touches no memory of ours.
         match unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) } {
             0 => Ok(()),
-            // The interface has gone, or somebody has taken the program off.
+            // The interface is gone, or something else has detached the program.
             errno if errno == -libc::ENOLINK => Ok(()),
             errno => Err(io::Error::from_raw_os_error(-errno)),
         }
