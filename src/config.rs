@@ -249,7 +249,7 @@ pub enum DownstreamSource {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NamedSource {
     /// In the order of the round.
-    pub entries: Vec<names::Entry>,
+    pub entries: Vec<names::DownstreamEntry>,
     /// How long the addresses of a name are believed.
     pub interval: Duration,
 }
@@ -432,10 +432,10 @@ fn describe_read_error(error: &io::Error) -> String {
 impl ListenerConfig {
     /// What is to be found out about the names of its downstreams, if they have any.
     #[must_use]
-    pub fn names_request(&self) -> Option<names::Request> {
+    pub fn names_request(&self) -> Option<names::ResolveRequest> {
         match &self.source {
             DownstreamSource::Static(_) | DownstreamSource::Kubernetes(_) => None,
-            DownstreamSource::Names(NamedSource { entries, interval }) => Some(names::Request {
+            DownstreamSource::Names(NamedSource { entries, interval }) => Some(names::ResolveRequest {
                 listener: self.id,
                 name: self.name.as_str().into(),
                 family: Family::of(self.bind.ip()),

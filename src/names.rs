@@ -1,18 +1,18 @@
 //! Downstreams known by DNS names: from the names of a listener's downstreams to a set of addresses, again and again.
 //!
 //! ```text
-//! requests ─► state::Names (pure) ─► hosts that are due ─► lookup (threads, getaddrinfo) ─► event loop
+//! requests ─► cache::NameCache (pure) ─► hosts that are due ─► lookup (threads, getaddrinfo) ─► event loop
 //!                    └─► Update ─► controller           └──────── answers ◄──────────┘
 //! ```
 //!
-//! The event loop owns both parts. [`state`] decides what is asked when and what follows from answers; [`lookup`] asks,
+//! The event loop owns both parts. [`cache`] decides what is asked when and what follows from answers; [`lookup`] asks,
 //! away from the main thread, since a name server that is silent keeps whoever asks it waiting for long.
 //!
 //! Only addresses change a set: a name that cannot be resolved any more, for whatever reason, keeps the addresses that it
 //! had last, because the resolver cannot tell an outage from a name that has gone, and datagrams must go somewhere.
 
+pub mod cache;
 pub mod lookup;
-pub mod state;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ use crate::net::Family;
 /// Where a downstream of a configuration is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Address {
+pub enum DownstreamAddress {
     /// Here.
     Ip(SocketAddr),
     /// At each of the addresses that this name has.
@@ -40,22 +40,22 @@ pub enum Address {
 }
 
 /// As it is written in a configuration.
-impl fmt::Display for Address {
+impl fmt::Display for DownstreamAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Address::Ip(address) => address.fmt(f),
-            Address::Name { host, port } => write!(f, "{host}:{port}"),
+            DownstreamAddress::Ip(address) => address.fmt(f),
+            DownstreamAddress::Name { host, port } => write!(f, "{host}:{port}"),
         }
     }
 }
 
 /// A downstream of a configuration, which stands for as many downstreams as its name has addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Entry {
+pub struct DownstreamEntry {
     /// Its name in logs.
     pub name: Arc<str>,
     /// Where it is.
-    pub address: Address,
+    pub address: DownstreamAddress,
     /// See [`Downstream::weight`](crate::model::Downstream::weight); of each.
     pub weight: u32,
     /// See [`Downstream::sample`](crate::model::Downstream::sample); of each.
@@ -64,7 +64,7 @@ pub struct Entry {
 
 /// What is to be found out for a listener.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Request {
+pub struct ResolveRequest {
     /// Whose downstreams they are.
     pub listener: ListenerId,
     /// Its name, for the log.
@@ -72,7 +72,7 @@ pub struct Request {
     /// Its own IP version; addresses of the other one are left out.
     pub family: Family,
     /// In the order of the round.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<DownstreamEntry>,
     /// How long an answer is believed.
     pub interval: Duration,
 }

@@ -3,14 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::problem::quoted;
-use crate::names::Address;
+use crate::names::DownstreamAddress;
 
 /// Reads an address and port, or a name and port. A name is one that DNS could have; one that looks like a misspelt IP
 /// address is taken for that.
 ///
 /// # Errors
 /// The value, what is wrong with it, and the fix.
-pub(super) fn parse_or_name(text: &str, example: &str) -> Result<Address, String> {
+pub(super) fn parse_or_name(text: &str, example: &str) -> Result<DownstreamAddress, String> {
     let name = text.rsplit_once(':').filter(|(host, port)| is_host_name(host) && as_port(port).is_some());
     match name {
         Some((_, port)) if as_port(port) == Some(0) => {
@@ -18,9 +18,12 @@ pub(super) fn parse_or_name(text: &str, example: &str) -> Result<Address, String
         }
         Some((host, port)) => {
             // Names are the same in either case.
-            Ok(Address::Name { host: host.to_ascii_lowercase().into(), port: as_port(port).unwrap_or_default() })
+            Ok(DownstreamAddress::Name {
+                host: host.to_ascii_lowercase().into(),
+                port: as_port(port).unwrap_or_default(),
+            })
         }
-        None => parse(text, example).map(Address::Ip),
+        None => parse(text, example).map(DownstreamAddress::Ip),
     }
 }
 
@@ -113,7 +116,7 @@ mod tests {
     #[test]
     fn names_are_those_that_dns_could_have() {
         let name = |text: &str| match parse_or_name(text, "10.0.1.10:5514") {
-            Ok(Address::Name { host, port }) => format!("{host} {port}"),
+            Ok(DownstreamAddress::Name { host, port }) => format!("{host} {port}"),
             other => format!("{other:?}"),
         };
         assert_eq!(name("collector.example.org:514"), "collector.example.org 514");

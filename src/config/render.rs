@@ -86,7 +86,7 @@ fn listener(listener: &ListenerConfig, config: &Config) -> FileListener {
             (Some(downstreams.iter().map(downstream).collect()), None)
         }
         DownstreamSource::Names(source) => {
-            let downstream = |entry: &names::Entry| FileDownstream {
+            let downstream = |entry: &names::DownstreamEntry| FileDownstream {
                 name: Some(entry.name.to_string()),
                 address: entry.address.to_string(),
                 weight: entry.weight,

@@ -9,23 +9,23 @@ use std::time::Duration;
 use super::Findings;
 use crate::config::{Config, ListenerConfig};
 use crate::model::{Downstream, ListenerId};
-use crate::names::state::Names;
-use crate::names::{Address, Entry, Request, lookup};
+use crate::names::cache::NameCache;
+use crate::names::{DownstreamAddress, DownstreamEntry, ResolveRequest, lookup};
 use crate::net::Family;
 
 type Answers = BTreeMap<Arc<str>, Result<Vec<IpAddr>, String>>;
 
 /// Looks up every name once, as the daemon does when it starts. Returns the downstreams of listeners that have names.
 pub(super) fn look(config: &Config, findings: &mut Findings) -> BTreeMap<ListenerId, Vec<Downstream>> {
-    let requests: Vec<Request> = config.listeners.iter().filter_map(ListenerConfig::names_request).collect();
-    let mut names = Names::default();
-    names.replace(requests.clone(), Duration::ZERO);
+    let requests: Vec<ResolveRequest> = config.listeners.iter().filter_map(ListenerConfig::names_request).collect();
+    let mut names = NameCache::default();
+    names.replace_requests(requests.clone(), Duration::ZERO);
     let answers = ask(&names.due(Duration::ZERO));
     for request in &requests {
         judge(request, &answers, findings);
     }
     for (name, answer) in answers {
-        names.answered(&name, answer, Duration::ZERO);
+        names.handle_lookup_result(&name, answer, Duration::ZERO);
     }
     names.take_updates().into_iter().collect()
 }
@@ -33,7 +33,8 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> BTreeMap<Listene
 /// Asks for all of them at once: a resolver that is silent is waited for only once.
 fn ask(hosts: &[Arc<str>]) -> Answers {
     thread::scope(|scope| {
-        let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(|| lookup::system(host)))).collect();
+        let asked: Vec<_> =
+            hosts.iter().map(|host| (host, scope.spawn(|| lookup::resolve_with_system(host)))).collect();
         let answer = |(host, thread): (&Arc<str>, thread::ScopedJoinHandle<'_, _>)| {
             (Arc::clone(host), thread.join().unwrap_or_else(|_| Err("the lookup failed".to_owned())))
         };
@@ -41,9 +42,9 @@ fn ask(hosts: &[Arc<str>]) -> Answers {
     })
 }
 
-fn judge(request: &Request, answers: &Answers, findings: &mut Findings) {
-    for Entry { name, address, .. } in &request.entries {
-        let Address::Name { host, .. } = address else { continue };
+fn judge(request: &ResolveRequest, answers: &Answers, findings: &mut Findings) {
+    for DownstreamEntry { name, address, .. } in &request.entries {
+        let DownstreamAddress::Name { host, .. } = address else { continue };
         let who = format!("listener {}: {name} ({address})", request.name);
         match answers.get(host) {
             Some(Ok(found)) => {
@@ -73,13 +74,13 @@ mod tests {
 
     #[test]
     fn each_name_is_judged_by_the_listeners_own_family() {
-        let entry = |host: &str| Entry {
+        let entry = |host: &str| DownstreamEntry {
             name: "d".into(),
-            address: Address::Name { host: host.into(), port: 514 },
+            address: DownstreamAddress::Name { host: host.into(), port: 514 },
             weight: 1,
             sample: Downstream::ALL,
         };
-        let request = Request {
+        let request = ResolveRequest {
             listener: ListenerId(0),
             name: "syslog".into(),
             family: Family::V4,

@@ -15,8 +15,8 @@ use crate::config::{Config, ListenerConfig};
 use crate::controller::{Event, Origin};
 use crate::discovery::{self, Discovery, DiscoveryUpdate};
 use crate::model::{Downstream, DownstreamSet, ListenerId};
-use crate::names::lookup::{self, Answer, Lookups};
-use crate::names::state::Names;
+use crate::names::cache::NameCache;
+use crate::names::lookup::{self, LookupPool, LookupResult};
 
 /// Discovery and name look-ups.
 #[derive(Debug)]
@@ -27,8 +27,8 @@ pub(super) struct DownstreamSources {
     pub(super) discovery_failed: bool,
     /// The kubeconfig file that the command line names.
     kubeconfig: Option<PathBuf>,
-    names: Names,
-    lookups: Lookups,
+    names: NameCache,
+    lookups: LookupPool,
     /// The last set's generation, counted over all sources: a listener may change its source, and a source may restart.
     generation: u64,
 }
@@ -43,8 +43,8 @@ impl DownstreamSources {
             discovery: None,
             discovery_failed: false,
             kubeconfig,
-            names: Names::default(),
-            lookups: Lookups::new(Arc::clone(waker), lookup::system),
+            names: NameCache::default(),
+            lookups: LookupPool::new(Arc::clone(waker), lookup::resolve_with_system),
             generation: 0,
         };
         sources.discovery = sources.start_discovery(config, waker)?;
@@ -95,7 +95,7 @@ impl DownstreamSources {
 
     /// Looks up this configuration's names from now on.
     pub(super) fn update_names(&mut self, config: &Config, now: Duration) {
-        self.names.replace(config.listeners.iter().filter_map(ListenerConfig::names_request).collect(), now);
+        self.names.replace_requests(config.listeners.iter().filter_map(ListenerConfig::names_request).collect(), now);
     }
 
     /// When the next name is to be looked up.
@@ -127,11 +127,11 @@ impl DownstreamSources {
 
     /// The sets found since the last call; of each listener only the latest, which replaces those before.
     fn take_updates(&mut self, now: Duration) -> VecDeque<Event> {
-        while let Some(Answer { host, addresses }) = self.lookups.answer() {
-            self.names.answered(&host, addresses, now);
+        while let Some(LookupResult { host, addresses }) = self.lookups.next_result() {
+            self.names.handle_lookup_result(&host, addresses, now);
         }
         for host in self.names.due(now) {
-            self.lookups.ask(host);
+            self.lookups.submit(host);
         }
         let updates = self.discovery.iter().flat_map(|(_, updates)| updates.try_iter());
         let found: BTreeMap<ListenerId, Vec<Downstream>> =

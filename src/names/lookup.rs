@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mio::Waker;
 
 /// Most names that are asked for at one time, so that a few whose servers are silent do not hold up the others.
-const THREADS: usize = 8;
+const MAX_THREADS: usize = 8;
 
 /// What has come of asking for a name.
 #[derive(Debug)]
-pub struct Answer {
+pub struct LookupResult {
     /// The name.
     pub host: Arc<str>,
     /// Its addresses, or why there are none.
@@ -23,48 +23,48 @@ pub struct Answer {
 }
 
 /// How a name is resolved; may take long.
-pub type Resolve = fn(&str) -> Result<Vec<IpAddr>, String>;
+pub type ResolveFn = fn(&str) -> Result<Vec<IpAddr>, String>;
 
 /// The threads that ask.
-pub struct Lookups {
-    resolve: Resolve,
+pub struct LookupPool {
+    resolve: ResolveFn,
     waker: Arc<Waker>,
     jobs: Sender<Arc<str>>,
     /// Shared by the threads, of which one at a time waits for a job.
     inbox: Arc<Mutex<Receiver<Arc<str>>>>,
-    outbox: Sender<Answer>,
-    answers: Receiver<Answer>,
+    outbox: Sender<LookupResult>,
+    answers: Receiver<LookupResult>,
     threads: usize,
     /// Asked for and not answered.
     outstanding: usize,
 }
 
-impl fmt::Debug for Lookups {
+impl fmt::Debug for LookupPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lookups").field("threads", &self.threads).field("outstanding", &self.outstanding).finish()
+        f.debug_struct("LookupPool").field("threads", &self.threads).field("outstanding", &self.outstanding).finish()
     }
 }
 
-impl Lookups {
+impl LookupPool {
     /// Without threads, until they are needed. `waker` is woken after each answer.
     #[must_use]
-    pub fn new(waker: Arc<Waker>, resolve: Resolve) -> Lookups {
+    pub fn new(waker: Arc<Waker>, resolve: ResolveFn) -> LookupPool {
         let (jobs, inbox) = mpsc::channel();
         let (outbox, answers) = mpsc::channel();
         let inbox = Arc::new(Mutex::new(inbox));
-        Lookups { resolve, waker, jobs, inbox, outbox, answers, threads: 0, outstanding: 0 }
+        LookupPool { resolve, waker, jobs, inbox, outbox, answers, threads: 0, outstanding: 0 }
     }
 
     /// Asks for a name. Its answer comes later.
-    pub fn ask(&mut self, host: Arc<str>) {
+    pub fn submit(&mut self, host: Arc<str>) {
         self.outstanding += 1;
-        if self.outstanding > self.threads && self.threads < THREADS {
+        if self.outstanding > self.threads && self.threads < MAX_THREADS {
             match self.start_thread() {
                 Ok(()) => self.threads += 1,
                 Err(error) if self.threads == 0 => {
                     let addresses = Err(format!("cannot start a thread to ask for it: {error}"));
                     // The receiver is ours.
-                    let _ = self.outbox.send(Answer { host, addresses });
+                    let _ = self.outbox.send(LookupResult { host, addresses });
                     return;
                 }
                 // Those there are do it.
@@ -76,7 +76,7 @@ impl Lookups {
     }
 
     /// The next answer, if there is one.
-    pub fn answer(&mut self) -> Option<Answer> {
+    pub fn next_result(&mut self) -> Option<LookupResult> {
         let answer = self.answers.try_recv().ok()?;
         self.outstanding -= 1;
         Some(answer)
@@ -91,7 +91,7 @@ impl Lookups {
                 let job = inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 let Ok(host) = job else { return };
                 let addresses = resolve(&host);
-                if outbox.send(Answer { host, addresses }).is_err() {
+                if outbox.send(LookupResult { host, addresses }).is_err() {
                     return;
                 }
                 if let Err(error) = waker.wake() {
@@ -107,7 +107,7 @@ impl Lookups {
 ///
 /// # Errors
 /// Its words, in which an outage and a name that does not exist may look alike.
-pub fn system(host: &str) -> Result<Vec<IpAddr>, String> {
+pub fn resolve_with_system(host: &str) -> Result<Vec<IpAddr>, String> {
     // The port matters to nobody.
     let found = (host, 0).to_socket_addrs().map_err(|error| {
         let text = error.to_string();
@@ -126,13 +126,13 @@ mod tests {
 
     use super::*;
 
-    fn answers(poll: &mut Poll, lookups: &mut Lookups, count: usize) -> Vec<Answer> {
+    fn answers(poll: &mut Poll, lookups: &mut LookupPool, count: usize) -> Vec<LookupResult> {
         let mut events = Events::with_capacity(8);
         let mut answers = Vec::new();
         while answers.len() < count {
             poll.poll(&mut events, Some(Duration::from_secs(20))).unwrap();
             assert!(!events.is_empty(), "{answers:?}");
-            answers.extend(std::iter::from_fn(|| lookups.answer()));
+            answers.extend(std::iter::from_fn(|| lookups.next_result()));
         }
         answers
     }
@@ -141,11 +141,11 @@ mod tests {
     fn the_system_knows_this_host() {
         let mut poll = Poll::new().unwrap();
         let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
-        let mut lookups = Lookups::new(waker, system);
-        lookups.ask("localhost".into());
+        let mut lookups = LookupPool::new(waker, resolve_with_system);
+        lookups.submit("localhost".into());
         // Longer than any name may be, so that no server is asked.
         let impossible = "x.".repeat(200);
-        lookups.ask(impossible.as_str().into());
+        lookups.submit(impossible.as_str().into());
         let answers = answers(&mut poll, &mut lookups, 2);
         let of = |host: &str| &answers.iter().find(|answer| &*answer.host == host).unwrap().addresses;
         assert!(of("localhost").as_ref().unwrap().iter().all(IpAddr::is_loopback));
@@ -156,7 +156,7 @@ mod tests {
     /// All threads but one are held up by names whose servers are silent.
     #[test]
     fn silent_servers_hold_up_nobody_else() {
-        static SILENCE: Barrier = Barrier::new(THREADS);
+        static SILENCE: Barrier = Barrier::new(MAX_THREADS);
         fn resolve(host: &str) -> Result<Vec<IpAddr>, String> {
             if host.starts_with("silent") {
                 SILENCE.wait();
@@ -165,15 +165,15 @@ mod tests {
         }
         let mut poll = Poll::new().unwrap();
         let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
-        let mut lookups = Lookups::new(waker, resolve);
-        (1..THREADS).for_each(|n| lookups.ask(format!("silent{n}").into()));
-        (0..20).for_each(|n| lookups.ask(format!("quick{n}").into()));
+        let mut lookups = LookupPool::new(waker, resolve);
+        (1..MAX_THREADS).for_each(|n| lookups.submit(format!("silent{n}").into()));
+        (0..20).for_each(|n| lookups.submit(format!("quick{n}").into()));
         let quick = answers(&mut poll, &mut lookups, 20);
         assert!(quick.iter().all(|answer| answer.host.starts_with("quick")));
-        assert_eq!((lookups.threads, lookups.outstanding), (THREADS, THREADS - 1));
+        assert_eq!((lookups.threads, lookups.outstanding), (MAX_THREADS, MAX_THREADS - 1));
         SILENCE.wait();
         let rest: BTreeSet<Arc<str>> =
-            answers(&mut poll, &mut lookups, THREADS - 1).into_iter().map(|a| a.host).collect();
-        assert_eq!(rest.len(), THREADS - 1);
+            answers(&mut poll, &mut lookups, MAX_THREADS - 1).into_iter().map(|a| a.host).collect();
+        assert_eq!(rest.len(), MAX_THREADS - 1);
     }
 }

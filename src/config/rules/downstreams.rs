@@ -11,7 +11,7 @@ use crate::config::file::FileDownstream;
 use crate::config::problem::quoted;
 use crate::config::{DownstreamSource, NamedSource, address};
 use crate::model::Downstream;
-use crate::names::{Address, Entry};
+use crate::names::{DownstreamAddress, DownstreamEntry};
 
 const EXAMPLE: &str = "10.0.1.10:5514";
 
@@ -25,12 +25,12 @@ impl RuleChecker<'_> {
         bind: Option<SocketAddr>,
     ) -> Option<DownstreamSource> {
         let entries = self.entries(at, downstreams, bind)?;
-        let fixed = |entry: &Entry| match entry.address {
-            Address::Ip(address) => {
-                let Entry { name, weight, sample, .. } = entry.clone();
+        let fixed = |entry: &DownstreamEntry| match entry.address {
+            DownstreamAddress::Ip(address) => {
+                let DownstreamEntry { name, weight, sample, .. } = entry.clone();
                 Some(Downstream { name, address, weight, sample })
             }
-            Address::Name { .. } => None,
+            DownstreamAddress::Name { .. } => None,
         };
         Some(match entries.iter().map(fixed).collect() {
             Some(downstreams) => DownstreamSource::Static(downstreams),
@@ -47,15 +47,15 @@ impl RuleChecker<'_> {
         at: &KeyPath,
         downstreams: &[FileDownstream],
         bind: Option<SocketAddr>,
-    ) -> Option<Vec<Entry>> {
+    ) -> Option<Vec<DownstreamEntry>> {
         let mut names: HashMap<String, usize> = HashMap::new();
-        let mut addresses: HashMap<Address, usize> = HashMap::new();
+        let mut addresses: HashMap<DownstreamAddress, usize> = HashMap::new();
         let mut good = Vec::with_capacity(downstreams.len());
         for (index, downstream) in downstreams.iter().enumerate() {
             let at = at.then(index);
             let address = address::parse_or_name(&downstream.address, EXAMPLE).and_then(|address| match address {
-                Address::Ip(ip) => values::downstream(ip, bind).map(|()| address),
-                Address::Name { .. } => Ok(address),
+                DownstreamAddress::Ip(ip) => values::downstream(ip, bind).map(|()| address),
+                DownstreamAddress::Name { .. } => Ok(address),
             });
             let Some(address) = self.check(&at.then("address"), address) else { continue };
             if let Some(first) = addresses.insert(address.clone(), index) {
@@ -75,7 +75,7 @@ impl RuleChecker<'_> {
                 continue;
             }
             let sample = fraction_to_sample(downstream.sample);
-            good.push(Entry { name: name.into(), address, weight: downstream.weight, sample });
+            good.push(DownstreamEntry { name: name.into(), address, weight: downstream.weight, sample });
         }
         (good.len() == downstreams.len()).then_some(good)
     }

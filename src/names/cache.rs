@@ -6,32 +6,32 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Address, Entry, Request};
+use super::{DownstreamAddress, DownstreamEntry, ResolveRequest};
 use crate::model::{Downstream, ListenerId};
 use crate::net::{Family, is_unicast};
 
 /// After the first failure a name is asked for again after this long, and after twice as long with each further one, up to
 /// the interval.
-const RETRY: Duration = Duration::from_secs(1);
+const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// All names, what they stand for, and who wants to know.
 #[derive(Debug, Default)]
-pub struct Names {
-    listeners: BTreeMap<ListenerId, Listener>,
-    hosts: BTreeMap<Arc<str>, Host>,
+pub struct NameCache {
+    listeners: BTreeMap<ListenerId, NamedListener>,
+    hosts: BTreeMap<Arc<str>, CachedName>,
     /// There may be updates to take.
     changed: bool,
 }
 
 #[derive(Debug)]
-struct Listener {
-    request: Request,
+struct NamedListener {
+    request: ResolveRequest,
     published: Option<Vec<Downstream>>,
 }
 
 /// A name.
 #[derive(Debug, Default)]
-struct Host {
+struct CachedName {
     /// The shortest of those who want to know.
     interval: Duration,
     /// The last good ones, in order.
@@ -42,36 +42,36 @@ struct Host {
     /// In a row.
     failures: u32,
     /// Families that have been missed in an answer, of which the operator knows.
-    missed: BTreeSet<Family>,
+    missing_families: BTreeSet<Family>,
 }
 
-impl Host {
-    fn of(&self, family: Family) -> &[IpAddr] {
+impl CachedName {
+    fn addresses(&self, family: Family) -> &[IpAddr] {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
         }
     }
 
-    fn patience(&self) -> Duration {
+    fn retry_delay(&self) -> Duration {
         let doublings = self.failures.saturating_sub(1).min(16);
-        (RETRY * (1 << doublings)).min(self.interval)
+        (FIRST_RETRY * (1 << doublings)).min(self.interval)
     }
 }
 
-impl Names {
+impl NameCache {
     /// Replaces all requests. Names that are still wanted stay known, and a listener whose request is unchanged gets no
     /// set from this.
-    pub fn replace(&mut self, requests: Vec<Request>, now: Duration) {
+    pub fn replace_requests(&mut self, requests: Vec<ResolveRequest>, now: Duration) {
         self.changed = true;
         let mut before = std::mem::take(&mut self.listeners);
         for request in requests {
             let known = before.remove(&request.listener).filter(|known| known.request == request);
-            let listener = known.unwrap_or(Listener { request, published: None });
+            let listener = known.unwrap_or(NamedListener { request, published: None });
             self.listeners.insert(listener.request.listener, listener);
         }
         let mut wanted: BTreeMap<Arc<str>, Duration> = BTreeMap::new();
-        for Listener { request, .. } in self.listeners.values() {
+        for NamedListener { request, .. } in self.listeners.values() {
             for host in hosts(&request.entries) {
                 let shortest = wanted.entry(Arc::clone(host)).or_insert(request.interval);
                 *shortest = request.interval.min(*shortest);
@@ -79,7 +79,7 @@ impl Names {
         }
         self.hosts.retain(|host, _| wanted.contains_key(host));
         for (host, interval) in wanted {
-            let host = self.hosts.entry(host).or_insert_with(|| Host { due: Some(now), ..Host::default() });
+            let host = self.hosts.entry(host).or_insert_with(|| CachedName { due: Some(now), ..CachedName::default() });
             host.interval = interval;
             host.due = host.due.map(|due| due.min(now + interval));
         }
@@ -95,7 +95,7 @@ impl Names {
         self.hosts.values().filter_map(|host| host.due).min()
     }
 
-    /// The names to be asked for now. Each must be [`answered`](Self::answered) before it can be due again.
+    /// The names to be asked for now. A name is due again only after [`handle_lookup_result`](Self::handle_lookup_result).
     pub fn due(&mut self, now: Duration) -> Vec<Arc<str>> {
         let due = self.hosts.iter_mut().filter(|(_, host)| host.due.is_some_and(|due| due <= now));
         due.map(|(name, host)| {
@@ -106,7 +106,7 @@ impl Names {
     }
 
     /// Takes an answer in: the addresses, or why there are none.
-    pub fn answered(&mut self, name: &str, answer: Result<Vec<IpAddr>, String>, now: Duration) {
+    pub fn handle_lookup_result(&mut self, name: &str, answer: Result<Vec<IpAddr>, String>, now: Duration) {
         let users = self.users(name);
         let Some(host) = self.hosts.get_mut(name) else { return };
         self.changed = true;
@@ -125,13 +125,13 @@ impl Names {
                         *known = new;
                     }
                 }
-                host.tell_missed(name, &users);
+                host.report_missing_family(name, &users);
             }
             Err(reason) => {
                 host.failures += 1;
-                host.due = Some(now + host.patience());
+                host.due = Some(now + host.retry_delay());
                 if host.failures == 1 {
-                    host.tell_failed(name, &users, &reason);
+                    host.report_failure(name, &users, &reason);
                 } else {
                     tracing::debug!(name, reason, "name still cannot be resolved");
                 }
@@ -141,7 +141,7 @@ impl Names {
 
     /// Who wants to know about a name: each listener's name, and the family it can use.
     fn users(&self, name: &str) -> Vec<(Arc<str>, Family)> {
-        let uses = |request: &Request| hosts(&request.entries).any(|host| **host == *name);
+        let uses = |request: &ResolveRequest| hosts(&request.entries).any(|host| **host == *name);
         let users = self.listeners.values().map(|listener| &listener.request).filter(|request| uses(request));
         users.map(|request| (Arc::clone(&request.name), request.family)).collect()
     }
@@ -169,11 +169,11 @@ impl Names {
     }
 }
 
-impl Host {
-    fn tell_failed(&self, name: &str, users: &[(Arc<str>, Family)], reason: &str) {
+impl CachedName {
+    fn report_failure(&self, name: &str, users: &[(Arc<str>, Family)], reason: &str) {
         for (listener, family) in users {
             let listener: &str = listener;
-            if self.of(*family).is_empty() {
+            if self.addresses(*family).is_empty() {
                 tracing::warn!(
                     listener,
                     name,
@@ -192,12 +192,12 @@ impl Host {
     }
 
     /// Says it once when a name has no address that a listener could use.
-    fn tell_missed(&mut self, name: &str, users: &[(Arc<str>, Family)]) {
+    fn report_missing_family(&mut self, name: &str, users: &[(Arc<str>, Family)]) {
         for (listener, family) in users {
             let listener: &str = listener;
-            if !self.of(*family).is_empty() {
-                self.missed.remove(family);
-            } else if self.missed.insert(*family) {
+            if !self.addresses(*family).is_empty() {
+                self.missing_families.remove(family);
+            } else if self.missing_families.insert(*family) {
                 tracing::warn!(
                     listener,
                     name,
@@ -208,27 +208,27 @@ impl Host {
     }
 }
 
-fn hosts(entries: &[Entry]) -> impl Iterator<Item = &Arc<str>> {
+fn hosts(entries: &[DownstreamEntry]) -> impl Iterator<Item = &Arc<str>> {
     entries.iter().filter_map(|entry| match &entry.address {
-        Address::Ip(_) => None,
-        Address::Name { host, .. } => Some(host),
+        DownstreamAddress::Ip(_) => None,
+        DownstreamAddress::Name { host, .. } => Some(host),
     })
 }
 
 /// All that is known of a listener's downstreams, in the order of its entries and each address once.
-fn downstreams(request: &Request, hosts: &BTreeMap<Arc<str>, Host>) -> Vec<Downstream> {
+fn downstreams(request: &ResolveRequest, hosts: &BTreeMap<Arc<str>, CachedName>) -> Vec<Downstream> {
     let mut seen = HashSet::new();
     let mut set = Vec::new();
     for entry in &request.entries {
         let addresses: Vec<SocketAddr> = match &entry.address {
-            Address::Ip(address) => vec![*address],
-            Address::Name { host, port } => {
-                let known = hosts.get(host).map_or(&[][..], |host| host.of(request.family));
+            DownstreamAddress::Ip(address) => vec![*address],
+            DownstreamAddress::Name { host, port } => {
+                let known = hosts.get(host).map_or(&[][..], |host| host.addresses(request.family));
                 known.iter().map(|&ip| SocketAddr::new(ip, *port)).collect()
             }
         };
         for address in addresses.into_iter().filter(|address| seen.insert(*address)) {
-            let Entry { name, weight, sample, .. } = entry;
+            let DownstreamEntry { name, weight, sample, .. } = entry;
             set.push(Downstream { name: Arc::clone(name), address, weight: *weight, sample: *sample });
         }
     }
