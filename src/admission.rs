@@ -1,8 +1,8 @@
-//! Who may send to a listener, and how fast: rules that both datapaths follow. Pure.
+//! Which senders may send to a listener, and how fast: rules that both datapaths follow. Pure.
 //!
-//! [`Sources`] is what the configuration says about addresses. The kernel datapath writes its [`rules`](Sources::rules)
-//! into a trie; the userspace datapath searches the [`Ranges`] that come of them. [`Meter`] is a token bucket for each
-//! sender in the form both can compute with: `bpf/admission.h` is the other half.
+//! [`SourceRules`] holds the configured prefixes. The kernel datapath writes its [`rules`](SourceRules::rules) into a
+//! trie; the userspace datapath searches [`SourceRanges`]. [`Meter`] is a token bucket per sender in a form that both
+//! can compute: `bpf/admission.h` is the kernel's half.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,73 +10,73 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Serialize, Serializer};
 
-/// Addresses that begin with the same bits.
+/// An address prefix, such as `10.0.0.0/8`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Prefix {
     address: IpAddr,
     length: u8,
 }
 
-/// Why a text or number is no [`Prefix`].
+/// Why a text or number is not a valid [`Prefix`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoPrefix {
+pub enum PrefixError {
     /// Not an address with or without `/` and a number.
     Syntax,
-    /// The number is larger than the address has bits.
+    /// The length exceeds the address's bits.
     TooLong,
-    /// The address has bits behind the prefix; this is the prefix without them.
+    /// The address has bits set after the prefix. Holds the prefix without them.
     HostBits(Prefix),
 }
 
 impl Prefix {
-    /// The prefix of this many bits.
+    /// The prefix of this length in bits.
     ///
     /// # Errors
-    /// When there are not so many bits, or some behind them are set.
-    pub fn new(address: IpAddr, length: u8) -> Result<Prefix, NoPrefix> {
+    /// When the address has fewer bits, or bits set after the prefix.
+    pub fn new(address: IpAddr, length: u8) -> Result<Prefix, PrefixError> {
         if length > bits(address) {
-            return Err(NoPrefix::TooLong);
+            return Err(PrefixError::TooLong);
         }
         let network = mask(address, length);
         let prefix = Prefix { address: network, length };
-        if network == address { Ok(prefix) } else { Err(NoPrefix::HostBits(prefix)) }
+        if network == address { Ok(prefix) } else { Err(PrefixError::HostBits(prefix)) }
     }
 
-    /// Reads `10.0.0.0/8`; an address alone is a prefix of one address.
+    /// Parses `10.0.0.0/8`; an address alone is a prefix of one address.
     ///
     /// # Errors
-    /// What is wrong with it.
-    pub fn parse(text: &str) -> Result<Prefix, NoPrefix> {
+    /// What is wrong with the text.
+    pub fn parse(text: &str) -> Result<Prefix, PrefixError> {
         let (address, length) = match text.split_once('/') {
             Some((address, length)) if !length.is_empty() && length.bytes().all(|b| b.is_ascii_digit()) => {
-                (address, Some(length.parse().map_err(|_| NoPrefix::TooLong)?))
+                (address, Some(length.parse().map_err(|_| PrefixError::TooLong)?))
             }
-            Some(_) => return Err(NoPrefix::Syntax),
+            Some(_) => return Err(PrefixError::Syntax),
             None => (text, None),
         };
-        let address: IpAddr = address.parse().map_err(|_| NoPrefix::Syntax)?;
+        let address: IpAddr = address.parse().map_err(|_| PrefixError::Syntax)?;
         Prefix::new(address, length.unwrap_or(bits(address)))
     }
 
-    /// Its first address.
+    /// The network address.
     #[must_use]
     pub fn address(self) -> IpAddr {
         self.address
     }
 
-    /// How many bits of it count.
+    /// The prefix length in bits.
     #[must_use]
     pub fn length(self) -> u8 {
         self.length
     }
 
-    /// True if the address begins with it. An IPv4 address never begins with an IPv6 prefix.
+    /// True if the address is within the prefix. An IPv4 address is never within an IPv6 prefix.
     #[must_use]
     pub fn contains(self, address: IpAddr) -> bool {
         address.is_ipv4() == self.address.is_ipv4() && mask(address, self.length) == self.address
     }
 
-    /// The first and the last of its addresses, as numbers.
+    /// Its first and last address, as numbers.
     fn range(self) -> (u128, u128) {
         let first = number(self.address);
         let free = bits(self.address) - self.length;
@@ -121,59 +121,59 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// What becomes of a sender's datagrams.
+/// What happens to a sender's datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub enum SourceVerdict {
     /// They are dropped.
     Deny,
     /// They are forwarded.
     Allow,
 }
 
-/// Whose datagrams a listener takes. All prefixes are of the listener's IP version.
+/// Which senders a listener accepts. All prefixes are of the listener's address family.
 ///
-/// The longest prefix that a sender's address begins with decides; between two of the same length, `deny`. A sender
-/// for whom there is none is allowed, unless there is an `allow` for others.
+/// The longest matching prefix decides; `deny` wins between two of the same length. A sender without a match is allowed
+/// if `allow` is empty and denied otherwise.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Sources {
-    /// Whose datagrams are taken.
+pub struct SourceRules {
+    /// Senders that are allowed.
     pub allow: Vec<Prefix>,
-    /// Whose are dropped.
+    /// Senders that are denied.
     pub deny: Vec<Prefix>,
 }
 
-impl Sources {
-    /// True if everybody may send.
+impl SourceRules {
+    /// True if there is no rule, so every sender is allowed.
     #[must_use]
-    pub fn is_open(&self) -> bool {
+    pub fn allows_everyone(&self) -> bool {
         self.allow.is_empty() && self.deny.is_empty()
     }
 
-    /// What holds for a sender whom no prefix names.
+    /// The verdict for a sender that no prefix matches.
     #[must_use]
-    pub fn others(&self) -> Verdict {
-        if self.allow.is_empty() { Verdict::Allow } else { Verdict::Deny }
+    pub fn default_verdict(&self) -> SourceVerdict {
+        if self.allow.is_empty() { SourceVerdict::Allow } else { SourceVerdict::Deny }
     }
 
-    /// Every prefix once, with what it says.
+    /// Every prefix once, with its verdict.
     #[must_use]
-    pub fn rules(&self) -> BTreeMap<Prefix, Verdict> {
-        let allowed = self.allow.iter().map(|&prefix| (prefix, Verdict::Allow));
-        let denied = self.deny.iter().map(|&prefix| (prefix, Verdict::Deny));
+    pub fn rules(&self) -> BTreeMap<Prefix, SourceVerdict> {
+        let allowed = self.allow.iter().map(|&prefix| (prefix, SourceVerdict::Allow));
+        let denied = self.deny.iter().map(|&prefix| (prefix, SourceVerdict::Deny));
         allowed.chain(denied).collect()
     }
 
-    /// The rules in the form that is fastest to search.
+    /// The rules as sorted ranges, for a fast search.
     #[must_use]
-    pub fn ranges(&self) -> Ranges {
-        // Wider prefixes first, so that those within them overwrite their part.
+    pub fn ranges(&self) -> SourceRanges {
+        // Shorter prefixes first, so that longer ones overwrite their part.
         let mut rules: Vec<_> = self.rules().into_iter().collect();
         rules.sort_by_key(|(prefix, _)| prefix.length);
-        let mut starts = BTreeMap::from([(0, self.others())]);
+        let mut starts = BTreeMap::from([(0, self.default_verdict())]);
         for (prefix, verdict) in rules {
             let (first, last) = prefix.range();
-            let behind = starts.range(..=last).next_back().map_or(self.others(), |(_, &verdict)| verdict);
+            let behind = starts.range(..=last).next_back().map_or(self.default_verdict(), |(_, &verdict)| verdict);
             let covered: Vec<u128> = starts.range(first..=last).map(|(&start, _)| start).collect();
             for start in covered {
                 starts.remove(&start);
@@ -183,48 +183,49 @@ impl Sources {
                 starts.entry(next).or_insert(behind);
             }
         }
-        let mut merged: Vec<(u128, Verdict)> = Vec::with_capacity(starts.len());
+        let mut merged: Vec<(u128, SourceVerdict)> = Vec::with_capacity(starts.len());
         for (start, verdict) in starts {
             if merged.last().is_none_or(|&(_, before)| before != verdict) {
                 merged.push((start, verdict));
             }
         }
-        Ranges(merged.into())
+        SourceRanges(merged.into())
     }
 }
 
-/// [`Sources`] as stretches of addresses of one IP version.
+/// [`SourceRules`] as ranges of addresses of one family: the first address of each range, and its verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ranges(Box<[(u128, Verdict)]>);
+pub struct SourceRanges(Box<[(u128, SourceVerdict)]>);
 
-impl Ranges {
-    /// What becomes of this sender's datagrams.
+impl SourceRanges {
+    /// The verdict for a sender.
     #[must_use]
-    pub fn verdict(&self, sender: IpAddr) -> Verdict {
+    pub fn verdict(&self, sender: IpAddr) -> SourceVerdict {
         let number = number(sender);
         let after = self.0.partition_point(|&(start, _)| start <= number);
-        // The first stretch starts at 0, so there is always one before.
-        after.checked_sub(1).map_or(Verdict::Deny, |at| self.0[at].1)
+        // The first range starts at 0, so there is always one.
+        after.checked_sub(1).map_or(SourceVerdict::Deny, |at| self.0[at].1)
     }
 }
 
-/// How fast each sender may send to a listener.
+/// A configured rate limit, per sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct RateLimit {
-    /// Datagrams in a second, over time; from 1.
+pub struct SenderRateLimit {
+    /// Datagrams per second over time; at least 1.
     pub packets_per_second: u32,
-    /// Datagrams at once, after a pause; from 1.
+    /// Datagrams at once after a pause; at least 1.
     pub burst: u32,
-    /// How many bits of an IPv4 address make a sender.
+    /// IPv4 addresses with this many bits in common are one sender.
     pub ipv4_prefix: u8,
-    /// How many bits of an IPv6 address do.
+    /// IPv6 addresses with this many bits in common are one sender.
     pub ipv6_prefix: u8,
-    /// How many senders are kept apart at most: of more, the longest silent one begins anew with a full bucket.
+    /// The maximum number of senders that have a bucket. Beyond it, a sender takes the place of the longest silent one
+    /// and starts with a full bucket.
     pub senders: u32,
 }
 
-impl RateLimit {
-    /// The token bucket of each sender to a listener of this address.
+impl SenderRateLimit {
+    /// The token bucket for senders to a listener of this address.
     #[must_use]
     pub fn meter(&self, listener: IpAddr) -> Meter {
         let interval = TICKS_PER_SECOND / u64::from(self.packets_per_second.max(1));
@@ -237,35 +238,35 @@ impl RateLimit {
     }
 }
 
-/// Ticks of the meters' clock in a second: sixteenths of a nanosecond, so that ten million datagrams a second are
-/// still told from a few more. 64 bits of them last for 36 years.
+/// Ticks of the meter's clock per second: one tick is a sixteenth of a nanosecond, precise enough for ten million
+/// datagrams per second. 64 bits of ticks last 36 years.
 pub const TICKS_PER_SECOND: u64 = 16 * 1_000_000_000;
 
-/// The deepest bucket, in ticks: nine years, to which the time can be added.
+/// The maximum depth of a bucket in ticks: nine years, so that adding the time does not overflow.
 const DEEPEST: u64 = (1 << 62) - 1;
 
-/// A token bucket for each sender, as the generic cell rate algorithm of ITU-T I.371 has it: a bucket is the time at which it
-/// will be full again, which every datagram moves on by its cost.
+/// A token bucket per sender, as the generic cell rate algorithm (ITU-T I.371): the bucket's state is the time at which
+/// it will be full again; each datagram advances it by its cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Meter {
-    /// What a datagram costs, in ticks.
+    /// The cost of a datagram, in ticks.
     pub interval: u64,
-    /// What a full bucket holds, in ticks: the costs of a burst.
+    /// The capacity of a bucket in ticks: the cost of a burst.
     pub depth: u64,
-    /// How many bits of an address make a sender.
+    /// Addresses with this many bits in common are one sender.
     pub prefix: u8,
-    /// How many senders are kept apart at most.
+    /// The maximum number of senders that have a bucket.
     pub senders: u32,
 }
 
 impl Meter {
-    /// Who sends, of all those whom this meter keeps apart.
+    /// The sender that a source address belongs to: the address, masked.
     #[must_use]
     pub fn sender(&self, source: IpAddr) -> IpAddr {
         mask(source, self.prefix)
     }
 
-    /// The bits of an address that make a sender, as an address.
+    /// The netmask of a sender, as an address of the listener's family.
     #[must_use]
     pub fn mask(&self, listener: IpAddr) -> IpAddr {
         let all: IpAddr = match listener {
@@ -275,8 +276,8 @@ impl Meter {
         mask(all, self.prefix)
     }
 
-    /// Takes a datagram's cost from a bucket that is full at the tick `due`. The new such tick, or none if the datagram
-    /// must be dropped.
+    /// Takes the cost of one datagram from a bucket that is full at the tick `due`. Returns the new tick, or none if
+    /// the datagram must be dropped.
     #[must_use]
     pub fn take(&self, due: u64, now: u64) -> Option<u64> {
         let after = due.max(now).saturating_add(self.interval);

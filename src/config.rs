@@ -37,7 +37,7 @@ pub use listener_ids::ListenerIdAllocator;
 pub use problem::{Problem, Problems};
 pub use protocol::ListenerProtocol;
 
-use crate::admission::{RateLimit, Sources};
+use crate::admission::{SenderRateLimit, SourceRules};
 use crate::discovery::{self, Locality, ServiceRef, Terminating};
 use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
@@ -199,9 +199,9 @@ pub struct ListenerConfig {
     /// How a downstream is chosen.
     pub policy: Policy,
     /// Who may send.
-    pub sources: Arc<Sources>,
+    pub sources: Arc<SourceRules>,
     /// How fast each sender may send, if there is a limit.
-    pub rate_limit: Option<RateLimit>,
+    pub rate_limit: Option<SenderRateLimit>,
     /// Where its downstreams come from.
     pub source: DownstreamSource,
     /// How they are checked, if they are.

@@ -1,13 +1,22 @@
 //! The core: all state and all policy, no I/O.
 //!
-//! [`Controller::handle`] takes one [`Event`] and answers with the [`Action`]s that follow from it. It opens nothing,
-//! reads no clock and spawns nothing, so that a test can drive it through any history. The event loop turns what
-//! happens into events and carries the actions out.
+//! [`Controller::handle`] takes one [`ControllerEvent`] and returns the [`ControllerAction`]s that follow from it. It
+//! opens nothing, reads no clock and spawns nothing, so a test can drive it through any history. The event loop turns
+//! what happens into events and carries out the actions.
+//!
+//! What happens to a change:
+//!
+//! - a new downstream set, for instance without a terminating endpoint: [`ControllerEvent::Downstreams`] → `accept_set`
+//!   → routes are read → `replan`;
+//! - a health change: [`ControllerEvent::Health`] → `replan`, where `eligible_downstreams` sets the weights and leaves
+//!   out what has weight 0 → [`ControllerAction::Apply`] → `Datapath::apply`, in the kernel
+//!   `src/datapath/kernel/table.rs`;
+//! - a reload: [`ControllerEvent::Config`] → `reload`.
 
-pub mod ages;
-mod itself;
+pub mod first_seen;
 pub mod mode;
 mod reload;
+mod self_loop;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -15,10 +24,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use self::ages::Ages;
+use self::first_seen::FirstSeen;
 pub use self::mode::ModeChoice;
-pub use self::reload::Prepared;
-use self::reload::Previous;
+pub use self::reload::PreparedConfig;
+use self::reload::PreviousConfig;
 use crate::config::{AttachConfig, Config, ListenerConfig};
 use crate::health::ListenerCheck;
 use crate::health::weights::{HealthMap, effective_weights};
@@ -28,103 +37,104 @@ use crate::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use crate::plan::compile::{compile, links};
 use crate::plan::{Delivery, LinkRef, ListenerPlan, Plan};
 
-/// How long after a plan could not be applied it is tried again.
+/// How long after a failed plan it is tried again.
 pub const RETRY: Duration = Duration::from_secs(1);
 
 /// Something that has happened. Times are durations since the daemon started.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// The host has been looked at, including the routes last asked for.
+pub enum ControllerEvent {
+    /// The host's state has been read, including the routes last asked for.
     Host(HostFacts),
     /// A source has a new set of downstreams for a listener.
     Downstreams {
-        /// Whose.
+        /// The listener that it is for.
         listener: ListenerId,
-        /// Who says so.
-        origin: Origin,
-        /// All of them.
+        /// The source.
+        origin: DownstreamOrigin,
+        /// The whole set.
         set: DownstreamSet,
     },
     /// The last plan is in force on every datapath.
     Applied,
     /// The last plan could not be applied, for this reason.
     ApplyFailed(String),
-    /// Something has disturbed what was applied, such as a filter taken off by someone else.
+    /// Something has changed what was applied: for example, another program removed the filter.
     Disturbed(String),
-    /// Health checks have found something that changes which downstreams take part.
+    /// Health checks changed which downstreams are eligible, or their weights.
     Health(HealthMap),
-    /// The time asked for with [`Action::WakeAt`] has come.
+    /// The time asked for with [`ControllerAction::WakeAt`] has come.
     Tick,
-    /// Follow this configuration from now on, if it can be put in force.
-    Config(Prepared),
+    /// Put this configuration in force, if that is possible.
+    Config(PreparedConfig),
 }
 
-/// Who finds out about downstreams while the daemon runs.
+/// A source that finds downstreams while the daemon runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
-    /// Discovery, from EndpointSlices.
+pub enum DownstreamOrigin {
+    /// EndpointSlices, from discovery.
     Kubernetes,
-    /// The resolver, from names.
+    /// DNS names, from the resolver.
     Names,
 }
 
 /// Something to do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// Look at the host again, with the routes to these addresses, and report [`Event::Host`].
-    LookAtHost(BTreeSet<IpAddr>),
-    /// Put this plan in force and report [`Event::Applied`] or [`Event::ApplyFailed`].
+pub enum ControllerAction {
+    /// Read the host's state, with the routes to these addresses, and report [`ControllerEvent::Host`].
+    ReadHostFacts(BTreeSet<IpAddr>),
+    /// Put this plan in force and report [`ControllerEvent::Applied`] or [`ControllerEvent::ApplyFailed`].
     Apply(Plan),
-    /// Report [`Event::Tick`] at this time or later.
+    /// Report [`ControllerEvent::Tick`] at this time or later.
     WakeAt(Duration),
-    /// Tell the operator.
+    /// Log a warning.
     Warn(String),
-    /// The last [`Event::Config`] is in force; or it cannot be put in force for this reason, and what was before is being
-    /// restored.
-    Settled(Result<(), String>),
+    /// The last [`ControllerEvent::Config`] is in force. Or it cannot be put in force for this reason, and the previous
+    /// configuration is being restored.
+    ReloadFinished(Result<(), String>),
 }
 
-/// What a listener waits for before it takes part.
+/// What a listener waits for before it can serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotReady {
-    /// No set of downstreams has come yet.
+    /// No set of downstreams has arrived yet.
     NoDownstreamSet,
     /// Its datapath is not in place, for this reason.
     NotAttached(String),
 }
 
-/// All state of the daemon that is not a file descriptor.
+/// All state of the daemon except file descriptors.
 #[derive(Debug)]
 pub struct Controller {
-    listeners: Vec<Listener>,
+    listeners: Vec<ListenerState>,
     attach: AttachConfig,
     health_map: HealthMap,
     facts: HostFacts,
-    /// The plan last handed out, and whether it is in force.
+    /// The last plan, and whether it is in force.
     plan: Plan,
     applied: Result<(), String>,
-    /// What the operator has been warned about and still holds, so that it is said once.
+    /// The warnings that still hold. Each was logged once.
     warned: BTreeSet<String>,
-    /// What to go back to, until the configuration is in force.
-    previous: Option<Previous>,
-    ages: Ages,
+    /// The configuration to roll back to, until the new one is in force.
+    previous: Option<PreviousConfig>,
+    first_seen: FirstSeen,
 }
 
 #[derive(Debug, Clone)]
-struct Listener {
+struct ListenerState {
     config: ListenerConfig,
     choice: ModeChoice,
     set: Option<DownstreamSet>,
 }
 
 impl Controller {
-    /// Decides each listener's mode from what the host allows. Nothing is applied yet: report [`Event::Host`] next.
+    /// Chooses each listener's mode from what the host supports. Applies nothing: report [`ControllerEvent::Host`]
+    /// next.
     ///
     /// `tc_support` says whether the TC program can be used here, and if not, what is missing and the fix.
     ///
     /// # Errors
-    /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does
-    /// not exist.
+    /// When a listener demands what the host cannot do: `tc_ebpf` without support for it, or an interface that does not
+    /// exist.
     pub fn new(config: Config, tc_support: &Result<(), TcUnsupported>, facts: HostFacts) -> Result<Controller> {
         let mut controller = Controller {
             listeners: Vec::new(),
@@ -135,7 +145,7 @@ impl Controller {
             applied: Err("not applied yet".to_owned()),
             warned: BTreeSet::new(),
             previous: None,
-            ages: Ages::default(),
+            first_seen: FirstSeen::default(),
         };
         let prepared = controller.prepare(config, tc_support)?;
         controller.adopt(prepared);
@@ -147,19 +157,19 @@ impl Controller {
         self.listeners.iter().map(|listener| (&listener.config, &listener.choice))
     }
 
-    /// Each listener's downstreams, those that are left out of the round included; none before the first set has come.
-    pub fn sets(&self) -> impl Iterator<Item = (ListenerId, Option<&DownstreamSet>)> {
+    /// Each listener's downstreams, including those that are not eligible; none before the first set.
+    pub fn downstream_sets(&self) -> impl Iterator<Item = (ListenerId, Option<&DownstreamSet>)> {
         self.listeners.iter().map(|listener| (listener.config.id, listener.set.as_ref()))
     }
 
-    /// Since when this has been one of the listener's downstreams.
+    /// When this downstream joined the listener, as time since the daemon started.
     #[must_use]
-    pub fn since(&self, id: ListenerId, downstream: SocketAddr) -> Duration {
-        self.ages.since(id, downstream)
+    pub fn first_seen(&self, id: ListenerId, downstream: SocketAddr) -> Duration {
+        self.first_seen.at(id, downstream)
     }
 
-    /// What the operator has been warned about and still holds.
-    pub fn standing_warnings(&self) -> impl Iterator<Item = &str> {
+    /// The warnings that still hold.
+    pub fn active_warnings(&self) -> impl Iterator<Item = &str> {
         self.warned.iter().map(String::as_str)
     }
 
@@ -174,7 +184,7 @@ impl Controller {
             .collect()
     }
 
-    /// Whose downstreams are to be checked, and how.
+    /// The downstreams to probe, and the settings for each listener.
     #[must_use]
     pub fn watches(&self) -> Vec<ListenerCheck> {
         self.listeners
@@ -183,14 +193,17 @@ impl Controller {
                 Some(ListenerCheck {
                     listener: listener.config.id,
                     name: listener.config.name.as_str().into(),
-                    downstreams: self.others(listener, listener.set.as_ref()?).map(|to| to.address).collect(),
+                    downstreams: self
+                        .without_self_loops(listener, listener.set.as_ref()?)
+                        .map(|to| to.address)
+                        .collect(),
                     settings: listener.config.health.clone()?,
                 })
             })
             .collect()
     }
 
-    /// The interfaces that could carry the TC program, and on which no listener wants it.
+    /// The interfaces that could carry the TC program but on which no listener wants it.
     #[must_use]
     pub fn unused_links(&self) -> Vec<LinkRef> {
         let wanted: BTreeSet<u32> = self
@@ -201,14 +214,14 @@ impl Controller {
             .map(|link| link.index)
             .collect();
         let unused =
-            self.facts.links.iter().filter(|link| mode::carries_program(link) && !wanted.contains(&link.index));
+            self.facts.links.iter().filter(|link| mode::can_carry_tc_program(link) && !wanted.contains(&link.index));
         unused.map(|link| LinkRef { index: link.index, name: link.name.clone() }).collect()
     }
 
-    /// The interfaces, by index, on which a listener wants the TC program and still waits for its first set of downstreams.
+    /// The interfaces, by index, on which a listener wants the TC program but has no set of downstreams yet.
     #[must_use]
-    pub fn links_in_waiting(&self) -> BTreeSet<u32> {
-        let waiting = |listener: &&Listener| listener.choice.mode == Mode::TcEbpf && listener.set.is_none();
+    pub fn links_awaiting_downstreams(&self) -> BTreeSet<u32> {
+        let waiting = |listener: &&ListenerState| listener.choice.mode == Mode::TcEbpf && listener.set.is_none();
         let wanted = self.listeners.iter().filter(waiting).map(|listener| &listener.config.interfaces);
         wanted.flat_map(|interfaces| links(interfaces, &self.facts)).map(|link| link.index).collect()
     }
@@ -219,13 +232,13 @@ impl Controller {
         self.listeners.iter().find(|listener| listener.config.id == id).map(|listener| listener.config.name.as_str())
     }
 
-    /// The host as it was last looked at.
+    /// The host's state as it was last read.
     #[must_use]
     pub fn facts(&self) -> &HostFacts {
         &self.facts
     }
 
-    /// The plan last handed out.
+    /// The last plan.
     #[must_use]
     pub fn plan(&self) -> &Plan {
         &self.plan
@@ -248,115 +261,125 @@ impl Controller {
             .collect()
     }
 
-    fn missing_interface(&self, listener: &Listener) -> Result<(), String> {
+    fn missing_interface(&self, listener: &ListenerState) -> Result<(), String> {
         if listener.choice.mode == Mode::Userspace && !listener.config.bind.ip().is_multicast() {
             return Ok(());
         }
         mode::interfaces_present(&listener.config.interfaces, &self.facts)
     }
 
-    /// Takes an event in and says what is to be done, in order. `now` is the time since the daemon started.
-    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Action> {
+    /// Handles an event and returns the actions to carry out, in order. `now` is the time since the daemon started.
+    pub fn handle(&mut self, event: ControllerEvent, now: Duration) -> Vec<ControllerAction> {
         match event {
-            Event::Host(facts) => {
+            ControllerEvent::Host(facts) => {
                 self.facts = facts;
                 self.replan(false, now)
             }
-            Event::Downstreams { listener, origin, set } => self.take_set(listener, origin, &set, now),
-            Event::Applied => {
+            ControllerEvent::Downstreams { listener, origin, set } => self.accept_set(listener, origin, &set, now),
+            ControllerEvent::Applied => {
                 self.applied = Ok(());
-                self.settle()
+                self.finish_reload()
             }
-            Event::ApplyFailed(reason) => {
+            ControllerEvent::ApplyFailed(reason) => {
                 self.applied = Err(reason.clone());
                 if self.previous.is_some() {
-                    return self.go_back(reason);
+                    return self.roll_back(reason);
                 }
-                vec![Action::Warn(reason), Action::WakeAt(now + RETRY)]
+                vec![ControllerAction::Warn(reason), ControllerAction::WakeAt(now + RETRY)]
             }
-            Event::Config(prepared) => {
+            ControllerEvent::Config(prepared) => {
                 let before: BTreeMap<ListenerId, DownstreamSet> =
-                    self.sets().filter_map(|(id, set)| Some((id, set?.clone()))).collect();
+                    self.downstream_sets().filter_map(|(id, set)| Some((id, set?.clone()))).collect();
                 let actions = self.reconfigure(prepared);
-                self.note_ages(&before, now);
+                self.record_first_seen(&before, now);
                 actions
             }
-            Event::Disturbed(reason) => {
-                let mut actions = vec![Action::Warn(reason)];
+            ControllerEvent::Disturbed(reason) => {
+                let mut actions = vec![ControllerAction::Warn(reason)];
                 actions.extend(self.replan(true, now));
                 actions
             }
-            // Looking at the host leads to a new plan, or to the same one again since it is not in force.
-            Event::Tick if self.applied.is_err() => vec![Action::LookAtHost(self.route_addresses())],
-            // A downstream that has recovered may have earned a larger share.
-            Event::Tick => self.replan(false, now),
-            Event::Health(map) => {
+            // Reading the host's state leads to a new plan, or to the same one again because it is not in force.
+            ControllerEvent::Tick if self.applied.is_err() => {
+                vec![ControllerAction::ReadHostFacts(self.route_addresses())]
+            }
+            // A downstream in slow start may have earned a larger weight.
+            ControllerEvent::Tick => self.replan(false, now),
+            ControllerEvent::Health(map) => {
                 self.health_map = map;
                 self.replan(false, now)
             }
         }
     }
 
-    /// Takes note of what has become of the listeners' sets under a new configuration.
-    fn note_ages(&mut self, before: &BTreeMap<ListenerId, DownstreamSet>, now: Duration) {
+    /// Records which downstreams a new configuration has added.
+    fn record_first_seen(&mut self, before: &BTreeMap<ListenerId, DownstreamSet>, now: Duration) {
         for listener in &self.listeners {
             let id = listener.config.id;
             if let Some(set) = listener.set.as_ref().filter(|set| before.get(&id) != Some(set)) {
-                self.ages.note(id, before.get(&id), set, now);
+                self.first_seen.record(id, before.get(&id), set, now);
             }
         }
     }
 
-    fn take_set(&mut self, id: ListenerId, origin: Origin, set: &DownstreamSet, now: Duration) -> Vec<Action> {
+    fn accept_set(
+        &mut self,
+        id: ListenerId,
+        origin: DownstreamOrigin,
+        set: &DownstreamSet,
+        now: Duration,
+    ) -> Vec<ControllerAction> {
         if let Some(previous) = &mut self.previous {
-            previous.take_set(id, origin, set);
+            previous.accept_set(id, origin, set);
         }
         let listener = self.listeners.iter_mut().find(|listener| listener.config.id == id);
         let before = listener.as_ref().and_then(|listener| listener.set.clone());
-        let taken = listener.is_some_and(|listener| listener.take_set(id, origin, set));
+        let taken = listener.is_some_and(|listener| listener.accept_set(id, origin, set));
         if taken {
-            self.ages.note(id, before.as_ref(), set, now);
+            self.first_seen.record(id, before.as_ref(), set, now);
         }
         // The plan follows when the routes are known.
-        if taken { vec![Action::LookAtHost(self.route_addresses())] } else { Vec::new() }
+        if taken { vec![ControllerAction::ReadHostFacts(self.route_addresses())] } else { Vec::new() }
     }
 
-    /// Compiles the plan anew and hands it out if it differs from the last, or if `force`.
-    fn replan(&mut self, force: bool, now: Duration) -> Vec<Action> {
+    /// Compiles the plan again. Returns it for applying if it differs from the last one, or if `force`.
+    fn replan(&mut self, force: bool, now: Duration) -> Vec<ControllerAction> {
         let mut next_change: Option<Duration> = None;
         let mut listeners: Vec<ListenerPlan> = self
             .listeners
             .iter()
             .filter_map(|listener| {
-                let (set, change) = self.taking_part(listener, listener.set.as_ref()?, now);
+                let (set, change) = self.eligible_downstreams(listener, listener.set.as_ref()?, now);
                 next_change = next_change.into_iter().chain(change).min();
                 let before = self.plan.listeners.iter().find(|before| before.id == listener.config.id);
                 Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, before))
             })
             .collect();
-        // In the file they may be in another order, since they keep their numbers when it changes.
+        // Listeners keep their numbers when the file's order changes.
         listeners.sort_by_key(|listener| listener.id);
         let plan = Plan { listeners, attach: self.attach };
-        let mut actions: Vec<Action> = self.new_warnings(&plan).into_iter().map(Action::Warn).collect();
+        let mut actions: Vec<ControllerAction> =
+            self.new_warnings(&plan).into_iter().map(ControllerAction::Warn).collect();
         if force || plan != self.plan || self.applied.is_err() {
             self.plan = plan.clone();
-            actions.push(Action::Apply(plan));
+            actions.push(ControllerAction::Apply(plan));
         } else {
-            actions.extend(self.settle());
+            actions.extend(self.finish_reload());
         }
-        actions.extend(next_change.map(Action::WakeAt));
+        actions.extend(next_change.map(ControllerAction::WakeAt));
         actions
     }
 
-    /// The downstreams that take part at the moment, with their shares, and when that will change by itself.
-    fn taking_part(
+    /// The downstreams that get a share of the table, with their weights from health checks, and when slow start
+    /// changes these next. Downstreams that are unhealthy have weight 0 and are left out.
+    fn eligible_downstreams(
         &self,
-        listener: &Listener,
+        listener: &ListenerState,
         set: &DownstreamSet,
         now: Duration,
     ) -> (DownstreamSet, Option<Duration>) {
         let generation = set.generation;
-        let mut downstreams: Vec<Downstream> = self.others(listener, set).cloned().collect();
+        let mut downstreams: Vec<Downstream> = self.without_self_loops(listener, set).cloned().collect();
         let Some(health) = &listener.config.health else { return (DownstreamSet { generation, downstreams }, None) };
         let id = listener.config.id;
         let effective = effective_weights(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
@@ -367,16 +390,16 @@ impl Controller {
         (DownstreamSet { generation, downstreams }, effective.next_change)
     }
 
-    /// The downstreams of a set but for the listener itself.
-    fn others<'a>(
+    /// The downstreams of a set without the listener itself.
+    fn without_self_loops<'a>(
         &'a self,
-        listener: &'a Listener,
+        listener: &'a ListenerState,
         set: &'a DownstreamSet,
     ) -> impl Iterator<Item = &'a Downstream> + use<'a> {
-        itself::others(listener.config.bind, &set.downstreams, &self.facts)
+        self_loop::without_self_loops(listener.config.bind, &set.downstreams, &self.facts)
     }
 
-    /// What is wrong now and was not the last time.
+    /// The warnings that did not hold before. Keeps those that hold now.
     fn new_warnings(&mut self, plan: &Plan) -> Vec<String> {
         let holding: BTreeSet<String> = self.warnings(plan).into_iter().collect();
         let new = holding.difference(&self.warned).cloned().collect();
@@ -386,11 +409,11 @@ impl Controller {
 
     fn warnings(&self, plan: &Plan) -> Vec<String> {
         let mut warnings = Vec::new();
-        for Listener { config, set, .. } in &self.listeners {
+        for ListenerState { config, set, .. } in &self.listeners {
             let downstreams = set.as_ref().map_or(&[][..], |set| &set.downstreams);
-            warnings.extend(itself::warnings(&config.name, config.bind, downstreams, &self.facts));
+            warnings.extend(self_loop::warnings(&config.name, config.bind, downstreams, &self.facts));
         }
-        let choices: BTreeMap<ListenerId, &Listener> =
+        let choices: BTreeMap<ListenerId, &ListenerState> =
             self.listeners.iter().map(|listener| (listener.config.id, listener)).collect();
         for listener in &plan.listeners {
             let name = &listener.name;

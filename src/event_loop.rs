@@ -54,7 +54,7 @@ use self::reload::{ReloadCause, Reloading};
 use self::status_socket::StatusSocket;
 use self::trace::Tracing;
 use crate::config::Config;
-use crate::controller::{Controller, Event};
+use crate::controller::{Controller, ControllerEvent};
 use crate::datapath::kernel::KernelDatapath;
 use crate::datapath::user::UserDatapath;
 use crate::drop_log::DropLog;
@@ -203,7 +203,7 @@ impl Daemon {
             self.refresh_host();
         }
         if take_due(&mut self.timers.controller, now) {
-            self.handle(Event::Tick);
+            self.handle(ControllerEvent::Tick);
         }
         if take_due(&mut self.timers.maintenance, now) {
             self.maintain(now);

@@ -1,7 +1,7 @@
-//! The nouns of the program: what a listener, a downstream and a drop are.
+//! The nouns of the program: listener, downstream, drop reason, counters.
 //!
-//! Plain values without I/O. Every other module speaks in these types; `plan` compiles them into tables,
-//! `datapath` counts with them, `metrics` prints them.
+//! Plain values without I/O, which every other module uses: [`plan`](crate::plan) compiles them into tables,
+//! [`datapath`](crate::datapath) counts with them, [`metrics`](crate::metrics) renders them.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -24,9 +24,9 @@ impl fmt::Display for ListenerId {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// The TC program in the kernel; what it passes up is forwarded by the listener's socket.
+    /// The TC program in the kernel. It passes some datagrams to the listener's socket, which forwards them.
     TcEbpf,
-    /// The listener's socket alone.
+    /// Only the listener's socket.
     Userspace,
 }
 
@@ -54,15 +54,16 @@ pub enum Policy {
     /// Each datagram goes to the next downstream in turn; weights interleave smoothly.
     #[default]
     RoundRobin,
-    /// What is hashed decides, so that the same sender stays with the same downstream.
+    /// A hash of the datagram's addresses selects the downstream, so a sender keeps its downstream.
     Hash(HashOn),
-    /// The chunks of one GELF message follow its message ID; whole messages go round.
+    /// Chunks of one GELF message go to the downstream that their message ID selects; unchunked messages go round
+    /// robin.
     GelfMessage,
     /// Every datagram goes to every downstream, one copy each.
     Replicate,
 }
 
-/// What a hashing listener hashes.
+/// What `hash` hashes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HashOn {
@@ -87,11 +88,11 @@ impl HashOn {
     }
 }
 
-/// Most downstreams to which the TC program can copy a datagram, `MAX_COPIES` in `bpf/fanout_abi.h`.
+/// The maximum number of copies of one datagram that the TC program makes: `MAX_COPIES` in `bpf/fanout_abi.h`.
 pub const MAX_COPIES: usize = 64;
 
 impl Policy {
-    /// True if datagrams of one sender must stay on one worker so that their order is kept.
+    /// True if the datagrams of one sender must stay on one worker to keep their order.
     #[must_use]
     pub fn keeps_sender_order(self) -> bool {
         match self {
@@ -104,22 +105,22 @@ impl Policy {
 /// A receiver of datagrams.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Downstream {
-    /// The name from the configuration, or the address where none was given; for logs and tables.
+    /// The configured name, or the address if none was given; for logs and tables.
     pub name: Arc<str>,
     /// Where its datagrams are sent.
     pub address: SocketAddr,
-    /// Its share relative to the listener's other downstreams, from 1.
+    /// Its share relative to the listener's other downstreams; at least 1.
     pub weight: u32,
-    /// Under [`Policy::Replicate`], how many of 2³² − 1 datagrams are copied to it; [`Downstream::ALL`] for every one.
+    /// Under [`Policy::Replicate`]: of 2³² − 1 datagrams, how many are copied to it; [`Downstream::ALL`] for every one.
     pub sample: u32,
 }
 
 impl Downstream {
-    /// The value of `sample` with which a downstream gets a copy of every datagram.
+    /// The `sample` of a downstream that gets a copy of every datagram.
     pub const ALL: u32 = u32::MAX;
 }
 
-/// All downstreams of one listener at one moment. A later set replaces an earlier one whole.
+/// All downstreams of one listener at one moment. A later set replaces the earlier one as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct DownstreamSet {
     /// Increases with every set of the same source; an older set never replaces a newer one.
@@ -128,17 +129,17 @@ pub struct DownstreamSet {
     pub downstreams: Vec<Downstream>,
 }
 
-/// Why a datagram that belonged to a listener was not forwarded.
+/// Why a datagram of a listener was not forwarded.
 ///
-/// The first [`DropReason::KERNEL_COUNT`] are counted by the TC program and have the same numbers as
-/// `enum drop_reason` in `bpf/fanout_abi.h`; a test holds the two together. Either datapath may use any of them.
+/// The TC program counts the first [`DropReason::KERNEL_COUNT`], numbered as in `enum drop_reason` of
+/// `bpf/fanout_abi.h`; a test compares the two. Both datapaths may use any of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u32)]
 pub enum DropReason {
     /// The listener has no downstream at the moment.
     NoDownstream = 0,
-    /// The TTL was 1 or less, so that forwarding would make it 0.
+    /// The TTL was 1 or less, so forwarding would make it 0.
     TtlExpired = 1,
     /// No route to the chosen downstream.
     NoRoute = 2,
@@ -146,9 +147,9 @@ pub enum DropReason {
     RewriteFailed = 3,
     /// The kernel refused to hand the packet on (no such device, device down).
     RedirectFailed = 4,
-    /// The sender is not among the listener's `sources`.
+    /// The listener's `sources` do not allow the sender.
     SourceDenied = 5,
-    /// The sender has sent more than its `rate_limit`.
+    /// The sender exceeded its `rate_limit`.
     RateLimited = 6,
     /// Longer than `max_packet_size`.
     Truncated = 7,
@@ -158,11 +159,11 @@ pub enum DropReason {
     Unreachable = 9,
     /// Nothing listens at the downstream (an ICMP port unreachable came back).
     Refused = 10,
-    /// Longer than the path to the downstream can carry and not to be fragmented.
+    /// Too long for the path to the downstream, and must not be fragmented.
     TooBig = 11,
-    /// The kernel refused to send for another reason, which the log names.
+    /// The kernel refused to send for another reason; the log has it.
     SendFailed = 12,
-    /// The listener's receive buffer was full before a worker came round.
+    /// The listener's receive buffer was full.
     ReceiveQueueFull = 13,
 }
 
@@ -186,10 +187,10 @@ impl DropReason {
     ];
     /// How many reasons there are.
     pub const COUNT: usize = Self::ALL.len();
-    /// How many of them, from the front, the TC program can count.
+    /// How many of them, from the first on, the TC program counts.
     pub const KERNEL_COUNT: usize = 7;
 
-    /// The value of the `reason` label in metrics and of the same field in logs.
+    /// The value of the `reason` label in metrics and of the `reason` field in logs.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -211,7 +212,7 @@ impl DropReason {
     }
 }
 
-/// Datagrams dropped, one number for each [`DropReason`].
+/// Datagrams dropped, one counter for each [`DropReason`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Drops([u64; DropReason::COUNT]);
 
@@ -233,12 +234,12 @@ impl Drops {
         self.0.iter().sum()
     }
 
-    /// Every reason with its count, zeros included.
+    /// Every reason with its count, including zeros.
     pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().map(|&reason| (reason, self.get(reason)))
     }
 
-    /// Adds another set of counts to this one.
+    /// Adds another set of counters to this one.
     pub fn merge(&mut self, other: &Drops) {
         for (sum, n) in self.0.iter_mut().zip(other.0) {
             *sum += n;
@@ -246,14 +247,14 @@ impl Drops {
     }
 }
 
-/// What one datapath has seen of one listener's traffic. `received = forwarded + dropped + passed`, always.
+/// What one datapath counted for one listener. `received = forwarded + dropped + passed` holds in every reading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ListenerCounters {
-    /// Datagrams that were the listener's.
+    /// Datagrams addressed to the listener.
     pub packets_received: u64,
     /// Datagrams handed to a downstream.
     pub packets_forwarded: u64,
-    /// Datagrams the TC program left to the listener's socket, which counts them again under its own mode.
+    /// Datagrams that the TC program passed to the listener's socket, which counts them again under its own mode.
     pub packets_passed: u64,
     /// Bytes of UDP payload received.
     pub bytes_received: u64,
@@ -261,19 +262,19 @@ pub struct ListenerCounters {
     pub bytes_forwarded: u64,
     /// Datagrams dropped, by reason.
     pub dropped: Drops,
-    /// Under [`Policy::Replicate`], single copies that failed, by reason. A datagram of which at least one copy is on
-    /// its way counts as forwarded.
+    /// Under [`Policy::Replicate`], single copies that failed, by reason. A datagram counts as forwarded if at least
+    /// one copy was sent.
     pub copies_dropped: Drops,
 }
 
 impl ListenerCounters {
-    /// True if every datagram received is accounted for.
+    /// True if every received datagram is accounted for.
     #[must_use]
     pub fn balanced(&self) -> bool {
         self.packets_received == self.packets_forwarded + self.packets_passed + self.dropped.total()
     }
 
-    /// Adds another datapath's or worker's counts to these.
+    /// Adds the counters of another datapath or worker.
     pub fn merge(&mut self, other: &ListenerCounters) {
         self.packets_received += other.packets_received;
         self.packets_forwarded += other.packets_forwarded;
@@ -285,17 +286,17 @@ impl ListenerCounters {
     }
 }
 
-/// Fragments that the TC program could not treat like the rest of their datagram. It counts a datagram when its first
-/// fragment comes; these are those behind it.
+/// Later fragments that the TC program could not treat like the rest of their datagram. A datagram itself is counted
+/// with its first fragment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FragmentCounters {
-    /// At a listener's address, and nothing is known of their datagram's first: left to the stack.
+    /// Sent to a listener's address, but the first fragment is unknown: passed to the stack.
     pub strays: u64,
-    /// Of a datagram that was being forwarded, and could not follow: dropped.
+    /// Part of a datagram that was being forwarded, but could not follow it: dropped.
     pub lost: u64,
 }
 
-/// What one datapath has handed to one downstream of one listener.
+/// What one datapath sent to one downstream of one listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DownstreamCounters {
     /// Datagrams.

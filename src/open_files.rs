@@ -1,9 +1,8 @@
-//! The limit of open files (`RLIMIT_NOFILE`): made to fit what a configuration needs.
+//! Raises the limit of open files (`RLIMIT_NOFILE`) to what a configuration needs.
 //!
-//! Hosts start programs with a soft limit of 1024 for the sake of old ones that use `select`; a program that does not is
-//! free to raise it up to the hard limit. The event loop calls [`raise`] before anything is opened, and before a new
-//! configuration is tried. The health checks take a part of what the limit is then. Where it is reached nevertheless,
-//! [`explain`] adds to an error what is to be done.
+//! Hosts start programs with a soft limit of 1024 because old programs use `select`. A program that does not use it may
+//! raise the soft limit up to the hard limit. The event loop calls [`raise`] before it opens anything and before it
+//! tries a new configuration. The health checks take a fixed part of the limit.
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -11,31 +10,30 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::config::{Config, ListenerConfig, RequestedMode};
 use crate::health;
 
-/// What is open beside the workers and the health checks: maps and links of the kernel program, netlink, clients of the
-/// HTTP endpoint and of the status socket, the connections to an API server.
+/// Descriptors besides those of workers and health checks: maps and links of the TC program, netlink, clients of the
+/// HTTP endpoint and of the status socket, connections to the API server.
 const REST: u64 = 256;
 
-/// What a worker has open: a socket to receive with, two to send with, what it waits with (an epoll instance and an
-/// eventfd). Twice that, because at a reload new workers stand beside the old.
+/// Descriptors of a worker: one receiving socket, two sending sockets, an epoll instance and an eventfd. Twice that,
+/// because during a reload new workers exist beside the old ones.
 const PER_WORKER: u64 = 10;
 
-/// How many open files the workers of a configuration may need, with all that is there besides. `cpus` is how many workers
-/// a listener has that does not say.
+/// How many descriptors a configuration may need. `cpus` is the number of workers of a listener with `workers = 0`.
 #[must_use]
 pub fn needed(config: &Config, cpus: u64) -> u64 {
     let workers = |listener: &ListenerConfig| match listener.settings.workers {
         _ if listener.bind.ip().is_multicast() => 1,
         0 if listener.mode == RequestedMode::TcEbpf => 1,
-        // What `auto` will take is not known yet.
+        // The mode that `auto` selects is not known yet.
         0 => cpus,
         count => u64::from(count),
     };
     REST + PER_WORKER * config.listeners.iter().map(workers).sum::<u64>()
 }
 
-/// Raises the limit as far as needed and allowed. It is never lowered, since what is open stays open.
+/// Raises the limit as far as needed and allowed. Never lowers it.
 ///
-/// If that is not enough, says so, and what is to be done.
+/// Returns a warning with the fix if the limit stays too low.
 ///
 /// # Errors
 /// When the limit cannot be read.
@@ -47,7 +45,7 @@ pub fn raise(config: &Config) -> Result<Option<String>> {
     if soft >= wanted {
         return Ok(None);
     }
-    // The hard limit only CAP_SYS_RESOURCE can raise.
+    // Raising the hard limit needs CAP_SYS_RESOURCE.
     let reached = if hard < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_ok() {
         wanted
     } else {

@@ -1,19 +1,20 @@
 //! The plan: what every datapath must do, as a value.
 //!
-//! Compiled by pure code from the configuration, the downstream sets and the host's facts. Policy ends here: a
-//! listener's policy has become a table, and a datapath only computes an index into it.
+//! [`compile`] builds it from the configuration, the downstream sets and the host's facts, without I/O. It turns each
+//! listener's policy into a table of indices, so a datapath only computes a slot: [`round_robin`] and [`maglev`] fill
+//! the tables, [`hash`] computes the slot. The controller compiles plans; both datapaths apply them.
 
 pub mod compile;
 pub mod hash;
 pub mod maglev;
-pub mod table;
+pub mod round_robin;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::admission::{Meter, Sources};
+use crate::admission::{Meter, SourceRules};
 use crate::config::{AttachConfig, UserspaceSettings};
 use crate::host::Mac;
 use crate::model::{Downstream, ListenerId, Mode, Policy};
@@ -32,96 +33,98 @@ pub struct Plan {
 pub struct ListenerPlan {
     /// The listener's number.
     pub id: ListenerId,
-    /// Its name, for logs.
+    /// The listener's name, for logs.
     pub name: Arc<str>,
     /// Which datapath carries it. The userspace datapath serves both modes.
     pub mode: Mode,
-    /// The address of the listener's ordinary socket. A group that is another one on each link names its link.
+    /// The address of the listener's socket. A link-scoped multicast address has its link as scope id.
     pub bind: SocketAddr,
-    /// The addresses the TC program matches: `bind`, or the host's addresses where that is a wildcard.
-    /// Empty in userspace mode.
+    /// The addresses that the TC program matches: `bind`, or the host's addresses if that is a wildcard. Empty in
+    /// userspace mode.
     pub match_addresses: Vec<IpAddr>,
     /// The interfaces the TC program must be attached to. Empty in userspace mode.
     pub links: Vec<LinkRef>,
-    /// Those of them, by index, by which packets come in without a header before the IP header. In rising order.
-    pub headerless: Vec<u32>,
-    /// The interfaces on which the group that `bind` is must be joined. Empty where it is no multicast group.
+    /// Indices of those `links` whose packets begin with the IP header, without a link-layer header. Ascending.
+    pub l3_ingress: Vec<u32>,
+    /// The interfaces on which to join the multicast group `bind`. Empty if `bind` is unicast.
     pub joins: Vec<LinkRef>,
-    /// How the index into the table is computed.
+    /// How the slot in the table is computed.
     pub policy: Policy,
-    /// Who may send.
-    pub sources: Arc<Sources>,
-    /// How fast each sender may send, if there is a limit.
+    /// Which senders may send.
+    pub sources: Arc<SourceRules>,
+    /// Each sender's rate limit, if there is one.
     pub meter: Option<Meter>,
-    /// Why the TC program must leave all of this listener's datagrams to the socket, if it must.
+    /// Why the TC program must pass all of this listener's datagrams to its socket; none if it need not.
     pub socket_only: Option<String>,
     /// The downstreams, each once.
-    pub targets: Arc<[Target]>,
-    /// Indices into `targets` in the order of the round. Empty exactly if `targets` is.
+    pub targets: Arc<[PlanTarget]>,
+    /// Indices into `targets` in the order of the round. Empty only if `targets` is.
     pub table: Arc<[u32]>,
-    /// UserspaceSettings of the userspace datapath.
+    /// Settings of the userspace datapath.
     pub settings: UserspaceSettings,
 }
 
-/// An interface: the kernel's number for it, and the name for people.
+/// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct LinkRef {
-    /// Its index.
+    /// The kernel's interface index.
     pub index: u32,
-    /// Its name.
+    /// The interface's name, for logs.
     pub name: String,
 }
 
-/// A downstream, and how the TC program gets a datagram there.
+/// A downstream, and how the TC program delivers to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Target {
-    /// Who.
+pub struct PlanTarget {
+    /// Name, address, weight and sample.
     pub downstream: Downstream,
-    /// How.
+    /// The route to it, as the TC program uses it.
     pub delivery: Delivery,
 }
 
-/// How the TC program gets a datagram to a downstream. The userspace datapath ignores this: its sockets route.
+/// How the TC program delivers a datagram to a downstream. The userspace datapath ignores this: the kernel routes what
+/// its sockets send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Delivery {
-    /// Up this host's own stack, to a socket on it.
+    /// Up this host's own stack, to a socket on this host.
     Local,
     /// To a neighbour on a link.
     Neighbour {
-        /// Index of the outgoing interface.
+        /// Index of the egress interface.
         link: u32,
         /// The neighbour's address.
         next_hop: IpAddr,
-        /// The largest IP packet that may go this way, in bytes.
+        /// The largest IP packet on this path, in bytes.
         mtu: u32,
-        /// The link-layer addresses, where the neighbour's is known.
-        macs: Option<Macs>,
-        /// The link is one end of a pair whose other end is in a pod, to which packets may be handed directly.
+        /// The link-layer addresses; none while the neighbour's is unknown.
+        macs: Option<MacPair>,
+        /// The egress interface is one end of a veth or netkit pair whose other end is in a pod, and packets may be
+        /// redirected to that end.
         into_pod: bool,
     },
-    /// Out of a link that carries IP packets bare, on which there are no neighbours.
-    Bare {
-        /// Index of the outgoing interface.
+    /// Out of a layer 3 device, which has no link-layer header and no neighbours.
+    L3Device {
+        /// Index of the egress interface.
         link: u32,
-        /// The largest IP packet that may go this way, in bytes.
+        /// The largest IP packet on this path, in bytes.
         mtu: u32,
     },
-    /// Not at all, for lack of a route: its datagrams are dropped and counted.
+    /// There is no route: its datagrams are dropped and counted.
     Unreachable,
 }
 
-/// The link-layer addresses of a frame.
+/// The link-layer addresses of an outgoing frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Macs {
-    /// Where it is going.
+pub struct MacPair {
+    /// The neighbour's address: the frame's destination.
     pub neighbour: Mac,
-    /// The link's own.
+    /// The egress interface's own address: the frame's source.
     pub own: Mac,
 }
 
 impl Delivery {
-    /// The same way, with nothing known of the neighbour at its end.
+    /// The same path with nothing known about the neighbour.
     #[must_use]
     pub fn without_neighbour(self) -> Delivery {
         match self {

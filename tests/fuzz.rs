@@ -49,7 +49,7 @@ macro_rules! replayed {
 }
 
 replayed! {
-    kept_inputs_of_headers_in_senders_names: behalf,
+    kept_inputs_of_headers_in_senders_names: preserve_source,
     kept_inputs_of_configurations: config,
     kept_inputs_of_health_checks: health,
     kept_inputs_of_the_host: host,

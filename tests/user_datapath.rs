@@ -265,7 +265,7 @@ fn the_same_plan_again_touches_nothing() {
     datapath.apply(&plan(&[&syslog])).unwrap();
     assert_eq!((datapath.worker_packets(ID), datapath.local_address(ID)), (workers, Some(to)));
     assert!(datapath.healthy());
-    assert_eq!(datapath.tend().unwrap(), 0);
+    assert_eq!(datapath.restart_dead_workers().unwrap(), 0);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use libbpf_rs::libbpf_sys;
 use udp_fanout::config::MapLimits;
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
-use udp_fanout::plan::{Delivery, Macs, Plan, Target};
+use udp_fanout::plan::{Delivery, MacPair, Plan, PlanTarget};
 
 use crate::kernel_run::{listener, target};
 use crate::packet::Frame;
@@ -45,9 +45,9 @@ pub fn costs() -> Result<Vec<(&'static str, f64)>> {
 fn ours(to: SocketAddr, pods: usize) -> Result<KernelDatapath> {
     let limits = MapLimits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
     let mut datapath = KernelDatapath::open(&KernelSetup::new(&limits))?;
-    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
+    let macs = Some(MacPair { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
     let delivery = Delivery::Neighbour { link: 1, next_hop: to.ip(), mtu: 1500, macs, into_pod: true };
-    let targets: Vec<Target> = (0..pods).map(|_| target(&to.to_string(), delivery)).collect();
+    let targets: Vec<PlanTarget> = (0..pods).map(|_| target(&to.to_string(), delivery)).collect();
     datapath.apply(&Plan { listeners: vec![listener(0, &to.to_string(), targets)], ..Plan::default() })?;
     Ok(datapath)
 }

@@ -3,12 +3,12 @@
 //! `fuzz_targets/` hands them to libFuzzer, and `tests/fuzz.rs` of the project, which includes this file, replays the inputs
 //! that are kept in `seeds/` and `regressions/`.
 
-pub mod behalf;
 pub mod bytes;
 pub mod config;
 pub mod health;
 pub mod host;
 pub mod kernel;
+pub mod preserve_source;
 pub mod slices;
 pub mod status;
 pub mod user;

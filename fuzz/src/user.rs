@@ -167,7 +167,7 @@ impl Listener {
             Policy::Replicate => 0..SINKS,
             Policy::GelfMessage => match datagram.strip_prefix(&[0x1e, 0x0f]).and_then(<[u8]>::first_chunk) {
                 Some(id) => {
-                    let place = hash::place(hash::message_hash(*id), SINKS as u32) as usize;
+                    let place = hash::table_slot(hash::message_hash(*id), SINKS as u32) as usize;
                     place..place + 1
                 }
                 None => one(turn()),

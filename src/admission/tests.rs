@@ -5,9 +5,9 @@ fn prefix(text: &str) -> Prefix {
     Prefix::parse(text).unwrap_or_else(|error| panic!("{text}: {error:?}"))
 }
 
-fn sources(allow: &[&str], deny: &[&str]) -> Sources {
+fn sources(allow: &[&str], deny: &[&str]) -> SourceRules {
     let read = |texts: &[&str]| texts.iter().map(|text| prefix(text)).collect();
-    Sources { allow: read(allow), deny: read(deny) }
+    SourceRules { allow: read(allow), deny: read(deny) }
 }
 
 #[test]
@@ -17,13 +17,13 @@ fn prefixes_are_read_and_shown() {
     }
     assert_eq!(prefix("192.0.2.1").to_string(), "192.0.2.1/32");
     assert_eq!(prefix("2001:db8::1").to_string(), "2001:db8::1/128");
-    assert_eq!(Prefix::parse("10.0.0.1/8"), Err(NoPrefix::HostBits(prefix("10.0.0.0/8"))));
-    assert_eq!(Prefix::parse("2001:db8::1/64"), Err(NoPrefix::HostBits(prefix("2001:db8::/64"))));
+    assert_eq!(Prefix::parse("10.0.0.1/8"), Err(PrefixError::HostBits(prefix("10.0.0.0/8"))));
+    assert_eq!(Prefix::parse("2001:db8::1/64"), Err(PrefixError::HostBits(prefix("2001:db8::/64"))));
     for text in ["10.0.0.0/33", "10.0.0.0/999", "::/129"] {
-        assert_eq!(Prefix::parse(text), Err(NoPrefix::TooLong), "{text}");
+        assert_eq!(Prefix::parse(text), Err(PrefixError::TooLong), "{text}");
     }
     for text in ["", "10", "10.0.0/8", "10.0.0.0/", "10.0.0.0/+8", "10.0.0.0/255.0.0.0", "[::]/0", "a/8"] {
-        assert_eq!(Prefix::parse(text), Err(NoPrefix::Syntax), "{text}");
+        assert_eq!(Prefix::parse(text), Err(PrefixError::Syntax), "{text}");
     }
 }
 
@@ -32,18 +32,18 @@ fn the_longest_prefix_decides_and_deny_where_two_are_alike() {
     let rules = sources(&["10.0.0.0/8", "10.1.2.0/24", "192.0.2.1/32"], &["10.1.0.0/16", "192.0.2.1/32"]);
     let ranges = rules.ranges();
     for (sender, verdict) in [
-        ("10.0.0.1", Verdict::Allow),
-        ("10.1.0.0", Verdict::Deny),
-        ("10.1.1.255", Verdict::Deny),
-        ("10.1.2.0", Verdict::Allow),
-        ("10.1.2.255", Verdict::Allow),
-        ("10.1.3.0", Verdict::Deny),
-        ("10.2.0.0", Verdict::Allow),
-        ("10.255.255.255", Verdict::Allow),
-        ("11.0.0.0", Verdict::Deny),
-        ("192.0.2.1", Verdict::Deny),
-        ("0.0.0.0", Verdict::Deny),
-        ("255.255.255.255", Verdict::Deny),
+        ("10.0.0.1", SourceVerdict::Allow),
+        ("10.1.0.0", SourceVerdict::Deny),
+        ("10.1.1.255", SourceVerdict::Deny),
+        ("10.1.2.0", SourceVerdict::Allow),
+        ("10.1.2.255", SourceVerdict::Allow),
+        ("10.1.3.0", SourceVerdict::Deny),
+        ("10.2.0.0", SourceVerdict::Allow),
+        ("10.255.255.255", SourceVerdict::Allow),
+        ("11.0.0.0", SourceVerdict::Deny),
+        ("192.0.2.1", SourceVerdict::Deny),
+        ("0.0.0.0", SourceVerdict::Deny),
+        ("255.255.255.255", SourceVerdict::Deny),
     ] {
         assert_eq!(ranges.verdict(sender.parse().unwrap()), verdict, "{sender}");
     }
@@ -52,11 +52,11 @@ fn the_longest_prefix_decides_and_deny_where_two_are_alike() {
 #[test]
 fn without_an_allow_others_are_allowed() {
     let ranges = sources(&[], &["2001:db8::/32"]).ranges();
-    assert_eq!(ranges.verdict("2001:db8::1".parse().unwrap()), Verdict::Deny);
-    assert_eq!(ranges.verdict("2001:db9::1".parse().unwrap()), Verdict::Allow);
-    assert_eq!(sources(&[], &["::/0"]).ranges().verdict("::1".parse().unwrap()), Verdict::Deny);
-    assert!(sources(&[], &[]).is_open() && !sources(&["::/0"], &[]).is_open());
-    assert_eq!(Sources::default().ranges().verdict("192.0.2.1".parse().unwrap()), Verdict::Allow);
+    assert_eq!(ranges.verdict("2001:db8::1".parse().unwrap()), SourceVerdict::Deny);
+    assert_eq!(ranges.verdict("2001:db9::1".parse().unwrap()), SourceVerdict::Allow);
+    assert_eq!(sources(&[], &["::/0"]).ranges().verdict("::1".parse().unwrap()), SourceVerdict::Deny);
+    assert!(sources(&[], &[]).allows_everyone() && !sources(&["::/0"], &[]).allows_everyone());
+    assert_eq!(SourceRules::default().ranges().verdict("192.0.2.1".parse().unwrap()), SourceVerdict::Allow);
 }
 
 /// Few addresses and lengths, so that prefixes overlap.
@@ -75,7 +75,7 @@ fn some_prefix(v6: bool) -> impl Strategy<Value = Prefix> {
 
 fn cut(address: IpAddr, length: u8) -> Prefix {
     match Prefix::new(address, length) {
-        Ok(prefix) | Err(NoPrefix::HostBits(prefix)) => prefix,
+        Ok(prefix) | Err(PrefixError::HostBits(prefix)) => prefix,
         Err(other) => panic!("{address}/{length}: {other:?}"),
     }
 }
@@ -89,7 +89,7 @@ proptest! {
         }),
         others in prop::collection::vec(any::<u32>(), 0..8),
     ) {
-        let sources = Sources { allow, deny };
+        let sources = SourceRules { allow, deny };
         let ranges = sources.ranges();
         let edges = sources.rules().into_keys().flat_map(|prefix| {
             let (first, last) = prefix.range();
@@ -103,9 +103,9 @@ proptest! {
             };
             let longest = |list: &[Prefix]| list.iter().filter(|p| p.contains(address)).map(|p| p.length).max();
             let expected = match (longest(&sources.allow), longest(&sources.deny)) {
-                (None, None) => sources.others(),
-                (allow, deny) if allow > deny => Verdict::Allow,
-                _ => Verdict::Deny,
+                (None, None) => sources.default_verdict(),
+                (allow, deny) if allow > deny => SourceVerdict::Allow,
+                _ => SourceVerdict::Deny,
             };
             prop_assert_eq!(ranges.verdict(address), expected, "{}", address);
         }
@@ -113,7 +113,7 @@ proptest! {
 }
 
 fn meter(packets_per_second: u32, burst: u32) -> Meter {
-    let limit = RateLimit { packets_per_second, burst, ipv4_prefix: 24, ipv6_prefix: 64, senders: 1 };
+    let limit = SenderRateLimit { packets_per_second, burst, ipv4_prefix: 24, ipv6_prefix: 64, senders: 1 };
     limit.meter(Ipv4Addr::UNSPECIFIED.into())
 }
 
@@ -149,7 +149,7 @@ fn senders_are_told_apart_by_their_prefix() {
     let v4 = meter(1, 1);
     assert_eq!(v4.sender("192.0.2.77".parse().unwrap()).to_string(), "192.0.2.0");
     assert_eq!(v4.mask(Ipv4Addr::UNSPECIFIED.into()).to_string(), "255.255.255.0");
-    let limit = RateLimit { packets_per_second: 1, burst: 1, ipv4_prefix: 0, ipv6_prefix: 64, senders: 1 };
+    let limit = SenderRateLimit { packets_per_second: 1, burst: 1, ipv4_prefix: 0, ipv6_prefix: 64, senders: 1 };
     let v6 = limit.meter(Ipv6Addr::UNSPECIFIED.into());
     assert_eq!(v6.sender("2001:db8:1:2:3::4".parse().unwrap()).to_string(), "2001:db8:1:2::");
     assert_eq!(v6.mask(Ipv6Addr::UNSPECIFIED.into()).to_string(), "ffff:ffff:ffff:ffff::");

@@ -134,10 +134,10 @@ fn listener(listener: &ListenerConfig, config: &Config) -> FileListener {
 }
 
 /// The prefixes as the file has them; none where everybody may send.
-fn sources(sources: &admission::Sources) -> Option<FileSources> {
+fn sources(sources: &admission::SourceRules) -> Option<FileSources> {
     let texts = |prefixes: &[Prefix]| {
         let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
         (!texts.is_empty()).then_some(FilePrefixes::List(texts))
     };
-    (!sources.is_open()).then(|| FileSources { allow: texts(&sources.allow), deny: texts(&sources.deny) })
+    (!sources.allows_everyone()).then(|| FileSources { allow: texts(&sources.allow), deny: texts(&sources.deny) })
 }

@@ -33,7 +33,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
     assert_eq!(listener.policy, Policy::RoundRobin);
-    assert!(listener.sources.is_open());
+    assert!(listener.sources.allows_everyone());
     assert_eq!(listener.rate_limit, None);
     let DownstreamSource::Static(downstreams) = &listener.source else { panic!() };
     assert_eq!(&*downstreams[0].name, "10.0.0.1:1", "its address");

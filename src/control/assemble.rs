@@ -132,7 +132,8 @@ fn downstreams(facts: &ListenerFacts<'_>) -> Vec<DownstreamReport> {
 /// Each target's part of the listener's datagrams, 0 to 1, in the plan's order.
 fn shares(plan: &ListenerPlan) -> Vec<f64> {
     if plan.policy == Policy::Replicate {
-        let sample = |target: &crate::plan::Target| f64::from(target.downstream.sample) / f64::from(Downstream::ALL);
+        let sample =
+            |target: &crate::plan::PlanTarget| f64::from(target.downstream.sample) / f64::from(Downstream::ALL);
         return plan.targets.iter().map(sample).collect();
     }
     let mut slots = vec![0u32; plan.targets.len()];
@@ -145,7 +146,7 @@ fn shares(plan: &ListenerPlan) -> Vec<f64> {
 fn path(delivery: &Delivery, host: &HostFacts) -> String {
     match delivery {
         Delivery::Local => "local".to_owned(),
-        Delivery::Neighbour { link, .. } | Delivery::Bare { link, .. } => {
+        Delivery::Neighbour { link, .. } | Delivery::L3Device { link, .. } => {
             host.link(*link).map_or_else(|| format!("interface {link}"), |link| link.name.clone())
         }
         Delivery::Unreachable => "no route".to_owned(),

@@ -1,4 +1,5 @@
-//! Which datapath a listener gets, and why. Pure.
+//! Chooses a listener's datapath and gives the reason. Pure: the facts come from `host`, the support check from
+//! `host::probe`.
 
 use anyhow::{Result, anyhow};
 
@@ -7,19 +8,19 @@ use crate::host::probe::TcUnsupported;
 use crate::host::{HostFacts, Link};
 use crate::model::Mode;
 
-/// A decision and its reason, which is logged and exported.
+/// A chosen mode and the reason, which is logged and exported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModeChoice {
     /// The datapath.
     pub mode: Mode,
-    /// Why, as a clause.
+    /// The reason, as a clause.
     pub reason: String,
 }
 
 /// Chooses a listener's datapath.
 ///
 /// # Errors
-/// When `mode = "tc_ebpf"` is demanded and something stands in the way; the error names it and the fix.
+/// When the listener has `mode = "tc_ebpf"` and the host cannot do it; the error names the obstacle and the fix.
 pub fn choose(
     listener: &ListenerConfig,
     tc_support: &Result<(), TcUnsupported>,
@@ -36,7 +37,7 @@ pub fn choose(
             chosen(Mode::TcEbpf, "configured")
         }
         RequestedMode::Auto => match tc_support.as_ref().map_err(ToString::to_string).and(interfaces) {
-            // Datagrams to a loopback address never come in through an interface.
+            // Datagrams to a loopback address never arrive through an interface.
             _ if listener.bind.ip().is_loopback() => chosen(Mode::Userspace, "bound to a loopback address"),
             Ok(()) => chosen(Mode::TcEbpf, "supported by this host"),
             Err(obstacle) => chosen(Mode::Userspace, &obstacle),
@@ -44,10 +45,10 @@ pub fn choose(
     }
 }
 
-/// Whether the interfaces a listener names exist.
+/// Checks that the interfaces of a listener exist.
 ///
 /// # Errors
-/// Names the missing ones and those there are.
+/// Names the missing interface and the existing ones.
 pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<(), String> {
     let candidates = || {
         let names: Vec<&str> =
@@ -71,19 +72,19 @@ pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<
     }
 }
 
-/// Whether the TC program knows where to find IP packets in what comes in by an interface.
-pub fn carries_program(link: &Link) -> bool {
+/// True if the TC program can find the IP header of packets that arrive by this interface.
+pub fn can_carry_tc_program(link: &Link) -> bool {
     link.ethernet || link.l3_ingress
 }
 
-/// Whether the TC program can work on the interfaces: they exist and carry what it reads.
+/// Checks that the TC program can work on the interfaces: they exist, and it can find the IP header there.
 fn interfaces_fit(interfaces: &Interfaces, facts: &HostFacts) -> Result<(), String> {
     interfaces_present(interfaces, facts)?;
     let links = match interfaces {
         Interfaces::Auto => facts.default_route_links.iter().filter_map(|&index| facts.link(index)).collect(),
         Interfaces::Named(names) => names.iter().filter_map(|name| facts.link_named(name)).collect::<Vec<_>>(),
     };
-    match links.iter().find(|link| !carries_program(link)) {
+    match links.iter().find(|link| !can_carry_tc_program(link)) {
         Some(link) => Err(format!(
             "interface {} carries neither Ethernet frames nor IP packets alone, as tc_ebpf needs; use mode = \"userspace\" for it",
             link.name

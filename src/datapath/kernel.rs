@@ -47,7 +47,7 @@ use self::listener_cache::ListenerCache;
 use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, LoadedProgram, MapSizes, types};
 use self::table::KernelTables;
-use super::{Counters, Datapath};
+use super::{Datapath, DatapathCounters};
 use crate::config::{AttachConfig, MapLimits};
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
 use crate::plan::{LinkRef, ListenerPlan, Plan};
@@ -349,7 +349,7 @@ fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)
 
 fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<KeyMark> {
     let addresses = plan.iter().flat_map(|listener| &listener.match_addresses).copied().map(KeyMark::Address);
-    let links = plan.iter().flat_map(|listener| &listener.headerless).copied().map(KeyMark::L3Device);
+    let links = plan.iter().flat_map(|listener| &listener.l3_ingress).copied().map(KeyMark::L3Device);
     addresses.chain(links).collect()
 }
 
@@ -388,8 +388,8 @@ impl Datapath for KernelDatapath {
         self.admissions.delete_unused(&self.loaded)
     }
 
-    fn counters(&mut self) -> Result<Counters> {
-        let mut counters = Counters::default();
+    fn counters(&mut self) -> Result<DatapathCounters> {
+        let mut counters = DatapathCounters::default();
         for &id in self.programmed.keys() {
             counters.listeners.insert(id, self.listener_counters(id)?);
         }

@@ -3,46 +3,46 @@
 use std::collections::VecDeque;
 
 use super::Daemon;
-use crate::controller::{Action, Event};
+use crate::controller::{ControllerAction, ControllerEvent};
 use crate::datapath::Datapath;
 use crate::error_hints;
 use crate::plan::Plan;
 
 impl Daemon {
     /// Passes an event to the controller and carries out its actions, and those that follow from them.
-    pub(super) fn handle(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, event: ControllerEvent) {
         self.handle_all([event].into());
     }
 
     /// As [`Self::handle`], for events that came together. The host's facts, which concern all listeners, are read once,
     /// after the last event.
-    pub(super) fn handle_all(&mut self, mut events: VecDeque<Event>) {
+    pub(super) fn handle_all(&mut self, mut events: VecDeque<ControllerEvent>) {
         let mut routes_wanted = None;
         while let Some(event) = events.pop_front() {
             for action in self.controller.handle(event, self.started.elapsed()) {
                 match action {
-                    Action::Warn(text) => tracing::warn!("{}", error_hints::add_open_files_hint(text)),
-                    Action::WakeAt(at) => self.timers.controller = Some(self.started + at),
-                    Action::Settled(outcome) => self.finish_reload(outcome),
-                    Action::Apply(plan) => {
+                    ControllerAction::Warn(text) => tracing::warn!("{}", error_hints::add_open_files_hint(text)),
+                    ControllerAction::WakeAt(at) => self.timers.controller = Some(self.started + at),
+                    ControllerAction::ReloadFinished(outcome) => self.finish_reload(outcome),
+                    ControllerAction::Apply(plan) => {
                         events.push_back(self.apply(&plan));
                         if self.start_failed() {
                             return;
                         }
                     }
-                    Action::LookAtHost(addresses) => routes_wanted = Some(addresses),
+                    ControllerAction::ReadHostFacts(addresses) => routes_wanted = Some(addresses),
                 }
             }
             if events.is_empty()
                 && let Some(addresses) = routes_wanted.take()
             {
-                events.extend(self.read_host_facts_or_retry(&addresses).map(Event::Host));
+                events.extend(self.read_host_facts_or_retry(&addresses).map(ControllerEvent::Host));
             }
         }
     }
 
     /// Applies a plan to both datapaths. Sockets first: once the TC program is attached, it passes datagrams to them.
-    fn apply(&mut self, plan: &Plan) -> Event {
+    fn apply(&mut self, plan: &Plan) -> ControllerEvent {
         self.defer_links();
         let user = self.user.apply(plan);
         // A start that has failed must not touch any interface. Later, a failure of one datapath must not keep the other
@@ -56,13 +56,13 @@ impl Daemon {
                 self.plan_applies.success += 1;
                 self.apply_error = None;
                 self.import_counters();
-                Event::Applied
+                ControllerEvent::Applied
             }
             Err(error) => {
                 self.plan_applies.error += 1;
                 let text = format!("{error:#}");
                 self.apply_error = Some(error);
-                Event::ApplyFailed(text)
+                ControllerEvent::ApplyFailed(text)
             }
         }
     }

@@ -12,7 +12,7 @@ use mio::Waker;
 
 use super::Daemon;
 use crate::config::{Config, ListenerConfig};
-use crate::controller::{Event, Origin};
+use crate::controller::{ControllerEvent, DownstreamOrigin};
 use crate::discovery::{self, Discovery, DiscoveryUpdate};
 use crate::model::{Downstream, DownstreamSet, ListenerId};
 use crate::names::cache::NameCache;
@@ -126,7 +126,7 @@ impl DownstreamSources {
     }
 
     /// The sets found since the last call; of each listener only the latest, which replaces those before.
-    fn take_updates(&mut self, now: Duration) -> VecDeque<Event> {
+    fn take_updates(&mut self, now: Duration) -> VecDeque<ControllerEvent> {
         while let Some(LookupResult { host, addresses }) = self.lookups.next_result() {
             self.names.handle_lookup_result(&host, addresses, now);
         }
@@ -136,11 +136,15 @@ impl DownstreamSources {
         let updates = self.discovery.iter().flat_map(|(_, updates)| updates.try_iter());
         let found: BTreeMap<ListenerId, Vec<Downstream>> =
             updates.map(|update| (update.listener, update.set.downstreams)).collect();
-        let found = found.into_iter().map(|(listener, set)| (listener, Origin::Kubernetes, set));
-        let named = self.names.take_updates().into_iter().map(|(listener, set)| (listener, Origin::Names, set));
+        let found = found.into_iter().map(|(listener, set)| (listener, DownstreamOrigin::Kubernetes, set));
+        let named =
+            self.names.take_updates().into_iter().map(|(listener, set)| (listener, DownstreamOrigin::Names, set));
         let all: Vec<_> = found.chain(named).collect();
-        let event =
-            |(listener, origin, downstreams)| Event::Downstreams { listener, origin, set: self.next_set(downstreams) };
+        let event = |(listener, origin, downstreams)| ControllerEvent::Downstreams {
+            listener,
+            origin,
+            set: self.next_set(downstreams),
+        };
         all.into_iter().map(event).collect()
     }
 }

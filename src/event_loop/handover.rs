@@ -49,7 +49,7 @@ impl Daemon {
     /// Leaves an earlier program in place where listeners still wait for their downstreams: it has those it had.
     pub(super) fn defer_links(&mut self) {
         if let Some(kernel) = &mut self.kernel {
-            kernel.defer(self.controller.links_in_waiting());
+            kernel.defer(self.controller.links_awaiting_downstreams());
         }
     }
 

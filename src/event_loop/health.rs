@@ -3,7 +3,7 @@
 use mio::Token;
 
 use super::Daemon;
-use crate::controller::Event;
+use crate::controller::ControllerEvent;
 
 impl Daemon {
     /// A probe's socket is ready.
@@ -17,7 +17,7 @@ impl Daemon {
     pub(super) fn run_health_checks(&mut self) {
         self.health.on_timer(self.started.elapsed());
         if let Some(map) = self.health.take_change() {
-            self.handle(Event::Health(map));
+            self.handle(ControllerEvent::Health(map));
         }
     }
 

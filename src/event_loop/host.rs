@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::Daemon;
-use crate::controller::{Event, RETRY};
+use crate::controller::{ControllerEvent, RETRY};
 use crate::error_hints;
 use crate::host::HostFacts;
 
@@ -29,7 +29,7 @@ impl Daemon {
     /// Passes the host's current facts to the controller.
     pub(super) fn refresh_host(&mut self) {
         if let Some(facts) = self.read_host_facts_or_retry(&self.controller.route_addresses()) {
-            self.handle(Event::Host(facts));
+            self.handle(ControllerEvent::Host(facts));
         }
     }
 

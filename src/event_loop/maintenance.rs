@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Daemon, MAINTENANCE_INTERVAL};
-use crate::controller::Event;
+use crate::controller::ControllerEvent;
 use crate::logging;
 
 impl Daemon {
@@ -14,7 +14,7 @@ impl Daemon {
         self.reloading.maintain();
         self.notify_status();
         log_lost_lines();
-        if let Err(error) = self.user.tend() {
+        if let Err(error) = self.user.restart_dead_workers() {
             tracing::error!("{error:#}");
         }
         match self.host.maintain(self.controller.facts()) {
@@ -26,7 +26,7 @@ impl Daemon {
             self.drop_log.log_lost(kernel.events().lost());
         }
         if self.kernel.as_ref().is_some_and(|kernel| !kernel.attached_everywhere()) {
-            self.handle(Event::Disturbed(
+            self.handle(ControllerEvent::Disturbed(
                 "the TC filter has been removed by another program; attaching it again".into(),
             ));
         }

@@ -22,7 +22,7 @@ use super::{CONFIG_FILE, Daemon, handover};
 use crate::config::watch::ConfigWatcher;
 use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
 use crate::control::server::StatusServer;
-use crate::controller::Event;
+use crate::controller::ControllerEvent;
 use crate::datapath::kernel::handover::PreparedPins;
 use crate::discovery::{Discovery, DiscoveryUpdate};
 use crate::error_hints;
@@ -214,7 +214,7 @@ impl Daemon {
             self.kernel = Some(kernel);
         }
         self.reloading.pending = Some(PendingReload { config, http, discovery, status_socket, pins });
-        self.handle(Event::Config(prepared));
+        self.handle(ControllerEvent::Config(prepared));
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::Daemon;
 use crate::controller::NotReady;
-use crate::datapath::{Counters, Datapath};
+use crate::datapath::{Datapath, DatapathCounters};
 use crate::discovery::ServiceStatus;
 use crate::metrics::http::{ListenerReadiness, MainLoopRequest, ReadinessReport, ReadinessState};
 use crate::metrics::{DownstreamHealthSnapshot, ListenerSnapshot, MetricsSnapshot};
@@ -32,7 +32,7 @@ impl Daemon {
     pub(super) fn metrics_snapshot(&mut self) -> Result<MetricsSnapshot> {
         let kernel = self.kernel.as_mut().map(Datapath::counters).transpose()?;
         let user = self.user.counters()?;
-        let mut readings: Vec<(Mode, &Counters)> = Vec::with_capacity(2);
+        let mut readings: Vec<(Mode, &DatapathCounters)> = Vec::with_capacity(2);
         readings.extend(kernel.as_ref().map(|counters| (Mode::TcEbpf, counters)));
         readings.push((Mode::Userspace, &user));
         let listeners = self

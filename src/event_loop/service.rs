@@ -36,7 +36,7 @@ impl Daemon {
 
     fn status_line(&self) -> String {
         let count = |mode: Mode| self.controller.modes().filter(|(_, choice)| choice.mode == mode).count();
-        let sets = || self.controller.sets().map(|(_, set)| set);
+        let sets = || self.controller.downstream_sets().map(|(_, set)| set);
         status_line(&StatusFacts {
             kernel: count(Mode::TcEbpf),
             sockets: count(Mode::Userspace),

@@ -100,7 +100,7 @@ impl Daemon {
         self.log_modes();
         self.log_egress_hooks(&HostFacts::default(), self.controller.facts());
         let facts = self.read_host_facts(&self.controller.route_addresses())?;
-        self.handle(crate::controller::Event::Host(facts));
+        self.handle(crate::controller::ControllerEvent::Host(facts));
         if let Some(error) = self.apply_error.take() {
             return Err(error);
         }

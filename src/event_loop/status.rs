@@ -32,7 +32,7 @@ impl Daemon {
         let health = self.health_reports(now);
         let not_ready: HashMap<String, _> =
             self.controller.readiness().into_iter().filter_map(|(name, state)| Some((name, state.err()?))).collect();
-        let sets: HashMap<ListenerId, _> = self.controller.sets().collect();
+        let sets: HashMap<ListenerId, _> = self.controller.downstream_sets().collect();
         let listeners = self.controller.modes().map(|(config, choice)| {
             let facts = ListenerFacts {
                 config,
@@ -45,7 +45,7 @@ impl Daemon {
             };
             let mut report = assemble::listener(&facts);
             for downstream in &mut report.downstreams {
-                let since = self.controller.since(config.id, downstream.address);
+                let since = self.controller.first_seen(config.id, downstream.address);
                 downstream.age_secs = now.saturating_sub(since).as_secs_f64();
                 downstream.health = health.get(&(config.id, downstream.address)).cloned();
             }
@@ -80,7 +80,7 @@ impl Daemon {
             format!("the configuration file has changed and cannot be put in force: {}", reason.replace('\n', "; "))
         });
         let not_applied = self.apply_error.iter().map(|error| format!("the last change is not in force: {error:#}"));
-        let warnings = self.controller.standing_warnings().map(str::to_owned);
+        let warnings = self.controller.active_warnings().map(str::to_owned);
         let unprobed = self
             .health
             .local_errors()

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::datapath::Counters;
+use crate::datapath::DatapathCounters;
 use crate::discovery::ServiceStatus;
 use crate::health::listeners::Transitions;
 use crate::health::probe_stats::ProbeStatsByKind;
@@ -101,8 +101,9 @@ impl ListenerSnapshot {
     /// Puts together what the datapaths have counted of one listener. A datapath that doesn't serve the listener adds
     /// nothing; of the downstreams, only those that the plan names are shown.
     #[must_use]
-    pub fn collect(plan: &ListenerPlan, mode_reason: Arc<str>, readings: &[(Mode, &Counters)]) -> Self {
-        let of_listener = |&(mode, counters): &(Mode, &Counters)| Some((mode, *counters.listeners.get(&plan.id)?));
+    pub fn collect(plan: &ListenerPlan, mode_reason: Arc<str>, readings: &[(Mode, &DatapathCounters)]) -> Self {
+        let of_listener =
+            |&(mode, counters): &(Mode, &DatapathCounters)| Some((mode, *counters.listeners.get(&plan.id)?));
         let sum = |endpoint: SocketAddr| {
             let mut sum = DownstreamCounters::default();
             for (_, counters) in readings {
@@ -131,14 +132,14 @@ mod tests {
     use super::*;
     use crate::config::UserspaceSettings;
     use crate::model::{Downstream, ListenerId};
-    use crate::plan::{Delivery, Target};
+    use crate::plan::{Delivery, PlanTarget};
 
     fn endpoint(last: u8) -> SocketAddr {
         SocketAddr::from(([10, 0, 0, last], 514))
     }
 
     fn plan(id: u32, endpoints: &[u8]) -> ListenerPlan {
-        let target = |&last| Target {
+        let target = |&last| PlanTarget {
             downstream: Downstream { name: "d".into(), address: endpoint(last), weight: 1, sample: Downstream::ALL },
             delivery: Delivery::Local,
         };
@@ -149,7 +150,7 @@ mod tests {
             bind: SocketAddr::from(([0, 0, 0, 0], 514)),
             match_addresses: vec![],
             links: vec![],
-            headerless: Vec::new(),
+            l3_ingress: Vec::new(),
             joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),
@@ -161,10 +162,10 @@ mod tests {
         }
     }
 
-    fn reading(id: u32, received: u64, downstreams: &[(u8, u64)]) -> Counters {
+    fn reading(id: u32, received: u64, downstreams: &[(u8, u64)]) -> DatapathCounters {
         let counted = ListenerCounters { packets_received: received, ..Default::default() };
         let handed = |&(last, n)| ((ListenerId(id), endpoint(last)), DownstreamCounters { packets: n, bytes: n * 100 });
-        Counters {
+        DatapathCounters {
             listeners: [(ListenerId(id), counted)].into(),
             downstreams: downstreams.iter().map(handed).collect(),
             ..Default::default()

@@ -1,10 +1,13 @@
-//! From configuration, downstreams and host facts to one listener's part of the plan. Pure.
+//! Compiles one listener's part of the plan from its configuration, its downstreams and the host's facts. Pure.
+//!
+//! A downstream that health checks or a terminating endpoint have excluded is not in `set` any more: the controller
+//! filters it (`Controller::eligible_downstreams`), so it gets no slot.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
 
-use super::{Delivery, LinkRef, ListenerPlan, Macs, Target, maglev, table};
+use super::{Delivery, LinkRef, ListenerPlan, MacPair, PlanTarget, maglev, round_robin};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
 use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
@@ -12,8 +15,9 @@ use crate::net::is_link_scoped_multicast;
 
 /// What both datapaths must do for one listener.
 ///
-/// `facts.routes` must hold the route of every downstream in `set`; one without counts as unreachable. `before` is the
-/// listener's part of the plan so far, if it has one: a long table takes long to fill, and most changes leave it as it is.
+/// `facts.routes` must hold the route of every downstream in `set`; a downstream without one counts as unreachable.
+/// `before` is the listener's part of the previous plan, if there is one: its table is reused if nothing in it changes,
+/// because a long table is expensive to fill.
 #[must_use]
 pub fn compile(
     listener: &ListenerConfig,
@@ -24,7 +28,7 @@ pub fn compile(
 ) -> ListenerPlan {
     let routes: Vec<Option<&Route>> =
         set.downstreams.iter().map(|downstream| facts.routes.get(&downstream.address.ip())).collect();
-    let target = |(downstream, route): (&Downstream, &Option<&Route>)| Target {
+    let target = |(downstream, route): (&Downstream, &Option<&Route>)| PlanTarget {
         downstream: downstream.clone(),
         delivery: delivery(*route, facts),
     };
@@ -38,7 +42,7 @@ pub fn compile(
         mode,
         bind: on_link(listener.bind, &joins),
         match_addresses: if kernel { match_addresses(listener.bind.ip(), facts) } else { Vec::new() },
-        headerless: if kernel { headerless(&links, facts) } else { Vec::new() },
+        l3_ingress: if kernel { l3_ingress(&links, facts) } else { Vec::new() },
         links: if kernel { links } else { Vec::new() },
         joins,
         policy: listener.policy,
@@ -51,7 +55,7 @@ pub fn compile(
     }
 }
 
-/// The address with its link, where it means another group on each.
+/// Adds the link to a link-scoped multicast address.
 fn on_link(bind: SocketAddr, joins: &[LinkRef]) -> SocketAddr {
     match (bind, joins.first()) {
         (SocketAddr::V6(v6), Some(link)) if is_link_scoped_multicast(bind.ip()) => {
@@ -70,9 +74,10 @@ fn fill_table(policy: Policy, downstreams: &[Downstream], before: Option<&Listen
     }
     match policy {
         Policy::RoundRobin | Policy::GelfMessage => {
-            table::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>()).into()
+            round_robin::interleave(&downstreams.iter().map(|downstream| downstream.weight).collect::<Vec<u32>>())
+                .into()
         }
-        // Each once, whatever the weights: a copy is a copy.
+        // Each downstream once: weights do not matter for copies.
         Policy::Replicate => (0..).zip(downstreams).map(|(index, _)| index).collect(),
         Policy::Hash(_) => {
             let weighted: Vec<_> = downstreams.iter().map(|to| (to.address, to.weight)).collect();
@@ -85,22 +90,22 @@ fn delivery(route: Option<&Route>, facts: &HostFacts) -> Delivery {
     match route {
         Some(Route::Local { .. }) => Delivery::Local,
         Some(&Route::Via { link, mtu, .. }) if facts.link(link).is_some_and(|link| link.l3_device) => {
-            Delivery::Bare { link, mtu }
+            Delivery::L3Device { link, mtu }
         }
         Some(&Route::Via { link, next_hop, mtu }) => {
             let own = facts.link(link).and_then(|link| link.mac);
             let neighbour = facts.neighbour(link, next_hop);
-            let macs = neighbour.zip(own).map(|(neighbour, own)| Macs { neighbour, own });
+            let macs = neighbour.zip(own).map(|(neighbour, own)| MacPair { neighbour, own });
             let into_pod = macs.is_some() && facts.can_redirect_to_peer(link);
             Delivery::Neighbour { link, next_hop, mtu, macs, into_pod }
         }
-        // An encapsulating route is the socket's business, see `socket_only`.
+        // The TC program cannot encapsulate; `socket_only` sends such datagrams through the socket.
         Some(Route::Encapsulated { .. } | Route::Unreachable { .. }) | None => Delivery::Unreachable,
     }
 }
 
-/// The addresses at which the TC program meets this listener's datagrams. A wildcard stands for all of the host's
-/// addresses of its family but the loopback ones: what is sent to those never comes in through an interface.
+/// The addresses at which the TC program sees this listener's datagrams. A wildcard expands to all host addresses of
+/// its family except loopback addresses, because datagrams to those never arrive through an interface.
 fn match_addresses(bind: IpAddr, facts: &HostFacts) -> Vec<IpAddr> {
     if !bind.is_unspecified() {
         return vec![bind];
@@ -114,7 +119,7 @@ fn match_addresses(bind: IpAddr, facts: &HostFacts) -> Vec<IpAddr> {
     ours.into_iter().collect()
 }
 
-/// The interfaces that exist at the moment, of those the listener wants.
+/// The interfaces that the listener wants and that exist at the moment.
 #[must_use]
 pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
     let found: Vec<&Link> = match interfaces {
@@ -128,16 +133,18 @@ pub fn links(interfaces: &Interfaces, facts: &HostFacts) -> Vec<LinkRef> {
     links
 }
 
-fn headerless(links: &[LinkRef], facts: &HostFacts) -> Vec<u32> {
+fn l3_ingress(links: &[LinkRef], facts: &HostFacts) -> Vec<u32> {
     let indices = links.iter().map(|link| link.index);
     indices.filter(|&index| facts.link(index).is_some_and(|link| link.l3_ingress)).collect()
 }
 
-/// Why the socket must forward everything, if it must: a downstream that the TC program cannot reach but the host's stack
-/// can. A packet from outside cannot be sent on to a loopback address (a martian), nor wrapped by a tunnelling route.
-/// Were only that downstream's turn left to the socket, the socket would give the datagram to whoever is next there, and
-/// the shares would be wrong; so the socket takes all. And more copies than the program can make: a Service may have any
-/// number of endpoints.
+/// Why the socket must forward everything, if it must.
+///
+/// - A downstream is reachable for the host's stack but not for the TC program: a packet from outside cannot be sent to
+///   a loopback address (a martian), nor can the program encapsulate. If the program passed only that downstream's
+///   datagrams to the socket, the socket's own round robin would send them to the wrong receiver. So the socket
+///   forwards all.
+/// - More copies than the program can make: a Service may have any number of endpoints.
 fn socket_only(policy: Policy, set: &DownstreamSet, routes: &[Option<&Route>]) -> Option<String> {
     let count = set.downstreams.len();
     if policy == Policy::Replicate && count > MAX_COPIES {
@@ -261,8 +268,8 @@ mod tests {
         let mut facts = facts();
         (facts.links[2].ethernet, facts.links[2].l3_ingress) = (false, true);
         let listener = listener("192.0.2.1:514", Interfaces::Named(vec!["eth0".into(), "eth1".into()]));
-        let headerless = |mode| compile(&listener, &set(&[]), mode, &facts, None).headerless;
-        assert_eq!((headerless(Mode::TcEbpf), headerless(Mode::Userspace)), (vec![3], vec![]));
+        let l3_ingress = |mode| compile(&listener, &set(&[]), mode, &facts, None).l3_ingress;
+        assert_eq!((l3_ingress(Mode::TcEbpf), l3_ingress(Mode::Userspace)), (vec![3], vec![]));
     }
 
     #[test]
@@ -316,7 +323,7 @@ mod tests {
         assert_eq!(plan.socket_only, None);
     }
 
-    /// What becomes of a downstream at 192.0.2.9, which is behind eth0, once `change` has been made to the facts.
+    /// The delivery to a downstream at 192.0.2.9, behind eth0, after `change` was made to the facts.
     fn delivery_after(change: impl FnOnce(&mut HostFacts)) -> Delivery {
         let mut facts = facts();
         change(&mut facts);
@@ -349,7 +356,7 @@ mod tests {
     #[test]
     fn what_is_known_of_a_neighbour_goes_into_the_plan() {
         let known = delivery_after(resolve);
-        let expected = Some(Macs { neighbour: [9; 6], own: [2, 0, 0, 0, 0, 2] });
+        let expected = Some(MacPair { neighbour: [9; 6], own: [2, 0, 0, 0, 0, 2] });
         assert!(matches!(known, Delivery::Neighbour { macs, .. } if macs == expected), "{known:?}");
         assert_eq!(known.without_neighbour(), delivery_after(|_| ()));
     }
@@ -357,7 +364,7 @@ mod tests {
     #[test]
     fn on_a_link_that_carries_bare_packets_there_are_no_neighbours() {
         let bare = delivery_after(|facts| facts.links[1].l3_device = true);
-        assert_eq!(bare, Delivery::Bare { link: 2, mtu: 1500 });
+        assert_eq!(bare, Delivery::L3Device { link: 2, mtu: 1500 });
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! The hash that turns a sender into a place in the table: the same in both datapaths, so that a datagram that the TC
-//! program leaves to the socket goes where its neighbours go. `bpf/hash.h` is the other half; a test feeds both.
+//! The hash that selects a slot of the table. Both datapaths use the same one, so a datagram that the TC program passes
+//! to the socket goes to the same downstream as the rest of its flow. `bpf/hash.h` is the kernel's half; a test
+//! compares both.
 //!
-//! `MurmurHash3_x86_32` over 32-bit words in host order, seed 0: small enough for the kernel program, and every input
-//! bit reaches every output bit.
+//! `MurmurHash3_x86_32` over 32-bit words in host order, seed 0: small enough for the TC program, and every input bit
+//! affects every output bit.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -30,13 +31,13 @@ pub fn message_hash(id: [u8; 8]) -> u32 {
     murmur3([u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])])
 }
 
-/// The place in a table of `slots` places that belongs to `hash`: hashes are spread evenly over the places.
+/// The slot of a table with `slots` slots that `hash` selects. Hashes are spread evenly over the slots.
 #[must_use]
-pub fn place(hash: u32, slots: u32) -> u32 {
+pub fn table_slot(hash: u32, slots: u32) -> u32 {
     ((u64::from(hash) * u64::from(slots)) >> 32) as u32
 }
 
-/// An address as the kernel program has it: IPv4 mapped into IPv6, the bytes of each word as they are on the wire.
+/// An address as the TC program holds it: IPv4 in mapped IPv6 form, the bytes of each word in wire order.
 fn words(ip: IpAddr) -> [u32; 4] {
     let octets = mapped_octets(ip);
     std::array::from_fn(|i| {
@@ -44,7 +45,7 @@ fn words(ip: IpAddr) -> [u32; 4] {
     })
 }
 
-/// Allocates nothing: workers call it for every datagram.
+/// Workers call this for every datagram, so it must not allocate.
 fn murmur3(words: impl IntoIterator<Item = u32>) -> u32 {
     let mut hash = 0u32;
     let mut bytes = 0u32;
@@ -76,7 +77,7 @@ mod tests {
         let mut seen = vec![0u32; slots as usize];
         for n in 0..7000u32 {
             let source = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 40_000));
-            seen[place(flow_hash(HashOn::SourceIp, source, source), slots) as usize] += 1;
+            seen[table_slot(flow_hash(HashOn::SourceIp, source, source), slots) as usize] += 1;
         }
         assert!(seen.iter().all(|&n| (850..1150).contains(&n)), "{seen:?}");
     }

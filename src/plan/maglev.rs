@@ -1,59 +1,59 @@
-//! Maglev hashing (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016): a table
-//! in which each downstream has its share of places, and in which few places change hands when the set changes.
+//! Maglev hashing (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016). The table
+//! gives each downstream its share of the slots, and few slots change their downstream when the set changes.
 //!
-//! Every downstream has its own permutation of the places, derived from its address, and downstreams take turns at
-//! claiming the first place in their permutation that is still free. A downstream of weight w gets w turns for every
-//! turn of one of weight 1. Turns go in the order of the addresses, so the order in the configuration does not matter.
+//! Every downstream has its own permutation of the slots, derived from its address. Downstreams take turns at claiming
+//! the first free slot of their permutation. A downstream of weight w gets w turns for each turn of one of weight 1.
+//! Turns go in the order of the addresses, so the order in the configuration does not matter.
 
 use std::net::SocketAddr;
 
 use crate::net::{endpoint_hash, mix};
 
-/// Sizes of tables: primes, each about four times the one before.
+/// Table sizes: primes, each about four times the one before.
 const SIZES: [usize; 5] = [4_099, 16_411, 65_537, 262_147, 1_048_583];
-/// A table has at least this many places per downstream: the more, the closer each share is to its weight, and the fewer
-/// senders move needlessly.
-const PLACES_EACH: usize = 100;
-/// From this length on a table need not become longer for that, as long as each downstream has some places.
+/// Slots that a table has per downstream, at least. More slots bring the shares closer to the weights and move fewer
+/// senders needlessly.
+const SLOTS_EACH: usize = 100;
+/// From this size on, a table has only [`LEAST_SLOTS_EACH`] slots per downstream.
 const LONG: usize = 65_537;
-/// How many those are.
-const LEAST_PLACES_EACH: usize = 16;
+/// Slots per downstream in long tables, at least.
+const LEAST_SLOTS_EACH: usize = 16;
 
-/// How long the table of so many downstreams is, unless it has been longer before.
+/// The size of a table for this many downstreams, if the previous table was not larger.
 #[must_use]
-pub fn places(downstreams: usize) -> usize {
-    let wanted = (downstreams * PLACES_EACH).min(LONG).max(downstreams * LEAST_PLACES_EACH);
+pub fn table_size(downstreams: usize) -> usize {
+    let wanted = (downstreams * SLOTS_EACH).min(LONG).max(downstreams * LEAST_SLOTS_EACH);
     SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1])
 }
 
-/// The table for downstreams and their weights: for each place, an index into `downstreams`. Empty for no downstreams.
+/// The table for downstreams and their weights: for each slot, an index into `downstreams`. Empty for no downstreams.
 ///
 /// Tables of different sizes have little in common, so a set that shrinks keeps its table's size: `at_least` is the
-/// length of the table before, 0 if there was none.
+/// size of the previous table, 0 if there was none.
 #[must_use]
 pub fn table(downstreams: &[(SocketAddr, u32)], at_least: usize) -> Vec<u32> {
     if downstreams.is_empty() {
         return Vec::new();
     }
-    let wanted = at_least.max(places(downstreams.len()));
-    let places = SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1]);
+    let wanted = at_least.max(table_size(downstreams.len()));
+    let size = SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(SIZES[SIZES.len() - 1]);
     let heaviest = downstreams.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1).max(1);
-    let mut claimants: Vec<Claimant> = downstreams
+    let mut permutations: Vec<SlotPermutation> = downstreams
         .iter()
         .zip(0..)
-        .map(|(&(address, weight), index)| Claimant::new(address, weight, index, places))
+        .map(|(&(address, weight), index)| SlotPermutation::new(address, weight, index, size))
         .collect();
-    claimants.sort_by_key(|claimant| claimant.address);
-    let mut table = vec![u32::MAX; places];
-    let mut free = places;
+    permutations.sort_by_key(|permutation| permutation.address);
+    let mut table = vec![u32::MAX; size];
+    let mut free = size;
     loop {
-        for claimant in &mut claimants {
-            claimant.credit += claimant.weight;
-            if claimant.credit < heaviest {
+        for permutation in &mut permutations {
+            permutation.credit += permutation.weight;
+            if permutation.credit < heaviest {
                 continue;
             }
-            claimant.credit -= heaviest;
-            claimant.claim(&mut table);
+            permutation.credit -= heaviest;
+            permutation.claim(&mut table);
             free -= 1;
             if free == 0 {
                 return table;
@@ -62,7 +62,7 @@ pub fn table(downstreams: &[(SocketAddr, u32)], at_least: usize) -> Vec<u32> {
     }
 }
 
-struct Claimant {
+struct SlotPermutation {
     address: SocketAddr,
     index: u32,
     weight: u64,
@@ -71,16 +71,16 @@ struct Claimant {
     skip: usize,
 }
 
-impl Claimant {
-    fn new(address: SocketAddr, weight: u32, index: u32, places: usize) -> Claimant {
+impl SlotPermutation {
+    fn new(address: SocketAddr, weight: u32, index: u32, size: usize) -> SlotPermutation {
         let seed = endpoint_hash(address);
-        let offset = mix(seed ^ 0x9e37_79b9_7f4a_7c15) % places as u64;
-        let skip = mix(seed ^ 0xd1b5_4a32_d192_ed03) % (places as u64 - 1) + 1;
+        let offset = mix(seed ^ 0x9e37_79b9_7f4a_7c15) % size as u64;
+        let skip = mix(seed ^ 0xd1b5_4a32_d192_ed03) % (size as u64 - 1) + 1;
         let weight = u64::from(weight.max(1));
-        Claimant { address, index, weight, credit: 0, next: offset as usize, skip: skip as usize }
+        SlotPermutation { address, index, weight, credit: 0, next: offset as usize, skip: skip as usize }
     }
 
-    /// Takes the first free place of its permutation. There is one: the caller counts.
+    /// Claims the first free slot of the permutation. The caller makes sure that there is one.
     fn claim(&mut self, table: &mut [u32]) {
         while table[self.next] != u32::MAX {
             self.next = (self.next + self.skip) % table.len();
@@ -120,9 +120,9 @@ mod tests {
         for (count, expected) in
             [(1, 4_099), (41, 16_411), (655, 65_537), (4_096, 65_537), (4_097, 262_147), (16_384, 262_147)]
         {
-            assert_eq!(places(count), expected, "{count}");
+            assert_eq!(table_size(count), expected, "{count}");
         }
-        assert!(places(1_000_000) >= 1_000_000);
+        assert!(table_size(1_000_000) >= 1_000_000);
     }
 
     #[test]
@@ -147,7 +147,7 @@ mod tests {
                 let mut after = before.clone();
                 after.remove(gone);
                 let new = table(&after, old.len());
-                // Places stand for equal ranges of hashes, so compare along the hash space, not place by place.
+                // Slots stand for equal ranges of hashes, so compare along the hash space, not slot by slot.
                 let samples = 100_000u64;
                 let at = |table: &[u32], set: &[(SocketAddr, u32)], i: u64| {
                     set[table[(i * table.len() as u64 / samples) as usize] as usize].0

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use udp_fanout::config::{Config, DownstreamSource, ListenerIdAllocator};
-use udp_fanout::controller::{Action, Controller, Event, Origin, RETRY};
+use udp_fanout::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin, RETRY};
 use udp_fanout::health::weights::{HealthMap, HealthMark};
 use udp_fanout::host::{HostAddress, HostFacts, Link, Route};
 use udp_fanout::model::{Downstream, DownstreamSet, ListenerId, Mode};
@@ -250,21 +250,21 @@ impl World {
         standings.into_iter().collect()
     }
 
-    pub fn random_event(&mut self, controller: &Controller) -> Event {
+    pub fn random_event(&mut self, controller: &Controller) -> ControllerEvent {
         self.now += Duration::from_millis(self.rng.random_range(0..700));
         if std::mem::take(&mut self.look_again) {
-            return Event::Host(self.look(&controller.route_addresses()));
+            return ControllerEvent::Host(self.look(&controller.route_addresses()));
         }
         match self.rng.random_range(0..10) {
-            0 => Event::Disturbed("filter gone".into()),
+            0 => ControllerEvent::Disturbed("filter gone".into()),
             1 | 2 => {
                 self.facts = self.random_facts(false);
                 let asked = controller.route_addresses();
                 self.facts.routes.retain(|ip, _| asked.contains(ip));
-                Event::Host(self.facts.clone())
+                ControllerEvent::Host(self.facts.clone())
             }
-            3 => Event::Tick,
-            4 => Event::Health(self.random_health()),
+            3 => ControllerEvent::Tick,
+            4 => ControllerEvent::Health(self.random_health()),
             5 | 6 => {
                 let config = self.another();
                 match controller.prepare(config.clone(), &Ok(())) {
@@ -272,12 +272,12 @@ impl World {
                         let next = State::of(config, Some(&self.believed));
                         let before = std::mem::replace(&mut self.believed, next);
                         self.fallback.get_or_insert(before);
-                        Event::Config(prepared)
+                        ControllerEvent::Config(prepared)
                     }
                     // An interface that a listener is to move to is away.
                     Err(refusal) => {
                         assert!(refusal.to_string().contains("interface"), "{refusal}");
-                        Event::Tick
+                        ControllerEvent::Tick
                     }
                 }
             }
@@ -288,13 +288,13 @@ impl World {
                 if let Some(fallback) = &mut self.fallback {
                     fallback.take_set(listener, &set);
                 }
-                Event::Downstreams { listener, origin: Origin::Kubernetes, set }
+                ControllerEvent::Downstreams { listener, origin: DownstreamOrigin::Kubernetes, set }
             }
         }
     }
 
     /// Feeds an event and whatever follows from it, as the event loop does.
-    pub fn step(&mut self, controller: &mut Controller, event: Event) {
+    pub fn step(&mut self, controller: &mut Controller, event: ControllerEvent) {
         let mut events = vec![event];
         let mut rounds = 0;
         while let Some(event) = events.pop() {
@@ -302,17 +302,19 @@ impl World {
             assert!(rounds < 20, "the controller keeps itself busy");
             for action in controller.handle(event, self.now) {
                 match action {
-                    Action::Apply(plan) => events.push(self.apply(plan)),
-                    Action::LookAtHost(_) if self.script.is_empty() && self.rng.random_bool(0.05) => {
+                    ControllerAction::Apply(plan) => events.push(self.apply(plan)),
+                    ControllerAction::ReadHostFacts(_) if self.script.is_empty() && self.rng.random_bool(0.05) => {
                         self.look_again = true;
                     }
-                    Action::LookAtHost(addresses) => events.push(Event::Host(self.look(&addresses))),
-                    Action::WakeAt(at) => {
+                    ControllerAction::ReadHostFacts(addresses) => {
+                        events.push(ControllerEvent::Host(self.look(&addresses)))
+                    }
+                    ControllerAction::WakeAt(at) => {
                         assert!(at > self.now, "woken in the past");
                         self.wake_at = Some(at);
                     }
-                    Action::Warn(text) => assert!(!text.is_empty()),
-                    Action::Settled(outcome) => {
+                    ControllerAction::Warn(text) => assert!(!text.is_empty()),
+                    ControllerAction::ReloadFinished(outcome) => {
                         let before = self.fallback.take();
                         assert!(before.is_some() || !self.script.is_empty(), "settled twice");
                         if let (Err(_), Some(before)) = (outcome, before) {
@@ -325,7 +327,7 @@ impl World {
     }
 
     /// As [`step`](Self::step), without accidents but those of the script.
-    pub fn step_surely(&mut self, controller: &mut Controller, event: Event, success: bool) {
+    pub fn step_surely(&mut self, controller: &mut Controller, event: ControllerEvent, success: bool) {
         if success {
             self.script = vec![true; 4];
         }
@@ -355,11 +357,11 @@ impl World {
         }
     }
 
-    fn apply(&mut self, plan: Plan) -> Event {
+    fn apply(&mut self, plan: Plan) -> ControllerEvent {
         self.handed_out = Some(plan);
         let by_chance = self.rng.random_bool(0.8);
         self.in_force = self.script.pop().unwrap_or(by_chance);
-        if self.in_force { Event::Applied } else { Event::ApplyFailed("no memory".into()) }
+        if self.in_force { ControllerEvent::Applied } else { ControllerEvent::ApplyFailed("no memory".into()) }
     }
 
     pub fn check(&self, controller: &Controller) {

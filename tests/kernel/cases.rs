@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::ListenerId;
-use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan};
+use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan};
 
 use super::oracle::{REDIRECT, SHOT, UNSPEC};
 use super::packet::{Checksum, Frame};
@@ -252,7 +252,7 @@ fn check_truncated(whole: &[u8], length: usize) {
 
 /// A listener whose only downstream is a neighbour that user space knows.
 fn known_neighbour(into_pod: bool) -> Program {
-    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
+    let macs = Some(MacPair { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
     let delivery =
         Delivery::Neighbour { link: 77, next_hop: "198.51.100.7".parse().unwrap(), mtu: 1500, macs, into_pod };
     Program::load(vec![listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", delivery)])])
@@ -390,7 +390,7 @@ fn root_a_downstream_that_stays_keeps_its_count_while_ids_are_reused() {
 fn allowing(prefixes: &[&str]) -> Vec<ListenerPlan> {
     let mut plan = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
     let allow = prefixes.iter().map(|prefix| Prefix::parse(prefix).unwrap()).collect();
-    plan.sources = Sources { allow, deny: Vec::new() }.into();
+    plan.sources = SourceRules { allow, deny: Vec::new() }.into();
     vec![plan]
 }
 
@@ -441,7 +441,7 @@ fn root_a_rule_for_everybody_is_heeded() {
         let frame = Frame::new(sender, bind, b"x").bytes();
         for (allow, deny, verdict) in [(everybody(), vec![], UNSPEC), (vec![], everybody(), SHOT)] {
             let mut plan = listener(0, bind, vec![target(&bind.replace("5000", "6000"), Delivery::Local)]);
-            plan.sources = Sources { allow, deny }.into();
+            plan.sources = SourceRules { allow, deny }.into();
             assert_eq!(Program::load(vec![plan]).run(&frame, Gso::default()).verdict, verdict, "{bind}");
         }
     }

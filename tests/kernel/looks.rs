@@ -1,6 +1,6 @@
 //! Packets that look like any other datagram of a listener's and are not: the program's short way must not take them.
 
-use udp_fanout::admission::{Prefix, Sources};
+use udp_fanout::admission::{Prefix, SourceRules};
 use udp_fanout::plan::{Delivery, ListenerPlan};
 
 use super::oracle::{REDIRECT, SHOT, UNSPEC};
@@ -90,7 +90,7 @@ fn root_what_is_left_to_the_socket_or_refused_from_now_on_is_from_the_next_datag
     let mut program = started();
     let mut plan = self::plan();
     for listener in &mut plan {
-        listener.sources = Sources { allow: Vec::new(), deny: vec![everybody(listener)] }.into();
+        listener.sources = SourceRules { allow: Vec::new(), deny: vec![everybody(listener)] }.into();
     }
     program.apply(plan);
     for frame in ours() {

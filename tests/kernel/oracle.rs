@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use udp_fanout::admission::{Prefix, Sources};
+use udp_fanout::admission::{Prefix, SourceRules};
 use udp_fanout::model::Policy;
-use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan, Target, hash};
+use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget, hash};
 
 use super::packet::sum;
 use super::pieces::{self, Incomplete};
@@ -70,7 +70,7 @@ pub struct History {
 
 /// What must become of what a test run shows the program. It comes by the loopback device, which the plan may say has no frames.
 pub fn fate(plan: &Plan, history: &mut History, shown: &[u8], gso: Gso) -> Fate {
-    let loopback = |listener: &ListenerPlan| listener.headerless.contains(&1);
+    let loopback = |listener: &ListenerPlan| listener.l3_ingress.contains(&1);
     match framed(shown).filter(|_| plan.listeners.iter().any(loopback)) {
         Some(frame) => fate_of_frame(plan, history, &frame, gso).without_frame(),
         None => fate_of_frame(plan, history, shown, gso),
@@ -132,7 +132,7 @@ pub fn judge<'a>(
     frame: &[u8],
     gso: Gso,
     disordered: bool,
-) -> (Fate, Option<&'a Target>) {
+) -> (Fate, Option<&'a PlanTarget>) {
     let id = listener.id.0;
     let bytes = datagram.payload as u64;
     let datagrams = match gso {
@@ -184,18 +184,18 @@ pub enum Way {
 }
 
 /// The way of a packet of which the longest part has this length.
-pub fn way(target: &Target, datagram: &Datagram, length: usize) -> Way {
+pub fn way(target: &PlanTarget, datagram: &Datagram, length: usize) -> Way {
     // How far a group reaches says nothing about a single receiver.
     let group = datagram.destination.ip().is_multicast();
     match target.delivery {
         Delivery::Unreachable => Way::Nowhere("no_route"),
         Delivery::Local => Way::Out(UNSPEC, datagram.ttl),
-        Delivery::Neighbour { .. } | Delivery::Bare { .. } if datagram.ttl <= 1 && !group => {
+        Delivery::Neighbour { .. } | Delivery::L3Device { .. } if datagram.ttl <= 1 && !group => {
             Way::Nowhere("ttl_expired")
         }
-        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } if length > mtu as usize => Way::TooLong,
-        Delivery::Neighbour { .. } | Delivery::Bare { .. } if group => Way::Out(REDIRECT, 64),
-        Delivery::Neighbour { .. } | Delivery::Bare { .. } => Way::Out(REDIRECT, datagram.ttl - 1),
+        Delivery::Neighbour { mtu, .. } | Delivery::L3Device { mtu, .. } if length > mtu as usize => Way::TooLong,
+        Delivery::Neighbour { .. } | Delivery::L3Device { .. } if group => Way::Out(REDIRECT, 64),
+        Delivery::Neighbour { .. } | Delivery::L3Device { .. } => Way::Out(REDIRECT, datagram.ttl - 1),
     }
 }
 
@@ -206,7 +206,7 @@ fn place(listener: &ListenerPlan, history: &mut History, datagram: &Datagram, fr
         let place = history.rounds.entry(listener.id.0).or_default();
         std::mem::replace(place, (*place + 1) % slots)
     };
-    let hashed = |hash| hash::place(hash, slots as u32) as usize;
+    let hashed = |hash| hash::table_slot(hash, slots as u32) as usize;
     match listener.policy {
         Policy::RoundRobin => turn(),
         Policy::Hash(on) => hashed(hash::flow_hash(on, datagram.source, datagram.destination)),
@@ -235,7 +235,7 @@ fn refusal(listener: &ListenerPlan, history: &mut History, sender: IpAddr, datag
 
 /// The rule in words: the longest prefix decides, of two alike the one that denies; without any, everybody may send
 /// unless some are allowed to.
-fn may_send(sources: &Sources, sender: IpAddr) -> bool {
+fn may_send(sources: &SourceRules, sender: IpAddr) -> bool {
     let longest = |list: &[Prefix]| {
         let fits = |prefix: &&Prefix| first_bits(sender, prefix.length()) == prefix.address();
         list.iter().filter(fits).map(|prefix| prefix.length()).max()
@@ -386,9 +386,9 @@ fn read_udp(frame: &[u8], l4: usize, room: usize, mut datagram: Datagram) -> Opt
 }
 
 /// The frame as it goes to a target.
-pub fn sent(frame: &[u8], datagram: &Datagram, target: &Target, verdict: i32, ttl: u8) -> Vec<u8> {
+pub fn sent(frame: &[u8], datagram: &Datagram, target: &PlanTarget, verdict: i32, ttl: u8) -> Vec<u8> {
     let mut packet = rewritten(frame, datagram, target.downstream.address, ttl);
-    if let Delivery::Neighbour { macs: Some(Macs { neighbour, own }), into_pod: true, .. } = target.delivery {
+    if let Delivery::Neighbour { macs: Some(MacPair { neighbour, own }), into_pod: true, .. } = target.delivery {
         packet[..6].copy_from_slice(&neighbour);
         packet[6..12].copy_from_slice(&own);
     } else if verdict == REDIRECT && datagram.destination.ip().is_multicast() {

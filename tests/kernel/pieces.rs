@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use udp_fanout::plan::{Plan, Target};
+use udp_fanout::plan::{Plan, PlanTarget};
 
 use super::oracle::{Datagram, Fate, History, Piece, SHOT, UNSPEC, Way, judge, length, owner, sent, way};
 use super::run::Gso;
@@ -30,7 +30,7 @@ enum Destiny {
     #[default]
     Stack,
     Nowhere,
-    To(Target),
+    To(PlanTarget),
 }
 
 impl Known {

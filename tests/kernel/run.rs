@@ -13,7 +13,7 @@ use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::skel::types::__sk_buff;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, Macs, Plan, Target};
+use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget};
 
 /// The production datapath, attached nowhere.
 pub struct Program {
@@ -178,7 +178,7 @@ fn run_with(program: BorrowedFd<'_>, packet: &[u8], write: impl FnOnce(&mut __sk
 }
 
 /// A listener in tc_ebpf mode, attached nowhere, with its targets in the order of the round.
-pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
+pub fn listener(id: u32, bind: &str, targets: Vec<PlanTarget>) -> ListenerPlan {
     let bind: SocketAddr = bind.parse().unwrap();
     ListenerPlan {
         id: ListenerId(id),
@@ -187,7 +187,7 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
         bind,
         match_addresses: vec![bind.ip()],
         links: Vec::new(),
-        headerless: Vec::new(),
+        l3_ingress: Vec::new(),
         joins: Vec::new(),
         policy: Policy::RoundRobin,
         sources: Arc::default(),
@@ -199,8 +199,8 @@ pub fn listener(id: u32, bind: &str, targets: Vec<Target>) -> ListenerPlan {
     }
 }
 
-pub fn target(address: &str, delivery: Delivery) -> Target {
-    Target {
+pub fn target(address: &str, delivery: Delivery) -> PlanTarget {
+    PlanTarget {
         downstream: Downstream {
             name: address.into(),
             address: address.parse().unwrap(),
@@ -224,7 +224,7 @@ pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
         IpAddr::V4(v4) => v4.octets()[3],
         IpAddr::V6(v6) => v6.octets()[15],
     };
-    let macs = Some(Macs { neighbour: [2, 0, 0, 0, 0, last], own: [2, 0, 0, 0, 0, 1] });
+    let macs = Some(MacPair { neighbour: [2, 0, 0, 0, 0, last], own: [2, 0, 0, 0, 0, 1] });
     Delivery::Neighbour { link: 77, next_hop, mtu, macs, into_pod: true }
 }
 

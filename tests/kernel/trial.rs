@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
-use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
 use udp_fanout::datapath::kernel::counters;
 use udp_fanout::model::{HashOn, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, Target};
+use udp_fanout::plan::{Delivery, ListenerPlan, PlanTarget};
 
 use super::oracle::{Fate, History, SHOT, UNSPEC, fate};
 use super::packet::{Frame, sum};
@@ -75,7 +75,7 @@ pub fn plan() -> Vec<ListenerPlan> {
     ];
     let mut mixed = listener(0, "192.0.2.1:5000", mixed);
     // What a test run comes by.
-    mixed.headerless = vec![1];
+    mixed.l3_ingress = vec![1];
     vec![
         mixed,
         listener(1, "[2001:db8::1]:5000", mixed6),
@@ -107,7 +107,7 @@ pub fn plan() -> Vec<ListenerPlan> {
 fn guarded(id: u32, bind: &str, allow: &[&str], deny: &[&str]) -> ListenerPlan {
     let prefixes = |texts: &[&str]| texts.iter().map(|text| Prefix::parse(text).unwrap()).collect();
     let mut plan = listener(id, bind, receiver_beside(bind));
-    plan.sources = Sources { allow: prefixes(allow), deny: prefixes(deny) }.into();
+    plan.sources = SourceRules { allow: prefixes(allow), deny: prefixes(deny) }.into();
     plan
 }
 
@@ -119,7 +119,7 @@ fn limited(id: u32, bind: &str, prefix: u8) -> ListenerPlan {
     plan
 }
 
-fn receiver_beside(bind: &str) -> Vec<Target> {
+fn receiver_beside(bind: &str) -> Vec<PlanTarget> {
     match bind.starts_with('[') {
         true => vec![target("[2001:db8:9::7]:7000", pod("fe80::7", 1280))],
         false => vec![target("198.51.100.7:7000", pod("198.51.100.7", 600))],

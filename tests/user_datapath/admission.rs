@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::model::DropReason;
 use udp_fanout::plan::ListenerPlan;
@@ -15,7 +15,7 @@ fn denying(flow: &Flow, prefixes: &[&str]) -> ListenerPlan {
     let mut plan = listener(0, "syslog", "127.0.0.1:0", &flow.receivers());
     plan.settings.workers = 3;
     let deny = prefixes.iter().map(|prefix| Prefix::parse(prefix).unwrap()).collect();
-    plan.sources = Sources { allow: Vec::new(), deny }.into();
+    plan.sources = SourceRules { allow: Vec::new(), deny }.into();
     plan
 }
 

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use udp_fanout::config::UserspaceSettings;
 use udp_fanout::datapath::user::UserDatapath;
-use udp_fanout::datapath::{Counters, Datapath};
+use udp_fanout::datapath::{Datapath, DatapathCounters};
 use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
-use udp_fanout::plan::table::interleave;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, Target};
+use udp_fanout::plan::round_robin::interleave;
+use udp_fanout::plan::{Delivery, ListenerPlan, Plan, PlanTarget};
 
 /// How long anything may take before a test fails. Nothing waits this long when all is well.
 pub const GUARD: Duration = Duration::from_secs(20);
@@ -33,7 +33,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
         bind: bind.parse().unwrap(),
         match_addresses: Vec::new(),
         links: Vec::new(),
-        headerless: Vec::new(),
+        l3_ingress: Vec::new(),
         joins: Vec::new(),
         policy: Policy::RoundRobin,
         sources: Arc::default(),
@@ -41,7 +41,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
         socket_only: None,
         targets: downstreams
             .iter()
-            .map(|&(address, weight)| Target {
+            .map(|&(address, weight)| PlanTarget {
                 downstream: Downstream { name: address.to_string().into(), address, weight, sample: Downstream::ALL },
                 delivery: Delivery::Unreachable,
             })
@@ -202,7 +202,7 @@ pub fn serving(listeners: &[&ListenerPlan]) -> UserDatapath {
 }
 
 /// The counters after the end, when they are final.
-pub fn final_counters(datapath: &mut UserDatapath) -> Counters {
+pub fn final_counters(datapath: &mut UserDatapath) -> DatapathCounters {
     datapath.shutdown().unwrap();
     let counters = datapath.counters().unwrap();
     assert!(counters.listeners.values().all(|listener| listener.balanced()), "{counters:?}");

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt::UdpGroSegment};
 use nix::unistd::Pid;
-use udp_fanout::admission::{Meter, Prefix, Sources, TICKS_PER_SECOND};
+use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::user::UserDatapath;
 use udp_fanout::model::{DownstreamCounters, DropReason, HashOn, ListenerCounters, Policy};
@@ -150,7 +150,7 @@ fn each_of_joined_datagrams_takes_a_token_and_those_refused_take_no_turn() {
         let interval = 3600 * TICKS_PER_SECOND;
         limited.meter = Some(Meter { interval, depth: 5 * interval, prefix: 32, senders: 1024 });
         let deny = vec![Prefix::parse("127.0.0.3").unwrap()];
-        limited.sources = Sources { allow: Vec::new(), deny }.into();
+        limited.sources = SourceRules { allow: Vec::new(), deny }.into();
         let mut datapath = serving_in_order(&[&limited]);
         let to = datapath.local_address(ID).unwrap();
         for (source, numbers) in [("127.0.0.3:0", 0..10), ("127.0.0.1:0", 10..20), ("127.0.0.2:0", 20..22)] {
@@ -205,7 +205,7 @@ fn chunks_of_gelf_messages_are_told_apart_within_what_was_joined() {
                 whole += 1;
             } else {
                 payload.extend([&[0x1e, 0x0f][..], &id, b"chunk!"].concat());
-                let place = hash::place(hash::message_hash(id), gelf.table.len() as u32);
+                let place = hash::table_slot(hash::message_hash(id), gelf.table.len() as u32);
                 expected[gelf.table[place as usize] as usize] += 1;
             }
         }
@@ -242,7 +242,7 @@ fn hashing_and_replicating_see_each_of_the_joined() {
         for _ in 0..20 {
             let from = UdpSocket::bind("127.0.0.1:0").unwrap();
             let hash = hash::flow_hash(HashOn::Source, from.local_addr().unwrap(), to);
-            let own = each.table[hash::place(hash, each.table.len() as u32) as usize] as usize;
+            let own = each.table[hash::table_slot(hash, each.table.len() as u32) as usize] as usize;
             send_joined(&from, to, &numbered(0..50, 64, 30), 64);
             for (index, sink) in sinks.iter().enumerate() {
                 if policy == Policy::Replicate || index == own {
@@ -411,7 +411,7 @@ fn flow_of_a_wildcard_listener_knows_the_destination_of_what_was_joined() {
         let from = UdpSocket::bind((IpAddr::from([127, 2, 0, n]), 0)).unwrap();
         let to = SocketAddr::new(IpAddr::from([127, 3, 0, n]), port);
         let hash = hash::flow_hash(HashOn::Flow, from.local_addr().unwrap(), to);
-        expected[wide.table[hash::place(hash, wide.table.len() as u32) as usize] as usize] += 5;
+        expected[wide.table[hash::table_slot(hash, wide.table.len() as u32) as usize] as usize] += 5;
         send_joined(&from, to, &numbered(0..5, 64, 64), 64);
     }
     until("all are counted", || datapath.counters().unwrap().listeners[&ID].packets_received == 200);

@@ -62,7 +62,7 @@ fn check_hash(on: HashOn, bind: &str, destinations: &[&str]) {
         for (sender, destination) in senders.iter().flat_map(|sender| destinations.iter().map(move |to| (sender, to))) {
             let to = SocketAddr::new(destination.parse::<IpAddr>().unwrap(), port);
             let hash = hash::flow_hash(on, sender.local_addr().unwrap(), to);
-            let expected = listener.table[hash::place(hash, listener.table.len() as u32) as usize] as usize;
+            let expected = listener.table[hash::table_slot(hash, listener.table.len() as u32) as usize] as usize;
             for payload in [&b"first"[..], b"second"] {
                 assert_eq!(receivers.who_gets(sender, to, payload), expected, "{sender:?} to {to}");
             }
@@ -98,7 +98,7 @@ fn chunks_of_a_gelf_message_stay_together_and_whole_messages_go_round() {
     let (mut whole, mut hit) = ([0; 3], BTreeSet::new());
     for message in 0..60u64 {
         let id = message.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
-        let place = hash::place(hash::message_hash(id), listener.table.len() as u32);
+        let place = hash::table_slot(hash::message_hash(id), listener.table.len() as u32);
         let expected = listener.table[place as usize] as usize;
         for chunk in 0..3u8 {
             let payload = [&[0x1e, 0x0f][..], &id, &[chunk, 3], &b"some text"[..usize::from(chunk)]].concat();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use super::RuleChecker;
-use crate::admission::{NoPrefix, Prefix, RateLimit, Sources};
+use crate::admission::{Prefix, PrefixError, SenderRateLimit, SourceRules};
 use crate::config::document::KeyPath;
 use crate::config::file::{FilePrefixes, FileRateLimit, FileSources};
 use crate::config::problem::quoted;
@@ -23,11 +23,11 @@ impl RuleChecker<'_> {
         at: &KeyPath,
         sources: Option<&FileSources>,
         bind: Option<SocketAddr>,
-    ) -> Option<Sources> {
-        let Some(sources) = sources else { return Some(Sources::default()) };
+    ) -> Option<SourceRules> {
+        let Some(sources) = sources else { return Some(SourceRules::default()) };
         let allow = self.prefixes(&at.then("allow"), sources.allow.as_ref(), bind);
         let deny = self.prefixes(&at.then("deny"), sources.deny.as_ref(), bind);
-        Some(Sources { allow: allow?, deny: deny? })
+        Some(SourceRules { allow: allow?, deny: deny? })
     }
 
     fn prefixes(
@@ -61,8 +61,8 @@ impl RuleChecker<'_> {
 }
 
 /// How fast each sender may send. `shape` has seen that the numbers are within their ranges.
-pub(super) fn rate_limit(limit: &FileRateLimit, senders: u32) -> RateLimit {
-    RateLimit {
+pub(super) fn rate_limit(limit: &FileRateLimit, senders: u32) -> SenderRateLimit {
+    SenderRateLimit {
         packets_per_second: limit.packets_per_second,
         burst: limit.burst.unwrap_or(limit.packets_per_second),
         ipv4_prefix: limit.ipv4_prefix,
@@ -75,9 +75,9 @@ pub(super) fn rate_limit(limit: &FileRateLimit, senders: u32) -> RateLimit {
 fn prefix(text: &str, bind: Option<SocketAddr>) -> Result<Prefix, String> {
     let shown = quoted(text);
     let prefix = Prefix::parse(text).map_err(|error| match error {
-        NoPrefix::Syntax => format!("{shown} is not an address or prefix; write for example \"{EXAMPLE}\""),
-        NoPrefix::TooLong => format!("{shown}: IPv4 prefixes have at most 32 bits, IPv6 prefixes 128; give fewer"),
-        NoPrefix::HostBits(prefix) => format!("{shown} has bits behind its prefix; write \"{prefix}\""),
+        PrefixError::Syntax => format!("{shown} is not an address or prefix; write for example \"{EXAMPLE}\""),
+        PrefixError::TooLong => format!("{shown}: IPv4 prefixes have at most 32 bits, IPv6 prefixes 128; give fewer"),
+        PrefixError::HostBits(prefix) => format!("{shown} has bits behind its prefix; write \"{prefix}\""),
     })?;
     if let std::net::IpAddr::V6(v6) = prefix.address()
         && let Some(v4) = v6.to_ipv4_mapped()

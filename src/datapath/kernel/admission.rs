@@ -15,7 +15,7 @@ use super::entries::mapped_words;
 use super::listener_state::ListenerAdmission;
 use super::maps::{bytes_of, wait_for_readers};
 use super::skel::{LoadedProgram, SOURCE_ALLOWED, SOURCE_DENIED, types};
-use crate::admission::{Meter, Prefix, Sources, Verdict};
+use crate::admission::{Meter, Prefix, SourceRules, SourceVerdict};
 use crate::model::ListenerId;
 use crate::plan::ListenerPlan;
 
@@ -27,7 +27,7 @@ const MAPPED_BITS: u32 = 96;
 /// The rule sets in the kernel, by number, and the admission of each listener.
 #[derive(Debug, Default)]
 pub struct AdmissionRules {
-    rules: BTreeMap<u32, Arc<Sources>>,
+    rules: BTreeMap<u32, Arc<SourceRules>>,
     current: BTreeMap<ListenerId, (ListenerAdmission, Option<Meter>)>,
     last_number: u32,
 }
@@ -85,8 +85,8 @@ impl AdmissionRules {
     }
 
     /// Stores a rule set unless it is there, and returns its number.
-    fn store_rules(&mut self, loaded: &LoadedProgram, sources: &Arc<Sources>) -> Result<u32> {
-        if sources.is_open() {
+    fn store_rules(&mut self, loaded: &LoadedProgram, sources: &Arc<SourceRules>) -> Result<u32> {
+        if sources.allows_everyone() {
             return Ok(0);
         }
         if let Some((&number, _)) = self.rules.iter().find(|(_, there)| *there == sources) {
@@ -112,15 +112,15 @@ impl AdmissionRules {
 }
 
 /// The map entries of a rule set.
-fn entries(number: u32, sources: &Sources) -> impl Iterator<Item = (types::source_key, u32)> {
+fn entries(number: u32, sources: &SourceRules) -> impl Iterator<Item = (types::source_key, u32)> {
     let value = |verdict| match verdict {
-        Verdict::Allow => SOURCE_ALLOWED,
-        Verdict::Deny => SOURCE_DENIED,
+        SourceVerdict::Allow => SOURCE_ALLOWED,
+        SourceVerdict::Deny => SOURCE_DENIED,
     };
     let others = types::source_key { prefixlen: NUMBER_BITS, rules: number, addr_be: [0; 4] };
     let rules = sources.rules().into_iter().map(move |(prefix, verdict)| (key(number, prefix), value(verdict)));
     // A rule for all addresses overwrites the default verdict.
-    [(others, value(sources.others()))].into_iter().chain(rules)
+    [(others, value(sources.default_verdict()))].into_iter().chain(rules)
 }
 
 fn key(number: u32, prefix: Prefix) -> types::source_key {
@@ -133,7 +133,7 @@ fn key(number: u32, prefix: Prefix) -> types::source_key {
 }
 
 /// Deletes the entries of a rule set that is not in use. A failure costs map entries and is otherwise harmless.
-fn delete(loaded: &LoadedProgram, number: u32, sources: &Sources) {
+fn delete(loaded: &LoadedProgram, number: u32, sources: &SourceRules) {
     for (key, _) in entries(number, sources) {
         let _ = loaded.sources.delete(bytes_of(&key));
     }

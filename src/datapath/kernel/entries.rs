@@ -7,7 +7,7 @@ use super::skel::{
     DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_UNREACHABLE, DOWNSTREAM_L3_DEVICE, DOWNSTREAM_MACS, DOWNSTREAM_PEER,
     KEY_ADDRESS, KEY_L3_DEVICE, KEY_LISTENER, types,
 };
-use crate::plan::{Delivery, Target};
+use crate::plan::{Delivery, PlanTarget};
 
 /// The address and port that these words in a map stand for.
 #[must_use]
@@ -75,7 +75,7 @@ impl fmt::Display for KeyMark {
 
 /// The map entry of a downstream.
 #[must_use]
-pub fn downstream_entry(target: &Target) -> types::downstream {
+pub fn downstream_entry(target: &PlanTarget) -> types::downstream {
     let address = target.downstream.address;
     let mut entry = types::downstream {
         addr_be: mapped_words(address.ip()),
@@ -87,7 +87,7 @@ pub fn downstream_entry(target: &Target) -> types::downstream {
     match target.delivery {
         Delivery::Unreachable => {}
         Delivery::Local => entry.delivery = DELIVER_LOCAL,
-        Delivery::Bare { link, mtu } => {
+        Delivery::L3Device { link, mtu } => {
             entry.delivery = DELIVER_NEIGHBOUR;
             entry.ifindex = link;
             entry.mtu = mtu;

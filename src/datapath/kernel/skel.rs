@@ -14,7 +14,7 @@ use super::KernelSetup;
 use crate::config::MapLimits;
 use crate::model::{HashOn, Policy};
 use crate::plan::maglev;
-use crate::plan::table::MAX_SLOTS;
+use crate::plan::round_robin::MAX_SLOTS;
 
 #[allow(
     clippy::all,
@@ -233,8 +233,8 @@ impl MapSizes {
     pub fn of(limits: &MapLimits) -> MapSizes {
         let downstreams = limits.max_downstreams.max(1).saturating_mul(2);
         let most = limits.max_downstreams.max(1) as usize;
-        let longest = maglev::places(most).max(usize::try_from(MAX_SLOTS).unwrap_or(usize::MAX));
-        let short = maglev::places(1).saturating_mul(limits.max_listeners.max(1) as usize);
+        let longest = maglev::table_size(most).max(usize::try_from(MAX_SLOTS).unwrap_or(usize::MAX));
+        let short = maglev::table_size(1).saturating_mul(limits.max_listeners.max(1) as usize);
         MapSizes {
             listeners: limits.max_listeners.max(1),
             downstreams,

@@ -16,7 +16,7 @@ use super::maps::{MappedArray, sum_over_cpus, wait_for_readers, zero_on_all_cpus
 use super::skel::{LoadedProgram, MapSizes, types};
 use super::slot_allocator::{SlotAllocator, SlotRange};
 use crate::model::{ListenerId, Policy};
-use crate::plan::{Delivery, ListenerPlan, Target};
+use crate::plan::{Delivery, ListenerPlan, PlanTarget};
 
 /// A downstream of a listener: the key of its counters.
 type ListenerEndpoint = (ListenerId, SocketAddr);
@@ -46,7 +46,7 @@ struct Table {
     /// The slots' contents, to see whether a new table differs.
     slots: Arc<[u32]>,
     policy: Policy,
-    targets: Arc<[Target]>,
+    targets: Arc<[PlanTarget]>,
     /// The targets' ids.
     ids: Arc<[u32]>,
 }
@@ -358,23 +358,23 @@ fn write_slots(loaded: &LoadedProgram, region: SlotRange, slots: &[u32]) -> Resu
 
 /// Smallest MTU of the egress paths to the plan's downstreams; the maximum if all are on this host.
 fn min_mtu(plan: &ListenerPlan) -> u32 {
-    let mtu = |target: &Target| match target.delivery {
-        Delivery::Neighbour { mtu, .. } | Delivery::Bare { mtu, .. } => Some(mtu),
+    let mtu = |target: &PlanTarget| match target.delivery {
+        Delivery::Neighbour { mtu, .. } | Delivery::L3Device { mtu, .. } => Some(mtu),
         Delivery::Local | Delivery::Unreachable => None,
     };
     plan.targets.iter().filter_map(mtu).min().unwrap_or(u32::MAX)
 }
 
 /// True if only neighbours differ, which change often and do not concern operators.
-fn same_routes(old: &[Target], new: &[Target]) -> bool {
-    let same = |(old, new): (&Target, &Target)| {
+fn same_routes(old: &[PlanTarget], new: &[PlanTarget]) -> bool {
+    let same = |(old, new): (&PlanTarget, &PlanTarget)| {
         old.downstream == new.downstream && old.delivery.without_neighbour() == new.delivery.without_neighbour()
     };
     old.len() == new.len() && old.iter().zip(new).all(same)
 }
 
 /// True if the program sees no difference.
-fn same_entry(old: &Target, new: &Target) -> bool {
+fn same_entry(old: &PlanTarget, new: &PlanTarget) -> bool {
     old.delivery == new.delivery && old.downstream.sample == new.downstream.sample
 }
 
@@ -387,7 +387,7 @@ impl Table {
 
 /// Finds targets by address. Fastest in the targets' own order, because long lists change little.
 struct TargetIndex<'a> {
-    targets: &'a [Target],
+    targets: &'a [PlanTarget],
     next: usize,
     missed: usize,
     places: Option<HashMap<SocketAddr, usize>>,
@@ -397,13 +397,13 @@ impl<'a> TargetIndex<'a> {
     /// Number of linear searches before an index is built.
     const FEW: usize = 8;
 
-    fn new(targets: &'a [Target]) -> Self {
+    fn new(targets: &'a [PlanTarget]) -> Self {
         Self { targets, next: 0, missed: 0, places: None }
     }
 
     /// Position of the target with this address.
     fn find(&mut self, address: SocketAddr) -> Option<usize> {
-        let is_it = |target: &Target| target.downstream.address == address;
+        let is_it = |target: &PlanTarget| target.downstream.address == address;
         let found = if self.targets.get(self.next).is_some_and(is_it) {
             Some(self.next)
         } else if self.missed < Self::FEW {
@@ -426,8 +426,8 @@ mod tests {
     use super::*;
     use crate::model::Downstream;
 
-    fn targets(ports: &[u16]) -> Vec<Target> {
-        let target = |&port: &u16| Target {
+    fn targets(ports: &[u16]) -> Vec<PlanTarget> {
+        let target = |&port: &u16| PlanTarget {
             downstream: Downstream {
                 name: "d".into(),
                 address: SocketAddr::from(([192, 0, 2, 1], port)),

@@ -1,13 +1,14 @@
-//! The way of one batch: taken from the listener's socket, each datagram given a downstream, sent, accounted for.
+//! Forwards one batch: receives it, filters by sender, selects a downstream for each datagram, sends, counts.
 //!
-//! The kernel hands datagrams over joined, several of one sender in a message. They are told apart, dealt out one by one
-//! as the policy says, sorted by downstream, and given back joined again, for each downstream its own.
+//! A received message holds one or more datagrams of one sender (`UDP_GRO`). Each datagram is treated by itself:
+//! admission, downstream, counters. Then datagrams are grouped by downstream and sent in one message each
+//! (`UDP_SEGMENT`).
 
-mod deal;
-mod onbehalf;
-mod outcome;
+mod filter_mask;
+mod grouping;
+mod preserve_source;
+mod queued_messages;
 mod replicate;
-mod screen;
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,68 +22,68 @@ use rand::rngs::SmallRng;
 use socket2::Socket;
 use tracing::warn;
 
-use self::deal::Deal;
-use self::onbehalf::Kind;
-use self::outcome::{Queue, Verdict};
-use self::replicate::{Fate, Original};
-use self::screen::Screen;
-use super::behalf::Behalf;
-use super::count::WorkerCells;
-use super::lane::{self, Event, Lane, MAIN, TROUBLED};
-use super::mmsg::incoming::Piece;
-use super::mmsg::{Batch, LANES};
-use super::standing::Standing;
-use super::table::{Round, Table, WorkerTable};
+use self::filter_mask::FilterMask;
+use self::grouping::Grouping;
+use self::preserve_source::RawListKind;
+use self::queued_messages::{QueuedMessages, SendOutcome};
+use self::replicate::{CopyStatus, Original};
+use super::counters::WorkerCells;
+use super::downstream_errors::DownstreamErrors;
+use super::mmsg::incoming::Segment;
+use super::mmsg::{Batch, SEND_QUEUES};
+use super::preserve_source::PreserveSourceSocket;
+use super::send_queue::{self, DEGRADED, MAIN, SendEvent, SendQueue};
+use super::table::{ForwardingTable, RoundCursor, WorkerTable};
 use crate::config::UserspaceSettings;
 use crate::model::{DropReason, ListenerCounters, Policy};
 use crate::net::Family;
 use crate::plan::hash;
 
-/// Shortest time between two log lines about failed sends of one worker.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
-/// Most datagrams sorted and sent together. Messages can hold more of them than a batch has room for messages.
-const TOGETHER: usize = 1024;
+/// The minimum interval between two log lines about failed sends, per worker.
+const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// The maximum number of datagrams grouped and sent together.
+const SEND_LIST_CAPACITY: usize = 1024;
 
-/// What a worker does with datagrams, apart from waiting for them.
+/// Everything a worker does with datagrams except waiting for them.
 #[derive(Debug)]
 pub struct Forwarder {
     listener: Arc<str>,
     batch: Batch,
-    /// What is left of the batch's datagrams by who may send, and how fast.
-    screen: Screen,
-    lanes: [Lane; LANES],
-    /// For datagrams that leave in their senders' names, if they are to.
-    behalf: Option<Behalf>,
-    /// Datagrams that have been given a downstream, and wait for being queued.
-    deal: Deal,
-    /// What each lane's list in `batch` holds.
-    queues: [Queue; LANES],
-    /// The datagrams to replicate, and for each what has become of its copies.
+    /// Which of the batch's datagrams are dropped by the listener's `sources` and `rate_limit`.
+    filter_mask: FilterMask,
+    send_queues: [SendQueue; SEND_QUEUES],
+    /// The socket for sending with the senders' addresses; only with `preserve_source`.
+    raw_socket: Option<PreserveSourceSocket>,
+    /// Datagrams that have a downstream and are not queued yet.
+    grouping: Grouping,
+    /// What each send queue's list in `batch` holds.
+    queued: [QueuedMessages; SEND_QUEUES],
+    /// The datagrams to replicate, and the status of each one's copies.
     originals: Vec<Original>,
-    fates: Vec<Fate>,
-    /// Draws samples.
+    copy_statuses: Vec<CopyStatus>,
+    /// For samples.
     random: SmallRng,
     table: WorkerTable,
-    standing: Standing,
-    /// How many datagrams of this listener have been given a downstream, by all its workers.
+    downstream_errors: DownstreamErrors,
+    /// The listener's position in the endless round, shared by all its workers.
     cursor: Arc<AtomicU64>,
     cells: Arc<WorkerCells>,
-    complaints: Complaints,
+    error_throttle: SendErrorThrottle,
 }
 
-/// How the downstreams of the datagrams in one message are found.
+/// How the downstreams of a message's datagrams are selected.
 #[derive(Debug, Clone, Copy)]
-enum Choice {
-    /// Each is the next of the round.
+enum Placement {
+    /// Each datagram goes to the next downstream of the round.
     Round,
-    /// All have this one: they come from one sender.
+    /// All go to this one: they come from one sender.
     Fixed(u32),
-    /// Chunks of a GELF message have the one that belongs to its ID, the others are the next of the round.
+    /// GELF chunks go to the downstream that their message ID selects; all others to the next of the round.
     Message,
 }
 
 impl Forwarder {
-    /// Opens the sending sockets and sets the memory aside.
+    /// Opens the sending sockets and allocates all memory.
     ///
     /// # Errors
     /// When the kernel refuses either.
@@ -96,44 +97,45 @@ impl Forwarder {
         let count = settings.batch_size.max(1) as usize;
         let max_length = settings.max_packet_size.max(1) as usize;
         let family = Family::of(table.table.listener().ip());
-        let mut batch = Batch::new(count, max_length, TOGETHER)
+        let mut batch = Batch::new(count, max_length, SEND_LIST_CAPACITY)
             .with_context(|| format!("no memory for {count} messages; lower batch_size"))?;
         batch.want_addresses(table.table.needs_addresses());
         let downstreams = table.table.addresses().len();
-        let behalf = settings.preserve_source.then(|| Behalf::open(family, TOGETHER)).transpose()?;
-        if behalf.is_some() {
-            batch.make_room_on_behalf(TOGETHER);
+        let raw_socket =
+            settings.preserve_source.then(|| PreserveSourceSocket::open(family, SEND_LIST_CAPACITY)).transpose()?;
+        if raw_socket.is_some() {
+            batch.reserve_raw(SEND_LIST_CAPACITY);
         }
         Ok(Forwarder {
             listener,
             batch,
-            screen: Screen::default(),
-            lanes: [Lane::open(MAIN, family)?, Lane::open(TROUBLED, family)?],
-            behalf,
-            deal: Deal::new(TOGETHER, downstreams),
-            queues: std::array::from_fn(|_| Queue::new(TOGETHER, downstreams)),
-            originals: Vec::with_capacity(TOGETHER),
-            fates: Vec::with_capacity(TOGETHER),
+            filter_mask: FilterMask::default(),
+            send_queues: [SendQueue::open(MAIN, family)?, SendQueue::open(DEGRADED, family)?],
+            raw_socket,
+            grouping: Grouping::new(SEND_LIST_CAPACITY, downstreams),
+            queued: std::array::from_fn(|_| QueuedMessages::new(SEND_LIST_CAPACITY, downstreams)),
+            originals: Vec::with_capacity(SEND_LIST_CAPACITY),
+            copy_statuses: Vec::with_capacity(SEND_LIST_CAPACITY),
             random: rand::make_rng(),
-            standing: Standing::new(downstreams),
+            downstream_errors: DownstreamErrors::new(downstreams),
             table,
             cursor,
             cells,
-            complaints: Complaints::default(),
+            error_throttle: SendErrorThrottle::default(),
         })
     }
 
-    /// Uses another table for the batch at hand and all that follow.
+    /// Uses another table for the current batch and all later ones.
     pub fn set_table(&mut self, table: WorkerTable) {
         self.batch.want_addresses(table.table.needs_addresses());
-        self.standing = self.standing.moved(&self.table.table, &table.table);
+        self.downstream_errors = self.downstream_errors.carried_over(&self.table.table, &table.table);
         let downstreams = table.table.addresses().len();
-        self.deal.resize(downstreams);
-        self.queues.iter_mut().for_each(|queue| queue.resize(downstreams));
+        self.grouping.resize(downstreams);
+        self.queued.iter_mut().for_each(|queued| queued.resize(downstreams));
         self.table = table;
     }
 
-    /// Takes a batch from the socket and says how many messages it holds.
+    /// Receives a batch and returns its number of messages.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
@@ -141,225 +143,237 @@ impl Forwarder {
         self.batch.receive(socket.as_fd())
     }
 
-    /// Forwards the batch just taken. Every one of its datagrams is counted when this returns.
+    /// Forwards the batch that was just received. Every one of its datagrams is counted when this returns.
     pub fn forward(&mut self, received: usize) {
-        let mut outcome = ListenerCounters {
+        let mut totals = ListenerCounters {
             bytes_received: (0..received).map(|slot| self.batch.message(slot).length()).sum(),
             ..Default::default()
         };
-        // Kept for the whole batch, which thus follows one table.
+        // Held for the whole batch, so the batch follows one table.
         let table = Arc::clone(&self.table.table);
-        self.admit(received, &table, &mut outcome);
+        self.admit(received, &table, &mut totals);
         if table.policy() == Policy::Replicate {
-            self.replicate(received, &table, &mut outcome);
+            self.replicate(received, &table, &mut totals);
         } else {
-            self.balance(received, &table, &mut outcome);
+            self.balance(received, &table, &mut totals);
         }
-        self.cells.publish(&outcome, received as u64);
+        self.cells.publish(&totals, received as u64);
     }
 
-    /// Takes out what comes from senders who may not send or send too fast.
-    fn admit(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
-        self.screen.clear();
-        let gate = table.gate();
-        if gate.is_open() {
+    /// Marks datagrams of denied senders and of senders beyond their rate limit, and counts them as dropped. A GRO
+    /// message is charged datagram by datagram.
+    fn admit(&mut self, received: usize, table: &ForwardingTable, totals: &mut ListenerCounters) {
+        self.filter_mask.clear();
+        let admission = table.admission();
+        if admission.admits_all() {
             return;
         }
-        let now = gate.now();
+        let now = admission.now();
         for slot in 0..received {
             let sender = self.batch.sender(slot);
             let count = self.batch.message(slot).count();
-            if gate.denies(sender) {
-                outcome.dropped.add(DropReason::SourceDenied, count as u64);
-                self.screen.message((0..count).map(|_| true));
+            if admission.denies(sender) {
+                totals.dropped.add(DropReason::SourceDenied, count as u64);
+                self.filter_mask.push_message((0..count).map(|_| true));
             } else {
                 let limited = |_| {
-                    let limited = gate.limits(sender, now);
-                    outcome.dropped.add(DropReason::RateLimited, u64::from(limited));
+                    let limited = admission.exceeds_rate(sender, now);
+                    totals.dropped.add(DropReason::RateLimited, u64::from(limited));
                     limited
                 };
-                self.screen.message((0..count).map(limited));
+                self.filter_mask.push_message((0..count).map(limited));
             }
         }
     }
 
-    /// Gives every datagram that can be forwarded a downstream, and sends them.
-    fn balance(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
+    /// Selects a downstream for each datagram that is not dropped, and sends them.
+    fn balance(&mut self, received: usize, table: &ForwardingTable, totals: &mut ListenerCounters) {
         // One shared cursor, moved once per batch, keeps the round exact across all workers.
-        let in_the_round: usize = (0..received).map(|slot| self.turns(slot, table)).sum();
-        let position = self.cursor.fetch_add(in_the_round as u64, Ordering::Relaxed);
+        let turns_taken: usize = (0..received).map(|slot| self.round_turns(slot, table)).sum();
+        let position = self.cursor.fetch_add(turns_taken as u64, Ordering::Relaxed);
         let mut round = table.round_from(position);
         for slot in 0..received {
             let message = self.batch.message(slot);
-            let choice = self.choice(slot, table);
-            let from = self.name_to_keep(slot);
-            for (number, piece) in message.pieces().enumerate() {
-                if self.screen.takes_out(slot, number) {
+            let placement = self.placement(slot, table);
+            let from = self.source_to_preserve(slot);
+            for (number, segment) in message.segments().enumerate() {
+                if self.filter_mask.is_filtered(slot, number) {
                     continue;
                 }
-                match (piece, &mut round) {
-                    (None, _) => outcome.dropped.add(DropReason::Truncated, 1),
-                    (Some(_), None) => outcome.dropped.add(DropReason::NoDownstream, 1),
-                    (Some(piece), Some(round)) => {
-                        let target = self.target(piece, choice, table, round);
-                        if from.is_some_and(|from| self.queue_on_behalf(from, target, 0, piece, table)) {
-                            self.send_on_behalf_if_full(outcome, Kind::Whole);
+                match (segment, &mut round) {
+                    (None, _) => totals.dropped.add(DropReason::Truncated, 1),
+                    (Some(_), None) => totals.dropped.add(DropReason::NoDownstream, 1),
+                    (Some(segment), Some(round)) => {
+                        let target = self.target(segment, placement, table, round);
+                        if from.is_some_and(|from| self.queue_preserving_source(from, target, 0, segment, table)) {
+                            self.flush_preserving_source_if_full(totals, RawListKind::Datagrams);
                             continue;
                         }
-                        if self.deal.full() {
-                            self.send_dealt(table, outcome);
+                        if self.grouping.full() {
+                            self.send_grouped(table, totals);
                         }
-                        self.deal.add(target, piece);
+                        self.grouping.add(target, segment);
                     }
                 }
             }
         }
-        self.send_dealt(table, outcome);
-        self.send_on_behalf(outcome, Kind::Whole);
+        self.send_grouped(table, totals);
+        self.flush_preserving_source(totals, RawListKind::Datagrams);
     }
 
-    /// How the downstreams of a message's datagrams are found: the same as in the TC program's `place`.
-    fn choice(&self, slot: usize, table: &Table) -> Choice {
+    /// How the downstreams of a message's datagrams are selected. Agrees with `bpf/select.h`.
+    fn placement(&self, slot: usize, table: &ForwardingTable) -> Placement {
         match table.policy() {
-            Policy::RoundRobin | Policy::Replicate => Choice::Round,
-            Policy::GelfMessage => Choice::Message,
+            Policy::RoundRobin | Policy::Replicate => Placement::Round,
+            Policy::GelfMessage => Placement::Message,
             Policy::Hash(on) => {
-                // Taken before the policy changed, a batch has no addresses: it still goes round.
-                let Some(source) = self.batch.sender(slot) else { return Choice::Round };
+                // The batch was received before the policy changed and has no addresses: it still goes round robin.
+                let Some(source) = self.batch.sender(slot) else { return Placement::Round };
                 let listener = table.listener();
                 let destination = self.batch.destination(slot).unwrap_or(listener.ip());
                 let hash = hash::flow_hash(on, source.into(), SocketAddr::new(destination, listener.port()));
-                table.placed(hash).map_or(Choice::Round, Choice::Fixed)
+                table.target_of_hash(hash).map_or(Placement::Round, Placement::Fixed)
             }
         }
     }
 
-    /// How many of a message's datagrams are the round's turn.
-    fn turns(&self, slot: usize, table: &Table) -> usize {
+    /// How many of a message's datagrams take a turn of the round.
+    fn round_turns(&self, slot: usize, table: &ForwardingTable) -> usize {
         let message = self.batch.message(slot);
-        let choice = self.choice(slot, table);
-        let is_turn = |(number, piece): (usize, Option<Piece>)| {
-            let left = piece.filter(|_| !self.screen.takes_out(slot, number));
-            left.is_some_and(|piece| matches!(choice, Choice::Round) || self.message_hash(piece).is_none())
+        let placement = self.placement(slot, table);
+        let is_turn = |(number, segment): (usize, Option<Segment>)| {
+            let left = segment.filter(|_| !self.filter_mask.is_filtered(slot, number));
+            left.is_some_and(|segment| matches!(placement, Placement::Round) || self.message_hash(segment).is_none())
         };
-        match choice {
-            Choice::Fixed(_) => 0,
-            Choice::Round if self.screen.is_clear() && message.all_whole() => message.count(),
-            Choice::Round | Choice::Message => message.pieces().enumerate().filter(|&each| is_turn(each)).count(),
-        }
-    }
-
-    fn target(&self, piece: Piece, choice: Choice, table: &Table, round: &mut Round<'_>) -> u32 {
-        match choice {
-            Choice::Fixed(target) => target,
-            Choice::Round => round.step(),
-            Choice::Message => {
-                self.message_hash(piece).and_then(|hash| table.placed(hash)).unwrap_or_else(|| round.step())
+        match placement {
+            Placement::Fixed(_) => 0,
+            Placement::Round if self.filter_mask.filters_none() && message.all_fit() => message.count(),
+            Placement::Round | Placement::Message => {
+                message.segments().enumerate().filter(|&each| is_turn(each)).count()
             }
         }
     }
 
-    /// The hash of the GELF message that a datagram is a chunk of, if it is one.
-    fn message_hash(&self, piece: Piece) -> Option<u32> {
-        match self.batch.first_bytes(piece)? {
-            // A chunk: two bytes of magic, then its message's ID.
+    fn target(
+        &self,
+        segment: Segment,
+        placement: Placement,
+        table: &ForwardingTable,
+        round: &mut RoundCursor<'_>,
+    ) -> u32 {
+        match placement {
+            Placement::Fixed(target) => target,
+            Placement::Round => round.step(),
+            Placement::Message => {
+                self.message_hash(segment).and_then(|hash| table.target_of_hash(hash)).unwrap_or_else(|| round.step())
+            }
+        }
+    }
+
+    /// The hash of the message ID if the datagram is a GELF chunk.
+    fn message_hash(&self, segment: Segment) -> Option<u32> {
+        match self.batch.first_bytes(segment)? {
+            // A chunk: two magic bytes, then the message ID.
             [0x1e, 0x0f, a, b, c, d, e, f, g, h] => Some(hash::message_hash([a, b, c, d, e, f, g, h])),
             _ => None,
         }
     }
 
-    /// The time, if anything is noted about any downstream.
-    fn time_if_needed(&mut self) -> Option<Instant> {
-        let now = self.standing.any_note().then(Instant::now)?;
-        self.standing.forgive(now);
+    /// The time, if any downstream has recent errors; reading the clock is unnecessary otherwise.
+    fn now_if_errors(&mut self) -> Option<Instant> {
+        let now = self.downstream_errors.any_active().then(Instant::now)?;
+        self.downstream_errors.expire(now);
         Some(now)
     }
 
-    /// What follows goes to this downstream, by the lane returned.
-    fn turn_to(&mut self, target: u32, table: &Table, now: Option<Instant>) -> usize {
-        let troubled = now.is_some_and(|now| self.standing.troubled(target, now));
-        let most_joined = now.map_or(u32::MAX, |now| self.standing.most_joined(target, now));
-        let lane = if troubled { TROUBLED } else { MAIN };
-        self.batch.address(lane, table.encoded(target), most_joined);
-        lane
+    /// Selects the send queue for what follows to this downstream, and addresses it.
+    fn select_queue(&mut self, target: u32, table: &ForwardingTable, now: Option<Instant>) -> usize {
+        let degraded = now.is_some_and(|now| self.downstream_errors.is_degraded(target, now));
+        let max_segment = now.map_or(u32::MAX, |now| self.downstream_errors.max_segment(target, now));
+        let queue = if degraded { DEGRADED } else { MAIN };
+        self.batch.address(queue, table.encoded(target), max_segment);
+        queue
     }
 
-    /// Sends what has been dealt out, and accounts for it.
-    fn send_dealt(&mut self, table: &Table, outcome: &mut ListenerCounters) {
-        let now = self.time_if_needed();
-        for index in 0..self.deal.downstreams().len() {
-            let target = self.deal.downstreams()[index];
-            let lane = self.turn_to(target, table, now);
-            for piece in self.deal.pieces(target) {
-                self.batch.queue(lane, piece);
+    /// Sends what has been grouped, and counts it.
+    fn send_grouped(&mut self, table: &ForwardingTable, totals: &mut ListenerCounters) {
+        let now = self.now_if_errors();
+        for index in 0..self.grouping.downstreams().len() {
+            let target = self.grouping.downstreams()[index];
+            let queue = self.select_queue(target, table, now);
+            for segment in self.grouping.segments(target) {
+                self.batch.push(queue, segment);
             }
-            self.queues[lane].add_messages(self.batch.messages(lane), target);
+            self.queued[queue].add_messages(self.batch.messages(queue), target);
         }
-        self.deal.clear();
-        for lane in 0..LANES {
-            self.flush(lane);
+        self.grouping.clear();
+        for queue in 0..SEND_QUEUES {
+            self.flush(queue);
             let cells = &self.table.cells;
-            self.queues[lane].verdicts(&self.batch, lane, &mut self.standing, |verdict| match verdict {
-                Verdict::Sent { target, datagrams, bytes } => {
+            self.queued[queue].outcomes(&self.batch, queue, &mut self.downstream_errors, |verdict| match verdict {
+                SendOutcome::Sent { target, datagrams, bytes } => {
                     let packets = datagrams.len() as u64;
-                    outcome.packets_forwarded += packets;
-                    outcome.bytes_forwarded += bytes;
+                    totals.packets_forwarded += packets;
+                    totals.bytes_forwarded += bytes;
                     cells[target as usize].add(packets, bytes);
                 }
-                Verdict::Lost { reason, .. } => outcome.dropped.add(reason, 1),
+                SendOutcome::Lost { reason, .. } => totals.dropped.add(reason, 1),
             });
-            self.empty(lane);
+            self.empty(queue);
         }
     }
 
-    fn empty(&mut self, lane: usize) {
-        self.batch.clear(lane);
-        self.queues[lane].clear();
+    fn empty(&mut self, queue: usize) {
+        self.batch.clear(queue);
+        self.queued[queue].clear();
     }
 
     fn flush(&mut self, number: usize) {
-        let Forwarder { listener, batch, lanes, queues, table, standing, complaints, .. } = self;
-        let (lane, queue) = (&mut lanes[number], &mut queues[number]);
-        lane.flush(batch, |event| match event {
-            Event::Apart { message, each, .. } => standing.keep_apart(queue.target(message), each - 1, Instant::now()),
-            Event::Lost { message, datagram, error } => {
-                let (target, reason) = (queue.target(message), lane::reason(error.raw_os_error().unwrap_or_default()));
-                queue.lose(datagram, reason);
+        let Forwarder { listener, batch, send_queues, queued, table, downstream_errors, error_throttle, .. } = self;
+        let (queue, queued) = (&mut send_queues[number], &mut queued[number]);
+        queue.flush(batch, |event| match event {
+            SendEvent::Unsegmented { message, each, .. } => {
+                downstream_errors.mark_unsegmented(queued.target(message), each - 1, Instant::now())
+            }
+            SendEvent::Lost { message, datagram, error } => {
+                let (target, reason) =
+                    (queued.target(message), send_queue::drop_reason(error.raw_os_error().unwrap_or_default()));
+                queued.lose(datagram, reason);
                 if reason != DropReason::SendBufferFull {
-                    standing.trouble(target, Instant::now());
+                    downstream_errors.mark_degraded(target, Instant::now());
                 }
                 if reason == DropReason::SendFailed
-                    && let Some(unreported) = complaints.due(Instant::now())
+                    && let Some(unreported) = error_throttle.due(Instant::now())
                 {
                     let downstream = table.table.addresses()[target as usize];
                     warn!(%listener, %downstream, %error, unreported, "cannot send to downstream");
                 }
             }
         });
-        for report in lane.reports() {
+        for report in queue.reports() {
             if let Some(target) = table.table.target(&report.to) {
-                let datagrams = queue.reported(batch, number, target);
-                standing.charge(target, datagrams, lane::reason(report.errno), Instant::now());
+                let datagrams = queued.reported(batch, number, target);
+                downstream_errors.record_loss(target, datagrams, send_queue::drop_reason(report.errno), Instant::now());
             }
         }
     }
 }
 
-/// Keeps a failure that repeats with every datagram from flooding the log.
+/// Keeps repeated send errors from flooding the log.
 #[derive(Debug, Default)]
-struct Complaints {
+struct SendErrorThrottle {
     next: Option<Instant>,
     unreported: u64,
 }
 
-impl Complaints {
-    /// If it is time for another line: how many failures there were since the last.
+impl SendErrorThrottle {
+    /// If a log line is due: the number of errors since the last one.
     fn due(&mut self, now: Instant) -> Option<u64> {
         if self.next.is_some_and(|next| now < next) {
             self.unreported += 1;
             return None;
         }
-        self.next = Some(now + COMPLAINT_INTERVAL);
+        self.next = Some(now + ERROR_LOG_INTERVAL);
         Some(std::mem::take(&mut self.unreported))
     }
 }
@@ -371,11 +385,11 @@ mod tests {
     #[test]
     fn complaints_are_spaced_and_lose_no_count() {
         let start = Instant::now();
-        let mut complaints = Complaints::default();
-        assert_eq!(complaints.due(start), Some(0));
-        assert_eq!(complaints.due(start), None);
-        assert_eq!(complaints.due(start + COMPLAINT_INTERVAL / 2), None);
-        assert_eq!(complaints.due(start + COMPLAINT_INTERVAL), Some(2));
-        assert_eq!(complaints.due(start + COMPLAINT_INTERVAL * 2), Some(0));
+        let mut error_throttle = SendErrorThrottle::default();
+        assert_eq!(error_throttle.due(start), Some(0));
+        assert_eq!(error_throttle.due(start), None);
+        assert_eq!(error_throttle.due(start + ERROR_LOG_INTERVAL / 2), None);
+        assert_eq!(error_throttle.due(start + ERROR_LOG_INTERVAL), Some(2));
+        assert_eq!(error_throttle.due(start + ERROR_LOG_INTERVAL * 2), Some(0));
     }
 }

@@ -1,4 +1,4 @@
-//! One listener: its sockets, its workers, its table, its counts. Changes each of them only where the plan has changed.
+//! One listener: its sockets, workers, table and counters. Changes each of them only where the plan has changed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,94 +9,94 @@ use anyhow::Result;
 use socket2::Socket;
 use tracing::{debug, info};
 
-use super::count::{Ledger, Taken};
+use super::admission::UserAdmission;
+use super::counters::{CounterSet, ReceivedTotals};
 use super::forward::Forwarder;
-use super::gate::Gate;
-use super::group::Group;
-use super::table::{Table, WorkerTable};
-use super::worker::{Prepared, Stop, Worker};
+use super::reuseport_group::ReuseportGroup;
+use super::table::{ForwardingTable, WorkerTable};
+use super::worker::{PreparedWorker, StopMode, Worker};
 use crate::model::{DownstreamCounters, DropReason, ListenerCounters, Mode};
 use crate::plan::ListenerPlan;
 
-/// Longest time that datagrams already queued may take to be forwarded when their socket is about to go.
+/// The maximum time to forward queued datagrams before their socket is closed.
 const DRAIN: Duration = Duration::from_millis(600);
 
 /// A listener that serves.
 #[derive(Debug)]
-pub struct Listener {
-    /// What it follows.
+pub struct UserListener {
+    /// The plan in force.
     plan: ListenerPlan,
-    group: Group,
+    group: ReuseportGroup,
     workers: Vec<Worker>,
-    table: Arc<Table>,
-    ledger: Ledger,
-    joined: Joined,
+    table: Arc<ForwardingTable>,
+    counters: CounterSet,
+    gro_ratio: GroRatio,
     cursor: Arc<AtomicU64>,
 }
 
-/// How many datagrams a message has held lately.
+/// How many datagrams a message has held recently, to count the datagrams of messages that the kernel dropped.
 #[derive(Debug, Default)]
-struct Joined {
-    last: Taken,
-    lately: Taken,
+struct GroRatio {
+    last: ReceivedTotals,
+    recent: ReceivedTotals,
 }
 
-impl Joined {
-    /// How many datagrams were in messages that nobody has seen, going by those taken since the last call, or if there
-    /// were none, by those before.
-    fn datagrams(&mut self, now: Taken, messages: u64) -> u64 {
-        // Workers that have gone take their numbers with them.
-        let since = if now.messages < self.last.messages { Taken::default() } else { self.last };
+impl GroRatio {
+    /// Estimates how many datagrams `messages` unseen messages held. Uses the ratio since the last call, or if nothing
+    /// was received since, the ratio before.
+    fn estimate_datagrams(&mut self, now: ReceivedTotals, messages: u64) -> u64 {
+        // The totals decrease when workers end.
+        let since = if now.messages < self.last.messages { ReceivedTotals::default() } else { self.last };
         self.last = now;
         if now.messages > since.messages {
             let datagrams = now.datagrams.saturating_sub(since.datagrams);
-            self.lately = Taken { datagrams, messages: now.messages - since.messages };
+            self.recent = ReceivedTotals { datagrams, messages: now.messages - since.messages };
         }
-        let Taken { datagrams, messages: of } = self.lately;
+        let ReceivedTotals { datagrams, messages: of } = self.recent;
         let all = u128::from(messages) * u128::from(datagrams) + u128::from(of) / 2;
         let estimate = all.checked_div(u128::from(of)).and_then(|all| u64::try_from(all).ok());
         estimate.unwrap_or(messages).max(messages)
     }
 }
 
-impl Listener {
+impl UserListener {
     /// Binds the sockets and starts the workers.
     ///
-    /// `cpus` is how many workers stand for "one per CPU". `beside_ours` says that the address overlaps with another of
-    /// this program's.
+    /// `cpus` is the number of workers for `workers = 0`. `shares_address` says that the address overlaps with that of
+    /// another listener of this daemon.
     ///
     /// # Errors
-    /// Says what could not be had and the fix; nothing is left behind then.
-    pub fn start(plan: &ListenerPlan, cpus: usize, beside_ours: bool) -> Result<Self> {
-        Self::serve(plan, cpus, Group::bind(plan.bind, beside_ours, plan.mode == Mode::TcEbpf)?)
+    /// Says what failed and the fix; nothing is left behind.
+    pub fn start(plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<Self> {
+        Self::start_on(plan, cpus, ReuseportGroup::bind(plan.bind, shares_address, plan.mode == Mode::TcEbpf)?)
     }
 
-    /// Starts the workers on sockets that are bound already.
-    fn serve(plan: &ListenerPlan, cpus: usize, group: Group) -> Result<Self> {
-        let table = Arc::new(Table::new(plan, group.address())?);
-        let mut listener = Listener {
+    /// Starts the workers on sockets that are already bound.
+    fn start_on(plan: &ListenerPlan, cpus: usize, group: ReuseportGroup) -> Result<Self> {
+        let table = Arc::new(ForwardingTable::new(plan, group.address())?);
+        let mut listener = UserListener {
             plan: plan.clone(),
             group,
             workers: Vec::new(),
             table: Arc::clone(&table),
-            ledger: Ledger::default(),
-            joined: Joined::default(),
+            counters: CounterSet::default(),
+            gro_ratio: GroRatio::default(),
             cursor: Arc::default(),
         };
         listener.group.grow(worker_count(plan, cpus))?;
         listener.group.join(&plan.joins)?;
-        listener.group.join_datagrams(plan.mode == Mode::Userspace);
+        listener.group.set_gro(plan.mode == Mode::Userspace);
         listener.group.set_receive_buffer(&plan.name, plan.settings.recv_buf_size);
         let prepared = listener.prepare(plan, &listener.group.sockets(), &table)?;
-        listener.ledger.retain(table.addresses());
-        listener.group.steer(plan.policy)?;
-        listener.workers = prepared.into_iter().map(Prepared::start).collect::<Result<_>>()?;
+        listener.counters.retain_downstreams(table.addresses());
+        listener.group.apply_steering(plan.policy)?;
+        listener.workers = prepared.into_iter().map(PreparedWorker::start).collect::<Result<_>>()?;
         listener.log_start();
         listener.log_table();
         Ok(listener)
     }
 
-    /// The plan that it follows.
+    /// The plan in force.
     pub fn plan(&self) -> &ListenerPlan {
         &self.plan
     }
@@ -106,12 +106,12 @@ impl Listener {
         self.group.address()
     }
 
-    /// Lets other sockets of this program bind to an address that overlaps with this listener's.
+    /// Lets other sockets of this daemon bind to an address that overlaps with this listener's.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn share(&self) -> Result<()> {
-        self.group.share()
+    pub fn allow_sharing(&self) -> Result<()> {
+        self.group.allow_sharing()
     }
 
     /// How many workers it has.
@@ -119,174 +119,183 @@ impl Listener {
         self.workers.len()
     }
 
-    /// True if a worker ended on its own, so that nobody reads one of the sockets.
+    /// True if a worker ended on its own, so that one of the sockets is not read.
     pub fn has_dead_worker(&self) -> bool {
         self.workers.iter().any(Worker::has_died)
     }
 
-    /// Follows a new plan for the same listener.
+    /// Puts a new plan for the same listener in force.
     ///
     /// # Errors
-    /// As for [`Listener::start`]; the listener goes on as before then.
-    pub fn follow(&mut self, plan: &ListenerPlan, cpus: usize, beside_ours: bool) -> Result<()> {
+    /// As for [`UserListener::start`]; the old plan stays in force then.
+    pub fn apply(&mut self, plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<()> {
         if plan.bind != self.plan.bind {
-            return self.relocate(plan, cpus, beside_ours);
+            return self.rebind(plan, cpus, shares_address);
         }
         self.group.join(&plan.joins)?;
         let count = worker_count(plan, cpus);
-        // A worker that has not asked for addresses so far may hold a batch without them, of which nobody can say
-        // whether its senders may send.
-        let new_gate = self.table.gate().is_open() && !Gate::would_be_open(plan);
-        let new_staff =
-            plan.settings != self.plan.settings || count != self.workers.len() || self.has_dead_worker() || new_gate;
-        let new_table = self.table.differs_from(plan);
+        // A worker that has not asked for addresses may hold a batch without them. Its senders are unknown, so the new
+        // rules cannot be applied to it.
+        let new_admission = self.table.admission().admits_all() && !UserAdmission::would_admit_all(plan);
+        let respawn = plan.settings != self.plan.settings
+            || count != self.workers.len()
+            || self.has_dead_worker()
+            || new_admission;
+        let table_changed = self.table.differs_from(plan);
         if plan.mode != self.plan.mode {
-            self.group.join_datagrams(plan.mode == Mode::Userspace);
+            self.group.set_gro(plan.mode == Mode::Userspace);
         }
-        let done = if new_staff {
+        let done = if respawn {
             if self.has_dead_worker() && count < self.group.len() {
-                // Somebody must forward what the dead worker's socket holds before it goes.
-                self.restaff(&self.plan.clone(), self.group.len())?;
+                // Forward what the dead worker's socket holds before the socket is closed.
+                self.respawn_workers(&self.plan.clone(), self.group.len())?;
             }
-            self.restaff(plan, count)
-        } else if new_table {
+            self.respawn_workers(plan, count)
+        } else if table_changed {
             self.replace_table(plan)
         } else {
             Ok(())
         };
-        // Whichever table holds now, its downstreams are the ones to count for.
-        self.ledger.retain(self.table.addresses());
+        // Count for the downstreams of the table in force, new or old.
+        self.counters.retain_downstreams(self.table.addresses());
         done?;
         self.plan = plan.clone();
-        if new_staff {
+        if respawn {
             self.log_start();
         }
-        if new_table {
+        if table_changed {
             self.log_table();
         }
         Ok(())
     }
 
-    /// Hands every worker the table of the plan.
+    /// Sends every worker the plan's table.
     fn replace_table(&mut self, plan: &ListenerPlan) -> Result<()> {
         let table = Arc::new(self.table.next(plan)?);
         if plan.policy != self.plan.policy {
-            self.group.steer(plan.policy)?;
+            self.group.apply_steering(plan.policy)?;
         }
         for worker in &self.workers {
-            let cells = self.ledger.downstreams(worker.key(), table.addresses());
+            let cells = self.counters.downstream_cells(worker.key(), table.addresses());
             worker.set_table(WorkerTable { table: Arc::clone(&table), cells });
         }
         self.table = table;
         Ok(())
     }
 
-    /// Puts new workers on the same sockets, more or fewer of them if need be. Datagrams wait in the sockets meanwhile.
-    fn restaff(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
+    /// Starts new workers on the same sockets, and adds or closes sockets as needed. Datagrams wait in the sockets
+    /// meanwhile.
+    fn respawn_workers(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
         let before = self.group.len();
-        self.try_restaff(plan, count).or_else(|error| {
-            self.lose_sockets(before);
-            self.ledger.close_all_but(self.workers.iter().map(Worker::key));
-            self.group.steer(self.plan.policy).and(Err(error))
+        self.try_respawn_workers(plan, count).or_else(|error| {
+            self.close_sockets(before);
+            self.counters.fold_all_but(self.workers.iter().map(Worker::key));
+            self.group.apply_steering(self.plan.policy).and(Err(error))
         })
     }
 
-    fn try_restaff(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
+    fn try_respawn_workers(&mut self, plan: &ListenerPlan, count: usize) -> Result<()> {
         let table = Arc::new(self.table.next(plan)?);
         self.group.grow(count)?;
-        self.group.join_datagrams(plan.mode == Mode::Userspace);
+        self.group.set_gro(plan.mode == Mode::Userspace);
         let prepared = self.prepare(plan, &self.group.sockets()[..count], &table)?;
         if count < self.group.len() {
-            self.group.confine(plan.policy, count)?;
+            self.group.restrict_to(plan.policy, count)?;
         }
         self.group.set_receive_buffer(&plan.name, plan.settings.recv_buf_size);
         let until = Instant::now() + DRAIN;
         for (number, worker) in self.workers.iter().enumerate() {
-            // What a socket that stays still holds is for its next worker.
-            worker.stop(if number < count { Stop::Now } else { Stop::Drained(until) });
+            // The next worker of a socket that stays forwards what the socket holds.
+            worker.stop(if number < count { StopMode::Now } else { StopMode::Drained(until) });
         }
-        self.bury_workers();
-        self.lose_sockets(count);
+        self.join_workers();
+        self.close_sockets(count);
         self.table = table;
-        self.workers = prepared.into_iter().map(Prepared::start).collect::<Result<_>>()?;
-        self.group.steer(plan.policy)
+        self.workers = prepared.into_iter().map(PreparedWorker::start).collect::<Result<_>>()?;
+        self.group.apply_steering(plan.policy)
     }
 
-    /// Serves another address from now on, and the old one until everything queued there is forwarded.
-    fn relocate(&mut self, plan: &ListenerPlan, cpus: usize, beside_ours: bool) -> Result<()> {
-        let mut new = Self::start(plan, cpus, beside_ours)?;
+    /// Serves another address from now on. Forwards what is queued at the old one first.
+    fn rebind(&mut self, plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<()> {
+        let mut new = Self::start(plan, cpus, shares_address)?;
         self.stop();
         self.finish();
-        new.ledger.absorb(std::mem::take(&mut self.ledger));
+        new.counters.import(std::mem::take(&mut self.counters));
         *self = new;
         Ok(())
     }
 
-    /// One worker for each of the sockets, ready to start.
-    fn prepare(&mut self, plan: &ListenerPlan, sockets: &[Arc<Socket>], table: &Arc<Table>) -> Result<Vec<Prepared>> {
+    /// Prepares one worker for each of the sockets.
+    fn prepare(
+        &mut self,
+        plan: &ListenerPlan,
+        sockets: &[Arc<Socket>],
+        table: &Arc<ForwardingTable>,
+    ) -> Result<Vec<PreparedWorker>> {
         let mut prepare = |number, socket: &Arc<Socket>| {
-            let (key, cells) = self.ledger.open();
-            let downstreams = self.ledger.downstreams(key, table.addresses());
+            let (key, cells) = self.counters.add_worker();
+            let downstreams = self.counters.downstream_cells(key, table.addresses());
             let table = WorkerTable { table: Arc::clone(table), cells: downstreams };
             let (name, settings, cursor) = (Arc::clone(&plan.name), &plan.settings, Arc::clone(&self.cursor));
             let forwarder = Forwarder::new(name, settings, table, cursor, cells)?;
-            Prepared::new(key, &plan.name, number, settings.pin_cpus, Arc::clone(socket), forwarder)
+            PreparedWorker::new(key, &plan.name, number, settings.pin_cpus, Arc::clone(socket), forwarder)
         };
         sockets.iter().enumerate().map(|(number, socket)| prepare(number, socket)).collect()
     }
 
-    /// Turns away what arrives from now on and tells the workers to forward what is queued. [`Listener::finish`] waits.
+    /// Drops what arrives from now on and tells the workers to forward what is queued. [`UserListener::finish`] waits
+    /// for them.
     pub fn stop(&mut self) {
-        let (lost, refused) = self.group.refuse_all();
-        self.lose(lost);
+        let (lost, refused) = self.group.drop_new_datagrams();
+        self.record_queue_drops(lost);
         if let Err(error) = refused {
-            // The drain's deadline ends it also while datagrams keep coming.
+            // Without the filter, the drain ends at its deadline.
             debug!(listener = %self.plan.name, "{error:#}");
         }
         let until = Instant::now() + DRAIN;
-        self.workers.iter().for_each(|worker| worker.stop(Stop::Drained(until)));
+        self.workers.iter().for_each(|worker| worker.stop(StopMode::Drained(until)));
     }
 
-    /// Waits for the workers' end. All counts are final then.
+    /// Waits for the workers to end. All counters are final then.
     pub fn finish(&mut self) {
-        self.bury_workers();
+        self.join_workers();
         info!(listener = %self.plan.name, bind = %self.group.address(), "listener closed");
     }
 
-    fn bury_workers(&mut self) {
+    fn join_workers(&mut self) {
         for worker in self.workers.drain(..) {
             let key = worker.key();
             worker.join();
-            self.ledger.close(key);
+            self.counters.fold_worker(key);
         }
     }
 
-    fn lose_sockets(&mut self, count: usize) {
+    fn close_sockets(&mut self, count: usize) {
         let lost = self.group.shrink(count);
-        self.lose(lost);
+        self.record_queue_drops(lost);
     }
 
-    /// Counts messages that no worker has seen, because the queue was full.
-    fn lose(&mut self, messages: u64) {
-        let datagrams = self.joined.datagrams(self.ledger.taken(), messages);
-        self.ledger.lost(DropReason::ReceiveQueueFull, datagrams);
+    /// Counts messages that the kernel dropped because a receive buffer was full.
+    fn record_queue_drops(&mut self, messages: u64) {
+        let datagrams = self.gro_ratio.estimate_datagrams(self.counters.received_totals(), messages);
+        self.counters.record_drops(DropReason::ReceiveQueueFull, datagrams);
     }
 
     /// The listener's totals.
     pub fn totals(&mut self) -> ListenerCounters {
         let lost = self.group.new_drops();
-        self.lose(lost);
-        self.ledger.totals()
+        self.record_queue_drops(lost);
+        self.counters.totals()
     }
 
-    /// Per downstream, what was handed to it.
+    /// The counters of each downstream.
     pub fn per_downstream(&self) -> impl Iterator<Item = (SocketAddr, DownstreamCounters)> + '_ {
-        self.ledger.per_downstream()
+        self.counters.per_downstream()
     }
 
-    /// Datagrams that each of the present workers has taken, by its number.
+    /// Datagrams that each current worker has received, by worker number.
     pub fn per_worker(&self) -> Vec<u64> {
-        self.workers.iter().map(|worker| self.ledger.taken_by(worker.key())).collect()
+        self.workers.iter().map(|worker| self.counters.received_by(worker.key())).collect()
     }
 
     fn log_start(&self) {
@@ -298,14 +307,14 @@ impl Listener {
         let (listener_id, endpoints) = (self.plan.id.0, self.table.addresses().len());
         match self.plan.mode {
             Mode::Userspace => info!(listener_id, endpoints, "updated userspace downstream set"),
-            // The kernel datapath has said so for this listener.
+            // The kernel datapath logs this at info for such listeners.
             Mode::TcEbpf => debug!(listener_id, endpoints, "updated userspace downstream set"),
         }
     }
 }
 
-/// How many workers the plan asks for. Where the TC program does the work, one is enough for what it passes up; and each
-/// of several sockets would get all datagrams of a multicast group.
+/// The number of workers that the plan asks for. One is enough behind the TC program. A multicast group needs exactly
+/// one, because each of several sockets would receive every datagram.
 fn worker_count(plan: &ListenerPlan, cpus: usize) -> usize {
     if plan.bind.ip().is_multicast() {
         return 1;
@@ -340,21 +349,21 @@ mod tests {
         count
     }
 
-    /// Datagrams that wait in a socket before there is a worker, as many as fit into a small buffer: the rest must be
-    /// counted as lost to the full queue, and the waiting ones forwarded although the end follows the start at once.
+    /// Datagrams wait in a socket before there is a worker, as many as fit into a small buffer. The rest must be
+    /// counted as lost to the full queue. The waiting ones must be forwarded although the listener stops at once.
     #[test]
     fn what_overflowed_is_counted_and_what_is_queued_is_forwarded_before_the_end() {
         let sink = sink();
         let mut plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         plan.settings.recv_buf_size = Some(16_384);
-        let group = Group::bind(plan.bind, false, false).unwrap();
+        let group = ReuseportGroup::bind(plan.bind, false, false).unwrap();
         group.set_receive_buffer("test", plan.settings.recv_buf_size);
         let sender = UdpSocket::bind(LOCALHOST).unwrap();
         for _ in 0..100 {
             sender.send_to(&[7; 500], group.address()).unwrap();
         }
-        let mut listener = Listener::serve(&plan, 1, group).unwrap();
-        // Whatever the kernel has not yet delivered shows once all are accounted for.
+        let mut listener = UserListener::start_on(&plan, 1, group).unwrap();
+        // Datagrams that the kernel has not delivered yet arrive in the meantime.
         let guard = Instant::now() + Duration::from_secs(10);
         while listener.totals().packets_received < 100 {
             assert!(Instant::now() < guard, "{:?}", listener.totals());
@@ -370,11 +379,11 @@ mod tests {
         assert_eq!(receive_all(&sink), 100 - dropped);
     }
 
-    /// A listener of whose workers the last has died, although nobody wanted it to.
-    fn with_dead_worker(plan: &ListenerPlan) -> Listener {
-        let listener = Listener::start(plan, 1, false).unwrap();
+    /// A listener whose last worker has died.
+    fn with_dead_worker(plan: &ListenerPlan) -> UserListener {
+        let listener = UserListener::start(plan, 1, false).unwrap();
         assert!(!listener.has_dead_worker());
-        listener.workers.last().unwrap().stop(Stop::Now);
+        listener.workers.last().unwrap().stop(StopMode::Now);
         let guard = Instant::now() + Duration::from_secs(10);
         while !listener.has_dead_worker() {
             assert!(Instant::now() < guard, "the worker goes on");
@@ -388,7 +397,7 @@ mod tests {
         let plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         let mut listener = with_dead_worker(&plan);
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"waiting", listener.address()).unwrap();
-        listener.follow(&plan, 1, false).unwrap();
+        listener.apply(&plan, 1, false).unwrap();
         assert_eq!(sink.recv(&mut [0; 16]).unwrap(), 7);
         assert!(!listener.has_dead_worker());
     }
@@ -398,7 +407,7 @@ mod tests {
         let sink = sink();
         let mut plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         plan.settings.workers = 2;
-        // The new worker has more to do than one batch.
+        // So that the new worker must forward more than one batch.
         plan.settings.batch_size = 4;
         let mut listener = with_dead_worker(&plan);
         let sender = UdpSocket::bind(LOCALHOST).unwrap();
@@ -406,7 +415,7 @@ mod tests {
             sender.send_to(b"waiting", listener.address()).unwrap();
         }
         plan.settings.workers = 1;
-        listener.follow(&plan, 1, false).unwrap();
+        listener.apply(&plan, 1, false).unwrap();
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));
         for n in 0..200 {
             assert_eq!(sink.recv(&mut [0; 16]).unwrap_or_else(|error| panic!("{n} came, then {error}")), 7);
@@ -420,11 +429,11 @@ mod tests {
     fn a_settings_change_that_fails_leaves_the_listener_as_it_was() {
         let sink = sink();
         let plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
-        let mut listener = Listener::start(&plan, 1, false).unwrap();
+        let mut listener = UserListener::start(&plan, 1, false).unwrap();
         let mut impossible = plan.clone();
         impossible.settings.workers = 3;
         impossible.table = [9].into();
-        let error = listener.follow(&impossible, 1, false).unwrap_err().to_string();
+        let error = listener.apply(&impossible, 1, false).unwrap_err().to_string();
         assert!(error.contains("downstream 9"), "{error}");
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"still", listener.address()).unwrap();
@@ -433,16 +442,16 @@ mod tests {
 
     #[test]
     fn what_was_lost_unseen_counts_as_what_was_taken_lately() {
-        let taken = |datagrams, messages| Taken { datagrams, messages };
-        let mut joined = Joined::default();
-        assert_eq!(joined.datagrams(taken(0, 0), 7), 7);
-        assert_eq!(joined.datagrams(taken(100, 100), 7), 7);
-        assert_eq!(joined.datagrams(taken(100 + 640, 110), 7), 7 * 64);
-        assert_eq!(joined.datagrams(taken(740, 110), 3), 3 * 64);
-        assert_eq!(joined.datagrams(taken(742, 111), 3), 6);
+        let taken = |datagrams, messages| ReceivedTotals { datagrams, messages };
+        let mut gro_ratio = GroRatio::default();
+        assert_eq!(gro_ratio.estimate_datagrams(taken(0, 0), 7), 7);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(100, 100), 7), 7);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(100 + 640, 110), 7), 7 * 64);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(740, 110), 3), 3 * 64);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(742, 111), 3), 6);
         // New workers.
-        assert_eq!(joined.datagrams(taken(15, 10), 3), 5);
-        assert_eq!(joined.datagrams(taken(15, 10), 0), 0);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(15, 10), 3), 5);
+        assert_eq!(gro_ratio.estimate_datagrams(taken(15, 10), 0), 0);
     }
 
     #[test]

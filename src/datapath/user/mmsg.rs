@@ -1,16 +1,16 @@
-//! The raw system calls of the userspace datapath; its other modules hold no `unsafe`.
+//! The system calls of the userspace datapath; its other modules contain no `unsafe`.
 //!
-//! [`Batch`] owns the memory that `recvmmsg` writes datagrams into and that `sendmmsg` reads them from, so that a
-//! datagram is never copied in between and nothing is allocated once a worker runs. What goes where is decided in
-//! `forward`; what an error means, in `lane`.
+//! [`Batch`] owns the memory that `recvmmsg` writes datagrams into and that `sendmmsg` reads them from. So datagrams
+//! are not copied, and a running worker allocates nothing. `forward` decides what goes where; `send_queue` knows what
+//! an error means.
 //!
-//! The kernel hands over datagrams of one sender that arrived together as one message, which it has joined (`UDP_GRO`),
-//! and takes datagrams for one downstream as one message, which it cuts apart (`UDP_SEGMENT`). [`incoming`] undoes the
-//! first, [`outgoing`] prepares the second. [`onbehalf`] is for datagrams that leave in their senders' names.
+//! The kernel joins datagrams of one sender that arrived together into one message (`UDP_GRO`), which [`incoming`]
+//! takes apart again. It segments one message into datagrams for one downstream (`UDP_SEGMENT`), which [`outgoing`]
+//! prepares. [`raw_outgoing`] is for datagrams that are sent with their sender's address.
 
 pub mod incoming;
-pub mod onbehalf;
 pub mod outgoing;
+pub mod raw_outgoing;
 
 use std::fmt;
 use std::io;
@@ -23,16 +23,16 @@ use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use self::incoming::{Incoming, Joined, Piece};
-use self::onbehalf::OnBehalf;
-use self::outgoing::Outgoing;
+use self::incoming::{GroMessage, IncomingMessages, Segment};
+use self::outgoing::OutgoingMessages;
+use self::raw_outgoing::RawOutgoing;
 use crate::net::Family;
 
-/// How many lists of outgoing datagrams a batch can hold at once, each for a sending socket of its own.
-pub const LANES: usize = 2;
+/// The number of send queues, each with its own list of outgoing datagrams in the batch.
+pub const SEND_QUEUES: usize = 2;
 
-/// An address with the port, as the kernel reports it: without scope and flow label.
-pub type Endpoint = (IpAddr, u16);
+/// Address and port as the kernel reports them, without scope and flow label.
+pub type AddrPort = (IpAddr, u16);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -41,7 +41,7 @@ union Storage {
     v6: libc::sockaddr_in6,
 }
 
-/// A socket address in the form the kernel takes, encoded once per table rather than once per datagram.
+/// A socket address in the kernel's form, encoded once per table instead of once per datagram.
 #[derive(Clone, Copy)]
 #[repr(C)] // the kernel is given the address of the whole, which must be that of the storage
 pub struct RawAddress {
@@ -50,8 +50,8 @@ pub struct RawAddress {
 }
 
 impl RawAddress {
-    /// The address as a socket of this family wants it. An IPv6 address stays one for an IPv4 socket, whose sends to
-    /// it will fail.
+    /// The address for a socket of this family. An IPv6 address is not converted for an IPv4 socket, so sending to it
+    /// fails.
     #[must_use]
     pub fn new(address: SocketAddr, family: Family) -> Self {
         match (address, family) {
@@ -84,9 +84,9 @@ impl RawAddress {
         Self::v6(Ipv6Addr::UNSPECIFIED, 0, 0)
     }
 
-    /// The address and port; IPv4 where it is an IPv4 address in mapped form.
+    /// The address and port; a mapped IPv6 address is returned as IPv4.
     #[must_use]
-    pub fn endpoint(&self) -> Endpoint {
+    pub fn endpoint(&self) -> AddrPort {
         // SAFETY: every bit pattern is valid for both variants and both begin with the family, so either may be read.
         unsafe {
             if libc::c_int::from(self.storage.v4.sin_family) == libc::AF_INET {
@@ -106,24 +106,24 @@ impl fmt::Debug for RawAddress {
     }
 }
 
-/// The size of a small C struct as the kernel wants to hear it.
+/// The size of a small C struct, as the kernel expects it.
 fn size<T>() -> libc::socklen_t {
     mem::size_of::<T>() as libc::socklen_t
 }
 
-/// An anonymous mapping. Pages that no datagram has touched cost nothing.
-struct Memory {
+/// An anonymous mapping. Pages that hold no datagram use no memory.
+struct MappedMemory {
     start: NonNull<libc::c_void>,
     length: usize,
 }
 
-impl Memory {
+impl MappedMemory {
     fn new(length: NonZeroUsize) -> io::Result<Self> {
         // SAFETY: a fresh private mapping at an address of the kernel's choosing touches nothing that exists.
         let start = unsafe {
             mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)?
         };
-        let memory = Memory { start, length: length.get() };
+        let memory = MappedMemory { start, length: length.get() };
         // Huge pages would make two megabytes resident for one small datagram. A kernel built without them answers
         // EINVAL, which is as good.
         // SAFETY: the range is the mapping just made, and the advice does not change its contents.
@@ -132,18 +132,18 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for MappedMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, whole, and nothing points into it once its owner goes.
         let _ = unsafe { munmap(self.start, self.length) };
     }
 }
 
-/// The memory and the message headers of one worker.
+/// One worker's memory for datagrams, and its message headers.
 pub struct Batch {
-    incoming: Incoming,
-    outgoing: [Outgoing; LANES],
-    on_behalf: OnBehalf,
+    incoming: IncomingMessages,
+    outgoing: [OutgoingMessages; SEND_QUEUES],
+    raw_outgoing: RawOutgoing,
 }
 
 // SAFETY: the raw pointers all point into memory that the batch itself owns, and every use of them goes through
@@ -151,156 +151,156 @@ pub struct Batch {
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// Room to take `count` messages with datagrams of up to `max_length` bytes, and to send `lists` datagrams per lane
-    /// at once.
+    /// Room to receive `count` messages with datagrams of up to `max_length` bytes, and to send `lists` datagrams per
+    /// send queue at once.
     ///
     /// # Errors
-    /// When the kernel has no memory for it.
+    /// When the kernel refuses the memory.
     pub fn new(count: usize, max_length: usize, lists: usize) -> io::Result<Self> {
-        let outgoing = std::array::from_fn(|_| Outgoing::new(lists));
-        Ok(Batch { incoming: Incoming::new(count, max_length)?, outgoing, on_behalf: OnBehalf::new(0) })
+        let outgoing = std::array::from_fn(|_| OutgoingMessages::new(lists));
+        Ok(Batch { incoming: IncomingMessages::new(count, max_length)?, outgoing, raw_outgoing: RawOutgoing::new(0) })
     }
 
-    /// Makes room for so many datagrams that are sent in the senders' names.
-    pub fn make_room_on_behalf(&mut self, datagrams: usize) {
-        self.on_behalf = OnBehalf::new(datagrams);
+    /// Allocates the raw list, for this many datagrams.
+    pub fn reserve_raw(&mut self, datagrams: usize) {
+        self.raw_outgoing = RawOutgoing::new(datagrams);
     }
 
-    /// Whether the batches to come say where each message came from and where it was sent to.
+    /// Whether later batches include each message's source and destination address.
     pub fn want_addresses(&mut self, wanted: bool) {
         self.incoming.want_addresses(wanted);
     }
 
-    /// Takes what the socket holds, up to the batch's size, without waiting; the slots from 0 then hold messages. What was
-    /// queued for sending is forgotten.
+    /// Receives what the socket holds, up to the batch's size, without waiting. Clears all outgoing lists.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        self.outgoing.iter_mut().for_each(Outgoing::clear);
-        self.on_behalf.clear();
+        self.outgoing.iter_mut().for_each(OutgoingMessages::clear);
+        self.raw_outgoing.clear();
         self.incoming.receive(socket)
     }
 
-    /// The message of this slot.
+    /// The message in this slot.
     #[must_use]
-    pub fn message(&self, slot: usize) -> Joined {
+    pub fn message(&self, slot: usize) -> GroMessage {
         self.incoming.message(slot)
     }
 
-    /// The first bytes of a datagram of this batch, if it has as many.
+    /// The first `N` bytes of a datagram of this batch, if it has as many.
     #[must_use]
-    pub fn first_bytes<const N: usize>(&self, piece: Piece) -> Option<[u8; N]> {
-        self.incoming.first_bytes(piece)
+    pub fn first_bytes<const N: usize>(&self, segment: Segment) -> Option<[u8; N]> {
+        self.incoming.first_bytes(segment)
     }
 
-    /// Who sent the message of this slot, if the batch was taken with addresses.
+    /// The sender of the message in this slot, if the batch was received with addresses.
     #[must_use]
-    pub fn sender(&self, slot: usize) -> Option<Endpoint> {
+    pub fn sender(&self, slot: usize) -> Option<AddrPort> {
         self.incoming.sender(slot)
     }
 
-    /// The address that the message of this slot was sent to, if the batch was taken with addresses and the socket has
+    /// The destination of the message in this slot, if the batch was received with addresses and the socket has
     /// `IP_PKTINFO` or `IPV6_RECVPKTINFO` set.
     #[must_use]
     pub fn destination(&self, slot: usize) -> Option<IpAddr> {
         self.incoming.destination(slot)
     }
 
-    /// What is queued in a lane from now on is for this address. Datagrams of more than `most_joined` bytes go out one
-    /// by one.
-    pub fn address(&mut self, lane: usize, to: &RawAddress, most_joined: u32) {
-        self.outgoing[lane].address(to, most_joined);
+    /// Addresses what is queued in a send queue from now on. Datagrams of more than `max_segment` bytes are sent one by
+    /// one.
+    pub fn address(&mut self, queue: usize, to: &RawAddress, max_segment: u32) {
+        self.outgoing[queue].address(to, max_segment);
     }
 
-    /// Appends a datagram to a lane's list, which must not be full.
-    pub fn queue(&mut self, lane: usize, piece: Piece) {
-        self.outgoing[lane].push(self.incoming.vector(piece));
+    /// Appends a datagram to a send queue's list, which must not be full.
+    pub fn push(&mut self, queue: usize, segment: Segment) {
+        self.outgoing[queue].push(self.incoming.vector(segment));
     }
 
-    /// Appends a datagram to the list of those sent in the senders' names, which must not be full. Both addresses must be
-    /// of one family.
-    pub fn queue_on_behalf(&mut self, from: Endpoint, to: SocketAddr, piece: Piece) {
-        let payload = self.incoming.vector(piece);
+    /// Appends a datagram to the raw list, which must not be full. Both addresses must be of one family.
+    pub fn push_raw(&mut self, from: AddrPort, to: SocketAddr, segment: Segment) {
+        let payload = self.incoming.vector(segment);
         // SAFETY: `vector` has checked that it lies within memory that lives as long as the batch; mapped memory is always
         // initialised, and nothing writes there before the next batch is taken.
-        unsafe { self.on_behalf.push(from, to, payload) };
+        unsafe { self.raw_outgoing.push(from, to, payload) };
     }
 
-    /// True if that list has no room for another.
+    /// True if the raw list is full.
     #[must_use]
-    pub fn full_on_behalf(&self) -> bool {
-        self.on_behalf.full()
+    pub fn raw_is_full(&self) -> bool {
+        self.raw_outgoing.full()
     }
 
-    /// Empties that list.
-    pub fn clear_on_behalf(&mut self) {
-        self.on_behalf.clear();
+    /// Empties the raw list.
+    pub fn clear_raw(&mut self) {
+        self.raw_outgoing.clear();
     }
 
-    /// Sends that list from datagram `from`, which must be in it, and says how many were sent: at least one.
+    /// Sends the raw list from datagram `from` on and returns how many were sent: at least one. `from` must be in the
+    /// list.
     ///
     /// # Errors
-    /// What kept the first of them from being sent.
-    pub fn send_on_behalf(&mut self, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        send_all(self.on_behalf.headers(from), socket)
+    /// Why the first of them could not be sent.
+    pub fn send_raw(&mut self, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        send_all(self.raw_outgoing.headers(from), socket)
     }
 
-    /// True if a lane's list has no room for another datagram.
+    /// True if a send queue's list is full.
     #[must_use]
-    pub fn full(&self, lane: usize) -> bool {
-        self.outgoing[lane].full()
+    pub fn full(&self, queue: usize) -> bool {
+        self.outgoing[queue].full()
     }
 
-    /// Empties a lane's list.
-    pub fn clear(&mut self, lane: usize) {
-        self.outgoing[lane].clear();
+    /// Empties a send queue's list.
+    pub fn clear(&mut self, queue: usize) {
+        self.outgoing[queue].clear();
     }
 
-    /// How many messages a lane's list holds.
+    /// The number of messages in a send queue's list.
     #[must_use]
-    pub fn messages(&self, lane: usize) -> usize {
-        self.outgoing[lane].messages()
+    pub fn messages(&self, queue: usize) -> usize {
+        self.outgoing[queue].messages()
     }
 
-    /// The numbers of the datagrams in a message of a lane's list.
+    /// The indices of the datagrams in a message of a send queue's list.
     #[must_use]
-    pub fn datagrams(&self, lane: usize, message: usize) -> Range<usize> {
-        self.outgoing[lane].datagrams(message)
+    pub fn datagrams(&self, queue: usize, message: usize) -> Range<usize> {
+        self.outgoing[queue].datagrams(message)
     }
 
-    /// The bytes of all datagrams in a message of a lane's list.
+    /// The bytes of all datagrams in a message of a send queue's list.
     #[must_use]
-    pub fn bytes(&self, lane: usize, message: usize) -> u64 {
-        self.outgoing[lane].bytes(message)
+    pub fn bytes(&self, queue: usize, message: usize) -> u64 {
+        self.outgoing[queue].bytes(message)
     }
 
-    /// The length in bytes of a datagram of a lane's list, by its number.
+    /// The length in bytes of a datagram in a send queue's list.
     #[must_use]
-    pub fn length(&self, lane: usize, datagram: usize) -> usize {
-        self.outgoing[lane].length(datagram)
+    pub fn length(&self, queue: usize, datagram: usize) -> usize {
+        self.outgoing[queue].length(datagram)
     }
 
-    /// Sends a lane's list from message `from`, which must be in it, and says how many messages were sent: at least one.
+    /// Sends a send queue's list from message `from` on and returns how many messages were sent: at least one. `from`
+    /// must be in the list.
     ///
     /// # Errors
-    /// What kept the first of them from being sent.
-    pub fn send(&mut self, lane: usize, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        send_all(self.outgoing[lane].headers(from), socket)
+    /// Why the first of them could not be sent.
+    pub fn send(&mut self, queue: usize, from: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        send_all(self.outgoing[queue].headers(from), socket)
     }
 
-    /// Sends one datagram of a message by itself.
+    /// Sends one datagram of a message on its own.
     ///
     /// # Errors
-    /// What kept it from being sent.
-    pub fn send_apart(
+    /// Why it could not be sent.
+    pub fn send_unsegmented(
         &mut self,
-        lane: usize,
+        queue: usize,
         message: usize,
         datagram: usize,
         socket: BorrowedFd<'_>,
     ) -> io::Result<()> {
-        let header = self.outgoing[lane].apart(message, datagram);
+        let header = self.outgoing[queue].unsegmented(message, datagram);
         // SAFETY: as for `send`; the header points to one vector and no control message.
         let sent =
             unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
@@ -308,7 +308,7 @@ impl Batch {
     }
 }
 
-/// Sends messages of a list in a batch, and says how many were sent.
+/// Sends messages of a list and returns how many were sent.
 fn send_all(headers: &mut [libc::mmsghdr], socket: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: the headers were filled by their list's `push`: they point to names, control messages and vectors that the
     // list owns, and the vectors to its own memory or to bytes within the memory of `incoming`.
@@ -325,24 +325,25 @@ fn send_all(headers: &mut [libc::mmsghdr], socket: BorrowedFd<'_>) -> io::Result
 
 impl fmt::Debug for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let queued: Vec<usize> = self.outgoing.iter().map(Outgoing::messages).collect();
+        let queued: Vec<usize> = self.outgoing.iter().map(OutgoingMessages::messages).collect();
         f.debug_struct("Batch").field("received", &self.incoming.received()).field("queued", &queued).finish()
     }
 }
 
-/// What came back for a datagram that was sent earlier.
+/// An error that came back for a datagram sent earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Report {
-    /// Where the datagram had been sent to.
-    pub to: Endpoint,
-    /// The kernel's number for what was wrong, such as `ECONNREFUSED`.
+pub struct ErrorReport {
+    /// The datagram's destination.
+    pub to: AddrPort,
+    /// The kernel's error number, such as `ECONNREFUSED`.
     pub errno: i32,
 }
 
-/// Takes the next report out of a socket's error queue, if there is one. The socket's pending error goes with the last.
+/// Takes the next error report from a socket's error queue, if there is one. The last one also clears the socket's
+/// pending error.
 ///
-/// What the kernel itself refused to send also leaves an entry there; `send` has reported it, so it is skipped.
-pub fn next_report(socket: BorrowedFd<'_>) -> Option<Report> {
+/// What the kernel itself refused to send is in this queue too; `send` has returned that error, so it is skipped.
+pub fn next_report(socket: BorrowedFd<'_>) -> Option<ErrorReport> {
     loop {
         let mut name = RawAddress::zeroed();
         // Room for the extended error and the address of the host that sent it; u64 for the alignment of the headers.
@@ -361,7 +362,7 @@ pub fn next_report(socket: BorrowedFd<'_>) -> Option<Report> {
         }
         // SAFETY: the kernel has just filled the header and the control buffer it points to, and both are still here.
         if let Some(errno) = unsafe { remote_error(&header) } {
-            return Some(Report { to: name.endpoint(), errno });
+            return Some(ErrorReport { to: name.endpoint(), errno });
         }
     }
 }
@@ -378,10 +379,10 @@ unsafe fn remote_error(header: &libc::msghdr) -> Option<i32> {
     (error.ee_origin != libc::SO_EE_ORIGIN_LOCAL).then_some(error.ee_errno as i32)
 }
 
-/// The beginning of the control message of this kind, if there is one that long.
+/// The data of the control message of this kind, if there is one of at least that length.
 ///
 /// # Safety
-/// The header must have been filled by a successful `recvmsg`, its control buffer must still be there, and every bit
+/// The header must have been filled by a successful `recvmsg`, its control buffer must still exist, and every bit
 /// pattern must be a valid `T`.
 unsafe fn find<T: Copy>(header: &libc::msghdr, level: libc::c_int, kind: libc::c_int) -> Option<T> {
     // SAFETY: the caller's promise is exactly what the CMSG functions ask for.
@@ -403,9 +404,9 @@ unsafe fn find<T: Copy>(header: &libc::msghdr, level: libc::c_int, kind: libc::c
 
 /// Waits until every CPU has finished what it was doing in the network stack when this was called.
 ///
-/// A changed steering program or filter holds for datagrams that arrive later; one that was already past it may still
-/// be on its way into a socket. `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and the stack receives inside
-/// read-side critical sections. Where the kernel does not offer it (`nohz_full`), there is no wait.
+/// A new steering program or filter applies to datagrams that arrive later. A datagram that had already passed the old
+/// one may still be on its way into a socket. `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and the stack
+/// receives inside read-side critical sections. Where the kernel does not offer it (`nohz_full`), there is no wait.
 pub fn wait_for_network_stack() {
     const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: takes three integers and touches no memory of ours.
@@ -445,13 +446,13 @@ mod tests {
             from.send_to(&vec![length as u8; length], through.local_addr().unwrap()).unwrap();
         }
         assert_eq!(batch.receive(through.as_fd()).unwrap(), 4);
-        let pieces: Vec<_> = (0..4).flat_map(|slot| batch.message(slot).pieces()).collect();
-        let lengths: Vec<_> = pieces.iter().map(|piece| piece.map(Piece::length)).collect();
+        let segments: Vec<_> = (0..4).flat_map(|slot| batch.message(slot).segments()).collect();
+        let lengths: Vec<_> = segments.iter().map(|segment| segment.map(Segment::length)).collect();
         assert_eq!(lengths, [Some(0), Some(1), Some(1000), None]);
         assert_eq!((batch.message(3).length(), batch.message(3).count()), (1001, 1));
         batch.address(1, &target, u32::MAX);
-        for piece in &pieces[..3] {
-            batch.queue(1, piece.unwrap());
+        for segment in &segments[..3] {
+            batch.push(1, segment.unwrap());
         }
         assert_eq!((batch.messages(0), batch.messages(1)), (0, 3));
         assert_eq!(batch.send(1, 1, through.as_fd()).unwrap(), 2);
@@ -484,14 +485,14 @@ mod tests {
                 from.send_to(b"0123456789", (to, through.local_addr().unwrap().port())).unwrap();
                 through.peek(&mut [0; 1]).unwrap();
                 batch.want_addresses(wanted);
-                // Twice the same: the kernel has overwritten how much room there is.
+                // Twice the same: the kernel has overwritten the sizes in the headers.
                 assert_eq!(batch.receive(through.as_fd()).unwrap(), 1);
                 assert_eq!(batch.sender(0), wanted.then_some((sender.ip(), sender.port())));
                 assert_eq!(batch.destination(0), wanted.then_some(to));
-                let piece = batch.message(0).pieces().next().unwrap().unwrap();
-                assert_eq!(batch.first_bytes(piece), Some(*b"0123456789"));
-                assert_eq!(batch.first_bytes::<11>(piece), None);
-                assert_eq!(batch.first_bytes::<21>(piece), None);
+                let segment = batch.message(0).segments().next().unwrap().unwrap();
+                assert_eq!(batch.first_bytes(segment), Some(*b"0123456789"));
+                assert_eq!(batch.first_bytes::<11>(segment), None);
+                assert_eq!(batch.first_bytes::<21>(segment), None);
             }
         }
     }
@@ -507,7 +508,7 @@ mod tests {
         // Blocks until the refusal is back, because nothing else can arrive here.
         let mut nothing = [0; 1];
         assert_eq!(sender.recv(&mut nothing).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        let expected = Report { to: (closed.ip(), closed.port()), errno: libc::ECONNREFUSED };
+        let expected = ErrorReport { to: (closed.ip(), closed.port()), errno: libc::ECONNREFUSED };
         assert_eq!(next_report(sender.as_fd()), Some(expected));
         assert_eq!(next_report(sender.as_fd()), None);
     }

@@ -1,7 +1,7 @@
-//! Which of a listener's sockets a datagram goes to: small classic BPF programs that any user may attach.
+//! Which of a listener's sockets receives a datagram: classic BPF programs that need no privilege.
 //!
-//! Left to itself, the kernel hashes addresses and ports, so that a single sender never keeps more than one worker
-//! busy. Under a policy that promises no order, datagrams are spread at random instead.
+//! By default, the kernel selects a socket of the reuseport group by a hash of addresses and ports, so one sender keeps
+//! only one worker busy. Under policies that do not keep a sender's order, datagrams are spread at random instead.
 
 use std::os::fd::AsFd;
 
@@ -14,7 +14,7 @@ use socket2::{SockFilter, Socket};
 /// `SO_DETACH_REUSEPORT_BPF` of `asm-generic/socket.h`.
 const DETACH_REUSEPORT_BPF: libc::c_int = 68;
 
-/// Takes a group's program away.
+/// Detaches the group's program.
 #[derive(Clone)]
 struct DetachReusePortBpf;
 
@@ -30,11 +30,11 @@ const fn instruction(code: u32, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt: 0, jf: 0, k }
 }
 
-/// Spreads the datagrams of the group at random over its first `sockets` sockets.
+/// Spreads the group's datagrams at random over its first `sockets` sockets.
 ///
 /// # Errors
 /// When the kernel refuses the program, or the socket is not in a group.
-pub fn spread(group_member: &impl AsFd, sockets: u32) -> anyhow::Result<()> {
+pub fn spread_randomly(group_member: &impl AsFd, sockets: u32) -> anyhow::Result<()> {
     let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
     let mut program = [
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random),
@@ -46,22 +46,22 @@ pub fn spread(group_member: &impl AsFd, sockets: u32) -> anyhow::Result<()> {
         .context("cannot attach the program that spreads datagrams over the workers")
 }
 
-/// Leaves the choice to the kernel's hash of addresses and ports, which keeps each sender on one socket.
+/// Restores the kernel's hash of addresses and ports, which keeps each sender on one socket.
 ///
 /// # Errors
-/// When the kernel refuses; that there was no program, or no group, is none.
-pub fn by_sender(group_member: &impl AsFd) -> anyhow::Result<()> {
+/// When the kernel refuses. A missing program or group is not an error.
+pub fn hash_by_sender(group_member: &impl AsFd) -> anyhow::Result<()> {
     match setsockopt(group_member, DetachReusePortBpf, &0) {
         Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => Ok(()),
         Err(errno) => Err(errno).context("cannot detach the program that spreads datagrams over the workers"),
     }
 }
 
-/// Makes the kernel turn away every datagram that arrives for this socket from now on. What is queued stays.
+/// Makes the kernel drop every datagram that arrives for this socket from now on. Queued datagrams stay.
 ///
 /// # Errors
 /// When the kernel refuses the program.
-pub fn refuse_all(socket: &Socket) -> anyhow::Result<()> {
+pub fn drop_new_datagrams(socket: &Socket) -> anyhow::Result<()> {
     let program = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
     socket.attach_filter(&program).context("cannot attach the program that turns datagrams away")
 }

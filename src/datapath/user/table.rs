@@ -6,69 +6,69 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
-use super::count::DownstreamCells;
-use super::gate::Gate;
-use super::mmsg::{Endpoint, RawAddress};
+use super::admission::UserAdmission;
+use super::counters::DownstreamCells;
+use super::mmsg::{AddrPort, RawAddress};
 use crate::model::Policy;
 use crate::net::Family;
 use crate::plan::{ListenerPlan, hash};
 
-/// One listener's table; never changed, only replaced.
+/// One listener's table. Never changed, only replaced.
 #[derive(Debug)]
-pub struct Table {
+pub struct ForwardingTable {
     policy: Policy,
-    gate: Gate,
+    admission: UserAdmission,
     listener: SocketAddr,
     addresses: Box<[SocketAddr]>,
     encoded: Box<[RawAddress]>,
     round: Arc<[u32]>,
     samples: Box<[u32]>,
-    targets: HashMap<Endpoint, u32>,
-    /// Datagrams leave in their senders' names.
-    keeps_senders: bool,
+    targets: HashMap<AddrPort, u32>,
+    /// Datagrams are sent with their sender's address.
+    preserve_source: bool,
 }
 
-impl Table {
+impl ForwardingTable {
     /// The table of a plan whose listener is bound to this address.
     ///
     /// # Errors
-    /// When the plan's table names a downstream that is not there.
+    /// When the plan's table has an index that is out of range.
     pub fn new(plan: &ListenerPlan, listener: SocketAddr) -> Result<Self> {
         Self::build(plan, listener, None)
     }
 
-    /// The table that comes after this one: senders' buckets go on where they stand.
+    /// The table that replaces this one; the senders' token buckets keep their state.
     ///
     /// # Errors
-    /// As for [`Table::new`].
+    /// As for [`ForwardingTable::new`].
     pub fn next(&self, plan: &ListenerPlan) -> Result<Self> {
-        Self::build(plan, self.listener, Some(&self.gate))
+        Self::build(plan, self.listener, Some(&self.admission))
     }
 
-    fn build(plan: &ListenerPlan, listener: SocketAddr, before: Option<&Gate>) -> Result<Self> {
+    fn build(plan: &ListenerPlan, listener: SocketAddr, before: Option<&UserAdmission>) -> Result<Self> {
         let family = Family::of(listener.ip());
         let addresses: Box<[_]> = plan.targets.iter().map(|target| target.downstream.address).collect();
         for &index in plan.table.iter() {
             let count = addresses.len();
             ensure!((index as usize) < count, "the table names downstream {index}, but there are only {count}");
         }
-        Ok(Table {
+        Ok(ForwardingTable {
             policy: plan.policy,
-            gate: Gate::new(plan, before),
+            admission: UserAdmission::new(plan, before),
             listener,
             encoded: addresses.iter().map(|&address| RawAddress::new(address, family)).collect(),
             round: Arc::clone(&plan.table),
             samples: plan.targets.iter().map(|target| target.downstream.sample).collect(),
             targets: addresses.iter().map(|address| (address.ip(), address.port())).zip(0..).collect(),
             addresses,
-            keeps_senders: plan.settings.preserve_source,
+            preserve_source: plan.settings.preserve_source,
         })
     }
 
-    /// True if datagrams would travel differently under the plan.
+    /// True if datagrams would be forwarded differently under the plan.
     pub fn differs_from(&self, plan: &ListenerPlan) -> bool {
         self.policy != plan.policy
-            || self.gate.differs_from(plan)
+            || self.admission.differs_from(plan)
             || *self.round != *plan.table
             || !self.samples.iter().eq(plan.targets.iter().map(|target| &target.downstream.sample))
             || !self.addresses.iter().eq(plan.targets.iter().map(|target| &target.downstream.address))
@@ -79,22 +79,22 @@ impl Table {
         self.listener
     }
 
-    /// Who may send, and how fast.
-    pub fn gate(&self) -> &Gate {
-        &self.gate
+    /// Which senders may send, and how fast.
+    pub fn admission(&self) -> &UserAdmission {
+        &self.admission
     }
 
-    /// True if it must be known where datagrams come from, and which of the host's addresses they go to.
+    /// True if workers must know each datagram's source and destination address.
     pub fn needs_addresses(&self) -> bool {
-        matches!(self.policy, Policy::Hash(_)) || !self.gate.is_open() || self.keeps_senders
+        matches!(self.policy, Policy::Hash(_)) || !self.admission.admits_all() || self.preserve_source
     }
 
-    /// How a datagram's place is found.
+    /// How a datagram's slot is selected.
     pub fn policy(&self) -> Policy {
         self.policy
     }
 
-    /// The downstreams, in the order of their indices.
+    /// The downstreams, by index.
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
     }
@@ -104,7 +104,7 @@ impl Table {
         &self.encoded[target as usize]
     }
 
-    /// The indices of the downstreams in the order of the round. Under [`Policy::Replicate`], each once.
+    /// Indices of the downstreams in the order of the round. Under [`Policy::Replicate`], each once.
     pub fn round(&self) -> &[u32] {
         &self.round
     }
@@ -115,32 +115,32 @@ impl Table {
     }
 
     /// The index of the downstream with this address.
-    pub fn target(&self, endpoint: &Endpoint) -> Option<u32> {
+    pub fn target(&self, endpoint: &AddrPort) -> Option<u32> {
         self.targets.get(endpoint).copied()
     }
 
-    /// The index of the downstream to whose place a hash belongs; none if there are no downstreams.
-    pub fn placed(&self, hash: u32) -> Option<u32> {
+    /// The index of the downstream that a hash selects; none if there are no downstreams.
+    pub fn target_of_hash(&self, hash: u32) -> Option<u32> {
         let slots = u32::try_from(self.round.len()).ok()?;
-        self.round.get(hash::place(hash, slots) as usize).copied()
+        self.round.get(hash::table_slot(hash, slots) as usize).copied()
     }
 
-    /// The downstreams of the datagrams from this position of the endless round on; none if there are no downstreams.
-    pub fn round_from(&self, position: u64) -> Option<Round<'_>> {
+    /// A cursor at this position of the endless round; none if there are no downstreams.
+    pub fn round_from(&self, position: u64) -> Option<RoundCursor<'_>> {
         let length = u64::try_from(self.round.len()).ok().filter(|&length| length > 0)?;
-        Some(Round { round: &self.round, at: usize::try_from(position % length).ok()? })
+        Some(RoundCursor { round: &self.round, at: usize::try_from(position % length).ok()? })
     }
 }
 
-/// A walk along the round.
+/// A position in the round.
 #[derive(Debug)]
-pub struct Round<'a> {
+pub struct RoundCursor<'a> {
     round: &'a [u32],
     at: usize,
 }
 
-impl Round<'_> {
-    /// The index of the next downstream.
+impl RoundCursor<'_> {
+    /// The index of the next downstream; advances.
     pub fn step(&mut self) -> u32 {
         let target = self.round[self.at];
         self.at += 1;
@@ -151,12 +151,12 @@ impl Round<'_> {
     }
 }
 
-/// A table, and the cells in which one worker counts for its downstreams, by index.
+/// A table, and one worker's counters for its downstreams, by index.
 #[derive(Debug, Clone)]
 pub struct WorkerTable {
     /// The table, shared by all workers.
-    pub table: Arc<Table>,
-    /// This worker's cells.
+    pub table: Arc<ForwardingTable>,
+    /// This worker's counters.
     pub cells: Box<[Arc<DownstreamCells>]>,
 }
 
@@ -165,12 +165,12 @@ pub mod tests {
     use super::*;
     use crate::config::UserspaceSettings;
     use crate::model::{Downstream, ListenerId, Mode};
-    use crate::plan::table::interleave;
-    use crate::plan::{Delivery, Target};
+    use crate::plan::round_robin::interleave;
+    use crate::plan::{Delivery, PlanTarget};
 
     /// A plan for tests, with downstreams of these addresses and weights.
     pub fn plan(bind: SocketAddr, downstreams: &[(SocketAddr, u32)]) -> ListenerPlan {
-        let target = |&(address, weight): &(SocketAddr, u32)| Target {
+        let target = |&(address, weight): &(SocketAddr, u32)| PlanTarget {
             downstream: Downstream { name: address.to_string().into(), address, weight, sample: Downstream::ALL },
             delivery: Delivery::Unreachable,
         };
@@ -181,7 +181,7 @@ pub mod tests {
             bind,
             match_addresses: Vec::new(),
             links: Vec::new(),
-            headerless: Vec::new(),
+            l3_ingress: Vec::new(),
             joins: Vec::new(),
             policy: Policy::RoundRobin,
             sources: Arc::default(),
@@ -200,7 +200,7 @@ pub mod tests {
     #[test]
     fn a_round_goes_on_from_any_position() {
         let plan = plan(address(514), &[(address(1), 2), (address(2), 1)]);
-        let table = Table::new(&plan, plan.bind).unwrap();
+        let table = ForwardingTable::new(&plan, plan.bind).unwrap();
         assert_eq!(*plan.table, [0, 1, 0]);
         for start in 0..10u64 {
             let mut round = table.round_from(start).unwrap();
@@ -214,7 +214,7 @@ pub mod tests {
 
     #[test]
     fn without_downstreams_there_is_no_round() {
-        let table = Table::new(&plan(address(514), &[]), address(514)).unwrap();
+        let table = ForwardingTable::new(&plan(address(514), &[]), address(514)).unwrap();
         assert!(table.round_from(7).is_none());
     }
 
@@ -222,14 +222,14 @@ pub mod tests {
     fn a_table_that_names_nobody_is_refused() {
         let mut plan = plan(address(514), &[(address(1), 1)]);
         plan.table = [0, 1].into();
-        let error = Table::new(&plan, plan.bind).unwrap_err().to_string();
+        let error = ForwardingTable::new(&plan, plan.bind).unwrap_err().to_string();
         assert_eq!(error, "the table names downstream 1, but there are only 1");
     }
 
     #[test]
     fn only_what_changes_the_way_of_a_datagram_is_a_difference() {
         let plan = plan(address(514), &[(address(1), 1), (address(2), 1)]);
-        let table = Table::new(&plan, plan.bind).unwrap();
+        let table = ForwardingTable::new(&plan, plan.bind).unwrap();
         let mut renamed = plan.clone();
         Arc::make_mut(&mut renamed.targets)[0].downstream.name = "other".into();
         Arc::make_mut(&mut renamed.targets)[1].delivery = Delivery::Local;

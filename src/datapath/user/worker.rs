@@ -1,8 +1,7 @@
-//! A worker thread: waits for its socket or for word from the main thread, and forwards.
+//! A worker thread: waits for datagrams or for a command of the main thread, and forwards.
 //!
-//! Everything that can fail is done by [`Prepared::new`] on the main thread, before there is a thread. A worker that runs
-//! ends only when it is told to, or when it cannot wait or read any more; the latter is logged and shows in
-//! [`Worker::has_died`].
+//! Whatever can fail happens in [`PreparedWorker::new`] on the main thread, before the thread exists. A worker ends
+//! only when told to, or when it can no longer wait or read; the latter is logged and shows in [`Worker::has_died`].
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -19,72 +18,72 @@ use nix::unistd::Pid;
 use socket2::Socket;
 use tracing::{error, warn};
 
-use super::count::WorkerKey;
+use super::counters::WorkerKey;
 use super::forward::Forwarder;
 use super::table::WorkerTable;
 
 const SOCKET: Token = Token(0);
 const WAKE: Token = Token(1);
 
-/// Longest thread name that Linux keeps, in bytes.
+/// The maximum length of a thread name in Linux, in bytes.
 const MAX_THREAD_NAME: usize = 15;
 
-/// Reads that may fail in a row. An error from the wire fails one read; only a broken socket fails this many.
+/// Reads that may fail in a row. A network error fails one read; only a broken socket fails this many.
 const MAX_READ_ERRORS: u32 = 100;
 
 /// What the main thread tells a worker.
 #[derive(Debug)]
-enum Command {
-    /// Use this table for every datagram taken from now on.
+enum WorkerCommand {
+    /// Use this table for every datagram received from now on.
     Table(WorkerTable),
     /// End.
-    Stop(Stop),
+    Stop(StopMode),
 }
 
 /// How a worker ends.
 #[derive(Debug, Clone, Copy)]
-pub enum Stop {
-    /// After the batch at hand. What the socket holds is left to the next worker.
+pub enum StopMode {
+    /// After the current batch. The next worker forwards what the socket holds.
     Now,
-    /// Once it has forwarded what its socket holds, or when this time has come.
+    /// When the socket is empty, at this time at the latest.
     Drained(Instant),
 }
 
-/// A worker with all it needs but its thread.
+/// A worker that lacks only its thread.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct PreparedWorker {
     key: WorkerKey,
     name: String,
-    /// The place in the list of allowed CPUs to stay on.
+    /// The index in the list of allowed CPUs to pin to.
     pin_to: Option<usize>,
-    commands: Sender<Command>,
+    commands: Sender<WorkerCommand>,
     waker: Waker,
-    loops: Loop,
+    worker_loop: WorkerLoop,
 }
 
-/// A running worker. Dropping it stops it at its next batch and waits for its end.
+/// A running worker. Dropping it stops it after its current batch and waits for its end.
 #[derive(Debug)]
 pub struct Worker {
     key: WorkerKey,
-    commands: Sender<Command>,
+    commands: Sender<WorkerCommand>,
     waker: Waker,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
-/// What runs on the thread.
+/// The part that runs on the thread.
 #[derive(Debug)]
-struct Loop {
+struct WorkerLoop {
     socket: Arc<Socket>,
     poll: Poll,
-    commands: Receiver<Command>,
+    commands: Receiver<WorkerCommand>,
     forwarder: Forwarder,
 }
 
-impl Prepared {
+impl PreparedWorker {
     /// A worker that will forward what arrives at the socket. `number` is its number within the listener.
     ///
     /// # Errors
-    /// When the kernel has no epoll instance or eventfd left for it.
+    /// When the kernel refuses an epoll instance or an eventfd.
     pub fn new(
         key: WorkerKey,
         listener: &str,
@@ -99,29 +98,29 @@ impl Prepared {
             .register(&mut SourceFd(&socket.as_raw_fd()), SOCKET, Interest::READABLE)
             .context("cannot watch the listener's socket")?;
         let (commands, receiver) = channel();
-        Ok(Prepared {
+        Ok(PreparedWorker {
             key,
             name: thread_name(listener, number),
             pin_to: pin.then_some(number),
             commands,
             waker,
-            loops: Loop { socket, poll, commands: receiver, forwarder },
+            worker_loop: WorkerLoop { socket, poll, commands: receiver, forwarder },
         })
     }
 
     /// Starts the thread.
     ///
     /// # Errors
-    /// When the kernel has no thread left.
+    /// When the kernel refuses a thread.
     pub fn start(self) -> Result<Worker> {
-        let Prepared { key, name, pin_to, commands, waker, loops } = self;
+        let PreparedWorker { key, name, pin_to, commands, waker, worker_loop } = self;
         let run = {
             let name = name.clone();
             move || {
                 if let Some(number) = pin_to {
                     pin(&name, number);
                 }
-                loops.run().inspect_err(|error| error!(worker = name, "worker died: {error:#}"))
+                worker_loop.run().inspect_err(|error| error!(worker = name, "worker died: {error:#}"))
             }
         };
         let thread = std::thread::Builder::new()
@@ -133,33 +132,33 @@ impl Prepared {
 }
 
 impl Worker {
-    /// Which worker of the listener it is.
+    /// Identifies the worker within its listener.
     pub fn key(&self) -> WorkerKey {
         self.key
     }
 
-    /// Hands over a new table. Whatever is sent to the listener after this returns is forwarded by it.
+    /// Sends a new table. Datagrams that are sent to the listener after this returns are forwarded by it.
     pub fn set_table(&self, table: WorkerTable) {
-        self.tell(Command::Table(table));
+        self.send(WorkerCommand::Table(table));
     }
 
-    /// Asks it to end.
-    pub fn stop(&self, how: Stop) {
-        self.tell(Command::Stop(how));
+    /// Tells the worker to end.
+    pub fn stop(&self, how: StopMode) {
+        self.send(WorkerCommand::Stop(how));
     }
 
-    /// True if it ended without having been asked.
+    /// True if it ended without having been told to.
     pub fn has_died(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for its end, which must have been asked for.
+    /// Waits for its end. Call [`Worker::stop`] first.
     pub fn join(mut self) {
         self.wait();
     }
 
-    fn tell(&self, command: Command) {
-        // A worker that has died reads no commands; that it has died is logged and acted upon elsewhere.
+    fn send(&self, command: WorkerCommand) {
+        // Sending fails if the worker has died; that is logged and handled elsewhere.
         if self.commands.send(command).is_ok()
             && let Err(error) = self.waker.wake()
         {
@@ -178,20 +177,20 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         if self.thread.is_some() {
-            self.stop(Stop::Now);
+            self.stop(StopMode::Now);
             self.wait();
         }
     }
 }
 
-impl Loop {
+impl WorkerLoop {
     fn run(mut self) -> Result<()> {
         let mut events = Events::with_capacity(4);
         loop {
-            // First the socket, then the wait: epoll reports only what comes after a read that found nothing.
-            match self.empty_socket(None)? {
-                Some(Stop::Now) => return Ok(()),
-                Some(Stop::Drained(until)) => return self.empty_socket(Some(until)).map(drop),
+            // Read before waiting: epoll reports only what arrives after a read that found nothing.
+            match self.drain_socket(None)? {
+                Some(StopMode::Now) => return Ok(()),
+                Some(StopMode::Drained(until)) => return self.drain_socket(Some(until)).map(drop),
                 None => {}
             }
             if let Err(error) = self.poll.poll(&mut events, None)
@@ -202,13 +201,13 @@ impl Loop {
         }
     }
 
-    /// Forwards until the socket is empty or the time has come; if told to stop in between, says how.
-    fn empty_socket(&mut self, until: Option<Instant>) -> Result<Option<Stop>> {
+    /// Forwards until the socket is empty or the time has come. Returns early if told to stop.
+    fn drain_socket(&mut self, until: Option<Instant>) -> Result<Option<StopMode>> {
         let mut errors = 0;
         while until.is_none_or(|until| Instant::now() < until) {
             let received = match self.forwarder.receive(&self.socket) {
                 Ok(received) => received,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(self.obey()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(self.process_commands()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     errors += 1;
@@ -219,8 +218,8 @@ impl Loop {
                 }
             };
             errors = 0;
-            // Between taking and choosing, so that what was sent after a table was handed over is forwarded by it.
-            let stop = self.obey();
+            // Between receiving and selecting, so that datagrams sent after a new table was handed over follow it.
+            let stop = self.process_commands();
             self.forwarder.forward(received);
             if stop.is_some() {
                 return Ok(stop);
@@ -230,20 +229,20 @@ impl Loop {
         Ok(None)
     }
 
-    /// Does what it has been told. If that is to stop, says how: that is the last word.
-    fn obey(&mut self) -> Option<Stop> {
+    /// Processes the queued commands, up to the first that stops the worker.
+    fn process_commands(&mut self) -> Option<StopMode> {
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Table(table)) => self.forwarder.set_table(table),
-                Ok(Command::Stop(how)) => return Some(how),
+                Ok(WorkerCommand::Table(table)) => self.forwarder.set_table(table),
+                Ok(WorkerCommand::Stop(how)) => return Some(how),
                 Err(TryRecvError::Empty) => return None,
-                Err(TryRecvError::Disconnected) => return Some(Stop::Now),
+                Err(TryRecvError::Disconnected) => return Some(StopMode::Now),
             }
         }
     }
 }
 
-/// `fo-<listener>-<number>`, with as much of the listener's name as fits.
+/// `fo-LISTENER-NUMBER`, with as much of the listener's name as fits.
 fn thread_name(listener: &str, number: usize) -> String {
     let number = number.to_string();
     let room = MAX_THREAD_NAME.saturating_sub("fo--".len() + number.len());
@@ -257,8 +256,8 @@ fn thread_name(listener: &str, number: usize) -> String {
     format!("fo-{short}-{number}")
 }
 
-/// Keeps the calling thread on one CPU: the one of this number among those that it may use at all. A container's may
-/// not begin at 0; more workers than CPUs begin again at the first.
+/// Pins the calling thread to the CPU with this index among the allowed ones, modulo their number. The allowed CPUs of
+/// a container may not begin at 0.
 fn pin(name: &str, number: usize) {
     let this = Pid::from_raw(0);
     let pinned = sched_getaffinity(this).and_then(|allowed| {
@@ -274,15 +273,15 @@ fn pin(name: &str, number: usize) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::count::Ledger;
-    use super::super::group::tests::queued;
-    use super::super::table::{Table, tests::plan};
+    use super::super::counters::CounterSet;
+    use super::super::reuseport_group::tests::queued;
+    use super::super::table::{ForwardingTable, tests::plan};
     use super::*;
     use std::net::UdpSocket;
     use std::time::Duration;
 
-    /// How many of 50 waiting datagrams a worker forwards that is told to stop before it has begun.
-    fn forwarded(how: Stop) -> u64 {
+    /// How many of 50 waiting datagrams a worker forwards if it is told to stop before it starts.
+    fn forwarded(how: StopMode) -> u64 {
         let sink = UdpSocket::bind("127.0.0.1:0").unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let mut one = 0;
@@ -296,26 +295,26 @@ mod tests {
         }
         let mut plan = plan("127.0.0.1:0".parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         plan.settings.batch_size = 4;
-        let table = Arc::new(Table::new(&plan, plan.bind).unwrap());
-        let mut ledger = Ledger::default();
-        let (key, cells) = ledger.open();
-        let table = WorkerTable { cells: ledger.downstreams(key, table.addresses()), table };
+        let table = Arc::new(ForwardingTable::new(&plan, plan.bind).unwrap());
+        let mut counters = CounterSet::default();
+        let (key, cells) = counters.add_worker();
+        let table = WorkerTable { cells: counters.downstream_cells(key, table.addresses()), table };
         let settings = &plan.settings;
         let forwarder = Forwarder::new(plan.name.clone(), settings, table, Arc::default(), cells).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let worker = Prepared::new(key, "test", 0, false, Arc::new(socket.into()), forwarder).unwrap();
-        worker.commands.send(Command::Stop(how)).unwrap();
+        let worker = PreparedWorker::new(key, "test", 0, false, Arc::new(socket.into()), forwarder).unwrap();
+        worker.commands.send(WorkerCommand::Stop(how)).unwrap();
         worker.start().unwrap().join();
-        let totals = ledger.totals();
+        let totals = counters.totals();
         assert!(totals.balanced());
         totals.packets_forwarded
     }
 
     #[test]
     fn a_worker_stops_at_once_or_when_its_socket_is_empty_or_when_time_is_up() {
-        assert_eq!(forwarded(Stop::Now), 4);
-        assert_eq!(forwarded(Stop::Drained(Instant::now() + Duration::from_secs(60))), 50);
-        assert_eq!(forwarded(Stop::Drained(Instant::now())), 4);
+        assert_eq!(forwarded(StopMode::Now), 4);
+        assert_eq!(forwarded(StopMode::Drained(Instant::now() + Duration::from_secs(60))), 50);
+        assert_eq!(forwarded(StopMode::Drained(Instant::now())), 4);
     }
 
     #[test]

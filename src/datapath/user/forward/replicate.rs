@@ -1,134 +1,133 @@
-//! The way of a batch of which every downstream gets a copy.
+//! Forwards a batch under `replicate`: one copy to each downstream.
 //!
-//! The copies are queued downstream by downstream, each of a batch's copies to one downstream in the order of their
-//! arrival and through one lane, and a lane is flushed whenever it is full. A large batch thus goes out regrouped by
-//! downstream; one datagram for many downstreams takes one system call.
+//! Copies are queued downstream by downstream, in the order of arrival, and a send queue is flushed when it is full. So
+//! a large batch is sent grouped by downstream, and one datagram for many downstreams takes one system call.
 
 use rand::Rng;
 use rand::rngs::SmallRng;
 
-use super::super::mmsg::incoming::Piece;
-use super::super::mmsg::{Endpoint, LANES};
-use super::super::table::Table;
-use super::{Forwarder, Kind, TOGETHER, Verdict};
+use super::super::mmsg::incoming::Segment;
+use super::super::mmsg::{AddrPort, SEND_QUEUES};
+use super::super::table::ForwardingTable;
+use super::{Forwarder, RawListKind, SEND_LIST_CAPACITY, SendOutcome};
 use crate::model::{Downstream, DropReason, ListenerCounters};
 
 /// A datagram to replicate.
 #[derive(Debug, Clone, Copy)]
 pub struct Original {
-    piece: Piece,
-    /// In whose name copies are to leave.
-    from: Option<Endpoint>,
+    segment: Segment,
+    /// The sender, if copies are to be sent with its address.
+    from: Option<AddrPort>,
 }
 
-/// What has become of a datagram's copies so far.
+/// The status of a datagram's copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// There has been none: the datagram is in no downstream's sample.
-    Unwanted,
-    /// At least one is on its way.
+pub enum CopyStatus {
+    /// There is no copy: the datagram is in no downstream's sample.
+    NotSampled,
+    /// At least one was sent.
     Sent,
-    /// None of them could be sent; the last one for this reason.
+    /// None could be sent; the last one failed for this reason.
     Failed(DropReason),
 }
 
-impl Fate {
+impl CopyStatus {
     pub(super) fn failed(&mut self, reason: DropReason) {
-        if *self != Fate::Sent {
-            *self = Fate::Failed(reason);
+        if *self != CopyStatus::Sent {
+            *self = CopyStatus::Failed(reason);
         }
     }
 }
 
 impl Forwarder {
-    /// Sends every datagram of the batch to every downstream and accounts for it.
-    pub(super) fn replicate(&mut self, received: usize, table: &Table, outcome: &mut ListenerCounters) {
+    /// Sends every datagram of the batch to every downstream and counts it.
+    pub(super) fn replicate(&mut self, received: usize, table: &ForwardingTable, totals: &mut ListenerCounters) {
         for slot in 0..received {
-            let from = self.name_to_keep(slot);
-            for (number, piece) in self.batch.message(slot).pieces().enumerate() {
-                if self.screen.takes_out(slot, number) {
+            let from = self.source_to_preserve(slot);
+            for (number, segment) in self.batch.message(slot).segments().enumerate() {
+                if self.filter_mask.is_filtered(slot, number) {
                     continue;
                 }
-                match piece {
-                    None => outcome.dropped.add(DropReason::Truncated, 1),
-                    Some(_) if table.round().is_empty() => outcome.dropped.add(DropReason::NoDownstream, 1),
-                    Some(piece) => {
-                        if self.originals.len() == TOGETHER {
-                            self.send_to_all(table, outcome);
+                match segment {
+                    None => totals.dropped.add(DropReason::Truncated, 1),
+                    Some(_) if table.round().is_empty() => totals.dropped.add(DropReason::NoDownstream, 1),
+                    Some(segment) => {
+                        if self.originals.len() == SEND_LIST_CAPACITY {
+                            self.send_to_all(table, totals);
                         }
-                        self.originals.push(Original { piece, from });
+                        self.originals.push(Original { segment, from });
                     }
                 }
             }
         }
-        self.send_to_all(table, outcome);
+        self.send_to_all(table, totals);
     }
 
-    /// Sends what has been gathered to every downstream, and accounts for it.
-    fn send_to_all(&mut self, table: &Table, outcome: &mut ListenerCounters) {
-        self.fates.clear();
-        self.fates.resize(self.originals.len(), Fate::Unwanted);
-        let now = self.time_if_needed();
+    /// Sends the gathered datagrams to every downstream, and counts them.
+    fn send_to_all(&mut self, table: &ForwardingTable, totals: &mut ListenerCounters) {
+        self.copy_statuses.clear();
+        self.copy_statuses.resize(self.originals.len(), CopyStatus::NotSampled);
+        let now = self.now_if_errors();
         for &target in table.round() {
-            let lane = self.turn_to(target, table, now);
-            self.queue_copies(target, lane, table, outcome);
+            let queue = self.select_queue(target, table, now);
+            self.queue_copies(target, queue, table, totals);
         }
-        for lane in 0..LANES {
-            self.send_copies(lane, outcome);
+        for queue in 0..SEND_QUEUES {
+            self.send_copies(queue, totals);
         }
-        self.send_on_behalf(outcome, Kind::Copies);
-        for (Original { piece, .. }, fate) in self.originals.drain(..).zip(&self.fates) {
-            match fate {
-                Fate::Failed(reason) => outcome.dropped.add(*reason, 1),
-                Fate::Sent | Fate::Unwanted => {
-                    outcome.packets_forwarded += 1;
-                    outcome.bytes_forwarded += u64::from(piece.length());
+        self.flush_preserving_source(totals, RawListKind::Copies);
+        for (Original { segment, .. }, status) in self.originals.drain(..).zip(&self.copy_statuses) {
+            match status {
+                CopyStatus::Failed(reason) => totals.dropped.add(*reason, 1),
+                CopyStatus::Sent | CopyStatus::NotSampled => {
+                    totals.packets_forwarded += 1;
+                    totals.bytes_forwarded += u64::from(segment.length());
                 }
             }
         }
     }
 
-    /// Queues the copies for one downstream, and sends those that there is no room for any more.
-    fn queue_copies(&mut self, target: u32, lane: usize, table: &Table, outcome: &mut ListenerCounters) {
+    /// Queues the copies for one downstream; sends whenever the queue is full.
+    fn queue_copies(&mut self, target: u32, queue: usize, table: &ForwardingTable, totals: &mut ListenerCounters) {
         let sample = table.sample(target);
         for original in 0..self.originals.len() {
             if !wanted(sample, &mut self.random) {
                 continue;
             }
-            let Original { piece, from } = self.originals[original];
-            if from.is_some_and(|from| self.queue_on_behalf(from, target, original, piece, table)) {
-                self.send_on_behalf_if_full(outcome, Kind::Copies);
+            let Original { segment, from } = self.originals[original];
+            if from.is_some_and(|from| self.queue_preserving_source(from, target, original, segment, table)) {
+                self.flush_preserving_source_if_full(totals, RawListKind::Copies);
                 continue;
             }
-            if self.batch.full(lane) {
-                self.queues[lane].add_messages(self.batch.messages(lane), target);
-                self.send_copies(lane, outcome);
+            if self.batch.full(queue) {
+                self.queued[queue].add_messages(self.batch.messages(queue), target);
+                self.send_copies(queue, totals);
             }
-            self.batch.queue(lane, piece);
-            self.queues[lane].add_copy(original);
+            self.batch.push(queue, segment);
+            self.queued[queue].add_copy(original);
         }
-        self.queues[lane].add_messages(self.batch.messages(lane), target);
+        self.queued[queue].add_messages(self.batch.messages(queue), target);
     }
 
-    /// Sends the copies that a lane holds, notes what became of them, and empties the lane.
-    fn send_copies(&mut self, lane: usize, outcome: &mut ListenerCounters) {
-        self.flush(lane);
-        let (cells, fates, queue) = (&self.table.cells, &mut self.fates, &self.queues[lane]);
-        queue.verdicts(&self.batch, lane, &mut self.standing, |verdict| match verdict {
-            Verdict::Sent { target, datagrams, bytes } => {
+    /// Sends the queued copies, records their status, and empties the queue.
+    fn send_copies(&mut self, queue: usize, totals: &mut ListenerCounters) {
+        self.flush(queue);
+        let (cells, copy_statuses, queued) = (&self.table.cells, &mut self.copy_statuses, &self.queued[queue]);
+        queued.outcomes(&self.batch, queue, &mut self.downstream_errors, |verdict| match verdict {
+            SendOutcome::Sent { target, datagrams, bytes } => {
                 cells[target as usize].add(datagrams.len() as u64, bytes);
-                datagrams.for_each(|copy| fates[queue.original(copy)] = Fate::Sent);
+                datagrams.for_each(|copy| copy_statuses[queued.original(copy)] = CopyStatus::Sent);
             }
-            Verdict::Lost { datagram, reason } => {
-                outcome.copies_dropped.add(reason, 1);
-                fates[queue.original(datagram)].failed(reason);
+            SendOutcome::Lost { datagram, reason } => {
+                totals.copies_dropped.add(reason, 1);
+                copy_statuses[queued.original(datagram)].failed(reason);
             }
         });
-        self.empty(lane);
+        self.empty(queue);
     }
 }
 
-/// True if a downstream with this sample gets a copy of the next datagram, as in the TC program's `send_copy`.
+/// True if a downstream with this sample gets a copy of the next datagram. Agrees with the TC program's `send_copy`.
 fn wanted(sample: u32, random: &mut SmallRng) -> bool {
     sample == Downstream::ALL || random.next_u32() <= sample
 }
@@ -151,12 +150,12 @@ mod tests {
 
     #[test]
     fn one_copy_that_was_sent_outweighs_all_that_failed() {
-        let mut fate = Fate::Unwanted;
-        fate.failed(DropReason::Refused);
-        fate.failed(DropReason::TooBig);
-        assert_eq!(fate, Fate::Failed(DropReason::TooBig));
-        fate = Fate::Sent;
-        fate.failed(DropReason::Refused);
-        assert_eq!(fate, Fate::Sent);
+        let mut status = CopyStatus::NotSampled;
+        status.failed(DropReason::Refused);
+        status.failed(DropReason::TooBig);
+        assert_eq!(status, CopyStatus::Failed(DropReason::TooBig));
+        status = CopyStatus::Sent;
+        status.failed(DropReason::Refused);
+        assert_eq!(status, CopyStatus::Sent);
     }
 }

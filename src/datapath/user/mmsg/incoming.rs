@@ -1,4 +1,7 @@
-//! What `recvmmsg` has taken: messages, and the datagrams that the kernel has joined in them.
+//! What `recvmmsg` received: messages, and the datagrams that the kernel joined in them (`UDP_GRO`).
+//!
+//! How super-packets count in userspace: [`GroMessage::segments`] yields each datagram, and everything behind it works
+//! on single datagrams.
 
 use std::io;
 use std::iter;
@@ -8,32 +11,31 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-use super::{Endpoint, Memory, RawAddress, Storage, find, size};
+use super::{AddrPort, MappedMemory, RawAddress, Storage, find, size};
 
 const CACHE_LINE: usize = 64;
-/// Room for one message: more than any that the kernel joins.
-const ROOM: usize = 65_536;
-/// Bytes from one slot to the next: an odd number of cache lines, so that the beginnings fall into different sets of the
-/// cache.
-const STRIDE: usize = ((ROOM / CACHE_LINE) | 1) * CACHE_LINE;
-/// Bytes that one call should take at most, going by the length of messages in the call before: what has been received
-/// should still be in the cache when it is sent.
-const TAKE_BYTES: usize = 512 << 10;
-/// Fewest messages asked for in one call, if there is room for them.
-const TAKE_LEAST: usize = 8;
+/// Room for one message: more than the kernel joins.
+const SLOT_SIZE: usize = 65_536;
+/// Distance of two slots in bytes: an odd number of cache lines, so that slots begin in different sets of the cache.
+const STRIDE: usize = ((SLOT_SIZE / CACHE_LINE) | 1) * CACHE_LINE;
+/// Bytes to receive in one call at most, estimated from the previous call: datagrams should still be in the cache when
+/// they are sent.
+const TARGET_BATCH_BYTES: usize = 512 << 10;
+/// The minimum number of messages to ask for in one call, if there is room for them.
+const MIN_BATCH_MESSAGES: usize = 8;
 
-/// Room for what the kernel says about one message besides its sender: the address that it was sent to, and the length of
-/// the datagrams that it has joined. In u64 for the alignment of the headers.
-type Control = [u64; 8];
+/// Room for the control messages of one received message: destination address and segment size. In u64 for the
+/// alignment of the headers.
+type ReceiveControl = [u64; 8];
 
-/// Where one datagram lies in the memory of its batch.
+/// Where one datagram lies in its batch's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
+pub struct Segment {
     offset: u32,
     length: u32,
 }
 
-impl Piece {
+impl Segment {
     /// Its length in bytes.
     #[must_use]
     pub fn length(self) -> u32 {
@@ -41,91 +43,91 @@ impl Piece {
     }
 }
 
-/// A message as it was taken: one datagram, or several of one length, of which the last may be shorter.
+/// A message as it was received: one datagram, or several of one length. The last may be shorter.
 #[derive(Debug, Clone, Copy)]
-pub struct Joined {
+pub struct GroMessage {
     offset: u32,
-    /// What all of it was sent with, which may be more than there is room for.
+    /// Bytes that were sent, which may be more than there is room for.
     length: u32,
-    /// The length of each datagram but the last.
-    each: u32,
-    longest: u32,
+    /// The length of each datagram but the last, in bytes.
+    segment_size: u32,
+    max_length: u32,
 }
 
-impl Joined {
-    /// How many bytes all its datagrams were sent with.
+impl GroMessage {
+    /// Bytes that all its datagrams were sent with.
     #[must_use]
     pub fn length(self) -> u64 {
         u64::from(self.length)
     }
 
-    /// How many datagrams it holds: at least one.
+    /// The number of datagrams: at least one.
     #[must_use]
     pub fn count(self) -> usize {
-        self.length.div_ceil(self.each).max(1) as usize
+        self.length.div_ceil(self.segment_size).max(1) as usize
     }
 
-    /// True if each of its datagrams is whole and no longer than allowed.
+    /// True if every datagram is complete and not longer than allowed.
     #[must_use]
-    pub fn all_whole(self) -> bool {
-        self.each.min(self.length) <= self.longest && self.length as usize <= ROOM
+    pub fn all_fit(self) -> bool {
+        self.segment_size.min(self.length) <= self.max_length && self.length as usize <= SLOT_SIZE
     }
 
-    /// Its datagrams, in the order of their arrival; none for one that is longer than allowed.
-    pub fn pieces(self) -> impl Iterator<Item = Option<Piece>> {
+    /// Its datagrams in the order of arrival; none for one that is longer than allowed.
+    pub fn segments(self) -> impl Iterator<Item = Option<Segment>> {
         let mut at = 0;
         iter::repeat_with(move || {
-            let length = self.each.min(self.length - at);
-            let piece = Piece { offset: self.offset + at, length };
-            let whole = length <= self.longest && (at + length) as usize <= ROOM;
+            let length = self.segment_size.min(self.length - at);
+            let segment = Segment { offset: self.offset + at, length };
+            let whole = length <= self.max_length && (at + length) as usize <= SLOT_SIZE;
             at += length;
-            whole.then_some(piece)
+            whole.then_some(segment)
         })
         .take(self.count())
     }
 }
 
-/// The memory that datagrams are received into, and the headers that say so.
-pub struct Incoming {
-    memory: Memory,
-    longest: u32,
+/// The memory that messages are received into, and their headers.
+pub struct IncomingMessages {
+    memory: MappedMemory,
+    max_length: u32,
     headers: Vec<libc::mmsghdr>,
-    /// One for each header, which points to it, as is each of the following; they never grow or shrink.
+    /// One per header, which points to it; the same holds for names and controls. They never grow or shrink.
     vectors: Vec<libc::iovec>,
     names: Vec<RawAddress>,
-    controls: Vec<Control>,
-    /// Whether the next batch is to be taken with addresses.
+    controls: Vec<ReceiveControl>,
+    /// Whether to receive the next batch with addresses.
     want_addresses: bool,
-    /// Whether this one was.
+    /// Whether the current batch was received with addresses.
     with_addresses: bool,
     received: usize,
-    /// How many messages the next call asks for.
-    take: usize,
+    /// The number of messages to ask for in the next call.
+    batch_limit: usize,
 }
 
-impl Incoming {
-    /// Room for `count` messages. A datagram of more than `longest` bytes does not count as whole.
+impl IncomingMessages {
+    /// Room for `count` messages. Datagrams of more than `max_length` bytes count as truncated.
     ///
     /// # Errors
-    /// When the kernel has no memory for it.
-    pub fn new(count: usize, longest: usize) -> io::Result<Self> {
+    /// When the kernel refuses the memory.
+    pub fn new(count: usize, max_length: usize) -> io::Result<Self> {
         let length = count.checked_mul(STRIDE).filter(|&length| u32::try_from(length).is_ok());
-        let memory = Memory::new(length.and_then(NonZeroUsize::new).ok_or(io::ErrorKind::InvalidInput)?)?;
+        let memory = MappedMemory::new(length.and_then(NonZeroUsize::new).ok_or(io::ErrorKind::InvalidInput)?)?;
         // SAFETY: zero is a valid value for every field: integers and nullable pointers.
         let header: libc::mmsghdr = unsafe { mem::zeroed() };
         let start = memory.start.as_ptr();
-        let vector = |slot| libc::iovec { iov_base: start.wrapping_byte_add(slot * STRIDE), iov_len: ROOM };
-        let mut new = Incoming {
+        let vector = |slot| libc::iovec { iov_base: start.wrapping_byte_add(slot * STRIDE), iov_len: SLOT_SIZE };
+        let mut new = IncomingMessages {
             memory,
-            longest: longest.try_into().map_err(|_| io::ErrorKind::InvalidInput)?,
+            max_length: max_length.try_into().map_err(|_| io::ErrorKind::InvalidInput)?,
             headers: vec![header; count],
             vectors: (0..count).map(vector).collect(),
             names: vec![RawAddress::zeroed(); count],
-            controls: vec![Control::default(); count],
+            controls: vec![ReceiveControl::default(); count],
             want_addresses: false,
             with_addresses: false,
             received: 0,
-            take: count,
+            batch_limit: count,
         };
         let (vectors, names) = (new.vectors.as_mut_ptr(), new.names.as_mut_ptr());
         let controls = new.controls.as_mut_ptr();
@@ -135,42 +137,42 @@ impl Incoming {
             header.msg_hdr.msg_name = names.wrapping_add(slot).cast();
             header.msg_hdr.msg_control = controls.wrapping_add(slot).cast();
         }
-        new.make_room(count);
+        new.reset_headers(count);
         Ok(new)
     }
 
-    /// Whether the batches to come say where each message came from.
+    /// Whether later batches include each message's addresses.
     pub fn want_addresses(&mut self, wanted: bool) {
         self.want_addresses = wanted;
     }
 
-    /// How many messages there are.
+    /// The number of messages received.
     pub fn received(&self) -> usize {
         self.received
     }
 
-    /// Says anew in the first headers how much room there is; the kernel has written there how much it used.
-    fn make_room(&mut self, headers: usize) {
+    /// Restores the sizes in the first headers, which the kernel has overwritten with what it used.
+    fn reset_headers(&mut self, headers: usize) {
         let name = if self.with_addresses { size::<Storage>() } else { 0 };
         for header in &mut self.headers[..headers] {
             header.msg_hdr.msg_namelen = name;
-            header.msg_hdr.msg_controllen = mem::size_of::<Control>() as _;
+            header.msg_hdr.msg_controllen = mem::size_of::<ReceiveControl>() as _;
         }
     }
 
-    /// Takes what the socket holds without waiting.
+    /// Receives what the socket holds, without waiting.
     ///
     /// # Errors
     /// The kernel's; `WouldBlock` if the socket is empty.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         if self.want_addresses == self.with_addresses {
-            self.make_room(self.received);
+            self.reset_headers(self.received);
         } else {
             self.with_addresses = self.want_addresses;
-            self.make_room(self.headers.len());
+            self.reset_headers(self.headers.len());
         }
         self.received = 0;
-        let headers = &mut self.headers[..self.take];
+        let headers = &mut self.headers[..self.batch_limit];
         // MSG_TRUNC makes the kernel report a message's real length even where it did not fit.
         // SAFETY: the headers point to names, control buffers and vectors owned by `self`, for no more than their sizes;
         // each vector describes `ROOM` bytes of its own slot within `self.memory`, to which no Rust reference ever exists.
@@ -184,64 +186,66 @@ impl Incoming {
             )
         };
         self.received = usize::try_from(taken).map_err(|_| io::Error::last_os_error())?;
-        self.take = self.next_take();
+        self.batch_limit = self.next_batch_limit();
         Ok(self.received)
     }
 
-    /// How many messages to ask for next, if they are as long as the present ones.
-    fn next_take(&self) -> usize {
+    /// The number of messages to ask for next, if they are as long as the current ones.
+    fn next_batch_limit(&self) -> usize {
         let bytes: usize = self.headers[..self.received].iter().map(|header| header.msg_len as usize).sum();
-        let fitting = TAKE_BYTES * self.received / bytes.max(1);
-        fitting.max(TAKE_LEAST).min(self.headers.len())
+        let fitting = TARGET_BATCH_BYTES * self.received / bytes.max(1);
+        fitting.max(MIN_BATCH_MESSAGES).min(self.headers.len())
     }
 
-    /// The message of this slot.
+    /// The message in this slot.
     #[must_use]
-    pub fn message(&self, slot: usize) -> Joined {
+    pub fn message(&self, slot: usize) -> GroMessage {
         assert!(slot < self.received, "slot {slot} holds no message");
         let header = &self.headers[slot];
         // SAFETY: `recvmmsg` has filled the header of every slot below `received` and the control buffer it points to,
         // whose used length it has written.
-        let each = unsafe { find::<libc::c_int>(&header.msg_hdr, libc::SOL_UDP, libc::UDP_GRO) };
-        let each = each.and_then(|each| u32::try_from(each).ok()).filter(|&each| each > 0);
-        Joined {
+        let segment_size = unsafe { find::<libc::c_int>(&header.msg_hdr, libc::SOL_UDP, libc::UDP_GRO) };
+        let segment_size = segment_size
+            .and_then(|segment_size| u32::try_from(segment_size).ok())
+            .filter(|&segment_size| segment_size > 0);
+        GroMessage {
             offset: (slot * STRIDE) as u32,
             length: header.msg_len,
-            each: each.unwrap_or(header.msg_len.max(1)),
-            longest: self.longest,
+            segment_size: segment_size.unwrap_or(header.msg_len.max(1)),
+            max_length: self.max_length,
         }
     }
 
-    /// The first bytes of a datagram, if it has as many.
+    /// The first `N` bytes of a datagram, if it has as many.
     #[must_use]
-    pub fn first_bytes<const N: usize>(&self, piece: Piece) -> Option<[u8; N]> {
-        if (piece.length as usize) < N {
+    pub fn first_bytes<const N: usize>(&self, segment: Segment) -> Option<[u8; N]> {
+        if (segment.length as usize) < N {
             return None;
         }
         let mut bytes = [0; N];
-        let start = self.vector(piece).iov_base.cast::<u8>();
-        // SAFETY: `vector` has checked that the piece lies within the memory, and it has no fewer than N bytes; mapped
+        let start = self.vector(segment).iov_base.cast::<u8>();
+        // SAFETY: `vector` has checked that the segment lies within the memory, and it has no fewer than N bytes; mapped
         // memory is always initialised.
         unsafe { ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), N) };
         Some(bytes)
     }
 
-    /// The bytes of a datagram as a system call takes them. They stay what they are until the next batch is taken.
+    /// A datagram's bytes in the form of a system call argument. Valid until the next batch is received.
     #[must_use]
-    pub fn vector(&self, piece: Piece) -> libc::iovec {
-        let (offset, length) = (piece.offset as usize, piece.length as usize);
-        assert!(offset + length <= self.memory.length, "a piece of another batch");
+    pub fn vector(&self, segment: Segment) -> libc::iovec {
+        let (offset, length) = (segment.offset as usize, segment.length as usize);
+        assert!(offset + length <= self.memory.length, "a segment of another batch");
         libc::iovec { iov_base: self.memory.start.as_ptr().wrapping_byte_add(offset), iov_len: length }
     }
 
-    /// Who sent the message of this slot, if the batch was taken with addresses.
+    /// The sender of the message in this slot, if the batch was received with addresses.
     #[must_use]
-    pub fn sender(&self, slot: usize) -> Option<Endpoint> {
+    pub fn sender(&self, slot: usize) -> Option<AddrPort> {
         assert!(slot < self.received, "slot {slot} holds no message");
         self.with_addresses.then(|| self.names[slot].endpoint())
     }
 
-    /// The address that the message of this slot was sent to, if the batch was taken with addresses and the socket has
+    /// The destination of the message in this slot, if the batch was received with addresses and the socket has
     /// `IP_PKTINFO` or `IPV6_RECVPKTINFO` set.
     #[must_use]
     pub fn destination(&self, slot: usize) -> Option<IpAddr> {
@@ -266,19 +270,20 @@ impl Incoming {
 pub mod tests {
     use super::*;
 
-    /// A piece of no batch in particular.
-    pub fn piece(offset: u32, length: u32) -> Piece {
-        Piece { offset, length }
+    /// A segment for tests, without a batch.
+    pub fn segment(offset: u32, length: u32) -> Segment {
+        Segment { offset, length }
     }
 
-    fn joined(length: u32, each: u32, longest: u32) -> Vec<Option<(u32, u32)>> {
-        let message = Joined { offset: 10, length, each, longest };
-        let pieces: Vec<_> = message.pieces().map(|piece| piece.map(|piece| (piece.offset, piece.length))).collect();
-        assert_eq!(pieces.len(), message.count());
-        if message.all_whole() {
-            assert!(pieces.iter().all(Option::is_some));
+    fn joined(length: u32, segment_size: u32, max_length: u32) -> Vec<Option<(u32, u32)>> {
+        let message = GroMessage { offset: 10, length, segment_size, max_length };
+        let segments: Vec<_> =
+            message.segments().map(|segment| segment.map(|segment| (segment.offset, segment.length))).collect();
+        assert_eq!(segments.len(), message.count());
+        if message.all_fit() {
+            assert!(segments.iter().all(Option::is_some));
         }
-        pieces
+        segments
     }
 
     #[test]

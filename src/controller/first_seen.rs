@@ -1,4 +1,4 @@
-//! How long each downstream has been one of its listener's. Pure, for those who want to see it; nothing is decided by it.
+//! Since when each downstream has been one of its listener's, for the status report. Pure; decides nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use crate::model::{DownstreamSet, ListenerId};
 
-/// When the downstreams of listeners came, as times since the daemon started. Those that were there from the start are
-/// not kept.
+/// When downstreams joined their listeners, as time since the daemon started. Those of a listener's first set are not
+/// stored.
 #[derive(Debug, Default)]
-pub struct Ages(BTreeMap<ListenerId, BTreeMap<SocketAddr, Duration>>);
+pub struct FirstSeen(BTreeMap<ListenerId, BTreeMap<SocketAddr, Duration>>);
 
-impl Ages {
-    /// Takes note of a listener's new set at the time `now`, which takes the place of `before`.
-    pub fn note(&mut self, id: ListenerId, before: Option<&DownstreamSet>, set: &DownstreamSet, now: Duration) {
+impl FirstSeen {
+    /// Records a listener's new set, which replaces `before` at the time `now`.
+    pub fn record(&mut self, id: ListenerId, before: Option<&DownstreamSet>, set: &DownstreamSet, now: Duration) {
         let there: BTreeSet<SocketAddr> =
             before.into_iter().flat_map(|set| &set.downstreams).map(|downstream| downstream.address).collect();
         let old = self.0.remove(&id).unwrap_or_default();
@@ -25,9 +25,9 @@ impl Ages {
         self.0.insert(id, came.collect());
     }
 
-    /// Since when this has been one of the listener's downstreams.
+    /// When this downstream joined the listener; 0 if it was in the first set.
     #[must_use]
-    pub fn since(&self, id: ListenerId, address: SocketAddr) -> Duration {
+    pub fn at(&self, id: ListenerId, address: SocketAddr) -> Duration {
         self.0.get(&id).and_then(|came| came.get(&address)).copied().unwrap_or_default()
     }
 }
@@ -53,15 +53,15 @@ mod tests {
                 .collect(),
         };
         let id = ListenerId(3);
-        let mut ages = Ages::default();
+        let mut first_seen = FirstSeen::default();
         let mut step = |before: Option<&[u16]>, after: &[u16], now| {
-            ages.note(id, before.map(set).as_ref(), &set(after), Duration::from_secs(now));
-            after.iter().map(|&port| ages.since(id, address(port)).as_secs()).collect::<Vec<_>>()
+            first_seen.record(id, before.map(set).as_ref(), &set(after), Duration::from_secs(now));
+            after.iter().map(|&port| first_seen.at(id, address(port)).as_secs()).collect::<Vec<_>>()
         };
         assert_eq!(step(None, &[1, 2], 5), [5, 5]);
         assert_eq!(step(Some(&[1, 2]), &[2, 3], 7), [5, 7]);
         assert_eq!(step(Some(&[2, 3]), &[1, 2, 3], 9), [9, 5, 7]);
-        // There from the start, so nothing was ever noted of it.
+        // In the first set, so never recorded.
         assert_eq!(step(Some(&[1, 2, 3, 4]), &[4], 11), [0]);
     }
 }

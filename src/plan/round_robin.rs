@@ -1,10 +1,10 @@
-//! From weights to the order of a round.
+//! Turns weights into the order of a round.
 //!
-//! A listener's downstreams with weights w₁ … wₙ become a table in which downstream i stands wᵢ times (after dividing
-//! by the greatest common divisor), spread as evenly as possible: the k-th of its places is due at (k + φᵢ) / wᵢ of the
-//! round, and places are handed out in the order they are due (earliest deadline first). The j-th of m downstreams of
-//! one weight has the phase φ = (j + ½) / m, so that they take turns. Any stretch of the table then holds each
-//! downstream close to its share: a heavy one never gets a burst, light ones do not stand side by side.
+//! A listener's downstreams with weights w₁ … wₙ become a table that holds downstream i wᵢ times (after dividing by the
+//! greatest common divisor), spread as evenly as possible: its k-th slot is due at (k + φᵢ) / wᵢ of the round, and
+//! slots are assigned in the order they are due (earliest deadline first). The j-th of m downstreams of one weight has
+//! the phase φ = (j + ½) / m, so that they take turns. Any stretch of the table then holds each downstream close to its
+//! share: a heavy one never gets a burst.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -23,27 +23,27 @@ pub fn interleave(weights: &[u32]) -> Vec<u32> {
         return (0..).zip(&shares).map(|(index, _)| index).collect();
     }
     let total: u64 = shares.iter().sum();
-    let mut alike: BTreeMap<u64, Peers> = BTreeMap::new();
+    let mut classes: BTreeMap<u64, WeightClass> = BTreeMap::new();
     for &share in &shares {
-        alike.entry(share).or_default().count += 1;
+        classes.entry(share).or_default().count += 1;
     }
     let mut due = BinaryHeap::with_capacity(shares.len());
     for (&share, index) in shares.iter().zip(0..) {
-        let peers = alike.entry(share).or_default();
-        due.push(Reverse(Place { index, nth: 0, share, rank: peers.seen, peers: peers.count }));
-        peers.seen += 1;
+        let class_size = classes.entry(share).or_default();
+        due.push(Reverse(ScheduledSlot { index, nth: 0, share, rank: class_size.seen, class_size: class_size.count }));
+        class_size.seen += 1;
     }
     let mut table = Vec::with_capacity(usize::try_from(total).unwrap_or_default());
     while let Some(Reverse(place)) = due.pop() {
         table.push(place.index);
         if place.nth + 1 < place.share {
-            due.push(Reverse(Place { nth: place.nth + 1, ..place }));
+            due.push(Reverse(ScheduledSlot { nth: place.nth + 1, ..place }));
         }
     }
     table
 }
 
-/// Places per round: the weights in lowest terms, scaled to fit [`MAX_SLOTS`] where they must be.
+/// Slots per round: the weights in lowest terms, scaled down to fit [`MAX_SLOTS`] if necessary.
 fn shares(weights: &[u32]) -> Vec<u64> {
     let weights: Vec<u64> = weights.iter().map(|&w| u64::from(w.max(1))).collect();
     let divisor = weights.iter().copied().fold(0, gcd).max(1);
@@ -62,42 +62,43 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Downstreams of one share.
+/// The downstreams that have the same share.
 #[derive(Default)]
-struct Peers {
+struct WeightClass {
     count: u64,
     seen: u64,
 }
 
-/// The nth place of the downstream that is `rank`-th among `peers` of its share; ordered by when it is due, ties by index.
+/// The nth slot of the downstream that is `rank`-th among the `class_size` downstreams of its share. Ordered by when it
+/// is due, ties by index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Place {
+struct ScheduledSlot {
     index: u32,
     nth: u64,
     share: u64,
     rank: u64,
-    peers: u64,
+    class_size: u64,
 }
 
-impl Place {
-    /// (nth + (rank + ½) / peers) / share, as numerator and denominator.
+impl ScheduledSlot {
+    /// (nth + (rank + ½) / class_size) / share, as numerator and denominator.
     fn due(&self) -> (u64, u64) {
-        (2 * (self.nth * self.peers + self.rank) + 1, 2 * self.peers * self.share)
+        (2 * (self.nth * self.class_size + self.rank) + 1, 2 * self.class_size * self.share)
     }
 }
 
-impl Ord for Place {
+impl Ord for ScheduledSlot {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         let (mine, my_unit) = self.due();
         let (theirs, their_unit) = other.due();
-        // Cross-multiplied in 128 bits, to stay exact whatever the limits become.
+        // Cross-multiplied in 128 bits, so that the comparison is exact for all values.
         let left = u128::from(mine) * u128::from(their_unit);
         let right = u128::from(theirs) * u128::from(my_unit);
         left.cmp(&right).then(self.index.cmp(&other.index))
     }
 }
 
-impl PartialOrd for Place {
+impl PartialOrd for ScheduledSlot {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }

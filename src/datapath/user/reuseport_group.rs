@@ -1,8 +1,8 @@
-//! A listener's sockets: bound to one address, one for each worker.
+//! A listener's sockets: bound to one address (`SO_REUSEPORT`), one for each worker.
 //!
-//! The sockets outlive the workers. When a listener's settings change, its workers are replaced and the sockets keep
-//! what arrives in the meantime, so nothing is lost. The order of the sockets is the order in which the kernel numbers
-//! them; only the last are ever taken away, so that a number always means the same socket.
+//! The sockets outlive the workers. When a listener's settings change, its workers are replaced, and the sockets hold
+//! what arrives meanwhile, so nothing is lost. The order of the sockets is the kernel's order. Only the last ones are
+//! ever closed, so an index always means the same socket.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -23,7 +23,7 @@ use crate::plan::LinkRef;
 /// `SO_MEMINFO` of `asm-generic/socket.h`.
 const MEMINFO: libc::c_int = 55;
 
-/// A socket's memory and drop counts, in the order of `SK_MEMINFO_*`.
+/// A socket's memory and drop counters, in the order of `SK_MEMINFO_*`.
 #[derive(Clone, Copy)]
 struct MemInfo;
 
@@ -37,29 +37,28 @@ nix::getsockopt_impl!(
 
 /// The sockets of one listener.
 #[derive(Debug)]
-pub struct Group {
+pub struct ReuseportGroup {
     address: SocketAddr,
-    members: Vec<Member>,
+    members: Vec<GroupSocket>,
     default_buffer: usize,
-    /// The address need not be the host's.
-    unowned: bool,
-    /// Where the multicast group has been joined.
+    /// The address need not belong to the host (`IP_FREEBIND`).
+    freebind: bool,
+    /// The interfaces on which the multicast group has been joined.
     joined: Vec<LinkRef>,
-    /// New datagrams are turned away, which the kernel counts as drops too.
-    refusing: bool,
+    /// New datagrams are dropped by a filter; the kernel counts these as drops too.
+    dropping_new: bool,
 }
 
 #[derive(Debug)]
-struct Member {
+struct GroupSocket {
     socket: Arc<Socket>,
-    /// The kernel's 32-bit count of dropped datagrams when it was last read; it starts at 0 and wraps.
+    /// The kernel's 32-bit drop counter when it was last read; it starts at 0 and wraps.
     drops: u32,
 }
 
-impl Member {
-    /// Messages the kernel has dropped at this socket since the last call, each of one datagram or of several that it had
-    /// joined. Nearly all of them for lack of room in the receive buffer; the kernel counts bad UDP checksums in the same
-    /// place.
+impl GroupSocket {
+    /// Messages that the kernel dropped at this socket since the last call; with GRO, a message may hold several
+    /// datagrams. Nearly all were dropped because the receive buffer was full. The counter includes bad UDP checksums.
     fn new_drops(&mut self) -> u64 {
         let Ok(info) = getsockopt(&*self.socket, MemInfo) else { return 0 };
         let now = info[libc::SK_MEMINFO_DROPS as usize];
@@ -69,42 +68,42 @@ impl Member {
     }
 }
 
-impl Group {
-    /// Binds one socket to the address, port 0 standing for any free port.
+impl ReuseportGroup {
+    /// Binds one socket to the address; port 0 means any free port.
     ///
-    /// It is bound without `SO_REUSEPORT`: with it, the kernel would let us share the address with another program of
-    /// the same user, and each would get some of the datagrams. `beside_ours` says that the address overlaps with
-    /// one of this program's own, which is about to go; then sharing is what is wanted.
+    /// The socket is bound without `SO_REUSEPORT`. With it, the kernel would let another program of the same user bind
+    /// the same address, and each would get some of the datagrams. `shares_address` says that the address overlaps with
+    /// that of another listener of this daemon which is about to go; then `SO_REUSEPORT` is needed.
     ///
-    /// `unowned` says that no interface need have the address: the TC program meets datagrams for it before the host
-    /// asks whose they are, as with the address of a load balancer that only answers ARP for it.
+    /// `freebind` allows an address that no interface has: the TC program sees its datagrams before the host looks for
+    /// the address. Load balancers have such addresses when they only answer ARP for them.
     ///
     /// # Errors
     /// Names the address, the reason and the fix.
-    pub fn bind(address: SocketAddr, beside_ours: bool, unowned: bool) -> Result<Self> {
-        let socket = bound(address, beside_ours, unowned).map_err(|error| bind_error(address, &error))?;
+    pub fn bind(address: SocketAddr, shares_address: bool, freebind: bool) -> Result<Self> {
+        let socket = bound(address, shares_address, freebind).map_err(|error| bind_error(address, &error))?;
         let default_buffer = socket.recv_buffer_size()?;
         let address = socket.local_addr()?.as_socket().context("a bound socket has no address")?;
-        Ok(Group {
+        Ok(ReuseportGroup {
             address,
-            members: vec![Member { socket: Arc::new(socket), drops: 0 }],
+            members: vec![GroupSocket { socket: Arc::new(socket), drops: 0 }],
             default_buffer,
-            unowned,
+            freebind,
             joined: Vec::new(),
-            refusing: false,
+            dropping_new: false,
         })
     }
 
-    /// Joins the multicast group that the address is on these interfaces, and leaves it on others.
+    /// Joins the multicast group on these interfaces and leaves it on all others.
     ///
-    /// There is one socket then: several would each get every datagram.
+    /// There is one socket then, because each of several would receive every datagram.
     ///
     /// # Errors
-    /// Names the interface, the reason and the fix. The group has been joined on those before it.
+    /// Names the interface, the reason and the fix. The group has been joined on the interfaces before it.
     pub fn join(&mut self, links: &[LinkRef]) -> Result<()> {
         let Some(member) = self.members.first() else { return Ok(()) };
         for link in self.joined.extract_if(.., |link| !links.contains(link)) {
-            // An interface that is gone has taken its membership along.
+            // If the interface is gone, so is the membership.
             let _ = membership(&member.socket, self.address.ip(), &link, false);
         }
         for link in links {
@@ -133,30 +132,30 @@ impl Group {
         self.members.iter().map(|member| Arc::clone(&member.socket)).collect()
     }
 
-    /// Lets further sockets of this program bind to an address that overlaps with this group's.
+    /// Lets other sockets of this daemon bind to an address that overlaps with this group's.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn share(&self) -> Result<()> {
+    pub fn allow_sharing(&self) -> Result<()> {
         for member in &self.members {
             member.socket.set_reuse_port(true).context("cannot set SO_REUSEPORT")?;
         }
         Ok(())
     }
 
-    /// Binds further sockets until there are `count`. On failure the group is as before.
+    /// Binds more sockets until there are `count`. On failure the group is unchanged.
     ///
     /// # Errors
-    /// As for [`Group::bind`].
+    /// As for [`ReuseportGroup::bind`].
     pub fn grow(&mut self, count: usize) -> Result<()> {
         let before = self.members.len();
         if before >= count {
             return Ok(());
         }
-        self.share()?;
+        self.allow_sharing()?;
         for _ in before..count {
-            match bound(self.address, true, self.unowned) {
-                Ok(socket) => self.members.push(Member { socket: Arc::new(socket), drops: 0 }),
+            match bound(self.address, true, self.freebind) {
+                Ok(socket) => self.members.push(GroupSocket { socket: Arc::new(socket), drops: 0 }),
                 Err(error) => {
                     self.members.truncate(before);
                     return Err(bind_error(self.address, &error));
@@ -166,44 +165,49 @@ impl Group {
         Ok(())
     }
 
-    /// Says whether the kernel may hand over datagrams of one sender that arrived together as one message, which saves it
-    /// most of its work. It then joins them before the TC program sees them, too, which would send all of them to one
-    /// downstream: only for listeners that have no such program.
-    pub fn join_datagrams(&self, yes: bool) {
+    /// Switches GRO: the kernel may deliver datagrams of one sender that arrived together as one message, which saves
+    /// it most of its work. It then joins them before the TC program sees them, which would forward all of them to one
+    /// downstream. So only listeners without the program may use it.
+    pub fn set_gro(&self, yes: bool) {
         for member in &self.members {
             if let Err(errno) = setsockopt(&*member.socket, UdpGroSegment, &yes) {
-                // Before Linux 5.0 there is no such option.
+                // Linux before 5.0 does not have this option.
                 debug!(%errno, "cannot set UDP_GRO: each datagram is received by itself");
             }
         }
     }
 
-    /// Makes the kernel choose among the sockets as the policy demands, and say what the policy needs to know.
+    /// Makes the kernel select among the sockets as the policy demands, and deliver the addresses that the policy
+    /// needs.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn steer(&self, policy: Policy) -> Result<()> {
+    pub fn apply_steering(&self, policy: Policy) -> Result<()> {
         if policy == Policy::Hash(HashOn::Flow) && self.address.ip().is_unspecified() {
             for member in &self.members {
-                tell_destinations(&member.socket)?;
+                enable_destination_info(&member.socket)?;
             }
         }
         let first = &*self.members[0].socket;
         if self.members.len() == 1 {
             return Ok(());
         }
-        if policy.keeps_sender_order() { steer::by_sender(first) } else { steer::spread(first, self.width()) }
+        if policy.keeps_sender_order() {
+            steer::hash_by_sender(first)
+        } else {
+            steer::spread_randomly(first, self.width())
+        }
     }
 
-    /// Keeps new datagrams away from all but the first `count` sockets, so that the rest can be drained and taken away.
-    /// Every datagram on its way has arrived when this returns.
+    /// Keeps new datagrams away from all but the first `count` sockets, so that the others can be drained and closed.
+    /// Datagrams that were on their way have arrived when this returns.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn confine(&self, policy: Policy, count: usize) -> Result<()> {
-        // The kernel's hash cannot be told to leave sockets out. One socket for all keeps each sender's order as well.
+    pub fn restrict_to(&self, policy: Policy, count: usize) -> Result<()> {
+        // The kernel's hash cannot exclude sockets. A single socket keeps each sender's order as well.
         let first = if policy.keeps_sender_order() { 1 } else { u32::try_from(count)? };
-        steer::spread(&*self.members[0].socket, first)?;
+        steer::spread_randomly(&*self.members[0].socket, first)?;
         wait_for_network_stack();
         Ok(())
     }
@@ -212,7 +216,7 @@ impl Group {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
-    /// Closes all but the first `count` sockets, last first. Returns the dropped messages they had not yet reported.
+    /// Closes all but the first `count` sockets, last first. Returns their dropped messages since the last reading.
     pub fn shrink(&mut self, count: usize) -> u64 {
         let mut drops = 0;
         while self.members.len() > count {
@@ -221,24 +225,25 @@ impl Group {
         drops
     }
 
-    /// Messages the kernel has dropped at these sockets since the last call, until they began to turn all away.
+    /// Messages that the kernel dropped at these sockets since the last call; 0 after
+    /// [`ReuseportGroup::drop_new_datagrams`].
     pub fn new_drops(&mut self) -> u64 {
-        if self.refusing {
+        if self.dropping_new {
             return 0;
         }
-        self.members.iter_mut().map(Member::new_drops).sum()
+        self.members.iter_mut().map(GroupSocket::new_drops).sum()
     }
 
-    /// Turns away what arrives from now on, and reports the messages dropped until then. What is queued stays. The result says
-    /// whether the kernel agreed.
-    pub fn refuse_all(&mut self) -> (u64, Result<()>) {
-        // Drops are read first: those that the program makes are datagrams that come after the end.
+    /// Drops what arrives from now on. Queued datagrams stay. Returns the messages dropped before, and whether the
+    /// kernel accepted the filter.
+    pub fn drop_new_datagrams(&mut self) -> (u64, Result<()>) {
+        // Read first, because datagrams that the filter drops came after the end and do not count.
         let drops = self.new_drops();
-        self.refusing = true;
-        (drops, self.members.iter().try_for_each(|member| steer::refuse_all(&member.socket)))
+        self.dropping_new = true;
+        (drops, self.members.iter().try_for_each(|member| steer::drop_new_datagrams(&member.socket)))
     }
 
-    /// Gives every socket a receive buffer of this many bytes, or the host's default.
+    /// Sets the receive buffer of every socket, in bytes; none restores the host's default.
     pub fn set_receive_buffer(&self, listener: &str, bytes: Option<u32>) {
         let asked = bytes.map_or(self.default_buffer / 2, |bytes| bytes as usize);
         let granted = self.members.iter().filter_map(|member| receive_buffer(&member.socket, asked).ok()).min();
@@ -255,32 +260,32 @@ impl Group {
     }
 }
 
-/// Asks for a receive buffer and says what was granted, in bytes as the kernel's setting counts them.
+/// Requests a receive buffer and returns the granted size, in bytes as passed to the kernel.
 fn receive_buffer(socket: &Socket, bytes: usize) -> Result<usize> {
-    // The first ignores net.core.rmem_max and needs CAP_NET_ADMIN; the second is capped silently.
+    // The first ignores net.core.rmem_max and needs CAP_NET_ADMIN; the second is limited silently.
     if setsockopt(socket, RcvBufForce, &bytes).is_err() {
         socket.set_recv_buffer_size(bytes)?;
     }
-    // The kernel doubles what it is asked for, to allow for its own overhead, and reports the double.
+    // The kernel doubles the requested size for its own overhead, and reports the double.
     Ok(socket.recv_buffer_size()? / 2)
 }
 
-/// Makes the kernel say with each datagram which of the host's addresses it was sent to.
-fn tell_destinations(socket: &Socket) -> Result<()> {
+/// Makes the kernel deliver each datagram's destination address.
+fn enable_destination_info(socket: &Socket) -> Result<()> {
     match socket.domain()? {
         Domain::IPV4 => setsockopt(socket, Ipv4PacketInfo, &true).context("cannot set IP_PKTINFO"),
         _ => setsockopt(socket, Ipv6RecvPacketInfo, &true).context("cannot set IPV6_RECVPKTINFO"),
     }
 }
 
-fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket> {
+fn bound(address: SocketAddr, shared: bool, freebind: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     if address.ip().is_multicast() {
-        // Every socket of a group gets every datagram, so nobody loses anything to others; and it gets those of the
-        // interfaces that it has joined the group on, not of those that others have.
+        // With SO_REUSEADDR, every socket of the group receives every datagram, so sharing takes nothing from other
+        // programs. The option below restricts the socket to interfaces on which it has joined the group itself.
         socket.set_reuse_address(true)?;
         match address {
             SocketAddr::V4(_) => socket.set_multicast_all_v4(false)?,
@@ -290,7 +295,7 @@ fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket>
     if shared {
         socket.set_reuse_port(true)?;
     }
-    if unowned {
+    if freebind {
         match address {
             SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
             SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
@@ -300,7 +305,7 @@ fn bound(address: SocketAddr, shared: bool, unowned: bool) -> io::Result<Socket>
     Ok(socket)
 }
 
-/// Joins a group on an interface, or leaves it.
+/// Joins a multicast group on an interface, or leaves it.
 fn membership(socket: &Socket, group: IpAddr, link: &LinkRef, join: bool) -> io::Result<()> {
     let index = InterfaceIndexOrAddress::Index(link.index);
     match (group, join) {
@@ -356,14 +361,14 @@ pub mod tests {
 
     const LOCALHOST: &str = "127.0.0.1:0";
 
-    fn group(count: usize) -> Group {
-        let mut group = Group::bind(LOCALHOST.parse().unwrap(), false, false).unwrap();
+    fn group(count: usize) -> ReuseportGroup {
+        let mut group = ReuseportGroup::bind(LOCALHOST.parse().unwrap(), false, false).unwrap();
         group.grow(count).unwrap();
         group
     }
 
-    /// Sends datagrams from one socket and says how many each member got, once all have arrived.
-    fn one_sender(group: &Group, datagrams: u32) -> Vec<u32> {
+    /// Sends datagrams from one socket and returns how many each socket of the group received, once all have arrived.
+    fn one_sender(group: &ReuseportGroup, datagrams: u32) -> Vec<u32> {
         let sender = UdpSocket::bind(LOCALHOST).unwrap();
         let mut counts = vec![0; group.len()];
         let guard = Instant::now() + Duration::from_secs(10);
@@ -384,16 +389,16 @@ pub mod tests {
     #[test]
     fn one_senders_datagrams_reach_every_socket_under_round_robin() {
         let group = group(3);
-        group.steer(Policy::RoundRobin).unwrap();
+        group.apply_steering(Policy::RoundRobin).unwrap();
         assert!(one_sender(&group, 400).iter().all(|&count| count > 0));
     }
 
     #[test]
     fn without_the_program_a_sender_stays_on_one_socket() {
         let group = group(3);
-        steer::by_sender(&*group.members[0].socket).unwrap();
-        group.steer(Policy::RoundRobin).unwrap();
-        steer::by_sender(&*group.members[0].socket).unwrap();
+        steer::hash_by_sender(&*group.members[0].socket).unwrap();
+        group.apply_steering(Policy::RoundRobin).unwrap();
+        steer::hash_by_sender(&*group.members[0].socket).unwrap();
         let mut counts = one_sender(&group, 100);
         counts.sort_unstable();
         assert_eq!(counts, [0, 0, 100]);
@@ -402,29 +407,29 @@ pub mod tests {
     #[test]
     fn sockets_about_to_go_get_nothing_and_the_rest_carry_on() {
         let mut group = group(4);
-        group.steer(Policy::RoundRobin).unwrap();
-        group.confine(Policy::RoundRobin, 2).unwrap();
+        group.apply_steering(Policy::RoundRobin).unwrap();
+        group.restrict_to(Policy::RoundRobin, 2).unwrap();
         let counts = one_sender(&group, 200);
         assert_eq!(counts[2..], [0, 0]);
         assert!(counts[0] > 0 && counts[1] > 0);
         assert_eq!(group.shrink(2), 0);
-        group.steer(Policy::RoundRobin).unwrap();
+        group.apply_steering(Policy::RoundRobin).unwrap();
         assert!(one_sender(&group, 200).iter().all(|&count| count > 0));
         group.grow(5).unwrap();
-        group.steer(Policy::RoundRobin).unwrap();
+        group.apply_steering(Policy::RoundRobin).unwrap();
         assert!(one_sender(&group, 400).iter().all(|&count| count > 0));
-        group.confine(Policy::RoundRobin, 1).unwrap();
+        group.restrict_to(Policy::RoundRobin, 1).unwrap();
         assert_eq!(one_sender(&group, 100), [100, 0, 0, 0, 0]);
     }
 
     #[test]
     fn an_address_in_use_is_never_shared_with_another_program() {
         let other = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
-        // Even one that would let us.
+        // Even a socket with SO_REUSEPORT.
         other.set_reuse_port(true).unwrap();
         other.bind(&LOCALHOST.parse::<SocketAddr>().unwrap().into()).unwrap();
         let address = other.local_addr().unwrap().as_socket().unwrap();
-        let error = Group::bind(address, false, false).unwrap_err().to_string();
+        let error = ReuseportGroup::bind(address, false, false).unwrap_err().to_string();
         let port = address.port();
         assert_eq!(
             error,
@@ -433,7 +438,7 @@ pub mod tests {
                  (see `ss -ulpn sport = :{port}`)"
             )
         );
-        assert!(Group::bind(address, true, false).is_ok());
+        assert!(ReuseportGroup::bind(address, true, false).is_ok());
     }
 
     #[test]
@@ -445,7 +450,7 @@ pub mod tests {
         assert!(error("0.0.0.0:1514", libc::EACCES).contains("Permission denied"));
         assert!(error("192.0.2.1:514", libc::EADDRNOTAVAIL).contains("no interface of this host has this address"));
         assert!(
-            Group::bind("192.0.2.1:5514".parse().unwrap(), false, false)
+            ReuseportGroup::bind("192.0.2.1:5514".parse().unwrap(), false, false)
                 .unwrap_err()
                 .to_string()
                 .contains("192.0.2.1:5514")
@@ -455,7 +460,7 @@ pub mod tests {
     #[test]
     fn the_receive_buffer_can_be_set_and_given_back() {
         let group = group(2);
-        let size = |group: &Group| group.members[1].socket.recv_buffer_size().unwrap();
+        let size = |group: &ReuseportGroup| group.members[1].socket.recv_buffer_size().unwrap();
         let default = size(&group);
         group.set_receive_buffer("test", Some(65_536));
         assert_eq!(size(&group), 131_072);
@@ -471,7 +476,7 @@ pub mod tests {
         for _ in 0..100 {
             sender.send_to(&[0; 500], group.address()).unwrap();
         }
-        let queued = |group: &Group| {
+        let queued = |group: &ReuseportGroup| {
             let mut count = 0;
             while group.members[0].socket.recv(&mut [std::mem::MaybeUninit::uninit(); 8]).is_ok() {
                 count += 1;
@@ -480,7 +485,7 @@ pub mod tests {
         };
         let guard = Instant::now() + Duration::from_secs(10);
         let (mut taken, mut dropped) = (0, 0);
-        // Until it has dropped something nothing is taken, so that there is something to drop.
+        // Nothing is received until a datagram has been dropped, so that there is a drop to count.
         while taken + dropped < 100 {
             assert!(Instant::now() < guard, "{taken} taken and {dropped} dropped");
             dropped += group.new_drops();
@@ -490,7 +495,7 @@ pub mod tests {
         }
         assert!(taken > 0 && dropped > 0);
         assert_eq!((taken + dropped, group.new_drops()), (100, 0));
-        let (drops, refused) = group.refuse_all();
+        let (drops, refused) = group.drop_new_datagrams();
         refused.unwrap();
         sender.send_to(b"late", group.address()).unwrap();
         assert_eq!((drops, group.new_drops(), queued(&group)), (0, 0, 0));

@@ -1,8 +1,7 @@
-//! Counting without locks: each worker writes cells of its own, the main thread sums them.
+//! Counters without locks: each worker writes its own cells, and the main thread sums them.
 //!
-//! A cell has one writer, so adding is a load and a store; it has its cache lines to itself, so workers do not slow
-//! each other down. What a worker has counted outlives it: the [`Ledger`] folds the cells of a worker that has gone
-//! into a base, so that no count ever decreases.
+//! A cell has one writer, so adding is a load and a store. It has its own cache lines, so workers do not slow each
+//! other down. When a worker ends, [`CounterSet`] folds its cells into a base, so that no counter decreases.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -11,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::model::{DownstreamCounters, DropReason, Drops, ListenerCounters};
 
-/// What one worker has counted. Two cache lines apart from anything else, because processors fetch lines in pairs.
+/// The counters of one worker. Aligned to two cache lines, because processors fetch lines in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct WorkerCells {
@@ -23,7 +22,7 @@ pub struct WorkerCells {
     copies_dropped: [AtomicU64; DropReason::COUNT],
 }
 
-/// What one worker has handed to one downstream.
+/// What one worker sent to one downstream.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct DownstreamCells {
@@ -39,11 +38,11 @@ fn add(cell: &AtomicU64, n: u64) {
 }
 
 impl WorkerCells {
-    /// Adds what became of one batch. How many were received is not stored: it is what became of them, summed, and so
-    /// every reading balances. `messages` is how many messages held the datagrams when the kernel handed them over.
+    /// Adds the result of one batch, received in `messages` messages. The number of received datagrams is not stored
+    /// but summed from the results, so every reading balances.
     pub fn publish(&self, batch: &ListenerCounters, messages: u64) {
         add(&self.messages, messages);
-        // In this order, so that a reader who goes the other way never sees more bytes forwarded than received.
+        // In this order. A reader goes the other way, and so never sees more bytes forwarded than received.
         add(&self.bytes_received, batch.bytes_received);
         add(&self.packets_forwarded, batch.packets_forwarded);
         add(&self.bytes_forwarded, batch.bytes_forwarded);
@@ -80,7 +79,7 @@ impl WorkerCells {
 }
 
 impl DownstreamCells {
-    /// Adds datagrams of this many bytes together.
+    /// Adds `packets` datagrams of `bytes` bytes in all.
     pub fn add(&self, packets: u64, bytes: u64) {
         add(&self.packets, packets);
         add(&self.bytes, bytes);
@@ -92,24 +91,24 @@ impl DownstreamCells {
     }
 }
 
-/// What workers have taken.
+/// What workers have received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Taken {
+pub struct ReceivedTotals {
     /// Datagrams.
     pub datagrams: u64,
-    /// Messages that the kernel handed over, of which each holds at least one datagram.
+    /// Messages as the kernel delivered them; each holds at least one datagram (`UDP_GRO`).
     pub messages: u64,
 }
 
-/// Tells the workers of one listener apart, also those that have gone.
+/// Identifies a worker among all that the listener ever had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WorkerKey(u64);
 
-/// All counts of one listener.
+/// All counters of one listener.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct CounterSet {
     next_key: u64,
-    /// Of workers that have gone, and what the kernel dropped before any worker saw it.
+    /// The counters of ended workers, and what the kernel dropped before a worker received it.
     base: ListenerCounters,
     workers: BTreeMap<WorkerKey, Arc<WorkerCells>>,
     downstreams: BTreeMap<SocketAddr, DownstreamCounts>,
@@ -121,9 +120,9 @@ struct DownstreamCounts {
     cells: BTreeMap<WorkerKey, Arc<DownstreamCells>>,
 }
 
-impl Ledger {
-    /// Opens the cells of a new worker.
-    pub fn open(&mut self) -> (WorkerKey, Arc<WorkerCells>) {
+impl CounterSet {
+    /// Adds the cells of a new worker.
+    pub fn add_worker(&mut self) -> (WorkerKey, Arc<WorkerCells>) {
         let key = WorkerKey(self.next_key);
         self.next_key += 1;
         let cells = Arc::new(WorkerCells::default());
@@ -131,8 +130,8 @@ impl Ledger {
         (key, cells)
     }
 
-    /// Folds the cells of a worker that counts no more.
-    pub fn close(&mut self, key: WorkerKey) {
+    /// Folds the cells of a worker that has ended.
+    pub fn fold_worker(&mut self, key: WorkerKey) {
         if let Some(cells) = self.workers.remove(&key) {
             self.base.merge(&cells.read());
         }
@@ -143,16 +142,16 @@ impl Ledger {
         }
     }
 
-    /// Folds the cells of all workers but these.
-    pub fn close_all_but(&mut self, keep: impl Iterator<Item = WorkerKey>) {
+    /// Folds the cells of all workers except these.
+    pub fn fold_all_but(&mut self, keep: impl Iterator<Item = WorkerKey>) {
         let keep: BTreeSet<WorkerKey> = keep.collect();
         let gone: Vec<WorkerKey> = self.workers.keys().filter(|key| !keep.contains(key)).copied().collect();
-        gone.into_iter().for_each(|key| self.close(key));
+        gone.into_iter().for_each(|key| self.fold_worker(key));
     }
 
-    /// Takes over the counts of a ledger whose workers have all gone: the totals, and those of downstreams in both.
-    pub fn absorb(&mut self, mut other: Ledger) {
-        other.close_all_but(std::iter::empty());
+    /// Adds another set, whose workers have all ended: the totals, and the counters of downstreams that are in both.
+    pub fn import(&mut self, mut other: CounterSet) {
+        other.fold_all_but(std::iter::empty());
         self.base.merge(&other.base);
         for (address, counts) in &mut self.downstreams {
             if let Some(earlier) = other.downstreams.get(address) {
@@ -162,32 +161,35 @@ impl Ledger {
         }
     }
 
-    /// How many datagrams and messages the present workers have taken since they started.
-    pub fn taken(&self) -> Taken {
-        let mut sum = Taken::default();
+    /// What the current workers have received since they started.
+    pub fn received_totals(&self) -> ReceivedTotals {
+        let mut sum = ReceivedTotals::default();
         for cells in self.workers.values() {
             // In this order, there are never more messages than datagrams.
             let messages = cells.messages.load(Ordering::Acquire);
             let datagrams = cells.read().packets_received;
-            sum = Taken { datagrams: sum.datagrams + datagrams, messages: sum.messages + messages.min(datagrams) };
+            sum = ReceivedTotals {
+                datagrams: sum.datagrams + datagrams,
+                messages: sum.messages + messages.min(datagrams),
+            };
         }
         sum
     }
 
-    /// Datagrams that a worker has taken.
-    pub fn taken_by(&self, key: WorkerKey) -> u64 {
+    /// Datagrams that a worker has received.
+    pub fn received_by(&self, key: WorkerKey) -> u64 {
         self.workers.get(&key).map_or(0, |cells| cells.read().packets_received)
     }
 
-    /// The cells in which a worker counts for these downstreams, in this order. Those that it has already stay.
-    pub fn downstreams(&mut self, key: WorkerKey, addresses: &[SocketAddr]) -> Box<[Arc<DownstreamCells>]> {
+    /// A worker's cells for these downstreams, in this order. Existing cells are kept.
+    pub fn downstream_cells(&mut self, key: WorkerKey, addresses: &[SocketAddr]) -> Box<[Arc<DownstreamCells>]> {
         let mut cells =
             |address| Arc::clone(self.downstreams.entry(address).or_default().cells.entry(key).or_default());
         addresses.iter().map(|&address| cells(address)).collect()
     }
 
-    /// Forgets all downstreams but these.
-    pub fn retain(&mut self, addresses: &[SocketAddr]) {
+    /// Drops the counters of all downstreams except these.
+    pub fn retain_downstreams(&mut self, addresses: &[SocketAddr]) {
         let keep: BTreeSet<&SocketAddr> = addresses.iter().collect();
         self.downstreams.retain(|address, _| keep.contains(address));
         for &address in addresses {
@@ -195,8 +197,8 @@ impl Ledger {
         }
     }
 
-    /// Counts datagrams that were lost before a worker could take them. Their bytes are unknown and not counted.
-    pub fn lost(&mut self, reason: DropReason, packets: u64) {
+    /// Counts datagrams that were lost before a worker received them. Their bytes are unknown and not counted.
+    pub fn record_drops(&mut self, reason: DropReason, packets: u64) {
         self.base.packets_received += packets;
         self.base.dropped.add(reason, packets);
     }
@@ -210,7 +212,7 @@ impl Ledger {
         sum
     }
 
-    /// Per downstream of the current plan, what was handed to it.
+    /// The counters of each downstream of the current plan.
     pub fn per_downstream(&self) -> impl Iterator<Item = (SocketAddr, DownstreamCounters)> + '_ {
         self.downstreams.iter().map(|(&address, counts)| {
             let mut sum = counts.base;
@@ -261,28 +263,28 @@ mod tests {
         prop::collection::vec(step, 0..200)
     }
 
-    /// The ledger's counts must be those of a plain map, whatever comes and goes.
+    /// The counters must equal those of a plain map, whatever comes and goes.
     fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
-        let mut ledger = Ledger::default();
+        let mut counters = CounterSet::default();
         let mut workers = Vec::new();
         let mut current: Vec<SocketAddr> = vec![address(1)];
         let mut expected: BTreeMap<SocketAddr, DownstreamCounters> = BTreeMap::from([(address(1), Default::default())]);
         let (mut received, mut forwarded, mut copies_dropped) = (0, 0, 0);
-        ledger.retain(&current);
+        counters.retain_downstreams(&current);
         for step in steps {
             match step {
-                Step::Open => workers.push(ledger.open()),
-                Step::Close(n) if n < workers.len() => ledger.close(workers.remove(n).0),
+                Step::Open => workers.push(counters.add_worker()),
+                Step::Close(n) if n < workers.len() => counters.fold_worker(workers.remove(n).0),
                 Step::Absorb => {
                     workers.clear();
-                    let old = std::mem::take(&mut ledger);
-                    ledger.retain(&current);
-                    ledger.absorb(old);
+                    let old = std::mem::take(&mut counters);
+                    counters.retain_downstreams(&current);
+                    counters.import(old);
                 }
                 Step::Forward { worker, downstream, bytes } if worker < workers.len() => {
                     let (key, cells) = &workers[worker];
                     let at = downstream % current.len();
-                    ledger.downstreams(*key, &current)[at].add(1, bytes);
+                    counters.downstream_cells(*key, &current)[at].add(1, bytes);
                     cells.publish(&one_forwarded(bytes), 1);
                     let sum = expected.get_mut(&current[at]).unwrap();
                     *sum = DownstreamCounters { packets: sum.packets + 1, bytes: sum.bytes + bytes };
@@ -297,7 +299,7 @@ mod tests {
                     received += 1;
                 }
                 Step::Lose(n) => {
-                    ledger.lost(DropReason::ReceiveQueueFull, n);
+                    counters.record_drops(DropReason::ReceiveQueueFull, n);
                     received += n;
                 }
                 Step::Retain(ports) => {
@@ -306,15 +308,15 @@ mod tests {
                     for &address in &current {
                         expected.entry(address).or_default();
                     }
-                    ledger.retain(&current);
+                    counters.retain_downstreams(&current);
                 }
                 _ => {}
             }
-            let totals = ledger.totals();
+            let totals = counters.totals();
             prop_assert!(totals.balanced());
             prop_assert_eq!((totals.packets_received, totals.packets_forwarded), (received, forwarded));
             prop_assert_eq!(totals.copies_dropped.total(), copies_dropped);
-            prop_assert_eq!(ledger.per_downstream().collect::<BTreeMap<_, _>>(), expected.clone());
+            prop_assert_eq!(counters.per_downstream().collect::<BTreeMap<_, _>>(), expected.clone());
         }
         Ok(())
     }

@@ -1,15 +1,15 @@
-//! Endpoints that are the listener itself: it would be sent its own datagrams. Pure.
+//! Leaves out downstreams that are the listener itself: its datagrams would loop for ever. Pure.
 //!
-//! A static list that says so outright is refused when it is read. What a wildcard stands for, and what a Service's
-//! endpoints are, shows only on the host: a pod with `hostNetwork` has the node's address, and the port may be the same.
+//! The configuration refuses such addresses in static lists. What a wildcard expands to, and which endpoints a Service
+//! has, is known only at run time: a pod with `hostNetwork` has the node's address, and may have the same port.
 
 use std::net::SocketAddr;
 
 use crate::host::HostFacts;
 use crate::model::Downstream;
 
-/// True if what is sent to `endpoint` comes back to a listener bound to `bind` on this host.
-fn is_itself(bind: SocketAddr, endpoint: SocketAddr, facts: &HostFacts) -> bool {
+/// True if datagrams to `endpoint` arrive at a listener bound to `bind` on this host.
+fn is_self_loop(bind: SocketAddr, endpoint: SocketAddr, facts: &HostFacts) -> bool {
     if endpoint.port() != bind.port() || endpoint.is_ipv4() != bind.is_ipv4() {
         return false;
     }
@@ -21,18 +21,18 @@ fn is_itself(bind: SocketAddr, endpoint: SocketAddr, facts: &HostFacts) -> bool 
     }
 }
 
-/// Those of a listener's downstreams that are not the listener itself.
-pub(super) fn others<'a>(
+/// The downstreams that are not the listener itself.
+pub(super) fn without_self_loops<'a>(
     bind: SocketAddr,
     downstreams: &'a [Downstream],
     facts: &'a HostFacts,
 ) -> impl Iterator<Item = &'a Downstream> {
-    downstreams.iter().filter(move |downstream| !is_itself(bind, downstream.address, facts))
+    downstreams.iter().filter(move |downstream| !is_self_loop(bind, downstream.address, facts))
 }
 
 /// A warning for each downstream that is the listener itself.
 pub(super) fn warnings(name: &str, bind: SocketAddr, downstreams: &[Downstream], facts: &HostFacts) -> Vec<String> {
-    let itself = downstreams.iter().filter(|downstream| is_itself(bind, downstream.address, facts));
+    let self_loop = downstreams.iter().filter(|downstream| is_self_loop(bind, downstream.address, facts));
     let warning = |downstream: &Downstream| {
         format!(
             "listener {name:?}: downstream {} is the listener itself and is left out, because it would be sent its own \
@@ -40,7 +40,7 @@ pub(super) fn warnings(name: &str, bind: SocketAddr, downstreams: &[Downstream],
             downstream.address
         )
     };
-    itself.map(warning).collect()
+    self_loop.map(warning).collect()
 }
 
 #[cfg(test)]
@@ -64,8 +64,8 @@ mod tests {
             ("[::]:1", "192.0.2.1:1", false),
             ("[2001:db8::1]:1", "[2001:db8::2]:1", false),
         ] {
-            let itself = is_itself(bind.parse().unwrap(), endpoint.parse().unwrap(), &facts);
-            assert_eq!(itself, expected, "{bind} {endpoint}");
+            let self_loop = is_self_loop(bind.parse().unwrap(), endpoint.parse().unwrap(), &facts);
+            assert_eq!(self_loop, expected, "{bind} {endpoint}");
         }
     }
 }

@@ -1,64 +1,64 @@
-//! What is about to be sent in the senders' names: a list of datagrams, each with a UDP header of ours.
+//! What will be sent with the senders' addresses: a list of datagrams, each with a UDP header that is written here.
 //!
-//! They go out through a raw socket. The kernel adds the IP header, with the source that it is told, and cuts what is longer
-//! than the way out into fragments; ports and checksum are what is in the header here. Each is a message of its own: raw
-//! sockets know no `UDP_SEGMENT`.
+//! They are sent through a raw socket. The kernel adds the IP header with the source address that the control message
+//! names, and fragments datagrams that are too long for the link. Ports and checksum are written here. Each datagram is
+//! a message of its own, because raw sockets do not support `UDP_SEGMENT`.
 
 use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::slice;
 
-use super::{Endpoint, RawAddress};
+use super::{AddrPort, RawAddress};
 use crate::net::{Family, mapped_octets};
 
-/// Bytes of a UDP header.
-const HEAD: usize = 8;
-/// The number of UDP among the protocols.
+/// The length of a UDP header in bytes.
+const UDP_HEADER_LEN: usize = 8;
+/// The IP protocol number of UDP.
 const UDP: u8 = 17;
 
-/// Room for one `IP_PKTINFO` or `IPV6_PKTINFO` message, in u64 for the alignment of its header.
-type Control = [u64; 5];
+/// Room for one `IP_PKTINFO` or `IPV6_PKTINFO` control message, in u64 for the alignment of its header.
+type SourceControl = [u64; 5];
 
-/// A list. Its vectors never grow or shrink, so that pointers into them stay good.
-pub struct OnBehalf {
+/// A list. Its vectors never grow or shrink, so that pointers into them stay valid.
+pub struct RawOutgoing {
     headers: Vec<libc::mmsghdr>,
     names: Vec<RawAddress>,
-    controls: Vec<Control>,
-    heads: Vec<[u8; HEAD]>,
-    /// For each datagram, its header and its payload.
+    controls: Vec<SourceControl>,
+    udp_headers: Vec<[u8; UDP_HEADER_LEN]>,
+    /// For each datagram, its UDP header and its payload.
     vectors: Vec<[libc::iovec; 2]>,
     count: usize,
 }
 
-impl OnBehalf {
-    /// Room for so many datagrams.
+impl RawOutgoing {
+    /// Room for this many datagrams.
     pub fn new(room: usize) -> Self {
-        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let empty_vector = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         // SAFETY: zero is a valid value for every field: integers and nullable pointers.
         let header: libc::mmsghdr = unsafe { mem::zeroed() };
-        let mut new = OnBehalf {
+        let mut new = RawOutgoing {
             headers: vec![header; room],
             names: vec![RawAddress::zeroed(); room],
-            controls: vec![Control::default(); room],
-            heads: vec![[0; HEAD]; room],
-            vectors: vec![[nothing; 2]; room],
+            controls: vec![SourceControl::default(); room],
+            udp_headers: vec![[0; UDP_HEADER_LEN]; room],
+            vectors: vec![[empty_vector; 2]; room],
             count: 0,
         };
         let (names, controls) = (new.names.as_mut_ptr(), new.controls.as_mut_ptr());
-        let (heads, vectors) = (new.heads.as_mut_ptr(), new.vectors.as_mut_ptr());
+        let (udp_headers, vectors) = (new.udp_headers.as_mut_ptr(), new.vectors.as_mut_ptr());
         for (at, header) in new.headers.iter_mut().enumerate() {
             header.msg_hdr.msg_name = names.wrapping_add(at).cast();
             header.msg_hdr.msg_control = controls.wrapping_add(at).cast();
             header.msg_hdr.msg_iov = vectors.wrapping_add(at).cast();
             header.msg_hdr.msg_iovlen = 2;
         }
-        for (at, [head, _]) in new.vectors.iter_mut().enumerate() {
-            *head = libc::iovec { iov_base: heads.wrapping_add(at).cast(), iov_len: HEAD };
+        for (at, [udp_header_vector, _]) in new.vectors.iter_mut().enumerate() {
+            *udp_header_vector = libc::iovec { iov_base: udp_headers.wrapping_add(at).cast(), iov_len: UDP_HEADER_LEN };
         }
         new
     }
 
-    /// True if there is no room for another.
+    /// True if the list is full.
     pub fn full(&self) -> bool {
         self.count == self.headers.len()
     }
@@ -68,35 +68,35 @@ impl OnBehalf {
         self.count = 0;
     }
 
-    /// The headers of the datagrams from this one on.
+    /// The message headers of the datagrams from this one on.
     pub fn headers(&mut self, from: usize) -> &mut [libc::mmsghdr] {
         &mut self.headers[from..self.count]
     }
 
-    /// Adds a datagram; there must be room, and both addresses must be of one family.
+    /// Adds a datagram. There must be room, and both addresses must be of one family.
     ///
     /// # Safety
-    /// The payload can be read.
-    pub unsafe fn push(&mut self, from: Endpoint, to: SocketAddr, payload: libc::iovec) {
+    /// The payload must be readable.
+    pub unsafe fn push(&mut self, from: AddrPort, to: SocketAddr, payload: libc::iovec) {
         let at = self.count;
         self.count += 1;
         // SAFETY: the caller's promise.
         let bytes = unsafe { slice::from_raw_parts(payload.iov_base.cast::<u8>(), payload.iov_len) };
-        self.heads[at] = udp_header(from, to, bytes);
+        self.udp_headers[at] = udp_header(from, to, bytes);
         self.vectors[at][1] = payload;
         let family = Family::of(to.ip());
         let mut without_port = to;
-        // A raw socket takes the port for the protocol.
+        // A raw socket uses the port field for the protocol.
         without_port.set_port(0);
         self.names[at] = RawAddress::new(without_port, family);
         let header = &mut self.headers[at].msg_hdr;
         header.msg_namelen = self.names[at].length;
-        header.msg_controllen = say_source(&mut self.controls[at], from.0) as _;
+        header.msg_controllen = set_source(&mut self.controls[at], from.0) as _;
     }
 }
 
-/// Fills in the message that names a packet's source, and says how long it is.
-fn say_source(control: &mut Control, source: IpAddr) -> usize {
+/// Writes the control message that sets a packet's source, and returns its length.
+fn set_source(control: &mut SourceControl, source: IpAddr) -> usize {
     match source {
         IpAddr::V4(v4) => {
             let info = libc::in_pktinfo {
@@ -104,17 +104,17 @@ fn say_source(control: &mut Control, source: IpAddr) -> usize {
                 ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(v4.octets()) },
                 ipi_addr: libc::in_addr { s_addr: 0 },
             };
-            fill(control, libc::SOL_IP, libc::IP_PKTINFO, info)
+            write_control(control, libc::SOL_IP, libc::IP_PKTINFO, info)
         }
         IpAddr::V6(v6) => {
             let info = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: v6.octets() }, ipi6_ifindex: 0 };
-            fill(control, libc::SOL_IPV6, libc::IPV6_PKTINFO, info)
+            write_control(control, libc::SOL_IPV6, libc::IPV6_PKTINFO, info)
         }
     }
 }
 
-fn fill<T>(control: &mut Control, level: libc::c_int, kind: libc::c_int, data: T) -> usize {
-    const { assert!(mem::size_of::<libc::cmsghdr>() + mem::size_of::<T>() <= mem::size_of::<Control>()) }
+fn write_control<T>(control: &mut SourceControl, level: libc::c_int, kind: libc::c_int, data: T) -> usize {
+    const { assert!(mem::size_of::<libc::cmsghdr>() + mem::size_of::<T>() <= mem::size_of::<SourceControl>()) }
     let size = mem::size_of::<T>() as libc::c_uint;
     // SAFETY: computes a number.
     let length = unsafe { libc::CMSG_LEN(size) };
@@ -127,12 +127,12 @@ fn fill<T>(control: &mut Control, level: libc::c_int, kind: libc::c_int, data: T
     length as usize
 }
 
-/// The header of a UDP datagram with this payload, of at most 65,527 bytes.
+/// The UDP header of a datagram with this payload, which may have at most 65,527 bytes.
 #[must_use]
-pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] {
-    // No datagram that was received is longer than the longest there is.
-    let length = (HEAD + payload.len()) as u16;
-    let mut header = [0; HEAD];
+pub fn udp_header(from: AddrPort, to: SocketAddr, payload: &[u8]) -> [u8; UDP_HEADER_LEN] {
+    // A received datagram is never longer than the maximum.
+    let length = (UDP_HEADER_LEN + payload.len()) as u16;
+    let mut header = [0; UDP_HEADER_LEN];
     header[0..2].copy_from_slice(&from.1.to_be_bytes());
     header[2..4].copy_from_slice(&to.port().to_be_bytes());
     header[4..6].copy_from_slice(&length.to_be_bytes());
@@ -142,7 +142,7 @@ pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] 
     };
     let total = addresses + u64::from(UDP) + u64::from(length) + sum(&header) + sum(payload);
     let checksum = match !fold(total) {
-        // Zero would say that there is none.
+        // Zero would mean "no checksum".
         0 => u16::MAX,
         other => other,
     };
@@ -150,10 +150,10 @@ pub fn udp_header(from: Endpoint, to: SocketAddr, payload: &[u8]) -> [u8; HEAD] 
     header
 }
 
-/// The sum of the 16-bit words in network order; a byte too few counts as zero.
+/// The sum of the 16-bit words in network order, padded with zeros.
 fn sum(bytes: &[u8]) -> u64 {
     let mut chunks = bytes.chunks_exact(4);
-    // Words of 32 bits come to the same, modulo 2^16 - 1.
+    // Sums of 32-bit words are equal modulo 2^16 - 1.
     let whole: u64 =
         chunks.by_ref().map(|word| u64::from(u32::from_be_bytes([word[0], word[1], word[2], word[3]]))).sum();
     let mut rest = [0; 4];
@@ -161,7 +161,7 @@ fn sum(bytes: &[u8]) -> u64 {
     whole + u64::from(u32::from_be_bytes(rest))
 }
 
-/// Adds up a sum's words until one is left.
+/// Folds a sum to 16 bits.
 fn fold(mut sum: u64) -> u16 {
     while sum > u64::from(u16::MAX) {
         sum = (sum & 0xffff) + (sum >> 16);
