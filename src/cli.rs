@@ -21,9 +21,12 @@ pub use man::man;
 
 use crate::config::DEFAULT_CONFIG;
 use crate::demo::DemoOptions;
+use crate::detach::{self, DetachOptions};
 use crate::discovery::rbac;
+use crate::doctor::DoctorOptions;
+use crate::logging::{LogFormat, LogLevel, LogOptions};
 use crate::model::Mode;
-use crate::{detach, doctor, logging, version};
+use crate::version;
 
 const NAME: &str = "udp-fanout";
 
@@ -35,7 +38,7 @@ pub enum Invocation {
         /// The configuration file.
         config: PathBuf,
         /// What to log, and how.
-        log: logging::Options,
+        log: LogOptions,
         /// Where to find the API server of Kubernetes, if named.
         kubeconfig: Option<PathBuf>,
         /// The status socket, in place of the one that the configuration names.
@@ -84,9 +87,9 @@ pub enum Invocation {
         json: bool,
     },
     /// Look for what silently breaks forwarding on this host.
-    Doctor(doctor::Options),
+    Doctor(DoctorOptions),
     /// Remove what daemons have left in force.
-    Detach(detach::Options),
+    Detach(DetachOptions),
     /// Forward real traffic in network namespaces and check it.
     Demo(DemoOptions),
     /// Print a completion script; see [`completions`].
@@ -183,10 +186,10 @@ struct RunArgs {
     file: ConfigArg,
     /// Least severe messages to log; RUST_LOG, if set, wins [default: info]
     #[arg(short, long, value_name = "LEVEL", value_enum, ignore_case = true)]
-    log_level: Option<logging::Level>,
+    log_level: Option<LogLevel>,
     /// How to write them to standard error [default: text]
     #[arg(long, value_name = "FORMAT", value_enum, ignore_case = true)]
-    log_format: Option<logging::Format>,
+    log_format: Option<LogFormat>,
     /// File that says where the API server of Kubernetes is and who we are there [default: the pod's service account,
     /// else $KUBECONFIG, else ~/.kube/config]
     #[arg(long, value_name = "FILE")]
@@ -351,12 +354,12 @@ where
         }
         Some(CliCommand::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
             let config = or_default(only_config("doctor", before, file)?);
-            Invocation::Doctor(doctor::Options { config, senders: sender, kubeconfig, json })
+            Invocation::Doctor(DoctorOptions { config, senders: sender, kubeconfig, json })
         }
         Some(CliCommand::Detach(DetachArgs { file, interface, all, pin_path, force })) => {
             let config = only_config("detach", before, file)?;
             let pin_path = detach::pin_path(config.as_deref(), pin_path);
-            Invocation::Detach(detach::Options { pin_path, interfaces: interface, all, force })
+            Invocation::Detach(DetachOptions { pin_path, interfaces: interface, all, force })
         }
         Some(CliCommand::Demo(DemoArgs { mode, count })) => {
             no_options("demo", &before)?;
@@ -374,8 +377,7 @@ where
 }
 
 fn run(args: RunArgs) -> Invocation {
-    let log =
-        logging::Options { level: args.log_level.unwrap_or_default(), format: args.log_format.unwrap_or_default() };
+    let log = LogOptions { level: args.log_level.unwrap_or_default(), format: args.log_format.unwrap_or_default() };
     let RunArgs { file, kubeconfig, status_socket, .. } = args;
     Invocation::Run { config: or_default(file.config), log, kubeconfig, status_socket }
 }

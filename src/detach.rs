@@ -1,8 +1,8 @@
-//! The command `udp-fanout detach`: removes what daemons have left in force, by the program's name on every interface of
-//! this network namespace, and by its pins.
+//! The command `udp-fanout detach`: removes the kernel programs and pins that stopped daemons have left.
 //!
-//! Looks at what is there, not at a configuration, so that it works whoever left it. A living daemon holds a claim on each
-//! interface and a lock on its pins (`datapath::kernel`), by which it is recognised.
+//! It finds them by the program's name on every interface of this network namespace, and in the directory of the pins; it
+//! does not need the configuration that installed them. A running daemon is recognised by its claim on each interface and its
+//! lock on the pins (`datapath::kernel`).
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -16,33 +16,32 @@ use crate::datapath::kernel::pins::{self, StalePins};
 use crate::output;
 use crate::plan::LinkRef;
 
-/// What is asked for.
+/// What to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
-    /// Where pins are looked for.
+pub struct DetachOptions {
+    /// The directory of the pins.
     pub pin_path: PathBuf,
-    /// Only these interfaces; all if there are none.
+    /// Only from these interfaces. Empty: from all.
     pub interfaces: Vec<String>,
-    /// Also pins of other network namespaces.
+    /// Also remove pins of other network namespaces.
     pub all: bool,
-    /// Also while a daemon runs.
+    /// Also remove what a running daemon uses.
     pub force: bool,
 }
 
-/// The directory of the pins: the one named, or that of the configuration file named or else the default one, or the
-/// default.
+/// The directory of the pins: `named`, else the `pin_path` of `config` or of the default configuration file, else the default.
 #[must_use]
 pub fn pin_path(config: Option<&Path>, named: Option<PathBuf>) -> PathBuf {
     let of_config = || Config::pin_path_of(config.unwrap_or(Path::new(DEFAULT_CONFIG)));
     named.or_else(of_config).unwrap_or_else(|| PathBuf::from(PIN_PATH))
 }
 
-/// Removes what is there, and prints what that was.
+/// Removes what stopped daemons have left, and prints a line for each thing removed.
 ///
 /// # Errors
-/// When a daemon runs, when there is no such interface, or with the kernel's reason; in one line with the fix.
-pub fn run(options: &Options) -> Result<()> {
-    let links = chosen(options)?;
+/// When a daemon runs, when a named interface does not exist, or when the kernel refuses.
+pub fn run(options: &DetachOptions) -> Result<()> {
+    let links = selected_links(options)?;
     if !options.force {
         refuse_if_running(options, &links)?;
     }
@@ -75,27 +74,27 @@ pub fn run(options: &Options) -> Result<()> {
     output::print(text.as_bytes())
 }
 
-fn chosen(options: &Options) -> Result<Vec<LinkRef>> {
+fn selected_links(options: &DetachOptions) -> Result<Vec<LinkRef>> {
     let mut links = attach::all_links();
     for name in &options.interfaces {
         ensure!(
             links.iter().any(|link| link.name == *name),
-            "interface not found: {name}; `ip link` shows those there are in this network namespace"
+            "interface not found: {name}; `ip link` lists the interfaces of this network namespace"
         );
     }
     links.retain(|link| options.interfaces.is_empty() || options.interfaces.contains(&link.name));
     Ok(links)
 }
 
-fn refuse_if_running(options: &Options, links: &[LinkRef]) -> Result<()> {
-    let fix = "stop it first (`systemctl stop udp-fanout`), or give --force: it will put back what it misses";
+fn refuse_if_running(options: &DetachOptions, links: &[LinkRef]) -> Result<()> {
+    let fix = "stop it first (`systemctl stop udp-fanout`), or use --force; a running daemon attaches its program again within seconds";
     let served: Vec<&str> =
         links.iter().filter(|link| attach::is_claimed(link)).map(|link| link.name.as_str()).collect();
     if !served.is_empty() {
-        bail!("a udp-fanout is running and serves {}; {fix}", served.join(", "));
+        bail!("a udp-fanout daemon is running and serves {}; {fix}", served.join(", "));
     }
     if options.interfaces.is_empty() && pins::in_use(&options.pin_path)? {
-        bail!("a udp-fanout is running and has its pins in {}; {fix}", options.pin_path.display());
+        bail!("a udp-fanout daemon is running and has its pins in {}; {fix}", options.pin_path.display());
     }
     Ok(())
 }

@@ -191,10 +191,6 @@ pub struct DiscoveryUpdate {
     pub set: DownstreamSet,
 }
 
-/// Directives for the log filter that silence the kube crates: what they would say, this module says once and with
-/// the remedy, while they repeat themselves with every attempt.
-pub const LOG_DIRECTIVES: &[&str] = &["kube_client=off", "kube_runtime=off"];
-
 /// The running discovery. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Discovery {

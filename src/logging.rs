@@ -1,8 +1,7 @@
 //! The log: lines on standard error, as text or JSON.
 //!
-//! The surroundings (terminal, journal, environment) are looked at once, in [`init`]; what follows from them is decided
-//! by pure code. A log that cannot be written is lost and nothing else happens: forwarding datagrams matters more; [`stream`]
-//! sees to that.
+//! [`init`] reads the environment once (terminal, journal, variables) and configures `tracing` from it. [`stream`] writes the
+//! lines without blocking: a line that cannot be written is dropped and counted, because forwarding matters more.
 
 #[cfg(test)]
 pub(crate) mod capture;
@@ -20,68 +19,72 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::Registry;
 use tracing_subscriber::util::SubscriberInitExt;
 
-pub use self::stream::take_lost;
+pub use self::stream::take_lost_lines;
 
-/// What to log, and how.
+/// Filter directives that silence the kube crates. Discovery logs each failure once, with a remedy, while they repeat it with
+/// every attempt.
+const SILENCED_CRATES: &str = "kube_client=off,kube_runtime=off";
+
+/// What to log, and in which format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Options {
-    /// The least severe of our messages that is logged. Libraries log warnings and errors, unless this is less.
-    pub level: Level,
-    /// How it is written.
-    pub format: Format,
+pub struct LogOptions {
+    /// The least severe level of this program's messages. Libraries log warnings and errors at most.
+    pub level: LogLevel,
+    /// For people or for programs.
+    pub format: LogFormat,
 }
 
-/// Severity of messages; each level includes those before it.
+/// Severity of messages; each level includes those above it. The variants' comments are the help of `--log-level`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, ValueEnum)]
-pub enum Level {
+pub enum LogLevel {
     /// Nothing
     Off,
-    /// What does not work
+    /// What fails
     Error,
     /// What may need attention
     Warn,
     /// What has changed
     #[default]
     Info,
-    /// How it came to that
+    /// Details of decisions
     Debug,
     /// Every step
     Trace,
 }
 
-impl Level {
+impl LogLevel {
     fn name(self) -> &'static str {
         match self {
-            Level::Off => "off",
-            Level::Error => "error",
-            Level::Warn => "warn",
-            Level::Info => "info",
-            Level::Debug => "debug",
-            Level::Trace => "trace",
+            LogLevel::Off => "off",
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+            LogLevel::Trace => "trace",
         }
     }
 }
 
-/// How messages are written.
+/// The format of log lines. The variants' comments are the help of `--log-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum Format {
-    /// A line for people, and for grep: time, level, message, key=value ...
+pub enum LogFormat {
+    /// Lines for people and for grep: time, level, message, key=value ...
     #[default]
     Text,
-    /// A JSON object a line
+    /// One JSON object per line
     Json,
 }
 
-/// Facts about the process that the log's looks depend on.
+/// The facts about the process that the log depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Surroundings {
+struct LogEnvironment {
     rust_log: Option<String>,
     no_color: bool,
     terminal: bool,
     journal: bool,
 }
 
-impl Surroundings {
+impl LogEnvironment {
     fn of_process() -> anyhow::Result<Self> {
         let rust_log = match std::env::var("RUST_LOG") {
             Ok(directives) => Some(directives),
@@ -89,7 +92,7 @@ impl Surroundings {
             Err(std::env::VarError::NotUnicode(_)) => return Err(bad_rust_log("it is not UTF-8")),
         };
         let stderr = nix::sys::stat::fstat(std::io::stderr()).ok();
-        Ok(Surroundings {
+        Ok(LogEnvironment {
             rust_log,
             no_color: std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()),
             terminal: std::io::stderr().is_terminal(),
@@ -101,8 +104,8 @@ impl Surroundings {
     }
 }
 
-/// Whether standard error is the stream to the journal that systemd has set up: it names it by device and inode, so
-/// that a process whose output was sent elsewhere since can tell.
+/// True if standard error still is the stream that systemd connected to the journal. `JOURNAL_STREAM` contains that stream's
+/// device and inode.
 fn is_journal(journal_stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool {
     let named = journal_stream.and_then(|value| {
         let (device, inode) = value.split_once(':')?;
@@ -114,17 +117,17 @@ fn is_journal(journal_stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool 
 /// Starts logging to standard error, for the whole process.
 ///
 /// # Errors
-/// When `RUST_LOG` makes no sense, or logging has been started before.
-pub fn init(options: Options) -> anyhow::Result<()> {
-    let surroundings = Surroundings::of_process()?;
-    subscriber(options, &surroundings, stream::Lines::new(std::io::stderr()))?
+/// When `RUST_LOG` is invalid, or logging has already been started.
+pub fn init(options: LogOptions) -> anyhow::Result<()> {
+    let environment = LogEnvironment::of_process()?;
+    subscriber(options, &environment, stream::NonBlockingWriter::new(std::io::stderr()))?
         .try_init()
         .context("cannot start logging")
 }
 
 fn subscriber<W>(
-    options: Options,
-    surroundings: &Surroundings,
+    options: LogOptions,
+    environment: &LogEnvironment,
     writer: W,
 ) -> anyhow::Result<impl Subscriber + Send + Sync + use<W>>
 where
@@ -133,24 +136,23 @@ where
     let lines = fmt::layer()
         .with_writer(writer)
         .with_target(false)
-        .with_ansi(surroundings.terminal && !surroundings.no_color)
-        // A failed write would be reported with eprintln!, which panics where standard error is what failed.
+        .with_ansi(environment.terminal && !environment.no_color)
+        // Otherwise, a failed write is reported with eprintln!, which panics because standard error is what failed.
         .log_internal_errors(false);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match options.format {
-        Format::Text if surroundings.journal => lines.without_time().boxed(),
-        Format::Text => lines.boxed(),
-        Format::Json => lines.json().with_target(true).flatten_event(true).with_current_span(false).boxed(),
+        LogFormat::Text if environment.journal => lines.without_time().boxed(),
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().with_target(true).flatten_event(true).with_current_span(false).boxed(),
     };
-    Ok(tracing_subscriber::registry().with(lines).with(filter(options.level, surroundings.rust_log.as_deref())?))
+    Ok(tracing_subscriber::registry().with(lines).with(filter(options.level, environment.rust_log.as_deref())?))
 }
 
-fn filter(level: Level, rust_log: Option<&str>) -> anyhow::Result<EnvFilter> {
+fn filter(level: LogLevel, rust_log: Option<&str>) -> anyhow::Result<EnvFilter> {
     match rust_log.map(str::trim).filter(|directives| !directives.is_empty()) {
         Some(directives) => EnvFilter::try_new(directives).map_err(|error| bad_rust_log(&error.to_string())),
         None => {
-            let others = level.min(Level::Warn).name();
-            let silenced = crate::discovery::LOG_DIRECTIVES.join(",");
-            let directives = format!("{others},{silenced},udp_fanout={}", level.name());
+            let others = level.min(LogLevel::Warn).name();
+            let directives = format!("{others},{SILENCED_CRATES},udp_fanout={}", level.name());
             EnvFilter::try_new(directives).context("cannot set the log level")
         }
     }

@@ -8,6 +8,7 @@ use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig};
 use udp_fanout::control::{status_command, trace_command};
 use udp_fanout::discovery::rbac::{self, ServiceAccount};
+use udp_fanout::logging::LogOptions;
 use udp_fanout::{demo, detach, doctor, event_loop, logging, output, version};
 
 fn main() -> ExitCode {
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
 }
 
 /// Is the daemon. What goes wrong is a line in the log, in the log's format.
-fn run(config: &Path, log: logging::Options, options: event_loop::DaemonOptions) -> ExitCode {
+fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> ExitCode {
     if let Err(error) = logging::init(log) {
         eprintln!("{error:#}");
         return ExitCode::FAILURE;

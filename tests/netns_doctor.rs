@@ -90,7 +90,7 @@ fn netns_a_healthy_host_is_found_healthy_in_both_modes() {
         let found = doctor(&lab, &(config(&lab, mode) + HEALTH));
         found.only(&[]);
         assert!(found.the("ok", "route").contains("all 5 downstreams"), "{:#?}", found.all);
-        assert!(found.the("ok", "neighbour").contains("no next hop of 4 "), "{:#?}", found.all);
+        assert!(found.the("ok", "neighbour").contains("all 4 next hops are resolved"), "{:#?}", found.all);
         found.the("ok", "ping");
         assert!(found.the("ok", "daemon").contains("no udp-fanout answers"));
         if mode == "tc_ebpf" {
@@ -131,13 +131,13 @@ fn netns_ways_out_that_lead_nowhere_are_found() {
     dead.listeners[0].downstreams.push(("dead".into(), "10.0.10.77:514".parse().unwrap(), 1));
     let found = doctor(&lab, &dead.to_toml());
     let text = found.only(&[("problem", "neighbour")]).the("problem", "neighbour");
-    assert!(text.contains("nobody on out1 answers for 10.0.10.77") && text.contains("to dead"), "{text}");
+    assert!(text.contains("nobody on out1 replies for 10.0.10.77") && text.contains("to dead"), "{text}");
 
     // The router of a receiver two hops away.
     lab.gateway.ip("route replace 10.1.11.0/24 via 10.0.11.78").unwrap();
     let found = doctor(&lab, &config(&lab, "userspace"));
     let text = found.only(&[("problem", "neighbour")]).the("problem", "neighbour");
-    assert!(text.contains("nobody on rtr2 answers for 10.0.11.78") && text.contains("to receiver-2"), "{text}");
+    assert!(text.contains("nobody on rtr2 replies for 10.0.11.78") && text.contains("to receiver-2"), "{text}");
 
     lab.gateway.ip("route replace unreachable 10.1.11.0/24").unwrap();
     assert!(doctor(&lab, &config(&lab, "tc_ebpf")).the("problem", "route").contains("receiver-2"));
@@ -150,7 +150,7 @@ fn netns_a_way_out_that_is_narrower_than_the_way_in_is_found() {
     for mode in ["tc_ebpf", "userspace"] {
         let found = doctor(&lab, &config(&lab, mode));
         let text = found.only(&[("warning", "mtu")]).the("warning", "mtu");
-        assert!(text.contains("eth0 lets in packets of 1500 bytes, and pod2 takes 1400"), "{text}");
+        assert!(text.contains("eth0 receives packets of 1500 bytes, but pod2 takes only 1400"), "{text}");
         assert!(text.contains("to receiver-2") && text.ends_with("keep payloads up to 1372 bytes"), "{text}");
     }
 }
@@ -162,17 +162,17 @@ fn netns_source_validation_that_eats_datagrams_is_found() {
     let userspace = config(&lab, "userspace");
     let found = doctor(&lab, &userspace);
     let text = found.only(&[("warning", "rp_filter")]).the("warning", "rp_filter");
-    assert!(text.contains("rp_filter is 1 on eth0, and the default route is by out1"), "{text}");
+    assert!(text.contains("rp_filter is 1 on eth0, but the default route uses out1"), "{text}");
 
     let ask = |config: &str, sender: &str| doctor_behind(&lab.gateway, &[], config, &["--sender", sender]);
     let refused = ask(&userspace, "192.0.2.7");
     refused.only(&[("warning", "rp_filter"), ("problem", "sender")]);
     let text = refused.the("problem", "sender");
     assert!(
-        text.contains("drops datagrams of 192.0.2.7 that come in by eth0") && text.contains("rp_filter=2"),
+        text.contains("drops datagrams of 192.0.2.7 that arrive on eth0") && text.contains("rp_filter=2"),
         "{text}"
     );
-    assert!(ask(&userspace, "10.0.0.2").the("ok", "sender").contains("takes datagrams of 10.0.0.2"));
+    assert!(ask(&userspace, "10.0.0.2").the("ok", "sender").contains("accepts datagrams of 10.0.0.2"));
     // The kernel program comes before it, so there it costs only what the socket gets.
     ask(&config(&lab, "tc_ebpf"), "192.0.2.7").only(&[("warning", "rp_filter"), ("warning", "sender")]);
 
@@ -188,7 +188,7 @@ fn netns_interfaces_that_bring_nothing_are_found() {
     let good = config(&lab, "tc_ebpf");
     lab.sender.ip("link set eth0 down").unwrap();
     let found = doctor(&lab, &good);
-    assert!(found.the("problem", "interface").contains("eth0 is up, and its other end is not"), "{:#?}", found.all);
+    assert!(found.the("problem", "interface").contains("eth0 is up, but its other end is not"), "{:#?}", found.all);
     lab.gateway.ip("link set eth0 down").unwrap();
     let found = doctor(&lab, &good);
     assert!(found.the("problem", "interface").contains("eth0 is down"), "{:#?}", found.all);
@@ -196,7 +196,7 @@ fn netns_interfaces_that_bring_nothing_are_found() {
     assert!(found.the("problem", "interface").contains("interface not found: eth9"), "{:#?}", found.all);
     let found = doctor(&lab, &good.replace("tc_ebpf", "auto").replace("\"eth0\"", "\"auto\""));
     let text = found.the("warning", "interface");
-    assert!(text.contains("takes userspace: no interface carries a default route"), "{text}");
+    assert!(text.contains("selects userspace: no interface carries a default route"), "{text}");
 }
 
 #[test]
@@ -215,14 +215,14 @@ fn netns_programs_of_others_on_the_interface_are_found() {
     add("pref 7");
     let found = doctor(&lab, &good);
     let text = found.only(&[("warning", "filter")]).the("warning", "filter");
-    assert!(text.contains("eth0: the filter bpf at pref 7 sees packets before us"), "{text}");
+    assert!(text.contains("eth0: the filter bpf at pref 7 sees packets before udp-fanout"), "{text}");
     // As a TCX program, ours comes before all filters.
     doctor(&lab, &format!("attach = \"tcx\"\n{good}")).only(&[]);
     lab.gateway.tc("filter del dev eth0 ingress pref 7").unwrap();
     add("pref 49152 handle 0x7566");
     let found = doctor(&lab, &good);
     let text = found.only(&[("problem", "filter")]).the("problem", "filter");
-    assert!(text.contains("our place, pref 49152 handle 0x7566, has another program's filter"), "{text}");
+    assert!(text.contains("has the pref 49152 and handle 0x7566 of udp-fanout"), "{text}");
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn netns_missing_privileges_are_found_by_name() {
     let good = config(&lab, "tc_ebpf");
     let found = without("-sys_admin,-bpf", &good);
     let text = found.only(&[("problem", "privileges")]).the("problem", "privileges");
-    assert!(text.starts_with("CAP_BPF is missing; run as root, or add"), "{text}");
+    assert!(text.starts_with("CAP_BPF is missing; run as root, or grant"), "{text}");
     without("-sys_admin,-bpf", &good.replace("tc_ebpf", "auto")).only(&[("warning", "privileges")]);
 
     let found = without("-net_raw", &(config(&lab, "userspace") + HEALTH));
@@ -249,7 +249,7 @@ fn netns_missing_privileges_are_found_by_name() {
 
     let low = config(&lab, "userspace").replace(":5514\"\nmode", ":514\"\nmode");
     let found = without("-net_bind_service", &low);
-    assert!(found.only(&[("problem", "bind")]).the("problem", "bind").contains("may not listen at 10.0.0.1:514"));
+    assert!(found.only(&[("problem", "bind")]).the("problem", "bind").contains("may not bind 10.0.0.1:514"));
 }
 
 #[test]
@@ -259,11 +259,16 @@ fn netns_addresses_that_cannot_be_had_are_found() {
     let taken = udp_fanout_lab::traffic::bind(&lab.gateway, lab.listener()).unwrap();
     let found = doctor(&lab, &good);
     assert!(
-        found.only(&[("problem", "bind")]).the("problem", "bind").contains("another program listens at 10.0.0.1:5514")
+        found
+            .only(&[("problem", "bind")])
+            .the("problem", "bind")
+            .contains("another program has a socket on 10.0.0.1:5514")
     );
     drop(taken);
     let found = doctor(&lab, &good.replace("10.0.0.1:5514", "10.0.0.99:5514"));
-    assert!(found.only(&[("problem", "bind")]).the("problem", "bind").contains("10.0.0.99 is no address of this host"));
+    assert!(
+        found.only(&[("problem", "bind")]).the("problem", "bind").contains("10.0.0.99 is not an address of this host")
+    );
 }
 
 #[test]

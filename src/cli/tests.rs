@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::logging::{Format, Level, Options};
+use crate::logging::{LogFormat, LogLevel, LogOptions};
 
 fn parsed(line: &str) -> Invocation {
     try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"))
@@ -37,31 +37,31 @@ fn check(cases: &[(&str, Invocation)]) {
 fn command_lines_mean_what_they_say() {
     let run = |config: &str, level, format| Invocation::Run {
         config: config.into(),
-        log: Options { level, format },
+        log: LogOptions { level, format },
         kubeconfig: None,
         status_socket: None,
     };
     let kubeconfig = |file: &str| Invocation::Run {
         config: default_config(),
-        log: Options { level: Level::Info, format: Format::Text },
+        log: LogOptions { level: LogLevel::Info, format: LogFormat::Text },
         kubeconfig: Some(file.into()),
         status_socket: None,
     };
     let default = "/etc/udp-fanout/config.toml";
     check(&[
-        ("udp-fanout", run(default, Level::Info, Format::Text)),
-        ("udp-fanout run", run(default, Level::Info, Format::Text)),
-        ("udp-fanout -c a.toml", run("a.toml", Level::Info, Format::Text)),
-        ("udp-fanout --config a.toml", run("a.toml", Level::Info, Format::Text)),
-        ("udp-fanout --config=a.toml", run("a.toml", Level::Info, Format::Text)),
-        ("udp-fanout -c a.toml run", run("a.toml", Level::Info, Format::Text)),
-        ("udp-fanout run -c a.toml", run("a.toml", Level::Info, Format::Text)),
-        ("udp-fanout -c run", run("run", Level::Info, Format::Text)),
-        ("udp-fanout -l debug", run(default, Level::Debug, Format::Text)),
-        ("udp-fanout --log-level TRACE", run(default, Level::Trace, Format::Text)),
-        ("udp-fanout --log-format json", run(default, Level::Info, Format::Json)),
-        ("udp-fanout -l off -c a run --log-format json", run("a", Level::Off, Format::Json)),
-        ("udp-fanout --log-format text run -l warn -c b", run("b", Level::Warn, Format::Text)),
+        ("udp-fanout", run(default, LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout run", run(default, LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout -c a.toml", run("a.toml", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout --config a.toml", run("a.toml", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout --config=a.toml", run("a.toml", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout -c a.toml run", run("a.toml", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout run -c a.toml", run("a.toml", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout -c run", run("run", LogLevel::Info, LogFormat::Text)),
+        ("udp-fanout -l debug", run(default, LogLevel::Debug, LogFormat::Text)),
+        ("udp-fanout --log-level TRACE", run(default, LogLevel::Trace, LogFormat::Text)),
+        ("udp-fanout --log-format json", run(default, LogLevel::Info, LogFormat::Json)),
+        ("udp-fanout -l off -c a run --log-format json", run("a", LogLevel::Off, LogFormat::Json)),
+        ("udp-fanout --log-format text run -l warn -c b", run("b", LogLevel::Warn, LogFormat::Text)),
         ("udp-fanout --kubeconfig k", kubeconfig("k")),
         ("udp-fanout --kubeconfig k run", kubeconfig("k")),
         ("udp-fanout run --kubeconfig=k", kubeconfig("k")),
@@ -95,7 +95,7 @@ fn questions_mean_what_they_say() {
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
         (
             "udp-fanout doctor -c a --sender 10.0.0.2 --sender ::1 --json --kubeconfig k",
-            Invocation::Doctor(doctor::Options {
+            Invocation::Doctor(DoctorOptions {
                 config: "a".into(),
                 senders: vec!["10.0.0.2".parse().unwrap(), "::1".parse().unwrap()],
                 kubeconfig: Some("k".into()),
@@ -128,7 +128,7 @@ fn options_of_commands_that_look_at_the_kernel_mean_what_they_say() {
         ),
         (
             "udp-fanout detach --pin-path p -i eth0 --interface eth1 --force",
-            Invocation::Detach(detach::Options {
+            Invocation::Detach(DetachOptions {
                 pin_path: "p".into(),
                 interfaces: vec!["eth0".into(), "eth1".into()],
                 all: false,
@@ -238,7 +238,7 @@ fn help_names_every_command_option_and_section() {
 fn defaults_named_in_the_help_are_the_defaults() {
     let text = help("--help");
     let Invocation::Run { log, .. } = parsed("udp-fanout") else { panic!("run is the default") };
-    assert_eq!(log, Options { level: Level::Info, format: Format::Text });
+    assert_eq!(log, LogOptions { level: LogLevel::Info, format: LogFormat::Text });
     assert!(text.contains("[default: info]") && text.contains("[default: text]"));
 }
 

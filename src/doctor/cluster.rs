@@ -1,7 +1,6 @@
-//! The API server: whether it can be asked, whether we may, and what it says.
+//! The API server: whether it is reachable, whether we may list and watch EndpointSlices, and what it contains.
 //!
-//! The daemon's own discovery does the asking, so that what works here works there. Where it fails, single questions find
-//! out why.
+//! The checks run the daemon's own discovery, so what works here works there. If it fails, single requests find the reason.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,14 +17,14 @@ use crate::control::report::StatusReport;
 use crate::discovery::{self, Discovery, DiscoverySettings, DiscoveryUpdate, ServiceStatus};
 use crate::model::{Downstream, ListenerId};
 
-/// How long the API server may take to answer.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// How often it is looked whether it has.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long the API server may take to reply.
+const CLUSTER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long to wait for an update before checking the status again.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Asks for what the listeners follow. Returns the downstreams found; where the API server says nothing, those that the
-/// running daemon has.
-pub(super) fn look(
+/// Runs discovery for the listeners with Services. Returns the downstreams found; if the API server returns none, those of the
+/// running daemon.
+pub(super) fn check(
     config: &Config,
     kubeconfig: Option<&Path>,
     report: Option<&StatusReport>,
@@ -39,10 +38,10 @@ pub(super) fn look(
     let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
     let kubeconfig = kubeconfig.map(Path::to_owned);
     let settings = DiscoverySettings { kubeconfig, config: Some(path), ..DiscoverySettings::from_env() };
-    let mut found = match follow(requests, settings, findings) {
+    let mut found = match discover(requests, settings, findings) {
         Ok(found) => found,
         Err(error) => {
-            findings.problem("kubernetes", format!("{error:#}"), "the daemon does not start like this");
+            findings.problem("kubernetes", format!("{error:#}"), "correct this; the daemon does not start otherwise");
             BTreeMap::new()
         }
     };
@@ -63,15 +62,15 @@ fn downstream(name: &str, address: SocketAddr) -> Downstream {
     Downstream { name: name.into(), address, weight: 1, sample: Downstream::ALL }
 }
 
-/// Runs the discovery until every Service has been listed and is being watched, or has failed.
-fn follow(
+/// Runs discovery until every Service is listed and watched, or has failed.
+fn discover(
     requests: Vec<discovery::DiscoveryRequest>,
     settings: DiscoverySettings,
     findings: &mut Findings,
 ) -> Result<BTreeMap<ListenerId, Vec<Downstream>>> {
     let listeners: BTreeSet<ListenerId> = requests.iter().map(|request| request.listener).collect();
     let (sender, updates) = mpsc::channel();
-    // Nothing polls: what wakes the event loop is of no use here.
+    // Discovery needs a waker for the event loop. Nothing polls this one.
     let poll = mio::Poll::new().context("cannot create an event queue (epoll)")?;
     let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).context("cannot create a waker")?);
     let discovery = Discovery::start(requests, settings.clone(), sender, waker)?;
@@ -87,8 +86,11 @@ fn follow(
             }
             Ok(()) if !service.synced => findings.problem(
                 "kubernetes",
-                format!("the endpoints of {name} were not to be had within {PATIENCE:?}: {}", errors(service)),
-                "look at the API server, and at what is between it and this host",
+                format!(
+                    "the API server returned no endpoints of {name} within {CLUSTER_TIMEOUT:?}: {}",
+                    errors(service)
+                ),
+                "check the API server, and the network between it and this host",
             ),
             Ok(()) => {}
         }
@@ -104,10 +106,10 @@ fn gather(
     updates: &Receiver<DiscoveryUpdate>,
     listeners: &BTreeSet<ListenerId>,
 ) -> (BTreeMap<ListenerId, Vec<Downstream>>, Vec<ServiceStatus>) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + CLUSTER_TIMEOUT;
     let mut found = BTreeMap::new();
     loop {
-        if let Ok(DiscoveryUpdate { listener, set }) = updates.recv_timeout(LOOK_AGAIN) {
+        if let Ok(DiscoveryUpdate { listener, set }) = updates.recv_timeout(POLL_INTERVAL) {
             found.insert(listener, set.downstreams);
         }
         let services = discovery.status().services();
@@ -123,10 +125,10 @@ fn gather(
 fn errors(service: &ServiceStatus) -> String {
     let errors: Vec<String> =
         service.errors.iter().filter(|(_, n)| *n > 0).map(|(kind, n)| format!("{n} of kind {kind}")).collect();
-    if errors.is_empty() { "no answer".to_owned() } else { errors.join(", ") }
+    if errors.is_empty() { "no reply".to_owned() } else { errors.join(", ") }
 }
 
-/// What is wrong, and the fix.
+/// Splits a reason into the fault and its fix.
 fn split(reason: &str) -> (&str, &str) {
-    reason.split_once("; ").unwrap_or((reason, "look at the API server, and at what is between it and this host"))
+    reason.split_once("; ").unwrap_or((reason, "check the API server, and the network between it and this host"))
 }

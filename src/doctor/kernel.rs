@@ -1,4 +1,4 @@
-//! What does not depend on the network: privileges, the kernel, the program itself, pings, socket buffers.
+//! Checks that do not depend on the network: privileges, kernel, the program itself, ICMP sockets, socket buffers.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,18 +13,18 @@ use crate::health::probers::{SendError, icmp};
 use crate::health::settings::ProbeProtocol;
 use crate::host::probe::{HostFeatures, TcUnsupported, tc_ebpf_support};
 
-/// Looks, and says whether the kernel program can be used.
-pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<Result<(), TcUnsupported>> {
-    let ability = HostFeatures::probe()?;
+/// Runs these checks. Returns whether the kernel program can be used.
+pub(super) fn check(config: &Config, findings: &mut Findings) -> Result<Result<(), TcUnsupported>> {
+    let features = HostFeatures::probe()?;
     let support = if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
         Ok(())
     } else {
-        let support = tc_ebpf_support(&ability).and_then(|()| load(config));
-        judge_support(&ability, &support, demanded(config), findings);
+        let support = tc_ebpf_support(&features).and_then(|()| load(config));
+        judge_support(&features, &support, demanded(config), findings);
         support
     };
-    ping(config, findings);
-    let allowed = ability.effective_caps.contains(&Capability::CAP_NET_ADMIN);
+    check_icmp(config, findings);
+    let allowed = features.effective_caps.contains(&Capability::CAP_NET_ADMIN);
     judge_buffers(config, allowed, number("/proc/sys/net/core/rmem_max"), findings);
     Ok(support)
 }
@@ -33,33 +33,38 @@ fn demanded(config: &Config) -> bool {
     config.listeners.iter().any(|listener| listener.mode == RequestedMode::TcEbpf)
 }
 
-/// Loads the program as the daemon would, with maps of the configured sizes, and lets go of it again.
+/// Loads the program as the daemon would, with maps of the configured sizes, and unloads it again.
 fn load(config: &Config) -> Result<(), TcUnsupported> {
     KernelDatapath::new(&config.limits).map(drop).map_err(|error| TcUnsupported::Kernel(format!("{error:#}")))
 }
 
-fn judge_support(ability: &HostFeatures, support: &Result<(), TcUnsupported>, demanded: bool, findings: &mut Findings) {
-    let release = &ability.kernel_release;
-    let (check, obstacle) = match support {
+fn judge_support(
+    features: &HostFeatures,
+    support: &Result<(), TcUnsupported>,
+    demanded: bool,
+    findings: &mut Findings,
+) {
+    let release = &features.kernel_release;
+    let (check, reason) = match support {
         Ok(()) => {
             findings.ok("privileges", "this process may load and attach the kernel program");
-            findings.ok("kernel", format!("{release} has all that the kernel program needs, and takes it"));
+            findings.ok("kernel", format!("{release} has all features that the kernel program needs, and loads it"));
             return;
         }
-        Err(obstacle @ TcUnsupported::Privilege(_)) => ("privileges", obstacle),
-        Err(obstacle @ TcUnsupported::Kernel(_)) => ("kernel", obstacle),
+        Err(reason @ TcUnsupported::Privilege(_)) => ("privileges", reason),
+        Err(reason @ TcUnsupported::Kernel(_)) => ("kernel", reason),
     };
-    let text = obstacle.to_string();
-    let (what, fix) = text.split_once(": ").unwrap_or((&text, "see what is missing"));
+    let text = reason.to_string();
+    let (what, fix) = text.split_once(": ").unwrap_or((&text, "grant or install what is missing"));
     if demanded {
         findings.problem(check, what, format!("{fix}, or set mode = \"userspace\""));
     } else {
-        findings.warning(check, format!("{what}, so that mode = \"auto\" takes userspace"), fix);
+        findings.warning(check, format!("{what}, so mode = \"auto\" selects userspace"), fix);
     }
 }
 
-/// Whether ICMP health checks can be made.
-fn ping(config: &Config, findings: &mut Findings) {
+/// Whether ICMP health checks can be sent.
+fn check_icmp(config: &Config, findings: &mut Findings) {
     let pings = |l: &&ListenerConfig| l.health.as_ref().is_some_and(|h| h.probe.protocol == ProbeProtocol::Icmp);
     let families: BTreeSet<bool> = config.listeners.iter().filter(pings).map(|l| l.bind.is_ipv6()).collect();
     for v6 in families {
@@ -67,35 +72,35 @@ fn ping(config: &Config, findings: &mut Findings) {
         match icmp::open(v6) {
             Ok((_, access)) => {
                 let how = if access == icmp::IcmpSocketKind::Ping { "a ping socket" } else { "a raw socket" };
-                findings.ok("ping", format!("ICMP health checks can be made over {name}, through {how}"));
+                findings.ok("ping", format!("ICMP health checks can be sent over {name}, through {how}"));
             }
             Err(SendError::Local(reason)) => {
-                let (what, fix) = reason.split_once("; ").unwrap_or((&reason, "choose another health.protocol"));
-                findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {what}"), fix);
+                let (what, fix) = reason.split_once("; ").unwrap_or((&reason, "set another health.protocol"));
+                findings.problem("ping", format!("ICMP health checks cannot be sent over {name}: {what}"), fix);
             }
             Err(SendError::Target(failure)) => {
-                let fix = "give this host an address of that version, or choose another health.protocol";
-                findings.problem("ping", format!("ICMP health checks cannot be made over {name}: {failure}"), fix);
+                let fix = "give this host an address of that IP version, or set another health.protocol";
+                findings.problem("ping", format!("ICMP health checks cannot be sent over {name}: {failure}"), fix);
             }
         }
     }
 }
 
-/// Whether the receive buffers asked for can be had. `forced` says that this process may exceed `rmem_max`.
+/// Whether the configured receive buffers are available. `forced`: this process may exceed `rmem_max`.
 fn judge_buffers(config: &Config, forced: bool, rmem_max: Option<u64>, findings: &mut Findings) {
     let Some(most) = rmem_max else { return };
     for listener in &config.listeners {
         let Some(wanted) = listener.settings.recv_buf_size else { continue };
         let name = &listener.name;
         if forced || u64::from(wanted) <= most {
-            findings.ok("buffer", format!("listener {name:?}: a receive buffer of {wanted} bytes can be had"));
+            findings.ok("buffer", format!("listener {name:?}: a receive buffer of {wanted} bytes is available"));
         } else {
             findings.warning(
                 "buffer",
                 format!(
-                    "listener {name:?}: recv_buf_size is {wanted}, and the kernel gives {most} (net.core.rmem_max)"
+                    "listener {name:?}: recv_buf_size is {wanted}, but the kernel limits it to {most} (net.core.rmem_max)"
                 ),
-                format!("sysctl -w net.core.rmem_max={wanted}, or grant CAP_NET_ADMIN, which is not bound by it"),
+                format!("sysctl -w net.core.rmem_max={wanted}, or grant CAP_NET_ADMIN, which may exceed it"),
             );
         }
     }
@@ -109,7 +114,7 @@ fn number(path: &str) -> Option<u64> {
 mod tests {
     use std::path::Path;
 
-    use super::super::Level;
+    use super::super::Severity;
     use super::*;
 
     fn config(text: &str) -> Config {
@@ -120,10 +125,10 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_beyond_the_limit_takes_a_privilege() {
+    fn a_buffer_beyond_the_limit_needs_a_privilege() {
         let wanting = config("settings = { recv_buf_size = 1000000 }\n");
         for (forced, most, level) in
-            [(false, 1_000_000, Level::Ok), (false, 999_999, Level::Warning), (true, 1, Level::Ok)]
+            [(false, 1_000_000, Severity::Ok), (false, 999_999, Severity::Warning), (true, 1, Severity::Ok)]
         {
             let mut findings = Findings::default();
             judge_buffers(&wanting, forced, Some(most), &mut findings);
@@ -131,24 +136,24 @@ mod tests {
         }
         let mut findings = Findings::default();
         judge_buffers(&config(""), false, Some(1), &mut findings);
-        assert!(findings.0.is_empty(), "the host's default is what it is");
+        assert!(findings.0.is_empty(), "the host's default needs no check");
     }
 
     #[test]
-    fn what_stands_in_the_programs_way_is_a_problem_only_where_it_is_demanded() {
-        let ability = HostFeatures::probe().unwrap();
+    fn an_unusable_program_is_a_problem_only_if_it_is_demanded() {
+        let features = HostFeatures::probe().unwrap();
         let missing = Err(TcUnsupported::Privilege("CAP_BPF is missing: run as root".into()));
         let judge = |demanded| {
             let mut findings = Findings::default();
-            judge_support(&ability, &missing, demanded, &mut findings);
+            judge_support(&features, &missing, demanded, &mut findings);
             findings.0.remove(0)
         };
         let demanded = judge(true);
         assert_eq!(
             (demanded.level, demanded.check, demanded.text.as_str()),
-            (Level::Problem, "privileges", "CAP_BPF is missing")
+            (Severity::Problem, "privileges", "CAP_BPF is missing")
         );
         assert_eq!(demanded.fix.as_deref(), Some("run as root, or set mode = \"userspace\""));
-        assert_eq!(judge(false).level, Level::Warning);
+        assert_eq!(judge(false).level, Severity::Warning);
     }
 }

@@ -1,5 +1,5 @@
-//! Interfaces: are they there, do they carry anything, and who is on them before us. And whether the listeners' own
-//! addresses can be had.
+//! Interfaces: whether they exist and have a carrier, and which foreign programs precede ours on them. Also, whether the
+//! listeners' addresses can be bound.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -20,8 +20,8 @@ use crate::host::programs::{self, Hook};
 use crate::host::{HostFacts, Link};
 use crate::model::{ListenerId, Mode};
 
-/// The datapath that each listener would get; listeners that could not run are found, and left out.
-pub(super) fn choose(
+/// The datapath that each listener would get. A listener that could not run becomes a finding and is left out.
+pub(super) fn choose_modes(
     config: &Config,
     tc_support: &Result<(), TcUnsupported>,
     facts: &HostFacts,
@@ -30,7 +30,7 @@ pub(super) fn choose(
     let mut choices = BTreeMap::new();
     for listener in &config.listeners {
         let name = &listener.name;
-        // What the kernel program lacks has been said, once; here it is about interfaces.
+        // `kernel::check` has reported what the program lacks. This is about interfaces.
         let support = if listener.mode == RequestedMode::TcEbpf { &Ok(()) } else { tc_support };
         match choose_mode(listener, support, facts) {
             Ok(choice) => {
@@ -38,8 +38,8 @@ pub(super) fn choose(
                 if fell_back && tc_support.is_ok() && !listener.bind.ip().is_loopback() {
                     findings.warning(
                         "interface",
-                        format!("listener {name:?}: mode = \"auto\" takes userspace: {}", choice.reason),
-                        "correct `interface`, or set mode = \"userspace\" if that is meant",
+                        format!("listener {name:?}: mode = \"auto\" selects userspace: {}", choice.reason),
+                        "correct `interface`, or set mode = \"userspace\" if that is intended",
                     );
                 }
                 choices.insert(listener.id, choice);
@@ -53,8 +53,8 @@ pub(super) fn choose(
     choices
 }
 
-/// Looks at the interfaces that the listeners use, and at their addresses.
-pub(super) fn look(
+/// Checks the interfaces that the listeners use, and their addresses.
+pub(super) fn check(
     config: &Config,
     choices: &BTreeMap<ListenerId, ModeChoice>,
     facts: &HostFacts,
@@ -72,15 +72,15 @@ pub(super) fn look(
     }
     for link in links {
         judge_link(link, running.as_ref().map(|running| running.contains(&link.name)), findings);
-        let looked = preceding_programs::list(link.index, place(config, link.index))
-            .and_then(|ahead| Ok((ahead, ingress_filters(link.index)?)));
+        let looked = preceding_programs::list(link.index, program_position(config, link.index))
+            .and_then(|preceding| Ok((preceding, ingress_filters(link.index)?)));
         match looked {
-            Ok((ahead, filters)) => judge_programs(link, &filters, &ahead, daemon_runs, findings),
+            Ok((preceding, filters)) => judge_programs(link, &filters, &preceding, daemon_runs, findings),
             Err(error) => {
                 findings.warning(
                     "filter",
                     format!("{}: {error:#}", link.name),
-                    "look with `bpftool net show` and `tc filter show dev … ingress`",
+                    format!("see `bpftool net show dev {0}` and `tc filter show dev {0} ingress`", link.name),
                 );
             }
         }
@@ -92,8 +92,8 @@ pub(super) fn look(
     }
 }
 
-/// Where the kernel program is on a link, or where it would be if it were attached now.
-fn place(config: &Config, link: u32) -> ProgramPosition {
+/// The kernel program's position on a link, or where it would be if it were attached now.
+fn program_position(config: &Config, link: u32) -> ProgramPosition {
     match AttachMode::choose(config.attach, programs::has_tcx()) {
         Ok(AttachMode::Tcx(order)) => {
             let there = programs::list(link, Hook::TcxIngress).unwrap_or_default();
@@ -124,9 +124,9 @@ fn attached_links<'a>(
     indices.into_iter().filter_map(|index| facts.link(index)).collect()
 }
 
-/// Names of the interfaces that carry something: up, with a cable in them. None where the kernel does not say.
+/// Names of the interfaces that are up and have a carrier. None if they cannot be read.
 ///
-/// Not `IFF_RUNNING`, which follows the cable up to a second later (`net/core/link_watch.c`).
+/// Not `IFF_RUNNING`, which follows the carrier up to a second later (`net/core/link_watch.c`).
 fn running() -> Option<BTreeSet<String>> {
     let running = getifaddrs().ok()?.filter(|seen| seen.flags.contains(InterfaceFlags::IFF_LOWER_UP));
     Some(running.map(|seen| seen.interface_name).collect())
@@ -137,30 +137,30 @@ fn judge_link(link: &Link, running: Option<bool>, findings: &mut Findings) {
     if !link.up {
         findings.problem(
             "interface",
-            format!("{name} is down: nothing comes in by it"),
+            format!("{name} is down: no packets arrive on it"),
             format!("ip link set {name} up"),
         );
     } else if running == Some(false) {
         findings.problem(
             "interface",
-            format!("{name} is up, and its other end is not: nothing comes in by it"),
-            "look at the cable, the switch, or the peer",
+            format!("{name} is up, but its other end is not: no packets arrive on it"),
+            "check the cable, the switch port or the peer interface",
         );
     } else {
-        findings.ok("interface", format!("{name} is up, and takes packets of {} bytes", link.mtu));
+        findings.ok("interface", format!("{name} is up, with an MTU of {} bytes", link.mtu));
     }
 }
 
-/// Who sees the packets of a link before us, and whether our place is free.
-fn judge_programs(link: &Link, filters: &[TcFilter], ahead: &[String], daemon_runs: bool, findings: &mut Findings) {
+/// Foreign programs that see a link's packets before ours, and whether our `pref` and handle are free.
+fn judge_programs(link: &Link, filters: &[TcFilter], preceding: &[String], daemon_runs: bool, findings: &mut Findings) {
     let (name, before) = (&link.name, findings.0.len());
-    for program in ahead {
+    for program in preceding {
         findings.warning(
             "filter",
-            format!("{name}: {program} sees packets before us, and may take the listeners' datagrams"),
+            format!("{name}: {program} sees packets before udp-fanout, and may consume the listeners' datagrams"),
             format!(
-                "make sure that it lets them pass on (TC_ACT_UNSPEC, TC_ACT_PIPE, XDP_PASS), or, unless it is XDP, go before \
-                 it with attach = \"tcx\"; `bpftool net show dev {name}` shows the order"
+                "make it pass them on (TC_ACT_UNSPEC, TC_ACT_PIPE, XDP_PASS), or, unless it is XDP, run before it with attach \
+                 = \"tcx\"; `bpftool net show dev {name}` shows the order"
             ),
         );
     }
@@ -171,21 +171,21 @@ fn judge_programs(link: &Link, filters: &[TcFilter], ahead: &[String], daemon_ru
         if ours && program != PROGRAM_NAME {
             findings.problem(
                 "filter",
-                format!("{name}: our place, pref {PRIORITY} handle {HANDLE:#x}, has another program's filter, {what}"),
-                format!("tc filter del dev {name} ingress pref {PRIORITY} handle {HANDLE:#x} bpf, if it is not needed"),
+                format!("{name}: another program's filter, {what}, has the pref {PRIORITY} and handle {HANDLE:#x} of udp-fanout"),
+                format!("if it is not needed: tc filter del dev {name} ingress pref {PRIORITY} handle {HANDLE:#x} bpf"),
             );
         } else if ours && !daemon_runs {
             findings.warning(
                 "filter",
-                format!("{name}: a udp-fanout that ended has left its filter, which forwards to yesterday's receivers"),
-                format!("start the daemon, or: tc filter del dev {name} ingress pref {PRIORITY}"),
+                format!("{name}: a stopped daemon has left its filter, which still forwards to its last receivers"),
+                format!("start the daemon, or: udp-fanout detach --interface {name}"),
             );
         }
     }
-    findings.ok_unless_found(before, "filter", format!("{name}: no other program sees packets before ours"));
+    findings.ok_unless_found(before, "filter", format!("{name}: no other program sees packets before udp-fanout"));
 }
 
-/// Takes a listener's address, and gives it back at once.
+/// Binds a socket to a listener's address and closes it again.
 fn try_bind(address: SocketAddr) -> Result<(), ErrorKind> {
     UdpSocket::bind(address).map(drop).map_err(|error| error.kind())
 }
@@ -201,26 +201,26 @@ fn judge_bind(
     let ip = bind.ip();
     let ours = ip.is_unspecified() || ip.is_loopback() || facts.addresses.iter().any(|own| own.address == ip);
     match free {
-        Ok(()) if ours => findings.ok("bind", format!("listener {name:?}: {bind} can be had")),
+        Ok(()) if ours => findings.ok("bind", format!("listener {name:?}: {bind} can be bound")),
         Err(ErrorKind::AddrInUse) => findings.problem(
             "bind",
-            format!("listener {name:?}: another program listens at {bind}"),
-            format!("`ss -ulpn sport = :{}` shows it; stop it, or choose another port", bind.port()),
+            format!("listener {name:?}: another program has a socket on {bind}"),
+            format!("stop it (`ss -ulpn sport = :{}` shows it), or set another port in `bind`", bind.port()),
         ),
         Err(ErrorKind::PermissionDenied) => findings.problem(
             "bind",
-            format!("listener {name:?}: this process may not listen at {bind}"),
-            "run as root, grant CAP_NET_BIND_SERVICE, or choose a port from 1024 up",
+            format!("listener {name:?}: this process may not bind {bind}"),
+            "run as root, grant CAP_NET_BIND_SERVICE, or set a port from 1024 up in `bind`",
         ),
         _ if kernel => findings.warning(
             "bind",
-            format!("listener {name:?}: no interface has {ip}: what the kernel program leaves to the socket is lost"),
-            "all is well if a load balancer announces that address and nothing is fragmented; else correct `bind`",
+            format!("listener {name:?}: no interface has {ip}, so datagrams that the kernel program passes to the socket are lost"),
+            "correct `bind`, unless a load balancer announces that address and no datagram is fragmented",
         ),
         _ => findings.problem(
             "bind",
-            format!("listener {name:?}: {ip} is no address of this host"),
-            "`ip address` shows those there are; 0.0.0.0 or [::] stand for all",
+            format!("listener {name:?}: {ip} is not an address of this host"),
+            "correct `bind`; `ip address` lists the addresses, and 0.0.0.0 or [::] means all of them",
         ),
     }
 }

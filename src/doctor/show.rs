@@ -1,52 +1,56 @@
-//! Findings for people, a line each, and for programs, as JSON. Pure.
+//! Prints findings as lines of text or as JSON. Pure.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::{Finding, Findings, Level};
+use super::{DoctorFinding, Findings, Severity};
 
-/// Most lines of one sort: what is wrong with a thousand downstreams is wrong with the first ten as well.
-const MOST_ALIKE: usize = 10;
+/// The most lines printed for one severity and check. A fault of a thousand downstreams shows in the first ten.
+const MAX_ALIKE: usize = 10;
 
-/// A line for each finding, and one that counts.
+/// One line for each finding, and one with the totals.
 pub(super) fn text(findings: &Findings) -> String {
     let mut text = String::new();
-    let mut seen: HashMap<(Level, &str), usize> = HashMap::new();
-    for Finding { level, check, text: what, fix } in &findings.0 {
+    let mut seen: HashMap<(Severity, &str), usize> = HashMap::new();
+    for DoctorFinding { level, check, text: what, fix } in &findings.0 {
         let alike = seen.entry((*level, check)).or_default();
         *alike += 1;
-        if *alike > MOST_ALIKE {
+        if *alike > MAX_ALIKE {
             continue;
         }
         let fix = fix.as_ref().map_or_else(String::new, |fix| format!("; {fix}"));
         text += &format!("{:<8} {check:<11} {what}{fix}\n", level.name());
     }
-    let mut more: Vec<_> = seen.into_iter().filter(|(_, n)| *n > MOST_ALIKE).collect();
+    let mut more: Vec<_> = seen.into_iter().filter(|(_, n)| *n > MAX_ALIKE).collect();
     more.sort_unstable();
     for ((level, check), n) in more {
-        text += &format!("{:<8} {check:<11} {} more like these; --json shows all\n", level.name(), n - MOST_ALIKE);
+        text += &format!(
+            "{:<8} {check:<11} {} more like these; `udp-fanout doctor --json` shows all\n",
+            level.name(),
+            n - MAX_ALIKE
+        );
     }
     let count = |level, one: &str| {
         let n = findings.count(level);
         if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
     };
-    text + &format!("{}, {}\n", count(Level::Problem, "problem"), count(Level::Warning, "warning"))
+    text + &format!("{}, {}\n", count(Severity::Problem, "problem"), count(Severity::Warning, "warning"))
 }
 
 #[derive(Serialize)]
-struct Json<'a> {
+struct FindingsJson<'a> {
     problems: usize,
     warnings: usize,
-    findings: &'a [Finding],
+    findings: &'a [DoctorFinding],
 }
 
 /// One line of JSON.
 pub(super) fn json(findings: &Findings) -> Result<String> {
-    let json = Json {
-        problems: findings.count(Level::Problem),
-        warnings: findings.count(Level::Warning),
+    let json = FindingsJson {
+        problems: findings.count(Severity::Problem),
+        warnings: findings.count(Severity::Warning),
         findings: &findings.0,
     };
     Ok(serde_json::to_string(&json).context("cannot write the findings as JSON")? + "\n")
@@ -69,7 +73,7 @@ mod tests {
         assert_eq!(lines[0], "ok       kernel      it is new enough");
         assert_eq!(lines[1], "warning  mtu         it narrows; widen it");
         assert_eq!(lines[11], "problem  route       no route to 9; add one");
-        assert_eq!(lines[12], "problem  route       3 more like these; --json shows all");
+        assert_eq!(lines[12], "problem  route       3 more like these; `udp-fanout doctor --json` shows all");
         assert_eq!(lines[13..], ["13 problems, 1 warning"]);
         let value: serde_json::Value = serde_json::from_str(&json(&findings).unwrap()).unwrap();
         assert_eq!((&value["problems"], value["findings"].as_array().unwrap().len()), (&13.into(), 15));

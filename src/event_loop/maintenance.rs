@@ -35,7 +35,7 @@ impl Daemon {
 
 /// Warns of lines that the log itself has lost, once it can be written to again.
 fn log_lost_lines() {
-    let lines = logging::take_lost();
+    let lines = logging::take_lost_lines();
     if lines > 0 {
         tracing::warn!(lines, "log lines were lost: the disk was full, or the log's reader had gone or was too slow");
     }

@@ -1,21 +1,22 @@
-//! For tests that look at what is logged: a subscriber of the thread's own that misses nothing.
+//! Log capture for tests: a subscriber for the test's thread that misses no message.
 //!
-//! While there is only one subscriber in the process, and it is one thread's, a message that another thread comes upon first is
-//! taken by `tracing` to be of no interest to anyone, also later and there. Two are enough for each of them to be asked.
+//! While the process has only one subscriber, and that one belongs to another thread, `tracing` marks a message that is first
+//! met on this thread as disabled for good. With two subscribers, it asks each of them.
 
 use std::sync::LazyLock;
 
 use tracing::{Dispatch, Subscriber};
 
-static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(tracing::subscriber::NoSubscriber::new()));
+static SECOND_SUBSCRIBER: LazyLock<Dispatch> =
+    LazyLock::new(|| Dispatch::new(tracing::subscriber::NoSubscriber::new()));
 
-/// Sees to it that messages that are first met from now on are not taken to be of no interest. To be called by tests that
-/// may meet, at the same time, messages that others look at.
+/// Keeps messages that are first met from now on from being disabled for good. For tests that may log, at the same time,
+/// messages that other tests capture.
 pub(crate) fn prepare() {
-    LazyLock::force(&ANOTHER);
+    LazyLock::force(&SECOND_SUBSCRIBER);
 }
 
-/// Runs `work`, whose messages go to this subscriber.
+/// Runs `work`; its messages go to this subscriber.
 pub(crate) fn with(subscriber: impl Subscriber + Send + Sync + 'static, work: impl FnOnce()) {
     prepare();
     tracing::subscriber::with_default(subscriber, work);

@@ -1,8 +1,7 @@
-//! Standard error as the log's end: a line that cannot be written at once is lost, and the daemon goes on.
+//! Non-blocking writes to standard error: a line that cannot be written soon is dropped and counted.
 //!
-//! The disk may be full, the reader gone, or there and not reading: then a plain write would wait for as long as it pleases,
-//! and with it the thread that has something to say. So it is asked first whether there is room, and a reader that does not
-//! make any within [`PATIENCE`] costs lines, not time. How many is known to [`take_lost`].
+//! The disk may be full, the reader gone, or alive but not reading. A plain write would then block the thread that logs. So
+//! [`NonBlockingWriter`] polls for room first and waits [`WRITE_TIMEOUT`] at most. [`take_lost_lines`] returns the count.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,66 +13,67 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// How long a reader that has kept up so far may take to make room.
-const PATIENCE: Duration = Duration::from_millis(100);
-/// `PIPE_BUF`: where there is room in a pipe, there is so much.
-const PIECE: usize = 4_096;
+/// How long to wait for a reader that has kept up so far.
+const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
+/// `PIPE_BUF`: a pipe that is writable has room for this many bytes.
+const PIPE_CHUNK: usize = 4_096;
 
-/// Lines lost, and whether the last one was.
+/// NonBlockingWriter lost and not yet reported.
 static LOST: AtomicU64 = AtomicU64::new(0);
+/// Whether the last line was lost.
 static LOSING: AtomicBool = AtomicBool::new(false);
 
-/// How many lines have been lost, told once, as soon as lines can be written again; 0 until then.
+/// Returns the number of lost lines and resets it, once lines can be written again; 0 until then.
 #[must_use]
-pub fn take_lost() -> u64 {
-    // Nobody has had anything to say since: whether it would get through can be asked.
+pub fn take_lost_lines() -> u64 {
+    // Nothing was logged since the last line was lost, so check whether the next one could be written.
     if LOSING.load(Ordering::Relaxed) && !has_room(io::stderr().as_fd(), Duration::ZERO) {
         return 0;
     }
     LOST.swap(0, Ordering::Relaxed)
 }
 
-/// What lines are written to.
+/// Writes log lines to a stream without blocking.
 #[derive(Debug)]
-pub(super) struct Lines<W> {
+pub(super) struct NonBlockingWriter<W> {
     stream: W,
-    /// True after a line that was written in part: the next one must not continue it.
-    torn: Mutex<bool>,
+    /// True after a line that was written in part. A line break must precede the next one.
+    truncated: Mutex<bool>,
 }
 
-impl<W> Lines<W> {
-    pub(super) fn new(stream: W) -> Lines<W> {
-        Lines { stream, torn: Mutex::new(false) }
+impl<W> NonBlockingWriter<W> {
+    pub(super) fn new(stream: W) -> NonBlockingWriter<W> {
+        NonBlockingWriter { stream, truncated: Mutex::new(false) }
     }
 
-    fn torn(&self) -> MutexGuard<'_, bool> {
-        self.torn.lock().unwrap_or_else(PoisonError::into_inner)
+    fn truncated(&self) -> MutexGuard<'_, bool> {
+        self.truncated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<'w, W: AsFd + 'w> MakeWriter<'w> for Lines<W> {
-    type Writer = &'w Lines<W>;
+impl<'w, W: AsFd + 'w> MakeWriter<'w> for NonBlockingWriter<W> {
+    type Writer = &'w NonBlockingWriter<W>;
 
-    fn make_writer(&'w self) -> &'w Lines<W> {
+    fn make_writer(&'w self) -> &'w NonBlockingWriter<W> {
         self
     }
 }
 
-impl<W: AsFd> Write for &Lines<W> {
-    /// Writes a line, or does not: either way it is done with.
+impl<W: AsFd> Write for &NonBlockingWriter<W> {
+    /// Writes a line or drops it. Always reports success, so that the caller does not try again.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut torn = self.torn();
+        let mut truncated = self.truncated();
         let stream = self.stream.as_fd();
-        let patience = if LOSING.load(Ordering::Relaxed) { Duration::ZERO } else { PATIENCE };
-        let begin: &[u8] = if *torn { b"\n" } else { b"" };
+        let timeout = if LOSING.load(Ordering::Relaxed) { Duration::ZERO } else { WRITE_TIMEOUT };
+        let begin: &[u8] = if *truncated { b"\n" } else { b"" };
         let mut written = 0;
-        let whole = [begin, line].into_iter().flat_map(|part| part.chunks(PIECE)).all(|piece| {
-            let done = write_piece(stream, piece, patience);
+        let whole = [begin, line].into_iter().flat_map(|part| part.chunks(PIPE_CHUNK)).all(|piece| {
+            let done = write_piece(stream, piece, timeout);
             written += done;
             done == piece.len()
         });
-        // Of what was written, a line break may have been all.
-        *torn = !whole && (written > begin.len() || (*torn && written == 0));
+        // The line break may be all that was written.
+        *truncated = !whole && (written > begin.len() || (*truncated && written == 0));
         LOSING.store(!whole, Ordering::Relaxed);
         LOST.fetch_add(u64::from(!whole), Ordering::Relaxed);
         Ok(line.len())
@@ -84,10 +84,10 @@ impl<W: AsFd> Write for &Lines<W> {
     }
 }
 
-/// Writes as much as there is room for, and returns how much that was.
-fn write_piece(stream: BorrowedFd<'_>, piece: &[u8], patience: Duration) -> usize {
+/// Writes as much as there is room for, and returns the number of bytes.
+fn write_piece(stream: BorrowedFd<'_>, piece: &[u8], timeout: Duration) -> usize {
     let mut written = 0;
-    while written < piece.len() && has_room(stream, patience) {
+    while written < piece.len() && has_room(stream, timeout) {
         match nix::unistd::write(stream, &piece[written..]) {
             Ok(0) => break,
             Ok(length) => written += length,
@@ -98,13 +98,13 @@ fn write_piece(stream: BorrowedFd<'_>, piece: &[u8], patience: Duration) -> usiz
     written
 }
 
-fn has_room(stream: BorrowedFd<'_>, patience: Duration) -> bool {
+fn has_room(stream: BorrowedFd<'_>, timeout: Duration) -> bool {
     let mut stream = [PollFd::new(stream, PollFlags::POLLOUT)];
-    let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO);
     loop {
-        match poll(&mut stream, patience) {
+        match poll(&mut stream, timeout) {
             Err(Errno::EINTR) => {}
-            // Who cannot be asked is found out about by trying.
+            // If polling fails, the write will show the reason.
             Err(_) => return true,
             Ok(_) => return stream[0].any().unwrap_or(false),
         }
@@ -118,13 +118,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_read_is_lost_and_what_comes_later_begins_a_line() {
+    fn unread_lines_are_lost_and_later_ones_begin_on_a_new_line() {
         let (mut reader, writer) = io::pipe().unwrap();
         let size = nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(8_192)).unwrap();
         assert_eq!(size, 8_192);
-        let lines = Lines::new(writer);
+        let lines = NonBlockingWriter::new(writer);
         let mut to = &lines;
-        // Of the second the pipe takes a piece.
+        // The pipe has room for a part of the second line.
         let long = [vec![b'x'; 5_999], b"\n".to_vec()].concat();
         assert_eq!(to.write(b"short\n").unwrap(), 6);
         for _ in 0..5 {

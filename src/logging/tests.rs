@@ -24,11 +24,11 @@ impl Captured {
     }
 }
 
-/// What is written while `events` runs.
-fn logged(options: Options, surroundings: &Surroundings, events: impl FnOnce()) -> String {
+/// The log lines of `events`.
+fn logged(options: LogOptions, environment: &LogEnvironment, events: impl FnOnce()) -> String {
     let captured = Captured::default();
     let writer = captured.clone();
-    let subscriber = subscriber(options, surroundings, move || writer.clone()).expect("a subscriber");
+    let subscriber = subscriber(options, environment, move || writer.clone()).expect("a subscriber");
     capture::with(subscriber, events);
     captured.text()
 }
@@ -39,7 +39,7 @@ fn guide_lines() {
     tracing::info!(listener_id = %crate::model::ListenerId(0), endpoints = 3_usize, "updated tc_ebpf downstream set");
 }
 
-/// Removes what must be a time in RFC 3339, UTC.
+/// Removes the time, which must be in RFC 3339 and UTC.
 fn without_time(line: &str) -> &str {
     let (time, rest) = line.split_once(' ').expect("a time");
     let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
@@ -49,7 +49,7 @@ fn without_time(line: &str) -> &str {
 
 #[test]
 fn text_is_what_the_guide_greps_for() {
-    let text = logged(Options::default(), &Surroundings::default(), guide_lines);
+    let text = logged(LogOptions::default(), &LogEnvironment::default(), guide_lines);
     let lines: Vec<_> = text.lines().map(without_time).collect();
     assert_eq!(
         lines,
@@ -62,16 +62,17 @@ fn text_is_what_the_guide_greps_for() {
 
 #[test]
 fn the_journal_has_the_time_already() {
-    let journal = Surroundings { journal: true, ..Surroundings::default() };
-    let text = logged(Options::default(), &journal, guide_lines);
+    let journal = LogEnvironment { journal: true, ..LogEnvironment::default() };
+    let text = logged(LogOptions::default(), &journal, guide_lines);
     assert_eq!(text.lines().next(), Some(r#" INFO attached TC eBPF program to ingress interface="eth0""#));
 }
 
 #[test]
-fn json_is_an_object_a_line() {
-    let options = Options { format: Format::Json, ..Options::default() };
+fn json_is_one_object_per_line() {
+    let options = LogOptions { format: LogFormat::Json, ..LogOptions::default() };
     for journal in [false, true] {
-        let text = logged(options, &Surroundings { journal, terminal: true, ..Surroundings::default() }, guide_lines);
+        let text =
+            logged(options, &LogEnvironment { journal, terminal: true, ..LogEnvironment::default() }, guide_lines);
         let lines: Vec<serde_json::Value> =
             text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
         assert_eq!(lines.len(), 2);
@@ -84,12 +85,15 @@ fn json_is_an_object_a_line() {
 }
 
 #[test]
-fn colours_are_for_terminals_that_want_them() {
+fn colours_are_for_terminals_without_no_color() {
     for (terminal, no_color, coloured) in
         [(false, false, false), (false, true, false), (true, true, false), (true, false, true)]
     {
-        let text =
-            logged(Options::default(), &Surroundings { terminal, no_color, ..Surroundings::default() }, guide_lines);
+        let text = logged(
+            LogOptions::default(),
+            &LogEnvironment { terminal, no_color, ..LogEnvironment::default() },
+            guide_lines,
+        );
         assert_eq!(text.contains('\x1b'), coloured, "terminal {terminal}, NO_COLOR {no_color}");
     }
 }
@@ -106,21 +110,21 @@ fn one_of_each() {
     tracing::trace!(target: "hyper", "theirs 5");
 }
 
-fn counts(level: Level, rust_log: Option<&str>) -> (usize, usize) {
-    let surroundings = Surroundings { rust_log: rust_log.map(str::to_owned), ..Surroundings::default() };
-    let text = logged(Options { level, ..Options::default() }, &surroundings, one_of_each);
+fn counts(level: LogLevel, rust_log: Option<&str>) -> (usize, usize) {
+    let environment = LogEnvironment { rust_log: rust_log.map(str::to_owned), ..LogEnvironment::default() };
+    let text = logged(LogOptions { level, ..LogOptions::default() }, &environment, one_of_each);
     (text.matches("ours").count(), text.matches("theirs").count())
 }
 
 #[test]
 fn levels_are_ours_and_libraries_stay_quiet() {
     let expected = [
-        (Level::Off, (0, 0)),
-        (Level::Error, (1, 1)),
-        (Level::Warn, (2, 2)),
-        (Level::Info, (3, 2)),
-        (Level::Debug, (4, 2)),
-        (Level::Trace, (5, 2)),
+        (LogLevel::Off, (0, 0)),
+        (LogLevel::Error, (1, 1)),
+        (LogLevel::Warn, (2, 2)),
+        (LogLevel::Info, (3, 2)),
+        (LogLevel::Debug, (4, 2)),
+        (LogLevel::Trace, (5, 2)),
     ];
     for (level, seen) in expected {
         assert_eq!(counts(level, None), seen, "{level:?}");
@@ -128,18 +132,18 @@ fn levels_are_ours_and_libraries_stay_quiet() {
 }
 
 #[test]
-fn rust_log_wins() {
-    assert_eq!(counts(Level::Off, Some("trace")), (5, 4));
-    assert_eq!(counts(Level::Trace, Some("warn,hyper=info")), (2, 3));
-    assert_eq!(counts(Level::Trace, Some("off")), (0, 0));
-    assert_eq!(counts(Level::Info, Some("")), (3, 2), "empty is as good as unset");
-    assert_eq!(counts(Level::Info, Some(" ")), (3, 2), "empty is as good as unset");
+fn rust_log_overrides_the_level() {
+    assert_eq!(counts(LogLevel::Off, Some("trace")), (5, 4));
+    assert_eq!(counts(LogLevel::Trace, Some("warn,hyper=info")), (2, 3));
+    assert_eq!(counts(LogLevel::Trace, Some("off")), (0, 0));
+    assert_eq!(counts(LogLevel::Info, Some("")), (3, 2), "empty is as good as unset");
+    assert_eq!(counts(LogLevel::Info, Some(" ")), (3, 2), "empty is as good as unset");
 }
 
 #[test]
-fn a_rust_log_that_makes_no_sense_is_one_clear_line() {
+fn an_invalid_rust_log_is_one_clear_line() {
     for directives in ["udp_fanout=loud", "a=b=c", "info,=,"] {
-        let Err(error) = filter(Level::Info, Some(directives)) else { panic!("{directives} is accepted") };
+        let Err(error) = filter(LogLevel::Info, Some(directives)) else { panic!("{directives} is accepted") };
         let text = format!("{error:#}");
         assert!(text.starts_with("environment variable RUST_LOG: "), "{text}");
         assert!(text.contains("unset it") && !text.contains('\n'), "{text}");
@@ -162,16 +166,16 @@ fn the_journal_is_known_by_device_and_inode() {
     }
 }
 
-/// Set in the environment of the processes that the next test starts.
+/// Set in the environment of the processes that the last test starts.
 const CHILD: &str = "UDP_FANOUT_TEST_LOGS";
 
-/// Does nothing but in a process started by the test after it.
+/// Runs only in a process that the next test starts.
 #[test]
 fn logs_in_a_process_of_its_own() {
     if std::env::var_os(CHILD).is_none() {
         return;
     }
-    init(Options { level: Level::Trace, format: Format::Text }).expect("logging starts");
+    init(LogOptions { level: LogLevel::Trace, format: LogFormat::Text }).expect("logging starts");
     for _ in 0..3 {
         one_of_each();
     }
@@ -179,7 +183,7 @@ fn logs_in_a_process_of_its_own() {
 }
 
 #[test]
-fn a_standard_error_that_cannot_be_written_kills_nobody() {
+fn a_standard_error_that_cannot_be_written_does_no_harm() {
     let (reader, closed_pipe) = std::io::pipe().expect("a pipe");
     drop(reader);
     let full_disk = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");

@@ -55,7 +55,7 @@ fn netns_detach_refuses_while_a_daemon_runs_unless_forced() {
         let refused = run(&lab, arguments, &pins);
         assert_eq!(refused.status.code(), Some(1));
         let reason = String::from_utf8(refused.stderr).unwrap();
-        assert!(reason.starts_with("a udp-fanout is running and serves eth0; stop it first"), "{reason}");
+        assert!(reason.starts_with("a udp-fanout daemon is running and serves eth0; stop it first"), "{reason}");
     }
     assert_eq!(filter(&lab), before);
     let text = printed(&run(&lab, &["detach", "--force"], &pins));
