@@ -56,8 +56,9 @@ demo: ## Show it at work in network namespaces: MODE=tc_ebpf (default) or usersp
 
 soak: ## Forward in both modes for SOAK_MINUTES=10 under reloads, link and health flaps: nothing lost, nothing grown
 	@scripts/deps.sh build run
-	$(CARGO) build --release --locked --bin udp-fanout --example soak
-	@scripts/as-root.sh 'make soak' $(TARGET_DIR)/release/examples/soak --daemon $(BIN) --minutes $(SOAK_MINUTES)
+	$(CARGO) build --release --locked --bin udp-fanout
+	$(CARGO) build --release --locked --package udp-fanout-lab --features soak --bin soak
+	@scripts/as-root.sh 'make soak' $(TARGET_DIR)/release/soak --daemon $(BIN) --minutes $(SOAK_MINUTES)
 
 test: ## Run every test: unit, BPF (root_*), network namespaces (netns_*); all, or it fails
 	@scripts/deps.sh build run test
@@ -70,8 +71,8 @@ test-kernels: ## Run the BPF tier and some of the network tier under Debian's ke
 
 test-systemd: deb ## Try the package under systemd, on an emulated machine: restarts, kills, upgrades, removal
 	@scripts/deps.sh build run test kernels
-	@KERNEL_TESTS=netns_systemd scripts/test-kernels.sh build
-	@scripts/as-root.sh 'make test-systemd' env KERNEL_ONLY=netns_ KERNEL_INIT=systemd scripts/test-kernels.sh run 6.1
+	@KERNEL_TESTS=netns scripts/test-kernels.sh build
+	@scripts/as-root.sh 'make test-systemd' env KERNEL_ONLY=systemd:: KERNEL_INIT=systemd scripts/test-kernels.sh run 6.1
 
 fuzz: ## Feed parsers and the kernel program with inputs that libFuzzer makes up, FUZZ_SECONDS=60 each: ARGS='TARGET ...'
 	@scripts/deps.sh build run fuzz

@@ -18,9 +18,6 @@
     reason = "a bench that cannot go on should stop, and prints"
 )]
 
-#[path = "../tests/support/watching.rs"]
-mod watching;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -31,7 +28,7 @@ use udp_fanout::discovery::{DiscoveryRequest, DiscoveryTimeouts};
 use udp_fanout_lab::apiserver::{ApiServer, Kind};
 use udp_fanout_lab::cluster::{nth, ready, slice, slices_of, unready};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Surroundings};
-use watching::{Watching, request};
+use udp_fanout_testkit::watching::{Watching, request};
 
 const ENDPOINTS: usize = 1000;
 /// What the 99th percentile to the kernel's table should stay below.

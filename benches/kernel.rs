@@ -18,12 +18,6 @@
 mod alone;
 #[path = "support/mod.rs"]
 mod bench;
-#[path = "../tests/kernel/run.rs"]
-#[allow(dead_code, reason = "the tests use more of it")]
-mod kernel_run;
-#[path = "../tests/kernel/packet.rs"]
-#[allow(dead_code, reason = "the tests use more of it")]
-mod packet;
 #[path = "kernel/pods.rs"]
 mod pods;
 #[path = "kernel/ways.rs"]

@@ -30,7 +30,7 @@ mapfile -t yaml < <(ours '*.yaml' '*.yml' .yamllint .clang-format | grep --inver
 mapfile -t c < <(ours 'bpf/*.c' 'bpf/*.h' 'benches/*.c' 'lab/*.c')
 
 check rustfmt "$cargo" fmt --all --check
-# tests/fuzz.rs includes its modules, so clippy checks them there.
+# Its programs call testkit/src/fuzz/, which clippy checks with the workspace.
 check 'rustfmt of fuzz/' "$cargo" fmt --manifest-path fuzz/Cargo.toml --check
 check clippy "$cargo" clippy --workspace --all-targets --locked -- -D warnings
 [[ ${#c[@]} -eq 0 ]] || check clang-format clang-format --dry-run -Werror "${c[@]}"

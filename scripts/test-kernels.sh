@@ -6,8 +6,8 @@
 #        scripts/test-kernels.sh run [VERSION]...    default: 5.10 6.1 6.12 6.18 and 7, the newest of each
 #
 # The machine is emulated in software (no /dev/kvm needed) and slow: nothing here measures speed. Of the network tier,
-# one test of each kind runs, because each takes minutes there. KERNEL_TESTS names other test
-# programs, KERNEL_ONLY other parts of names, separated by commas; KERNEL_ONLY=netns_,root_ runs all.
+# one test of each kind runs, because each takes minutes there. KERNEL_TESTS names other test programs (root, netns), KERNEL_ONLY
+# other parts of names, separated by commas: KERNEL_ONLY=delivery::,policies:: runs two modules of netns.
 # KERNEL_INIT=systemd has systemd as the first process, and the tests as a unit of it (make test-systemd).
 # Kernels are kept in target/kernels. The exit code is 0 if every kernel passed.
 set -euo pipefail
@@ -19,7 +19,7 @@ readonly KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 # Loaded before the root file system is mounted; the kernel loads other modules on demand.
 readonly BOOT_MODULES=(virtio_pci virtiofs overlay)
 # The test programs to run in the machine, as cargo names them, and parts of the names of the tests.
-read -ra PROGRAMS <<<"${KERNEL_TESTS:-root_packets netns_delivery netns_policies}"
+read -ra PROGRAMS <<<"${KERNEL_TESTS:-root netns}"
 readonly ONLY=${KERNEL_ONLY:-root_,netns_receivers_in_all_places_at_once,netns_receivers_in_all_places_over_ipv6,netns_an_interface_that_comes_back,netns_checksums_arrive_right,netns_everyone_everywhere,netns_both_modes_hash_each_sender,netns_datagrams_in_fragments_arrive_whole_and,netns_datagrams_in_a_vlan,netns_datagrams_out_of_a_wireguard,netns_what_comes_without_a_frame_is_copied}
 
 main() {

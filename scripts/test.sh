@@ -25,4 +25,4 @@ if [[ $EUID -ne 0 ]]; then
     echo "The test programs run through sudo: they make network namespaces and load BPF programs."
 fi
 
-exec "$cargo" test --locked "$@"
+exec "$cargo" test --locked --no-fail-fast "$@"

@@ -9,10 +9,6 @@
 //!
 //! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
 
-// What fuzzing does, which tests of single modules use too, knows this crate by its name.
-#[cfg(test)]
-extern crate self as udp_fanout;
-
 pub mod admission;
 pub mod cli;
 pub mod config;

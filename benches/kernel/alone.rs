@@ -13,10 +13,10 @@ use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::plan::{Delivery, MacPair, Plan, PlanTarget};
 
-use crate::kernel_run::{listener, target};
-use crate::packet::Frame;
 use crate::pods::LISTENER;
 use crate::ways;
+use udp_fanout_testkit::kernel::packet::Frame;
+use udp_fanout_testkit::kernel::run::{listener, target};
 
 /// Datagrams in one test run: fewer than the greatest TTL.
 const REPEAT: u32 = 200;

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| udp_fanout_fuzz::slices::run(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| udp_fanout_testkit::fuzz::slices::run(bytes));

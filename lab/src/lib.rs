@@ -12,6 +12,7 @@
 //! - [`traffic`]: numbered datagrams from senders to collectors, in a closed loop.
 //! - [`report`]: what was lost, duplicated or reordered; pure.
 //! - [`scrape`]: the daemon's HTTP pages.
+//! - [`servers`]: receivers that answer, refuse or stay silent, each on a thread.
 //! - [`sockets`]: queue lengths and counters of a namespace's sockets.
 //! - [`cleanup`]: removes everything, also after a panic, a signal or `SIGKILL`.
 //!
@@ -34,6 +35,7 @@ pub mod old_kernel;
 pub mod pins;
 pub mod report;
 pub mod scrape;
+pub mod servers;
 pub mod sockets;
 pub mod topology;
 pub mod traffic;

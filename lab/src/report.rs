@@ -1,4 +1,4 @@
-//! The reckoning: what receivers got against what was sent. Pure; `tests/harness.rs` proves it on made-up data.
+//! Compares what receivers got with what was sent. Pure; `tests/unit/lab.rs` tests it on made-up data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

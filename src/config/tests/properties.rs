@@ -7,18 +7,22 @@ use std::path::Path;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use serde_json::{Map, Value, json};
+use udp_fanout_testkit::fuzz::config::survives;
 
-use self::any_text::{again, survives};
 use super::bad_input::cases;
 use super::{Config, ONE};
 use crate::config::keys;
 
-/// What holds of any text whatever, which fuzzing tries as well.
-#[path = "../../../fuzz/src/config.rs"]
-#[expect(dead_code, reason = "fuzzing hands over bytes, the tests here texts")]
-mod any_text;
-
 const FILES: [&str; 2] = ["c.toml", "c.yaml"];
+
+/// The configuration read from this one's rendering.
+fn again(config: &Config) -> Config {
+    let rendered = config.render();
+    let mut read =
+        Config::parse(&rendered, Path::new("rendered.toml")).unwrap_or_else(|error| panic!("{error}\n{rendered}"));
+    read.path.clone_from(&config.path);
+    read
+}
 
 // ---- Anything ----
 

@@ -1,0 +1,38 @@
+//! Configuration files, in both notations.
+
+use std::path::Path;
+
+use udp_fanout::config::Config;
+
+/// Reads a file that may be anything, as TOML and as YAML.
+pub fn run(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    for file in ["c.toml", "c.yaml"] {
+        survives(text, file);
+    }
+}
+
+/// Reads a text that may be anything. Whatever is said about it is in lines that name the file; whatever is accepted
+/// renders as something equal.
+pub fn survives(text: &str, file: &str) {
+    match Config::parse(text, Path::new(file)) {
+        Ok(config) => assert_eq!(again(&config), config),
+        Err(error) => {
+            let message = error.to_string();
+            assert!(!message.is_empty());
+            for line in message.lines() {
+                assert!(line.starts_with(file), "{line:?}");
+                assert!(!line.chars().any(char::is_control), "{line:?}");
+            }
+        }
+    }
+}
+
+/// The configuration read from this one's rendering.
+fn again(config: &Config) -> Config {
+    let rendered = config.render();
+    let read = Config::parse(&rendered, Path::new("rendered.toml"));
+    let mut read = read.unwrap_or_else(|error| panic!("{error}\n{rendered}"));
+    read.path.clone_from(&config.path);
+    read
+}

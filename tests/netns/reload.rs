@@ -1,0 +1,45 @@
+//! A configuration that changes under a daemon at work: no datagram is lost or doubled, on the listeners that change as on
+//! those that do not; and one that is wrong, or cannot be put in force, changes nothing at all.
+
+mod edits;
+mod refusals;
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use udp_fanout_lab::scrape::Metrics;
+use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
+
+/// Only SIGHUP is a reason to read the file, so that every reload is one that the test has asked for.
+const ON_SIGNAL: &str = "watch_config = false\n";
+
+/// The program under test.
+fn binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
+}
+
+fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
+    Daemon::start(&lab.gateway, binary(), config).unwrap()
+}
+
+/// Two listeners with all of the lab's receivers: `lab` and `second`, on port 9125 of the same address.
+fn two_listeners(lab: &Lab, mode: &str) -> DaemonConfig {
+    let mut config = DaemonConfig::for_lab(lab, mode);
+    config.head = ON_SIGNAL.to_owned();
+    let mut second = config.listeners[0].clone();
+    (second.name, second.bind) = ("second".into(), second_listener().to_string());
+    config.listeners.push(second);
+    config
+}
+
+fn second_listener() -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, 1], 9125))
+}
+
+fn metrics(lab: &Lab) -> Metrics {
+    Metrics::scrape(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/metrics").unwrap()
+}
+
+fn reloads(lab: &Lab, result: &str) -> u64 {
+    metrics(lab).sum("udp_fanout_config_reloads_total", &[("result", result)])
+}

@@ -1,0 +1,116 @@
+//! Edits that are refused: each says why, and nothing has changed, neither what is wrong nor the rest.
+
+use nix::sys::signal::Signal;
+
+use super::{metrics, reloads, start, two_listeners};
+use udp_fanout_lab::traffic::bind;
+use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
+
+/// Sends SIGHUP and waits for the refusal; returns the log since.
+fn refused(daemon: &mut Daemon, config: &str) -> String {
+    let before = daemon.log().len();
+    daemon.write_config(config).unwrap();
+    daemon.signal(Signal::SIGHUP).unwrap();
+    daemon.wait_for_line("configuration not reloaded").unwrap();
+    daemon.log()[before..].to_owned()
+}
+
+fn all_listeners_serve(lab: &Lab, expected: u64) {
+    let page = metrics(lab);
+    assert_eq!(page.sum("udp_fanout_downstream_active", &[]), expected);
+    let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
+    let mut senders = [lab.listener(), super::second_listener()]
+        .map(|listener| Sender::open(&lab.sender, (Lab::SENDER, 0), listener).unwrap());
+    for sender in &mut senders {
+        sender.send(100, &collectors).unwrap();
+    }
+    let report = collectors.finish(&[&senders[0], &senders[1]]).unwrap();
+    assert!(report.is_complete(), "{report}");
+}
+
+#[test]
+fn netns_a_wrong_file_changes_nothing() {
+    let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
+    for mode in ["tc_ebpf", "userspace"] {
+        let config = two_listeners(&lab, mode);
+        let mut daemon = start(&lab, &config);
+        assert_eq!(metrics(&lab).sum("udp_fanout_config_last_reload_successful", &[]), 1);
+        // Right in one place, wrong in another.
+        let mut half = config.clone();
+        half.listeners[0].downstreams.pop();
+        half.listeners[1].extra = "polcy = \"hash\"".into();
+        let log = refused(&mut daemon, &half.to_toml());
+        let expected = "listeners[1].polcy: unknown key; did you mean `policy`?";
+        assert!(log.contains(expected) && log.contains("ERROR"), "{log}");
+        assert_eq!((reloads(&lab, "success"), reloads(&lab, "error")), (0, 1));
+        assert_eq!(metrics(&lab).sum("udp_fanout_config_last_reload_successful", &[]), 0);
+        all_listeners_serve(&lab, 4);
+        daemon.reload(&config.to_toml()).unwrap();
+        assert_eq!(metrics(&lab).sum("udp_fanout_config_last_reload_successful", &[]), 1);
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn netns_what_needs_a_restart_says_so() {
+    let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
+    let limits = "[limits]\nmax_downstreams = 100\n";
+    let mut config = two_listeners(&lab, "tc_ebpf");
+    let mut daemon = start(&lab, &config);
+    config.listeners[0].downstreams.pop();
+    let log = refused(&mut daemon, &(config.to_toml() + limits));
+    assert!(log.contains("limits.max_downstreams: 100 needs a restart"), "{log}");
+    all_listeners_serve(&lab, 4);
+    daemon.stop().unwrap();
+}
+
+/// What only shows when it is tried: an address that another program has, an interface that is not there.
+#[test]
+fn netns_a_configuration_that_cannot_be_put_in_force_is_taken_back_whole() {
+    let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
+    let _occupied = bind(&lab.gateway, "10.0.0.1:9999".parse().unwrap()).unwrap();
+    for mode in ["tc_ebpf", "userspace"] {
+        let config = two_listeners(&lab, mode);
+        let mut daemon = start(&lab, &config);
+        let with = |edit: &dyn Fn(&mut DaemonConfig)| {
+            let mut changed = config.clone();
+            // Someone goes, someone changes, and someone new cannot be had.
+            changed.listeners.remove(1);
+            changed.listeners[0].downstreams.pop();
+            let mut new = config.listeners[0].clone();
+            (new.name, new.bind) = ("new".into(), "10.0.0.1:9998".into());
+            changed.listeners.push(new.clone());
+            (new.name, new.bind) = ("impossible".into(), "10.0.0.1:9997".into());
+            changed.listeners.push(new);
+            edit(&mut changed);
+            changed.to_toml()
+        };
+        let log = refused(&mut daemon, &with(&|config| config.listeners[2].bind = "10.0.0.1:9999".into()));
+        assert!(log.contains("listener \"impossible\"") && log.contains("10.0.0.1:9999"), "{log}");
+        all_listeners_serve(&lab, 4);
+        let log = refused(
+            &mut daemon,
+            &with(&|config| {
+                (config.listeners[2].mode, config.listeners[2].interface) = ("tc_ebpf".into(), Some("eth9".into()))
+            }),
+        );
+        assert!(log.contains("interface not found: eth9"), "{log}");
+        all_listeners_serve(&lab, 4);
+        let busy = bind_tcp(&lab);
+        let log = refused(&mut daemon, &with(&|config| config.metrics = Some(busy.local_addr().unwrap())));
+        assert!(log.contains("cannot serve metrics on 127.0.0.1:"), "{log}");
+        all_listeners_serve(&lab, 4);
+        // Of the listeners that were tried, nothing is left.
+        for port in [9997, 9998] {
+            drop(bind(&lab.gateway, ([10, 0, 0, 1], port).into()).unwrap());
+        }
+        let filters = lab.gateway.tc("filter show dev eth0 ingress").unwrap();
+        assert_eq!(filters.contains("udp_fanout"), mode == "tc_ebpf", "{filters}");
+        assert_eq!(reloads(&lab, "error"), 3);
+        daemon.stop().unwrap();
+    }
+}
+
+fn bind_tcp(lab: &Lab) -> std::net::TcpListener {
+    lab.gateway.run(|| Ok(std::net::TcpListener::bind("127.0.0.1:0")?)).unwrap()
+}

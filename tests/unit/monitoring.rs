@@ -1,0 +1,29 @@
+//! The alerts and the dashboard against the program: whatever they ask for is exported, under the names and with the
+//! labels and values that it has; alerts fire when they should, and only then; the documents say the same.
+//!
+//! - `promql`: the names in a query.
+//! - `dashboard`: `deploy/grafana/udp-fanout.json`.
+//! - `alerts`: `deploy/prometheus/udp-fanout.rules.yaml`, and what is written of it.
+
+mod alerts;
+mod dashboard;
+mod promql;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs promtool in the repository.
+fn promtool(arguments: &[&str], file: &Path) -> Output {
+    let promtool = &crate::manifests::render::tool("promtool", "promtool")[0];
+    Command::new(promtool)
+        .current_dir(crate::manifests::render::repository())
+        .args(arguments)
+        .arg(file)
+        .output()
+        .unwrap()
+}
+
+/// What it printed, to tell why it failed.
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}

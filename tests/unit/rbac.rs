@@ -1,0 +1,112 @@
+//! `udp-fanout rbac`: what it prints is what the manifests have, and what cannot be printed is said.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Runs `rbac` on a configuration with these further words.
+fn rbac(config: &str, more: &[&str]) -> Output {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.toml");
+    fs::write(&path, config).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_udp-fanout")).args(["rbac", "--config"]).arg(&path).args(more).output().unwrap()
+}
+
+fn objects(text: &str) -> Vec<Value> {
+    serde_saphyr::from_multiple(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+fn printed(config: &str, more: &[&str]) -> Vec<Value> {
+    let output = rbac(config, more);
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    objects(std::str::from_utf8(&output.stdout).unwrap())
+}
+
+fn manifest(name: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("k8s").join(name);
+    objects(&fs::read_to_string(path).unwrap())
+}
+
+#[test]
+fn the_example_needs_what_its_manifest_grants() {
+    let all = manifest("daemonset.yaml");
+    let map = all.iter().find(|object| object["kind"] == "ConfigMap").unwrap();
+    let printed = printed(map["data"]["config.toml"].as_str().unwrap(), &[]);
+    let is_rbac = |object: &&Value| object["apiVersion"] == "rbac.authorization.k8s.io/v1";
+    let granted: Vec<Value> = manifest("rbac.yaml").iter().filter(is_rbac).cloned().collect();
+    assert_eq!(printed, granted);
+    // The account that is given the rights is the one that the pods have.
+    let account = &granted.iter().find(|object| object["kind"] == "RoleBinding").unwrap()["subjects"][0];
+    let daemonset = all.iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    assert_eq!(account["name"], daemonset["spec"]["template"]["spec"]["serviceAccountName"]);
+    assert_eq!(account["namespace"], daemonset["metadata"]["namespace"]);
+}
+
+const TWO: &str = r#"
+[[listeners]]
+name = "a"
+bind = "0.0.0.0:5514"
+[listeners.kubernetes]
+services = ["on", { service = "b", namespace = "1" }]
+port = 5514
+locality = "prefer_zone"
+"#;
+
+const STATIC: &str = r#"
+[[listeners]]
+name = "static"
+bind = "0.0.0.0:5515"
+downstream = [{ address = "10.0.0.1:1" }]
+"#;
+
+#[test]
+fn names_that_yaml_would_take_for_something_else_stay_names() {
+    let printed = printed(TWO, &["--service-account", "fan", "--service-account-namespace", "7e1"]);
+    let shown: Vec<String> = printed
+        .iter()
+        .map(|object| format!("{} {} {}", object["kind"], object["metadata"]["namespace"], object["metadata"]["name"]))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "\"Role\" \"1\" \"udp-fanout\"",
+            "\"RoleBinding\" \"1\" \"udp-fanout\"",
+            "\"Role\" \"7e1\" \"udp-fanout\"",
+            "\"RoleBinding\" \"7e1\" \"udp-fanout\"",
+            "\"ClusterRole\" null \"udp-fanout-nodes\"",
+            "\"ClusterRoleBinding\" null \"udp-fanout-nodes\"",
+        ]
+    );
+    assert_eq!(printed[2]["rules"][1]["resourceNames"], serde_json::json!(["on"]));
+    let subjects = serde_json::json!([{"kind": "ServiceAccount", "name": "fan", "namespace": "7e1"}]);
+    for binding in printed.iter().skip(1).step_by(2) {
+        assert_eq!(binding["subjects"], subjects);
+    }
+}
+
+#[test]
+fn what_cannot_be_printed_is_said_in_one_line() {
+    let nothing = rbac(STATIC, &[]);
+    let said = String::from_utf8_lossy(&nothing.stderr).into_owned();
+    assert!(nothing.status.success() && nothing.stdout.is_empty(), "{nothing:?}");
+    assert!(
+        said.ends_with("config.toml: no listener follows Services of Kubernetes, so nothing is needed there\n"),
+        "{said}"
+    );
+    for (config, more, expected) in [
+        (TWO, &["--service-account", "A"][..], "--service-account: \"A\" is not a service account's name; use"),
+        (
+            TWO,
+            &["--service-account-namespace", "a.b"],
+            "--service-account-namespace: \"a.b\" is not a namespace's name; use",
+        ),
+        ("", &[], "listeners: no listeners; add one"),
+    ] {
+        let output = rbac(config, more);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(expected) && said.lines().count() == 1 && output.stdout.is_empty(), "{said}");
+    }
+}
