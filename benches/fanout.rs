@@ -1,14 +1,13 @@
-//! How fast datagrams are forwarded, beside what else could forward them: `make bench`, or, as root,
+//! How fast udp-fanout and other forwarders are: `make bench`, or, as root,
 //! `cargo bench --bench fanout`.
 //!
-//! Each contender gets the same load in the same network, one after the other, several times round. Without arguments
+//! Each forwarder gets the same load in the same network, one after the other, for several rounds. Without arguments,
 //! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced, unless other
-//! programs have disturbed too many of the trials. With
-//! `--quick`, which takes less than three minutes, or with words, which choose sections whose names begin so, the report
-//! goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` says how often, `--only 'NAME;NAME'` who takes part.
+//! programs have disturbed too many runs. With `--quick` (less than three minutes), or with words that select the sections
+//! whose names begin with them, the report goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` sets the number
+//! of rounds, `--only 'NAME;NAME'` selects forwarders.
 //!
-//! `--costs RATE,RATE` measures nothing but the CPU time of each datagram at these rates, which needs no idle machine, and
-//! only says it.
+//! `--costs RATE,RATE` only prints the CPU time of each datagram at these rates, which needs no idle machine.
 
 #![allow(
     clippy::unwrap_used,
@@ -24,16 +23,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bench::bed::Bed;
 use bench::results::{Machine, Results};
 use bench::suite::{self, Effort};
-use bench::{control, costs, report, trial};
+use bench::testbed::Testbed;
+use bench::{control, costs, report, run};
 
-/// What the command line asks for.
+/// The command line.
 #[derive(Default)]
 struct Options {
     sections: Vec<String>,
-    /// Names of contenders; none for all.
+    /// Names of baselines; none for all.
     only: Vec<String>,
     rounds: Option<usize>,
     quick: bool,
@@ -46,7 +45,7 @@ impl Options {
         self.sections.is_empty() || self.sections.iter().any(|name| section.starts_with(name.as_str()))
     }
 
-    /// Everything is measured thoroughly, so that the project's documents may say so.
+    /// True for a complete run, whose figures go into the documents.
     fn full(&self) -> bool {
         self.sections.is_empty() && self.only.is_empty() && !self.quick && self.out.is_none()
     }
@@ -65,26 +64,26 @@ fn main() -> Result<()> {
     if machine.load_before > 0.5 {
         eprintln!("Other programs are running (load average {:.2}): figures will be too low.", machine.load_before);
     }
-    let (effort, bed) = (options.effort(), Bed::build()?);
+    let (effort, testbed) = (options.effort(), Testbed::build()?);
     let mut tables = Vec::new();
-    // Whoever names sections gets them all, however short each is to be.
+    // Sections that are named are measured even with --quick.
     let short = options.quick && options.sections.is_empty();
     for mut section in suite::sections(short).into_iter().filter(|section| options.wants(&section.key)) {
-        section.contenders.retain(|contender| options.only.is_empty() || options.only.contains(&contender.name));
+        section.baselines.retain(|baseline| options.only.is_empty() || options.only.contains(&baseline.name));
         if !options.costs.is_empty() {
             println!(
                 "{}",
-                costs::measure(&bed, &section, &options.costs, (effort.rounds, effort.length), suite::BARE)?
+                costs::measure(&testbed, &section, &options.costs, (effort.rounds, effort.length), suite::BARE)?
             );
             continue;
         }
-        tables.push(suite::compare(&bed, &section, effort)?);
+        tables.push(suite::compare(&testbed, &section, effort)?);
     }
     if !options.costs.is_empty() {
         return Ok(());
     }
-    let control = if options.wants("control") { control::measure(&bed, effort.rounds.max(3))? } else { Vec::new() };
-    let results = Results { machine, rounds: effort.rounds, disturbed: trial::disturbed(), tables, control };
+    let control = if options.wants("control") { control::measure(&testbed, effort.rounds.max(3))? } else { Vec::new() };
+    let results = Results { machine, rounds: effort.rounds, disturbed: run::disturbed_share(), tables, control };
     let publish = options.full() && results.to_be_trusted();
     println!("\n{}", report::tables(&results, "."));
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -111,10 +110,10 @@ fn options() -> Result<Options> {
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
         match word.as_str() {
-            // Given by cargo.
+            // Cargo passes it.
             "--bench" => {}
             "--quick" => options.quick = true,
-            // Names have commas in them.
+            // Names contain commas.
             "--only" => options.only = value()?.split(';').map(|name| name.trim().to_owned()).collect(),
             "--costs" => options.costs = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--rounds" => options.rounds = Some(value()?.parse()?),

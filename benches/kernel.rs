@@ -1,11 +1,11 @@
 //! How near the kernel program is to the least that any program could do: `make bench-kernel`.
 //!
-//! Every way is set up, measured and taken away in turn, and that several times over, so that whatever else the machine
-//! does hits all alike; what counts is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
+//! Every path is set up, measured and removed in turn, for several rounds, so that other programs on the machine
+//! affect all alike; what counts is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
 //! `-- --quick`, which is shorter and coarser, or `-- --only WORDS`, for comparisons whose title has these words, is given.
 //!
-//! `-- --against BINARY`, as often as wanted, has other builds of the daemon take turns with this one; `-- --rounds N` says
-//! how often each has its turn. Small differences show in the ratio to the floor of many rounds only.
+//! `-- --against BINARY`, given any number of times, compares other builds of the daemon with this one; `-- --rounds N` sets
+//! the number of rounds. Small differences show only in the ratio to the floor over many rounds.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,14 +14,14 @@
     reason = "a bench that cannot go on should stop, and prints"
 )]
 
-#[path = "kernel/alone.rs"]
-mod alone;
 #[path = "support/mod.rs"]
 mod bench;
+#[path = "kernel/paths.rs"]
+mod paths;
 #[path = "kernel/pods.rs"]
 mod pods;
-#[path = "kernel/ways.rs"]
-mod ways;
+#[path = "kernel/program_cost.rs"]
+mod program_cost;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -29,14 +29,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::report;
+use paths::BenchPath;
 use pods::Pods;
 use serde::Serialize;
-use ways::Way;
 
 /// Payload of each datagram in bytes.
 const SIZE: usize = 100;
 
-/// Ways that do the same work, the yardstick first.
+/// Paths that do the same work. Ratios are relative to the first one.
 struct Comparison {
     title: &'static str,
     /// The pods that receive.
@@ -47,7 +47,7 @@ struct Comparison {
     foreign: bool,
     /// Copies of each datagram.
     copies: u64,
-    ways: &'static [(&'static str, Way)],
+    paths: &'static [(&'static str, BenchPath)],
 }
 
 const ALONE: &str = "The programs alone (ns for each datagram)";
@@ -60,11 +60,11 @@ const COMPARISONS: [Comparison; 4] = [
         by_device: false,
         foreign: false,
         copies: 1,
-        ways: &[
-            ("floor: one pod, known, bpf_redirect_peer", Way::Reference("floor_pod")),
-            (OURS, Way::Balance(3)),
-            ("the obvious way: bpf_redirect_neigh", Way::Reference("obvious")),
-            ("plain kernel forwarding, no balancing", Way::Forwarding),
+        paths: &[
+            ("floor: one pod, known, bpf_redirect_peer", BenchPath::Reference("floor_pod")),
+            (OURS, BenchPath::Balance(3)),
+            ("the obvious way: bpf_redirect_neigh", BenchPath::Reference("obvious")),
+            ("plain kernel forwarding, no balancing", BenchPath::Forwarding),
         ],
     },
     Comparison {
@@ -73,13 +73,13 @@ const COMPARISONS: [Comparison; 4] = [
         by_device: true,
         foreign: false,
         copies: 1,
-        ways: &[
-            ("floor: one receiver, known, bpf_redirect", Way::Reference("floor_device")),
-            (OURS, Way::Balance(3)),
+        paths: &[
+            ("floor: one receiver, known, bpf_redirect", BenchPath::Reference("floor_device")),
+            (OURS, BenchPath::Balance(3)),
             // As many as the floor has: what is between these two is the devices' and receivers' affair.
-            ("udp-fanout with one receiver", Way::Balance(1)),
-            ("the obvious way: bpf_redirect_neigh", Way::Reference("obvious")),
-            ("plain kernel forwarding, no balancing", Way::Forwarding),
+            ("udp-fanout with one receiver", BenchPath::Balance(1)),
+            ("the obvious way: bpf_redirect_neigh", BenchPath::Reference("obvious")),
+            ("plain kernel forwarding, no balancing", BenchPath::Forwarding),
         ],
     },
     Comparison {
@@ -88,10 +88,10 @@ const COMPARISONS: [Comparison; 4] = [
         by_device: false,
         foreign: true,
         copies: 1,
-        ways: &[
-            ("no program", Way::Forwarding),
-            ("an empty program", Way::Reference("nothing")),
-            (OURS, Way::Balance(3)),
+        paths: &[
+            ("no program", BenchPath::Forwarding),
+            ("an empty program", BenchPath::Reference("nothing")),
+            (OURS, BenchPath::Balance(3)),
         ],
     },
     Comparison {
@@ -100,14 +100,19 @@ const COMPARISONS: [Comparison; 4] = [
         by_device: false,
         foreign: false,
         copies: 8,
-        ways: &[("iptables TEE", Way::Tee(8)), ("nftables dup", Way::Dup(8)), (OURS, Way::Replicate(8))],
+        paths: &[
+            ("iptables TEE", BenchPath::Tee(8)),
+            ("nftables dup", BenchPath::Dup(8)),
+            (OURS, BenchPath::Replicate(8)),
+        ],
     },
 ];
 
-/// What came of one way.
+/// The result of one path.
 #[derive(Debug, Serialize)]
 struct Line {
-    way: String,
+    #[serde(rename = "way")]
+    path: String,
     /// Median, in datagrams per second.
     rate: f64,
     /// Median of the ratios to the yardstick of the same round, and the least and the greatest.
@@ -147,7 +152,7 @@ fn main() -> Result<()> {
     let wanted = |title: &str| options.only.as_ref().is_none_or(|only| title.contains(only.as_str()));
     let mut results = Results { alone: Vec::new(), comparisons: Vec::new() };
     if wanted(ALONE) {
-        results.alone = alone::costs()?;
+        results.alone = program_cost::costs()?;
         println!("{ALONE}");
         for (name, nanoseconds) in &results.alone {
             println!("  {name:<42} {nanoseconds:>12.0}");
@@ -180,18 +185,18 @@ fn markdown(results: &Results, rounds: usize) -> String {
         text += &format!("| {name} | {nanoseconds:.0} |\n");
     }
     for outcome in &results.comparisons {
-        let ours = outcome.lines.iter().find(|line| line.way == OURS).map_or(1.0, |line| line.ratio[0]);
+        let ours = outcome.lines.iter().find(|line| line.path == OURS).map_or(1.0, |line| line.ratio[0]);
         text += &format!(
             "\n| {} | datagrams/s | x {} | udp-fanout to this |\n| --- | ---: | ---: | ---: |\n",
-            outcome.title, outcome.lines[0].way
+            outcome.title, outcome.lines[0].path
         );
-        for Line { way, rate, ratio: [median, least, greatest], .. } in &outcome.lines {
+        for Line { path, rate, ratio: [median, least, greatest], .. } in &outcome.lines {
             let spread = if (*least, *greatest) == (1.0, 1.0) {
                 String::new()
             } else {
                 format!(" ({least:.2} to {greatest:.2})")
             };
-            text += &format!("| {way} | {rate:.0} | {median:.2}{spread} | {:.2} |\n", ours / median);
+            text += &format!("| {path} | {rate:.0} | {median:.2}{spread} | {:.2} |\n", ours / median);
         }
     }
     text
@@ -213,25 +218,25 @@ fn options() -> Options {
     }
 }
 
-/// A comparison's ways, each with its name and the daemon that it may need: this one, then those to compare it with.
-fn contenders(comparison: &Comparison, options: &Options) -> Vec<(String, Way, PathBuf)> {
+/// A comparison's paths, each with its name and the daemon that it may need: this one, then those to compare it with.
+fn baselines(comparison: &Comparison, options: &Options) -> Vec<(String, BenchPath, PathBuf)> {
     let own = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
     let mut all = Vec::new();
-    for &(name, way) in comparison.ways {
-        all.push((name.to_owned(), way, own.to_owned()));
+    for &(name, path) in comparison.paths {
+        all.push((name.to_owned(), path, own.to_owned()));
         if name == OURS {
-            all.extend(options.against.iter().map(|other| (other.display().to_string(), way, other.clone())));
+            all.extend(options.against.iter().map(|other| (other.display().to_string(), path, other.clone())));
         }
     }
     all
 }
 
 fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
-    let bed = Pods::build(comparison.pods)?;
+    let testbed = Pods::build(comparison.pods)?;
     if comparison.by_device {
-        ways::forbid_shortcuts(&bed)?;
+        paths::forbid_shortcuts(&testbed)?;
     }
-    let contenders = contenders(comparison, options);
+    let baselines = baselines(comparison, options);
     let mut rounds: Vec<Vec<f64>> = Vec::new();
     // In place on a terminal, else a line for each round.
     let terminal = std::io::stdout().is_terminal();
@@ -241,14 +246,14 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
         if !terminal {
             println!("{now}");
         }
-        for (name, way, binary) in &contenders {
+        for (name, path, binary) in &baselines {
             if terminal {
                 print!("\r\x1b[K{now}, {name}");
                 std::io::stdout().flush()?;
             }
-            let running = way.start(&bed, binary).with_context(|| name.clone())?;
-            let to = if comparison.foreign { bed.pods[0].address } else { way.destination(&bed) };
-            rates.push(bed.measure(to, SIZE, comparison.copies, options.length).with_context(|| name.clone())?);
+            let running = path.start(&testbed, binary).with_context(|| name.clone())?;
+            let to = if comparison.foreign { testbed.pods[0].address } else { path.destination(&testbed) };
+            rates.push(testbed.measure(to, SIZE, comparison.copies, options.length).with_context(|| name.clone())?);
             drop(running);
         }
         rounds.push(rates);
@@ -256,8 +261,8 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
     if terminal {
         print!("\r\x1b[K");
     }
-    let lines = contenders.into_iter().enumerate().map(|(at, (way, ..))| Line {
-        way,
+    let lines = baselines.into_iter().enumerate().map(|(at, (path, ..))| Line {
+        path,
         rate: quantiles(rounds.iter().map(|rates| rates[at]))[1],
         ratio: {
             let [least, median, greatest] = quantiles(rounds.iter().map(|rates| rates[at] / rates[0]));
@@ -281,13 +286,13 @@ fn show(outcome: &Outcome) {
     for line in &outcome.lines {
         let [median, least, greatest] = line.ratio;
         let best = line.best;
-        println!("  {:<42} {:>12.0}  {median:>5.2}  {best:>5.2}  {least:.2} to {greatest:.2}", line.way, line.rate);
+        println!("  {:<42} {:>12.0}  {median:>5.2}  {best:>5.2}  {least:.2} to {greatest:.2}", line.path, line.rate);
     }
-    if let Some(ours) = outcome.lines.iter().find(|line| line.way == OURS) {
-        for other in outcome.lines.iter().filter(|line| line.way != OURS) {
+    if let Some(ours) = outcome.lines.iter().find(|line| line.path == OURS) {
+        for other in outcome.lines.iter().filter(|line| line.path != OURS) {
             println!(
                 "  {:<42} {:>12}  {:>5.2}",
-                format!("{OURS} to {}", short(&other.way)),
+                format!("{OURS} to {}", short(&other.path)),
                 "",
                 ours.ratio[0] / other.ratio[0]
             );
@@ -296,6 +301,6 @@ fn show(outcome: &Outcome) {
     println!();
 }
 
-fn short(way: &str) -> &str {
-    way.split([':', ',']).next().unwrap_or(way)
+fn short(path: &str) -> &str {
+    path.split([':', ',']).next().unwrap_or(path)
 }

@@ -14,10 +14,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::bench::bed::{receive_on, two_cpus};
+use crate::bench::cpu::two_cpus;
 use crate::bench::generator::{Generator, Load};
 use crate::bench::sink::Sink;
-use crate::ways;
+use crate::bench::testbed::receive_on;
+use crate::paths;
 use udp_fanout_lab::Namespace;
 use udp_fanout_lab::netns::{End, connect};
 
@@ -30,7 +31,7 @@ pub const IN: &str = "in";
 /// More than any generator can send: it sends as fast as it can.
 const AS_FAST_AS_IT_CAN: f64 = 1e8;
 
-/// What may be on its way, copies included, in bytes of the kernel's memory: some hundred datagrams, fewer than queues
+/// The limit of datagrams in flight, copies included, in bytes of the kernel's memory: some hundred datagrams, fewer than queues
 /// between devices hold. Copies are not charged to the socket, so what they need is taken from the rest.
 const IN_FLIGHT: usize = 200_000;
 
@@ -52,11 +53,11 @@ pub struct Pod {
 
 /// The namespaces. Everything goes when it is dropped.
 pub struct Pods {
-    /// Where datagrams come from.
+    /// The namespace of the senders.
     generator: Namespace,
-    /// Where contenders run.
+    /// The namespace of the program under test.
     pub gateway: Namespace,
-    /// Where datagrams end.
+    /// The namespaces of the receivers.
     pub pods: Vec<Pod>,
     /// The programs to compare with, compiled once and loaded for every turn.
     pub references: Vec<u8>,
@@ -67,7 +68,7 @@ impl Pods {
     /// Builds the network with so many pods.
     ///
     /// # Errors
-    /// When not root, on a machine with one CPU, or with the complaint of the command that failed.
+    /// When not root, on a machine with one CPU, or when a command fails.
     pub fn build(count: u8) -> Result<Pods> {
         let cpus = two_cpus()?;
         let (generator, gateway) = (Namespace::create("generator")?, Namespace::create("gateway")?);
@@ -80,7 +81,7 @@ impl Pods {
         gateway.sysctl("net.ipv4.ip_forward", "1")?;
         let pods = (1..=count).map(|number| pod(&gateway, number)).collect::<Result<Vec<_>>>()?;
         receive_on(&gateway, IN, Some(cpus[1]))?;
-        Ok(Pods { generator, gateway, pods, references: ways::references()?, cpus })
+        Ok(Pods { generator, gateway, pods, references: paths::references()?, cpus })
     }
 
     /// The addresses of the first pods.

@@ -1,4 +1,4 @@
-//! What the daemon does besides forwarding: tables, reloads, pages, starting, and what it costs when nothing happens.
+//! The daemon's work besides forwarding: tables, reloads, scrapes, start, and its cost when idle.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,10 +15,11 @@ use udp_fanout::model::{Downstream, DownstreamSet, Mode};
 use udp_fanout::plan::Plan;
 use udp_fanout::plan::compile::compile;
 
-use super::bed::{Bed, LISTENER};
-use super::contenders::{Task, cpu_seconds, daemon};
+use super::baselines::{ForwardingTask, daemon};
+use super::cpu::cpu_seconds;
 use super::results::{Figure, Goal};
 use super::sink::Look;
+use super::testbed::{LISTENER, Testbed};
 use udp_fanout_lab::Daemon;
 use udp_fanout_lab::scrape;
 
@@ -30,7 +31,7 @@ const LISTENERS: u32 = 100;
 ///
 /// # Errors
 /// When a part of it fails.
-pub fn measure(bed: &Bed, rounds: usize) -> Result<Vec<Goal>> {
+pub fn measure(testbed: &Testbed, rounds: usize) -> Result<Vec<Goal>> {
     let mut goals = Vec::new();
     eprintln!("control: tables");
     goals.extend(tables("round_robin", 10_000, [Some(20.0), Some(2.0)], rounds)?);
@@ -41,13 +42,13 @@ pub fn measure(bed: &Bed, rounds: usize) -> Result<Vec<Goal>> {
             format!("start to first datagram forwarded, {mode}"),
             "ms",
             below,
-            &starts(bed, mode, rounds)?,
+            &starts(testbed, mode, rounds)?,
         ));
     }
     eprintln!("control: a daemon with 1,000 downstreams");
-    goals.extend(at_rest(bed, rounds)?);
+    goals.extend(at_rest(testbed, rounds)?);
     eprintln!("control: reloads");
-    goals.push(reloads(bed, rounds)?);
+    goals.push(reloads(testbed, rounds)?);
     Ok(goals)
 }
 
@@ -108,21 +109,21 @@ fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Re
     ])
 }
 
-fn starts(bed: &Bed, mode: &str, rounds: usize) -> Result<Vec<f64>> {
-    bed.kernel_forwards(mode == "tc_ebpf")?;
-    let config = daemon::config(&Task { downstreams: 3, replicate: false }, mode, "").to_toml();
-    let sender = bed.generator.run(|| {
+fn starts(testbed: &Testbed, mode: &str, rounds: usize) -> Result<Vec<f64>> {
+    testbed.kernel_forwards(mode == "tc_ebpf")?;
+    let config = daemon::config(&ForwardingTask { downstreams: 3, replicate: false }, mode, "").to_toml();
+    let sender = testbed.generator.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:0")?;
         socket.connect(LISTENER)?;
         Ok(socket)
     })?;
     (0..rounds)
         .map(|_| {
-            bed.sink.look(Look::Count)?;
-            bed.sink.reset()?;
+            testbed.sink.look(Look::Count)?;
+            testbed.sink.reset()?;
             let start = Instant::now();
-            let daemon = Daemon::spawn(&bed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &config)?;
-            while bed.sink.arrived()?.datagrams == 0 {
+            let daemon = Daemon::spawn(&testbed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &config)?;
+            while testbed.sink.arrived()?.datagrams == 0 {
                 if start.elapsed() > Duration::from_secs(10) {
                     bail!("nothing has been forwarded ten seconds after the start in mode {mode}");
                 }
@@ -138,11 +139,11 @@ fn starts(bed: &Bed, mode: &str, rounds: usize) -> Result<Vec<f64>> {
 }
 
 /// A scrape, memory and idle time with a thousand downstreams.
-fn at_rest(bed: &Bed, rounds: usize) -> Result<Vec<Goal>> {
-    bed.kernel_forwards(true)?;
-    let config = daemon::config(&Task { downstreams: 1000, replicate: false }, "tc_ebpf", "");
-    let daemon = Daemon::start(&bed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &config)?;
-    let scrapes = bed.gateway.run(|| {
+fn at_rest(testbed: &Testbed, rounds: usize) -> Result<Vec<Goal>> {
+    testbed.kernel_forwards(true)?;
+    let config = daemon::config(&ForwardingTask { downstreams: 1000, replicate: false }, "tc_ebpf", "");
+    let daemon = Daemon::start(&testbed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &config)?;
+    let scrapes = testbed.gateway.run(|| {
         (0..rounds * 10)
             .map(|_| {
                 let start = Instant::now();
@@ -178,7 +179,7 @@ fn resident(pid: i32) -> Result<f64> {
 }
 
 /// From the signal until the configuration is in force: a hundred listeners, of which each gets other weights.
-fn reloads(bed: &Bed, rounds: usize) -> Result<Goal> {
+fn reloads(testbed: &Testbed, rounds: usize) -> Result<Goal> {
     let text = |weight: usize| {
         let mut text = String::new();
         for number in 0..LISTENERS {
@@ -192,8 +193,8 @@ fn reloads(bed: &Bed, rounds: usize) -> Result<Goal> {
         }
         text
     };
-    let mut daemon = Daemon::spawn(&bed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &text(1))?;
-    daemon.wait_until_ready(&bed.gateway, LISTENERS as usize)?;
+    let mut daemon = Daemon::spawn(&testbed.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &text(1))?;
+    daemon.wait_until_ready(&testbed.gateway, LISTENERS as usize)?;
     let times = (0..rounds)
         .map(|round| {
             let start = Instant::now();

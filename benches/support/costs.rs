@@ -1,4 +1,4 @@
-//! What a datagram costs at given rates: CPU time only, which says something even where other programs run.
+//! The CPU time of a datagram at given rates, which can be measured even while other programs run.
 //!
 //! Rates without loss and latencies need a machine that does nothing else. CPU time is each one's own, and where more is sent
 //! than anyone can carry, its inverse is what one CPU would carry.
@@ -7,46 +7,46 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::bed::Bed;
 use super::results::Figure;
+use super::run::{self, RunParameters};
 use super::suite::{self, Section};
-use super::trial::{self, Terms};
+use super::testbed::Testbed;
 
-/// How often a trial is repeated in which nothing was to be measured.
+/// How often a run is repeated in which nothing was to be measured.
 const TRIES: usize = 5;
 
 /// Measures everyone's costs at each of these rates, in datagrams per second, once in each round, and says them as a table.
-/// Ratios are within a round, to the contender named `beside`, or to the first.
+/// Ratios are within a round, to the baseline named `beside`, or to the first.
 ///
 /// # Errors
-/// When a contender does not start, or the bench itself cannot go on.
+/// When a baseline does not start, or the bench itself cannot go on.
 pub fn measure(
-    bed: &Bed,
+    testbed: &Testbed,
     section: &Section,
     rates: &[f64],
     (rounds, length): (usize, Duration),
     beside: &str,
 ) -> Result<String> {
-    let names: Vec<&str> = section.contenders.iter().map(|contender| contender.name.as_str()).collect();
+    let names: Vec<&str> = section.baselines.iter().map(|baseline| baseline.name.as_str()).collect();
     let beside = names.iter().position(|name| *name == beside).unwrap_or(0);
     let copies = section.task.copies();
-    let terms = Terms { length, copies };
-    // For each rate and contender, what each round has found: nanoseconds, and the part that arrived.
+    let parameters = RunParameters { length, copies };
+    // For each rate and baseline, what each round has found: nanoseconds, and the part that arrived.
     let mut found = vec![vec![Vec::new(); names.len()]; rates.len()];
     for round in 1..=rounds {
-        for (number, contender) in section.contenders.iter().enumerate() {
-            let mut at = suite::begin(bed, section, contender)?;
+        for (number, baseline) in section.baselines.iter().enumerate() {
+            let mut at = suite::begin(testbed, section, baseline)?;
             for (&rate, found) in rates.iter().zip(&mut found) {
-                let mut trial = trial::once(&mut at, rate, terms, false)?;
+                let mut run = run::measure_once(&mut at, rate, parameters, false)?;
                 // Kept from sending by other programs, the generator has sent next to nothing.
                 for _ in 0..TRIES {
-                    if trial.busy > 0.0 {
+                    if run.busy > 0.0 {
                         break;
                     }
-                    trial = trial::once(&mut at, rate, terms, false)?;
+                    run = run::measure_once(&mut at, rate, parameters, false)?;
                 }
-                let sent = (trial.sent.datagrams * u64::from(copies)).max(1);
-                found[number].push((trial.cpu(), 100.0 * trial.arrived.datagrams as f64 / sent as f64));
+                let sent = (run.sent.datagrams * u64::from(copies)).max(1);
+                found[number].push((run.cpu(), 100.0 * run.arrived.datagrams as f64 / sent as f64));
             }
         }
         eprintln!("{} {round}/{rounds}", section.key);

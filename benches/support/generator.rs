@@ -1,8 +1,8 @@
 //! The sender: numbered datagrams at a given rate, from one socket or many.
 //!
-//! Datagrams go out in trains: one message with `UDP_SEGMENT`, which the kernel cuts into real packets, because the bed
+//! Datagrams go out in trains: one message with `UDP_SEGMENT`, which the kernel cuts into real packets, because the testbed
 //! has switched the sending device's own segmentation off. The thread stays on one CPU and never sleeps while it sends.
-//! When it is held up, it doesn't make up for it in a burst that no sender would have sent: what it offers is what it says.
+//! After a delay, it does not catch up with a burst that no sender would send, and reports the rate that it really sent.
 
 use std::io;
 use std::mem;
@@ -13,14 +13,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Socket, Type};
 
-use super::contenders::stay_on;
+use super::cpu::pin_thread;
 use udp_fanout_lab::Namespace;
 
-/// Most messages given to the kernel in one call.
+/// The most messages in one `sendmmsg` call.
 const MESSAGES: usize = 16;
-/// How much of the schedule may be made up for: more than this, in seconds, is forgiven.
+/// The longest delay that is caught up on, in seconds. Longer ones are skipped.
 const SLACK: f64 = 0.000_2;
-/// Datagrams of one train leave together; at low rates trains are shorter, so that they are not further apart than this.
+/// The longest pause between trains, in seconds. At low rates, trains are shorter to keep to it.
 const SPACING: f64 = 0.000_05;
 /// Bytes at the beginning of each datagram: its number and the time it was sent.
 const STAMP: usize = 16;
@@ -41,9 +41,9 @@ pub struct Load {
 /// What a datagram looks like, besides its number and the time it was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// Dots.
+    /// Filled with dots.
     Plain,
-    /// A DNS query, with number and time inside the name that is asked for. At least 51 bytes, at most 250.
+    /// A DNS query, with number and time inside the queried name. At least 51 bytes, at most 250.
     Dns,
     /// A syslog message (RFC 5424), with number and time at its end.
     Syslog,
@@ -106,7 +106,7 @@ pub struct Sent {
     pub datagrams: u64,
     /// How long it took.
     pub seconds: f64,
-    /// How much of that it was kept from sending, because another program had its CPU.
+    /// Of these, the seconds in which another program had its CPU.
     pub held_up: f64,
 }
 
@@ -162,7 +162,7 @@ impl Generator {
         Ok(Generator { sockets, load, cpu, next: 0, turn: 0, messages })
     }
 
-    /// Limits what may be on its way from each socket, in bytes as the kernel counts memory: sending waits for it.
+    /// Limits the datagrams in flight from each socket, in bytes as the kernel counts memory. Sending waits for it.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -180,7 +180,7 @@ impl Generator {
         self.next
     }
 
-    /// Begins to count again at zero.
+    /// Resets the number of the next datagram to zero.
     pub fn restart(&mut self) {
         self.next = 0;
     }
@@ -193,7 +193,7 @@ impl Generator {
         let cpu = self.cpu;
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
-                stay_on(cpu)?;
+                pin_thread(cpu)?;
                 let before = waited();
                 let sent = self.paced(rate, duration)?;
                 Ok(Sent { held_up: waited() - before, ..sent })
@@ -227,12 +227,12 @@ impl Generator {
         }
     }
 
-    /// Sends so many datagrams, or as many as one call takes, and says how many.
+    /// Sends this many datagrams, or as many as one call takes. Returns the number.
     fn burst(&mut self, datagrams: usize) -> Result<usize> {
         let (size, stamp) = (self.load.size, now());
         let stamp_at = self.load.content.stamp_at(size);
         let datagrams = datagrams.min(MESSAGES * self.load.train);
-        // One of many senders sends one train, then it is the next one's turn.
+        // With several senders, each sends one train in turn.
         let at_once = if self.sockets.len() > 1 { 1 } else { MESSAGES };
         let mut left = datagrams;
         while left > 0 {
@@ -283,7 +283,7 @@ impl Generator {
                 Ok(sent) => done += sent,
                 Err(_) => {
                     let error = io::Error::last_os_error();
-                    // Nobody listens while a contender starts or ends; that is no concern of a sender.
+                    // The destination is closed while a forwarder starts or ends.
                     if !matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::ENOBUFS | libc::EINTR)) {
                         return Err(error).context("the generator cannot send");
                     }
@@ -301,7 +301,7 @@ fn waited() -> f64 {
     nanoseconds as f64 / 1e9
 }
 
-/// The control message that has the kernel cut a message into datagrams of this many bytes.
+/// The control message that makes the kernel split a message into datagrams of this many bytes.
 fn segment_size(size: usize) -> Control {
     let mut control = Control([0; 24]);
     let header = libc::cmsghdr {

@@ -1,4 +1,4 @@
-//! What a run has found: figures by section, contender and measure; medians and spread; the machine it was found on.
+//! What a run has found: figures by section, baseline and measure; medians and spread; the machine it was found on.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -70,7 +70,7 @@ impl Figure {
     }
 }
 
-/// One contender in one section.
+/// One baseline in one section.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Row {
     /// Its name.
@@ -110,14 +110,14 @@ pub struct Table {
     pub key: String,
     /// What it is about.
     pub title: String,
-    /// The contender that others are set in relation to.
+    /// The baseline that others are set in relation to.
     pub beside: String,
     /// In the order of the report.
     pub rows: Vec<Row>,
 }
 
 impl Table {
-    /// How many times as much a contender carries as the one that all are compared with.
+    /// How many times as much a baseline carries as the one that all are compared with.
     pub fn ratio(&self, row: &Row) -> Option<f64> {
         let reference = self.rows.iter().find(|row| row.name == self.beside)?.median(LOSSLESS)?;
         Some(row.median(LOSSLESS)? / reference)
@@ -148,7 +148,7 @@ pub struct Machine {
     pub kernel: String,
     /// How much else was running when it began: the load average over a minute.
     pub load_before: f64,
-    /// Versions of contenders, by package.
+    /// Versions of baselines, by package.
     pub packages: BTreeMap<String, String>,
 }
 
@@ -186,7 +186,7 @@ pub struct Results {
     pub machine: Machine,
     /// How often each was measured.
     pub rounds: usize,
-    /// The part of all trials, 0 to 1, during which other programs had one of the CPUs.
+    /// The part of all runs, 0 to 1, during which other programs had one of the CPUs.
     pub disturbed: f64,
     /// Forwarding.
     pub tables: Vec<Table>,

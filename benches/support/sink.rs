@@ -14,7 +14,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, TC_INGRESS, TcHookBuilder}
 use super::programs;
 use udp_fanout_lab::Namespace;
 
-/// How long nothing may arrive before a trial counts as over.
+/// How long nothing may arrive before a run counts as over.
 const QUIET: Duration = Duration::from_millis(30);
 /// The longest that is waited for it.
 const PATIENCE: Duration = Duration::from_secs(3);

@@ -1,23 +1,23 @@
-//! The comparisons: who does what with which load, and how that is measured.
+//! The comparisons: which forwarders get which work and load, and how they are measured.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Result;
 
-use super::bed::Bed;
-use super::contenders::bare::{self, Calls};
-use super::contenders::{Contender, Task, daemon, netfilter, nginx, programs, uring};
+use super::baselines::bare::{self, Calls};
+use super::baselines::{Baseline, ForwardingTask, daemon, netfilter, nginx, programs, uring};
 use super::generator::{Content, Load};
 use super::results::{CPU, DUPLICATED, HALF, LOSS, LOSSLESS, MODEST, Measure, OVERLOAD, REORDERED, Row, Table};
-use super::trial::{self, Setup, Terms, Trial};
+use super::run::{self, Run, RunParameters, RunSetup};
+use super::testbed::Testbed;
 
 /// The rate at which losses are compared, in datagrams per second.
 const SAME_FOR_ALL: f64 = 250_000.0;
 /// The rate at which latencies are compared.
 const MODEST_RATE: f64 = 20_000.0;
 
-/// The row that troubled ones are compared with.
+/// The row that rows with failing downstreams are compared with.
 const WELL: &str = "all well";
 
 /// What the names of udp-fanout's rows begin with.
@@ -26,14 +26,14 @@ pub const OURS: &str = "udp-fanout";
 /// The yardstick of userspace mode.
 pub const BARE: &str = "bare loop";
 
-/// How long and how often.
+/// How thoroughly to measure.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
-    /// Times that each contender has its turn.
+    /// How often each forwarder is measured.
     pub rounds: usize,
-    /// How long the generator sends in one trial.
+    /// How long the generator sends in one run.
     pub length: Duration,
-    /// How closely the lossless rate is looked for.
+    /// Relative precision of the lossless rate.
     pub precision: f64,
 }
 
@@ -44,20 +44,20 @@ pub struct Section {
     /// What it is about.
     pub title: String,
     /// What is to be done.
-    pub task: Task,
+    pub task: ForwardingTask,
     /// What is sent.
     pub load: Load,
-    /// Who takes part.
-    pub contenders: Vec<Contender>,
-    /// The contender that others are set in relation to.
+    /// The forwarders.
+    pub baselines: Vec<Baseline>,
+    /// The one that ratios are relative to.
     pub beside: &'static str,
-    /// Latencies are looked at, too, and the loss at one rate for all.
+    /// Also measure latencies, and the loss at one rate for all.
     pub whole: bool,
 }
 
 /// The comparisons of a run.
 pub fn sections(quick: bool) -> Vec<Section> {
-    let one_of = |downstreams| Task { downstreams, replicate: false };
+    let one_of = |downstreams| ForwardingTask { downstreams, replicate: false };
     let mut all = Vec::new();
     let mut balance = |key: &str, title: &str, load, whole| {
         all.push(Section {
@@ -65,7 +65,7 @@ pub fn sections(quick: bool) -> Vec<Section> {
             title: title.into(),
             task: one_of(3),
             load,
-            contenders: if quick { balancers_in_short() } else { balancers() },
+            baselines: if quick { balancers_in_short() } else { balancers() },
             beside: "nginx, packets",
             whole,
         });
@@ -81,7 +81,7 @@ pub fn sections(quick: bool) -> Vec<Section> {
                 title: format!("One sender, 64 bytes, to one of {downstreams}"),
                 task: one_of(downstreams),
                 load: Load::one_sender(64),
-                contenders: growing(),
+                baselines: growing(),
                 beside: "nginx, packets",
                 whole: false,
             });
@@ -90,9 +90,9 @@ pub fn sections(quick: bool) -> Vec<Section> {
     all.push(Section {
         key: "replicate".into(),
         title: "One sender, 64 bytes, a copy to each of three; rates are those of copies".into(),
-        task: Task { downstreams: 3, replicate: true },
+        task: ForwardingTask { downstreams: 3, replicate: true },
         load: Load::one_sender(64),
-        contenders: replicators(),
+        baselines: replicators(),
         beside: "sendto loop",
         whole: true,
     });
@@ -102,65 +102,65 @@ pub fn sections(quick: bool) -> Vec<Section> {
     all
 }
 
-fn ours() -> Vec<Contender> {
+fn ours() -> Vec<Baseline> {
     vec![
-        Contender::kernel("udp-fanout tc_ebpf", |bed, task| daemon::start(bed, task, "tc_ebpf", "")),
-        Contender::program("udp-fanout userspace", |bed, task| daemon::start(bed, task, "userspace", "")),
+        Baseline::kernel("udp-fanout tc_ebpf", |testbed, task| daemon::start(testbed, task, "tc_ebpf", "")),
+        Baseline::program("udp-fanout userspace", |testbed, task| daemon::start(testbed, task, "userspace", "")),
     ]
 }
 
-fn bare_loop() -> Contender {
-    Contender::program(BARE, |bed, task| bare::start(bed, task, Calls { take: 32, joined: true }))
+fn bare_loop() -> Baseline {
+    Baseline::program(BARE, |testbed, task| bare::start(testbed, task, Calls { take: 32, joined: true }))
 }
 
-fn nginx_packets() -> Contender {
-    Contender::program("nginx, packets", |bed, task| nginx::start(bed, task, true))
+fn nginx_packets() -> Baseline {
+    Baseline::program("nginx, packets", |testbed, task| nginx::start(testbed, task, true))
 }
 
-fn balancers() -> Vec<Contender> {
+fn balancers() -> Vec<Baseline> {
     let single = Calls { take: 64, joined: false };
     let mut all = ours();
     all.extend([
-        Contender::program("udp-fanout preserve_source", |bed, task| {
-            daemon::start(bed, task, "userspace", "preserve_source = true\n")
+        Baseline::program("udp-fanout preserve_source", |testbed, task| {
+            daemon::start(testbed, task, "userspace", "preserve_source = true\n")
         }),
-        Contender::direct("plain forwarding"),
-        Contender::kernel("nftables, stateless", netfilter::nft_stateless),
-        Contender::kernel("nftables, DNAT", netfilter::nft_nat),
-        Contender::kernel("iptables, statistic", netfilter::iptables_statistic),
+        Baseline::direct("plain forwarding"),
+        Baseline::kernel("nftables, stateless", netfilter::nft_stateless),
+        Baseline::kernel("nftables, DNAT", netfilter::nft_nat),
+        Baseline::kernel("iptables, statistic", netfilter::iptables_statistic),
         bare_loop(),
-        Contender::program("bare loop, io_uring", uring::start),
-        Contender::program("bare loop, one by one", move |bed, task| bare::start(bed, task, single)),
+        Baseline::program("bare loop, io_uring", uring::start),
+        Baseline::program("bare loop, one by one", move |testbed, task| bare::start(testbed, task, single)),
         nginx_packets(),
-        Contender::program("nginx, sessions", |bed, task| nginx::start(bed, task, false)),
-        Contender::program("socat, to one", programs::socat),
+        Baseline::program("nginx, sessions", |testbed, task| nginx::start(testbed, task, false)),
+        Baseline::program("socat, to one", programs::socat),
     ]);
     all
 }
 
-fn balancers_in_short() -> Vec<Contender> {
+fn balancers_in_short() -> Vec<Baseline> {
     let left_out = ["bare loop, io_uring", "bare loop, one by one", "iptables, statistic", "nginx, sessions"];
-    balancers().into_iter().filter(|contender| !left_out.contains(&contender.name.as_str())).collect()
+    balancers().into_iter().filter(|baseline| !left_out.contains(&baseline.name.as_str())).collect()
 }
 
-fn growing() -> Vec<Contender> {
+fn growing() -> Vec<Baseline> {
     let mut all = ours();
     all.extend([
         bare_loop(),
-        Contender::kernel("nftables, stateless", netfilter::nft_stateless),
-        Contender::kernel("iptables, statistic", netfilter::iptables_statistic),
+        Baseline::kernel("nftables, stateless", netfilter::nft_stateless),
+        Baseline::kernel("iptables, statistic", netfilter::iptables_statistic),
         nginx_packets(),
     ]);
     all
 }
 
-fn replicators() -> Vec<Contender> {
+fn replicators() -> Vec<Baseline> {
     let mut all = ours();
     all.extend([
         bare_loop(),
-        Contender::kernel("nftables, dup", netfilter::nft_dup),
-        Contender::kernel("iptables, TEE", netfilter::iptables_tee),
-        Contender::program("sendto loop", bare::copier),
+        Baseline::kernel("nftables, dup", netfilter::nft_dup),
+        Baseline::kernel("iptables, TEE", netfilter::iptables_tee),
+        Baseline::program("sendto loop", bare::copier),
     ]);
     all
 }
@@ -172,16 +172,16 @@ fn troubled() -> Section {
     let refuses = SocketAddr::from(([10, 0, 1, 2], 9));
     let not_there = SocketAddr::from(([10, 0, 1, 77], 9));
     let beside = |name: &str, others: [SocketAddr; 2]| {
-        Contender::program(name, move |bed, task| daemon::start_beside(bed, task, others))
+        Baseline::program(name, move |testbed, task| daemon::start_beside(testbed, task, others))
     };
     Section {
         key: "trouble".into(),
         title: "One sender, 64 bytes, userspace, a copy to each of five, of whom two may be in trouble; rates are those of \
                 the other three's copies"
             .into(),
-        task: Task { downstreams: 3, replicate: true },
+        task: ForwardingTask { downstreams: 3, replicate: true },
         load: Load::one_sender(64),
-        contenders: vec![
+        baselines: vec![
             beside(WELL, silent),
             beside("one refuses", [refuses, silent[0]]),
             beside("one is not there", [not_there, silent[0]]),
@@ -194,35 +194,35 @@ fn troubled() -> Section {
 
 /// A protocol, and the program that is made for it.
 fn special(key: &str, content: Content) -> Section {
-    let mut contenders = ours();
+    let mut baselines = ours();
     let (beside, title) = match content {
         Content::Dns => {
-            contenders.push(Contender::program("dnsdist", programs::dnsdist));
+            baselines.push(Baseline::program("dnsdist", programs::dnsdist));
             ("dnsdist", "One sender, DNS queries of 100 bytes, to one of three downstreams in turn")
         }
         _ => {
-            contenders.push(Contender::program("rsyslog, to one", programs::rsyslog).changes());
+            baselines.push(Baseline::program("rsyslog, to one", programs::rsyslog).changes());
             ("rsyslog, to one", "One sender, syslog messages of 200 bytes, to one of three downstreams in turn")
         }
     };
     let size = if content == Content::Dns { 100 } else { 200 };
     let load = Load { content, ..Load::one_sender(size) };
-    let task = Task { downstreams: 3, replicate: false };
-    Section { key: key.into(), title: title.into(), task, load, contenders, beside, whole: true }
+    let task = ForwardingTask { downstreams: 3, replicate: false };
+    Section { key: key.into(), title: title.into(), task, load, baselines, beside, whole: true }
 }
 
-/// Runs a comparison: everybody once, then everybody again.
+/// Runs a comparison, round after round.
 ///
 /// # Errors
-/// When the bench itself cannot go on. A contender that does not start is noted as not run.
-pub fn compare(bed: &Bed, section: &Section, effort: Effort) -> Result<Table> {
-    let mut rows: Vec<Row> = section.contenders.iter().map(|contender| Row::new(&contender.name)).collect();
+/// When the bench itself fails. A forwarder that does not start is recorded as not run.
+pub fn compare(testbed: &Testbed, section: &Section, effort: Effort) -> Result<Table> {
+    let mut rows: Vec<Row> = section.baselines.iter().map(|baseline| Row::new(&baseline.name)).collect();
     for round in 1..=effort.rounds {
-        for (contender, row) in section.contenders.iter().zip(&mut rows) {
+        for (baseline, row) in section.baselines.iter().zip(&mut rows) {
             if row.not_run.is_some() {
                 continue;
             }
-            if let Err(error) = measure(bed, section, contender, effort, row) {
+            if let Err(error) = measure(testbed, section, baseline, effort, row) {
                 row.not_run = Some(format!("{error:#}"));
             }
             eprintln!("{} {round}/{}: {}", section.key, effort.rounds, in_short(row));
@@ -239,51 +239,56 @@ fn in_short(row: &Row) -> String {
     }
 }
 
-/// Starts a contender, and the generator for it. Neighbours are resolved and memory is touched.
+/// Starts a forwarder and its generator, and warms up: resolves neighbours and touches memory.
 ///
 /// # Errors
 /// When it does not start, or the bench itself cannot go on.
-pub fn begin<'a>(bed: &'a Bed, section: &Section, contender: &Contender) -> Result<Setup<'a>> {
-    bed.kernel_forwards(contender.in_kernel)?;
+pub fn begin<'a>(testbed: &'a Testbed, section: &Section, baseline: &Baseline) -> Result<RunSetup<'a>> {
+    testbed.kernel_forwards(baseline.in_kernel)?;
     let task = &section.task;
-    let generator = match contender.direct {
-        true => bed.sender_to(&Bed::downstreams(task.downstreams), section.load)?,
-        false => bed.sender(section.load)?,
+    let generator = match baseline.direct {
+        true => testbed.sender_to(&Testbed::downstreams(task.downstreams), section.load)?,
+        false => testbed.sender(section.load)?,
     };
-    let mut at = Setup { bed, generator, contender: (contender.start)(bed, task)? };
-    trial::run(&mut at, 1000.0, Terms { length: Duration::from_millis(50), copies: task.copies() }, false)?;
+    let mut at = RunSetup { testbed, generator, baseline: (baseline.start)(testbed, task)? };
+    run::measure(&mut at, 1000.0, RunParameters { length: Duration::from_millis(50), copies: task.copies() }, false)?;
     Ok(at)
 }
 
-/// One contender's turn.
-fn measure(bed: &Bed, section: &Section, contender: &Contender, effort: Effort, row: &mut Row) -> Result<()> {
-    let mut at = begin(bed, section, contender)?;
+/// Measures one forwarder in one round.
+fn measure(testbed: &Testbed, section: &Section, baseline: &Baseline, effort: Effort, row: &mut Row) -> Result<()> {
+    let mut at = begin(testbed, section, baseline)?;
     let copies = section.task.copies();
-    let terms = Terms { length: effort.length, copies };
-    let offered =
-        trial::lossless(&mut at, terms, effort.precision, row.median(LOSSLESS).map(|rate| rate / f64::from(copies)))?;
+    let parameters = RunParameters { length: effort.length, copies };
+    let offered = run::find_lossless_rate(
+        &mut at,
+        parameters,
+        effort.precision,
+        row.median(LOSSLESS).map(|rate| rate / f64::from(copies)),
+    )?;
     row.add(LOSSLESS, offered * f64::from(copies));
-    row.add(OVERLOAD, trial::run(&mut at, offered * 2.0, terms, false)?.rate);
+    row.add(OVERLOAD, run::measure(&mut at, offered * 2.0, parameters, false)?.rate);
     // CPU time is known in ticks where the kernel does the work: a longer look.
-    let half = trial::run(&mut at, offered / 2.0, Terms { length: effort.length * 2, copies }, contender.keeps)?;
+    let half =
+        run::measure(&mut at, offered / 2.0, RunParameters { length: effort.length * 2, copies }, baseline.keeps)?;
     row.add(CPU, half.cpu());
     if !section.whole {
         return Ok(());
     }
-    let same = trial::run(&mut at, SAME_FOR_ALL / f64::from(copies), terms, false)?;
-    row.add(LOSS, 100.0 * same.lost(terms) as f64 / (same.sent.datagrams * u64::from(copies)).max(1) as f64);
-    if contender.keeps {
+    let same = run::measure(&mut at, SAME_FOR_ALL / f64::from(copies), parameters, false)?;
+    row.add(LOSS, 100.0 * same.lost(parameters) as f64 / (same.sent.datagrams * u64::from(copies)).max(1) as f64);
+    if baseline.keeps {
         row.add(REORDERED, 100.0 * half.arrived.reordered as f64 / half.arrived.datagrams.max(1) as f64);
         row.add(DUPLICATED, half.arrived.duplicated as f64);
         add_latencies(row, HALF, &half);
-        add_latencies(row, MODEST, &trial::run(&mut at, MODEST_RATE, terms, true)?);
+        add_latencies(row, MODEST, &run::measure(&mut at, MODEST_RATE, parameters, true)?);
     }
     Ok(())
 }
 
-fn add_latencies(row: &mut Row, measures: [Measure; 3], trial: &Trial) {
+fn add_latencies(row: &mut Row, measures: [Measure; 3], run: &Run) {
     for (measure, share) in measures.into_iter().zip([0.5, 0.99, 0.999]) {
-        if let Some(nanoseconds) = trial.latencies.as_ref().and_then(|all| all.quantile(share)) {
+        if let Some(nanoseconds) = run.latencies.as_ref().and_then(|all| all.quantile(share)) {
             row.add(measure, nanoseconds as f64 / 1e3);
         }
     }

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bench::bed::{Bed, PORT};
-use crate::bench::contenders::{Running, Task};
+use crate::bench::baselines::{ForwardingTask, RunningBaseline};
+use crate::bench::testbed::{PORT, Testbed};
 
 /// The neighbour behind which all downstreams are.
 const NEIGHBOUR: &str = "10.0.1.2";
@@ -17,7 +17,7 @@ struct Rules {
     undo: Command,
 }
 
-impl Running for Rules {
+impl RunningBaseline for Rules {
     fn cpu_seconds(&self) -> Option<f64> {
         None
     }
@@ -34,58 +34,58 @@ impl Drop for Rules {
 ///
 /// # Errors
 /// None.
-pub fn nothing(bed: &Bed, _task: &Task) -> Result<Box<dyn Running>> {
-    Ok(guard(bed))
+pub fn nothing(testbed: &Testbed, _task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
+    Ok(guard(testbed))
 }
 
 /// nftables, destination NAT with connection tracking, which keeps a sender with one downstream.
 ///
 /// # Errors
 /// With nft's complaint.
-pub fn nft_nat(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn nft_nat(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let text = format!(
         "table ip bench {{ chain prerouting {{ type nat hook prerouting priority dstnat;
              udp dport {PORT} dnat to numgen inc mod {} map {{ {} }}; }}; }}",
         task.downstreams,
         turns(task)
     );
-    apply(bed, &["nft", "-f", "-"], &text)
+    apply(testbed, &["nft", "-f", "-"], &text)
 }
 
 /// nftables without connection tracking: each datagram's destination is rewritten, the next downstream's in turn.
 ///
 /// # Errors
 /// With nft's complaint.
-pub fn nft_stateless(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn nft_stateless(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let text = format!(
         "table ip bench {{ chain prerouting {{ type filter hook prerouting priority raw;
              udp dport {PORT} notrack ip daddr set numgen inc mod {} map {{ {} }}; }}; }}",
         task.downstreams,
         turns(task)
     );
-    apply(bed, &["nft", "-f", "-"], &text)
+    apply(testbed, &["nft", "-f", "-"], &text)
 }
 
 /// nftables' `dup`: copies to a gateway, with the destination as it is.
 ///
 /// # Errors
 /// With nft's complaint.
-pub fn nft_dup(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn nft_dup(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let copies = format!("dup to {NEIGHBOUR} device \"out\" ").repeat(task.downstreams as usize);
     let text = format!(
         "table ip bench {{ chain prerouting {{ type filter hook prerouting priority mangle;
              udp dport {PORT} {copies} drop; }}; }}"
     );
-    apply(bed, &["nft", "-f", "-"], &text)
+    apply(testbed, &["nft", "-f", "-"], &text)
 }
 
 /// iptables' `statistic`: one rule for each downstream, which every so-many-th new flow meets.
 ///
 /// # Errors
 /// With iptables' complaint.
-pub fn iptables_statistic(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn iptables_statistic(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let mut text = "*nat\n".to_owned();
-    for (before, downstream) in Bed::downstreams(task.downstreams).into_iter().enumerate() {
+    for (before, downstream) in Testbed::downstreams(task.downstreams).into_iter().enumerate() {
         let every = task.downstreams as usize - before;
         let _ = writeln!(
             text,
@@ -93,38 +93,38 @@ pub fn iptables_statistic(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
              -j DNAT --to-destination {downstream}"
         );
     }
-    apply(bed, &["iptables-nft-restore"], &(text + "COMMIT\n"))
+    apply(testbed, &["iptables-nft-restore"], &(text + "COMMIT\n"))
 }
 
 /// iptables' `TEE`: copies to a gateway, with the destination as it is.
 ///
 /// # Errors
 /// With iptables' complaint.
-pub fn iptables_tee(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn iptables_tee(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let mut text = "*mangle\n".to_owned();
     for _ in 0..task.downstreams {
         let _ = writeln!(text, "-A PREROUTING -p udp --dport {PORT} -j TEE --gateway {NEIGHBOUR}");
     }
     let _ = writeln!(text, "-A PREROUTING -p udp --dport {PORT} -j DROP\nCOMMIT");
-    apply(bed, &["iptables-nft-restore"], &text)
+    apply(testbed, &["iptables-nft-restore"], &text)
 }
 
 /// The elements of a map from turns to downstreams.
-fn turns(task: &Task) -> String {
-    let downstreams = Bed::downstreams(task.downstreams).into_iter().enumerate();
+fn turns(task: &ForwardingTask) -> String {
+    let downstreams = Testbed::downstreams(task.downstreams).into_iter().enumerate();
     downstreams.map(|(turn, downstream)| format!("{turn} : {}", downstream.ip())).collect::<Vec<_>>().join(", ")
 }
 
-fn guard(bed: &Bed) -> Box<Rules> {
+fn guard(testbed: &Testbed) -> Box<Rules> {
     // iptables' rules are nftables' ones, too.
-    let mut undo = bed.gateway.command("nft");
+    let mut undo = testbed.gateway.command("nft");
     undo.args(["flush", "ruleset"]);
     Box::new(Rules { undo })
 }
 
-fn apply(bed: &Bed, words: &[&str], text: &str) -> Result<Box<dyn Running>> {
-    let rules = guard(bed);
-    let mut command = bed.gateway.command(words[0]);
+fn apply(testbed: &Testbed, words: &[&str], text: &str) -> Result<Box<dyn RunningBaseline>> {
+    let rules = guard(testbed);
+    let mut command = testbed.gateway.command(words[0]);
     command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("cannot run {} (on Debian: `make deps`)", words[0]))?;
     if let Some(mut stdin) = child.stdin.take() {

@@ -6,51 +6,56 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::bench::bed::{Bed, IN, LISTENER};
-use crate::bench::contenders::{Running, Task, cpu_seconds};
+use crate::bench::baselines::{ForwardingTask, RunningBaseline};
+use crate::bench::cpu::cpu_seconds;
+use crate::bench::testbed::{IN, LISTENER, Testbed};
 use udp_fanout_lab::daemon::{Daemon, DaemonConfig, ListenerSpec};
 
 struct Serving(Daemon);
 
-impl Running for Serving {
+impl RunningBaseline for Serving {
     fn cpu_seconds(&self) -> Option<f64> {
         cpu_seconds(&format!("/proc/{}/task", self.0.pid()), None)
     }
 }
 
-/// Starts the daemon in a mode, with one worker on the contender's CPU. `settings` are further lines of the listener's settings.
+/// Starts the daemon in a mode, with one worker on the baseline's CPU. `settings` are further lines of the listener's settings.
 ///
 /// # Errors
 /// When it does not become ready.
-pub fn start(bed: &Bed, task: &Task, mode: &str, settings: &str) -> Result<Box<dyn Running>> {
-    run(bed, &config(task, mode, settings))
+pub fn start(testbed: &Testbed, task: &ForwardingTask, mode: &str, settings: &str) -> Result<Box<dyn RunningBaseline>> {
+    run(testbed, &config(task, mode, settings))
 }
 
 /// As [`start`] in user space, with two more downstreams.
 ///
 /// # Errors
 /// When it does not become ready.
-pub fn start_beside(bed: &Bed, task: &Task, others: [SocketAddr; 2]) -> Result<Box<dyn Running>> {
+pub fn start_beside(
+    testbed: &Testbed,
+    task: &ForwardingTask,
+    others: [SocketAddr; 2],
+) -> Result<Box<dyn RunningBaseline>> {
     let mut config = config(task, "userspace", "");
     let others = others.into_iter().enumerate().map(|(n, address)| (format!("other{n}"), address, 1));
     config.listeners[0].downstreams.extend(others);
-    run(bed, &config)
+    run(testbed, &config)
 }
 
-fn run(bed: &Bed, config: &DaemonConfig) -> Result<Box<dyn Running>> {
-    let cpu = bed.contender_cpu().to_string();
+fn run(testbed: &Testbed, config: &DaemonConfig) -> Result<Box<dyn RunningBaseline>> {
+    let cpu = testbed.forwarder_cpu().to_string();
     let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
-    let daemon = Daemon::start_behind(&bed.gateway, &["taskset", "-c", &cpu], binary, config)?;
+    let daemon = Daemon::start_behind(&testbed.gateway, &["taskset", "-c", &cpu], binary, config)?;
     Ok(Box::new(Serving(daemon)))
 }
 
 /// The daemon's configuration for a task.
-pub fn config(task: &Task, mode: &str, settings: &str) -> DaemonConfig {
+pub fn config(task: &ForwardingTask, mode: &str, settings: &str) -> DaemonConfig {
     let mut extra = String::new();
     if task.replicate {
         let _ = writeln!(extra, "policy = \"replicate\"");
     }
-    let downstreams = Bed::downstreams(task.downstreams).into_iter().enumerate();
+    let downstreams = Testbed::downstreams(task.downstreams).into_iter().enumerate();
     let listener = ListenerSpec {
         name: "bench".into(),
         bind: LISTENER.to_string(),

@@ -1,7 +1,7 @@
-//! What the programs themselves cost a packet, without the journey: test runs in the kernel, 200 datagrams each, of which
-//! the quickest count. Steadier than any rate, on a machine that does other things as well.
+//! The cost of the programs alone for each packet: test runs in the kernel (`BPF_PROG_TEST_RUN`) of 200 datagrams, of which the
+//! fastest counts. Steadier than any rate on a machine that runs other programs too.
 //!
-//! The downstreams are the listener itself, so that a datagram sent on is one to be sent on again, until its TTL ends.
+//! The downstreams are the listener itself, so that each forwarded datagram can be forwarded again, until its TTL ends.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -13,8 +13,8 @@ use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::plan::{Delivery, MacPair, Plan, PlanTarget};
 
+use crate::paths;
 use crate::pods::LISTENER;
-use crate::ways;
 use udp_fanout_testkit::kernel::packet::Frame;
 use udp_fanout_testkit::kernel::run::{listener, target};
 
@@ -24,10 +24,10 @@ const RUNS: usize = 2_000;
 
 /// A program and what one datagram costs, in nanoseconds.
 pub fn costs() -> Result<Vec<(&'static str, f64)>> {
-    let references = ways::references()?;
+    let references = paths::references()?;
     let mut costs = Vec::new();
     for (name, reference) in [("floor: one pod, known", "floor_pod"), ("the obvious way", "obvious")] {
-        let object = ways::load(&references, &[(LISTENER, 1, [2; 6], [2; 6])])?;
+        let object = paths::load(&references, &[(LISTENER, 1, [2; 6], [2; 6])])?;
         let program = object.progs().find(|program| program.name() == reference).context(reference)?;
         costs.push((name, cost(program.as_fd(), "192.0.2.9:4000", LISTENER)?));
     }

@@ -16,8 +16,8 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use socket2::Socket;
 
 use super::bare::{self, Control, SEGMENTS, Shares};
-use super::{Running, Task};
-use crate::bench::bed::Bed;
+use super::{ForwardingTask, RunningBaseline};
+use crate::bench::testbed::Testbed;
 
 /// Buffers that the ring has for what arrives: those of the batch at hand and of the one that arrives meanwhile.
 const BUFFERS: u16 = 64;
@@ -35,14 +35,14 @@ const SENT: u64 = 1;
 /// How long a wait lasts at most, so that a stopped loop ends.
 const PATIENCE: Timespec = Timespec::new().nsec(20_000_000);
 
-/// Starts the loop on the contender's CPU.
+/// Starts the loop on the baseline's CPU.
 ///
 /// # Errors
 /// When a socket cannot be had, or the kernel has no such ring for us.
-pub fn start(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn start(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     ring().context("no io_uring (see /proc/sys/kernel/io_uring_disabled)")?;
     let replicate = task.replicate;
-    bare::spawn(bed, task, true, move |take, send, downstreams, stop| {
+    bare::spawn(testbed, task, true, move |take, send, downstreams, stop| {
         if let Err(error) = forward([take, send], downstreams, replicate, stop) {
             eprintln!("The loop on io_uring has ended: {error}");
         }
@@ -135,7 +135,7 @@ impl Work {
     }
 
     /// Waits until nothing is left that uses our memory or a socket: a ring goes some time after it has been closed, and
-    /// the next contender needs the port.
+    /// the next baseline needs the port.
     fn end(mut self) -> io::Result<()> {
         while self.sending > 0 {
             self.enter(self.sending)?;

@@ -5,18 +5,18 @@ use std::fs;
 
 use anyhow::Result;
 
-use crate::bench::bed::{Bed, PORT};
-use crate::bench::contenders::{Process, Running, Task};
+use crate::bench::baselines::{ForwardingTask, Process, RunningBaseline};
+use crate::bench::testbed::{PORT, Testbed};
 
 /// Starts nginx with one worker. Per packet, each datagram is a session of its own and goes to the next downstream; per
 /// session, a sender stays with one downstream.
 ///
 /// # Errors
 /// When it does not start.
-pub fn start(bed: &Bed, task: &Task, per_packet: bool) -> Result<Box<dyn Running>> {
+pub fn start(testbed: &Testbed, task: &ForwardingTask, per_packet: bool) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let mut servers = String::new();
-    for downstream in Bed::downstreams(task.downstreams) {
+    for downstream in Testbed::downstreams(task.downstreams) {
         let _ = writeln!(servers, "server {downstream};");
     }
     // `proxy_responses 0` ends a session with its last datagram; `proxy_requests 1` with its first.
@@ -34,9 +34,9 @@ pub fn start(bed: &Bed, task: &Task, per_packet: bool) -> Result<Box<dyn Running
     );
     let config = directory.path().join("nginx.conf");
     fs::write(&config, text)?;
-    let mut command = bed.gateway.command("/usr/sbin/nginx");
+    let mut command = testbed.gateway.command("/usr/sbin/nginx");
     command.arg("-c").arg(config);
-    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    let mut process = Process::start(testbed, &mut command, Some(directory))?;
     process.listens()?;
     Ok(Box::new(process))
 }

@@ -20,10 +20,11 @@ use nix::sys::socket::sockopt::{RcvBufForce, UdpGroSegment};
 use nix::unistd::Pid;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::bench::bed::{Bed, LISTENER};
-use crate::bench::contenders::{Running, Task, cpu_seconds, stay_on};
+use crate::bench::baselines::{ForwardingTask, RunningBaseline};
+use crate::bench::cpu::{cpu_seconds, pin_thread};
+use crate::bench::testbed::{LISTENER, Testbed};
 
-/// Bytes of receive buffer, as every contender gets.
+/// Bytes of receive buffer, as every baseline gets.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Datagrams of one message at most.
 pub const SEGMENTS: usize = 64;
@@ -45,7 +46,7 @@ struct Loop {
     task: Pid,
 }
 
-impl Running for Loop {
+impl RunningBaseline for Loop {
     fn cpu_seconds(&self) -> Option<f64> {
         cpu_seconds("/proc/self/task", Some(self.task))
     }
@@ -60,37 +61,37 @@ impl Drop for Loop {
     }
 }
 
-/// Starts the loop on the contender's CPU.
+/// Starts the loop on the baseline's CPU.
 ///
 /// # Errors
 /// When a socket cannot be had.
-pub fn start(bed: &Bed, task: &Task, calls: Calls) -> Result<Box<dyn Running>> {
+pub fn start(testbed: &Testbed, task: &ForwardingTask, calls: Calls) -> Result<Box<dyn RunningBaseline>> {
     let replicate = task.replicate;
-    spawn(bed, task, calls.joined, move |take, send, downstreams, stop| {
+    spawn(testbed, task, calls.joined, move |take, send, downstreams, stop| {
         forward(take, send, downstreams, (calls, replicate), stop);
     })
 }
 
-/// Starts a loop that copies each datagram to each downstream, one system call each, on the contender's CPU.
+/// Starts a loop that copies each datagram to each downstream, one system call each, on the baseline's CPU.
 ///
 /// # Errors
 /// When a socket cannot be had.
-pub fn copier(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
-    spawn(bed, task, false, copy)
+pub fn copier(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
+    spawn(testbed, task, false, copy)
 }
 
-/// Starts a loop that takes from the first socket and sends with the second, on the contender's CPU, until it is told to
+/// Starts a loop that takes from the first socket and sends with the second, on the baseline's CPU, until it is told to
 /// stop. `joined` says whether what it takes may be joined.
 ///
 /// # Errors
 /// When a socket cannot be had.
 pub fn spawn(
-    bed: &Bed,
-    task: &Task,
+    testbed: &Testbed,
+    task: &ForwardingTask,
     joined: bool,
     work: impl FnOnce(&Socket, &Socket, &[SocketAddr], &AtomicBool) + Send + 'static,
-) -> Result<Box<dyn Running>> {
-    let (take, send) = bed.gateway.run(|| {
+) -> Result<Box<dyn RunningBaseline>> {
+    let (take, send) = testbed.gateway.run(|| {
         let take = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
         take.bind(&LISTENER.into())?;
         setsockopt(&take, RcvBufForce, &RECEIVE_BUFFER)?;
@@ -103,10 +104,11 @@ pub fn spawn(
         Ok((take, send))
     })?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (stopped, downstreams, cpu) = (Arc::clone(&stop), Bed::downstreams(task.downstreams), bed.contender_cpu());
+    let (stopped, downstreams, cpu) =
+        (Arc::clone(&stop), Testbed::downstreams(task.downstreams), testbed.forwarder_cpu());
     let (tell, told) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name("bare".into()).spawn(move || {
-        if stay_on(cpu).is_ok() && tell.send(nix::unistd::gettid()).is_ok() {
+        if pin_thread(cpu).is_ok() && tell.send(nix::unistd::gettid()).is_ok() {
             work(&take, &send, &downstreams, &stopped);
         }
     });

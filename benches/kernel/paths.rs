@@ -1,4 +1,4 @@
-//! The ways through the kernel that are compared. Each is set up when it is its turn and gone afterwards.
+//! The paths through the kernel that are compared. Each is set up for its turn and removed afterwards.
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -12,9 +12,9 @@ use super::pods::{IN, LISTENER, PORT, Pod, Pods};
 use crate::bench::programs;
 use udp_fanout_lab::daemon::{Daemon, DaemonConfig, ListenerSpec};
 
-/// One way to be set up.
+/// One path to be set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum BenchPath {
     /// The kernel's own forwarding; senders address the pods themselves.
     Forwarding,
     /// A program of `references.bpf.c` at the gateway's ingress.
@@ -29,53 +29,53 @@ pub enum Way {
     Dup(usize),
 }
 
-/// A way that has been set up, until it is dropped.
-pub enum Running {
-    /// Nothing to take away.
+/// A path that is set up. Dropping it removes it.
+pub enum ActivePath {
+    /// Nothing to remove.
     Nothing,
     /// The daemon.
     Daemon(#[expect(dead_code, reason = "held for its end")] Box<Daemon>),
-    /// A command that takes it away again.
+    /// A command that removes it.
     Undo(Command),
 }
 
-impl Drop for Running {
+impl Drop for ActivePath {
     fn drop(&mut self) {
         match self {
-            Running::Undo(undo) => drop(undo.stdout(Stdio::null()).status()),
-            Running::Nothing | Running::Daemon(_) => {}
+            ActivePath::Undo(undo) => drop(undo.stdout(Stdio::null()).status()),
+            ActivePath::Nothing | ActivePath::Daemon(_) => {}
         }
     }
 }
 
-impl Way {
-    /// Where senders send to: the listener, or the pod that the kernel forwards to by itself.
-    pub fn destination(self, bed: &Pods) -> SocketAddr {
+impl BenchPath {
+    /// The destination of the senders: the listener, or the pod that the kernel forwards to.
+    pub fn destination(self, testbed: &Pods) -> SocketAddr {
         match self {
-            Way::Forwarding => bed.pods[0].address,
-            Way::Tee(count) | Way::Dup(count) => bed.pods[count - 1].address,
-            Way::Reference(_) | Way::Balance(_) | Way::Replicate(_) => LISTENER,
+            BenchPath::Forwarding => testbed.pods[0].address,
+            BenchPath::Tee(count) | BenchPath::Dup(count) => testbed.pods[count - 1].address,
+            BenchPath::Reference(_) | BenchPath::Balance(_) | BenchPath::Replicate(_) => LISTENER,
         }
     }
 
-    /// Sets it up on the gateway, with this daemon where there is one.
+    /// Sets it up on the gateway. `binary` is the daemon, if the path has one.
     ///
     /// # Errors
-    /// With the complaint of what could not be started.
-    pub fn start(self, bed: &Pods, binary: &Path) -> Result<Running> {
+    /// When a command or the daemon cannot be started.
+    pub fn start(self, testbed: &Pods, binary: &Path) -> Result<ActivePath> {
         match self {
-            Way::Forwarding => Ok(Running::Nothing),
-            Way::Reference(name) => reference(bed, name),
-            Way::Balance(count) => daemon(bed, binary, count, ""),
-            Way::Replicate(count) => daemon(bed, binary, count, "policy = \"replicate\"\n"),
-            Way::Tee(count) => tee(bed, count),
-            Way::Dup(count) => dup(bed, count),
+            BenchPath::Forwarding => Ok(ActivePath::Nothing),
+            BenchPath::Reference(name) => reference(testbed, name),
+            BenchPath::Balance(count) => daemon(testbed, binary, count, ""),
+            BenchPath::Replicate(count) => daemon(testbed, binary, count, "policy = \"replicate\"\n"),
+            BenchPath::Tee(count) => tee(testbed, count),
+            BenchPath::Dup(count) => dup(testbed, count),
         }
     }
 }
 
-fn daemon(bed: &Pods, binary: &Path, count: usize, extra: &str) -> Result<Running> {
-    let downstreams = bed.addresses(count).into_iter().enumerate();
+fn daemon(testbed: &Pods, binary: &Path, count: usize, extra: &str) -> Result<ActivePath> {
+    let downstreams = testbed.addresses(count).into_iter().enumerate();
     let listener = ListenerSpec {
         name: "bench".into(),
         bind: LISTENER.to_string(),
@@ -88,33 +88,33 @@ fn daemon(bed: &Pods, binary: &Path, count: usize, extra: &str) -> Result<Runnin
     };
     let config =
         DaemonConfig { listeners: vec![listener], metrics: Some(([127, 0, 0, 1], 9090).into()), head: String::new() };
-    Ok(Running::Daemon(Box::new(Daemon::start_behind(&bed.gateway, &[], binary, &config)?)))
+    Ok(ActivePath::Daemon(Box::new(Daemon::start_behind(&testbed.gateway, &[], binary, &config)?)))
 }
 
-/// Hangs a program that does nothing on the outward side of every pod's link, as a network plugin's policy would: nobody
-/// may bypass it, so datagrams have to leave by the device.
+/// Attaches an empty program to the egress of every pod's link, as a CNI plugin's policy would. A redirect to the peer must
+/// not skip it, so datagrams take the device's egress path.
 ///
 /// # Errors
 /// When the program cannot be attached.
-pub fn forbid_shortcuts(bed: &Pods) -> Result<()> {
-    bed.pods.iter().try_for_each(|pod| attach(bed, "nothing", &pod.device, TC_EGRESS))
+pub fn forbid_shortcuts(testbed: &Pods) -> Result<()> {
+    testbed.pods.iter().try_for_each(|pod| attach(testbed, "nothing", &pod.device, TC_EGRESS))
 }
 
-fn reference(bed: &Pods, name: &str) -> Result<Running> {
-    attach(bed, name, IN, TC_INGRESS)?;
-    let mut undo = bed.gateway.command("tc");
+fn reference(testbed: &Pods, name: &str) -> Result<ActivePath> {
+    attach(testbed, name, IN, TC_INGRESS)?;
+    let mut undo = testbed.gateway.command("tc");
     undo.args(["filter", "del", "dev", IN, "ingress", "pref", "1"]);
-    Ok(Running::Undo(undo))
+    Ok(ActivePath::Undo(undo))
 }
 
 /// Attaches a reference to a device of the gateway. The filter holds the program.
-fn attach(bed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Result<()> {
+fn attach(testbed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Result<()> {
     let pod = |pod: &Pod| Ok((pod.address, pod.index, mac(&pod.mac)?, mac(&pod.gateway_mac)?));
-    let loaded = load(&bed.references, &bed.pods.iter().map(pod).collect::<Result<Vec<_>>>()?)?;
+    let loaded = load(&testbed.references, &testbed.pods.iter().map(pod).collect::<Result<Vec<_>>>()?)?;
     let program =
         loaded.progs().find(|program| program.name() == name).with_context(|| format!("no program {name}"))?;
-    let (program, index) = (program.as_fd(), i32::try_from(bed.gateway.link(device)?.index)?);
-    bed.gateway.run(|| {
+    let (program, index) = (program.as_fd(), i32::try_from(testbed.gateway.link(device)?.index)?);
+    testbed.gateway.run(|| {
         let mut builder = TcHookBuilder::new(program);
         let mut hook = builder.ifindex(index).replace(true).handle(1).priority(1).hook(point);
         hook.create().and_then(|mut hook| hook.attach()).with_context(|| format!("cannot attach {name}"))?;
@@ -128,7 +128,7 @@ pub type Destination = (SocketAddr, u32, [u8; 6], [u8; 6]);
 /// Compiles the references.
 ///
 /// # Errors
-/// With the compiler's complaint.
+/// When it does not compile.
 pub fn references() -> Result<Vec<u8>> {
     programs::compile(Path::new("benches/kernel/references.bpf.c"))
 }
@@ -136,7 +136,7 @@ pub fn references() -> Result<Vec<u8>> {
 /// Loads the references for these destinations.
 ///
 /// # Errors
-/// With the kernel's complaint.
+/// When the kernel rejects a program.
 pub fn load(object: &[u8], destinations: &[Destination]) -> Result<Object> {
     let mut opened = ObjectBuilder::default().open_memory(object)?;
     let constants = constants(destinations)?;
@@ -172,22 +172,22 @@ fn mac(text: &str) -> Result<[u8; 6]> {
 }
 
 /// Senders address the last pod, to which the kernel forwards; each of the others gets a copy.
-fn tee(bed: &Pods, count: usize) -> Result<Running> {
+fn tee(testbed: &Pods, count: usize) -> Result<ActivePath> {
     let rule = |action: &str, gateway: &str| {
         format!("-t mangle {action} PREROUTING -i {IN} -p udp --dport {PORT} -j TEE --gateway {gateway}")
     };
-    for pod in &bed.pods[..count - 1] {
-        bed.gateway.tool("iptables", &rule("-A", &pod.address.ip().to_string()))?;
+    for pod in &testbed.pods[..count - 1] {
+        testbed.gateway.tool("iptables", &rule("-A", &pod.address.ip().to_string()))?;
     }
-    let mut undo = bed.gateway.command("iptables");
+    let mut undo = testbed.gateway.command("iptables");
     undo.args(["-t", "mangle", "-F"]);
-    Ok(Running::Undo(undo))
+    Ok(ActivePath::Undo(undo))
 }
 
-fn dup(bed: &Pods, count: usize) -> Result<Running> {
+fn dup(testbed: &Pods, count: usize) -> Result<ActivePath> {
     let mut rules =
         String::from("add table ip bench\nadd chain ip bench pre { type filter hook prerouting priority -150; }\n");
-    for pod in &bed.pods[..count - 1] {
+    for pod in &testbed.pods[..count - 1] {
         rules += &format!(
             "add rule ip bench pre iifname {IN} udp dport {PORT} dup to {} device \"{}\"\n",
             pod.address.ip(),
@@ -197,8 +197,8 @@ fn dup(bed: &Pods, count: usize) -> Result<Running> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("rules.nft");
     std::fs::write(&file, rules)?;
-    bed.gateway.tool("nft", &format!("-f {}", file.display()))?;
-    let mut undo = bed.gateway.command("nft");
+    testbed.gateway.tool("nft", &format!("-f {}", file.display()))?;
+    let mut undo = testbed.gateway.command("nft");
     undo.args(["delete", "table", "ip", "bench"]);
-    Ok(Running::Undo(undo))
+    Ok(ActivePath::Undo(undo))
 }

@@ -1,22 +1,21 @@
-//! The network that benchmarks run in: a generator, a gateway on which the contender runs, and a sink behind it.
+//! The network of the benchmarks: a generator, a gateway on which the forwarder runs, and a sink behind it.
 //!
 //! ```text
 //!   generator ──────────── gateway ──────────── sink
 //!   10.0.0.2   eth0    in  10.0.0.1   out  10.0.1.1    eth0  10.0.1.2, a TC program that counts and drops
-//!                          the contender        route: 10.1.0.0/16 via 10.0.1.2, the downstreams
+//!                          the forwarder       route: 10.1.0.0/16 via 10.0.1.2, the downstreams
 //! ```
 //!
-//! Two CPUs take part. The generator has one, the contender the other, to itself: also the kernel's work for a forwarder in
-//! the kernel is put there ([`Bed::kernel_forwards`]), while a program is spared the work of receiving packets, as it is
-//! where a network card's interrupts go elsewhere. Devices cut nothing into packets by themselves (`tx-udp-segmentation
-//! off`), and the gateway joins what arrives as network cards' drivers do (`gro on`).
+//! Two CPUs are used: one by the generator, one by the forwarder alone. For a forwarder in the kernel, the gateway also
+//! receives packets on the forwarder's CPU ([`Testbed::kernel_forwards`]); for a program, it receives them on the generator's,
+//! as with a network card whose interrupts go to another CPU. Devices do not segment (`tx-udp-segmentation off`), and the
+//! gateway coalesces received packets as drivers of network cards do (`gro on`).
 
 use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
-use nix::sched::sched_getaffinity;
-use nix::unistd::Pid;
 
+use super::cpu::two_cpus;
 use super::generator::{Generator, Load};
 use super::sink::Sink;
 use udp_fanout_lab::Namespace;
@@ -24,32 +23,31 @@ use udp_fanout_lab::netns::{End, connect};
 
 /// The port of the listener and of every downstream.
 pub const PORT: u16 = 5514;
-/// Where senders send to.
+/// The destination of the senders.
 pub const LISTENER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), PORT);
 /// The gateway's interface that faces the generator.
 pub const IN: &str = "in";
 /// The gateway's interface that faces the sink.
 pub const OUT: &str = "out";
 
-/// The namespaces and the sink. Everything goes when it is dropped.
-pub struct Bed {
-    /// Where datagrams come from.
+/// The namespaces and the sink. Dropping it removes everything.
+pub struct Testbed {
+    /// The namespace of the senders.
     pub generator: Namespace,
-    /// Where contenders run.
+    /// The namespace of the program under test.
     pub gateway: Namespace,
-    /// Where datagrams end.
+    /// The namespaces of the receivers.
     pub receivers: Namespace,
-    /// Counts them.
     pub sink: Sink,
     cpus: [usize; 2],
 }
 
-impl Bed {
+impl Testbed {
     /// Builds the network.
     ///
     /// # Errors
-    /// When not root, on a machine with one CPU, or with the complaint of the command that failed.
-    pub fn build() -> Result<Bed> {
+    /// When not root, on a machine with one CPU, or when a command fails.
+    pub fn build() -> Result<Testbed> {
         let cpus = two_cpus()?;
         let [generator, gateway, receivers] = ["generator", "gateway", "sink"].map(Namespace::create);
         let (generator, gateway, receivers) = (generator?, gateway?, receivers?);
@@ -69,9 +67,9 @@ impl Bed {
         }
         gateway.ethtool(&format!("-K {IN} gro on"))?;
         let sink = Sink::attach(&receivers, "eth0", PORT)?;
-        let bed = Bed { generator, gateway, receivers, sink, cpus };
-        bed.kernel_forwards(false)?;
-        Ok(bed)
+        let testbed = Testbed { generator, gateway, receivers, sink, cpus };
+        testbed.kernel_forwards(false)?;
+        Ok(testbed)
     }
 
     /// The addresses of the first downstreams.
@@ -85,8 +83,8 @@ impl Bed {
         self.cpus[0]
     }
 
-    /// The CPU that contenders run on.
-    pub fn contender_cpu(&self) -> usize {
+    /// The CPU that forwarders run on.
+    pub fn forwarder_cpu(&self) -> usize {
         self.cpus[1]
     }
 
@@ -106,8 +104,8 @@ impl Bed {
         Generator::open(&self.generator, to, load, self.cpus[0])
     }
 
-    /// Says where the gateway's kernel does its part: for a forwarder in the kernel, on the contender's CPU; for one that
-    /// is a program, with the generator. Also whether the gateway forwards by itself.
+    /// Sets whether the gateway's kernel forwards. If so, the gateway receives packets on the forwarder's CPU, else on the
+    /// generator's.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -117,7 +115,7 @@ impl Bed {
     }
 }
 
-/// Has what comes in by a device dealt with on this CPU; none for where it comes in.
+/// Makes a device's received packets be processed on this CPU (RPS). None: on the CPU that receives them.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -131,17 +129,4 @@ pub fn receive_on(namespace: &Namespace, device: &str, cpu: Option<usize>) -> Re
         .context("cannot run ip (Debian package iproute2)")?;
     ensure!(status.success(), "cannot choose the CPU that receives: `{script}` failed");
     Ok(())
-}
-
-/// The first two CPUs that this process may use.
-///
-/// # Errors
-/// When there is but one.
-pub fn two_cpus() -> Result<[usize; 2]> {
-    let allowed = sched_getaffinity(Pid::from_raw(0))?;
-    let mut cpus = (0..nix::sched::CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
-    match (cpus.next(), cpus.next()) {
-        (Some(first), Some(second)) => Ok([first, second]),
-        _ => anyhow::bail!("benchmarks need two CPUs: one for the generator, one for the contender"),
-    }
 }

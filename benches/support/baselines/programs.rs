@@ -6,18 +6,18 @@ use std::process::Stdio;
 
 use anyhow::Result;
 
-use crate::bench::bed::{Bed, LISTENER, PORT};
-use crate::bench::contenders::{Process, Running, Task};
+use crate::bench::baselines::{ForwardingTask, Process, RunningBaseline};
+use crate::bench::testbed::{LISTENER, PORT, Testbed};
 
 /// socat: from one port to one downstream; it knows no more.
 ///
 /// # Errors
 /// When it does not start.
-pub fn socat(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
-    let downstream = Bed::downstreams(task.downstreams.min(1))[0];
-    let mut command = bed.gateway.command("socat");
+pub fn socat(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
+    let downstream = Testbed::downstreams(task.downstreams.min(1))[0];
+    let mut command = testbed.gateway.command("socat");
     command.args(["-u", &format!("UDP4-RECV:{PORT},rcvbuf=4194304"), &format!("UDP4-SENDTO:{downstream}")]);
-    let mut process = Process::start(bed, &mut command, None)?;
+    let mut process = Process::start(testbed, &mut command, None)?;
     process.listens()?;
     Ok(Box::new(process))
 }
@@ -26,18 +26,18 @@ pub fn socat(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
 ///
 /// # Errors
 /// When it does not start.
-pub fn dnsdist(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn dnsdist(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let mut text = format!("setLocal(\"{LISTENER}\")\nsetACL(\"0.0.0.0/0\")\nsetServerPolicy(roundrobin)\n");
-    for downstream in Bed::downstreams(task.downstreams) {
+    for downstream in Testbed::downstreams(task.downstreams) {
         let _ = writeln!(text, "newServer{{address=\"{downstream}\", healthCheckMode=\"up\"}}");
     }
     let config = directory.path().join("dnsdist.conf");
     fs::write(&config, text)?;
-    let mut command = bed.gateway.command("dnsdist");
+    let mut command = testbed.gateway.command("dnsdist");
     command.args(["--supervised", "--disable-syslog", "--config"]).arg(config);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    let mut process = Process::start(testbed, &mut command, Some(directory))?;
     process.listens()?;
     Ok(Box::new(process))
 }
@@ -46,10 +46,10 @@ pub fn dnsdist(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
 ///
 /// # Errors
 /// When it does not start.
-pub fn rsyslog(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
+pub fn rsyslog(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let place = directory.path().display();
-    let downstream = Bed::downstreams(task.downstreams.min(1))[0];
+    let downstream = Testbed::downstreams(task.downstreams.min(1))[0];
     let text = format!(
         "global(workDirectory=\"{place}\")
          module(load=\"imudp\" timeRequery=\"8\")
@@ -64,10 +64,10 @@ pub fn rsyslog(bed: &Bed, task: &Task) -> Result<Box<dyn Running>> {
     );
     let config = directory.path().join("rsyslog.conf");
     fs::write(&config, text)?;
-    let mut command = bed.gateway.command("rsyslogd");
+    let mut command = testbed.gateway.command("rsyslogd");
     command.arg("-n").arg("-f").arg(config).arg("-i").arg(directory.path().join("pid"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut process = Process::start(bed, &mut command, Some(directory))?;
+    let mut process = Process::start(testbed, &mut command, Some(directory))?;
     process.listens()?;
     Ok(Box::new(process))
 }
