@@ -164,3 +164,46 @@ fn every_file_spoken_of_is_there() {
     }
     assert!(seen >= 20, "only {seen} names were found");
 }
+
+/// What a row of the table of events says: functions by the file that defines them.
+fn functions_named(cell: &str) -> Vec<(&str, &str)> {
+    let mut file = None;
+    let mut functions = Vec::new();
+    for name in cell.split('`').skip(1).step_by(2) {
+        if name.contains('/') {
+            file = Some(name);
+        } else {
+            functions.push((file.unwrap_or_else(|| panic!("{name} stands before any file: {cell}")), name));
+        }
+    }
+    functions
+}
+
+/// Whether a source file defines a function.
+fn defines(source: &str, path: &str, function: &str) -> bool {
+    if path.ends_with(".rs") {
+        return source.contains(&format!("fn {function}(")) || source.contains(&format!("fn {function}<"));
+    }
+    let call = format!("{function}(");
+    // In C, a definition starts at the beginning of a line.
+    source.lines().any(|line| {
+        let starts = line.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+        starts && line.split(['\t', ' ', '*']).any(|word| word.starts_with(&call))
+    })
+}
+
+#[test]
+fn every_function_in_the_table_of_events_is_where_it_is_said_to_be() {
+    let rows = table(&read("docs/ARCHITECTURE.md"), "Event");
+    assert!(rows.len() >= 20, "only {} events", rows.len());
+    for row in rows {
+        assert_eq!(row.len(), 3, "{row:?}");
+        for cell in &row[1..] {
+            let functions = functions_named(cell);
+            assert!(!functions.is_empty(), "no function: {cell}");
+            for (path, function) in functions {
+                assert!(defines(&read(path), path, function), "{path} defines no {function}: {row:?}");
+            }
+        }
+    }
+}
