@@ -1,14 +1,20 @@
-//! Downstreams from Kubernetes: what the EndpointSlices of a listener's Services say, as whole sets.
+//! Downstreams from Kubernetes: follows the EndpointSlices of the listeners' Services and publishes whole sets.
 //!
 //! ```text
 //! API server ══► watch/service_watch (one task per Service) ──► aggregator (pure) ──► DiscoveryUpdate ──► channel + waker ──► event loop
-//!                  kube's watcher, back-off, outages        merges, counts generations
+//!                  kube's watcher, backoff, outages         merges, counts generations
 //! ```
 //!
-//! One thread, `fo-kube`, runs everything asynchronous; it lives in `watch` and the files below it. [`slices`] turns
+//! All asynchronous code runs on one thread, `fo-kube`, in `watch` and the files below it. [`slices`] turns
 //! slices into a list of downstreams and [`aggregator`] decides what is published when, both without I/O. Sets are
-//! snapshots: an [`DiscoveryUpdate`] replaces what the listener had. Only an answer of the API server changes a set; whatever
-//! goes wrong on the way to the server leaves the last good one in force.
+//! snapshots: a [`DiscoveryUpdate`] replaces the listener's last one. Only a reply of the API server changes a set; during an
+//! outage the last good one stays in force.
+//!
+//! | event | first function | ends in |
+//! | --- | --- | --- |
+//! | endpoint added | `ServiceWatch::apply_event` | `Aggregator::flush`, then the event loop's `downstream_sources` |
+//! | endpoint terminating | the same; `EndpointReadiness::from_conditions` | `slices::choose_endpoints` leaves it out |
+//! | API server away | `ServiceWatch::recover_from` | one log line; the sets stay |
 
 pub mod aggregator;
 pub mod messages;
@@ -34,27 +40,27 @@ pub use self::status::{DiscoveryStatus, ErrorKind, ServiceStatus};
 use crate::model::{DownstreamSet, ListenerId};
 use crate::net::Family;
 
-/// What a listener wants to know: the endpoints of which Services, and which of them.
+/// Which endpoints a listener uses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DiscoveryRequest {
-    /// Whose downstreams they will be.
+    /// The listener that gets the downstreams.
     pub listener: ListenerId,
     /// At least one; their endpoints are merged.
     pub services: Vec<ServiceRef>,
     /// The listener's own address family; endpoints of the other one are left out.
     pub family: Family,
-    /// Which endpoints are preferred by where they run.
+    /// Preference by node or zone.
     pub locality: Locality,
-    /// What becomes of endpoints that are shutting down.
+    /// Use of endpoints that are shutting down.
     pub terminating: Terminating,
 }
 
 /// A Service, and the port to send to on each of its endpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct ServiceRef {
-    /// Its namespace; none means the pod's own, or that of the kubeconfig's context.
+    /// The namespace; none means the pod's own, or that of the kubeconfig's context.
     pub namespace: Option<String>,
-    /// Its name.
+    /// The name of the Service.
     pub service: String,
     /// The port on the endpoints, not the Service's.
     pub port: PortRef,
@@ -64,9 +70,9 @@ pub struct ServiceRef {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum PortRef {
-    /// This number on every endpoint, whatever ports the Service has; from 1.
+    /// This number on every endpoint, from 1; the Service's own ports do not matter.
     Number(u16),
-    /// The number that each slice gives the Service port of this name; the empty name is a port without one.
+    /// The number that each slice gives for the Service port of this name; the empty name stands for the unnamed port.
     Name(String),
 }
 
@@ -79,18 +85,18 @@ impl fmt::Display for PortRef {
     }
 }
 
-/// Which endpoints are preferred by where they run.
+/// Which endpoints are preferred, by node or zone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Locality {
-    /// All alike.
+    /// No preference.
     #[default]
     Cluster,
-    /// Those on this node; while it has none, all.
+    /// The endpoints on this node; if it has none, all.
     PreferNode,
-    /// Only those on this node.
+    /// Only endpoints on this node.
     Node,
-    /// Those in this node's zone; while it has none, all.
+    /// The endpoints in this node's zone; if it has none, all.
     PreferZone,
 }
 
@@ -107,7 +113,7 @@ impl Locality {
     }
 }
 
-/// What becomes of endpoints that are shutting down and still serve.
+/// Use of endpoints that are shutting down and still serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Terminating {
@@ -120,22 +126,22 @@ pub enum Terminating {
     UntilGone,
 }
 
-/// Where the API server is, who we are, and how patient to be.
+/// Credentials, node and timeouts of discovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiscoverySettings {
-    /// A kubeconfig file given by the operator; it wins over everything else. Without it: the pod's service account
-    /// if there is one, else what `KUBECONFIG` names, else `~/.kube/config`.
+    /// The kubeconfig given by the operator. If there is none: the pod's service account, else the file that `KUBECONFIG`
+    /// names, else `~/.kube/config`.
     pub kubeconfig: Option<PathBuf>,
-    /// The configuration file, to be named in messages.
+    /// The configuration file, for the commands that log lines suggest.
     pub config: Option<PathBuf>,
-    /// The name of the node this runs on, as EndpointSlices spell it.
+    /// The name of this node in EndpointSlices.
     pub node_name: Option<String>,
-    /// Time limits.
+    /// Timeouts.
     pub limits: DiscoveryTimeouts,
 }
 
 impl DiscoverySettings {
-    /// DiscoverySettings of this process: `NODE_NAME` from the environment, everything else by default.
+    /// The node's name from the environment variable `NODE_NAME`; defaults for the rest.
     #[must_use]
     pub fn from_env() -> DiscoverySettings {
         DiscoverySettings {
@@ -147,24 +153,24 @@ impl DiscoverySettings {
     }
 }
 
-/// How long things may take.
+/// Timeouts and intervals of discovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiscoveryTimeouts {
-    /// How long a server may take to accept a connection, to begin its answer, or to go on with one.
+    /// The most time to accept a connection, to begin a reply, and between two parts of one.
     pub request_timeout: Duration,
-    /// How long a watch may be silent, bookmarks included, before it is taken for dead. Servers send a bookmark
-    /// about every minute; one that sends none has its watch renewed this often, which costs it one request.
+    /// A watch without an event or bookmark for this long counts as dead. Servers send a bookmark about every minute; with
+    /// one that sends none, each such renewal costs one request.
     pub stall_timeout: Duration,
-    /// After how long the server is asked to end a watch, in whole seconds; up to a fifth is taken off at random, so
-    /// that nodes started together do not come back together. Less than 295 s, as the kube crate demands.
+    /// The requested length of a watch, in whole seconds, below 295 s (a limit of the kube crate). Up to a fifth is subtracted
+    /// at random, so that nodes started together do not renew together.
     pub watch_timeout: Duration,
-    /// A watch that ends sooner than this twice in a row is renewed only after a back-off.
+    /// After two watches in a row that were shorter than this, the next one waits for the backoff.
     pub short_watch: Duration,
-    /// The longest first wait after a failure. It doubles with each further one.
+    /// The upper bound of the first wait after a failure; each further failure doubles it.
     pub backoff_min: Duration,
-    /// The longest wait.
+    /// The longest wait after a failure.
     pub backoff_max: Duration,
-    /// After a set has been published, changes are gathered this long before the next.
+    /// The least time between two updates; changes in between are published together.
     pub coalesce: Duration,
 }
 
@@ -182,16 +188,16 @@ impl Default for DiscoveryTimeouts {
     }
 }
 
-/// A listener's downstreams have changed.
+/// A listener's new downstreams.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiscoveryUpdate {
-    /// Whose.
+    /// The listener.
     pub listener: ListenerId,
-    /// All of them, in order of address. The generation is higher than in any earlier update of this [`Discovery`].
+    /// All its downstreams, sorted by address. Generations increase over all updates of one [`Discovery`].
     pub set: DownstreamSet,
 }
 
-/// The running discovery. Dropping it ends the thread.
+/// The handle of the thread `fo-kube`. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Discovery {
     /// Dropped to end the thread.
@@ -202,13 +208,12 @@ pub struct Discovery {
 }
 
 impl Discovery {
-    /// Reads the credentials, starts the thread and returns at once (not to be called where no listener needs it, since
-    /// it fails where there are no credentials): whether the API server can be reached shows in
-    /// [`Discovery::status`] and in the log. After each update sent, `waker` is woken.
+    /// Reads the credentials, starts the thread and returns without waiting for the API server; [`Discovery::status`] and the
+    /// log show whether it can be reached. Fails without credentials, so call it only if a listener needs it. Wakes `waker`
+    /// after each update sent.
     ///
     /// # Errors
-    /// When a request is impossible ([`validate`]), when there are no credentials or they cannot be read, or when the
-    /// thread cannot be started.
+    /// If a request is invalid ([`validate`]), if credentials are missing or unreadable, or if the thread cannot be started.
     pub fn start(
         requests: Vec<DiscoveryRequest>,
         settings: DiscoverySettings,
@@ -222,30 +227,30 @@ impl Discovery {
         Ok(Discovery { commands: Some(commands), status, settings, thread: Some(thread) })
     }
 
-    /// Replaces all requests. Watches that are still wanted go on undisturbed; a listener whose request is unchanged
-    /// gets no update from this; generations go on counting.
+    /// Replaces all requests. Watches that are still needed continue, a listener with an unchanged request gets no update, and
+    /// generations continue.
     ///
     /// # Errors
-    /// When a request is impossible ([`validate`]), which leaves everything as it was; when the thread has ended.
+    /// If a request is invalid ([`validate`]), or if the thread has ended. The old requests then stay in force.
     pub fn update_requests(&self, requests: Vec<DiscoveryRequest>) -> Result<()> {
         validate(&requests, &self.settings)?;
-        let commands = self.commands.as_ref().context("the discovery thread has been shut down")?;
+        let commands = self.commands.as_ref().context("the discovery thread (fo-kube) has been shut down")?;
         commands.replace(requests)
     }
 
-    /// How each Service's watch is doing; may be called from any thread, and kept.
+    /// The state of each Service's watch. The handle may be kept and read from any thread.
     #[must_use]
     pub fn status(&self) -> DiscoveryStatus {
         self.status.clone()
     }
 
-    /// False if the thread has failed: what it found last stays, and nothing new will come.
+    /// False if the thread has failed: there will be no more updates, and the last sets stay in use.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Ends the thread and waits for it, which takes milliseconds: requests under way are abandoned.
+    /// Ends the thread and waits for it. Takes milliseconds, since pending requests are aborted.
     pub fn shutdown(mut self) {
         self.stop();
     }
@@ -255,7 +260,7 @@ impl Discovery {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("the discovery thread had failed; endpoints were no longer being updated");
+            tracing::error!("the discovery thread (fo-kube) had panicked; endpoints were no longer updated");
         }
     }
 }
@@ -266,19 +271,19 @@ impl Drop for Discovery {
     }
 }
 
-/// Lists the endpoints of a Service and begins to watch them, once, waiting for the answers.
+/// Tries once to list and watch the endpoints of a Service, for `udp-fanout doctor`. Blocks until the API server replies.
 ///
 /// # Errors
-/// What stands in the way and the fix, in one line.
+/// The cause and the fix, in one line.
 pub fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &str) -> Result<(), String> {
     watch::diagnose(settings, namespace, service)
 }
 
-/// Checks what can be checked without a cluster.
+/// Checks requests and settings without a cluster.
 ///
 /// # Errors
-/// When a listener appears twice or has no service, when a name is not a valid Kubernetes name, when a port is 0,
-/// when `locality = "node"` is asked for without knowing the node's name, or when a limit is out of range.
+/// If a listener appears twice or has no Service, a name is not a valid Kubernetes name, a port is 0, `locality = "node"` is
+/// set and the node's name is unknown, or a timeout is out of range.
 pub fn validate(requests: &[DiscoveryRequest], settings: &DiscoverySettings) -> Result<()> {
     let mut seen = BTreeSet::new();
     for request in requests {
@@ -305,7 +310,11 @@ fn check_service(service: &ServiceRef) -> Result<()> {
     if let Some(namespace) = &service.namespace {
         check_name("namespace", namespace)?;
     }
-    ensure!(service.port != PortRef::Number(0), "service {:?}: port 0 cannot be sent to", service.service);
+    ensure!(
+        service.port != PortRef::Number(0),
+        "service {:?}: port 0 is not a valid destination; give a port from 1 to 65535",
+        service.service
+    );
     Ok(())
 }
 
@@ -313,7 +322,7 @@ fn check_service(service: &ServiceRef) -> Result<()> {
 fn check_name(what: &str, name: &str) -> Result<()> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() || name.len() > 63 || !name.chars().all(fits) || name.starts_with('-') || name.ends_with('-') {
-        bail!("{what} {name:?} is not a Kubernetes name: 1 to 63 of a-z, 0-9 and '-', not at either end");
+        bail!("{what} {name:?} is not a Kubernetes name: use 1 to 63 of a-z, 0-9 and '-', with no '-' at either end");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Decides what is published when: takes what the watches found, answers with updates and things to say. No I/O.
+//! Merges what the watches report into one set of downstreams per listener, and decides when to publish it. No I/O.
 //!
 //! The aggregator knows every listener's request and the last good slices of every Service. `watch` feeds it and carries
 //! out what [`Aggregator::flush`] returns.
@@ -11,80 +11,80 @@ use super::slices::{self, EndpointRules, EndpointSelection, NodeLocation, Servic
 use super::{DiscoveryRequest, DiscoveryUpdate, Locality, ServiceRef, messages};
 use crate::model::{Downstream, DownstreamSet, ListenerId};
 
-/// Something a watch has found out.
+/// What a watch, or the query for the zone, reports.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
-    /// All slices of a Service, from a complete list and what changed since.
+    /// All current slices of a Service: a complete list and the changes since.
     Slices(ServiceKey, Vec<Arc<Slice>>),
-    /// A Service could not be listed, for now. What is known of it stays.
+    /// The Service cannot be listed or watched at the moment. Its last known slices stay in use.
     Failed(ServiceKey),
-    /// The node's zone, or that it cannot be known for now.
+    /// The zone of this node; none while it is unknown.
     Zone(Option<Arc<str>>),
 }
 
-/// Something to log.
+/// A log line. `watch` chooses its level.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DiscoveryNotice {
-    /// A listener has its first set, or endpoints again after having had none.
+    /// The listener has its first endpoints, or endpoints again after none.
     Discovered {
-        /// Whose.
+        /// The listener that the line is about.
         listener: ListenerId,
-        /// How many; not 0.
+        /// Number of endpoints, from 1.
         endpoints: usize,
     },
-    /// A listener's set has changed; of interest to those who look closely.
+    /// The listener's endpoints have changed. Logged at level debug.
     Changed {
-        /// Whose.
+        /// The listener that the line is about.
         listener: ListenerId,
-        /// How many; not 0.
+        /// Number of endpoints, from 1.
         endpoints: usize,
     },
-    /// A listener has no endpoints, and had some or never had a set.
+    /// The listener has no endpoints, and had some before or this is its first set.
     Empty {
-        /// Whose.
+        /// The listener that the line is about.
         listener: ListenerId,
-        /// The likely cause.
+        /// The likely cause, from [`messages::no_endpoints`].
         cause: String,
     },
-    /// Something is wrong that was not wrong before.
+    /// A new problem.
     Warning {
-        /// Where.
+        /// The listener that the line is about.
         listener: ListenerId,
-        /// What, and the remedy.
+        /// The problem and its remedy.
         text: String,
     },
 }
 
-/// Everything known, and what has been published of it.
+/// The last known slices of every Service, and what was published from them.
 #[derive(Debug, Default)]
 pub struct Aggregator {
-    /// The namespace of services that name none.
+    /// The namespace of Services whose configuration names none.
     namespace: String,
     node: Option<String>,
     zone: ZoneState,
     services: BTreeMap<ServiceKey, KnownService>,
     listeners: BTreeMap<ListenerId, FollowedListener>,
-    /// The last generation given out. One count for all listeners, so that it also increases for a listener whose
-    /// request has been replaced.
+    /// The last generation used. All listeners share one count, so it also increases for a listener whose request was
+    /// replaced.
     generation: u64,
 }
 
 /// What is known of the node's zone.
 #[derive(Debug, Default)]
 enum ZoneState {
-    /// Nobody has asked yet, or the answer is under way.
+    /// Not queried, or not answered yet.
     #[default]
     Pending,
-    /// The Node object has told, or has no zone or may not be read.
+    /// Answered. None if the Node has no zone or RBAC denies reading it.
     Resolved(Option<Arc<str>>),
 }
 
 /// What is known of one Service.
 #[derive(Debug, Default)]
 struct KnownService {
-    /// From the last complete list on; none before the first.
+    /// None before the first complete list.
     slices: Option<Vec<Arc<Slice>>>,
-    /// True once there was any answer, or a failure to get one.
+    /// True after the first list or the first failure.
     answered: bool,
 }
 
@@ -94,18 +94,18 @@ struct FollowedListener {
     services: Vec<ServiceKey>,
     dirty: bool,
     published: Option<Vec<Downstream>>,
-    /// Warnings that hold and have been given.
+    /// Warnings that are logged and still apply.
     warned: BTreeSet<String>,
 }
 
 impl Aggregator {
-    /// A aggregator that knows nothing yet.
+    /// An aggregator without requests. `namespace` is the default namespace, `node` the name of this node.
     #[must_use]
     pub fn new(namespace: &str, node: Option<String>) -> Aggregator {
         Aggregator { namespace: namespace.to_owned(), node, ..Aggregator::default() }
     }
 
-    /// Replaces all requests. Services that nobody wants any more are forgotten.
+    /// Replaces all requests. Services that no request names any more are forgotten.
     pub fn replace_requests(&mut self, requests: Vec<DiscoveryRequest>) {
         let mut old = std::mem::take(&mut self.listeners);
         for request in requests {
@@ -134,19 +134,19 @@ impl Aggregator {
         ServiceKey::new(service.namespace.as_deref().unwrap_or(&self.namespace), &service.service)
     }
 
-    /// Every Service that some listener wants.
+    /// Every Service that a listener follows.
     pub fn wanted_services(&self) -> impl Iterator<Item = &ServiceKey> {
         self.services.keys()
     }
 
-    /// True if some listener needs the node's zone and nobody has asked the API server for it.
+    /// True if a listener needs the node's zone and it is not known yet.
     #[must_use]
     pub fn needs_zone(&self) -> bool {
         let zonal = |listener: &FollowedListener| listener.request.locality == Locality::PreferZone;
         self.node.is_some() && matches!(self.zone, ZoneState::Pending) && self.listeners.values().any(zonal)
     }
 
-    /// Takes a event in.
+    /// Stores what was reported and marks the affected listeners; [`flush`](Self::flush) publishes.
     pub fn handle_event(&mut self, event: WatchEvent) {
         match event {
             WatchEvent::Slices(key, slices) => {
@@ -169,14 +169,14 @@ impl Aggregator {
         }
     }
 
-    /// Marks the listeners that want this Service. A zone learnt from its slices concerns the others as well.
+    /// Marks the listeners that follow this Service, and those that prefer their zone, since any Service's slices can show it.
     fn mark_dirty(&mut self, key: &ServiceKey) {
         for listener in self.listeners.values_mut() {
             listener.dirty |= listener.services.contains(key) || listener.request.locality == Locality::PreferZone;
         }
     }
 
-    /// The updates and messages that follow from all findings since the last call.
+    /// Recomputes the marked listeners. Returns the sets that have changed and the lines to log.
     pub fn flush(&mut self) -> (Vec<DiscoveryUpdate>, Vec<DiscoveryNotice>) {
         let mut updates = Vec::new();
         let mut notices = Vec::new();
@@ -208,7 +208,7 @@ impl Aggregator {
         (updates, notices)
     }
 
-    /// What the Node object says, else what an endpoint on this node says.
+    /// The zone from the Node object, or else from an endpoint on this node.
     fn zone(&self) -> Option<Arc<str>> {
         if let ZoneState::Resolved(Some(zone)) = &self.zone {
             return Some(zone.clone());
@@ -228,8 +228,8 @@ impl Aggregator {
 }
 
 impl FollowedListener {
-    /// None while there is nothing to go by: before each of its services has been listed or at least tried. A service
-    /// that cannot be listed does not withhold the endpoints of the others, and never empties the set by itself.
+    /// None until each Service has been listed or has failed, and one has been listed. A Service that cannot be listed does not
+    /// withhold the endpoints of the others, and never empties the set.
     fn select_endpoints(
         &self,
         services: &BTreeMap<ServiceKey, KnownService>,
@@ -265,7 +265,7 @@ impl FollowedListener {
         }
     }
 
-    /// Says what is wrong now and was not before. The texts hold no numbers that change with every pod.
+    /// Adds a warning for each new problem. The texts hold no numbers that change with every pod, so none repeats.
     fn warn(&mut self, outcome: &EndpointSelection, location: &NodeLocation<'_>, notices: &mut Vec<DiscoveryNotice>) {
         let stats = &outcome.stats;
         let mut holding: BTreeSet<String> = BTreeSet::new();

@@ -1,4 +1,5 @@
-//! What the operator is told: the cause as far as it can be known, and the command that removes it. Pure text.
+//! Log lines for the operator: the likely cause and the command that removes it. Pure text; [`aggregator`](super::aggregator)
+//! and `watch` decide when a line is logged.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,25 +10,25 @@ use super::slices::{EndpointRules, SelectionStats};
 use super::wire::SERVICE_NAME_LABEL;
 use super::{Family, Locality, Terminating};
 
-/// Name of the objects that `kubectl create` in our messages makes; not those of our manifests, so that the commands
-/// never meet objects that exist with other rules.
+/// The name of the Role and RoleBinding that a suggested `kubectl create` makes. It differs from the name in the manifests, so
+/// that the command never fails because an object with other rules exists.
 const ROLE: &str = "udp-fanout-endpointslices";
 const NODE_ROLE: &str = "udp-fanout-node-zone";
 
-/// What a GET of something says about its existence.
+/// Whether an object exists, as far as a GET tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
     /// It exists.
     Exists,
     /// It does not.
     Missing,
-    /// RBAC does not allow looking.
+    /// RBAC denies the GET.
     Hidden,
-    /// The server did not answer.
+    /// The API server did not answer.
     Unknown,
 }
 
-/// Access to the EndpointSlices was refused. `message` is the API server's, which names the user; `config` is the
+/// The API server denied access to the EndpointSlices. `message` is its reply, which names the user; `config` is the path of the
 /// configuration file.
 #[must_use]
 pub fn slices_forbidden(key: &ServiceKey, message: &str, namespace: Presence, config: Option<&Path>) -> String {
@@ -38,7 +39,7 @@ pub fn slices_forbidden(key: &ServiceKey, message: &str, namespace: Presence, co
         Presence::Hidden | Presence::Unknown => format!("in namespace {ns:?} (if that namespace exists)"),
     };
     let user = user(message);
-    let who = user.unwrap_or("the daemon's user");
+    let who = user.unwrap_or("the daemon's account");
     let fix = print_and_apply(user, config).unwrap_or_else(|| {
         format!(
             "kubectl create role {ROLE} --verb=list,watch --resource=endpointslices.discovery.k8s.io -n {ns} && kubectl \
@@ -53,11 +54,11 @@ pub fn slices_forbidden(key: &ServiceKey, message: &str, namespace: Presence, co
     )
 }
 
-/// The Node object could not be read, so that the zone is not known.
+/// RBAC denies reading the Node object, so the zone is unknown.
 #[must_use]
 pub fn zone_forbidden(node: &str, message: &str, config: Option<&Path>) -> String {
     let user = user(message);
-    let who = user.unwrap_or("the daemon's user");
+    let who = user.unwrap_or("the daemon's account");
     let fix = print_and_apply(user, config).unwrap_or_else(|| {
         format!(
             "kubectl create clusterrole {NODE_ROLE} --verb=get --resource=nodes && kubectl create clusterrolebinding \
@@ -70,15 +71,15 @@ pub fn zone_forbidden(node: &str, message: &str, config: Option<&Path>) -> Strin
     ))
 }
 
-/// The zone is not known, for this reason.
+/// The zone is unknown because of `why`.
 #[must_use]
 pub fn zone_unknown(why: &str) -> String {
     format!(
-        "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node tells the zone: {why}"
+        "locality = \"prefer_zone\" treats all endpoints alike until an endpoint on this node shows the zone: {why}"
     )
 }
 
-/// The command that gives a service account all that the configuration needs; none for users of another kind.
+/// The command that grants a service account everything the configuration needs. None for other kinds of users.
 fn print_and_apply(user: Option<&str>, config: Option<&Path>) -> Option<String> {
     let (namespace, name) = user?.strip_prefix("system:serviceaccount:")?.split_once(':')?;
     let config = shell_word(&config?.to_string_lossy());
@@ -92,7 +93,7 @@ fn print_and_apply(user: Option<&str>, config: Option<&Path>) -> Option<String> 
     Some(command + " | kubectl apply -f -")
 }
 
-/// In quotes where a shell would take it for more than one word.
+/// Quotes `text` for a POSIX shell where necessary.
 fn shell_word(text: &str) -> String {
     if !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c)) {
         return text.to_owned();
@@ -100,7 +101,7 @@ fn shell_word(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
-/// The user in a message like `endpointslices… is forbidden: User "x" cannot list resource …`.
+/// The user named in a message like `endpointslices… is forbidden: User "x" cannot list resource …`.
 fn user(message: &str) -> Option<&str> {
     message.split_once("User \"")?.1.split_once('"').map(|(user, _)| user).filter(|user| !user.is_empty())
 }
@@ -119,7 +120,7 @@ fn missing_namespace(key: &ServiceKey) -> String {
     format!("namespace {:?} does not exist; check `namespace` in the configuration", key.namespace)
 }
 
-/// The list came back empty.
+/// The Service has no EndpointSlices: its list is empty.
 #[must_use]
 pub fn no_slices(key: &ServiceKey, namespace: Presence, service: Presence) -> String {
     let ServiceKey { namespace: ns, service: name } = key;
@@ -134,21 +135,18 @@ pub fn no_slices(key: &ServiceKey, namespace: Presence, service: Presence) -> St
              slices {SERVICE_NAME_LABEL}={name}"
         ),
         (_, hidden) => {
-            let why = if hidden == Presence::Hidden {
-                "RBAC does not allow looking"
-            } else {
-                "the API server did not answer"
-            };
+            let why =
+                if hidden == Presence::Hidden { "RBAC denies reading them" } else { "the API server did not answer" };
             format!(
-                "no slice in namespace {ns:?} has the label {SERVICE_NAME_LABEL}={name}; whether namespace and service \
-                 exist cannot be told, because {why}: see kubectl get service {name} -n {ns}"
+                "no slice in namespace {ns:?} has the label {SERVICE_NAME_LABEL}={name}; the daemon cannot check whether \
+                 namespace and service exist, because {why}; check: kubectl get service {name} -n {ns}"
             )
         }
     };
     format!("EndpointSlice not found: {cause}; waiting for it to appear")
 }
 
-/// Why a listener has no downstreams, most likely cause first.
+/// Why a listener has no downstreams; the most likely cause comes first.
 #[must_use]
 pub fn no_endpoints(rules: &EndpointRules, stats: &SelectionStats, node: Option<&str>) -> String {
     if stats.slices == 0 {
@@ -166,10 +164,13 @@ pub fn no_endpoints(rules: &EndpointRules, stats: &SelectionStats, node: Option<
     }
     if stats.other_family > 0 {
         let other = if rules.family == Family::V4 { Family::V6 } else { Family::V4 };
-        causes.push(format!("{} endpoints are {other} only and the listener is {}", stats.other_family, rules.family));
+        causes.push(format!(
+            "{} endpoints have only {other} addresses and the listener is {}",
+            stats.other_family, rules.family
+        ));
     }
     if stats.invalid_addresses > 0 {
-        causes.push(format!("{} endpoints have no address that can be sent to", stats.invalid_addresses));
+        causes.push(format!("{} endpoints have no usable unicast address", stats.invalid_addresses));
     }
     causes.extend(stats.unsupported_types.iter().map(|name| unsupported_type(name)));
     if causes.is_empty() {
@@ -190,27 +191,27 @@ fn none_ready(rules: &EndpointRules, stats: &SelectionStats) -> String {
 fn missing_port(stats: &SelectionStats) -> String {
     let quoted = |names: &BTreeSet<String>| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>();
     let known = quoted(&stats.available_ports);
-    let known = if known.is_empty() { "no ports".to_owned() } else { known.join(", ") };
-    format!("no port {} in the slices, which have {known}: check `port`", quoted(&stats.missing_ports).join(" or "))
+    let known = if known.is_empty() { "unnamed or no ports".to_owned() } else { known.join(", ") };
+    format!("the slices have no port {}, only {known}: check `port`", quoted(&stats.missing_ports).join(" or "))
 }
 
-/// Slices of a type that datagrams cannot be sent to.
+/// The slices' addresses are no IP addresses.
 #[must_use]
 pub fn unsupported_type(name: &str) -> String {
     format!("slices with addressType {name} are ignored: datagrams need IP addresses")
 }
 
-/// A port that was asked for by name carries something else.
+/// The named Service port has a protocol other than UDP.
 #[must_use]
 pub fn port_not_udp(port: &str) -> String {
-    format!("the Service port {port} is not UDP; datagrams are sent to it all the same: check `port`")
+    format!("the Service port {port} is not UDP; the listener sends datagrams to it anyway: check `port`")
 }
 
-/// `prefer_node` without a node name.
+/// `locality` needs the node's name, which is unknown.
 #[must_use]
 pub fn node_name_unknown(locality: Locality) -> String {
     format!(
-        "locality = {:?} treats all endpoints alike: the node's name is not known; set the environment variable \
+        "locality = {:?} treats all endpoints alike because the node's name is unknown; set the environment variable \
          NODE_NAME, in a DaemonSet by the downward API (fieldPath: spec.nodeName)",
         locality.name()
     )

@@ -1,7 +1,6 @@
-//! What the cluster must allow for discovery to work, as the objects that allow it. Pure text.
+//! `udp-fanout rbac`: the Roles and bindings that discovery needs, as YAML. Pure text.
 //!
-//! Everything has the names and labels of `k8s/rbac.yaml`, so that applying the one after the other changes objects
-//! instead of adding a second set beside them.
+//! Names and labels are those of `k8s/rbac.yaml`, so that applying one after the other changes the same objects.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -10,19 +9,19 @@ use anyhow::{Result, bail};
 
 use super::{DiscoveryRequest, Locality};
 
-/// The service account that the daemon has in our manifests, and the namespace it is in.
+/// The name of the daemon's service account in the shipped manifests, and of its namespace.
 pub const DEFAULT_ACCOUNT: &str = "udp-fanout";
-/// The name of every Role and binding.
+/// The name of each Role and RoleBinding.
 const NAME: &str = "udp-fanout";
-/// The name of what concerns the whole cluster.
+/// The name of the ClusterRole and its binding.
 const NODE_ROLE: &str = "udp-fanout-nodes";
 
-/// Whom the rights are given to.
+/// The service account that gets the rights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceAccount {
-    /// The service account's name.
+    /// The account's name.
     pub name: String,
-    /// The namespace it is in, which is also that of Services that name none.
+    /// The account's namespace, and the default namespace of Services.
     pub namespace: String,
 }
 
@@ -33,16 +32,16 @@ impl Default for ServiceAccount {
 }
 
 impl ServiceAccount {
-    /// Checks that these can be the names of a service account and its namespace.
+    /// Checks both names.
     ///
     /// # Errors
-    /// When one of them cannot.
+    /// If a name is not valid in Kubernetes.
     pub fn new(name: &str, namespace: &str) -> Result<ServiceAccount> {
         let label = |text: &str| {
             let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
             (1..=63).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-') && !text.ends_with('-')
         };
-        // Service accounts may have dots in their names, namespaces may not.
+        // Names of service accounts may contain dots, those of namespaces may not.
         if name.len() > 253 || !name.split('.').all(label) {
             bail!("--service-account: {name:?} is not a service account's name; use a-z 0-9 - and single dots");
         }
@@ -55,9 +54,9 @@ impl ServiceAccount {
 
 /// The Roles and bindings that these requests need, as YAML documents; empty if there are no requests.
 ///
-/// For each namespace a Role to list and watch EndpointSlices, and to get the Services by name, which only serves to
-/// tell a missing Service from one without endpoints. And a `ClusterRole` to get the daemon's own Node, which holds
-/// the zone, if some listener asks for `prefer_zone`: which node that is differs from pod to pod, so it is for all.
+/// Each namespace gets a Role to list and watch EndpointSlices, and to get the Services by name: that tells a missing Service from
+/// one without endpoints. If a listener has `prefer_zone`, a `ClusterRole` allows reading Nodes, where the zone is. It covers all
+/// nodes, because each pod of a `DaemonSet` runs on another one.
 #[must_use]
 pub fn manifests(requests: &[DiscoveryRequest], account: &ServiceAccount) -> String {
     let mut services: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -110,7 +109,7 @@ fn binding(text: &mut String, namespace: Option<&str>, account: &ServiceAccount)
     );
 }
 
-/// A name as a YAML scalar: in quotes where YAML would take it for something other than text.
+/// A name as a YAML scalar, quoted if YAML would read it as a boolean, null or number.
 fn scalar(name: &str) -> String {
     let word = ["true", "false", "yes", "no", "on", "off", "y", "n", "null"].contains(&name);
     if word || name.starts_with(|c: char| c.is_ascii_digit()) { format!("\"{name}\"") } else { name.to_owned() }

@@ -1,19 +1,19 @@
-//! The key of a Service: what [aggregator](super::aggregator), watches, counters and messages call it by.
+//! The key by which the [aggregator](super::aggregator), watches, counters and messages identify a Service.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A Service; one watch serves all listeners that want it.
+/// A Service. One watch serves all listeners that follow it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceKey {
-    /// Its namespace, never a default.
+    /// The namespace, already resolved: a Service without one is in the pod's own.
     pub namespace: Arc<str>,
-    /// Its name.
+    /// The Service's name.
     pub service: Arc<str>,
 }
 
 impl ServiceKey {
-    /// A Service by its two names.
+    /// The key for `namespace`/`service`.
     #[must_use]
     pub fn new(namespace: &str, service: &str) -> ServiceKey {
         ServiceKey { namespace: namespace.into(), service: service.into() }

@@ -1,6 +1,7 @@
-//! The pure heart: the EndpointSlices of a listener's Services, and what of them becomes its downstreams.
+//! Selects a listener's downstreams from the EndpointSlices of its Services: address family, port, readiness (a terminating
+//! endpoint is left out in [`choose_endpoints`]), locality.
 //!
-//! No I/O and no Kubernetes types; `wire` makes [`Slice`]s from what the API server sends, `aggregator` calls [`select_endpoints`].
+//! Pure, without Kubernetes types: `wire` makes [`Slice`]s from what the API server sends, `aggregator` calls [`select_endpoints`].
 //! The result depends only on the slices' content, never on their order or history.
 
 use std::collections::{BTreeSet, HashMap};
@@ -10,25 +11,25 @@ use std::sync::Arc;
 use super::{Family, Locality, PortRef, Terminating};
 use crate::model::Downstream;
 
-/// One EndpointSlice, reduced to what matters here.
+/// An EndpointSlice without the fields that selection does not need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slice {
-    /// What its addresses are.
+    /// The kind of its addresses.
     pub addresses: AddressType,
-    /// The ports that all its endpoints have.
+    /// The ports of each of its endpoints.
     pub ports: Vec<SlicePort>,
-    /// Its endpoints, those without a usable address left out.
+    /// Its endpoints with a usable address.
     pub endpoints: Vec<SliceEndpoint>,
-    /// How many endpoints were left out because their address could not be read, or is no single host's.
+    /// Number of endpoints left out because their address is malformed or not unicast.
     pub invalid_addresses: usize,
 }
 
-/// What the addresses of a slice are.
+/// The `addressType` of a slice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AddressType {
     /// IP addresses of this family.
     Ip(Family),
-    /// Something a datagram cannot be sent to: `FQDN`, or what later versions may invent.
+    /// No IP addresses: `FQDN`, or a type of a later Kubernetes version.
     Other(String),
 }
 
@@ -39,15 +40,15 @@ pub struct SlicePort {
     pub name: String,
     /// `UDP`, `TCP` or `SCTP`; none where the server did not say.
     pub protocol: Option<String>,
-    /// None means any port, which says nothing about where to send.
+    /// None means any port, so there is no number to send to.
     pub number: Option<u16>,
 }
 
 /// One endpoint of a slice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SliceEndpoint {
-    /// Its first address. The API gives further ones no meaning ("No semantics are defined for additional addresses
-    /// beyond the first, and kube-proxy does not look at them"), so that using them could double its share.
+    /// The first address. The API gives further ones no meaning ("No semantics are defined for additional addresses
+    /// beyond the first, and kube-proxy does not look at them"); using them could double the endpoint's share.
     pub address: IpAddr,
     /// Whether it takes traffic.
     pub readiness: EndpointReadiness,
@@ -59,14 +60,14 @@ pub struct SliceEndpoint {
     pub pod: Option<Arc<str>>,
 }
 
-/// Whether an endpoint takes traffic; the later, the better.
+/// Whether an endpoint accepts traffic, from worst to best.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum EndpointReadiness {
-    /// Not at all.
+    /// Accepts no traffic.
     NotReady,
-    /// It is shutting down and still serves.
+    /// Shutting down, and still serving.
     Terminating,
-    /// It is ready.
+    /// Accepts traffic.
     Ready,
 }
 
@@ -95,66 +96,66 @@ pub struct ServiceSlices<'a> {
     pub port: &'a PortRef,
 }
 
-/// Which endpoints a listener wants.
+/// Which endpoints a listener uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EndpointRules {
     /// Its own address family.
     pub family: Family,
-    /// By where they run.
+    /// Preference by node or zone.
     pub locality: Locality,
-    /// By whether they are shutting down.
+    /// Use of endpoints that are shutting down.
     pub terminating: Terminating,
 }
 
-/// Where this daemon runs, as far as is known.
+/// The node and zone of this daemon, as far as known.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct NodeLocation<'a> {
-    /// Its node.
+    /// The name of the node.
     pub node: Option<&'a str>,
-    /// Its zone.
+    /// The name of the zone.
     pub zone: Option<&'a str>,
 }
 
-/// What [`select_endpoints`] found.
+/// The result of [`select_endpoints`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct EndpointSelection {
-    /// In order of address, each address and port once. Sorted, so that a change of one endpoint moves no other:
-    /// the round goes on where it was instead of starting over with the server's accidental order.
+    /// Each address and port once, sorted by address: a change of one endpoint moves no other one, whatever the order in which
+    /// the server sends them.
     pub downstreams: Vec<Downstream>,
-    /// Why the others are not among them.
+    /// Counts and reasons of the endpoints left out.
     pub stats: SelectionStats,
 }
 
-/// What was looked at and left out, for messages.
+/// What was examined and left out, for [`messages`](super::messages).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SelectionStats {
-    /// Slices looked at.
+    /// Slices examined.
     pub slices: usize,
     /// Endpoints of the listener's family that have the port, duplicates merged.
     pub endpoints: usize,
     /// How many of these are ready.
     pub ready: usize,
-    /// How many are shutting down and still serve.
+    /// How many of these are shutting down and still serve.
     pub terminating: usize,
     /// Endpoints left out because they are of the other family.
     pub other_family: usize,
-    /// Endpoints left out because their slice has no port of the wanted name.
+    /// Endpoints left out because their slice has no port of the configured name.
     pub without_port: usize,
-    /// Endpoints left out because their address could not be read, or is no single host's.
+    /// Endpoints left out because their address is malformed or not unicast.
     pub invalid_addresses: usize,
-    /// Address types that cannot be sent to, as the server spells them.
+    /// Address types other than IPv4 and IPv6, as the server spells them.
     pub unsupported_types: BTreeSet<String>,
-    /// Wanted port names that slices with endpoints do not have.
+    /// Configured port names that slices with endpoints do not have.
     pub missing_ports: BTreeSet<String>,
     /// Names of the ports that those slices have instead.
     pub available_ports: BTreeSet<String>,
-    /// Wanted ports that are not UDP, as `name/PROTOCOL`.
+    /// Configured ports that are not UDP, as `name/PROTOCOL`.
     pub non_udp_ports: BTreeSet<String>,
-    /// True if there are usable endpoints, but none where the listener's strict locality wants them.
+    /// True if there are usable endpoints, but none on this node, which `locality = "node"` demands.
     pub other_nodes_only: bool,
 }
 
-/// An endpoint with its port, what all slices say of it taken together.
+/// An endpoint with its port, merged from all slices that hold it.
 struct Candidate<'a> {
     address: SocketAddr,
     readiness: EndpointReadiness,
@@ -163,11 +164,11 @@ struct Candidate<'a> {
     pod: Option<&'a Arc<str>>,
 }
 
-/// Decides a listener's downstreams.
+/// Selects a listener's downstreams.
 ///
-/// The same address may stand in several slices while the controller moves it ("clients must be able to handle the
-/// situation where the same endpoint appears in more than one slice"). Then the best thing said of it counts, which
-/// keeps the result independent of the slices' order.
+/// The same address can be in several slices while the controller moves it ("clients must be able to handle the
+/// situation where the same endpoint appears in more than one slice"). The best readiness and locality among them count, so
+/// the result does not depend on the order of the slices.
 #[must_use]
 pub fn select_endpoints(
     sources: &[ServiceSlices<'_>],
@@ -224,7 +225,7 @@ fn collect_candidates<'a>(
     }));
 }
 
-/// The number to send to on the endpoints of this slice, if it has the port.
+/// The port number on the endpoints of this slice, if the slice has the port.
 fn resolve_port(slice: &Slice, port: &PortRef, stats: &mut SelectionStats) -> Option<u16> {
     let wanted = match port {
         PortRef::Number(number) => return Some(*number),
@@ -232,7 +233,7 @@ fn resolve_port(slice: &Slice, port: &PortRef, stats: &mut SelectionStats) -> Op
     };
     let found = slice.ports.iter().find(|port| port.name == *wanted);
     let Some((port, number)) = found.and_then(|port| Some((port, port.number.filter(|n| *n != 0)?))) else {
-        // The placeholder slice of a Service without pods has neither ports nor endpoints: it proves nothing.
+        // The placeholder slice of a Service without pods has no ports and no endpoints: the name may still be right.
         if !slice.endpoints.is_empty() {
             stats.missing_ports.insert(wanted.clone());
             stats.available_ports.extend(slice.ports.iter().map(|port| port.name.clone()));
@@ -263,7 +264,8 @@ fn merge_duplicates(mut candidates: Vec<Candidate<'_>>) -> Vec<Candidate<'_>> {
     candidates
 }
 
-/// EndpointReadiness decides before locality: a ready endpoint far away is better than one here that is shutting down.
+/// Applies readiness, then locality: a ready endpoint on another node is better than a terminating one on this node. A
+/// terminating endpoint is left out here, unless `terminating` lets it in.
 fn choose_endpoints<'c, 'a>(
     candidates: &'c [Candidate<'a>],
     rules: &EndpointRules,
@@ -291,7 +293,7 @@ fn choose_endpoints<'c, 'a>(
     Vec::new()
 }
 
-/// Downstreams are called by their pods where that tells them apart, else by their addresses.
+/// Names each downstream after its pod if that name is unique in the set, else after its address.
 fn name_downstreams(chosen: &[&Candidate<'_>]) -> Vec<Downstream> {
     let mut uses: HashMap<&Arc<str>, u32> = HashMap::with_capacity(chosen.len());
     for pod in chosen.iter().filter_map(|candidate| candidate.pod) {

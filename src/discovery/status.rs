@@ -1,6 +1,6 @@
-//! How the watches are doing, for metrics and readiness: counters that the discovery thread writes and anyone reads.
+//! The state of each watch, for metrics, readiness and doctor: the thread `fo-kube` writes, any thread reads.
 //!
-//! Single values that stand for themselves, so plain atomics are enough; nothing is decided by them.
+//! Each value is independent and no decision depends on it, so relaxed atomics suffice.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,30 +10,30 @@ use std::time::{Duration, Instant};
 
 use super::service_key::ServiceKey;
 
-/// Why an exchange with the API server failed.
+/// Why a request to the API server failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ErrorKind {
-    /// No connection, or it broke, or the server took too long to answer.
+    /// Connection refused or broken, or no reply in time.
     Connect,
-    /// The server's certificate was refused.
+    /// The server's certificate is not trusted.
     Tls,
-    /// Our token or certificate was refused (401).
+    /// The server rejected the daemon's token or certificate (401).
     Unauthorized,
-    /// A rule is missing (403).
+    /// An RBAC rule is missing (403).
     Forbidden,
-    /// The server has no EndpointSlices (404).
+    /// The server does not serve EndpointSlices (404).
     NotServed,
     /// The version to resume from is too old (410); a fresh list follows.
     Expired,
-    /// The server asks for less (429).
+    /// The server throttles requests (429).
     Throttled,
-    /// The server is in trouble (5xx).
+    /// Server error (5xx).
     Server,
-    /// An open watch had been silent for too long.
+    /// An open watch brought no event or bookmark in time.
     Stalled,
-    /// An answer that makes no sense.
+    /// The reply is malformed or unexpected.
     Protocol,
-    /// A fault of our own.
+    /// A bug in the daemon.
     Internal,
 }
 
@@ -53,7 +53,7 @@ impl ErrorKind {
         ErrorKind::Internal,
     ];
 
-    /// The value of a label in metrics.
+    /// The value of the label `kind` in metrics.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -78,7 +78,7 @@ impl fmt::Display for ErrorKind {
     }
 }
 
-/// How one Service's watch is doing.
+/// The state of one Service's watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceStatus {
     /// The Service's namespace.
@@ -87,15 +87,15 @@ pub struct ServiceStatus {
     pub service: String,
     /// True while a complete list is held and the watch that keeps it current is open.
     pub synced: bool,
-    /// Since the watch last brought anything, an event or a bookmark; none if it never has.
+    /// Time since the last event or bookmark; none before the first.
     pub last_event_age: Option<Duration>,
-    /// Watches opened after the first, for whatever reason; servers end each after some minutes.
+    /// Watches opened after the first one. Servers end each after some minutes.
     pub watch_restarts: u64,
     /// Failures, one number for each of [`ErrorKind::ALL`].
     pub errors: Vec<(ErrorKind, u64)>,
 }
 
-/// A handle on the counters of all watches. Cloning it is cheap; it may be read from any thread, also after the end.
+/// A handle on the counters of all watches: cheap to clone, readable from any thread, also after discovery has ended.
 #[derive(Debug, Clone)]
 pub struct DiscoveryStatus(Arc<Mutex<BTreeMap<ServiceKey, Arc<WatchCounters>>>>);
 
@@ -104,7 +104,7 @@ impl DiscoveryStatus {
         DiscoveryStatus(Arc::default())
     }
 
-    /// Every Service that is being watched, by namespace and name.
+    /// Every watched Service, by namespace and name.
     #[must_use]
     pub fn services(&self) -> Vec<ServiceStatus> {
         self.lock().iter().map(|(key, counters)| counters.snapshot(key)).collect()
@@ -118,7 +118,7 @@ impl DiscoveryStatus {
         self.lock().remove(key);
     }
 
-    /// The map is whole at every moment, whatever may have panicked while holding it.
+    /// A poisoned lock is usable: no update leaves the map half changed.
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ServiceKey, Arc<WatchCounters>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

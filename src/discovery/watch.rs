@@ -1,9 +1,9 @@
 //! The thread `fo-kube`: a tokio runtime of its own, one task per Service, and the loop that publishes.
 //!
-//! Nothing asynchronous leaves this file and those below it. `service_watch` follows one Service through every failure,
-//! `client` builds its connection to the API server, `connection` keeps history of that connection, `queries` asks the
-//! single questions (which version, which zone, why nothing), `failure` sorts what goes wrong by what helps against it,
-//! `credentials` says who we are, `backoff` how long to wait.
+//! Asynchronous code exists only in this file and those below it. `service_watch` follows one Service through every failure,
+//! `client` builds its connection to the API server, `connection_state` counts what happens on it, `queries` makes single
+//! requests (API version, zone, why there are no slices), `failure` maps errors to recoveries, `credentials` finds the kubeconfig
+//! or service account, `backoff` computes waits, `diagnose` serves `udp-fanout doctor`.
 
 mod backoff;
 mod client;
@@ -31,7 +31,7 @@ use super::service_key::ServiceKey;
 use super::status::{DiscoveryStatus, ErrorKind};
 use super::{DiscoveryRequest, DiscoverySettings, DiscoveryUpdate};
 
-/// Where updates go.
+/// Sends updates to the event loop and wakes it.
 #[derive(Debug)]
 pub(super) struct UpdateSender {
     sender: mpsc::Sender<DiscoveryUpdate>,
@@ -43,20 +43,20 @@ impl UpdateSender {
         UpdateSender { sender, waker }
     }
 
-    /// False if nobody receives any more.
+    /// False if the receiver is gone.
     fn send(&self, updates: Vec<DiscoveryUpdate>) -> bool {
         if updates.is_empty() {
             return true;
         }
         let received = updates.into_iter().all(|update| self.sender.send(update).is_ok());
         if let Err(error) = self.waker.wake() {
-            tracing::error!(%error, "cannot wake the event loop: it learns of new endpoints when something else wakes it");
+            tracing::error!(%error, "cannot wake the event loop: it applies new endpoints only when another event wakes it");
         }
         received
     }
 }
 
-/// The way to tell the thread something. Dropping it ends the thread.
+/// Sends commands to the thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub(super) struct CommandSender(UnboundedSender<Vec<DiscoveryRequest>>);
 
@@ -66,7 +66,7 @@ impl CommandSender {
     }
 }
 
-/// Finds out by single questions why the endpoints of a Service are not to be had.
+/// Finds out why the endpoints of a Service cannot be listed or watched.
 pub(super) fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &str) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start a runtime: {error}"))?;
@@ -75,7 +75,7 @@ pub(super) fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &
     outcome
 }
 
-/// Reads the credentials, so that a mistake there is reported at once, and starts the thread.
+/// Reads the credentials first, so that an error there is reported at once, then starts the thread.
 pub(super) fn start(
     requests: Vec<DiscoveryRequest>,
     settings: DiscoverySettings,
@@ -103,7 +103,7 @@ pub(super) fn start(
     };
     let body = move || {
         runtime.block_on(run(aggregator, tasks, inbox, watch_events, &updates_out));
-        // A name being resolved or a credential plugin running would otherwise hold up the end.
+        // Otherwise the end would wait for a name lookup or a credential plugin.
         runtime.shutdown_background();
     };
     let thread = std::thread::Builder::new()
@@ -113,7 +113,7 @@ pub(super) fn start(
     Ok((CommandSender(commands), thread))
 }
 
-/// Publishes until the commands' other end is dropped.
+/// The thread's loop: publishes until the [`CommandSender`] is dropped.
 async fn run(
     mut aggregator: Aggregator,
     mut tasks: TaskSet,
@@ -122,7 +122,7 @@ async fn run(
     updates_out: &UpdateSender,
 ) {
     tasks.reconcile(&aggregator);
-    // The first change is published at once, what follows within the window together.
+    // The first change is published at once; those within the `coalesce` window after it, together.
     let mut due = Instant::now();
     let mut dirty = false;
     loop {
@@ -155,7 +155,7 @@ async fn run(
     }
 }
 
-/// The tasks: one for each Service, and one while the zone is asked for.
+/// The running tasks: one per Service, and one while the zone is being queried.
 struct TaskSet {
     tasks: JoinSet<()>,
     watches: HashMap<ServiceKey, AbortHandle>,
@@ -167,7 +167,7 @@ struct TaskSet {
 }
 
 impl TaskSet {
-    /// Starts what is wanted and does not run, stops what runs and is not wanted.
+    /// Starts the missing watches and stops those that no listener needs.
     fn reconcile(&mut self, aggregator: &Aggregator) {
         let wanted: Vec<&ServiceKey> = aggregator.wanted_services().collect();
         let status = &self.status;
@@ -210,11 +210,10 @@ impl TaskSet {
         self.watches.insert(key, task);
     }
 
-    /// A watch never ends by itself: if one did, there is a fault in it. What it found stays in force; another takes
-    /// over after a while.
+    /// Restarts a watch that has ended, which only a bug can cause. The last known endpoints stay in use meanwhile.
     fn restart_failed_task(&mut self, ended: Result<(Id, ()), tokio::task::JoinError>) {
         let (id, fault) = match ended {
-            Ok((id, ())) => (id, "it ended".to_owned()), // as the search for the zone does
+            Ok((id, ())) => (id, "it ended".to_owned()), // the zone query ends too; it is not in `watches`
             Err(error) if error.is_cancelled() => return,
             Err(error) => (error.id(), error.to_string()),
         };
@@ -223,7 +222,9 @@ impl TaskSet {
         };
         let again = self.settings.limits.backoff_max;
         self.status.add(&key).count_error(ErrorKind::Internal);
-        tracing::error!("the watch of the endpoints of {key} failed: {fault}; starting it again in {again:?}");
+        tracing::error!(
+            "internal error: the watch of the endpoints of {key} stopped: {fault}; the last known endpoints stay in use; restarting it in {again:?}"
+        );
         self.watch(key, again);
     }
 }

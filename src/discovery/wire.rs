@@ -1,7 +1,7 @@
-//! What the API server sends, in both versions it may speak, and how a [`Slice`] is made of it.
+//! EndpointSlices as the API server sends them, in both API versions, and their conversion to a [`Slice`].
 //!
 //! `discovery.k8s.io/v1` (since Kubernetes 1.21) comes as the type of k8s-openapi, `v1beta1` (1.17 to 1.24), which
-//! that crate no longer has, as one of our own. Only `watch` deals in these types.
+//! that crate no longer has, as one of our own. Only `watch` uses these types.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,14 +24,14 @@ pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// The API group of EndpointSlices.
 pub const GROUP: &str = "discovery.k8s.io";
 
-/// The label of nodes, and the key of a v1beta1 topology, that names the zone.
+/// The zone: a label of nodes, and a key of the v1beta1 topology.
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-/// The key of a v1beta1 topology that names the node.
+/// The node: a key of the v1beta1 topology.
 const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
 
 /// An EndpointSlice as the server sends it.
 pub trait ApiSlice: Resource<DynamicType = (), Scope = NamespaceResourceScope> {
-    /// Keeps what matters.
+    /// Converts to the fields that selection needs.
     fn to_slice(&self) -> Slice;
 }
 
@@ -52,7 +52,7 @@ impl ApiSlice for v1::EndpointSlice {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BetaEndpointSlice {
-    /// Its name, labels and version.
+    /// Name, labels and resource version.
     #[serde(default)]
     pub metadata: ObjectMeta,
     /// `IPv4`, `IPv6` or `FQDN`.
@@ -71,11 +71,11 @@ pub struct BetaEndpoint {
     pub addresses: Option<Vec<String>>,
     /// The same as in v1.
     pub conditions: Option<v1::EndpointConditions>,
-    /// Where it runs, by well-known node labels.
+    /// Node and zone, under the names of node labels.
     pub topology: Option<BTreeMap<String, String>>,
-    /// Its node, in servers from 1.20 on.
+    /// The node's name; servers from 1.20 on send it.
     pub node_name: Option<String>,
-    /// Its pod.
+    /// The pod behind the endpoint.
     pub target_ref: Option<ObjectReference>,
 }
 
@@ -124,7 +124,7 @@ impl ApiSlice for BetaEndpointSlice {
     }
 }
 
-/// An endpoint of either version.
+/// The fields of an endpoint of either version.
 struct EndpointFields<'a> {
     address: Option<&'a String>,
     conditions: Option<&'a v1::EndpointConditions>,
@@ -170,7 +170,7 @@ fn port(port: &v1::EndpointPort) -> SlicePort {
 }
 
 fn endpoint(fields: &EndpointFields<'_>, family: Family, interner: &mut StringInterner) -> Option<SliceEndpoint> {
-    // The API server lets groups pass, and IPv4 addresses in IPv6 notation.
+    // The API server accepts multicast addresses, and IPv4 addresses in IPv6 notation.
     let address = fields.address?.parse::<IpAddr>().ok()?.to_canonical();
     if Family::of(address) != family || !is_unicast(address) {
         return None;
@@ -190,7 +190,7 @@ fn endpoint(fields: &EndpointFields<'_>, family: Family, interner: &mut StringIn
     })
 }
 
-/// Endpoints of one slice share few nodes and zones: each is kept once.
+/// Keeps each name once: the endpoints of a slice share few nodes and zones.
 #[derive(Default)]
 struct StringInterner(std::collections::HashMap<String, Arc<str>>);
 
