@@ -1,15 +1,15 @@
-//! Downstreams known by DNS names: from the names of a listener's downstreams to a set of addresses, again and again.
+//! Downstreams given by DNS name: resolves the names again and again into sets of addresses.
 //!
 //! ```text
 //! requests ─► cache::NameCache (pure) ─► hosts that are due ─► lookup (threads, getaddrinfo) ─► event loop
 //!                    └─► Update ─► controller           └──────── answers ◄──────────┘
 //! ```
 //!
-//! The event loop owns both parts. [`cache`] decides what is asked when and what follows from answers; [`lookup`] asks,
-//! away from the main thread, since a name server that is silent keeps whoever asks it waiting for long.
+//! The event loop owns both parts. [`cache`] decides which name is looked up when, and what the results change; [`lookup`] runs
+//! `getaddrinfo` on threads of its own, since a silent name server blocks it for seconds.
 //!
-//! Only addresses change a set: a name that cannot be resolved any more, for whatever reason, keeps the addresses that it
-//! had last, because the resolver cannot tell an outage from a name that has gone, and datagrams must go somewhere.
+//! Only addresses change a set. A name that cannot be resolved keeps its last addresses: the resolver cannot tell an outage
+//! from a deleted name, and datagrams need a destination.
 
 pub mod cache;
 pub mod lookup;
@@ -24,22 +24,22 @@ use serde::Serialize;
 use crate::model::ListenerId;
 use crate::net::Family;
 
-/// Where a downstream of a configuration is.
+/// The address of a downstream as configured.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DownstreamAddress {
-    /// Here.
+    /// An address.
     Ip(SocketAddr),
-    /// At each of the addresses that this name has.
+    /// A DNS name; each of its addresses becomes a downstream.
     Name {
-        /// The name.
+        /// The name, in lower case.
         host: Arc<str>,
-        /// The port, on each.
+        /// The port, on each address.
         port: u16,
     },
 }
 
-/// As it is written in a configuration.
+/// In the syntax of the configuration file.
 impl fmt::Display for DownstreamAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -49,30 +49,30 @@ impl fmt::Display for DownstreamAddress {
     }
 }
 
-/// A downstream of a configuration, which stands for as many downstreams as its name has addresses.
+/// A configured downstream: one, or as many as its name has addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DownstreamEntry {
-    /// Its name in logs.
+    /// The downstream's name in logs.
     pub name: Arc<str>,
-    /// Where it is.
+    /// An address, or a DNS name to resolve.
     pub address: DownstreamAddress,
-    /// See [`Downstream::weight`](crate::model::Downstream::weight); of each.
+    /// See [`Downstream::weight`](crate::model::Downstream::weight); each address gets all of it.
     pub weight: u32,
-    /// See [`Downstream::sample`](crate::model::Downstream::sample); of each.
+    /// See [`Downstream::sample`](crate::model::Downstream::sample).
     pub sample: u32,
 }
 
-/// What is to be found out for a listener.
+/// The downstreams of a listener that has names among them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ResolveRequest {
-    /// Whose downstreams they are.
+    /// The listener that gets the downstreams.
     pub listener: ListenerId,
-    /// Its name, for the log.
+    /// The listener's name, for the log.
     pub name: Arc<str>,
-    /// Its own IP version; addresses of the other one are left out.
+    /// The listener's address family; addresses of the other one are left out.
     pub family: Family,
-    /// In the order of the round.
+    /// In the order of the configuration.
     pub entries: Vec<DownstreamEntry>,
-    /// How long an answer is believed.
+    /// The time from a successful lookup to the next one.
     pub interval: Duration,
 }

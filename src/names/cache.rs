@@ -1,5 +1,4 @@
-//! The state machine of names: what is known of each, when it is asked for again, and the sets that come of it. No I/O but
-//! the log.
+//! The last known addresses of each name, the time of its next lookup, and the sets that follow. No I/O except the log.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -10,16 +9,15 @@ use super::{DownstreamAddress, DownstreamEntry, ResolveRequest};
 use crate::model::{Downstream, ListenerId};
 use crate::net::{Family, is_unicast};
 
-/// After the first failure a name is asked for again after this long, and after twice as long with each further one, up to
-/// the interval.
+/// The wait after the first failed lookup. It doubles with each further failure, up to the interval.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 
-/// All names, what they stand for, and who wants to know.
+/// All names, their addresses, and the listeners that use them.
 #[derive(Debug, Default)]
 pub struct NameCache {
     listeners: BTreeMap<ListenerId, NamedListener>,
     hosts: BTreeMap<Arc<str>, CachedName>,
-    /// There may be updates to take.
+    /// [`take_updates`](NameCache::take_updates) may return something.
     changed: bool,
 }
 
@@ -29,19 +27,19 @@ struct NamedListener {
     published: Option<Vec<Downstream>>,
 }
 
-/// A name.
+/// One name.
 #[derive(Debug, Default)]
 struct CachedName {
-    /// The shortest of those who want to know.
+    /// The shortest interval of the listeners that use the name.
     interval: Duration,
-    /// The last good ones, in order.
+    /// The last known IPv4 addresses, sorted.
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
-    /// None while it is being asked for.
+    /// The time of the next lookup; none while one is running.
     due: Option<Duration>,
-    /// In a row.
+    /// Consecutive failed lookups.
     failures: u32,
-    /// Families that have been missed in an answer, of which the operator knows.
+    /// Families without an address for a listener that needs one; logged.
     missing_families: BTreeSet<Family>,
 }
 
@@ -85,8 +83,8 @@ impl NameCache {
         }
     }
 
-    /// When [`due`](Self::due) has something to say, or at once if [`take_updates`](Self::take_updates) may have; none while
-    /// nothing is due that is not being asked for.
+    /// When to call [`due`](Self::due): the next lookup, or at once if [`take_updates`](Self::take_updates) may return
+    /// something. None while there is nothing to wait for but running lookups.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         if self.changed {
@@ -95,7 +93,7 @@ impl NameCache {
         self.hosts.values().filter_map(|host| host.due).min()
     }
 
-    /// The names to be asked for now. A name is due again only after [`handle_lookup_result`](Self::handle_lookup_result).
+    /// The names to look up now. A name is due again only after [`handle_lookup_result`](Self::handle_lookup_result).
     pub fn due(&mut self, now: Duration) -> Vec<Arc<str>> {
         let due = self.hosts.iter_mut().filter(|(_, host)| host.due.is_some_and(|due| due <= now));
         due.map(|(name, host)| {
@@ -105,7 +103,7 @@ impl NameCache {
         .collect()
     }
 
-    /// Takes an answer in: the addresses, or why there are none.
+    /// Stores the result of a lookup: the addresses, or the resolver's error.
     pub fn handle_lookup_result(&mut self, name: &str, answer: Result<Vec<IpAddr>, String>, now: Duration) {
         let users = self.users(name);
         let Some(host) = self.hosts.get_mut(name) else { return };
@@ -119,7 +117,7 @@ impl NameCache {
                 }
                 host.failures = 0;
                 host.due = Some(now + host.interval);
-                // A resolver answers also if it has reached the servers for only one of the two.
+                // A resolver may succeed with one family although the query for the other one failed.
                 for (known, new) in [(&mut host.v4, v4), (&mut host.v6, v6)] {
                     if !new.is_empty() {
                         *known = new;
@@ -139,14 +137,14 @@ impl NameCache {
         }
     }
 
-    /// Who wants to know about a name: each listener's name, and the family it can use.
+    /// The listeners that use a name: their names and families.
     fn users(&self, name: &str) -> Vec<(Arc<str>, Family)> {
         let uses = |request: &ResolveRequest| hosts(&request.entries).any(|host| **host == *name);
         let users = self.listeners.values().map(|listener| &listener.request).filter(|request| uses(request));
         users.map(|request| (Arc::clone(&request.name), request.family)).collect()
     }
 
-    /// The sets that have changed since the last call. A listener of which nothing is known yet has none.
+    /// The sets that have changed since the last call. A listener without any known address has none.
     pub fn take_updates(&mut self) -> Vec<(ListenerId, Vec<Downstream>)> {
         let mut updates = Vec::new();
         if !std::mem::take(&mut self.changed) {
@@ -163,7 +161,7 @@ impl NameCache {
         updates
     }
 
-    /// The names that cannot be resolved at the moment, in order.
+    /// The names whose last lookup failed, sorted.
     pub fn unresolved(&self) -> impl Iterator<Item = &Arc<str>> {
         self.hosts.iter().filter(|(_, host)| host.failures > 0).map(|(name, _)| name)
     }
@@ -178,20 +176,20 @@ impl CachedName {
                     listener,
                     name,
                     reason,
-                    "cannot resolve the name of a downstream: the listener waits for it; asking again"
+                    "cannot resolve the name of a downstream: the listener waits for it; retrying"
                 );
             } else {
                 tracing::warn!(
                     listener,
                     name,
                     reason,
-                    "cannot resolve the name of a downstream: the last known addresses stay in use; asking again"
+                    "cannot resolve the name of a downstream: the last known addresses stay in use; retrying"
                 );
             }
         }
     }
 
-    /// Says it once when a name has no address that a listener could use.
+    /// Logs once that a name has no address of the family that a listener needs.
     fn report_missing_family(&mut self, name: &str, users: &[(Arc<str>, Family)]) {
         for (listener, family) in users {
             let listener: &str = listener;
@@ -201,7 +199,7 @@ impl CachedName {
                 tracing::warn!(
                     listener,
                     name,
-                    "the name of a downstream has no {family} address, as the listener needs"
+                    "the name of a downstream has no {family} address, which this listener needs"
                 );
             }
         }
@@ -215,7 +213,7 @@ fn hosts(entries: &[DownstreamEntry]) -> impl Iterator<Item = &Arc<str>> {
     })
 }
 
-/// All that is known of a listener's downstreams, in the order of its entries and each address once.
+/// A listener's known downstreams in the order of its entries, each address once.
 fn downstreams(request: &ResolveRequest, hosts: &BTreeMap<Arc<str>, CachedName>) -> Vec<Downstream> {
     let mut seen = HashSet::new();
     let mut set = Vec::new();

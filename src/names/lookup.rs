@@ -1,7 +1,7 @@
-//! Asks the system's resolver (`getaddrinfo`), which knows of `/etc/hosts`, `/etc/nsswitch.conf` and `/etc/resolv.conf`.
+//! Runs the system's resolver (`getaddrinfo`), which honours `/etc/hosts`, `/etc/nsswitch.conf` and `/etc/resolv.conf`.
 //!
-//! It cannot be told to hurry or to stop: each name is asked for on one of a few threads, `fo-dns-N`, started as they are
-//! needed. When the daemon ends, they are left behind.
+//! A call blocks and cannot be aborted, so each runs on one of a few threads, `fo-dns-N`, started on demand. The daemon does
+//! not wait for them when it ends.
 
 use std::fmt;
 use std::net::{IpAddr, ToSocketAddrs};
@@ -10,32 +10,32 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mio::Waker;
 
-/// Most names that are asked for at one time, so that a few whose servers are silent do not hold up the others.
+/// The most concurrent lookups: enough that a few silent name servers do not delay the other names.
 const MAX_THREADS: usize = 8;
 
-/// What has come of asking for a name.
+/// The result of a lookup.
 #[derive(Debug)]
 pub struct LookupResult {
     /// The name.
     pub host: Arc<str>,
-    /// Its addresses, or why there are none.
+    /// The addresses, or the resolver's error.
     pub addresses: Result<Vec<IpAddr>, String>,
 }
 
-/// How a name is resolved; may take long.
+/// Resolves a name. Blocks, possibly for many seconds.
 pub type ResolveFn = fn(&str) -> Result<Vec<IpAddr>, String>;
 
-/// The threads that ask.
+/// The threads that look names up.
 pub struct LookupPool {
     resolve: ResolveFn,
     waker: Arc<Waker>,
     jobs: Sender<Arc<str>>,
-    /// Shared by the threads, of which one at a time waits for a job.
+    /// Shared by the threads; one at a time waits for a job.
     inbox: Arc<Mutex<Receiver<Arc<str>>>>,
     outbox: Sender<LookupResult>,
     answers: Receiver<LookupResult>,
     threads: usize,
-    /// Asked for and not answered.
+    /// Submitted lookups without a result.
     outstanding: usize,
 }
 
@@ -46,7 +46,7 @@ impl fmt::Debug for LookupPool {
 }
 
 impl LookupPool {
-    /// Without threads, until they are needed. `waker` is woken after each answer.
+    /// A pool without threads; they start on demand. Wakes `waker` after each result.
     #[must_use]
     pub fn new(waker: Arc<Waker>, resolve: ResolveFn) -> LookupPool {
         let (jobs, inbox) = mpsc::channel();
@@ -55,27 +55,27 @@ impl LookupPool {
         LookupPool { resolve, waker, jobs, inbox, outbox, answers, threads: 0, outstanding: 0 }
     }
 
-    /// Asks for a name. Its answer comes later.
+    /// Queues a lookup. [`next_result`](Self::next_result) returns its result later.
     pub fn submit(&mut self, host: Arc<str>) {
         self.outstanding += 1;
         if self.outstanding > self.threads && self.threads < MAX_THREADS {
             match self.start_thread() {
                 Ok(()) => self.threads += 1,
                 Err(error) if self.threads == 0 => {
-                    let addresses = Err(format!("cannot start a thread to ask for it: {error}"));
-                    // The receiver is ours.
+                    let addresses = Err(format!("cannot start a thread (fo-dns) for the lookup: {error}"));
+                    // Cannot fail: `self` owns the receiver.
                     let _ = self.outbox.send(LookupResult { host, addresses });
                     return;
                 }
-                // Those there are do it.
+                // The existing threads do it.
                 Err(_) => {}
             }
         }
-        // Fails only if there is no receiver, which is ours as well.
+        // Cannot fail: `self` owns the receiver.
         let _ = self.jobs.send(host);
     }
 
-    /// The next answer, if there is one.
+    /// The next result, if there is one.
     pub fn next_result(&mut self) -> Option<LookupResult> {
         let answer = self.answers.try_recv().ok()?;
         self.outstanding -= 1;
@@ -86,7 +86,7 @@ impl LookupPool {
         let (inbox, outbox, waker) = (Arc::clone(&self.inbox), self.outbox.clone(), Arc::clone(&self.waker));
         let resolve = self.resolve;
         let body = move || {
-            // Ends with the sender of jobs, or when nobody wants the answers any more.
+            // Ends when the pool is dropped.
             loop {
                 let job = inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 let Ok(host) = job else { return };
@@ -95,7 +95,7 @@ impl LookupPool {
                     return;
                 }
                 if let Err(error) = waker.wake() {
-                    tracing::error!(%error, "cannot wake the event loop: it learns of addresses when something else wakes it");
+                    tracing::error!(%error, "cannot wake the event loop: it applies the addresses only when another event wakes it");
                 }
             }
         };
@@ -103,12 +103,12 @@ impl LookupPool {
     }
 }
 
-/// Asks the system's resolver.
+/// Resolves `host` with `getaddrinfo`.
 ///
 /// # Errors
-/// Its words, in which an outage and a name that does not exist may look alike.
+/// The resolver's message. It may be the same for an outage and for a name that does not exist.
 pub fn resolve_with_system(host: &str) -> Result<Vec<IpAddr>, String> {
-    // The port matters to nobody.
+    // The port is not used.
     let found = (host, 0).to_socket_addrs().map_err(|error| {
         let text = error.to_string();
         text.strip_prefix("failed to lookup address information: ").unwrap_or(&text).to_owned()

@@ -1,10 +1,10 @@
-//! How long to wait after failures: exponential, with jitter.
+//! Exponential backoff with jitter.
 
 use std::time::Duration;
 
 use rand::RngExt;
 
-/// The bounds of the waits.
+/// The shortest and the longest wait.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Backoff {
     min: Duration,
@@ -17,7 +17,7 @@ impl Backoff {
     }
 
     /// The wait after this many failures in a row, from 1: between half and all of `min · 2^(failures - 1)`, at
-    /// most `max`. The random half keeps the nodes of a cluster from coming back all at once.
+    /// most `max`. The random half keeps the nodes of a cluster from retrying all at once.
     pub(super) fn wait(self, failures: u32) -> Duration {
         self.draw(failures, &mut rand::rng())
     }

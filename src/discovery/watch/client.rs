@@ -1,8 +1,8 @@
 //! The HTTP client of one Service's watch.
 //!
-//! kube's own stack would retry behind our back (up to 15 times, up to 1,000 s apart), log each attempt and wait
-//! forever on a silent connection. This one does none of that: it reports failures, keeps the connection's history in
-//! the [`ConnectionState`], bounds every silence and keeps watches that break at once from being renewed in a tight loop.
+//! kube's own stack retries on its own (up to 15 times, up to 1,000 s apart), logs each attempt and waits forever on a
+//! silent connection. This client reports each failure instead, records what happens in the [`ConnectionState`], gives every
+//! read a timeout, and delays the renewal of watches that break at once.
 
 use std::fmt;
 use std::pin::Pin;
@@ -27,17 +27,17 @@ use super::super::DiscoveryTimeouts;
 use super::backoff::Backoff;
 use super::connection_state::ConnectionState;
 
-/// The kernel asks a silent peer for a sign of life after this long, then as often as this, and gives up after three:
-/// a node that lost its network is noticed in half a minute without any request to the API server.
+/// TCP keepalive: first probe and interval. After [`KEEPALIVE_RETRIES`] unanswered probes the kernel closes the connection, so a
+/// lost network is noticed within a minute without a request to the API server.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_RETRIES: u32 = 3;
 
 const AGENT: &str = concat!("udp-fanout/", env!("CARGO_PKG_VERSION"));
 
-/// Connects with the credentials of `config` when a request is made.
+/// A client with the credentials of `config`. It connects with the first request.
 ///
 /// # Errors
-/// When the credentials cannot be used, such as invalid_addresses certificates.
+/// If the credentials cannot be used, for example an unreadable certificate.
 pub(super) fn connect(
     config: &kube::Config,
     limits: DiscoveryTimeouts,
@@ -87,7 +87,7 @@ fn is_watch(request: &Request<Body>) -> bool {
     request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"))
 }
 
-/// The watcher renews an ended watch at once, which is right once but not for ever.
+/// Waits before a watch if the previous ones were short: kube's watcher itself renews an ended watch at once.
 async fn delay_short_watches(connection: &ConnectionState, limits: &DiscoveryTimeouts) {
     let short = connection.count_short_watches(limits.short_watch);
     if short > 1 {
@@ -96,7 +96,7 @@ async fn delay_short_watches(connection: &ConnectionState, limits: &DiscoveryTim
     }
 }
 
-/// A response whose silences are bounded and, if it is a watch, whose sounds are noted.
+/// A response body that fails after `timeout` without data. A watch's body also records activity and stalls.
 struct TimedBody {
     body: Incoming,
     timeout: Duration,
@@ -141,13 +141,13 @@ impl HttpBody for TimedBody {
     }
 }
 
-/// Nothing came for this long.
+/// The API server sent nothing for this long.
 #[derive(Debug)]
 pub(super) struct ApiTimeout(Duration);
 
 impl fmt::Display for ApiTimeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nothing came from the API server for {:?}", self.0)
+        write!(f, "the API server sent nothing for {:?}", self.0)
     }
 }
 

@@ -1,7 +1,7 @@
-//! The history of one Service's connection to the API server: what was heard when, what failed, what has been said.
+//! The history of one Service's connection to the API server: activity, failures, and which of them are logged.
 //!
 //! Shared by the HTTP client, which sees bytes and requests, and by the task that follows the Service, which sees
-//! events and errors; the kube crate's watcher between them shows neither bookmarks nor its resumptions.
+//! events and errors: the kube crate's watcher between them hides bookmarks and resumptions.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,22 +21,22 @@ pub(super) struct ConnectionState {
 
 #[derive(Debug, Default)]
 struct ConnectionHistory {
-    /// When the watch that is open, or was last, was opened.
+    /// When the current or last watch was opened.
     opened: Option<Instant>,
-    /// Watches in a row that did not live long.
+    /// Consecutive short watches.
     short: u32,
-    /// Silences in a row that were taken for the end of a watch.
+    /// Consecutive stalls: timeouts of an open watch without activity in between.
     stalls: u32,
-    /// Failures in a row.
+    /// Consecutive failures.
     failures: u32,
     outage: Option<Outage>,
 }
 
-/// A time during which nothing new could be learnt.
+/// A period without a working watch.
 #[derive(Debug)]
 struct Outage {
     since: Instant,
-    /// What the operator has been told of; each kind of failure once.
+    /// The kinds of failure that are logged; each is logged once per outage.
     reported: BTreeSet<ErrorKind>,
 }
 
@@ -45,24 +45,24 @@ impl ConnectionState {
         ConnectionState { key, counters, history: Mutex::default() }
     }
 
-    /// The history is whole at every moment, and held only between two awaits.
+    /// A poisoned lock is usable: no update leaves the history half changed. Never held across an await.
     fn history(&self) -> MutexGuard<'_, ConnectionHistory> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A watch is about to be asked for: how many before it, in a row, lived less than `short`.
+    /// Call before each watch. Returns how many consecutive watches before it were shorter than `short`.
     pub(super) fn count_short_watches(&self, short: Duration) -> u32 {
         let mut history = self.history();
         match history.opened.take() {
             Some(opened) if opened.elapsed() < short => history.short += 1,
             Some(_) => history.short = 0,
-            // The last request did not get as far as a watch, which is counted as a failure.
+            // No watch was opened since the last call; `record_failure` counts that.
             None => {}
         }
         history.short
     }
 
-    /// The server has accepted a watch: what is known is current from here on.
+    /// The server has accepted a watch: the known slices are current from now on.
     pub(super) fn watch_opened(&self) {
         self.counters.count_watch();
         self.counters.record_activity();
@@ -75,24 +75,24 @@ impl ConnectionState {
         }
     }
 
-    /// The open watch has brought something.
+    /// The open watch has sent data.
     pub(super) fn record_activity(&self) {
         self.counters.record_activity();
         self.history().stalls = 0;
     }
 
-    /// The open watch has been silent for too long.
+    /// The open watch has timed out.
     pub(super) fn record_stall(&self) {
         self.history().stalls += 1;
     }
 
-    /// How many silences there have been since the last sign of life.
+    /// The number of stalls since the last activity.
     pub(super) fn stalls(&self) -> u32 {
         self.history().stalls
     }
 
-    /// Counts a failure and says how many in a row it makes. A watch that was open for as long as `short` in between
-    /// starts the count anew; one that is accepted and at once broken does not.
+    /// Counts a failure and returns the number of consecutive ones. A watch that was open for at least `short` resets the
+    /// count; one that breaks at once does not.
     pub(super) fn record_failure(&self, kind: ErrorKind, short: Duration) -> u32 {
         self.counters.count_error(kind);
         self.counters.set_synced(false);
@@ -104,7 +104,7 @@ impl ConnectionState {
         history.failures
     }
 
-    /// True if the operator has not been told of this kind of failure since the last time all was well.
+    /// True for the first failure of this kind in the current outage, which is the one to log.
     pub(super) fn is_first_of_outage(&self, kind: ErrorKind) -> bool {
         let mut history = self.history();
         let outage = history.outage.get_or_insert_with(|| Outage { since: Instant::now(), reported: BTreeSet::new() });

@@ -1,4 +1,4 @@
-//! Where the API server is and who we are.
+//! Finds the API server and the daemon's credentials: kubeconfig or service account.
 
 use std::path::{Path, PathBuf};
 
@@ -6,15 +6,15 @@ use anyhow::{Context, Result, ensure};
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
-/// Where to read the address of the API server, its certificate authority and our token from. They are read again for
-/// each new client, so that whatever has been rotated is found when the old ones are refused.
+/// The source of the API server's address, its certificate authority and the daemon's token. It is read again for each new
+/// client, so rotated credentials are found after the server rejects the old ones.
 #[derive(Debug)]
 pub(super) enum Credentials {
-    /// The file the operator named.
+    /// The kubeconfig given by the operator.
     File(PathBuf),
-    /// The service account of the pod we run in.
+    /// The service account of the daemon's pod.
     Pod,
-    /// What `KUBECONFIG` names, else `~/.kube/config`.
+    /// The file that `KUBECONFIG` names, else `~/.kube/config`.
     User,
 }
 
@@ -22,14 +22,14 @@ impl Credentials {
     pub(super) fn find(kubeconfig: Option<&Path>) -> Credentials {
         match kubeconfig {
             Some(path) => Credentials::File(path.to_owned()),
-            // Set by the kubelet in every pod, and by nothing else.
+            // The kubelet sets it in every pod.
             None if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() => Credentials::Pod,
             None => Credentials::User,
         }
     }
 
     /// # Errors
-    /// When the files cannot be read or make no sense.
+    /// If the files cannot be read or are invalid.
     pub(super) async fn load(&self) -> Result<Config> {
         match self {
             Credentials::File(path) => {
@@ -40,7 +40,7 @@ impl Credentials {
                 "cannot use the pod's service account: check that the pod's automountServiceAccountToken is not false",
             ),
             Credentials::User => {
-                let what = "Kubernetes discovery finds no API server: this is no pod (KUBERNETES_SERVICE_HOST is not \
+                let what = "Kubernetes discovery finds no API server: the daemon does not run in a pod (KUBERNETES_SERVICE_HOST is not \
                             set) and neither KUBECONFIG nor ~/.kube/config is usable; name one with --kubeconfig FILE";
                 from_file(Kubeconfig::read().context(what)?).await.context(what)
             }
@@ -55,8 +55,11 @@ async fn from_file(file: Kubeconfig) -> Result<Config> {
     });
     let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
     if let Some(proxy) = config.proxy_url.take() {
-        ensure!(!proxied, "its proxy-url {proxy} is not supported: the API server must be reached directly");
-        // It is the environment's HTTPS_PROXY, which is for the world outside.
+        ensure!(
+            !proxied,
+            "its proxy-url {proxy} is not supported; remove proxy-url, and let this host reach the API server directly"
+        );
+        // The proxy comes from HTTPS_PROXY in the environment, which is for hosts outside the cluster.
     }
     Ok(config)
 }

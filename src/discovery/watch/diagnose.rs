@@ -1,4 +1,4 @@
-//! Why the endpoints of a Service are not to be had, found out by single questions; for `udp-fanout doctor`.
+//! Finds out by single requests why the endpoints of a Service cannot be followed; for `udp-fanout doctor`.
 
 use std::sync::Arc;
 
@@ -16,10 +16,10 @@ use super::credentials::Credentials;
 use super::failure::WatchFailure;
 use super::queries::{self, SliceApiVersion};
 
-/// Lists the Service's slices, and begins to watch them.
+/// Lists the Service's slices and opens a watch.
 ///
 /// # Errors
-/// What is wrong and the fix, in one line.
+/// The cause and the fix, in one line.
 pub(super) async fn diagnose(settings: &DiscoverySettings, namespace: &str, service: &str) -> Result<(), String> {
     let credentials = Credentials::find(settings.kubeconfig.as_deref());
     let config = credentials.load().await.map_err(|error| format!("{error:#}"))?;
@@ -67,7 +67,7 @@ async fn get(client: &Client, path: &str) -> kube::Result<serde_json::Value> {
     client.request(request).await
 }
 
-/// Opens a watch, and lets go of it as soon as the server has accepted it.
+/// Opens a watch and closes it as soon as the server has accepted it.
 async fn open_watch(client: &Client, path: &str) -> kube::Result<()> {
     let request = Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError)?;
     client.request_stream(request).await.map(drop)
@@ -80,5 +80,5 @@ fn unreachable_message(failure: &WatchFailure) -> String {
         ErrorKind::NotServed => "use Kubernetes 1.19 or later",
         _ => "check that the API server runs, and that this host can reach it",
     };
-    format!("the API server cannot be asked: {}; {fix}", failure.text)
+    format!("request to the API server failed: {}; {fix}", failure.text)
 }

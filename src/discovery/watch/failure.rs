@@ -1,4 +1,4 @@
-//! What can go wrong between us and the API server, sorted by what helps against it.
+//! Maps errors of requests and watches to an [`ErrorKind`] and a [`Recovery`].
 
 use std::error::Error as StdError;
 use std::time::Duration;
@@ -8,30 +8,30 @@ use kube::runtime::watcher;
 
 use super::super::status::ErrorKind;
 
-/// The way on after a failure.
+/// What to do after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recovery {
-    /// The watcher goes on from the last version it has seen: nothing is lost.
+    /// The watcher resumes from the last version that it has seen; no event is lost.
     Resume,
-    /// Something may have been missed: only a complete list tells what is true now.
+    /// Events may be lost: list again.
     Relist,
-    /// Credentials or the API's version have changed: read and ask anew, then list.
+    /// Read the credentials and query the API version again, then list.
     Reconnect,
 }
 
-/// One failure.
+/// A failed request or watch.
 #[derive(Debug)]
 pub(super) struct WatchFailure {
     pub(super) kind: ErrorKind,
     pub(super) recovery: Recovery,
-    /// In one line.
+    /// The cause, in one line.
     pub(super) text: String,
-    /// How long the server asks us to stay away.
+    /// The `Retry-After` of the server.
     pub(super) retry_after: Option<Duration>,
 }
 
 impl WatchFailure {
-    /// A failure before there was a connection.
+    /// The credentials could not be read or used.
     pub(super) fn before_connection(error: &anyhow::Error) -> WatchFailure {
         WatchFailure {
             kind: ErrorKind::Unauthorized,
@@ -41,7 +41,7 @@ impl WatchFailure {
         }
     }
 
-    /// The server serves no version of EndpointSlices that we know.
+    /// The server does not serve a known version of EndpointSlices.
     pub(super) fn not_served(text: String) -> WatchFailure {
         WatchFailure { kind: ErrorKind::NotServed, recovery: Recovery::Reconnect, text, retry_after: None }
     }
@@ -56,11 +56,10 @@ impl WatchFailure {
         WatchFailure { kind, recovery, text: text_of(error), retry_after: retry_after(error) }
     }
 
-    /// The watcher failed, after this many silences in a row.
+    /// The watcher failed, after `stalls` consecutive stalls.
     ///
-    /// The watcher itself lists anew when the list failed and when the stream brings a 410; everything else it resumes,
-    /// which would go on for ever where the server will not have the old version, and would pass over an event that
-    /// could not be read.
+    /// The watcher itself lists again after a failed list and after a 410 in the stream. Everything else it resumes; that would
+    /// never end if the server rejects the old version, and would skip an event that could not be parsed.
     pub(super) fn of_watcher(error: &watcher::Error, stalls: u32) -> WatchFailure {
         match error {
             watcher::Error::InitialListFailed(error) => WatchFailure::of_request(error),
@@ -75,9 +74,9 @@ impl WatchFailure {
             }
             watcher::Error::WatchFailed(kube::Error::ReadEvents(_)) if stalls > 0 => WatchFailure {
                 kind: ErrorKind::Stalled,
-                // Once may be a lost connection; twice, and the server may be waiting for a version that never comes.
+                // One stall may be a lost connection. After a second one the server may be waiting for a version that never comes.
                 recovery: if stalls > 1 { Recovery::Relist } else { Recovery::Resume },
-                text: "the watch had been silent for too long".to_owned(),
+                text: "the watch timed out without an event or bookmark".to_owned(),
                 retry_after: None,
             },
             watcher::Error::WatchFailed(error @ (kube::Error::ReadEvents(_) | kube::Error::HyperError(_))) => {
@@ -106,7 +105,7 @@ fn kind_of(error: &kube::Error) -> ErrorKind {
         kube::Error::Auth(_) => ErrorKind::Unauthorized,
         kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) | kube::Error::BuildRequest(_) => ErrorKind::Protocol,
         error if chain(error).any(|cause| cause.is::<kube::client::AuthError>()) => ErrorKind::Unauthorized,
-        // What rustls reports as `InvalidCertificate`; the error itself is wrapped too deep to be reached by type.
+        // rustls' `InvalidCertificate`. The error is wrapped too deep for a downcast.
         error if chain(error).any(|cause| cause.to_string().contains("invalid peer certificate")) => ErrorKind::Tls,
         _ => ErrorKind::Connect,
     }
@@ -124,7 +123,7 @@ fn kind_of_code(code: u16) -> ErrorKind {
     }
 }
 
-/// The version to resume from is one that the server has not reached: it has been restored from a backup.
+/// True if the version to resume from is newer than the server's: it was restored from a backup.
 fn from_the_future(error: &kube::Error) -> bool {
     let kube::Error::Api(status) = error else { return false };
     let causes = status.details.iter().flat_map(|details| &details.causes);
@@ -138,7 +137,7 @@ fn retry_after(error: &kube::Error) -> Option<Duration> {
     (seconds > 0).then(|| Duration::from_secs(seconds.into()))
 }
 
-/// The message of the server, or ours with all causes.
+/// The message of the server, or the error with all its causes.
 pub(super) fn text_of(error: &kube::Error) -> String {
     if let kube::Error::Api(status) = error {
         return text_of_status(status);

@@ -1,5 +1,4 @@
-//! Single questions to the API server: which version of EndpointSlices it serves, why there are none, in which zone
-//! the node is.
+//! Single requests to the API server: the served version of EndpointSlices, why a Service has none, the zone of this node.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use super::connection_state::ConnectionState;
 use super::credentials::Credentials;
 use super::failure::{WatchFailure, text_of};
 
-/// What [`ZONE_LABEL`] was called before Kubernetes 1.17; nodes made then may have only this.
+/// The name of [`ZONE_LABEL`] before Kubernetes 1.17. Nodes from that time may have only this one.
 const OLD_ZONE_LABEL: &str = "failure-domain.beta.kubernetes.io/zone";
 
 /// A version of the EndpointSlice API.
@@ -32,8 +31,8 @@ pub(super) enum SliceApiVersion {
     V1Beta1,
 }
 
-/// Asks for the best version served. None if we may not ask, which is unusual: every authenticated user may, by the
-/// cluster role `system:discovery`.
+/// The best served version. None if RBAC denies the request, which is unusual: the cluster role `system:discovery` allows it to
+/// every authenticated user.
 pub(super) async fn served_version(client: &Client) -> Result<Option<SliceApiVersion>, WatchFailure> {
     let group: APIGroup = match get(client, &format!("/apis/{GROUP}")).await {
         Ok(group) => group,
@@ -53,13 +52,13 @@ pub(super) async fn served_version(client: &Client) -> Result<Option<SliceApiVer
     } else {
         let served: Vec<&str> = group.versions.iter().map(|served| served.version.as_str()).collect();
         Err(WatchFailure::not_served(format!(
-            "the API server serves {GROUP} only as {}, which is not known here",
+            "the API server serves {GROUP} only as {}; this daemon needs v1 or v1beta1",
             served.join(", ")
         )))
     }
 }
 
-/// Says why a Service has no slices, as far as we may look.
+/// Why a Service has no slices, as far as RBAC allows finding out.
 pub(super) async fn explain_no_slices(client: Client, key: ServiceKey) -> String {
     let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
     let namespace = match service {
@@ -82,8 +81,8 @@ async fn presence(client: &Client, path: &str) -> Presence {
     }
 }
 
-/// Finds the zone of this node and reports it, as soon as the API server tells. Until then, and if it is not to be
-/// known, reports that it is not known. What may be put right while we run, such as a missing rule, is told once.
+/// Reports the zone of this node, retrying until the API server answers; reports an unknown zone meanwhile. Logs each cause that
+/// the operator can fix, such as a missing RBAC rule, once.
 pub(super) async fn find_zone(
     node: String,
     credentials: Arc<Credentials>,
@@ -102,7 +101,7 @@ pub(super) async fn find_zone(
                     Some(_) => tracing::warn!("{why}"),
                 }
                 reported = code.or(reported);
-                // A node's labels are what its administrator makes them.
+                // A missing label or rule can be added at any time, so the task retries.
                 (None, code == Some(200))
             }
         };
@@ -113,10 +112,10 @@ pub(super) async fn find_zone(
     }
 }
 
-/// Why the zone is not known.
+/// Why the zone is unknown.
 struct ZoneError {
     why: String,
-    /// What the API server answered, if it answered the question at all.
+    /// The HTTP status of the API server's reply; none if there was no reply about the node.
     code: Option<u16>,
 }
 
@@ -147,7 +146,7 @@ async fn read_zone(node: &str, credentials: &Credentials, settings: &DiscoverySe
     Err(ZoneError { why, code })
 }
 
-/// Any object, of which only this much is needed.
+/// The part of an object that the queries need.
 #[derive(Debug, Deserialize)]
 struct ApiObject {
     #[serde(default)]

@@ -1,9 +1,9 @@
-//! Follows the EndpointSlices of one Service, for ever.
+//! Follows the EndpointSlices of one Service for as long as a listener needs it.
 //!
 //! kube's watcher does the protocol: list in pages, watch with bookmarks from the list's version, resume from the last
-//! version seen when the connection ends, list again on 410. This task around it keeps the slices, decides after each
-//! failure whether resuming is enough, waits, and tells the operator once. The slices only change by what the server
-//! says: a failure leaves them, and a list replaces them when it is complete.
+//! version seen when the connection ends, list again on 410. This task keeps the slices, decides after each failure whether
+//! resuming is enough, waits, and logs each kind of failure once. Only the server changes the slices: an event changes one, a
+//! complete list replaces all, a failure changes none.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -33,26 +33,26 @@ use super::credentials::Credentials;
 use super::failure::{Recovery, WatchFailure};
 use super::queries::{self, SliceApiVersion};
 
-/// SlicesByName by name.
+/// Slices by object name.
 type SlicesByName = BTreeMap<String, Arc<Slice>>;
 
-/// One Service, and what is known of it.
+/// The watch of one Service.
 pub(super) struct ServiceWatch {
     key: ServiceKey,
     limits: DiscoveryTimeouts,
-    /// The configuration file, to be named in messages.
+    /// The path of the configuration file, for the commands that log lines suggest.
     config: Option<PathBuf>,
     credentials: Arc<Credentials>,
     connection: Arc<ConnectionState>,
     events: UnboundedSender<WatchEvent>,
     slices: SlicesByName,
-    /// The list that is coming in.
+    /// The list being received.
     incoming: SlicesByName,
-    /// True once a list has been complete.
+    /// True after the first complete list.
     listed: bool,
-    /// True if the operator has been told that there are no slices.
+    /// True if it is logged that there are no slices.
     absence_reported: bool,
-    /// The version to try where asking for it is forbidden.
+    /// The version to try next if RBAC denies querying it.
     fallback_version: SliceApiVersion,
 }
 
@@ -87,7 +87,7 @@ impl ServiceWatch {
         }
     }
 
-    /// Returns when credentials or version have to be looked at again.
+    /// Returns when credentials or API version must be read again.
     async fn connect_and_follow(&mut self) -> Result<(), WatchFailure> {
         let config = self.credentials.load().await.map_err(|error| WatchFailure::before_connection(&error))?;
         let client = client::connect(&config, self.limits, self.connection.clone())
@@ -121,7 +121,7 @@ impl ServiceWatch {
         }
     }
 
-    /// Runs one watcher until only another one, with a fresh list, can help.
+    /// Runs one watcher until a failure needs a new one, with a new list.
     async fn list_and_watch<K>(&mut self, client: &Client) -> WatchFailure
     where
         K: ApiSlice + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
@@ -190,21 +190,21 @@ impl ServiceWatch {
 
     fn publish(&mut self) {
         self.listed = true;
-        // The other end is only gone when everything is about to end.
+        // The receiver is gone only while the thread ends.
         let _ = self.events.send(WatchEvent::Slices(self.key.clone(), self.slices.values().cloned().collect()));
     }
 
-    /// Counts the failure, tells of it once, and waits.
+    /// Counts the failure, logs its kind once, and waits for the backoff.
     async fn recover_from(&self, failure: &WatchFailure, client: Option<&Client>) {
         let failures = self.connection.record_failure(failure.kind, self.limits.short_watch);
         let _ = self.events.send(WatchEvent::Failed(self.key.clone()));
         match failure.kind {
-            // Nothing is out of order: the connection is renewed, the history was too short.
+            // Normal operation: a quiet watch is renewed, or its version has become too old.
             ErrorKind::Stalled | ErrorKind::Expired => {
-                tracing::debug!("the watch of the endpoints of {} starts anew: {}", self.key, failure.text);
+                tracing::debug!("restarting the watch of the endpoints of {}: {}", self.key, failure.text);
             }
             kind if self.connection.is_first_of_outage(kind) => self.report_failure(failure, client).await,
-            _ => tracing::debug!("still no endpoints of {}: {}", self.key, failure.text),
+            _ => tracing::debug!("still cannot follow the endpoints of {}: {}", self.key, failure.text),
         }
         let backoff = Backoff::new(self.limits.backoff_min, self.limits.backoff_max);
         let asked = failure.retry_after.unwrap_or_default().min(self.limits.backoff_max);
@@ -227,7 +227,7 @@ impl ServiceWatch {
         tracing::warn!("cannot follow the endpoints of {}: {}; {kept}; retrying", self.key, failure.text);
     }
 
-    /// Spread, so that nodes started together do not come back together.
+    /// The length of the next watch in seconds; random, so that nodes started together do not renew together.
     fn watch_seconds(&self) -> u32 {
         let most = u32::try_from(self.limits.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1);
         rand::rng().random_range(most - most / 5..=most)
