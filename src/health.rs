@@ -1,14 +1,20 @@
-//! Health checks: which downstreams work, found out by asking them.
+//! Health checks: probes every downstream and reports which ones are unhealthy.
 //!
 //! ```text
 //! downstream sets ─► set_targets ─► monitor::HealthMonitor (pure) ─► probers ─► network
-//!      mio events ─► on_event ───► what came back ─┘  │
+//!      mio events ─► on_event ───► replies ────────┘  │
 //!           clock ─► on_timer                         └─► HealthMap ─► controller ─► weights::effective_weights ─► table
 //! ```
 //!
-//! [`HealthChecks`] is owned by the event loop and does everything on its thread: [`monitor`] decides what is asked when and what
-//! follows from answers, [`probers`] holds the sockets, [`listeners`] knows whose downstreams the targets are. What health
-//! means for a listener's table is computed by the controller, with [`weights::effective_weights`].
+//! The event loop owns [`HealthChecks`] and calls it on its own thread: [`monitor`] decides when to probe and what follows from
+//! replies, [`probers`] holds the sockets, [`listeners`] maps targets to the listeners that use them. The controller turns the
+//! [`HealthMap`] into a listener's table with [`weights::effective_weights`].
+//!
+//! | event | first function | ends in |
+//! | --- | --- | --- |
+//! | a reply, or a refusal | [`HealthChecks::on_event`] | `HealthMonitor::handle_answer` or `handle_failure` |
+//! | no reply in time | [`HealthChecks::on_timer`] | `HealthMonitor::fail_round` |
+//! | a downstream turns unhealthy or healthy | `CheckedListeners::handle_change` | [`HealthChecks::take_change`], then the controller's `Event::Health` |
 //!
 //! ```no_run
 //! # use std::time::{Duration, Instant};
@@ -62,18 +68,18 @@ use self::settings::ProbeKind;
 use self::weights::HealthMap;
 use crate::model::ListenerId;
 
-/// By how much the caller must be late for all sockets to be read before anyone's time is up: events may be waiting that
-/// it has not asked the kernel for.
+/// If a tick is later than this, all sockets are read before any probe times out: replies may be waiting that the caller has not
+/// polled for.
 const LATE_TICK: Duration = Duration::from_millis(20);
 
-/// How long it must go well until trouble with sending is over, and how often it is spoken of while it lasts.
+/// A local error is over after this long without another one. While it lasts, it is logged once per this period.
 const LOCAL_ERROR_HOLD: Duration = Duration::from_secs(60);
 
-/// Most sockets for connections, and the part of the limit of open files that they may take.
+/// The most sockets for TCP and HTTP probes, and the part of the open-files limit that they may take (1/4).
 pub(crate) const MAX_SOCKETS: u64 = 4096;
 pub(crate) const OPEN_FILES_DIVISOR: u64 = 4;
 
-/// All health checks of the daemon. Times are durations since it started, and do not go back.
+/// All health checks of the daemon. Times are durations since its start and never decrease.
 #[derive(Debug)]
 pub struct HealthChecks {
     monitor: HealthMonitor,
@@ -83,7 +89,7 @@ pub struct HealthChecks {
     replies: Vec<ProbeReply>,
 }
 
-/// Something that keeps this host from sending probes.
+/// A reason on this host that prevents probes from being sent.
 #[derive(Debug)]
 struct LocalError {
     reason: String,
@@ -92,11 +98,11 @@ struct LocalError {
 }
 
 impl HealthChecks {
-    /// Without targets. Sockets are watched with `registry`, under tokens from `first_token` on, of which
-    /// [`probers::TOKENS`] must be free. Their number adapts to the limit of open files as it is now.
+    /// Health checks without targets. Sockets are registered with `registry` under [`probers::TOKENS`] tokens from `first_token`
+    /// on. The current limit of open files bounds their number.
     ///
     /// # Errors
-    /// When the registry or the limit cannot be read.
+    /// If the registry cannot be cloned or the limit of open files cannot be read.
     pub fn new(registry: &Registry, first_token: Token) -> Result<HealthChecks> {
         let registry = registry.try_clone().context("cannot share the event loop with the health checks")?;
         let (files, _) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of open files")?;
@@ -112,8 +118,7 @@ impl HealthChecks {
         })
     }
 
-    /// Says what is to be watched from now on: every listener that has health checks, with all its downstreams. Those
-    /// watched before keep their state.
+    /// Replaces the targets by all downstreams of all listeners that have health checks. Known targets keep their state.
     pub fn set_targets(&mut self, checks: &[ListenerCheck], now: Duration) {
         let targets = self.listeners.replace_checks(checks);
         self.probers.close_unneeded(targets.iter());
@@ -122,20 +127,20 @@ impl HealthChecks {
         self.listeners.sync_with(&self.monitor);
     }
 
-    /// Whether an event with this token is for [`on_event`](Self::on_event).
+    /// True if events with this token are for [`on_event`](Self::on_event).
     #[must_use]
     pub fn owns(&self, token: Token) -> bool {
         self.probers.tokens().contains(&token.0)
     }
 
-    /// Takes in what has come to the socket of this token.
+    /// Reads the socket of this token and handles the replies.
     pub fn on_event(&mut self, token: Token, now: Duration) {
         self.probers.on_event(token, &mut self.replies);
         self.handle_replies(now);
     }
 
-    /// Does what is due. To be called after the events of a turn, when [`next_deadline`](Self::next_deadline) has come;
-    /// more often does no harm.
+    /// Sends probes that are due and times out those without a reply. Call it after the events of a poll, once
+    /// [`next_deadline`](Self::next_deadline) has passed; calling it earlier is harmless.
     pub fn on_timer(&mut self, now: Duration) {
         if self.monitor.next_deadline().is_some_and(|due| due + LATE_TICK <= now) {
             self.probers.read_all(&mut self.replies);
@@ -147,56 +152,56 @@ impl HealthChecks {
         self.run_actions(actions, now);
     }
 
-    /// When [`on_timer`](Self::on_timer) is to be called; possibly a time that has passed. None if there is nothing to do.
+    /// When to call [`on_timer`](Self::on_timer); may be in the past. None without targets.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         if self.probers.has_unread() { Some(Duration::ZERO) } else { self.monitor.next_deadline() }
     }
 
-    /// Has the downstreams on a host probed at once: something (a lost route, an ICMP error, a link that came up) suggests
-    /// that their state has changed. Costs little when it is called often: no more than one round begins in a timeout.
+    /// Probes the downstreams on a host at once, because an event (a lost route, an ICMP error, a link that came up) suggests
+    /// that their state has changed. Cheap to call often: at most one round begins per timeout.
     pub fn recheck(&mut self, host: IpAddr, now: Duration) {
         self.monitor.handle(MonitorEvent::Recheck(host.to_canonical()), now);
     }
 
-    /// What the controller needs to know, if it has changed since the last call.
+    /// The health map, if it has changed since the last call.
     pub fn take_change(&mut self) -> Option<HealthMap> {
         self.listeners.take_change()
     }
 
-    /// What the controller needs to know.
+    /// The health map.
     #[must_use]
     pub fn map(&self) -> &HealthMap {
         self.listeners.map()
     }
 
-    /// Everything known of every downstream that is watched, by listener and address.
+    /// The state of every checked downstream, by listener and address.
     pub fn downstreams(&self) -> impl Iterator<Item = DownstreamHealth<'_>> {
         self.listeners.downstreams(&self.monitor)
     }
 
-    /// The names of the listeners all of whose downstreams are unhealthy, and what is done with their datagrams.
+    /// The listeners with only unhealthy downstreams: their names, and what happens to their datagrams.
     pub fn all_unhealthy(&self) -> impl Iterator<Item = (&str, &'static str)> {
         self.listeners.all_unhealthy()
     }
 
-    /// How often downstreams have become unhealthy, and healthy again, by listener.
+    /// Counts of transitions to unhealthy and back to healthy, by listener.
     pub fn transitions(&self) -> impl Iterator<Item = (ListenerId, Transitions)> + '_ {
         self.listeners.transitions()
     }
 
-    /// Probes and round trips counted since the start, by protocol.
+    /// Probes and round trips since the start, by protocol.
     #[must_use]
     pub fn probe_stats(&self) -> &ProbeStatsByKind {
         self.monitor.probe_stats()
     }
 
-    /// What keeps this host from sending probes of some protocol, if anything does: in words for the operator.
+    /// Protocols whose probes this host cannot send, with the reason and the fix for the operator.
     pub fn local_errors(&self) -> impl Iterator<Item = (ProbeKind, &str)> {
         self.local_errors.iter().map(|(kind, error)| (*kind, error.reason.as_str()))
     }
 
-    /// Sockets that are open at the moment.
+    /// The number of open sockets.
     #[must_use]
     pub fn open_sockets(&self) -> usize {
         self.probers.open_sockets()

@@ -1,5 +1,5 @@
-//! Whose downstreams the targets are: turns what becomes of a target into what that means for listeners, and says so in
-//! the log. No I/O but the log.
+//! Maps targets to the listeners that use them: turns a target's state change into an entry of the [`HealthMap`] and a log line.
+//! No I/O except the log.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -12,33 +12,33 @@ use super::settings::{HealthSettings, ProbeKind, ProbeSettings};
 use super::weights::{HealthMap, HealthMark};
 use crate::model::ListenerId;
 
-/// A listener that has health checks.
+/// The health checks of one listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerCheck {
-    /// Its number.
+    /// The listener's number.
     pub listener: ListenerId,
-    /// Its name, for the log.
+    /// The listener's name, for the log.
     pub name: Arc<str>,
     /// All its downstreams.
     pub downstreams: Vec<SocketAddr>,
-    /// How they are checked.
+    /// Protocol, intervals and thresholds.
     pub settings: HealthSettings,
 }
 
-/// What is known of a downstream of a listener.
+/// The health of a listener's downstream.
 #[derive(Debug, Clone, Copy)]
 pub struct DownstreamHealth<'a> {
     /// The listener's number.
     pub listener: ListenerId,
     /// The downstream's address.
     pub downstream: SocketAddr,
-    /// How it is probed.
+    /// The protocol of its probes.
     pub protocol: ProbeKind,
-    /// What has come of it.
+    /// The state of its target.
     pub status: &'a TargetStatus,
 }
 
-/// How often downstreams of a listener have changed their state.
+/// Counts of state changes of a listener's downstreams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Transitions {
     /// To unhealthy.
@@ -51,10 +51,10 @@ pub struct Transitions {
 #[derive(Debug, Default)]
 pub struct CheckedListeners {
     listeners: BTreeMap<ListenerId, CheckedListener>,
-    /// Whose downstream each target is.
+    /// The listeners and downstreams that each target stands for.
     users: HashMap<ProbeTarget, Vec<(ListenerId, SocketAddr)>>,
     map: HealthMap,
-    /// The map is not the one last taken.
+    /// The map has changed since [`take_change`](Self::take_change).
     changed: bool,
 }
 
@@ -64,15 +64,15 @@ struct CheckedListener {
     settings: Arc<ProbeSettings>,
     fail_open: bool,
     downstreams: BTreeSet<SocketAddr>,
-    /// How many of them are out.
+    /// How many of them are unhealthy.
     unhealthy: usize,
-    /// All of them are out, and that has been said.
+    /// All of them are unhealthy, and that is logged.
     all_unhealthy: bool,
     transitions: Transitions,
 }
 
 impl CheckedListeners {
-    /// Replaces all listeners and returns their targets. [`sync_with`](Self::sync_with) is to follow when the monitor has them.
+    /// Replaces all listeners and returns their targets. Pass these to the monitor, then call [`sync_with`](Self::sync_with).
     pub(super) fn replace_checks(&mut self, checks: &[ListenerCheck]) -> Vec<ProbeTarget> {
         let mut before = std::mem::take(&mut self.listeners);
         self.users.clear();
@@ -98,7 +98,7 @@ impl CheckedListeners {
         self.users.keys().cloned().collect()
     }
 
-    /// Takes the mark of every downstream from the monitor, which knows those that it knew before.
+    /// Rebuilds the map from the monitor, which keeps the state of known targets.
     pub(super) fn sync_with(&mut self, monitor: &HealthMonitor) {
         let map: HealthMap = self
             .downstreams(monitor)
@@ -114,7 +114,7 @@ impl CheckedListeners {
         }
     }
 
-    /// A target's state is another.
+    /// Logs a target's new state for each listener that uses it, and enters it in the map.
     pub(super) fn handle_change(&mut self, target: &ProbeTarget, change: &StateChange) {
         let protocol = target.settings.protocol.kind().name();
         let mark = mark(&change.status);
@@ -130,7 +130,7 @@ impl CheckedListeners {
                     listener.transitions.failed += 1;
                 }
                 (HealthState::Unhealthy, _) => {
-                    // Whole milliseconds are fine enough for people.
+                    // Rounded to milliseconds for the log.
                     let unhealthy_for =
                         Duration::from_millis(u64::try_from(change.lasted.as_millis()).unwrap_or_default());
                     tracing::info!(%downstream, listener = name, protocol, ?unhealthy_for, "health check passed again");
@@ -163,7 +163,7 @@ impl CheckedListeners {
         })
     }
 
-    /// Those all of whose downstreams are unhealthy, and what is done with their datagrams.
+    /// The listeners with only unhealthy downstreams: their names, and what happens to their datagrams.
     pub(super) fn all_unhealthy(&self) -> impl Iterator<Item = (&str, &'static str)> {
         self.listeners
             .values()
@@ -177,7 +177,7 @@ impl CheckedListeners {
 }
 
 impl CheckedListener {
-    /// What becomes of its datagrams while all downstreams are out.
+    /// What happens to its datagrams while all downstreams are unhealthy.
     fn fallback(&self) -> &'static str {
         if self.fail_open {
             "still sending to all of them, since fail_open = true"
@@ -186,7 +186,7 @@ impl CheckedListener {
         }
     }
 
-    /// Says it loudly when the last downstream goes out, and when the first is back.
+    /// Logs at level error when the last downstream becomes unhealthy, and at level info when the first one recovers.
     fn report_if_all_unhealthy(&mut self) {
         let all_unhealthy = !self.downstreams.is_empty() && self.unhealthy == self.downstreams.len();
         if all_unhealthy == self.all_unhealthy {

@@ -1,4 +1,4 @@
-//! The nouns of health checks: what is probed, how a probe can end, and what follows for a downstream. Plain values.
+//! The types of health checks: target, probe outcome, failure, state. Plain values without behaviour.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,17 +10,17 @@ use serde::Serialize;
 
 use super::settings::ProbeSettings;
 
-/// What is probed: an address, in one way. Listeners with the same downstream and equal settings have one in common.
+/// An address and how it is probed. Listeners with the same downstream and equal settings share one target.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProbeTarget {
-    /// Where probes go. Port 0 for ICMP, which has no ports: downstreams on one host are one target.
+    /// The destination of probes. ICMP has no ports, so its port is 0 and all downstreams on a host are one target.
     pub address: SocketAddr,
-    /// How.
+    /// Protocol, intervals and thresholds.
     pub settings: Arc<ProbeSettings>,
 }
 
 impl ProbeTarget {
-    /// The target that stands for a downstream.
+    /// The target of a downstream.
     #[must_use]
     pub fn new(downstream: SocketAddr, settings: &Arc<ProbeSettings>) -> ProbeTarget {
         let protocol = &settings.protocol;
@@ -34,8 +34,8 @@ impl ProbeTarget {
     }
 }
 
-/// An address as it is compared: IPv4 mapped into IPv6 is IPv4, and nothing is kept of an IPv6 address but what
-/// distinguishes it (the scope of a link-local one, and no flow label).
+/// The form in which addresses are compared: an IPv4-mapped IPv6 address becomes IPv4; of an IPv6 address the flow label is
+/// dropped, and the scope too unless it is link-local.
 #[must_use]
 pub fn canonical_address(address: SocketAddr) -> SocketAddr {
     match (address.ip().to_canonical(), address) {
@@ -47,39 +47,39 @@ pub fn canonical_address(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// The number of one probe; never used again.
+/// The number of a probe, unique for the daemon's lifetime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProbeId(pub u64);
 
-/// Why a probe, or a round of probes, is taken for a sign that the downstream does not work.
+/// Why a probe or a round of probes failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeFailure {
-    /// The sort, for counters.
+    /// The kind, for counters.
     pub kind: ProbeFailureKind,
-    /// In words, for people.
+    /// The reason, for the log and status.
     pub reason: Cow<'static, str>,
 }
 
-/// The sorts of [`ProbeFailure`].
+/// The kinds of [`ProbeFailure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProbeFailureKind {
-    /// Nothing came back in time.
+    /// No reply within the timeout.
     NoAnswer,
-    /// The host said that nobody is there: a reset connection, a closed port.
+    /// The host refused: a reset connection or a closed port.
     Refused,
-    /// The way there is known to be closed: no route, an ICMP unreachable.
+    /// The host cannot be reached: no route, or an ICMP unreachable message.
     Unreachable,
-    /// An answer came that says that it does not work.
+    /// The reply is wrong, for example HTTP status 503.
     BadAnswer,
 }
 
 impl ProbeFailure {
-    /// A failure of the given sort.
+    /// A failure of the given kind.
     pub fn new(kind: ProbeFailureKind, reason: impl Into<Cow<'static, str>>) -> ProbeFailure {
         ProbeFailure { kind, reason: reason.into() }
     }
 
-    /// Silence for as long as allowed.
+    /// No reply within `timeout`.
     #[must_use]
     pub fn silence(timeout: Duration) -> ProbeFailure {
         ProbeFailure::new(ProbeFailureKind::NoAnswer, format!("no answer within {timeout:?}"))
@@ -92,11 +92,11 @@ impl fmt::Display for ProbeFailure {
     }
 }
 
-/// How a probe ended; each ends once.
+/// How a probe ended. Each probe has exactly one outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(usize)]
 pub enum ProbeOutcome {
-    /// A valid answer came.
+    /// A valid reply.
     Answered = 0,
     /// See [`ProbeFailureKind::NoAnswer`].
     NoAnswer = 1,
@@ -106,14 +106,14 @@ pub enum ProbeOutcome {
     Unreachable = 3,
     /// See [`ProbeFailureKind::BadAnswer`].
     BadAnswer = 4,
-    /// This host could not send it, which says nothing about the downstream.
+    /// This host could not send it. Does not count against the downstream.
     NotSent = 5,
-    /// Not waited for any longer: another probe of the round was answered, or the downstream is gone.
+    /// No longer needed: another probe of the round was answered, or the target was removed.
     Abandoned = 6,
 }
 
 impl ProbeOutcome {
-    /// All of them, in the order of their numbers.
+    /// All outcomes, in numeric order.
     pub const ALL: [ProbeOutcome; 7] = [
         ProbeOutcome::Answered,
         ProbeOutcome::NoAnswer,
@@ -150,15 +150,15 @@ impl From<ProbeFailureKind> for ProbeOutcome {
     }
 }
 
-/// What is known of a downstream.
+/// The health of a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HealthState {
-    /// Neither answered nor failed yet. Used like a healthy one until proven otherwise.
+    /// No round has ended yet. Used like a healthy one.
     Unknown,
-    /// It answers.
+    /// It replies.
     Healthy,
-    /// It has failed `unhealthy_threshold` rounds in a row, and not answered `healthy_threshold` since.
+    /// It failed `unhealthy_threshold` consecutive rounds, and has not answered `healthy_threshold` consecutive rounds since.
     Unhealthy,
 }
 
@@ -173,35 +173,35 @@ impl HealthState {
         }
     }
 
-    /// Whether it is sent to, the rest of its listener's downstreams aside.
+    /// True if it gets datagrams, unless `fail_open` overrides that.
     #[must_use]
     pub fn usable(self) -> bool {
         self != HealthState::Unhealthy
     }
 }
 
-/// All that there is to say of one target.
+/// The full status of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetStatus {
-    /// Its state.
+    /// The current state.
     pub state: HealthState,
-    /// Since when, as time since the daemon started.
+    /// When that state began, as time since the daemon's start.
     pub since: Duration,
-    /// True for a healthy one that was unhealthy before.
+    /// True if it is healthy and was unhealthy before.
     pub recovered: bool,
-    /// Why the last round that failed did so; none if none has since the last answer.
+    /// Why the last round failed; none if no round has failed since the target was last healthy.
     pub failure: Option<ProbeFailure>,
-    /// How long the last answer took; none before the first.
+    /// The round-trip time of the last reply; none before the first.
     pub round_trip: Option<Duration>,
 }
 
-/// A target has become healthy or unhealthy, or has been found healthy for the first time.
+/// A target's change to another state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateChange {
-    /// Its state before.
+    /// The previous state.
     pub from: HealthState,
-    /// How long it was in that.
+    /// How long that lasted.
     pub lasted: Duration,
-    /// What it is now.
+    /// The new status.
     pub status: TargetStatus,
 }

@@ -1,7 +1,7 @@
-//! The state machine of health checks: every target, no I/O.
+//! The state machine of health checks for all targets. No I/O.
 //!
-//! [`HealthMonitor::handle`] takes a [`MonitorEvent`] and says what is to be sent; it opens nothing and reads no clock. A target is
-//! probed in rounds:
+//! [`HealthMonitor::handle`] takes a [`MonitorEvent`] and the time and returns [`MonitorAction`]s: [`HealthChecks`](super::HealthChecks)
+//! carries them out. A target is probed in rounds:
 //!
 //! ```text
 //! interval  ├──────────────────────────────────────────┤
@@ -10,15 +10,14 @@
 //!            └── answered: the round is over             the round has failed
 //! ```
 //!
-//! An answer to any of the probes counts for the round, so that a lost datagram or two don't make a receiver unhealthy,
-//! and yet a dead one is found out within interval + timeout of its death (at the default threshold of one round). A
-//! refusal is not waited out: the next probe follows soon, and when all have been refused the round has failed. A target
-//! that is unhealthy already is probed once a round.
+//! An answer to any probe counts for the round, so one or two lost datagrams do not make a receiver unhealthy; a dead receiver is
+//! detected within interval + timeout (at the default threshold of one round). After a refusal the next probe follows
+//! soon, and when all are refused the round has failed ([`fail_round`](HealthMonitor::fail_round)). An unhealthy target gets one
+//! probe per round.
 //!
-//! Rounds start on a grid of the target's own, whose phase is a hash of its address: thousands of targets spread evenly
-//! over the interval, and stay where they are when others come and go. Should the caller have been held up, a probe
-//! still gets its time before it counts as unanswered, and a tick sends no more than [`MAX_PROBES_PER_TICK`] probes, so that their
-//! answers can be read before the next are sent.
+//! Each target's rounds start at a fixed phase of the interval, a hash of its address: thousands of targets spread evenly, and
+//! do not move when others come and go. If the caller is late, a probe still gets its full time before it counts as
+//! unanswered. A tick sends at most [`MAX_PROBES_PER_TICK`] probes, so that their replies can be read before the next are sent.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -30,84 +29,83 @@ use super::probe_stats::ProbeStatsByKind;
 use super::settings::ProbeProtocol;
 use crate::net::endpoint_hash;
 
-/// Probes in one round of a target that is not unhealthy, spread evenly over the timeout.
+/// Probes per round, spread evenly over the timeout. An unhealthy target gets only one.
 pub const PROBES_PER_ROUND: u32 = 3;
 
-/// Most probes sent for one [`MonitorEvent::Tick`]. Their answers, about 1 KiB each as the kernel counts, fit into the smallest
-/// default receive buffer; over loopback they are there before the next probe is sent.
+/// The most probes sent for one [`MonitorEvent::Tick`]. Their replies (about 1 KiB each, as the kernel accounts) fit the smallest
+/// default receive buffer; over loopback they arrive before the next probe is sent.
 pub const MAX_PROBES_PER_TICK: u64 = 64;
 
-/// After a refusal the next probe follows in this part of the timeout.
+/// After a refusal the next probe follows after timeout / `RETRY_DIVISOR`.
 const RETRY_DIVISOR: u32 = 10;
 
-/// A round some of whose probes this host cannot send is given up, without a verdict, after so many timeouts.
+/// A round whose probes this host cannot send ends without a result after this many timeouts.
 const MAX_UNSENT_TIMEOUTS: u32 = 3;
 
-/// Something that has happened. Times are durations since the daemon started.
+/// An input of [`HealthMonitor::handle`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum MonitorEvent {
-    /// The targets are these from now on. Those known before keep their state.
+    /// The complete new list of targets. Known ones keep their state.
     Targets(Vec<ProbeTarget>),
-    /// A valid answer has come.
+    /// A valid reply.
     Answered {
-        /// To this probe, or to one of the same round.
+        /// The probe, or another one of the same round.
         probe: ProbeId,
-        /// Certainly to this one.
+        /// True if it is certainly this probe.
         exact: bool,
     },
-    /// A probe has been refused, or could not be sent for a reason that lies on the way to the target.
+    /// A refusal, or a failure to send that is due to the target or the path to it.
     Failed {
-        /// Which.
+        /// The probe.
         probe: ProbeId,
-        /// How.
+        /// The reason.
         failure: ProbeFailure,
     },
-    /// A probe could not be sent for a reason that lies with this host.
+    /// This host could not send the probe, through no fault of the target.
     NotSent(ProbeId),
-    /// Something may have happened to this host: begin a round now, or, where one has begun within the timeout, when that
-    /// has passed.
+    /// The state of this host may have changed: begin a round now, or one timeout after the start of the last one.
     Recheck(IpAddr),
     /// The time of [`HealthMonitor::next_deadline`] has come.
     Tick,
 }
 
-/// Something to do.
+/// An output of [`HealthMonitor::handle`], to be carried out in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum MonitorAction {
-    /// Send a probe, and report how it ends.
+    /// Send a probe and report its outcome.
     Send {
-        /// Its number.
+        /// The probe's number.
         probe: ProbeId,
-        /// Where to and how.
+        /// Destination and protocol.
         target: Arc<ProbeTarget>,
     },
-    /// Forget a probe. What comes of it no longer matters.
+    /// Forget a probe. Its outcome no longer matters.
     Cancel {
-        /// Its number.
+        /// The probe's number.
         probe: ProbeId,
-        /// Where it was sent.
+        /// Its target.
         target: Arc<ProbeTarget>,
     },
-    /// A target's state is another.
+    /// A target's state has changed.
     Changed {
-        /// Whose.
+        /// The target.
         target: Arc<ProbeTarget>,
-        /// From what to what.
+        /// The old and the new state.
         change: StateChange,
     },
 }
 
-/// All targets, what is known of them and what is to be sent when.
+/// All targets, their state, and the time of their next action.
 #[derive(Debug)]
 pub struct HealthMonitor {
-    /// Most rounds under way at a time among targets whose probes need a socket each; others wait in `waiting`. What is
-    /// bounded are rounds and not probes, so that a round once begun can end, and makes room.
+    /// The most concurrent rounds with probes that need a socket each (TCP, HTTP); further ones wait in `waiting`. It bounds
+    /// rounds, not probes, so that every round that has begun can end.
     limit: usize,
     targets: BTreeMap<u64, MonitoredTarget>,
     numbers: HashMap<Arc<ProbeTarget>, u64>,
     hosts: BTreeSet<(IpAddr, u64)>,
     probes: HashMap<ProbeId, u64>,
-    /// What is due when; each target but the waiting ones once.
+    /// Each target's next action, by time; a target in `waiting` has none.
     timers: BTreeSet<(Duration, u64)>,
     waiting: VecDeque<u64>,
     connecting: usize,
@@ -127,7 +125,7 @@ struct MonitoredTarget {
     passed: u32,
     round: Option<ProbeRound>,
     last_start: Option<Duration>,
-    /// When to look at it again; none while it waits for room.
+    /// The time of its next action; none while it is in `waiting`.
     due: Option<Duration>,
 }
 
@@ -136,9 +134,9 @@ struct ProbeRound {
     started: Duration,
     sent: u32,
     pending: Vec<SentProbe>,
-    /// The last refusal.
+    /// The reason of the last refusal.
     refusal: Option<ProbeFailure>,
-    /// Something has happened since it began, so the next is not to wait for its turn.
+    /// A recheck was requested during the round: the next one starts early.
     recheck_requested: bool,
 }
 
@@ -161,7 +159,7 @@ impl MonitoredTarget {
         if self.status.state.usable() { PROBES_PER_ROUND } else { 1 }
     }
 
-    /// The first start of a round after `time`.
+    /// The first regular start of a round after `time`.
     fn start_after(&self, time: Duration) -> Duration {
         let interval = nanos(self.target.settings.interval).max(1);
         let phase = endpoint_hash(self.target.address) % interval;
@@ -169,7 +167,7 @@ impl MonitoredTarget {
         Duration::from_nanos(phase.saturating_add(rounds.saturating_mul(interval)))
     }
 
-    /// Changes the state, if it is another.
+    /// Sets the state. Returns an action if it has changed.
     fn set_state(&mut self, state: HealthState, now: Duration) -> Option<MonitorAction> {
         let from = self.status.state;
         if from == state {
@@ -185,8 +183,8 @@ impl MonitoredTarget {
 }
 
 impl HealthMonitor {
-    /// Without targets. `limit` is the most rounds under way at a time among those whose probes need a socket each, of
-    /// which a round has up to [`PROBES_PER_ROUND`]; at least one.
+    /// A monitor without targets. `limit` is the most concurrent rounds of TCP and HTTP probes, from 1; each takes up to
+    /// [`PROBES_PER_ROUND`] sockets.
     #[must_use]
     pub fn new(limit: usize) -> HealthMonitor {
         HealthMonitor {
@@ -204,8 +202,8 @@ impl HealthMonitor {
         }
     }
 
-    /// Takes an event in and says what is to be done, in order. `now` is the time since the daemon started; it does not
-    /// go back.
+    /// Handles an event and returns the resulting actions, in order. `now` is the time since the daemon's start; it never
+    /// decreases.
     pub fn handle(&mut self, event: MonitorEvent, now: Duration) -> Vec<MonitorAction> {
         let mut actions = Vec::new();
         match event {
@@ -219,25 +217,25 @@ impl HealthMonitor {
         actions
     }
 
-    /// When the next [`MonitorEvent::Tick`] is due; possibly at once. None without targets.
+    /// The time of the next [`MonitorEvent::Tick`]; may be in the past. None without targets.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         self.timers.first().map(|&(due, _)| due)
     }
 
-    /// What is known of a target; none if it is not one.
+    /// The status of a target; none if it is unknown.
     #[must_use]
     pub fn status(&self, target: &ProbeTarget) -> Option<&TargetStatus> {
         let number = self.numbers.get(target)?;
         self.targets.get(number).map(|watched| &watched.status)
     }
 
-    /// The targets.
+    /// All targets with their status.
     pub fn targets(&self) -> impl Iterator<Item = (&Arc<ProbeTarget>, &TargetStatus)> {
         self.targets.values().map(|watched| (&watched.target, &watched.status))
     }
 
-    /// What has been counted since the start.
+    /// Statistics since the start.
     #[must_use]
     pub fn probe_stats(&self) -> &ProbeStatsByKind {
         &self.probe_stats
@@ -252,7 +250,7 @@ impl HealthMonitor {
             .map(|(&number, _)| number)
             .collect();
         let new: Vec<ProbeTarget> = wanted.into_iter().filter(|target| !self.numbers.contains_key(target)).collect();
-        // A target that differs from a known one in its timing alone is what that one is.
+        // A new target that differs from a known one only in timing inherits its status.
         let mut known: HashMap<(SocketAddr, &ProbeProtocol), &TargetStatus> = HashMap::new();
         if !new.is_empty() {
             for watched in self.targets.values() {
@@ -319,7 +317,7 @@ impl HealthMonitor {
         }
     }
 
-    /// Does what is due for a target.
+    /// Runs a target's due action: start a round, send the next probe, or fail the round.
     fn run_due(&mut self, number: u64, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get(&number) else { return };
         match &watched.round {
@@ -345,7 +343,7 @@ impl HealthMonitor {
         self.send_probe(number, now, actions);
     }
 
-    /// Starts rounds that have waited for room.
+    /// Starts waiting rounds while there is room.
     fn start_waiting_rounds(&mut self, now: Duration, actions: &mut Vec<MonitorAction>) {
         while self.connecting < self.limit
             && let Some(number) = self.waiting.pop_front()
@@ -362,7 +360,7 @@ impl HealthMonitor {
         self.next_probe += 1;
         round.sent += 1;
         round.pending.push(SentProbe { probe, sent: now });
-        // The last probe gets its time even if it was sent late.
+        // The last probe gets its full time even if it was sent late.
         let due = if round.sent < attempts { now + gap } else { (now + gap).max(round.started + timeout) };
         let target = Arc::clone(&watched.target);
         self.probes.insert(probe, number);
@@ -454,7 +452,7 @@ impl HealthMonitor {
         self.start_waiting_rounds(now, actions);
     }
 
-    /// Notes how a probe has ended. None if it has before.
+    /// Records the outcome of a probe. None if it already has one.
     fn record_outcome(&mut self, probe: ProbeId, outcome: ProbeOutcome) -> Option<(u64, SentProbe)> {
         let number = self.probes.remove(&probe)?;
         let watched = self.targets.get_mut(&number)?;
@@ -464,7 +462,7 @@ impl HealthMonitor {
         Some((number, pending.remove(place)))
     }
 
-    /// Ends the round, if one is under way, and with it the probes not yet settled, and schedules the next.
+    /// Ends the running round, if any, and its pending probes with outcome `rest`; schedules the next round.
     fn end_round(&mut self, number: u64, rest: ProbeOutcome, now: Duration, actions: &mut Vec<MonitorAction>) {
         let Some(watched) = self.targets.get_mut(&number) else { return };
         let Some(round) = watched.round.take() else { return };
@@ -477,7 +475,7 @@ impl HealthMonitor {
             self.probe_stats.of_mut(protocol.kind()).record_outcome(rest);
             actions.push(MonitorAction::Cancel { probe: attempt.probe, target: Arc::clone(&watched.target) });
         }
-        // Where the round has taken longer than the interval, the next is due already.
+        // If the round took longer than the interval, the next one is due at once.
         let turn = watched.start_after(round.started);
         let due = if round.recheck_requested { turn.min(round.started + watched.timeout()) } else { turn }.max(now);
         self.set_due(number, Some(due));
@@ -495,7 +493,7 @@ impl HealthMonitor {
     }
 }
 
-/// Nanoseconds, which fill 64 bits after 584 years.
+/// Nanoseconds; 64 bits last for 584 years.
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

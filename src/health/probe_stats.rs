@@ -1,4 +1,4 @@
-//! What has been counted: probes by how they ended, and how long answers took.
+//! Statistics of probes, for metrics: outcomes and round-trip times.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use super::settings::ProbeKind;
 pub const BOUNDS: [f64; 14] =
     [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
 
-/// Durations in buckets.
+/// A histogram of durations.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Histogram {
-    /// One more than there are bounds: the last is for what is longer than all of them.
+    /// The last bucket holds durations above all bounds.
     buckets: [u64; BOUNDS.len() + 1],
     sum: Duration,
 }
@@ -25,8 +25,7 @@ impl Histogram {
         self.sum = self.sum.saturating_add(value);
     }
 
-    /// Each upper bound in seconds, with how many durations were at most that long; infinity comes last. This is how
-    /// Prometheus wants it.
+    /// Each upper bound in seconds with the number of durations up to it, infinity last: cumulative, as Prometheus expects.
     pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
         let bounds = BOUNDS.into_iter().chain([f64::INFINITY]);
         bounds.zip(self.buckets).scan(0, |sum, (bound, count)| {
@@ -35,25 +34,25 @@ impl Histogram {
         })
     }
 
-    /// How many durations were counted.
+    /// The number of durations.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
     }
 
-    /// All of them together.
+    /// The sum of all durations.
     #[must_use]
     pub fn sum(&self) -> Duration {
         self.sum
     }
 }
 
-/// Counts of one protocol's probes since the start.
+/// The probes of one protocol since the start.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ProbeStats {
     sent: u64,
     ended: [u64; ProbeOutcome::ALL.len()],
-    /// From sending a probe to its answer. Leaves out answers of which it is not known to which probe they belong.
+    /// Time from sending a probe to its reply, without replies that cannot be matched to one probe.
     pub round_trips: Histogram,
 }
 
@@ -66,36 +65,36 @@ impl ProbeStats {
         self.ended[outcome as usize] += 1;
     }
 
-    /// Probes that have ended in each way, in the order of [`ProbeOutcome::ALL`].
+    /// The number of probes per outcome, in the order of [`ProbeOutcome::ALL`].
     pub fn outcomes(&self) -> impl Iterator<Item = (ProbeOutcome, u64)> + '_ {
         ProbeOutcome::ALL.into_iter().zip(self.ended)
     }
 
-    /// Probes that have ended so.
+    /// The number of probes with this outcome.
     #[must_use]
     pub fn count(&self, outcome: ProbeOutcome) -> u64 {
         self.ended[outcome as usize]
     }
 
-    /// Probes begun.
+    /// Probes sent or attempted.
     #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent
     }
 
-    /// Probes on their way: begun and not ended.
+    /// Probes without an outcome yet.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
         self.sent - self.ended.iter().sum::<u64>()
     }
 }
 
-/// The probe_stats of all protocols.
+/// The statistics of all protocols.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ProbeStatsByKind([ProbeStats; ProbeKind::ALL.len()]);
 
 impl ProbeStatsByKind {
-    /// One protocol's.
+    /// The statistics of one protocol.
     #[must_use]
     pub fn of(&self, kind: ProbeKind) -> &ProbeStats {
         &self.0[kind as usize]

@@ -1,11 +1,11 @@
 //! The sockets of health checks: probes out, replies in. Non-blocking, on the event loop's own mio registry.
 //!
-//! - [`icmp`] and `datagram` send everything of a sort through one socket a family, a `channel`;
-//! - `connection` opens a socket for each probe; how many at a time is the [monitor](super::monitor)'s business. `http` is
-//!   what is said over it.
-//! - `errors` tells what says something about a target from what is this host's own trouble.
+//! - [`icmp`] and `udp` send all probes of one kind and address family through one `probe_socket`;
+//! - `tcp` opens a socket per probe, for TCP and HTTP; the [monitor](super::monitor) bounds their number. [`http`] builds
+//!   requests and parses responses.
+//! - `errors` separates failures of the target or path from errors of this host.
 //!
-//! Nothing is decided here: what comes of a probe is a [`ProbeReply`], and what a probe is for, the monitor knows.
+//! Nothing is decided here: each result becomes a [`ProbeReply`] for the monitor.
 
 mod errors;
 pub mod http;
@@ -31,45 +31,45 @@ use self::udp::{UdpProber, UdpRequest};
 use super::model::{ProbeFailure, ProbeId, ProbeTarget};
 use super::settings::ProbeProtocol;
 
-/// Tokens set aside: one for each socket, which the limit of open files bounds far below this.
+/// The number of reserved tokens, one per socket; far above any limit of open files.
 pub const TOKENS: usize = 1 << 24;
 
-/// How long after a socket could not be opened the next attempt is made.
+/// The wait before the next attempt to open a socket.
 const REOPEN: Duration = Duration::from_secs(1);
 
-/// What has come of a probe.
+/// The result of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeReply {
-    /// Which.
+    /// The probe.
     pub probe: ProbeId,
-    /// What.
+    /// The result.
     pub verdict: ProbeVerdict,
 }
 
-/// How a probe was replied to.
+/// A reply or a refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeVerdict {
-    /// With a valid answer.
+    /// A valid reply.
     Answered {
-        /// Certainly to this probe, not to an earlier one of the same target.
+        /// True if it certainly belongs to this probe, and not to an earlier one of the same target.
         exact: bool,
     },
-    /// With a refusal.
+    /// A refusal or a wrong reply.
     Failed(ProbeFailure),
 }
 
-/// All sockets.
+/// All sockets of the health checks.
 #[derive(Debug)]
 pub struct Probers {
     registry: Registry,
     first_token: usize,
     slots: Slab<OpenSocket>,
-    /// The sockets that probes share.
+    /// Slots of the sockets that many probes share.
     shared: HashMap<SharedSocket, usize>,
     connections: HashMap<ProbeId, usize>,
-    /// Sockets that could not be opened: why, and when that was tried.
+    /// Sockets that could not be opened: the error and the time of the attempt.
     closed: HashMap<SharedSocket, (SendError, Duration)>,
-    /// Slots that had more to read than was read.
+    /// Slots with data that is not read yet.
     unread: BTreeSet<usize>,
 }
 
@@ -80,7 +80,7 @@ enum OpenSocket {
     Tcp(TcpProbe),
 }
 
-/// What the probes that share a socket have in common.
+/// The key of a shared socket: what its probes have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum SharedSocket {
     Icmp { v6: bool },
@@ -88,7 +88,7 @@ enum SharedSocket {
 }
 
 impl SharedSocket {
-    /// None for targets whose probes share none.
+    /// None if each probe of the target has a socket of its own.
     fn of(target: &ProbeTarget) -> Option<SharedSocket> {
         let v6 = target.address.is_ipv6();
         match &target.settings.protocol {
@@ -132,8 +132,7 @@ impl OpenSocket {
 }
 
 impl Probers {
-    /// Without sockets; they are opened as they are needed, and watched under tokens from `first_token` on, of which
-    /// [`TOKENS`] must be free.
+    /// Probers without sockets. Sockets are opened on demand and registered under [`TOKENS`] tokens from `first_token` on.
     #[must_use]
     pub fn new(registry: Registry, first_token: Token) -> Probers {
         Probers {
@@ -147,16 +146,16 @@ impl Probers {
         }
     }
 
-    /// The tokens that are ours.
+    /// The reserved tokens.
     #[must_use]
     pub fn tokens(&self) -> Range<usize> {
         self.first_token..self.first_token + TOKENS
     }
 
-    /// Sends a probe. What comes of it, if anything does, comes as a [`ProbeReply`], unless [`cancel`](Self::cancel) is called.
+    /// Sends a probe. Its result, if any, becomes a [`ProbeReply`], unless [`cancel`](Self::cancel) is called first.
     ///
     /// # Errors
-    /// When it could not be sent; then there will be no reply.
+    /// If it could not be sent; then no reply follows.
     pub fn send(&mut self, probe: ProbeId, target: &ProbeTarget, now: Duration) -> Result<(), SendError> {
         let path = match &target.settings.protocol {
             ProbeProtocol::Tcp { .. } => None,
@@ -176,7 +175,7 @@ impl Probers {
         Ok(())
     }
 
-    /// Forgets a probe, if it is still known.
+    /// Forgets a probe.
     pub fn cancel(&mut self, probe: ProbeId, target: &ProbeTarget) {
         let Some(key) = SharedSocket::of(target) else {
             if let Some(&index) = self.connections.get(&probe) {
@@ -191,7 +190,7 @@ impl Probers {
         }
     }
 
-    /// Closes the sockets that none of these targets needs.
+    /// Closes the shared sockets that none of these targets needs.
     pub fn close_unneeded<'a>(&mut self, targets: impl Iterator<Item = &'a ProbeTarget>) {
         let needed: HashSet<SharedSocket> = targets.filter_map(SharedSocket::of).collect();
         let idle: Vec<SharedSocket> = self.shared.keys().filter(|key| !needed.contains(key)).cloned().collect();
@@ -203,14 +202,14 @@ impl Probers {
         self.closed.retain(|key, _| needed.contains(key));
     }
 
-    /// Reads what has come in under a token. A token that is not ours, or of a socket closed since, is no error.
+    /// Reads the socket of a token. Ignores other tokens and those of closed sockets.
     pub fn on_event(&mut self, token: Token, replies: &mut Vec<ProbeReply>) {
         if let Some(index) = token.0.checked_sub(self.first_token) {
             self.read(index, replies);
         }
     }
 
-    /// Reads what has come in on any socket, whether or not an event has told of it.
+    /// Reads all sockets, with or without an event.
     pub fn read_all(&mut self, replies: &mut Vec<ProbeReply>) {
         let all: Vec<usize> = self.slots.iter().map(|(index, _)| index).collect();
         for index in all {
@@ -218,20 +217,20 @@ impl Probers {
         }
     }
 
-    /// Reads what was left unread because there was so much of it.
+    /// Continues reading sockets that had too much data for one call.
     pub fn read_unread(&mut self, replies: &mut Vec<ProbeReply>) {
         for index in std::mem::take(&mut self.unread) {
             self.read(index, replies);
         }
     }
 
-    /// True if [`read_unread`](Self::read_unread) is to be called soon; no event will tell.
+    /// True if [`read_unread`](Self::read_unread) must be called soon. No event announces that data.
     #[must_use]
     pub fn has_unread(&self) -> bool {
         !self.unread.is_empty()
     }
 
-    /// Sockets that are open.
+    /// The number of open sockets.
     #[must_use]
     pub fn open_sockets(&self) -> usize {
         self.slots.len()
@@ -257,7 +256,7 @@ impl Probers {
         }
     }
 
-    /// The socket that the target's probes share with others; opened if need be.
+    /// The shared socket of the target's probes, opened on demand.
     fn shared_socket(&mut self, target: &ProbeTarget, now: Duration) -> Result<Option<&mut OpenSocket>, SendError> {
         let Some(key) = SharedSocket::of(target) else { return Ok(None) };
         if let Some(&index) = self.shared.get(&key) {
@@ -293,7 +292,7 @@ impl Probers {
         match self.slots.try_remove(index) {
             Some(OpenSocket::Tcp(mut connection)) => {
                 self.connections.remove(&connection.probe);
-                // Closing the socket takes it off the registry anyway.
+                // Closing the socket deregisters it anyway.
                 let _ = self.registry.deregister(&mut connection.stream);
             }
             Some(slot) => {

@@ -1,5 +1,4 @@
-//! What a health check is: the settings, their defaults and their ranges. Plain values, made from the file's keys by
-//! [`keys`](super::keys).
+//! The settings of health checks, their defaults and ranges. Plain values; [`keys`](super::keys) makes them from the file.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -8,65 +7,65 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// `interval_secs` where it is not given.
+/// The default of `interval_secs`.
 pub const INTERVAL_SECS: f64 = 5.0;
-/// `timeout_secs` where it is not given.
+/// The default of `timeout_secs`.
 pub const TIMEOUT_SECS: f64 = 2.0;
-/// `unhealthy_threshold` where it is not given. One round is enough: a round asks several times.
+/// The default of `unhealthy_threshold`. One round is enough, because it has several probes.
 pub const UNHEALTHY_THRESHOLD: u32 = 1;
-/// `healthy_threshold` where it is not given. A receiver that has just come back often goes again.
+/// The default of `healthy_threshold`. A receiver that has just come back often fails again.
 pub const HEALTHY_THRESHOLD: u32 = 2;
-/// `fail_open` where it is not given.
+/// The default of `fail_open`.
 pub const FAIL_OPEN: bool = true;
-/// `path` where it is not given.
+/// The default of `path`.
 pub const PATH: &str = "/";
 
 /// Allowed `interval_secs` and `timeout_secs`.
 pub const SECONDS: RangeInclusive<f64> = 0.01..=3_600.0;
-/// Allowed `slow_start_secs`; 0, the default, is none.
+/// Allowed `slow_start_secs`; 0, the default, means no slow start.
 pub const SLOW_START_SECS: RangeInclusive<f64> = 0.0..=3_600.0;
 /// Allowed `unhealthy_threshold` and `healthy_threshold`.
 pub const THRESHOLDS: RangeInclusive<u32> = 1..=100;
-/// Longest `payload` and `expect`, in bytes: what fits into one packet on any usual path.
+/// The longest `payload` and `expect`, in bytes: fits one packet on any usual path.
 pub const MAX_BYTES: usize = 1_200;
-/// Longest `path`, in bytes.
+/// The longest `path`, in bytes.
 pub const MAX_PATH: usize = 1_024;
 
-/// In front of a `payload` or `expect` that is written in hexadecimal.
+/// The prefix of a hexadecimal `payload` or `expect`.
 const HEX: &str = "hex:";
 
 /// The health checks of one listener's downstreams.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HealthSettings {
-    /// How a downstream is probed and judged.
+    /// Protocol, timing and thresholds.
     pub probe: ProbeSettings,
-    /// When every downstream fails: go on sending to all of them (true), or drop and count (false).
+    /// If every downstream is unhealthy: true sends to all of them, false drops and counts.
     pub fail_open: bool,
-    /// Over how long the share of a downstream that has recovered grows to its full size; zero for at once.
+    /// The time in which the share of a recovered downstream grows to its full size; zero for at once.
     pub slow_start: Duration,
 }
 
-/// How a downstream is probed and judged. Listeners with equal settings share the probes of a common downstream.
+/// How a downstream is probed. Listeners with equal settings share the probes of a common downstream.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ProbeSettings {
-    /// What is sent, and what counts as an answer.
+    /// The request, and what counts as a reply.
     pub protocol: ProbeProtocol,
-    /// From the start of one round of probes to the start of the next.
+    /// The time between the starts of two rounds of probes.
     pub interval: Duration,
-    /// How long a round may go without an answer; at most `interval`. It holds retries, see
+    /// The most time of a round without a reply, retries included; at most `interval`. See
     /// [`PROBES_PER_ROUND`](super::monitor::PROBES_PER_ROUND).
     pub timeout: Duration,
-    /// Failed rounds in a row after which a downstream is unhealthy, from 1.
+    /// The number of consecutive failed rounds that make a downstream unhealthy, from 1.
     pub unhealthy_threshold: u32,
-    /// Answered rounds in a row after which an unhealthy downstream is healthy again, from 1.
+    /// The number of consecutive answered rounds that make it healthy again, from 1.
     pub healthy_threshold: u32,
 }
 
-/// A probe. Where `port` is none, it goes to the downstream's own.
+/// The protocol of a probe. Without `port`, it goes to the downstream's own port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeProtocol {
-    /// An ICMP echo request: is the host there?
+    /// An ICMP echo request; tests the host only.
     Icmp,
     /// A datagram with a nonce that the application must send back unchanged.
     UdpEcho {
@@ -77,12 +76,12 @@ pub enum ProbeProtocol {
     Udp {
         /// The application's port.
         port: Option<u16>,
-        /// What is sent.
+        /// The datagram.
         payload: ProbeBytes,
-        /// What the answer must begin with; nothing for any answer.
+        /// The first bytes of a valid reply; empty for any reply.
         expect: ProbeBytes,
     },
-    /// A TCP connection, closed as soon as it stands.
+    /// A TCP connection, closed as soon as it is established.
     Tcp {
         /// The port connected to.
         port: Option<u16>,
@@ -91,12 +90,12 @@ pub enum ProbeProtocol {
     Http {
         /// The port connected to.
         port: Option<u16>,
-        /// What is asked for.
+        /// The path of the request.
         path: Arc<str>,
     },
 }
 
-/// The sorts of probe, without their settings.
+/// The kinds of probe, without their settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeKind {
@@ -114,7 +113,7 @@ pub enum ProbeKind {
 }
 
 impl ProbeKind {
-    /// All of them, in the order of their numbers.
+    /// All kinds, in numeric order.
     pub const ALL: [ProbeKind; 5] =
         [ProbeKind::Icmp, ProbeKind::UdpEcho, ProbeKind::Udp, ProbeKind::Tcp, ProbeKind::Http];
 
@@ -130,7 +129,7 @@ impl ProbeKind {
         }
     }
 
-    /// Which of the keys `port`, `payload`, `expect` and `path` mean something to it.
+    /// The keys among `port`, `payload`, `expect` and `path` that apply to it.
     #[must_use]
     pub fn keys(self) -> &'static [&'static str] {
         match self {
@@ -149,7 +148,7 @@ impl fmt::Display for ProbeKind {
 }
 
 impl ProbeProtocol {
-    /// Which sort it is.
+    /// The kind of probe.
     #[must_use]
     pub fn kind(&self) -> ProbeKind {
         match self {
@@ -161,7 +160,7 @@ impl ProbeProtocol {
         }
     }
 
-    /// The port that probes go to, where it is not the downstream's own.
+    /// The configured port; none for the downstream's own.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         match self {
@@ -173,7 +172,7 @@ impl ProbeProtocol {
         }
     }
 
-    /// True where each probe needs a connection, and so a socket of its own.
+    /// True if each probe needs a connection, and so a socket of its own.
     #[must_use]
     pub fn connects(&self) -> bool {
         matches!(self, ProbeProtocol::Tcp { .. } | ProbeProtocol::Http { .. })
@@ -198,15 +197,15 @@ impl Default for HealthSettings {
     }
 }
 
-/// Some bytes, written as text, or as `hex:` and hexadecimal digits.
+/// Bytes, written as text or as `hex:` and hexadecimal digits.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ProbeBytes(Arc<[u8]>);
 
 impl ProbeBytes {
-    /// Reads `text` as it is, or what follows `hex:` as pairs of hexadecimal digits, between which there may be blanks.
+    /// Parses text, or pairs of hexadecimal digits after `hex:`; blanks between the digits are ignored.
     ///
     /// # Errors
-    /// What is wrong, in words for the operator: not hexadecimal, or more than [`MAX_BYTES`].
+    /// The mistake and the fix, for the operator: not hexadecimal, or more than [`MAX_BYTES`].
     pub fn read(text: &str) -> Result<ProbeBytes, String> {
         let bytes = match text.strip_prefix(HEX) {
             Some(digits) => from_hex(digits).ok_or_else(|| {
@@ -229,7 +228,7 @@ impl ProbeBytes {
     }
 }
 
-/// What [`ProbeBytes::read`] would make the same bytes of; as text where that can be read by people.
+/// The form that [`ProbeBytes::read`] parses; text if it is printable.
 impl fmt::Display for ProbeBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match std::str::from_utf8(&self.0) {

@@ -1,8 +1,9 @@
-//! What health means for a listener: which of its downstreams take part in the round, and with what share. Pure.
+//! Turns health into weights: which downstreams of a listener get datagrams, and how large a share. Pure.
 //!
-//! The controller asks [`effective_weights`] before it compiles a listener's plan. Two rules beyond "the unhealthy are out": when
-//! all are out, `fail_open` decides whether all stay in instead, since then the checks are more likely wrong than all
-//! receivers dead (a firewall that eats pings must not stop the logs); and one that has recovered starts small.
+//! The controller asks [`effective_weights`] before it compiles a listener's plan. An unhealthy
+//! downstream gets weight 0, with two exceptions: if all are unhealthy, `fail_open` may keep all, because then the checks are more
+//! likely wrong than all receivers dead (a firewall that drops pings must not stop the logs); and a downstream that has
+//! recovered starts with a small share (slow start).
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,34 +13,33 @@ use serde::Serialize;
 
 use crate::model::{Downstream, ListenerId};
 
-/// In how many equal steps the share of a recovered downstream grows to its full size.
+/// The number of equal steps in which the share of a recovered downstream grows to its full size.
 pub const SLOW_START_STEPS: u32 = 10;
 
-/// What the health checks say against a downstream. Times are durations since the daemon started.
+/// The reason why a downstream does not have its full weight. Times are durations since the daemon's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HealthMark {
-    /// Unhealthy since then.
+    /// Unhealthy since that time.
     Unhealthy(Duration),
-    /// Healthy again since then.
+    /// Healthy again since that time; in slow start for a while.
     Recovering(Duration),
 }
 
-/// The downstreams about which there is something to say, by listener and address. Those not named have never failed
-/// since they are checked, or are not checked.
+/// The marked downstreams, by listener and address. A downstream without a mark has never been unhealthy, or is not checked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HealthMap {
     marks: BTreeMap<(ListenerId, SocketAddr), HealthMark>,
 }
 
 impl HealthMap {
-    /// What there is to say about a downstream.
+    /// The mark of a downstream.
     #[must_use]
     pub fn get(&self, listener: ListenerId, downstream: SocketAddr) -> Option<HealthMark> {
         self.marks.get(&(listener, downstream)).copied()
     }
 
-    /// Sets what there is to say. True if it was something else.
+    /// Sets or removes a mark. True if that changed anything.
     pub(super) fn set(&mut self, listener: ListenerId, downstream: SocketAddr, mark: Option<HealthMark>) -> bool {
         let key = (listener, downstream);
         let before = match mark {
@@ -56,22 +56,21 @@ impl FromIterator<((ListenerId, SocketAddr), HealthMark)> for HealthMap {
     }
 }
 
-/// The part each downstream of a listener takes.
+/// The weights of a listener's downstreams after health is applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EffectiveWeights {
-    /// For each downstream in order, its weight in the table; 0 for those left out. Only the weights' proportions
-    /// matter. At most [`SLOW_START_STEPS`] times the configured ones.
+    /// For each downstream in order, its weight in the table, 0 for those left out. Only the proportions matter; at most [`SLOW_START_STEPS`] times the configured weights.
     pub weights: Vec<u32>,
-    /// All are unhealthy, and all are kept because of `fail_open`.
+    /// All downstreams are unhealthy, and `fail_open` keeps them all.
     pub failing_open: bool,
-    /// When the shares will be others because a recovered downstream's has grown.
+    /// When the next slow-start step changes the weights.
     pub next_change: Option<Duration>,
 }
 
-/// The part each downstream of a listener takes at the time `now`.
+/// The weights of a listener's downstreams at the time `now`.
 ///
 /// `fail_open` and `slow_start` are the listener's; see [`HealthSettings`](super::settings::HealthSettings). Without
-/// health checks, ask with an empty map.
+/// health checks, pass an empty map.
 #[must_use]
 pub fn effective_weights(
     listener: ListenerId,
@@ -96,13 +95,13 @@ pub fn effective_weights(
     };
     let ramps: Vec<SlowStartRamp> = marks.iter().map(ramp).collect();
     let next_change = ramps.iter().filter_map(|ramp| ramp.until).min();
-    // Weights are scaled up only while someone's is smaller: else they stay what the operator has written.
+    // Weights are scaled up only during a slow start. Otherwise they stay as configured.
     let scale = |step| if next_change.is_some() { step } else { u32::from(step > 0) };
     let weights = weights().zip(&ramps).map(|(weight, ramp)| weight.saturating_mul(scale(ramp.step))).collect();
     EffectiveWeights { weights, failing_open: false, next_change }
 }
 
-/// How far someone's share has grown: `step` of [`SLOW_START_STEPS`], until some time.
+/// The progress of a slow start: `step` of [`SLOW_START_STEPS`], until some time.
 #[derive(Debug, Clone, Copy)]
 struct SlowStartRamp {
     step: u32,

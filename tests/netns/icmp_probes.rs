@@ -134,7 +134,7 @@ fn netns_what_this_hosts_own_firewall_refuses_says_nothing_of_the_receiver() {
         nft("add rule inet t out icmp type echo-request drop");
         bench.until("there is trouble", |health| health.local_errors().count() > 0);
         let reason = bench.health.local_errors().next().unwrap().1.to_owned();
-        assert!(reason.contains("a packet filter on this host refuses it"), "{reason}");
+        assert!(reason.contains("a packet filter on this host rejects probes"), "{reason}");
         bench.until_probed(5);
         let tally = bench.health.probe_stats().of(ProbeKind::Icmp);
         assert!(tally.count(ProbeOutcome::NotSent) > 0);

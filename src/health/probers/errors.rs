@@ -1,4 +1,4 @@
-//! What an error of a socket says: something about the target, or only about this host. Pure.
+//! Classifies socket errors: failures of the target or the path, and errors of this host. Pure.
 
 use std::fmt;
 use std::io;
@@ -7,12 +7,12 @@ use nix::errno::Errno;
 
 use crate::health::model::{ProbeFailure, ProbeFailureKind};
 
-/// Why a probe has not left.
+/// Why a probe could not be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SendError {
-    /// For a reason that lies on the way to the target: datagrams would not get there either.
+    /// The target or the path to it fails: datagrams would not arrive either.
     Target(ProbeFailure),
-    /// For a reason that lies with this host and says nothing about the target; in words for the operator.
+    /// An error of this host, which does not count against the target: reason and fix for the operator.
     Local(String),
 }
 
@@ -22,25 +22,27 @@ impl From<ProbeFailure> for SendError {
     }
 }
 
-/// What it says that a probe could not be sent.
+/// Classifies an error of sending or opening a socket.
 pub fn send_error(error: &io::Error) -> SendError {
     let trouble = |fix: &str| SendError::Local(format!("{}; {fix}", words(error)));
     match errno(error) {
-        Errno::EPERM => trouble("a packet filter on this host refuses it: let probes pass, or choose another protocol"),
+        Errno::EPERM => {
+            trouble("a packet filter on this host rejects probes: allow them, or set another health.protocol")
+        }
         Errno::EMFILE => trouble("raise the limit of open files (systemd: LimitNOFILE=)"),
         Errno::ENFILE => trouble("raise the sysctl fs.file-max"),
-        // ENOSPC: no room to watch one more descriptor.
+        // epoll_ctl: too many watched descriptors.
         Errno::ENOSPC => trouble("raise the sysctl fs.epoll.max_user_watches"),
-        Errno::ENOBUFS | Errno::ENOMEM => trouble("this host is short of memory for the network"),
-        Errno::EAGAIN => trouble("the queue of outgoing probes is full: probe less often"),
-        Errno::EADDRNOTAVAIL => {
-            trouble("no local port or address to send from: widen the sysctl net.ipv4.ip_local_port_range")
+        Errno::ENOBUFS | Errno::ENOMEM => {
+            trouble("this host has too little memory for network buffers: free memory, or probe less often")
         }
+        Errno::EAGAIN => trouble("the send buffer is full: raise health.interval_secs"),
+        Errno::EADDRNOTAVAIL => trouble("no free local port or address: widen the sysctl net.ipv4.ip_local_port_range"),
         _ => SendError::Target(probe_failure(error)),
     }
 }
 
-/// What it says that a connection, or a datagram on its way, has met with this error.
+/// The failure that an error of a connection or a sent datagram means.
 pub fn probe_failure(error: &io::Error) -> ProbeFailure {
     let kind = match errno(error) {
         Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::EPIPE | Errno::ECONNABORTED => ProbeFailureKind::Refused,
@@ -54,14 +56,14 @@ fn errno(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 
-/// The system's words for an error, in the middle of a sentence and without its number.
+/// The message of an error in lower case, without its number.
 fn words(error: &io::Error) -> String {
     match errno(error) {
         Errno::ECONNREFUSED => "connection refused".to_owned(),
         Errno::ECONNRESET | Errno::EPIPE | Errno::ECONNABORTED => "connection reset".to_owned(),
         Errno::ENETUNREACH => "network unreachable: no route".to_owned(),
         Errno::EHOSTUNREACH => "host unreachable".to_owned(),
-        // What a route of type `blackhole` and one of type `prohibit` answer.
+        // EINVAL comes from a `blackhole` route, EACCES from a `prohibit` one.
         Errno::EINVAL => "no usable route (invalid argument)".to_owned(),
         Errno::EACCES => "prohibited by a route".to_owned(),
         Errno::EAFNOSUPPORT => "this host does not speak its IP version".to_owned(),

@@ -1,17 +1,17 @@
-//! The little HTTP that a health check needs: the request, and the verdict on an answer. Pure.
+//! Builds the HTTP request of a health check and parses the response. Pure.
 
 use std::net::SocketAddr;
 
 use crate::health::model::{ProbeFailure, ProbeFailureKind};
 use crate::version;
 
-/// Most bytes of status line and headers that are read.
+/// The most bytes of status line and headers.
 pub const MAX_HEAD: usize = 16 * 1024;
 
-/// Most headers an answer may have.
+/// The most headers of a response.
 const MAX_HEADERS: usize = 128;
 
-/// The request for `path`.
+/// The GET request for `path`.
 pub fn build_request(host: SocketAddr, path: &str) -> String {
     let version = version::PACKAGE;
     format!(
@@ -20,7 +20,7 @@ pub fn build_request(host: SocketAddr, path: &str) -> String {
     )
 }
 
-/// What the bytes received so far amount to: nothing yet, or an answer, good or bad. `ended` says that no more will come.
+/// The verdict on the bytes received so far; none while the head is incomplete. `ended`: the connection is closed.
 pub fn parse_response(mut bytes: &[u8], ended: bool) -> Option<Result<(), ProbeFailure>> {
     let bad = |reason: String| Some(Err(ProbeFailure::new(ProbeFailureKind::BadAnswer, reason)));
     let received = bytes.len();
@@ -40,7 +40,7 @@ pub fn parse_response(mut bytes: &[u8], ended: bool) -> Option<Result<(), ProbeF
             Err(error) => return bad(format!("answer is not HTTP: {error}")),
         };
         match response.code {
-            // Interim: the answer proper follows.
+            // Interim response: the final one follows.
             Some(100..=199) => bytes = &bytes[head..],
             Some(200..=399) => return Some(Ok(())),
             code => return bad(format!("HTTP status {}", code.unwrap_or_default())),

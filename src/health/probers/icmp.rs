@@ -1,8 +1,7 @@
 //! ICMP echo: one socket for all targets of a family.
 //!
-//! Ping sockets need no privilege where the sysctl `net.ipv4.ping_group_range` (which holds for IPv6 too) lets this
-//! process's group have them; raw sockets need `CAP_NET_RAW`. The former are taken if possible: the kernel then hands us
-//! our own answers only.
+//! Ping sockets need no privilege if the sysctl `net.ipv4.ping_group_range` (also for IPv6) includes a group of this process;
+//! raw sockets need `CAP_NET_RAW`. Ping sockets are preferred: there the kernel delivers only replies to own requests.
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,34 +16,34 @@ use super::probe_socket::{ProbeSocket, Received};
 use super::{ProbeReply, ProbeVerdict};
 use crate::health::model::ProbeId;
 
-/// Where the kernel says whose groups may open ping sockets.
+/// The sysctl with the groups that may open ping sockets.
 const GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
 
 /// ProbeBytes of the ICMP header: type, code, checksum, identifier, sequence number.
 const HEADER: usize = 8;
 
-/// After header, nonce and number: for whoever looks at the traffic.
+/// The payload after the nonce, to identify probes in packet captures.
 const SIGNATURE: &[u8] = b"udp-fanout health";
 
-/// How ICMP is spoken to the kernel.
+/// The kind of socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IcmpSocketKind {
-    /// A ping socket: the identifier is the kernel's business.
+    /// A ping socket: the kernel sets the identifier.
     Ping,
-    /// A raw socket, with an identifier of ours.
+    /// A raw socket with an own identifier.
     Raw {
-        /// Tells our answers from other programs'.
+        /// Distinguishes own replies from those to other programs.
         identifier: u16,
     },
 }
 
-/// The prober of one family.
+/// The prober of one address family.
 #[derive(Debug)]
 pub struct IcmpProber {
     socket: ProbeSocket,
     access: IcmpSocketKind,
     v6: bool,
-    /// By address and sequence number, which is the end of the probe's number.
+    /// By address and sequence number (the lowest 16 bits of the probe's number).
     pending: HashMap<(SocketAddr, u16), PendingEcho>,
 }
 
@@ -54,22 +53,22 @@ struct PendingEcho {
     nonce: u64,
 }
 
-/// An echo message.
+/// An ICMP echo message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct EchoMessage {
-    /// Whose it is.
+    /// The identifier of the sender.
     pub identifier: u16,
-    /// The end of the probe's number.
+    /// The lowest 16 bits of the probe's number.
     pub sequence: u16,
-    /// None where less of it was returned.
+    /// None if the message was truncated before it.
     pub nonce: Option<u64>,
 }
 
-/// Opens a socket of one family, in whichever way is allowed.
+/// Opens a ping socket, or else a raw socket.
 ///
 /// # Errors
-/// When neither is: [`SendError::Local`], which names the capability and the sysctl, and how they stand. When this host
-/// does not speak the IP version at all: [`SendError::Target`].
+/// [`SendError::Local`] if both are denied; it names the capability, the sysctl and its value. [`SendError::Target`] if this host
+/// does not support the IP version.
 pub fn open(v6: bool) -> Result<(Socket, IcmpSocketKind), SendError> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
     if let Ok(socket) = Socket::new(domain, Type::DGRAM, Some(protocol)) {
@@ -87,23 +86,23 @@ pub fn open(v6: bool) -> Result<(Socket, IcmpSocketKind), SendError> {
     }
 }
 
-/// Why neither sort of socket may be had, and the remedy. `group_range` is what the sysctl says.
+/// Why both kinds of socket are denied, and the fix. `group_range` is the value of the sysctl.
 fn no_socket_message(group_range: Option<&str>) -> String {
     let range = group_range.map_or("unreadable".to_owned(), |range| {
         let words: Vec<&str> = range.split_whitespace().collect();
         format!("\"{}\"", words.join(" "))
     });
     format!(
-        "ping sockets are refused, since no group of this process is in net.ipv4.ping_group_range, which is {range}, and \
+        "ping sockets are denied because no group of this process is in net.ipv4.ping_group_range, which is {range}, and \
          raw sockets need CAP_NET_RAW, which is missing; set that sysctl to \"0 2147483647\", or grant CAP_NET_RAW \
          (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add), or choose another \
          health.protocol"
     )
 }
 
-/// Has the kernel keep everything but echo replies from a raw socket, which otherwise sees all ICMP of the host.
+/// Filters everything except echo replies from a raw socket, which otherwise receives all ICMP of the host.
 fn accept_echo_replies_only(socket: &Socket, v6: bool) -> io::Result<()> {
-    // linux/icmp.h and linux/icmpv6.h; a bit that is set blocks the type of that number.
+    // linux/icmp.h and linux/icmpv6.h: a set bit blocks the ICMP type of that number.
     const ICMP_FILTER: libc::c_int = 1;
     const ICMPV6_FILTER: libc::c_int = 1;
     let mut filter = [u32::MAX; 8];
@@ -111,7 +110,7 @@ fn accept_echo_replies_only(socket: &Socket, v6: bool) -> io::Result<()> {
     filter[reply / 32] &= !(1 << (reply % 32));
     let (level, name, words) = if v6 { (libc::SOL_ICMPV6, ICMPV6_FILTER, 8) } else { (libc::SOL_RAW, ICMP_FILTER, 1) };
     let length = libc::socklen_t::try_from(words * size_of::<u32>()).map_err(io::Error::other)?;
-    // SAFETY: the kernel reads `length` bytes, which `filter` has at the least, and keeps no pointer.
+    // SAFETY: the kernel reads `length` bytes, at most the size of `filter`, and keeps no pointer.
     let outcome = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, filter.as_ptr().cast(), length) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -125,7 +124,7 @@ fn reply_type(v6: bool) -> u8 {
 }
 
 impl IcmpProber {
-    /// The prober of one family.
+    /// Opens the socket of one address family.
     ///
     /// # Errors
     /// As of [`open`].
@@ -160,7 +159,7 @@ impl IcmpProber {
         }
     }
 
-    /// Reads what has come back. True if there may be more.
+    /// Reads replies and ICMP errors. True if there may be more.
     pub fn receive(&mut self, replies: &mut Vec<ProbeReply>) -> bool {
         let IcmpProber { socket, access, v6, pending } = self;
         let (access, v6) = (*access, *v6);
@@ -201,7 +200,7 @@ fn sequence(probe: ProbeId) -> u16 {
     (probe.0 & 0xffff) as u16
 }
 
-/// The echo request that a probe is.
+/// The echo request of a probe.
 fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
     let mut packet = vec![request_type(v6), 0, 0, 0];
     packet.extend(identifier.to_be_bytes());
@@ -209,7 +208,7 @@ fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
     packet.extend(nonce.to_be_bytes());
     packet.extend(SIGNATURE);
     if !v6 {
-        // Raw sockets want it from us; the kernel does it for ping sockets, and for ICMPv6, whose checksum covers addresses.
+        // For raw sockets. The kernel computes it for ping sockets, and for ICMPv6, whose checksum covers addresses.
         let sum = checksum(&packet).to_be_bytes();
         packet[2..4].copy_from_slice(&sum);
     }
@@ -217,7 +216,7 @@ fn request(v6: bool, identifier: u16, probe: ProbeId, nonce: u64) -> Vec<u8> {
 }
 
 impl EchoMessage {
-    /// Reads an echo message of this type. None if it is none.
+    /// Parses an echo message of this ICMP type; none if it is anything else.
     #[must_use]
     pub fn read(kind: u8, bytes: &[u8]) -> Option<EchoMessage> {
         let (header, payload) = bytes.split_first_chunk::<HEADER>()?;
@@ -230,7 +229,7 @@ impl EchoMessage {
     }
 }
 
-/// What follows the header of an IPv4 packet; nothing if it is cut short.
+/// The payload of an IPv4 packet; empty if it is truncated.
 #[must_use]
 pub fn without_ip_header(packet: &[u8]) -> &[u8] {
     let length = packet.first().map_or(0, |first| usize::from(first & 0x0f) * 4);

@@ -1,5 +1,5 @@
-//! One socket through which all datagrams of a sort go, and what comes back to it: answers, and the kernel's word that
-//! a datagram could not be delivered, which it gives with the datagram's destination and beginning (`IP_RECVERR`).
+//! A socket for all probes of one kind. It receives replies and, through the error queue (`IP_RECVERR`), ICMP errors with the
+//! destination and the first bytes of the datagram concerned.
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -12,13 +12,13 @@ use socket2::Socket;
 use super::errors::{SendError, send_error};
 use crate::health::model::{ProbeFailure, ProbeFailureKind, canonical_address};
 
-/// ProbeBytes of receive buffer to ask for: room for the answers of a thousand probes sent at once.
+/// The requested receive buffer in bytes: room for the replies to a thousand probes.
 const RECEIVE_BUFFER: usize = 1024 * 1024;
 
-/// Most things read at a time, so that a flood at this socket cannot hold up the event loop.
+/// The most messages read per call, so that a flood at this socket cannot block the event loop.
 const READS: usize = 1024;
 
-/// How often a datagram is sent again because an earlier one's error was reported in place of its own success.
+/// The most attempts to send a datagram: `sendto` may report the pending error of an earlier one instead of sending.
 const SENDS: usize = 3;
 
 /// An unconnected socket for datagrams of one address family.
@@ -29,23 +29,23 @@ pub struct ProbeSocket {
     control: Vec<u8>,
 }
 
-/// Something that has come back. Addresses are [`canonical_address`].
+/// A received message. Addresses are [`canonical_address`].
 #[derive(Debug)]
 pub enum Received<'a> {
     /// A datagram; for raw IPv4 sockets, with its IP header.
     Datagram {
-        /// From whom.
+        /// The sender.
         from: SocketAddr,
-        /// Its content.
+        /// The payload.
         bytes: &'a [u8],
     },
-    /// One of ours has not arrived.
+    /// An ICMP error about a datagram sent from this socket.
     IcmpError {
-        /// Where it was sent.
+        /// The destination of that datagram.
         to: SocketAddr,
-        /// As much of it as the reporting host has returned, from behind the IP (and UDP) header.
+        /// As much of its payload as the ICMP message returns, without the IP and UDP headers.
         quoted: &'a [u8],
-        /// What was reported.
+        /// The reported failure.
         failure: ProbeFailure,
     },
 }
@@ -59,7 +59,7 @@ impl ProbeSocket {
         } else {
             setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
         }
-        // Beyond the host's limit where we may; if not, up to it.
+        // `RcvBufForce` exceeds `net.core.rmem_max` but needs CAP_NET_ADMIN.
         if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
         }
@@ -67,12 +67,12 @@ impl ProbeSocket {
         Ok(ProbeSocket { socket, buffer: vec![0; 2048], control })
     }
 
-    /// The socket, for options.
+    /// The socket, to set options.
     pub fn socket(&self) -> &Socket {
         &self.socket
     }
 
-    /// Its descriptor, to be watched for readability.
+    /// The descriptor, to register for readability.
     pub fn fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
@@ -83,8 +83,8 @@ impl ProbeSocket {
         loop {
             match self.socket.send_to(bytes, &to.into()) {
                 Ok(_) => return Ok(()),
-                // What is reported may be another datagram's fate, of which `receive` tells with the right address. It is
-                // reported once; what is wrong with this datagram is reported each time.
+                // It may be the error of another datagram, which `receive` reports with the right address. Such an error
+                // comes once; an error of this datagram comes each time.
                 Err(error) if sends < SENDS && error.kind() != io::ErrorKind::WouldBlock => {
                     tracing::trace!(%to, %error, "sending a health probe again");
                     sends += 1;
@@ -94,7 +94,7 @@ impl ProbeSocket {
         }
     }
 
-    /// Hands over what has come back. True if there may be more: then this is to be called again soon.
+    /// Passes received messages to `take`. True if there may be more; then call it again soon.
     pub fn receive(&mut self, mut take: impl FnMut(Received<'_>)) -> bool {
         for flags in [MsgFlags::MSG_DONTWAIT, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_ERRQUEUE] {
             let mut reads = 0;
@@ -108,7 +108,7 @@ impl ProbeSocket {
         false
     }
 
-    /// False if there is nothing.
+    /// False if there is nothing to read.
     fn receive_one(&mut self, flags: MsgFlags, take: &mut impl FnMut(Received<'_>)) -> bool {
         let fd = self.socket.as_raw_fd();
         let mut parts = [IoSliceMut::new(&mut self.buffer)];
@@ -118,7 +118,7 @@ impl ProbeSocket {
                     (message.bytes, message.address, message.cmsgs().ok().and_then(|mut all| all.find_map(bounce)))
                 }
                 Err(Errno::EAGAIN) => return false,
-                // Interrupted, or the fate of a datagram, which the error queue tells better.
+                // Interrupted, or a pending error, for which the error queue has the details.
                 Err(_) => return true,
             };
         let Some(address) = address.as_ref().and_then(to_std).map(canonical_address) else { return true };
@@ -132,7 +132,7 @@ impl ProbeSocket {
     }
 }
 
-/// What an entry of the error queue says about its datagram's destination, if anything.
+/// The failure that an entry of the error queue reports about its datagram's destination, if any.
 fn bounce(message: ControlMessageOwned) -> Option<ProbeFailure> {
     let (error, by) = match message {
         ControlMessageOwned::Ipv4RecvErr(error, by) => {
@@ -143,18 +143,18 @@ fn bounce(message: ControlMessageOwned) -> Option<ProbeFailure> {
     };
     let errno = Errno::from_raw(i32::try_from(error.ee_errno).unwrap_or_default());
     let (kind, what) = verdict(error.ee_origin, error.ee_type, error.ee_code, errno)?;
-    // The kernel gives no address where it was this host itself that gave up.
+    // There is no reporting address if this host itself gave up.
     let by = by.filter(|by| !by.is_unspecified()).map(|by| format!(", says {by}")).unwrap_or_default();
     Some(ProbeFailure::new(kind, format!("{what}{by}")))
 }
 
-/// What an ICMP message says about the destination of the packet it returns. None where that is nothing: a packet that
-/// was too big, or what this host itself could not do.
+/// The failure of the destination that an ICMP message reports. None if it reports none: a packet that was too big, or an
+/// error of this host.
 fn verdict(origin: u8, kind: u8, code: u8, errno: Errno) -> Option<(ProbeFailureKind, &'static str)> {
     const V4: u8 = libc::SO_EE_ORIGIN_ICMP;
     const V6: u8 = libc::SO_EE_ORIGIN_ICMP6;
     Some(match (origin, kind, code) {
-        // "Fragmentation needed" is a sort of "unreachable" in IPv4.
+        // In IPv4 "fragmentation needed" is a code of "destination unreachable".
         (V4, 3, 4) => return None,
         (V4, 3, 3) | (V6, 1, 4) => (ProbeFailureKind::Refused, "port unreachable"),
         (V4, 3, _) | (V6, 1, _) => match errno {

@@ -1,4 +1,4 @@
-//! Probes that need a connection each: TCP, which must be accepted, and HTTP, which must be answered.
+//! Probes with a connection each: TCP, which succeeds when connected, and HTTP, which needs a response.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -11,15 +11,15 @@ use super::errors::{SendError, probe_failure, send_error};
 use super::http;
 use crate::health::model::{ProbeFailure, ProbeFailureKind, ProbeId};
 
-/// A connection on its way.
+/// A TCP or HTTP probe.
 #[derive(Debug)]
 pub struct TcpProbe {
-    /// The probe it is.
+    /// The number of the probe.
     pub probe: ProbeId,
-    /// The socket.
+    /// The non-blocking socket.
     pub stream: TcpStream,
     stage: ConnectStage,
-    /// What is left to ask once it stands; none where standing is enough.
+    /// The HTTP request and response; none for a TCP probe.
     exchange: Option<HttpExchange>,
 }
 
@@ -37,12 +37,12 @@ struct HttpExchange {
 }
 
 impl TcpProbe {
-    /// Begins to connect; with a path, to ask for that over HTTP.
+    /// Starts to connect. With a path, an HTTP request for it follows.
     pub fn connect(probe: ProbeId, to: SocketAddr, path: Option<&str>) -> Result<TcpProbe, SendError> {
         let stream = TcpStream::connect(to).map_err(|error| send_error(&error))?;
         if path.is_none() {
-            // Close with a reset: nothing was said, and a port in TIME_WAIT for each probe would add up. If this fails, a
-            // port is used for a minute longer.
+            // Close with a reset, so that no port stays in TIME_WAIT per probe. If this fails, the port is used for a minute
+            // longer.
             let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
         }
         let exchange = path.map(|path| HttpExchange {
@@ -53,7 +53,7 @@ impl TcpProbe {
         Ok(TcpProbe { probe, stream, stage: ConnectStage::Connecting, exchange })
     }
 
-    /// Goes on as far as possible without waiting. None if there is nothing to say yet.
+    /// Continues as far as possible without blocking. None while there is no result.
     pub fn advance(&mut self) -> Option<Result<(), ProbeFailure>> {
         match self.try_advance() {
             Ok(()) => Some(Ok(())),
@@ -71,7 +71,7 @@ impl TcpProbe {
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => return Err(NoResult::Pending),
                 peer => peer?,
             };
-            // To a port of this host on which nobody listens, a socket can connect to itself.
+            // On loopback, a socket can connect to itself if the port has no listener.
             if self.stream.local_addr()? == peer {
                 return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED).into());
             }
@@ -110,11 +110,11 @@ impl HttpExchange {
     }
 }
 
-/// Why there is no answer.
+/// Why there is no success.
 enum NoResult {
-    /// Not yet.
+    /// The socket is not ready.
     Pending,
-    /// There will be none, or a bad one has come.
+    /// The probe has failed.
     Failed(ProbeFailure),
 }
 

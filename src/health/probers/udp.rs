@@ -1,4 +1,4 @@
-//! UDP probes: one socket for all targets of a family that are outstanding the same.
+//! UDP probes: one socket for all targets of one address family that get the same request.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,25 +12,25 @@ use super::{ProbeReply, ProbeVerdict};
 use crate::health::model::ProbeId;
 use crate::health::settings::ProbeBytes;
 
-/// At the start of what is to be echoed: for whoever finds it in an application's log.
+/// The first words of an echo request, to identify it in an application's log.
 const SIGNATURE: &str = "udp-fanout health probe";
 
-/// What is outstanding, and what counts as an answer.
+/// The request, and what counts as a reply.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum UdpRequest {
-    /// A text with a nonce, which must come back unchanged.
+    /// A text with a nonce, which the application returns unchanged.
     Echo,
-    /// A fixed payload, to which the answer must begin in a certain way. Answers cannot be told apart, so that one counts
-    /// for all probes that its sender has not answered yet.
+    /// A fixed payload, and the first bytes of a valid reply. Replies carry no number, so a reply is matched to the oldest
+    /// pending probe of its sender.
     Fixed {
-        /// What is sent.
+        /// The request.
         payload: ProbeBytes,
-        /// How the answer begins.
+        /// The first bytes of a valid reply.
         expect: ProbeBytes,
     },
 }
 
-/// The prober of one family and request.
+/// The prober of one address family and request.
 #[derive(Debug)]
 pub struct UdpProber {
     socket: ProbeSocket,
@@ -45,10 +45,10 @@ struct PendingUdp {
 }
 
 impl UdpProber {
-    /// The prober of one family and request.
+    /// Opens the socket of one address family and request.
     ///
     /// # Errors
-    /// When the kernel gives no socket.
+    /// If the socket cannot be opened.
     pub fn new(v6: bool, request: UdpRequest) -> io::Result<UdpProber> {
         let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
         let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
@@ -76,7 +76,7 @@ impl UdpProber {
         take(&mut self.pending, to, probe);
     }
 
-    /// Reads what has come back. True if there may be more.
+    /// Reads replies and ICMP errors. True if there may be more.
     pub fn receive(&mut self, replies: &mut Vec<ProbeReply>) -> bool {
         let UdpProber { socket, request, pending } = self;
         socket.receive(|incoming| match incoming {
@@ -100,7 +100,7 @@ impl UdpProber {
             }
             Received::IcmpError { to, quoted, failure } => {
                 let outstanding = pending.get(&to).map(Vec::as_slice).unwrap_or_default();
-                // Less than the whole may have been returned, even nothing of the payload.
+                // The ICMP message may return only a part of the payload, or none.
                 let returned = |outstanding: &&PendingUdp| {
                     echo_text(outstanding.probe, outstanding.nonce).as_bytes().starts_with(quoted)
                 };
@@ -127,7 +127,7 @@ fn take(pending: &mut HashMap<SocketAddr, Vec<PendingUdp>>, at: SocketAddr, prob
     }
 }
 
-/// What is to be echoed.
+/// The text of an echo request.
 fn echo_text(probe: ProbeId, nonce: u64) -> String {
     format!("{SIGNATURE} {:016x} {nonce:016x}\n", probe.0)
 }
