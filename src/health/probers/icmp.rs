@@ -19,7 +19,7 @@ use crate::health::model::ProbeId;
 /// The sysctl with the groups that may open ping sockets.
 const GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
 
-/// ProbeBytes of the ICMP header: type, code, checksum, identifier, sequence number.
+/// Bytes of the ICMP header: type, code, checksum, identifier, sequence number.
 const HEADER: usize = 8;
 
 /// The payload after the nonce, to identify probes in packet captures.
