@@ -42,9 +42,9 @@ const volatile __u32 has_redirects = 1;
 /* bpf_redirect_neigh() refuses frames with a multicast address, although it writes another one. */
 static __always_inline int clear_frame_addresses(struct __sk_buff *skb)
 {
-	static const __u8 nobody[12];
+	static const __u8 zeros[12];
 
-	return bpf_skb_store_bytes(skb, 0, nobody, sizeof(nobody), 0);
+	return bpf_skb_store_bytes(skb, 0, zeros, sizeof(zeros), 0);
 }
 
 /* Sends out of a device. The kernel resolves the neighbour and holds the packet meanwhile. */

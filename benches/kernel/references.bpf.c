@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * What the production program is measured against (benches/kernel.rs): the least that any program could do, the way
- * that comes to mind first, and nothing at all. Their destinations are constants at load, so the verifier and the JIT
- * treat them as written into the program.
+ * Baselines for the production program (benches/kernel.rs): the least work that any program could do, a naive
+ * program, and an empty one. Their destinations are constants set at load, which the verifier and the JIT treat as part of
+ * the program.
  */
 #include "vmlinux.h"
 
@@ -17,13 +17,13 @@
 struct destination {
 	__be32 addr_be;
 	__u32 ifindex;
-	__u8 macs[12]; /* the neighbour's, then the link's own */
+	__u8 macs[12]; /* destination, then source */
 };
 
 struct references {
 	__be32 listener_be;
 	__be16 port_be;
-	__u16 count; /* of destinations */
+	__u16 count; /* number of destinations */
 	struct destination destinations[MAX_DESTINATIONS];
 };
 
@@ -39,8 +39,8 @@ struct {
 #define IP_OFF sizeof(struct ethhdr)
 #define UDP_OFF (IP_OFF + sizeof(struct iphdr))
 
-/* A datagram to the listener? No reference handles anything but the plainest IPv4 packet. */
-static __always_inline bool ours(struct __sk_buff *skb, struct iphdr **found)
+/* True if the packet is a datagram for the listener. Only plain IPv4 packets are handled. */
+static __always_inline bool is_for_listener(struct __sk_buff *skb, struct iphdr **found)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct iphdr *ip = data + IP_OFF;
@@ -56,7 +56,7 @@ static __always_inline bool ours(struct __sk_buff *skb, struct iphdr **found)
 	return true;
 }
 
-/* New destination, same port; TTL and both checksums. */
+/* Writes the new address, the TTL and both checksums, by helpers. The port stays. */
 static __always_inline int rewrite(struct __sk_buff *skb, const struct iphdr *ip, __be32 addr_be)
 {
 	__be32 old_be = ip->daddr;
@@ -73,18 +73,18 @@ static __always_inline int rewrite(struct __sk_buff *skb, const struct iphdr *ip
 	       bpf_skb_store_bytes(skb, IP_OFF + offsetof(struct iphdr, ttl), &less, sizeof(less), 0);
 }
 
-/* The same and the frame's addresses, as sparing of helpers as can be. */
-static __always_inline int send_known(struct __sk_buff *skb)
+/* The same, and the frame's addresses, with as few helper calls as possible. */
+static __always_inline int rewrite_directly(struct __sk_buff *skb)
 {
 	const volatile struct destination *to = &constants.destinations[0];
 	__be32 addr_be = to->addr_be, old_be;
 	struct iphdr *ip;
 	__u32 sum, *frame;
 
-	if (!ours(skb, &ip))
+	if (!is_for_listener(skb, &ip))
 		return TC_ACT_UNSPEC;
 	old_be = ip->daddr;
-	/* RFC 1624; TTL is the high byte of its word, on the wire the first. */
+	/* RFC 1624. TTL is the first byte of its word on the wire. */
 	sum = (__u16)~ip->check + (__u16)~old_be + (__u16) ~(old_be >> 16) + (__u16)addr_be +
 	      (addr_be >> 16) + (__u16)~bpf_htons(ip->ttl << 8) + bpf_htons((ip->ttl - 1) << 8);
 	sum = (sum & 0xffff) + (sum >> 16);
@@ -104,28 +104,28 @@ static __always_inline int send_known(struct __sk_buff *skb)
 	return 0;
 }
 
-/* The floor into a pod: one destination, everything about it known. */
+/* The minimum into a pod: one destination with a known neighbour. */
 SEC("tc")
 int floor_pod(struct __sk_buff *skb)
 {
-	return send_known(skb) ?: bpf_redirect_peer(constants.destinations[0].ifindex, 0);
+	return rewrite_directly(skb) ?: bpf_redirect_peer(constants.destinations[0].ifindex, 0);
 }
 
-/* The floor out of a device. */
+/* The minimum out of a device. */
 SEC("tc")
 int floor_device(struct __sk_buff *skb)
 {
-	return send_known(skb) ?: bpf_redirect(constants.destinations[0].ifindex, 0);
+	return rewrite_directly(skb) ?: bpf_redirect(constants.destinations[0].ifindex, 0);
 }
 
-/* What comes to mind first: in turn, and the kernel resolves the neighbour of each packet. */
+/* The naive program: round robin, and the kernel resolves the neighbour of each packet. */
 SEC("tc")
 int obvious(struct __sk_buff *skb)
 {
 	__u32 zero = 0, at, *turn = bpf_map_lookup_elem(&turns, &zero);
 	struct iphdr *ip;
 
-	if (!turn || !ours(skb, &ip))
+	if (!turn || !is_for_listener(skb, &ip))
 		return TC_ACT_UNSPEC;
 	at = (*turn)++ % (constants.count ?: 1);
 	if (at >= MAX_DESTINATIONS)

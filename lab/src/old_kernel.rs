@@ -1,5 +1,7 @@
 //! A daemon that finds a kernel before 5.8: without `bpf_redirect_neigh`, ring buffers and TCX.
 
+#![allow(clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
+
 use std::process::Command;
 use std::sync::LazyLock;
 use std::{env, fs, process};

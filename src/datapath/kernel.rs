@@ -44,7 +44,7 @@ use self::entries::{KeyMark, listener_key};
 use self::events::EventReader;
 use self::handover::HandoverState;
 use self::listener_cache::ListenerCache;
-use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_grace_period, zero_on_all_cpus};
 use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, LoadedProgram, MapSizes, types};
 use self::table::KernelTables;
 use super::{Datapath, DatapathCounters};
@@ -191,7 +191,7 @@ impl KernelDatapath {
     fn publish(&mut self, listener: &ListenerPlan) -> Result<()> {
         let admission = self.admissions.prepare(&self.loaded, listener)?;
         self.tables.publish(&self.loaded, listener).context("cannot update its table")?;
-        self.tables.admit(listener.id, &admission);
+        self.tables.set_admission(listener.id, &admission);
         self.admissions.set_current(listener.id, admission, listener.meter);
         counters::set_name(&self.loaded, listener.id, &listener.name)
     }
@@ -209,7 +209,7 @@ impl KernelDatapath {
     fn update_cache(&mut self) -> Result<()> {
         let (loaded, exposed) = (&self.loaded, self.exposed);
         self.listener_cache.update(&self.keys, || match exposed {
-            true => wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner),
+            true => wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner),
             false => Ok(()),
         })
     }
@@ -280,7 +280,7 @@ impl KernelDatapath {
                 }
                 Some(attachment) if attachment.mode() != mode => {
                     let loaded = &self.loaded;
-                    attachment.move_to(mode, &|| wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner))?;
+                    attachment.move_to(mode, &|| wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner))?;
                     self.handover.set_persistence_of(attachment);
                 }
                 Some(_) => {}
@@ -313,7 +313,7 @@ impl KernelDatapath {
             self.handover.forget(&self.loaded, id)?;
             self.admissions.forget(id);
         }
-        wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
+        wait_for_grace_period(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)?;
         ids.iter().try_for_each(|&id| self.clear(id))
     }
 

@@ -13,7 +13,7 @@ use libbpf_rs::{MapCore, MapFlags};
 
 use super::entries::mapped_words;
 use super::listener_state::ListenerAdmission;
-use super::maps::{bytes_of, wait_for_readers};
+use super::maps::{bytes_of, wait_for_grace_period};
 use super::skel::{LoadedProgram, SOURCE_ALLOWED, SOURCE_DENIED, types};
 use crate::admission::{Meter, Prefix, SourceRules, SourceVerdict};
 use crate::model::ListenerId;
@@ -75,7 +75,7 @@ impl AdmissionRules {
         if unused.is_empty() {
             return Ok(());
         }
-        wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner)?;
         for number in unused {
             if let Some(sources) = self.rules.remove(&number) {
                 delete(loaded, number, &sources);

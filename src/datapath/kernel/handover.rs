@@ -22,7 +22,7 @@ use super::KernelDatapath;
 use super::attach::{self, Attachment};
 use super::counters::{self, CarriedCounter, CounterSnapshot, ListenerWords};
 use super::heartbeat::{self, Heartbeat};
-use super::maps::wait_for_readers;
+use super::maps::wait_for_grace_period;
 use super::pins::{self, Pins, StalePins};
 use super::skel::{CARRIED_WORDS, LoadedProgram};
 use crate::config::{HandoverConfig, OnExit};
@@ -43,7 +43,7 @@ pub(super) struct HandoverState {
     /// Interfaces, by index, that keep their previous program until all listeners there have receivers.
     deferred: BTreeSet<u32>,
     /// Interfaces, by index, whose deferral has been logged.
-    told: BTreeSet<u32>,
+    logged: BTreeSet<u32>,
     /// Counts of earlier programs, for listeners and for fragments.
     bases: BTreeMap<ListenerId, ListenerWords>,
     fragments: [u64; 2],
@@ -65,7 +65,7 @@ impl HandoverState {
             predecessors: Vec::new(),
             committed: false,
             deferred: BTreeSet::new(),
-            told: BTreeSet::new(),
+            logged: BTreeSet::new(),
             bases: BTreeMap::new(),
             fragments: [0; 2],
         })
@@ -102,7 +102,7 @@ impl HandoverState {
         let there =
             || attach::has_stale_filter(link) || self.predecessors.iter().any(|stale| stale.has_link(link.index));
         let deferred = self.deferred.contains(&link.index) && there();
-        if deferred && self.told.insert(link.index) {
+        if deferred && self.logged.insert(link.index) {
             tracing::info!(
                 interface = link.name,
                 "an earlier daemon's TC program keeps forwarding until the receivers of all listeners are known"
@@ -232,7 +232,7 @@ impl KernelDatapath {
             }
         }
         // Until no CPU is still counting.
-        let result = wait_for_readers(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)
+        let result = wait_for_grace_period(&self.loaded.rcu_barrier, &self.loaded.barrier_inner)
             .and_then(|()| self.import(self.read_stale_counters(&predecessors)))
             .and_then(|()| pins::record_imported(&self.loaded, &ids));
         for stale in predecessors {
@@ -276,7 +276,7 @@ impl KernelDatapath {
             counters::store_carried(&self.loaded, CarriedCounter::Listener(id), base)?;
         }
         let known = |((name, address), counted): ((String, _), _)| Some(((*ids.get(name.as_str())?, address), counted));
-        self.tables.inherit(&self.loaded, downstreams.into_iter().filter_map(known))?;
+        self.tables.import(&self.loaded, downstreams.into_iter().filter_map(known))?;
         counters::add(&mut self.handover.fragments, fragments);
         counters::store_carried(&self.loaded, CarriedCounter::Fragments, &self.handover.fragments)
     }

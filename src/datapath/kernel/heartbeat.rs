@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_is_renewed_well_before_its_end() {
+    fn a_heartbeat_is_renewed_well_before_its_deadline() {
         assert_eq!(renewal_interval(None), None);
         assert_eq!(renewal_interval(Some(Duration::from_secs(1))), Some(Duration::from_millis(250)));
         assert_eq!(renewal_interval(Some(Duration::from_secs(300))), Some(MAX_INTERVAL));

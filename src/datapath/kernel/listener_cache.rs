@@ -41,17 +41,17 @@ impl ListenerCache {
         wait: impl Fn() -> Result<()>,
     ) -> Result<()> {
         let wanted = wanted(keys);
-        let nobody = types::cached_listener { state: CACHE_EMPTY, ..Default::default() };
+        let empty = types::cached_listener { state: CACHE_EMPTY, ..Default::default() };
         let (mut changed, mut in_use) = (Vec::new(), false);
         for index in 0..self.0.entries() {
-            let (now, wanted) = (self.0.read(index), wanted.get(&index).unwrap_or(&nobody));
+            let (now, wanted) = (self.0.read(index), wanted.get(&index).unwrap_or(&empty));
             if wanted.state != CACHE_SINGLE {
                 if now.state != wanted.state {
                     self.set_state(index, wanted.state);
                 }
             } else if !same(&now, wanted) {
                 self.set_state(index, CACHE_COLLISION);
-                in_use |= !same(&now, &types::cached_listener { state: now.state, ..nobody });
+                in_use |= !same(&now, &types::cached_listener { state: now.state, ..empty });
                 changed.push((index, *wanted));
             }
         }

@@ -192,7 +192,7 @@ impl<T> Drop for MappedArray<T> {
 ///
 /// # Errors
 /// When the kernel refuses the map update that does the waiting.
-pub fn wait_for_readers(rcu_barrier: &MapHandle, inner: &MapHandle) -> Result<()> {
+pub fn wait_for_grace_period(rcu_barrier: &MapHandle, inner: &MapHandle) -> Result<()> {
     let fd = u32::try_from(inner.as_fd().as_raw_fd()).context("a file descriptor is negative")?;
     rcu_barrier.update(bytes_of(&0u32), bytes_of(&fd), MapFlags::ANY).context("cannot wait for an RCU grace period")
 }

@@ -100,12 +100,12 @@ impl Pins {
     pub fn new(path: &Path, loaded: &LoadedProgram) -> Result<Pins> {
         let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot read the program's id")?;
         ensure_bpf_fs(path)?;
-        make(path)?;
+        create_directory(path)?;
         let _order = lock_parent(path)?;
         let own = path.join(id.to_string());
         // The id is this program's now, so these pins are stale.
         remove(&own)?;
-        make(&own)?;
+        create_directory(&own)?;
         let directory = lock(&own)?.with_context(|| format!("{} is locked already", own.display()))?;
         let pins = Pins { path: path.to_owned(), directory: Some(directory), persistent: false };
         let about = types::pins_about { version: PINS_VERSION, ..own_namespace()? };
@@ -154,7 +154,7 @@ impl Drop for Pins {
         if let Some(directory) = self.directory.take()
             && !self.persistent
         {
-            directory.remove_or_tell();
+            directory.remove_or_warn();
             // Fails if other pins are there.
             let _ = fs::remove_dir(&self.path);
         }
@@ -165,20 +165,20 @@ impl Drop for Pins {
 /// systemd, is kept while any of that user's processes runs: a daemon of that user could not create it again.
 pub fn remove_unused(path: &Path) {
     let owner = fs::metadata(path).map(|found| found.uid());
-    if owner.is_ok_and(|owner| owner == Uid::effective().as_raw() || !runs_anything(owner)) {
+    if owner.is_ok_and(|owner| owner == Uid::effective().as_raw() || !has_processes(owner)) {
         // Fails if it is not empty.
         let _ = fs::remove_dir(path);
     }
 }
 
-fn runs_anything(user: u32) -> bool {
+fn has_processes(user: u32) -> bool {
     let is_process = |entry: &DirEntry| entry.file_name().to_string_lossy().parse::<u32>().is_ok();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_process);
     processes.filter_map(|process| process.metadata().ok()).any(|process| process.uid() == user)
 }
 
 impl PinDirectory {
-    fn remove_or_tell(self) {
+    fn remove_or_warn(self) {
         if let Err(error) = remove(&self.path) {
             tracing::warn!("{error:#}; remove it with `rm -r {}`", self.path.display());
         }
@@ -440,7 +440,7 @@ fn ensure_bpf_fs(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn make(path: &Path) -> Result<()> {
+fn create_directory(path: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(explain(&error.into(), path)),
         _ => Ok(()),

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use super::counters::{self, CarriedCounter};
 use super::entries::downstream_entry;
 use super::listener_state::{ListenerAdmission, ListenerStates};
-use super::maps::{MappedArray, sum_over_cpus, wait_for_readers, zero_on_all_cpus};
+use super::maps::{MappedArray, sum_over_cpus, wait_for_grace_period, zero_on_all_cpus};
 use super::skel::{LoadedProgram, MapSizes, types};
 use super::slot_allocator::{SlotAllocator, SlotRange};
 use crate::model::{ListenerId, Policy};
@@ -30,7 +30,7 @@ pub struct KernelTables {
     stat_owners: MappedArray<u32>,
     slot_allocator: SlotAllocator,
     id_allocator: SlotAllocator,
-    current: BTreeMap<ListenerId, Table>,
+    current: BTreeMap<ListenerId, ListenerTable>,
     /// Ids that no table names any more, and whose counters they hold.
     pending_free: Vec<(u32, ListenerEndpoint)>,
     /// Counts of ids that were reused since.
@@ -41,7 +41,7 @@ pub struct KernelTables {
 
 /// One listener's table.
 #[derive(Debug, Clone, Default)]
-struct Table {
+struct ListenerTable {
     region: SlotRange,
     /// The slots' contents, to see whether a new table differs.
     slots: Arc<[u32]>,
@@ -88,7 +88,7 @@ impl KernelTables {
         let id = plan.id;
         let old = self.current.get(&id).cloned();
         let assignment = self.assign_ids(loaded, plan, &old.clone().unwrap_or_default())?;
-        let policy_deferred = match self.put_in_force(loaded, plan, old, &assignment) {
+        let policy_deferred = match self.publish_assignment(loaded, plan, old, &assignment) {
             Ok(policy_deferred) => policy_deferred,
             Err(error) => {
                 self.retire_ids(id, &assignment.fresh);
@@ -101,7 +101,7 @@ impl KernelTables {
             self.forget_folded(loaded, (id, *address));
         }
         if policy_deferred {
-            wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+            wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner)?;
             self.set_policy(plan);
         }
         Ok(())
@@ -109,19 +109,19 @@ impl KernelTables {
 
     /// Publishes the plan's table and, unless it must wait for a grace period, its policy. True if the policy must
     /// wait. After an error the old table stays in force.
-    fn put_in_force(
+    fn publish_assignment(
         &mut self,
         loaded: &LoadedProgram,
         plan: &ListenerPlan,
-        old: Option<Table>,
+        old: Option<ListenerTable>,
         assignment: &IdAssignment,
     ) -> Result<bool> {
         let (id, policy) = (plan.id, plan.policy);
         let was = old.as_ref().map(|old| old.policy);
         let old = old.unwrap_or_default();
         let slots: Arc<[u32]> = plan.table.iter().map(|&index| assignment.ids[index as usize]).collect();
-        let region = if was.is_some() && old.slots == slots { old.region } else { self.new_region(loaded, &slots)? };
-        // Table and policy cannot change in one store. Every policy works with every table, except that replicating
+        let region = if was.is_some() && old.slots == slots { old.region } else { self.write_region(loaded, &slots)? };
+        // ListenerTable and policy cannot change in one store. Every policy works with every table, except that replicating
         // over a table with several slots per downstream would send several copies. So that policy is set after its
         // table and cleared before the next one, with a grace period between.
         let follows = policy == Policy::Replicate && was.is_some_and(|was| was != policy);
@@ -130,7 +130,7 @@ impl KernelTables {
         }
         if was == Some(Policy::Replicate)
             && policy != Policy::Replicate
-            && let Err(error) = wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)
+            && let Err(error) = wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner)
         {
             if region != old.region {
                 self.slot_allocator.retire(region);
@@ -148,12 +148,12 @@ impl KernelTables {
         }
         let (targets, ids) = (Arc::clone(&plan.targets), Arc::clone(&assignment.ids));
         let policy = was.filter(|_| follows).unwrap_or(policy);
-        self.current.insert(id, Table { region, slots, policy, targets, ids });
+        self.current.insert(id, ListenerTable { region, slots, policy, targets, ids });
         Ok(follows)
     }
 
     /// Allocates slots and writes a table that is not published yet.
-    fn new_region(&mut self, loaded: &LoadedProgram, slots: &[u32]) -> Result<SlotRange> {
+    fn write_region(&mut self, loaded: &LoadedProgram, slots: &[u32]) -> Result<SlotRange> {
         let region = self.take_slots(loaded, slots.len())?;
         write_slots(loaded, region, slots).inspect_err(|_| self.slot_allocator.retire(region))?;
         Ok(region)
@@ -167,7 +167,7 @@ impl KernelTables {
     }
 
     /// Puts a listener's admission in force.
-    pub fn admit(&mut self, id: ListenerId, admission: &ListenerAdmission) {
+    pub fn set_admission(&mut self, id: ListenerId, admission: &ListenerAdmission) {
         self.states.set_admission(id, admission);
     }
 
@@ -200,7 +200,7 @@ impl KernelTables {
     ///
     /// # Errors
     /// When they cannot be stored for the next daemon.
-    pub fn inherit(
+    pub fn import(
         &mut self,
         loaded: &LoadedProgram,
         counted: impl IntoIterator<Item = (ListenerEndpoint, [u64; 2])>,
@@ -276,7 +276,7 @@ impl KernelTables {
 
     /// Assigns ids to the plan's targets: the old id if nothing changed, else a new one whose entry is written but
     /// not named by any table yet.
-    fn assign_ids(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan, old: &Table) -> Result<IdAssignment> {
+    fn assign_ids(&mut self, loaded: &LoadedProgram, plan: &ListenerPlan, old: &ListenerTable) -> Result<IdAssignment> {
         let mut index = TargetIndex::new(&old.targets);
         let mut stays = vec![false; old.targets.len()];
         let (mut ids, mut fresh) = (Vec::with_capacity(plan.targets.len()), Vec::new());
@@ -334,7 +334,7 @@ impl KernelTables {
 
     /// Waits for an RCU grace period, folds the counts of pending ids and frees ids and slots.
     fn reclaim(&mut self, loaded: &LoadedProgram) -> Result<()> {
-        wait_for_readers(&loaded.rcu_barrier, &loaded.barrier_inner)?;
+        wait_for_grace_period(&loaded.rcu_barrier, &loaded.barrier_inner)?;
         let named = self.named();
         while let Some(&last) = self.pending_free.last() {
             self.fold(loaded, &named, last)?;
@@ -378,7 +378,7 @@ fn same_entry(old: &PlanTarget, new: &PlanTarget) -> bool {
     old.delivery == new.delivery && old.downstream.sample == new.downstream.sample
 }
 
-impl Table {
+impl ListenerTable {
     /// The ids with their targets' addresses.
     fn named(&self) -> impl Iterator<Item = (u32, SocketAddr)> {
         self.ids.iter().copied().zip(self.targets.iter().map(|target| target.downstream.address))
@@ -441,7 +441,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_seeker_finds_what_is_there(
+        fn the_target_index_finds_what_is_there(
             there in prop::collection::btree_set(0u16..60, 0..40).prop_map(Vec::from_iter).prop_shuffle(),
             sought in prop::collection::vec(0u16..60, 0..60),
         ) {
