@@ -1,7 +1,7 @@
 //! The kernel datapath: loads the TC program of `bpf/`, applies plans to its maps, attaches it, reads its counters.
 //!
-//! - `skel`: the compiled program, its types and its loading. `maps`: typed access to maps; `entries`: their keys and
-//!   values.
+//! - `skel`: the compiled program, its types and its loading. `abi`: the constants that it shares with user space.
+//! - `maps`: typed access to maps. `entries`: their keys and values.
 //! - `table`: listeners' tables and downstreams; `slot_allocator`: free array entries; `listener_state`: publishes
 //!   tables.
 //! - `listener_cache`: fast lookup of destinations. `admission`: source rules and rate limits.
@@ -13,20 +13,21 @@
 //! period, so a datagram sees the old table or the new one. At start, tables come first, then destination keys, then
 //! attachment: the program never sees a listener without its table.
 
-pub mod admission;
+mod abi;
+mod admission;
 pub mod attach;
 pub mod counters;
 mod entries;
 pub mod events;
 pub mod handover;
-pub mod heartbeat;
+mod heartbeat;
 mod libbpf_log;
 mod listener_cache;
 mod listener_state;
-pub mod maps;
+mod maps;
 pub mod pins;
 pub mod skel;
-pub mod slot_allocator;
+mod slot_allocator;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +38,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
+use self::abi::{DROP_REASONS, LISTENER_SOCKET_ONLY};
 use self::admission::AdmissionRules;
 use self::attach::{AttachMode, Attachment};
 use self::counters::CounterMaps;
@@ -45,7 +47,7 @@ use self::events::EventReader;
 use self::handover::HandoverState;
 use self::listener_cache::ListenerCache;
 use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_grace_period, zero_on_all_cpus};
-use self::skel::{DROP_REASONS, LISTENER_SOCKET_ONLY, LoadedProgram, MapSizes, types};
+use self::skel::{LoadedProgram, MapSizes, types};
 use self::table::KernelTables;
 use super::{Datapath, DatapathCounters};
 use crate::config::{AttachConfig, MapLimits};

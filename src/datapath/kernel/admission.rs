@@ -11,10 +11,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
+use super::abi::{SOURCE_ALLOWED, SOURCE_DENIED};
 use super::entries::mapped_words;
 use super::listener_state::ListenerAdmission;
 use super::maps::{bytes_of, wait_for_grace_period};
-use super::skel::{LoadedProgram, SOURCE_ALLOWED, SOURCE_DENIED, types};
+use super::skel::{LoadedProgram, types};
 use crate::admission::{Meter, Prefix, SourceRules, SourceVerdict};
 use crate::model::ListenerId;
 use crate::plan::ListenerPlan;

@@ -13,12 +13,13 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapHandle};
 
+use super::abi::{
+    CARRIED_DOWNSTREAM, CARRIED_FOLDED_DOWNSTREAM, CARRIED_FRAGMENTS, CARRIED_LISTENER, CARRIED_WORDS, DROP_REASONS,
+    NAME_LENGTH,
+};
 use super::entries::{address_of, mapped_words};
 use super::maps::{MappedArray, bytes_of, lookup, store, sum_over_cpus, value_of};
-use super::skel::{
-    CARRIED_DOWNSTREAM, CARRIED_FOLDED_DOWNSTREAM, CARRIED_FRAGMENTS, CARRIED_LISTENER, CARRIED_WORDS, DROP_REASONS,
-    LoadedProgram, NAME_LENGTH, types,
-};
+use super::skel::{LoadedProgram, types};
 use crate::model::{DropReason, ListenerCounters, ListenerId};
 
 /// Counters of a listener, in the order of `struct carried_entry`.
@@ -185,8 +186,8 @@ pub fn listener_counters(words: &ListenerWords) -> ListenerCounters {
 /// # Errors
 /// When the kernel refuses to read the map.
 pub fn fragments(map: &MapHandle) -> Result<[u64; 2]> {
-    let [strays] = sum_over_cpus(map, super::skel::FRAGMENT_STRAY)?;
-    let [lost] = sum_over_cpus(map, super::skel::FRAGMENT_LOST)?;
+    let [strays] = sum_over_cpus(map, super::abi::FRAGMENT_STRAY)?;
+    let [lost] = sum_over_cpus(map, super::abi::FRAGMENT_LOST)?;
     Ok([strays, lost])
 }
 

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use super::skel::{
+use super::abi::{
     DELIVER_LOCAL, DELIVER_NEIGHBOUR, DELIVER_UNREACHABLE, DOWNSTREAM_L3_DEVICE, DOWNSTREAM_MACS, DOWNSTREAM_PEER,
-    KEY_ADDRESS, KEY_L3_DEVICE, KEY_LISTENER, types,
+    KEY_ADDRESS, KEY_L3_DEVICE, KEY_LISTENER,
 };
+use super::skel::types;
 use crate::plan::{Delivery, PlanTarget};
 
 /// The address and port that these words in a map stand for.

@@ -19,12 +19,13 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::KernelDatapath;
+use super::abi::CARRIED_WORDS;
 use super::attach::{self, Attachment};
 use super::counters::{self, CarriedCounter, CounterSnapshot, ListenerWords};
 use super::heartbeat::{self, Heartbeat};
 use super::maps::wait_for_grace_period;
 use super::pins::{self, Pins, StalePins};
-use super::skel::{CARRIED_WORDS, LoadedProgram};
+use super::skel::LoadedProgram;
 use crate::config::{HandoverConfig, OnExit};
 use crate::model::ListenerId;
 use crate::plan::LinkRef;

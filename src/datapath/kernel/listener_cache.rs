@@ -12,11 +12,10 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 
+use super::abi::{CACHE_COLLISION, CACHE_EMPTY, CACHE_SINGLE, LISTENER_CACHE_BITS, LISTENER_CACHE_FACTOR};
 use super::entries::listener_key;
 use super::maps::MappedArray;
-use super::skel::{
-    CACHE_COLLISION, CACHE_EMPTY, CACHE_SINGLE, LISTENER_CACHE_BITS, LISTENER_CACHE_FACTOR, LoadedProgram, types,
-};
+use super::skel::{LoadedProgram, types};
 use crate::model::ListenerId;
 
 /// The mapped map.

@@ -6,8 +6,9 @@ use std::mem::{offset_of, size_of};
 
 use anyhow::Result;
 
+use super::abi::policy_number;
 use super::maps::MappedArray;
-use super::skel::{LoadedProgram, policy_number, types};
+use super::skel::{LoadedProgram, types};
 use super::slot_allocator::SlotRange;
 use crate::model::{ListenerId, Policy};
 

@@ -25,10 +25,11 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{FsType, statfs};
 use nix::unistd::Uid;
 
+use super::abi::{MAX_IMPORTED, OLDEST_PINS_VERSION, PINS_VERSION};
 use super::counters::CounterMaps;
 use super::heartbeat::Heartbeat;
 use super::maps::{lookup, store};
-use super::skel::{LoadedProgram, MAX_IMPORTED, OLDEST_PINS_VERSION, PINS_VERSION, types};
+use super::skel::{LoadedProgram, types};
 
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);

@@ -51,12 +51,6 @@ impl SlotAllocator {
         }
     }
 
-    /// The retired ranges.
-    #[must_use]
-    pub fn pending_reclaim(&self) -> &[SlotRange] {
-        &self.pending_reclaim
-    }
-
     /// Frees all retired ranges. Only after a grace period since the last [`SlotAllocator::retire`].
     pub fn reclaim(&mut self) {
         for region in std::mem::take(&mut self.pending_reclaim) {
@@ -111,7 +105,7 @@ mod tests {
                     allocator.reclaim();
                 }
                 let mut used = [false; 256];
-                for region in taken.iter().chain(allocator.pending_reclaim()) {
+                for region in taken.iter().chain(&allocator.pending_reclaim) {
                     for entry in region.start..region.start + region.len {
                         prop_assert!(!std::mem::replace(&mut used[entry as usize], true));
                     }
