@@ -1,17 +1,19 @@
 //! The command's end of the status socket.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::protocol::{StatusRequest, StatusResponse};
+use super::protocol::{ResponseHead, StatusRequest, TraceLine, TraceQuery};
 use super::report::StatusReport;
 
-/// How long the daemon may take to answer. It answers between two turns of its loop, so that this is long.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the daemon, which answers between two turns of its event loop.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest head of a response, in bytes.
+const MAX_HEAD: usize = 8192;
 
 /// A connection to a daemon.
 #[derive(Debug)]
@@ -20,74 +22,104 @@ pub struct StatusClient {
 }
 
 impl StatusClient {
-    /// Connects to the daemon whose status socket this is.
+    /// Connects to the daemon that listens on this status socket.
     ///
     /// # Errors
-    /// In one line: that none runs, or that this user may not ask it, and the fix.
+    /// In one line: no daemon listens there, or this user may not connect, and the fix.
     pub fn connect(path: &Path) -> Result<StatusClient> {
-        let stream = UnixStream::connect(path).map_err(|error| explain(&error, path))?;
-        stream.set_read_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
-        stream.set_write_timeout(Some(PATIENCE)).context("cannot limit how long to wait for the daemon")?;
+        let stream = UnixStream::connect(path).map_err(|error| connect_error(&error, path))?;
+        stream.set_read_timeout(Some(TIMEOUT)).context("cannot set a timeout on the status socket")?;
+        stream.set_write_timeout(Some(TIMEOUT)).context("cannot set a timeout on the status socket")?;
         Ok(StatusClient { stream: BufReader::new(stream) })
     }
 
     /// Asks for a report.
     ///
     /// # Errors
-    /// When the daemon does not answer, ends meanwhile, or speaks another version.
+    /// When the daemon does not answer, ends meanwhile, or speaks another protocol.
     pub fn report(&mut self) -> Result<StatusReport> {
-        match self.ask(&StatusRequest::Status)? {
-            StatusResponse::Report(report) => Ok(*report),
-            StatusResponse::Error(reason) => bail!("the daemon refuses: {reason}"),
-            StatusResponse::Traced(_) | StatusResponse::Note(_) => {
-                bail!("the daemon has answered something else than was asked")
-            }
+        let head = self.ask(&StatusRequest::Status)?;
+        let body = self.read_body(&head)?;
+        if head.code != 200 {
+            bail!("the daemon refuses: {}", String::from_utf8_lossy(&body).trim_end());
         }
+        serde_json::from_slice(&body).context("the daemon has sent a report that this program does not understand")
     }
 
-    /// Waits as long as it takes for answers from now on.
+    /// Asks for a trace, whose lines [`next_line`](Self::next_line) reads.
     ///
     /// # Errors
-    /// When the kernel refuses.
-    pub fn wait_for_ever(&mut self) -> Result<()> {
+    /// As for [`report`](Self::report); and when the daemon cannot trace that, with its reason.
+    pub fn trace(&mut self, query: TraceQuery) -> Result<()> {
+        let head = self.ask(&StatusRequest::Trace(query))?;
+        if head.code != 200 {
+            let body = self.read_body(&head)?;
+            bail!("{}", String::from_utf8_lossy(&body).trim_end());
+        }
         self.stream.get_ref().set_read_timeout(None).context("cannot wait for the daemon")
     }
 
-    /// The next of several answers.
+    /// Waits for the next line of a trace.
     ///
     /// # Errors
-    /// When the daemon ends, or speaks another version.
-    pub fn next_answer(&mut self) -> Result<StatusResponse> {
-        self.read(Ok(()))
-    }
-
-    /// Asks, and waits for the first answer.
-    ///
-    /// # Errors
-    /// When the daemon does not answer, ends meanwhile, or speaks another version.
-    pub fn ask(&mut self, request: &StatusRequest) -> Result<StatusResponse> {
-        // A daemon that has just closed the connection may have said why.
-        let sent = self.stream.get_mut().write_all(&request.to_line());
-        self.read(sent)
-    }
-
-    fn read(&mut self, sent: std::io::Result<()>) -> Result<StatusResponse> {
+    /// When the daemon ends.
+    pub fn next_line(&mut self) -> Result<TraceLine> {
         let mut line = Vec::new();
         match self.stream.read_until(b'\n', &mut line) {
-            Ok(_) if line.ends_with(b"\n") => StatusResponse::from_line(&line),
-            Ok(_) => {
-                sent.context("the daemon has closed the connection")?;
-                bail!("the daemon has closed the connection without an answer; it may be ending: ask again");
-            }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                bail!("the daemon has not answered within {PATIENCE:?}; it may be stuck: see its log, or restart it")
-            }
-            Err(error) => Err(error).context("the daemon's answer cannot be read"),
+            Ok(_) if line.ends_with(b"\n") => TraceLine::from_line(&line),
+            Ok(_) => Err(closed()),
+            Err(error) => Err(read_error(error)),
         }
+    }
+
+    fn ask(&mut self, request: &StatusRequest) -> Result<ResponseHead> {
+        // A daemon that has just closed the connection may have said why, so its answer is read in any case.
+        let sent = self.stream.get_mut().write_all(&request.to_bytes());
+        let mut head = Vec::new();
+        loop {
+            let before = head.len();
+            let read = self.stream.by_ref().take((MAX_HEAD - before) as u64).read_until(b'\n', &mut head);
+            match read {
+                Ok(0) => {
+                    sent.context("the daemon has closed the connection")?;
+                    return Err(closed());
+                }
+                // Daemons before HTTP answer with one line.
+                Ok(_) if head.starts_with(b"{") || matches!(&head[before..], b"\r\n" | b"\n") => {
+                    return ResponseHead::parse(&head);
+                }
+                Ok(_) if head.len() >= MAX_HEAD => bail!("this is not the status socket of udp-fanout"),
+                Ok(_) => {}
+                Err(error) => return Err(read_error(error)),
+            }
+        }
+    }
+
+    fn read_body(&mut self, head: &ResponseHead) -> Result<Vec<u8>> {
+        let mut body = Vec::new();
+        let length = head.length.context("the daemon has sent a response without a length")?;
+        self.stream.by_ref().take(length).read_to_end(&mut body).map_err(read_error)?;
+        if (body.len() as u64) < length {
+            return Err(closed());
+        }
+        Ok(body)
     }
 }
 
-fn explain(error: &std::io::Error, path: &Path) -> anyhow::Error {
+fn closed() -> anyhow::Error {
+    anyhow!("the daemon has closed the connection without an answer; it may be ending: ask again")
+}
+
+fn read_error(error: std::io::Error) -> anyhow::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            anyhow!("the daemon has not answered within {TIMEOUT:?}; it may be stuck: see its log, or restart it")
+        }
+        _ => anyhow::Error::new(error).context("cannot read the daemon's answer"),
+    }
+}
+
+fn connect_error(error: &std::io::Error, path: &Path) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(

@@ -1,9 +1,9 @@
-//! The daemon's end of the status socket, on the event loop.
+//! The daemon's end of the status socket: a small HTTP server on the event loop.
 //!
-//! It never waits: a request that has come in part, or a client that does not read its answer, is left until the
-//! kernel says that there is more to do. Each client has one request at a time, so what is kept for it is bounded; of
-//! clients there are at most [`CONNECTIONS`], and one more costs the one that has been silent the longest its place. So
-//! nobody who holds the socket open keeps others out.
+//! It never blocks: a partial request, or a client that does not read its response, waits for the next readiness event.
+//! Memory per client is bounded, because a client has one request at a time and a trace drops lines beyond [`MAX_UNREAD`].
+//! Of at most [`CONNECTIONS`] clients, the one silent for longest gives way to a new one, so idle connections keep nobody
+//! out.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
@@ -14,42 +14,41 @@ use std::time::{Duration, Instant};
 use std::{fs, mem};
 
 use anyhow::{Context, Result, anyhow, bail};
+use http::StatusCode;
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::sys::stat::{Mode, fchmod};
 use slab::Slab;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::protocol::{StatusRequest, StatusResponse};
+use super::protocol::{MAX_REQUEST, RequestError, StatusReply, StatusRequest, TraceLine, TraceQuery};
 use super::trace::TraceSubscription;
 use crate::error_hints;
 
 /// Clients at one time.
 pub const CONNECTIONS: usize = 16;
-/// Tokens that must be free from the first on.
+/// Tokens that the server uses, from the first on.
 pub const TOKENS: usize = CONNECTIONS + 1;
-/// What is kept for a client that traces and does not read, in bytes. The rest is left out.
-const UNREAD: usize = 256 * 1024;
-/// Longest request, in bytes.
-const REQUEST: usize = 4096;
-/// How long after a refused `accept` it is tried again: mostly there are no descriptors left. The kernel tells of a client
-/// once, so nothing else would bring the waiting ones back to mind.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(500);
+/// Bytes kept for a client that traces and does not read. Further lines are dropped and counted.
+const MAX_UNREAD: usize = 256 * 1024;
+/// How long after a failed `accept` it is tried again, mostly for lack of descriptors. epoll reports a waiting client only
+/// once.
+const ACCEPT_RETRY: Duration = Duration::from_millis(500);
 
 /// The socket and its clients. Dropping it removes the socket.
 #[derive(Debug)]
 pub struct StatusServer {
     path: PathBuf,
-    /// Device and inode of the socket's file: only our own is removed.
+    /// Device and inode of our socket's file, so that only our own is removed.
     file: (u64, u64),
     listener: UnixListener,
     registry: Registry,
-    first: usize,
+    first_token: usize,
     connections: Slab<StatusConnection>,
-    /// Counts what clients have done, to tell who has been silent the longest.
+    /// Counts events of clients, to find the one silent for longest.
     turn: u64,
-    /// When clients that could not be accepted are tried again; none while all could.
-    again: Option<Instant>,
+    /// When `accept` is tried again after a failure.
+    accept_retry: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -58,29 +57,16 @@ struct StatusConnection {
     input: Vec<u8>,
     output: Vec<u8>,
     written: usize,
-    /// When it last did anything.
+    /// Its last event, as counted by the server's `turn`.
     turn: u64,
-    /// The answer is its last: the request made no sense.
+    /// The connection ends once `output` is written.
     closing: bool,
-    /// It is told of datagrams.
+    /// The datagrams it traces, if it does.
     subscription: Option<TraceSubscription>,
-    /// Lines that it has not been told.
-    left_out: u64,
-}
-
-/// What is answered to a request.
-#[derive(Debug)]
-pub struct StatusReply {
-    /// The answer, or the first one.
-    pub response: StatusResponse,
-    /// What the client is told of from then on, if that is what it wants.
-    pub subscription: Option<TraceSubscription>,
-}
-
-impl From<StatusResponse> for StatusReply {
-    fn from(response: StatusResponse) -> StatusReply {
-        StatusReply { response, subscription: None }
-    }
+    /// Datagrams after which its trace ends.
+    remaining: Option<u64>,
+    /// Lines of its trace that were dropped since the last one it got.
+    dropped: u64,
 }
 
 /// Whether a connection goes on.
@@ -90,12 +76,12 @@ enum Then {
 }
 
 impl StatusServer {
-    /// Puts the socket there, for its owner alone, in place of one that a daemon which died has left. `registry`'s tokens
-    /// from `first` on must be free, [`TOKENS`] of them.
+    /// Creates the socket, with permissions for its owner alone. Replaces one that a killed daemon has left. The
+    /// [`TOKENS`] tokens from `first` on must be free in `registry`.
     ///
     /// # Errors
-    /// When another daemon answers there, when something else is there, or with the kernel's reason; in one line with
-    /// the fix.
+    /// When another daemon answers there, when the path is not a socket, or with the kernel's reason; in one line with the
+    /// fix.
     pub fn bind(path: &Path, registry: &Registry, first: Token) -> Result<StatusServer> {
         let listener =
             listen(path).with_context(|| format!("cannot answer `udp-fanout status` at {}", path.display()))?;
@@ -105,16 +91,16 @@ impl StatusServer {
             file,
             listener: UnixListener::from_std(listener),
             registry: registry.try_clone().context("cannot share the event loop with the status socket")?,
-            first: first.0,
+            first_token: first.0,
             connections: Slab::with_capacity(CONNECTIONS),
             turn: 0,
-            again: None,
+            accept_retry: None,
         };
         registry.register(&mut server.listener, first, Interest::READABLE).context("cannot watch the status socket")?;
         Ok(server)
     }
 
-    /// Where it is.
+    /// The socket's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -123,53 +109,54 @@ impl StatusServer {
     /// Whether an event with this token is for [`on_event`](Self::on_event).
     #[must_use]
     pub fn owns(&self, token: Token) -> bool {
-        (self.first..self.first + TOKENS).contains(&token.0)
+        (self.first_token..self.first_token + TOKENS).contains(&token.0)
     }
 
     /// When [`on_timer`](Self::on_timer) is to be called, if at all.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        self.again
+        self.accept_retry
     }
 
-    /// Tries again to accept those who could not be.
+    /// Accepts waiting clients, if it is time to try again.
     pub fn on_timer(&mut self, now: Instant) {
-        if self.again.is_some_and(|due| due <= now) {
+        if self.accept_retry.is_some_and(|due| due <= now) {
             self.accept();
         }
     }
 
-    /// Takes in what has come, and answers what is complete.
-    pub fn on_event<A: Into<StatusReply>>(&mut self, token: Token, mut answer: impl FnMut(&StatusRequest) -> A) {
-        if token.0 == self.first {
+    /// Reads what has arrived, and answers a complete request.
+    pub fn on_event(&mut self, token: Token, mut answer: impl FnMut(&StatusRequest) -> StatusReply) {
+        if token.0 == self.first_token {
             self.accept();
             return;
         }
-        let key = token.0 - self.first - 1;
+        let key = token.0 - self.first_token - 1;
         self.turn += 1;
         let turn = self.turn;
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.turn = turn;
-        if let Then::Ends = connection.proceed(&mut |request| answer(request).into()) {
+        if let Then::Ends = connection.proceed(&mut answer) {
             self.close(key);
         }
     }
 
-    /// What clients want to be told of.
+    /// What clients trace.
     pub fn subscriptions(&self) -> impl Iterator<Item = TraceSubscription> {
         self.connections.iter().filter_map(|(_, connection)| connection.subscription)
     }
 
-    /// Tells clients that are being told of datagrams, those that want to know of this one.
-    pub fn publish(&mut self, response: &StatusResponse, wants: impl Fn(&TraceSubscription) -> bool) {
-        let line = response.to_line();
+    /// Sends a line to the clients whose subscription matches.
+    pub fn publish(&mut self, line: &TraceLine, matches: impl Fn(&TraceSubscription) -> bool) {
+        let bytes = line.to_line();
+        let is_record = matches!(line, TraceLine::Record(_));
         self.turn += 1;
         let turn = self.turn;
         let mut gone = Vec::new();
         for (key, connection) in &mut self.connections {
-            if connection.subscription.as_ref().is_some_and(&wants) {
+            if connection.subscription.as_ref().is_some_and(&matches) {
                 connection.turn = turn;
-                if let Then::Ends = connection.tell(&line) {
+                if let Then::Ends = connection.send_line(&bytes, is_record) {
                     gone.push(key);
                 }
             }
@@ -177,9 +164,9 @@ impl StatusServer {
         gone.into_iter().for_each(|key| self.close(key));
     }
 
-    /// Tells clients that they are told of nothing any more, and lets go of them.
-    pub fn end_traces(&mut self, response: &StatusResponse) {
-        self.publish(response, |_| true);
+    /// Ends all traces with this last line.
+    pub fn end_traces(&mut self, line: &TraceLine) {
+        self.publish(line, |_| true);
         let ended: Vec<usize> = self
             .connections
             .iter()
@@ -203,13 +190,9 @@ impl StatusServer {
                 self.close(silent);
             }
             self.turn += 1;
-            let (input, output) = (Vec::new(), Vec::new());
-            let (turn, closing) = (self.turn, false);
-            let connection =
-                StatusConnection { stream, input, output, written: 0, turn, closing, subscription: None, left_out: 0 };
-            let key = self.connections.insert(connection);
+            let key = self.connections.insert(StatusConnection::new(stream, self.turn));
             let interest = Interest::READABLE | Interest::WRITABLE;
-            let token = Token(self.first + 1 + key);
+            let token = Token(self.first_token + 1 + key);
             if let Err(error) = self.registry.register(&mut self.connections[key].stream, token, interest) {
                 tracing::warn!("cannot watch a connection to the status socket: {error}");
                 self.connections.remove(key);
@@ -218,13 +201,13 @@ impl StatusServer {
     }
 
     fn all_accepted(&mut self) {
-        if self.again.take().is_some() {
+        if self.accept_retry.take().is_some() {
             tracing::info!("connections to the status socket are accepted again");
         }
     }
 
     fn not_accepted(&mut self, error: &io::Error) {
-        if self.again.replace(Instant::now() + ACCEPT_AGAIN).is_none() {
+        if self.accept_retry.replace(Instant::now() + ACCEPT_RETRY).is_none() {
             let error = error_hints::add_open_files_hint(error.to_string());
             tracing::warn!(error, "cannot accept connections to the status socket, trying again");
         }
@@ -232,14 +215,14 @@ impl StatusServer {
 
     fn close(&mut self, key: usize) {
         let mut connection = self.connections.remove(key);
-        // Closing the stream would end the watch as well.
+        // A failure is harmless: closing the stream ends its registration as well.
         let _ = self.registry.deregister(&mut connection.stream);
     }
 }
 
 impl Drop for StatusServer {
     fn drop(&mut self) {
-        // Another daemon may have put its own there, should someone have removed ours.
+        // If our file was removed, another daemon may have created its own at the same path.
         let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!("cannot remove the status socket {}: {error}", self.path.display());
@@ -248,10 +231,24 @@ impl Drop for StatusServer {
 }
 
 impl StatusConnection {
+    fn new(stream: UnixStream, turn: u64) -> StatusConnection {
+        StatusConnection {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            written: 0,
+            turn,
+            closing: false,
+            subscription: None,
+            remaining: None,
+            dropped: 0,
+        }
+    }
+
     /// Writes and reads as far as both go.
     fn proceed(&mut self, answer: &mut impl FnMut(&StatusRequest) -> StatusReply) -> Then {
         loop {
-            // Whatever it says ends a trace, be it only that it has gone, which it must not take reading to find out.
+            // Anything that a client sends ends its trace. Reading also finds out that it has gone.
             if self.subscription.is_some() && !matches!(self.read(), Ok(false)) {
                 return Then::Ends;
             }
@@ -259,59 +256,82 @@ impl StatusConnection {
                 Ok(true) if self.closing => return Then::Ends,
                 Ok(true) if self.subscription.is_some() => return Then::Stays,
                 Ok(true) => {}
-                // Nothing more is read before the answer is out: that is what bounds what is kept here.
+                // Nothing more is read before the response is written, which bounds the memory.
                 Ok(false) => return Then::Stays,
                 Err(_) => return Then::Ends,
             }
-            if let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
-                let response = match StatusRequest::from_line(&self.input[..end]) {
-                    Ok(_) if end + 1 < self.input.len() => self.refuse("one request at a time: wait for the answer"),
-                    Ok(request) => {
-                        let StatusReply { response, subscription } = answer(&request);
-                        self.subscription = subscription;
-                        response
-                    }
-                    Err(reason) => self.refuse(&reason),
-                };
-                self.input.clear();
-                self.output = response.to_line();
-                self.written = 0;
-                continue;
-            }
-            if self.input.len() >= REQUEST {
-                self.output = self.refuse(&format!("a request has at most {REQUEST} bytes")).to_line();
-                self.input.clear();
-                continue;
-            }
-            match self.read() {
-                Ok(true) => {}
-                Ok(false) => return Then::Stays,
-                Err(_) => return Then::Ends,
+            match StatusRequest::parse(&self.input) {
+                Ok(Some(parsed)) if parsed.length < self.input.len() => {
+                    self.refuse(StatusCode::BAD_REQUEST, "one request at a time: wait for the response");
+                }
+                Ok(Some(parsed)) => {
+                    let reply = answer(&parsed.request);
+                    self.respond(&parsed.request, &reply, parsed.keep_alive);
+                }
+                Ok(None) if self.input.len() >= MAX_REQUEST => {
+                    let reason = format!("a request has at most {MAX_REQUEST} bytes");
+                    self.refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, &reason);
+                }
+                Ok(None) => match self.read() {
+                    Ok(true) => {}
+                    Ok(false) => return Then::Stays,
+                    Err(_) => return Then::Ends,
+                },
+                Err(error) => self.set_output(&StatusReply::Error(error), false),
             }
         }
     }
 
-    /// Adds a line to what is being written. For a client that does not keep up, it is left out and counted.
-    fn tell(&mut self, line: &[u8]) -> Then {
-        if self.output.len() - self.written > UNREAD {
-            self.left_out += 1;
+    fn respond(&mut self, request: &StatusRequest, reply: &StatusReply, keep_alive: bool) {
+        if let StatusReply::Trace(subscription, _) = reply {
+            self.subscription = Some(*subscription);
+            self.remaining = match request {
+                StatusRequest::Trace(TraceQuery { count, .. }) => *count,
+                StatusRequest::Status => None,
+            };
+        }
+        self.set_output(reply, keep_alive);
+    }
+
+    fn refuse(&mut self, code: StatusCode, reason: &str) {
+        self.set_output(&StatusReply::Error(RequestError::new(code, reason)), false);
+    }
+
+    fn set_output(&mut self, reply: &StatusReply, keep_alive: bool) {
+        self.input.clear();
+        self.output = reply.to_bytes(keep_alive);
+        self.written = 0;
+        self.closing = match reply {
+            StatusReply::Report(_) => !keep_alive,
+            StatusReply::Trace(..) => false,
+            StatusReply::Error(_) => true,
+        };
+    }
+
+    /// Adds a line of its trace to the output. If the client does not keep up, the line is dropped and counted.
+    fn send_line(&mut self, line: &[u8], is_record: bool) -> Then {
+        if self.output.len() - self.written > MAX_UNREAD {
+            self.dropped += 1;
             return Then::Stays;
         }
-        if self.left_out > 0 {
-            let note = format!("{} lines are left out: they came faster than they were read", self.left_out);
-            self.left_out = 0;
-            self.output.extend_from_slice(&StatusResponse::Note(note).to_line());
+        if self.dropped > 0 {
+            let note =
+                format!("{} lines were dropped: they came faster than they were read", mem::take(&mut self.dropped));
+            self.output.extend_from_slice(&TraceLine::Note { note }.to_line());
         }
         self.output.extend_from_slice(line);
+        if let Some(remaining) = self.remaining.as_mut().filter(|_| is_record) {
+            *remaining = remaining.saturating_sub(1);
+            if *remaining == 0 {
+                self.subscription = None;
+                self.closing = true;
+            }
+        }
         match self.write() {
+            Ok(written) if written && self.closing => Then::Ends,
             Ok(_) => Then::Stays,
             Err(_) => Then::Ends,
         }
-    }
-
-    fn refuse(&mut self, reason: &str) -> StatusResponse {
-        self.closing = true;
-        StatusResponse::Error(reason.to_owned())
     }
 
     /// True once everything is written.
@@ -321,7 +341,7 @@ impl StatusConnection {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(n) => self.written += n,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    // What is added line by line would grow for ever.
+                    // A trace adds to the output for as long as it lasts, so what is written must go.
                     self.output.drain(..mem::take(&mut self.written));
                     return Ok(false);
                 }
@@ -330,7 +350,7 @@ impl StatusConnection {
             }
         }
         if self.written > 0 {
-            // An answer may be large, and the next request far away.
+            // A report may be large, and the next request far away.
             self.written = 0;
             drop(mem::take(&mut self.output));
         }
@@ -339,7 +359,7 @@ impl StatusConnection {
 
     /// True if there was something to read.
     fn read(&mut self) -> io::Result<bool> {
-        let mut buffer = [0; REQUEST];
+        let mut buffer = [0; MAX_REQUEST];
         loop {
             match self.stream.read(&mut buffer[self.input.len()..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
@@ -359,37 +379,37 @@ impl StatusConnection {
 fn listen(path: &Path) -> Result<net::UnixListener> {
     if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
         let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
-        made.map_err(|error| explain(&error, &format!("cannot make the directory {}", directory.display())))?;
+        made.map_err(|error| bind_error(&error, &format!("cannot create the directory {}", directory.display())))?;
     }
-    make_room(path)?;
+    remove_stale(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    // The file gets the socket's mode as it is when it is bound, so there is no moment at which others can open it.
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("cannot set a socket's mode")?;
-    socket.bind(&SockAddr::unix(path)?).map_err(|error| explain(&error, "cannot make it"))?;
+    // `bind` gives the file the socket's mode, so others can open it at no time.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("cannot set the socket's permissions")?;
+    socket.bind(&SockAddr::unix(path)?).map_err(|error| bind_error(&error, "cannot create it"))?;
     socket.listen(CONNECTIONS as libc::c_int)?;
     Ok(OwnedFd::from(socket).into())
 }
 
-/// Removes the socket of a daemon that died.
-fn make_room(path: &Path) -> Result<()> {
+/// Removes the socket of a daemon that was killed.
+fn remove_stale(path: &Path) -> Result<()> {
     let there = match fs::symlink_metadata(path) {
         Ok(there) => there,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(explain(&error, "cannot look at it")),
+        Err(error) => return Err(bind_error(&error, "cannot read its type")),
     };
     if !there.file_type().is_socket() {
-        bail!("something that is no socket is there already; remove it, or set status_socket to another path");
+        bail!("there is a file that is not a socket; remove it, or set status_socket to another path");
     }
     match net::UnixStream::connect(path) {
         Ok(_) => bail!("another udp-fanout answers there already; give this one a status_socket of its own"),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|error| explain(&error, "cannot remove the one that is left there"))
+            fs::remove_file(path).map_err(|error| bind_error(&error, "cannot remove the one that is left there"))
         }
-        Err(error) => Err(explain(&error, "cannot find out who answers there")),
+        Err(error) => Err(bind_error(&error, "cannot find out whether a daemon answers there")),
     }
 }
 
-fn explain(error: &io::Error, what: &str) -> anyhow::Error {
+fn bind_error(error: &io::Error, what: &str) -> anyhow::Error {
     let fix = match error.kind() {
         ErrorKind::PermissionDenied => {
             "; run as root, or set status_socket to a path in a directory that this user may write to"

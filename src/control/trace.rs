@@ -114,10 +114,10 @@ fn clock(time: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn traced() -> TraceRecord {
+    pub(in crate::control) fn record() -> TraceRecord {
         TraceRecord {
             time: 1_700_000_000.25,
             listener: "syslog".into(),
@@ -139,8 +139,8 @@ mod tests {
     fn a_line_says_all_that_is_known() {
         let start = "22:13:20.250000 syslog 10.0.0.2:4000 -> 10.0.0.1:514";
         let forwarded = format!("{start} forwarded -> 10.1.0.2:5514 receiver-1 by eth1 (known), 100 bytes");
-        assert_eq!(traced().to_string(), forwarded);
-        let nothing = TraceRecord { downstream: None, name: None, out_interface: None, way: None, ..traced() };
+        assert_eq!(record().to_string(), forwarded);
+        let nothing = TraceRecord { downstream: None, name: None, out_interface: None, way: None, ..record() };
         let dropped = TraceRecord {
             fate: "dropped".into(),
             reason: Some("source_denied".into()),

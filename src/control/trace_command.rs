@@ -1,11 +1,11 @@
-//! The command `udp-fanout trace`: asks for single datagrams and prints them as they come.
+//! The command `udp-fanout trace`: prints single datagrams as the daemon reports them.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::client::StatusClient;
-use super::protocol::{StatusRequest, StatusResponse};
+use super::protocol::{TraceLine, TraceQuery};
 use super::trace::TraceRecord;
 use crate::admission::Prefix;
 use crate::output;
@@ -25,10 +25,10 @@ pub struct TraceOptions {
     pub json: bool,
 }
 
-/// Prints what becomes of datagrams until there have been as many as were asked for, or nobody reads on.
+/// Prints datagrams until `count` is reached or the output's reader has gone.
 ///
 /// # Errors
-/// When there is no daemon to ask, when it cannot trace that, in one line with the fix; or when it ends.
+/// When no daemon answers or it cannot trace that, in one line with the fix; or when it ends.
 pub fn run(options: &TraceOptions) -> Result<()> {
     let TraceOptions { listener, source, .. } = options;
     if let Some(source) = source {
@@ -38,27 +38,21 @@ pub fn run(options: &TraceOptions) -> Result<()> {
         );
     }
     let mut client = StatusClient::connect(&options.socket)?;
-    let request = StatusRequest::Trace { listener: listener.clone(), source: source.clone() };
-    let mut response = client.ask(&request)?;
-    client.wait_for_ever()?;
-    let mut left = options.count;
-    loop {
-        match response {
-            StatusResponse::Error(reason) => bail!("{reason}"),
-            StatusResponse::Report(_) => bail!("the daemon has answered something else than was asked"),
-            StatusResponse::Note(text) => eprintln!("{text}"),
-            StatusResponse::Traced(traced) => {
-                if !output::print_while_read(line(&traced, options.json)?.as_bytes())? {
+    client.trace(TraceQuery { listener: listener.clone(), source: source.clone(), count: options.count })?;
+    let mut remaining = options.count;
+    while remaining != Some(0) {
+        match client.next_line()? {
+            TraceLine::Error { error } => bail!("{error}"),
+            TraceLine::Note { note } => eprintln!("{note}"),
+            TraceLine::Record(record) => {
+                if !output::print_while_read(line(&record, options.json)?.as_bytes())? {
                     return Ok(());
                 }
-                left = left.map(|left| left.saturating_sub(1));
+                remaining = remaining.map(|remaining| remaining.saturating_sub(1));
             }
         }
-        if left == Some(0) {
-            return Ok(());
-        }
-        response = client.next_answer()?;
     }
+    Ok(())
 }
 
 fn line(traced: &TraceRecord, json: bool) -> Result<String> {

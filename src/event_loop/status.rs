@@ -6,12 +6,12 @@ use std::net::SocketAddr;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Result;
+use http::StatusCode;
 
 use super::Daemon;
 use crate::control::assemble::{self, ListenerFacts};
-use crate::control::protocol::{StatusRequest, StatusResponse};
+use crate::control::protocol::{RequestError, StatusReply, StatusRequest};
 use crate::control::report::{DaemonReport, HealthReport, ServiceReport, StatusReport};
-use crate::control::server::StatusReply;
 use crate::model::ListenerId;
 use crate::version;
 
@@ -19,10 +19,12 @@ impl Daemon {
     pub(super) fn answer_status_request(&mut self, request: &StatusRequest) -> StatusReply {
         match request {
             StatusRequest::Status => match self.status_report() {
-                Ok(report) => StatusResponse::Report(Box::new(report)).into(),
-                Err(error) => StatusResponse::Error(format!("{error:#}")).into(),
+                Ok(report) => StatusReply::Report(Box::new(report)),
+                Err(error) => {
+                    StatusReply::Error(RequestError::new(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")))
+                }
             },
-            StatusRequest::Trace { listener, source } => self.start_trace(listener.as_deref(), source.as_deref()),
+            StatusRequest::Trace(query) => self.start_trace(query),
         }
     }
 

@@ -8,7 +8,7 @@ use mio::{Registry, Token};
 
 use super::Daemon;
 use crate::config::{Config, STATUS_SOCKET};
-use crate::control::protocol::StatusResponse;
+use crate::control::protocol::TraceLine;
 use crate::control::server::{StatusServer, TOKENS};
 use crate::control::trace::TraceSubscription;
 
@@ -78,16 +78,16 @@ impl StatusSocket {
     }
 
     /// Sends a line to the clients whose subscription matches.
-    pub(super) fn publish(&mut self, response: &StatusResponse, matches: impl Fn(&TraceSubscription) -> bool) {
+    pub(super) fn publish(&mut self, line: &TraceLine, matches: impl Fn(&TraceSubscription) -> bool) {
         if let Some(server) = &mut self.server {
-            server.publish(response, matches);
+            server.publish(line, matches);
         }
     }
 
     /// Ends all traces with this last line.
-    pub(super) fn end_traces(&mut self, response: &StatusResponse) {
+    pub(super) fn end_traces(&mut self, line: &TraceLine) {
         if let Some(server) = &mut self.server {
-            server.end_traces(response);
+            server.end_traces(line);
         }
     }
 

@@ -6,12 +6,12 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use http::StatusCode;
 use nix::time::{ClockId, clock_gettime};
 
 use super::Daemon;
 use crate::admission::Prefix;
-use crate::control::protocol::StatusResponse;
-use crate::control::server::StatusReply;
+use crate::control::protocol::{RequestError, StatusReply, TraceLine, TraceQuery};
 use crate::control::throttle::{MAX_PER_SECOND, TraceThrottle};
 use crate::control::trace::{TraceRecord, TraceSubscription};
 use crate::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
@@ -27,11 +27,11 @@ pub(super) struct Tracing {
 
 impl Daemon {
     /// Answers a client that asks for a trace.
-    pub(super) fn start_trace(&self, listener: Option<&str>, source: Option<&str>) -> StatusReply {
-        match self.subscription(listener, source) {
+    pub(super) fn start_trace(&self, query: &TraceQuery) -> StatusReply {
+        match self.subscription(query) {
             Ok(subscription) => {
                 let userspace = self.controller.modes().filter(|(_, choice)| choice.mode == Mode::Userspace);
-                let left_out: Vec<&str> = match listener {
+                let left_out: Vec<&str> = match &query.listener {
                     None => userspace.map(|(config, _)| config.name.as_str()).collect(),
                     Some(_) => Vec::new(),
                 };
@@ -39,19 +39,21 @@ impl Daemon {
                 if !left_out.is_empty() {
                     note += &format!("; listeners in mode userspace are not traced: {}", left_out.join(", "));
                 }
-                StatusReply { response: StatusResponse::Note(note), subscription: Some(subscription) }
+                StatusReply::Trace(subscription, note)
             }
-            Err(reason) => StatusResponse::Error(reason).into(),
+            Err(reason) => StatusReply::Error(RequestError::new(StatusCode::BAD_REQUEST, reason)),
         }
     }
 
-    fn subscription(&self, listener: Option<&str>, source: Option<&str>) -> Result<TraceSubscription, String> {
-        let source = source
+    fn subscription(&self, query: &TraceQuery) -> Result<TraceSubscription, String> {
+        let source = query
+            .source
+            .as_deref()
             .map(|text| Prefix::parse(text).map_err(|_| format!("source {text:?} is neither an address nor a prefix")))
             .transpose()?;
         let in_kernel = |mode: Mode| mode == Mode::TcEbpf;
         let advice = "use `tcpdump -ni any udp` instead";
-        let Some(name) = listener else {
+        let Some(name) = query.listener.as_deref() else {
             if !self.controller.modes().any(|(_, choice)| in_kernel(choice.mode)) {
                 return Err(format!("all listeners are in mode userspace, which is not traced; {advice}"));
             }
@@ -94,7 +96,7 @@ impl Daemon {
         });
         if let Err(error) = kernel.events().trace(filter.as_ref()) {
             self.tracing.in_force = None;
-            self.status_socket.end_traces(&StatusResponse::Error(format!("{error:#}")));
+            self.status_socket.end_traces(&TraceLine::Error { error: format!("{error:#}") });
         }
     }
 
@@ -107,7 +109,7 @@ impl Daemon {
             self.pause_trace(until);
             return;
         }
-        let record = StatusResponse::Traced(Box::new(self.trace_record(event)));
+        let record = TraceLine::Record(Box::new(self.trace_record(event)));
         self.status_socket.publish(&record, |wanted| wanted.matches(event.listener, event.source.ip()));
     }
 
@@ -122,7 +124,7 @@ impl Daemon {
         }
         self.timers.trace = Some(until);
         let note = format!("more than {MAX_PER_SECOND} datagrams in a second: the rest of this second is not shown");
-        self.status_socket.publish(&StatusResponse::Note(note), |_| true);
+        self.status_socket.publish(&TraceLine::Note { note }, |_| true);
     }
 
     fn trace_record(&self, event: &DatagramEvent) -> TraceRecord {
