@@ -1,8 +1,7 @@
-//! The command line: what can be asked of the program, as clap definitions, and nothing of how it is done.
+//! The command line, as clap definitions. Parsing it results in an [`Invocation`], which `main` carries out.
 //!
-//! `run` is the command when none is named, so its options are accepted before the command's name as well as after
-//! it. [`Invocation`] is what comes of it all; help, shell completions and the manual page (`man`) are made
-//! from the same definitions and the same prose (`prose`).
+//! `run` is the default command, so its options are accepted both before and after its name. Help, shell completions and
+//! the manual page (`man`) share the definitions and the text (`prose`).
 
 mod man;
 mod prose;
@@ -30,65 +29,65 @@ use crate::version;
 
 const NAME: &str = "udp-fanout";
 
-/// What the program is asked to do.
+/// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invocation {
-    /// Be the daemon.
+    /// Run the daemon.
     Run {
         /// The configuration file.
         config: PathBuf,
-        /// What to log, and how.
+        /// Log level and format.
         log: LogOptions,
-        /// Where to find the API server of Kubernetes, if named.
+        /// The kubeconfig file, if named.
         kubeconfig: Option<PathBuf>,
-        /// The status socket, in place of the one that the configuration names.
+        /// The status socket, instead of the configuration's.
         status_socket: Option<PathBuf>,
     },
-    /// Say whether a configuration is right, and what it amounts to.
+    /// Check a configuration file, and print the effective configuration.
     Check {
         /// The configuration file.
         config: PathBuf,
     },
-    /// Print what a configuration needs to be allowed in the cluster.
+    /// Print the Kubernetes permissions that a configuration needs.
     Rbac {
         /// The configuration file.
         config: PathBuf,
         /// The service account's name.
         account: String,
-        /// Its namespace.
+        /// The service account's namespace.
         namespace: String,
     },
-    /// Say what the running daemon is doing.
+    /// Show what the running daemon does.
     Status {
-        /// The configuration file that names the daemon's status socket, if one is named.
+        /// The configuration file that names the status socket, if given.
         config: Option<PathBuf>,
-        /// The socket itself, if it is named.
+        /// The status socket, if given.
         socket: Option<PathBuf>,
         /// JSON instead of tables.
         json: bool,
-        /// Again and again.
+        /// Repeat until interrupted.
         watch: bool,
-        /// The time over which rates are taken.
+        /// The interval over which rates are measured.
         interval: Duration,
     },
-    /// Show what becomes of single datagrams.
+    /// Show where single datagrams go.
     Trace {
-        /// The configuration file that names the daemon's status socket, if one is named.
+        /// The configuration file that names the status socket, if given.
         config: Option<PathBuf>,
-        /// The socket itself, if it is named.
+        /// The status socket, if given.
         socket: Option<PathBuf>,
         /// Only this listener's datagrams.
         listener: Option<String>,
-        /// Only those from these addresses.
+        /// Only datagrams from this address or prefix.
         source: Option<String>,
-        /// End after so many.
+        /// End after so many datagrams.
         count: Option<u64>,
         /// JSON instead of text.
         json: bool,
     },
-    /// Look for what silently breaks forwarding on this host.
+    /// Check this host for what breaks forwarding.
     Doctor(DoctorOptions),
-    /// Remove what daemons have left in force.
+    /// Detach programs that daemons have left.
     Detach(DetachOptions),
     /// Forward real traffic in network namespaces and check it.
     Demo(DemoOptions),
@@ -105,7 +104,7 @@ pub enum Invocation {
     override_usage = prose::USAGE,
     about = prose::ABOUT,
     long_about = prose::long_about(),
-    after_help = "`udp-fanout --help` tells more, and `udp-fanout man | man -l -` shows it as a manual page.",
+    after_help = "`udp-fanout --help` shows details, and `udp-fanout man | man -l -` shows them as a manual page.",
     after_long_help = prose::sections_as_text(),
     max_term_width = 100,
 )]
@@ -118,50 +117,48 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
-    /// Run the daemon; this is what happens if no command is named
+    /// Run the daemon; the default command
     Run(RunArgs),
-    /// Check a configuration file and print what it amounts to
+    /// Check a configuration file and print the effective configuration
     ///
-    /// Makes every check that can be made without looking at the host, and changes nothing. Prints the effective
-    /// configuration, with every default filled in, and exits with 0; or prints what is wrong, where, and how to put
-    /// it right, and exits with 1.
+    /// Checks everything that does not depend on the host, and changes nothing. Prints the configuration with all defaults
+    /// filled in and exits with 0; or prints what is wrong, where, and how to fix it, and exits with 1.
     Check(CheckArgs),
     /// Print the Roles and RoleBindings that a configuration needs in Kubernetes
     ///
-    /// One Role for each namespace in which listeners follow Services, its binding, and a ClusterRole to read nodes if a
-    /// listener prefers its zone; as YAML for `kubectl apply -f -`. Looks at nothing but the file.
+    /// A Role and RoleBinding for each namespace in which listeners follow Services, and a ClusterRole to read nodes if a
+    /// listener prefers its zone; as YAML for `kubectl apply -f -`. Reads nothing but the file.
     Rbac(RbacArgs),
-    /// Show what the running daemon is doing
+    /// Show what the running daemon does
     ///
-    /// Asks it through its status socket, twice, to show rates: listeners with their datapath and why they have it, what
-    /// they receive, forward and drop, and for which reasons; downstreams with their health, their share and what they
-    /// get; Kubernetes Services; and what is wrong at the moment. Takes the rights of root or of the daemon's user.
+    /// Asks it twice through its status socket, to show rates. Shows listeners with their datapath and the reason for it,
+    /// what they receive, forward and drop, and why; downstreams with their health, share and traffic; Kubernetes
+    /// Services; and present problems. Must run as root or as the daemon's user.
     Status(StatusArgs),
-    /// Show live what becomes of single datagrams
+    /// Show live where single datagrams go
     ///
-    /// For each one that the kernel program handles: when, from whom, for which listener, which downstream was chosen and
-    /// by which way it leaves; or why it was dropped, or left to the listener's socket. At most 1000 in a second. Costs
-    /// nothing while nobody looks. What is forwarded in user space is not shown. Takes the rights of root or of the
-    /// daemon's user.
+    /// For each datagram that the kernel program handles: the time, sender and listener, the selected downstream and the
+    /// egress interface; or why it was dropped or passed to the listener's socket. At most 1000 in a second. Costs nothing
+    /// while no trace runs. Does not show what sockets forward. Must run as root or as the daemon's user.
     Trace(TraceArgs),
-    /// Look at this host for what silently breaks forwarding
+    /// Check this host for what silently breaks forwarding
     ///
-    /// Privileges and kernel, the interfaces and who is on them before us, routes and neighbours of every downstream,
-    /// MTU, source validation, forwarding, buffers, pings, the API server and our rights there, and what the running
-    /// daemon says. Each finding is a line: ok, warning or problem, and the fix. Changes nothing. Exits with 1 if there is
-    /// a problem. Run it as the daemon runs, or as root.
+    /// Checks privileges and kernel, interfaces and the programs that precede ours on them, routes and neighbours of every
+    /// downstream, MTU, source validation, forwarding, buffers, ICMP, access to the Kubernetes API, and the running
+    /// daemon's status. Each finding is a line: ok, warning or problem, and the fix. Changes nothing. Exits with 1 if there
+    /// is a problem. Run it with the daemon's user and privileges, or as root.
     Doctor(DoctorArgs),
-    /// Remove what daemons have left in force on this host
+    /// Detach TC programs that daemons have left on this host
     ///
-    /// With on_exit = "keep", and when it is killed, the daemon leaves its TC program in force. This takes it off all
-    /// interfaces of this network namespace, or off those named, and removes what is pinned of it. Says what it has
-    /// removed; to have nothing to remove is no mistake. Refuses while a daemon runs.
+    /// With on_exit = "keep", and when it is killed, the daemon leaves its TC program in force. This detaches it from all
+    /// interfaces of this network namespace, or from those named, and removes its pins. Prints what it has removed; finding
+    /// nothing is not an error. Refuses while a daemon runs.
     Detach(DetachArgs),
     /// Forward real traffic in network namespaces of its own and check every datagram
     ///
-    /// Makes a network of a sender, a gateway and three receivers, each in a network namespace, and runs a daemon in the
+    /// Creates a network of a sender, a gateway and three receivers, each in a network namespace, and runs a daemon in the
     /// gateway. One socket sends numbered datagrams. Prints what each receiver got, the kernel's filter and the daemon's
-    /// counters, and checks them against each other. Does not touch the host's network, and leaves nothing behind. Needs
+    /// counters, and checks them against each other. Does not touch the host's network and leaves nothing behind. Needs
     /// root, and ip and tc (iproute2). Exits with 1 if a check fails.
     Demo(DemoArgs),
     /// Print a completion script for a shell
@@ -184,17 +181,16 @@ struct ConfigArg {
 struct RunArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// Least severe messages to log; RUST_LOG, if set, wins [default: info]
+    /// Lowest severity to log; RUST_LOG takes precedence [default: info]
     #[arg(short, long, value_name = "LEVEL", value_enum, ignore_case = true)]
     log_level: Option<LogLevel>,
-    /// How to write them to standard error [default: text]
+    /// Format of the log on standard error [default: text]
     #[arg(long, value_name = "FORMAT", value_enum, ignore_case = true)]
     log_format: Option<LogFormat>,
-    /// File that says where the API server of Kubernetes is and who we are there [default: the pod's service account,
-    /// else $KUBECONFIG, else ~/.kube/config]
+    /// kubeconfig file for the Kubernetes API [default: the pod's service account, else $KUBECONFIG, else ~/.kube/config]
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// Unix socket on which to answer `udp-fanout status`, in place of the configuration's status_socket
+    /// Unix socket for `udp-fanout status` and `trace`, instead of the configuration's status_socket
     #[arg(long, value_name = "PATH")]
     status_socket: Option<PathBuf>,
 }
@@ -203,7 +199,7 @@ struct RunArgs {
 struct RbacArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// Service account that gets the rights
+    /// Service account that gets the permissions
     #[arg(long, value_name = "NAME", default_value = rbac::DEFAULT_ACCOUNT)]
     service_account: String,
     /// Namespace of the service account, and of Services that name none
@@ -221,16 +217,16 @@ struct CheckArgs {
 struct StatusArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// The daemon's status socket [default: the one that its configuration names]
+    /// The daemon's status socket [default: status_socket of the configuration]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Print JSON, one line a report
+    /// Print JSON, one line per report
     #[arg(long)]
     json: bool,
-    /// Go on, and show every interval anew, until interrupted
+    /// Repeat every interval until interrupted
     #[arg(short, long)]
     watch: bool,
-    /// Seconds over which rates are taken, from 0.1 to 3600
+    /// Seconds over which rates are measured, from 0.1 to 3600
     #[arg(long, value_name = "SECS", default_value = "1", value_parser = interval)]
     interval: Duration,
 }
@@ -239,19 +235,19 @@ struct StatusArgs {
 struct TraceArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// The daemon's status socket [default: the one that its configuration names]
+    /// The daemon's status socket [default: status_socket of the configuration]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Only datagrams of this listener
     #[arg(long, value_name = "NAME")]
     listener: Option<String>,
-    /// Only datagrams from this address, or from addresses with this prefix
+    /// Only datagrams from this address or prefix
     #[arg(long, value_name = "CIDR")]
     source: Option<String>,
-    /// End after so many lines
+    /// End after so many datagrams
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// Print JSON, one line for each
+    /// Print JSON, one line per datagram
     #[arg(long)]
     json: bool,
 }
@@ -260,10 +256,10 @@ struct TraceArgs {
 struct DoctorArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// Also try whether the host lets in what comes from this address; may be given several times
+    /// Also check whether the host accepts datagrams from this address; may be repeated
     #[arg(long, value_name = "IP")]
     sender: Vec<IpAddr>,
-    /// File that says where the API server of Kubernetes is and who we are there, as for run
+    /// kubeconfig file for the Kubernetes API, as for run
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Print JSON
@@ -275,16 +271,16 @@ struct DoctorArgs {
 struct DetachArgs {
     #[command(flatten)]
     file: ConfigArg,
-    /// Only from this interface; may be given several times
+    /// Only from this interface; may be repeated
     #[arg(short, long, value_name = "NAME")]
     interface: Vec<String>,
-    /// From all interfaces, as without --interface; and also remove what is pinned of other network namespaces
+    /// From all interfaces, as without --interface; and also remove the pins of other network namespaces
     #[arg(long, conflicts_with = "interface")]
     all: bool,
-    /// Where the program is pinned [default: the pin_path of the configuration]
+    /// Directory of the pins [default: pin_path of the configuration]
     #[arg(long, value_name = "PATH")]
     pin_path: Option<PathBuf>,
-    /// Also while a daemon runs, which will put its program back within seconds
+    /// Even while a daemon runs; it attaches its program again within seconds
     #[arg(long)]
     force: bool,
 }
@@ -311,17 +307,17 @@ fn interval(text: &str) -> Result<Duration, String> {
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.1 to 3600".to_owned())
 }
 
-/// What the process's own command line asks for. Ends the process, in clap's manner, after `--help`, `--version` or
-/// a mistake (exit code 2).
+/// Parses the process's command line. Ends the process after `--help` or `--version` (exit code 0) and after an error
+/// (exit code 2).
 #[must_use]
 pub fn parse() -> Invocation {
     try_parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
 }
 
-/// What a command line asks for, the program's name first.
+/// Parses a command line that begins with the program's name.
 ///
 /// # Errors
-/// Also for `--help` and `--version`, as is clap's way.
+/// Also for `--help` and `--version`, as clap has it.
 pub fn try_parse_from<I, T>(arguments: I) -> Result<Invocation, clap::Error>
 where
     I: IntoIterator<Item = T>,
@@ -382,7 +378,7 @@ fn run(args: RunArgs) -> Invocation {
     Invocation::Run { config: or_default(file.config), log, kubeconfig, status_socket }
 }
 
-/// The configuration file, which is all that may stand before the name of a command other than `run`.
+/// The configuration file, the only option that other commands than `run` accept before their name.
 fn only_config(command: &str, before: RunArgs, after: ConfigArg) -> Result<Option<PathBuf>, clap::Error> {
     let config = once("--config <FILE>", before.file.config.clone(), after.config)?;
     no_options(command, &RunArgs { file: ConfigArg::default(), ..before })?;
@@ -393,7 +389,7 @@ fn or_default(config: Option<PathBuf>) -> PathBuf {
     config.unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG))
 }
 
-/// An option given before or after the command's name, but not both: clap sees two options there.
+/// An option given before or after the command's name. Giving it twice is an error, which clap cannot see here.
 fn once<T>(option: &str, before: Option<T>, after: Option<T>) -> Result<Option<T>, clap::Error> {
     if before.is_some() && after.is_some() {
         return Err(conflict(&format!("the argument '{option}' cannot be used multiple times")));
@@ -420,7 +416,7 @@ fn conflict(message: &str) -> clap::Error {
     command().error(ErrorKind::ArgumentConflict, message)
 }
 
-/// The definitions themselves.
+/// The clap definitions.
 #[must_use]
 pub fn command() -> clap::Command {
     Cli::command()

@@ -1,15 +1,15 @@
-//! The status socket: how `udp-fanout status` and `udp-fanout trace` ask a running daemon what it is doing.
+//! The status socket: `udp-fanout status` and `udp-fanout trace` ask a running daemon over it; so can curl.
 //!
 //! ```text
-//! daemon:  mio ─► server ─► event_loop::report ─► Report      one line of JSON each way: protocol
-//! command: status ─► client ─► two Reports ─► rates ─► table, or JSON
+//! daemon:  event loop ─► server ─► event_loop::status ─► assemble ─► StatusReport      HTTP: protocol
+//! command: status_command ─► client ─► two StatusReports ─► rates ─► tables, or JSON
 //!
-//! daemon:  TC program ─► event_loop::trace ─► server ─► Traced, a line each
-//! command: follow ─► client ─► lines, or JSON
+//! daemon:  TC program ─► event_loop::trace ─► throttle ─► server ─► TraceRecord, a line each
+//! command: trace_command ─► client ─► lines, or JSON
 //! ```
 //!
-//! The daemon answers on its main thread, between other things, and never waits for a client. It keeps no history:
-//! rates are the difference of two reports, and cost nothing while nobody looks.
+//! The daemon answers on its main thread, between other events, and waits for no client. It keeps no history: rates are the
+//! difference of two reports, and cost nothing while nobody asks.
 
 pub mod assemble;
 pub mod client;

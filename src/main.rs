@@ -1,4 +1,4 @@
-//! Entry point: reads the command line, hands over to the library, turns its answer into an exit code.
+//! Entry point: parses the command line, calls the library, and turns the result into an exit code.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Is the daemon. What goes wrong is a line in the log, in the log's format.
+/// Runs the daemon. Errors are lines of the log, in its format.
 fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> ExitCode {
     if let Err(error) = logging::init(log) {
         eprintln!("{error:#}");
@@ -69,7 +69,7 @@ fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
     let config = Config::load(config)?;
     let requests: Vec<_> = config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect();
     if requests.is_empty() {
-        eprintln!("{}: no listener follows Services of Kubernetes, so nothing is needed there", config.path.display());
+        eprintln!("{}: no listener follows a Kubernetes Service, so no permissions are needed", config.path.display());
     }
     output::print(rbac::manifests(&requests, &account).as_bytes())
 }

@@ -1,12 +1,12 @@
-//! What the daemon tells about itself over HTTP.
+//! Metrics and probes over HTTP.
 //!
-//! - [`names`]: every metric, its type, help text and labels, once.
-//! - [`render`](mod@render): a [`MetricsSnapshot`] becomes a page in Prometheus' text format. Pure.
+//! - [`names`]: every metric with its type, help text and labels.
+//! - [`render`](mod@render): turns a [`MetricsSnapshot`] into a page in Prometheus' text format. Pure.
 //! - [`http`]: the thread that serves that page, and the liveness and readiness probes.
 //!
-//! The event loop owns the datapaths, so only it can read their counters. The HTTP thread asks it for a [`MetricsSnapshot`]
-//! at each scrape and renders that on its own time: the page is exact for the moment of the scrape, and the series of a
-//! downstream that is gone are gone too.
+//! The event loop owns the datapaths, so only it can read their counters. At each scrape the HTTP thread asks it for a
+//! [`MetricsSnapshot`] (`event_loop::scrape`) and renders it on its own time. So the page is current, and has no series of
+//! downstreams that are gone.
 
 pub mod http;
 pub mod names;

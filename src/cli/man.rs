@@ -1,7 +1,7 @@
 //! The manual page, udp-fanout(8).
 //!
-//! One page for all commands, since each has only a handful of options; clap's own generator makes one page a command,
-//! so here its parts are put together instead.
+//! One page for all commands, since each has only a few options. `clap_mangen::generate_to` would write a file per command, in
+//! section 1 and without our sections, so this combines its parts instead.
 
 use std::io;
 
@@ -27,7 +27,7 @@ pub fn man() -> io::Result<Vec<u8>> {
     main.render_options_section(&mut page)?;
     commands(&command, &mut page)?;
     sections().to_writer(&mut page)?;
-    Ok(without_repetition(&page))
+    Ok(without_repeated_definitions(&page))
 }
 
 fn description() -> Roff {
@@ -42,7 +42,7 @@ fn description() -> Roff {
     roff
 }
 
-/// What each command does and which options it takes.
+/// Each command with its description and options.
 fn commands(command: &Command, page: &mut Vec<u8>) -> io::Result<()> {
     let mut heading = Roff::new();
     heading.control("SH", ["COMMANDS"]);
@@ -56,7 +56,7 @@ fn commands(command: &Command, page: &mut Vec<u8>) -> io::Result<()> {
         if sub.get_name() == "run" {
             let mut roff = Roff::new();
             roff.control("PP", []);
-            roff.text([roman("Takes the options above; they may also stand before its name.")]);
+            roff.text([roman("Takes the options above, before or after its name.")]);
             roff.to_writer(page)?;
         } else {
             page.append(&mut without_heading(&part, Man::render_options_section)?);
@@ -65,15 +65,15 @@ fn commands(command: &Command, page: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-/// A section of a command's own page as a part of this one: clap starts each with a heading line.
+/// A section of a command's own page, without the heading line that clap starts it with.
 fn without_heading(part: &Man, section: impl Fn(&Man, &mut dyn io::Write) -> io::Result<()>) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     section(part, &mut text)?;
     Ok(lines_where(&text, |line| !line.starts_with(".SH ")))
 }
 
-/// Each piece of roff comes with the same definition of an apostrophe; the page needs it once.
-fn without_repetition(page: &[u8]) -> Vec<u8> {
+/// Removes repeated definitions of the apostrophe, which every piece of roff begins with.
+fn without_repeated_definitions(page: &[u8]) -> Vec<u8> {
     let mut seen = 0;
     lines_where(page, |line| {
         let definition = line.starts_with(".ie \\n(.g .ds Aq") || line.starts_with(".el .ds Aq");

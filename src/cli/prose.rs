@@ -1,12 +1,12 @@
-//! What help and manual page say beyond the options: once, for both.
+//! Text of `--help` and the manual page beyond the options.
 
 use std::fmt::Write;
 
-/// What the program is, in one line.
+/// What the program does, in one line.
 pub(super) const ABOUT: &str = "Hand each UDP datagram that arrives at this host to one of several receivers";
 
-/// The forms of the command line, one a line; clap's own would show neither which options go with which command nor
-/// that `run` may be left out.
+/// The usage, one command per line. The one that clap generates shows neither the commands' options nor that `run` is
+/// optional.
 pub(super) const USAGE: &str = "\
 udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] [--status-socket PATH]
        udp-fanout check [-c FILE]
@@ -20,100 +20,110 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout completions SHELL
        udp-fanout man";
 
-/// What the program does: paragraphs, unwrapped.
+/// What the program does, one paragraph each.
 pub(super) const DESCRIPTION: [&str; 4] = [
-    "udp-fanout takes the UDP datagrams that arrive at a port of this host and hands each of them to one of the \
-     receivers behind it, keeping the sender's source address. It tracks no connections, so a single busy sender \
-     spreads over all receivers. Receivers come from the configuration file or from Kubernetes EndpointSlices.",
-    "In mode tc_ebpf a TC program in the kernel forwards them, before they reach any socket; that takes root, or the \
-     capabilities BPF, NET_ADMIN, PERFMON and SYS_ADMIN. In mode userspace sockets and threads do, which takes no \
-     privilege for ports from 1024 up. Mode auto takes the first where it can, else the second, and logs why.",
-    "It stays in the foreground and logs to standard error, as systemd and container runtimes like it.",
-    "If no command is named, it runs the daemon.",
+    "udp-fanout receives UDP datagrams at a port of this host and sends each of them to one of several receivers, keeping \
+     the sender's source address. It tracks no connections, so even a single busy sender is spread over all receivers. \
+     Receivers come from the configuration file, from DNS or from Kubernetes EndpointSlices.",
+    "In mode tc_ebpf, a TC program in the kernel forwards the datagrams before they reach any socket. This needs root, or \
+     the capabilities BPF, NET_ADMIN and PERFMON. In mode userspace, sockets and threads forward them, which needs no \
+     privilege for ports from 1024 up. Mode auto selects tc_ebpf if this host supports it, else userspace, and logs why.",
+    "The daemon stays in the foreground and logs to standard error, as systemd and container runtimes expect.",
+    "Without a command, udp-fanout runs the daemon.",
 ];
 
-/// A part of the manual that explains some terms.
+/// A section that explains terms.
 pub(super) struct Section {
     pub(super) title: &'static str,
     /// Term and explanation.
     pub(super) entries: &'static [(&'static str, &'static str)],
 }
 
-/// The parts after the options.
+/// The sections after the options.
 pub(super) const SECTIONS: [Section; 5] = [
     Section {
         title: "Examples",
         entries: &[
-            ("udp-fanout", "Run on /etc/udp-fanout/config.toml."),
-            ("udp-fanout -c ./syslog.toml -l debug", "Run on another file and log more."),
-            ("udp-fanout check -c ./syslog.toml", "Find out whether a file is right before restarting with it."),
-            ("udp-fanout rbac -c ./syslog.toml | kubectl apply -f -", "Allow what a file needs in the cluster."),
-            ("udp-fanout status", "See what the running daemon is doing, and what is wrong."),
-            ("udp-fanout status --watch", "The same, every second."),
-            ("udp-fanout trace --source 10.0.0.7 -n 10", "See what becomes of the next ten datagrams of one sender."),
+            ("udp-fanout", "Run with /etc/udp-fanout/config.toml."),
+            ("udp-fanout -c ./syslog.toml -l debug", "Run with another file and log more."),
+            ("udp-fanout check -c ./syslog.toml", "Check a file before a reload or restart."),
+            (
+                "udp-fanout rbac -c ./syslog.toml | kubectl apply -f -",
+                "Grant the permissions that a file needs in the cluster.",
+            ),
+            ("udp-fanout status", "Show what the running daemon does, and present problems."),
+            ("udp-fanout status --watch", "Update that every second."),
+            ("udp-fanout trace --source 10.0.0.7 -n 10", "Show where the next ten datagrams of one sender go."),
             ("udp-fanout doctor", "Find out why datagrams do not arrive."),
             ("sudo udp-fanout demo", "See it work, in network namespaces of its own."),
-            ("udp-fanout detach", "Remove what a daemon with on_exit = \"keep\" has left, for good."),
-            ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log everything about one part, little of others."),
+            ("udp-fanout detach", "Remove the TC program that a daemon with on_exit = \"keep\" has left."),
+            ("RUST_LOG=info,udp_fanout::datapath=trace udp-fanout", "Log one module in detail."),
             ("udp-fanout completions bash > /etc/bash_completion.d/udp-fanout", "Install completions."),
-            ("curl http://127.0.0.1:9090/metrics", "Read the counters, if the configuration enables metrics there."),
+            ("curl http://127.0.0.1:9090/metrics", "Read the metrics, if the configuration enables them there."),
+            (
+                "curl --unix-socket /run/udp-fanout/status.sock http://localhost/status",
+                "Read the status as JSON from the status socket, which speaks HTTP.",
+            ),
         ],
     },
     Section {
         title: "Files",
         entries: &[
-            ("/etc/udp-fanout/config.toml", "The configuration, unless --config names another."),
-            (
-                "/sys/fs/bpf/udp-fanout",
-                "Where the TC program is kept under on_exit = \"keep\", unless pin_path says otherwise.",
-            ),
+            ("/etc/udp-fanout/config.toml", "The configuration file, unless --config names another."),
+            ("/sys/fs/bpf/udp-fanout", "Pins of the TC program with on_exit = \"keep\"; pin_path changes it."),
             (
                 "/run/udp-fanout/status.sock",
-                "Where the daemon answers `udp-fanout status` and `trace`, unless told otherwise.",
+                "The status socket, for `udp-fanout status` and `trace`; status_socket changes it.",
             ),
         ],
     },
     Section {
         title: "Environment",
         entries: &[
-            ("RUST_LOG", "What to log, as comma-separated [TARGET=]LEVEL; wins over --log-level."),
-            ("NO_COLOR", "If not empty, no colours even on a terminal."),
+            ("RUST_LOG", "What to log, as comma-separated [TARGET=]LEVEL; takes precedence over --log-level."),
+            ("NO_COLOR", "If set and not empty, output has no colours."),
             (
                 "KUBECONFIG",
-                "Where the API server of Kubernetes is, outside of a pod; asked only if a listener follows Services.",
+                "kubeconfig file for the Kubernetes API, outside a pod; used only if a listener follows Services.",
             ),
-            ("NODE_NAME", "This node's name in Kubernetes, for listeners that prefer receivers by where they run."),
-            ("JOURNAL_STREAM", "Set by systemd: the journal has the time of each line already, so text omits it."),
+            (
+                "NODE_NAME",
+                "This node's name in Kubernetes, for listeners that prefer receivers on their node or in their zone.",
+            ),
+            ("JOURNAL_STREAM", "Set by systemd: text lines omit the time, which the journal has."),
         ],
     },
     Section {
         title: "Signals",
-        entries: &[(
-            "SIGTERM, SIGINT",
-            "Take the TC program off the interfaces (or leave it in force, with on_exit = \"keep\"), forward what has been \
-             taken in, and exit with 0.",
-        )],
+        entries: &[
+            (
+                "SIGHUP",
+                "Read the configuration file again and put it in force, as a whole; if that is impossible, log why and keep \
+                 the present configuration.",
+            ),
+            (
+                "SIGTERM, SIGINT",
+                "Detach the TC program from the interfaces (with on_exit = \"keep\", leave it in force), forward the datagrams \
+                 that were received, and exit with 0.",
+            ),
+        ],
     },
     Section {
         title: "Exit status",
         entries: &[
-            (
-                "0",
-                "Stopped by a signal; or the configuration checked is right; or the daemon has told its status, or \
-                the doctor has found no problem.",
-            ),
-            ("1", "Something is wrong, and one line on standard error says what, where, and how to put it right."),
+            ("0", "The daemon was stopped by a signal, or the command succeeded; doctor and demo found no problem."),
+            ("1", "Something is wrong; one line on standard error says what, where, and how to fix it."),
             ("2", "The command line is wrong."),
         ],
     },
 ];
 
-/// The description for `--help`.
+/// The description in `--help`.
 pub(super) fn long_about() -> String {
     DESCRIPTION.join("\n\n")
 }
 
-/// The sections for `--help`.
+/// The sections in `--help`.
 pub(super) fn sections_as_text() -> String {
     let mut text = String::new();
     for Section { title, entries } in &SECTIONS {

@@ -231,7 +231,7 @@ fn help_names_every_command_option_and_section() {
     for section in prose::SECTIONS {
         assert!(long.contains(&format!("\n{}:\n", section.title)), "{}", section.title);
     }
-    assert!(long.contains("SIGTERM") && long.contains("RUST_LOG"));
+    assert!(long.contains("SIGHUP") && long.contains("SIGTERM") && long.contains("RUST_LOG"));
 }
 
 #[test]
@@ -277,4 +277,9 @@ fn the_manual_page_has_every_command_option_and_section() {
         assert_eq!(page.matches(&format!("\n.SH {title}\n")).count(), 1, "{title}");
     }
     assert_eq!(page.matches(".ds Aq").count(), 2, "an apostrophe is defined once, for either case");
+    // Privileges and signals as they are.
+    assert!(plain.contains("the capabilities BPF, NET_ADMIN and PERFMON") && !plain.contains("SYS_ADMIN"), "{plain}");
+    for signal in ["SIGHUP", "SIGTERM, SIGINT"] {
+        assert!(page.contains(&format!("\n\\fB{signal}\\fR\n")), "{signal}: {page}");
+    }
 }

@@ -1,16 +1,16 @@
-//! From two reports of the same daemon to what happens in a second. Pure.
+//! Computes rates from two reports of the same daemon. Pure.
 
 use super::report::{Rates, StatusReport};
 
-/// Adds rates to `now`: the difference to `before` by the daemon's own clock. Nothing is added where the two cannot be
-/// compared: another process, no time between them, a listener or downstream that was not there.
+/// Adds rates to `now`: the difference to `before`, by the daemon's own clock. Adds none where the two cannot be compared:
+/// another process, no time between them, a listener or downstream that `before` does not have.
 pub fn add(now: &mut StatusReport, before: &StatusReport) {
     let seconds = now.daemon.uptime_secs - before.daemon.uptime_secs;
     if now.daemon.pid != before.daemon.pid || seconds <= 0.0 {
         return;
     }
     let per_second = |now: u64, before: u64| {
-        #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
+        #[expect(clippy::cast_precision_loss, reason = "a rate need not be exact")]
         let more = now.saturating_sub(before) as f64;
         more / seconds
     };

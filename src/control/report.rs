@@ -1,8 +1,7 @@
-//! What the daemon tells about itself at one moment, as it is sent over the status socket and printed by
-//! `udp-fanout status --json`.
+//! The daemon's status, as sent over the status socket and printed by `udp-fanout status --json`.
 //!
-//! Plain values. Everything but [`Rates`] is the daemon's word; those are worked out by whoever has two reports
-//! ([`super::rates`]). Fields are only ever added, so that scripts go on working.
+//! The daemon fills in everything but [`Rates`], which the command computes from two reports ([`super::rates`]). Fields are
+//! only ever added, so that scripts go on working.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,7 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Everything.
+/// The daemon's status at one moment.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StatusReport {
@@ -20,7 +19,7 @@ pub struct StatusReport {
     pub listeners: Vec<ListenerReport>,
     /// The Kubernetes Services that are followed, by namespace and name.
     pub services: Vec<ServiceReport>,
-    /// What is wrong at the moment, a line each; empty is good.
+    /// Present problems, a line each.
     pub problems: Vec<String>,
 }
 
@@ -28,19 +27,19 @@ pub struct StatusReport {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DaemonReport {
-    /// Its version and revision.
+    /// Version and revision.
     pub version: String,
-    /// Its process id.
+    /// Process ID.
     pub pid: u32,
     /// When it started, in seconds since 1970.
     pub started: f64,
-    /// Seconds since then, by a clock that only goes forward.
+    /// Seconds since then, by the monotonic clock.
     pub uptime_secs: f64,
-    /// Its configuration file.
+    /// The configuration file.
     pub config: PathBuf,
-    /// Changes put in force since the start.
+    /// Plans applied since the start.
     pub plans_applied: u64,
-    /// Changes that could not be.
+    /// Plans that could not be applied.
     pub plans_refused: u64,
 }
 
@@ -48,41 +47,41 @@ pub struct DaemonReport {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ListenerReport {
-    /// Its number.
+    /// Its number, as in the kernel's maps.
     pub id: u32,
-    /// Its name.
+    /// Unique.
     pub name: String,
-    /// The address and port senders send to.
+    /// The address and port that senders send to.
     pub bind: String,
-    /// The datapath it has: `tc_ebpf` or `userspace`.
+    /// Its datapath: `tc_ebpf` or `userspace`.
     pub mode: String,
-    /// Why that one.
+    /// Why it has that datapath.
     pub mode_reason: String,
-    /// Why the kernel program leaves everything to the socket, if it does.
+    /// Why the kernel program passes everything to the socket, if it does.
     pub socket_only: Option<String>,
     /// The interfaces that the kernel program is attached to for it.
     pub interfaces: Vec<String>,
-    /// How a downstream is chosen, in the configuration's words.
+    /// How a downstream is selected, in the configuration's words.
     pub policy: String,
-    /// What it still waits for, if anything.
+    /// What it waits for before it serves, if anything.
     pub waits_for: Option<String>,
-    /// Datagrams that were the listener's, each once, whichever datapath had them.
+    /// Datagrams received, each once, by whichever datapath.
     pub received: u64,
     /// Datagrams handed to a downstream.
     pub forwarded: u64,
     /// Datagrams dropped, for any reason.
     pub dropped: u64,
-    /// Bytes of UDP payload received, but for datagrams that the kernel program dropped.
+    /// Bytes of UDP payload received, without those that the kernel program dropped.
     pub bytes_received: u64,
-    /// Datagrams dropped, by reason; only those that there are.
+    /// Datagrams dropped, by reason; reasons without any are absent.
     pub drops: BTreeMap<String, u64>,
-    /// Single copies that a replicating listener could not send, by reason; only those that there are.
+    /// Copies that a replicating listener could not send, by reason; reasons without any are absent.
     pub copies_dropped: BTreeMap<String, u64>,
     /// What each datapath has counted, by its name.
     pub datapaths: BTreeMap<String, DatapathReport>,
-    /// Its downstreams, those left out of the round included.
+    /// Its downstreams, unhealthy ones included.
     pub downstreams: Vec<DownstreamReport>,
-    /// Per second, since the report before.
+    /// Rates since the report before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rates: Option<Rates>,
 }
@@ -95,7 +94,7 @@ pub struct DatapathReport {
     pub received: u64,
     /// Datagrams handed to a downstream.
     pub forwarded: u64,
-    /// Datagrams left to the listener's socket.
+    /// Datagrams passed to the listener's socket.
     pub passed: u64,
     /// Datagrams dropped.
     pub dropped: u64,
@@ -104,40 +103,40 @@ pub struct DatapathReport {
 /// One downstream of one listener.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DownstreamReport {
-    /// Its name.
+    /// From the configuration or from discovery.
     pub name: String,
-    /// Its address.
+    /// Where datagrams are sent.
     pub address: SocketAddr,
-    /// Its weight in the configuration.
+    /// Configured weight.
     pub weight: u32,
-    /// The part of the listener's datagrams that is its, 0 to 1; under `replicate`, the part that is copied to it.
+    /// Its share of the listener's datagrams, 0 to 1; with `replicate`, the share that is copied to it.
     pub share: f64,
-    /// Seconds since it has been one of the listener's downstreams.
+    /// Seconds for which it has been a downstream of the listener.
     pub age_secs: f64,
-    /// What health checks say, if there are any.
+    /// Its health; none without health checks.
     pub health: Option<HealthReport>,
-    /// How its datagrams leave: `local`, `eth0`, or why not.
+    /// The egress interface, `local` or `no route`; none where sockets forward.
     pub way: Option<String>,
-    /// Datagrams handed to it since it last joined the round.
+    /// Datagrams handed to it since it last became a target.
     pub packets: u64,
     /// Bytes of UDP payload handed to it since then.
     pub bytes: u64,
-    /// Per second, since the report before.
+    /// Rates since the report before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rates: Option<Rates>,
 }
 
-/// What health checks say of a downstream.
+/// A downstream's health.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HealthReport {
     /// `unknown`, `healthy` or `unhealthy`.
     pub state: String,
-    /// Seconds that it has been in that state.
+    /// Seconds for which it has had that state.
     pub for_secs: f64,
     /// Why the last probes failed, if they did.
     pub failure: Option<String>,
-    /// How long the last answer took, in seconds.
+    /// Round-trip time of the last probe that was answered, in seconds.
     pub round_trip_secs: Option<f64>,
 }
 
@@ -145,28 +144,28 @@ pub struct HealthReport {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ServiceReport {
-    /// Its namespace.
+    /// The Service's namespace.
     pub namespace: String,
-    /// Its name.
+    /// The Service's name.
     pub service: String,
-    /// A complete list is held, and the watch that keeps it current is open.
+    /// All its endpoints are known, and the watch that keeps them current is open.
     pub synced: bool,
-    /// Seconds since the API server last said anything about it.
+    /// Seconds since the API server last sent anything about it.
     pub last_event_secs: Option<f64>,
-    /// Failures, by kind; only those that there are.
+    /// Failures, by kind; kinds without any are absent.
     pub errors: BTreeMap<String, u64>,
 }
 
-/// Changes per second between two reports.
+/// Rates between two reports, per second.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Rates {
     /// Datagrams received; of a downstream, handed to it.
     pub packets: f64,
-    /// Bytes of UDP payload likewise.
+    /// Bytes of UDP payload of these datagrams.
     pub bytes: f64,
     /// Datagrams forwarded; of a downstream, the same as `packets`.
     pub forwarded: f64,
-    /// Datagrams dropped; always 0 of a downstream.
+    /// Datagrams dropped; always 0 for a downstream.
     pub dropped: f64,
 }

@@ -1,4 +1,4 @@
-//! The command `udp-fanout status`: asks, works out the rates, prints.
+//! The command `udp-fanout status`: asks twice, computes rates, prints.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -13,34 +13,34 @@ use super::{rates, tables};
 use crate::config::{Config, DEFAULT_CONFIG, STATUS_SOCKET};
 use crate::output;
 
-/// What is asked for.
+/// Options of the command line.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StatusOptions {
     /// The daemon's status socket.
     pub socket: PathBuf,
-    /// JSON, one line a report, instead of tables.
+    /// Print JSON, one line per report, instead of tables.
     pub json: bool,
-    /// Go on until interrupted.
+    /// Repeat until interrupted.
     pub watch: bool,
-    /// The time over which rates are taken.
+    /// The interval over which rates are measured.
     pub interval: Duration,
 }
 
-/// The status socket to ask at: the one named, or that of the configuration file named or else the default one, or the
-/// default. A file that cannot be understood is as good as one that names none: this is the moment to ask the daemon.
+/// The status socket: the one named, or `status_socket` of the configuration file, or the default. An invalid file counts as
+/// one that does not set it, because that is when the daemon's status matters.
 #[must_use]
 pub fn socket(config: Option<&Path>, socket: Option<PathBuf>) -> PathBuf {
     let of_config = || Config::status_socket_of(config.unwrap_or(Path::new(DEFAULT_CONFIG)));
     socket.or_else(of_config).unwrap_or_else(|| PathBuf::from(STATUS_SOCKET))
 }
 
-/// Clears a terminal and puts the cursor in its upper left corner.
+/// Clears the terminal and moves the cursor to its upper left corner.
 const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
-/// Prints what the daemon is doing: once, or again and again until interrupted or until nobody reads on.
+/// Prints the status once, or until interrupted or until the output's reader has gone.
 ///
 /// # Errors
-/// When there is no daemon to ask, in one line with the fix; or when standard output refuses.
+/// When no daemon answers, in one line with the fix; or when standard output cannot be written to.
 pub fn run(options: &StatusOptions) -> Result<()> {
     let mut client = StatusClient::connect(&options.socket)?;
     let terminal = std::io::stdout().is_terminal();

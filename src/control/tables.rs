@@ -1,4 +1,4 @@
-//! A [`StatusReport`] as tables for people. Pure: whether there is a terminal to colour is the caller's to know.
+//! Renders a [`StatusReport`] as tables. Pure; the caller decides whether to colour them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,12 +12,12 @@ const RED: &str = "\u{1b}[31m";
 const YELLOW: &str = "\u{1b}[33m";
 const PLAIN: &str = "\u{1b}[0m";
 
-/// How a row looks on a terminal.
+/// How a row is coloured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Look {
+enum RowStyle {
     Plain,
-    Odd,
-    Bad,
+    Warning,
+    Problem,
 }
 
 /// The report as text, with a line feed at its end.
@@ -82,13 +82,13 @@ fn listeners(report: &StatusReport, colour: bool) -> String {
             listener.dropped.to_string(),
         ];
         let dropping = listener.rates.is_some_and(|rates| rates.dropped > 0.0);
-        let look = if listener.waits_for.is_some() || dropping { Look::Bad } else { Look::Plain };
-        (cells, look)
+        let style = if listener.waits_for.is_some() || dropping { RowStyle::Problem } else { RowStyle::Plain };
+        (cells, style)
     };
     table(&head, report.listeners.iter().map(row), colour)
 }
 
-/// What does not fit into a column: why a listener has its mode, what it dropped and why, what it waits for.
+/// What does not fit into a column: the reason for a listener's mode, its drops by reason, and what it waits for.
 fn notes(report: &StatusReport) -> String {
     let mut text = String::new();
     for listener in &report.listeners {
@@ -96,7 +96,7 @@ fn notes(report: &StatusReport) -> String {
         let mut note = |words: String| text += &format!("  {name}: {words}\n");
         note(format!("{}: {}", listener.mode, listener.mode_reason));
         if let Some(reason) = &listener.socket_only {
-            note(format!("its socket forwards everything, because {reason}"));
+            note(format!("its socket forwards everything: {reason}"));
         }
         if !listener.drops.is_empty() {
             note(format!("dropped: {}", counted(&listener.drops)));
@@ -116,10 +116,10 @@ fn downstreams(report: &StatusReport, colour: bool) -> String {
     let all = report.listeners.iter().flat_map(|listener| listener.downstreams.iter().map(move |to| (listener, to)));
     let row = |(listener, to): (&ListenerReport, &DownstreamReport)| {
         let state = to.health.as_ref().map_or("", |health| health.state.as_str());
-        let look = match (state, to.share > 0.0) {
-            ("unhealthy", _) => Look::Bad,
-            (_, false) => Look::Odd,
-            _ => Look::Plain,
+        let style = match (state, to.share > 0.0) {
+            ("unhealthy", _) => RowStyle::Problem,
+            (_, false) => RowStyle::Warning,
+            _ => RowStyle::Plain,
         };
         let cells = vec![
             listener.name.clone(),
@@ -132,7 +132,7 @@ fn downstreams(report: &StatusReport, colour: bool) -> String {
             to.packets.to_string(),
             to.way.clone().unwrap_or_else(|| "-".to_owned()),
         ];
-        (cells, look)
+        (cells, style)
     };
     table(&head, all.map(row), colour)
 }
@@ -158,23 +158,23 @@ fn services(report: &StatusReport, colour: bool) -> String {
             service.last_event_secs.map_or_else(|| "never".to_owned(), |secs| format!("{} ago", span(secs))),
             if service.errors.is_empty() { "-".to_owned() } else { counted(&service.errors) },
         ];
-        (cells, if service.synced { Look::Plain } else { Look::Bad })
+        (cells, if service.synced { RowStyle::Plain } else { RowStyle::Problem })
     };
     table(&head, report.services.iter().map(row), colour)
 }
 
-/// Columns with two blanks between them; those whose title starts with `<` hold numbers and are aligned to the right.
-fn table(head: &[&str], rows: impl Iterator<Item = (Vec<String>, Look)>, colour: bool) -> String {
+/// Columns are separated by two blanks; those whose title starts with `<` are aligned to the right.
+fn table(head: &[&str], rows: impl Iterator<Item = (Vec<String>, RowStyle)>, colour: bool) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(head.iter().map(|title| Cell::new(title.trim_start_matches('<'))));
-    let mut looks = vec![BOLD];
-    for (cells, look) in rows {
+    let mut styles = vec![BOLD];
+    for (cells, style) in rows {
         table.add_row(cells);
-        looks.push(match look {
-            Look::Plain => "",
-            Look::Odd => YELLOW,
-            Look::Bad => RED,
+        styles.push(match style {
+            RowStyle::Plain => "",
+            RowStyle::Warning => YELLOW,
+            RowStyle::Problem => RED,
         });
     }
     for (column, title) in table.column_iter_mut().zip(head) {
@@ -183,12 +183,12 @@ fn table(head: &[&str], rows: impl Iterator<Item = (Vec<String>, Look)>, colour:
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    // No cell holds a line feed, so each row is one line.
-    table.lines().zip(looks).map(|(line, look)| painted(line.trim_end(), if colour { look } else { "" })).collect()
+    // Cells contain no line feeds, so each row is one line.
+    table.lines().zip(styles).map(|(line, style)| painted(line.trim_end(), if colour { style } else { "" })).collect()
 }
 
-fn painted(line: &str, look: &str) -> String {
-    if look.is_empty() { format!("{line}\n") } else { format!("{look}{line}{PLAIN}\n") }
+fn painted(line: &str, style: &str) -> String {
+    if style.is_empty() { format!("{line}\n") } else { format!("{style}{line}{PLAIN}\n") }
 }
 
 fn listed(names: &[String]) -> String {
@@ -206,7 +206,7 @@ fn scaled(rate: f64) -> String {
     if rate < 0.05 {
         return "0".to_owned();
     }
-    // What would be shown as 1000 of one unit is 1.00 of the next.
+    // What would round to 1000 of one unit is 1.00 of the next.
     let (unit, suffix) = STEPS.into_iter().find(|(unit, _)| rate >= unit * 0.9995).unwrap_or((1.0, ""));
     let value = rate / unit;
     let digits = match value {
@@ -224,7 +224,7 @@ fn percent(share: f64) -> String {
     if percent == 0.0 || percent >= 9.95 { format!("{percent:.0}%") } else { format!("{percent:.1}%") }
 }
 
-/// A length of time in its two largest units: `45s`, `3m 12s`, `2d 4h`.
+/// A duration in its two largest units: `45s`, `3m 12s`, `2d 4h`.
 fn span(seconds: f64) -> String {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is never negative")]
     let seconds = seconds.max(0.0) as u64;

@@ -1,7 +1,7 @@
-//! What is told of single datagrams over the status socket, and to whom.
+//! Records of traced datagrams, and the subscriptions that decide which client gets which.
 //!
-//! A client that has asked for a trace gets lines until it closes the connection. The kernel program tells of as little as all
-//! clients together want (`event_loop::trace`); here each gets what it has asked for.
+//! The kernel program traces the union of what all clients ask for (`event_loop::trace`); each client gets the records that
+//! match its own subscription.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,61 +10,61 @@ use serde::{Deserialize, Serialize};
 use crate::admission::Prefix;
 use crate::model::ListenerId;
 
-/// What has become of one datagram, or of several of one sender that came in one packet, or of one copy.
+/// What became of one datagram, of several of one sender that arrived in one packet, or of one copy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TraceRecord {
-    /// When, in seconds since 1970.
+    /// Seconds since 1970.
     pub time: f64,
-    /// The name of the listener whose it was.
+    /// The listener's name.
     pub listener: String,
-    /// Who has sent it.
+    /// The sender.
     pub source: SocketAddr,
-    /// Where to.
+    /// The listener's address that it was sent to.
     pub destination: SocketAddr,
-    /// The interface it came in by.
+    /// The ingress interface.
     pub interface: String,
     /// `forwarded`, `passed` (to the listener's socket, which forwards it), `dropped`, `copied` or `copy_dropped`.
     pub fate: String,
-    /// Why it was dropped, if it was.
+    /// Why it was dropped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// The downstream chosen for it, if one was.
+    /// The selected downstream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downstream: Option<SocketAddr>,
-    /// Its name.
+    /// The downstream's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The interface it leaves by.
+    /// The egress interface.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub out_interface: Option<String>,
-    /// How it is delivered: `local`, `neighbour` (the kernel finds it), `known` (straight to a neighbour that was known), `pod`
-    /// (straight into a namespace), `bare` (by a link without addresses of its own).
+    /// How it is delivered: `local`, `neighbour` (the kernel resolves it), `known` (to a cached neighbour), `pod` (into a network
+    /// namespace), `bare` (by a link without link-layer addresses).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way: Option<String>,
-    /// How many datagrams.
+    /// Number of datagrams.
     pub datagrams: u32,
-    /// Their UDP payload.
+    /// Bytes of their UDP payload.
     pub bytes: u32,
 }
 
-/// What one client wants to know.
+/// The datagrams that a client traces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TraceSubscription {
     /// Only this listener's datagrams.
     pub listener: Option<ListenerId>,
-    /// Only those from these addresses.
+    /// Only datagrams from this prefix.
     pub source: Option<Prefix>,
 }
 
 impl TraceSubscription {
-    /// Whether it wants to know of a listener's datagram from this address.
+    /// Whether it includes a listener's datagram from this address.
     #[must_use]
     pub fn matches(&self, listener: ListenerId, source: IpAddr) -> bool {
         self.listener.is_none_or(|wanted| wanted == listener)
             && self.source.is_none_or(|prefix| prefix.contains(source))
     }
 
-    /// The narrowest that leaves nothing out of what all of these want; none if there are none.
+    /// The narrowest subscription that includes all of these; none if there are none.
     #[must_use]
     pub fn covering(all: impl IntoIterator<Item = TraceSubscription>) -> Option<TraceSubscription> {
         all.into_iter().reduce(|one, other| TraceSubscription {
@@ -74,7 +74,7 @@ impl TraceSubscription {
     }
 }
 
-/// A line for a terminal.
+/// One line of `udp-fanout trace`.
 impl std::fmt::Display for TraceRecord {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {} {} -> {} ", clock(self.time), self.listener, self.source, self.destination)?;
@@ -105,9 +105,9 @@ impl std::fmt::Display for TraceRecord {
     }
 }
 
-/// The time of day, UTC.
+/// Time of day, UTC.
 fn clock(time: f64) -> String {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "negative and huge times are no times")]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "negative and huge times do not occur")]
     let micros = (time * 1e6) as u64;
     let (seconds, micros) = (micros / 1_000_000 % 86_400, micros % 1_000_000);
     format!("{:02}:{:02}:{:02}.{micros:06}", seconds / 3600, seconds / 60 % 60, seconds % 60)

@@ -10,18 +10,18 @@ use super::trace::TraceRecord;
 use crate::admission::Prefix;
 use crate::output;
 
-/// What is asked for.
+/// Options of the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TraceOptions {
     /// The daemon's status socket.
     pub socket: PathBuf,
     /// Only this listener's datagrams.
     pub listener: Option<String>,
-    /// Only those from these addresses.
+    /// Only datagrams from this address or prefix.
     pub source: Option<String>,
-    /// End after so many lines.
+    /// End after so many datagrams.
     pub count: Option<u64>,
-    /// JSON, a line for each.
+    /// Print JSON, one line per datagram.
     pub json: bool,
 }
 

@@ -1,12 +1,12 @@
 //! The HTTP endpoint: metrics, liveness, readiness.
 //!
 //! One thread, `fo-http`, runs a small tokio runtime and hyper. It holds no state of the daemon: for every request it
-//! sends a [`MainLoopRequest`] through a channel, wakes the event loop, and waits for the answer a limited time. So a page is
-//! always current, and `/healthz` answers 200 only while the event loop really turns.
+//! sends a [`MainLoopRequest`] through a channel, wakes the event loop, and waits a limited time for the reply. So pages are
+//! current, and `/healthz` answers 200 only while the event loop runs.
 //!
-//! - [`MetricsListener`] takes the port, so that a port in use is an error at start and not a line in a log.
-//! - `serve` accepts connections and keeps slow clients from crowding out others.
-//! - `answer` turns one HTTP request into one response.
+//! - [`MetricsListener`] binds the port, so that a port in use fails the start.
+//! - `connections` accepts connections and keeps slow clients from blocking others.
+//! - `routes` turns one HTTP request into one response.
 
 mod connections;
 mod routes;
@@ -30,17 +30,17 @@ pub const HEALTH_PATH: &str = "/healthz";
 /// Path of the readiness probe.
 pub const READY_PATH: &str = "/readyz";
 
-/// What the HTTP thread asks of the event loop. A dropped sender is answered with 503, as is silence.
+/// A request of the HTTP thread to the event loop. If the sender is dropped or no reply comes, the client gets 503.
 #[derive(Debug)]
 pub enum MainLoopRequest {
-    /// For the metrics page; an error goes to the client as it is, with 503.
+    /// For the metrics page. An error becomes the body of a 503.
     Scrape(oneshot::Sender<anyhow::Result<MetricsSnapshot>>),
-    /// For liveness, where any answer will do, and readiness.
+    /// For readiness; and for liveness, where any reply will do.
     Readiness(oneshot::Sender<ReadinessReport>),
 }
 
 impl MainLoopRequest {
-    /// True if nobody waits for the answer any more, so that it need not be computed.
+    /// True if the client has gone, so that the reply need not be computed.
     #[must_use]
     pub fn abandoned(&self) -> bool {
         match self {
@@ -50,23 +50,23 @@ impl MainLoopRequest {
     }
 }
 
-/// How far the daemon has got.
+/// Readiness of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ReadinessReport {
     /// Every configured listener.
     pub listeners: Vec<ListenerReadiness>,
 }
 
-/// How far one listener has got.
+/// Readiness of one listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerReadiness {
     /// Its name.
     pub name: Arc<str>,
-    /// Whether it takes part.
+    /// Whether it serves.
     pub readiness: ReadinessState,
 }
 
-/// Whether a listener can do its work.
+/// Whether a listener serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadinessState {
     /// Attached, and has had its first downstream set.
@@ -77,18 +77,18 @@ pub enum ReadinessState {
     NoDownstreamSet,
 }
 
-/// How long the endpoint waits, and for how many.
+/// Time-outs and the number of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HttpLimits {
-    /// How long the event loop may take to answer before it counts as stalled.
+    /// How long the event loop may take to reply.
     pub answer: Duration,
     /// How long a client may take to send its request.
     pub headers: Duration,
-    /// How long a connection may last altogether, which is what ends a client that does not read its response.
+    /// How long a connection may last in total, which bounds clients that do not read their response.
     pub connection: Duration,
-    /// HttpConnections open at one time, at least 1. One more closes the oldest that waits for its client.
+    /// Open connections, at least 1. One more closes the oldest that waits for its client.
     pub connections: usize,
-    /// How long a new connection is safe from being closed for another's sake: time for its request to arrive.
+    /// How long a new connection is not closed in favour of another: time for its request to arrive.
     pub grace: Duration,
 }
 
@@ -104,7 +104,7 @@ impl Default for HttpLimits {
     }
 }
 
-/// A port taken, not served yet.
+/// A bound port that is not served yet.
 #[derive(Debug)]
 pub struct MetricsListener {
     listener: Arc<TcpListener>,
@@ -113,11 +113,11 @@ pub struct MetricsListener {
 }
 
 impl MetricsListener {
-    /// Takes the configured address and port.
+    /// Binds the configured address and port.
     ///
     /// # Errors
-    /// When the port is in use, the address is not this host's, privileges are missing, or `metrics.path` is one of
-    /// the probes' paths.
+    /// When the port is in use, the address is not this host's, privileges are missing, or `metrics.path` is the path of a
+    /// probe.
     pub fn new(config: &MetricsConfig) -> anyhow::Result<Self> {
         if config.path == HEALTH_PATH || config.path == READY_PATH {
             bail!("metrics.path `{}` is the path of a probe; choose another, such as `/metrics`", config.path);
@@ -128,14 +128,14 @@ impl MetricsListener {
         Ok(MetricsListener { listener: Arc::new(listener), address, path: config.path.clone() })
     }
 
-    /// The address and port taken: the configured one, with the kernel's choice in place of port 0.
+    /// The bound address and port; port 0 in the configuration lets the kernel choose.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Starts the thread. What it asks arrives at the returned receiver, each time after a wake-up; the event loop
-    /// takes all that has arrived at each wake-up, since several may share one.
+    /// Starts the thread. Its requests arrive at the returned receiver. Several may share a wake-up, so the event loop takes all
+    /// of them at each.
     ///
     /// # Errors
     /// When the kernel refuses a thread or an epoll instance.
@@ -154,9 +154,9 @@ impl MetricsListener {
             let listener = self.listener.try_clone().and_then(tokio::net::TcpListener::from_std);
             listener.context("cannot set up the HTTP endpoint")?
         };
-        // Each connection has at most one request under way, so a full channel means a stalled event loop.
+        // Each connection has at most one pending request, so a full channel means a stalled event loop.
         let (requests, receiver) = mpsc::sync_channel(limits.connections.max(1));
-        let main_loop = routes::MainLoopHandle { requests, waker, patience: limits.answer };
+        let main_loop = routes::MainLoopHandle { requests, waker, timeout: limits.answer };
         let site = Arc::new(routes::HttpRoutes { main_loop, metrics_path: self.path });
         let (stop, stopped) = oneshot::channel::<()>();
         let (ended, done) = mpsc::channel::<()>();
@@ -191,7 +191,7 @@ fn bind_error(address: SocketAddr, error: &std::io::Error) -> anyhow::Error {
         ErrorKind::AddrInUse => (
             "address already in use".to_owned(),
             format!(
-                "stop the program that has it (`ss -ltnp sport = :{}` shows it) or change metrics.bind",
+                "stop the program that uses it (`ss -ltnp sport = :{}` shows it) or change metrics.bind",
                 address.port()
             ),
         ),
@@ -220,23 +220,23 @@ pub struct MetricsServer {
 #[derive(Debug)]
 struct HttpThread {
     stop: oneshot::Sender<()>,
-    /// Disconnected once the thread is through.
+    /// Disconnected once the thread has ended.
     done: Receiver<()>,
     thread: JoinHandle<()>,
 }
 
 impl MetricsServer {
-    /// How long a shutdown waits for the thread. It can only be late by rendering a page for very many downstreams.
+    /// How long a shutdown waits for the thread, which may be rendering a page for very many downstreams.
     const SHUTDOWN: Duration = Duration::from_millis(100);
 
-    /// The address and port it serves.
+    /// The served address and port.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The same port, to be served with the metrics at another path. Then this server can be shut down: no connection is
-    /// refused in between.
+    /// The same port, to be served with the metrics at another path. This server can be shut down after that; no connection
+    /// is refused in between.
     #[must_use]
     pub fn with_path(&self, path: &str) -> MetricsListener {
         MetricsListener { listener: Arc::clone(&self.listener), address: self.address, path: path.to_owned() }
@@ -249,14 +249,14 @@ impl MetricsServer {
 
     fn stop(&mut self) {
         let Some(HttpThread { stop, done, thread }) = self.running.take() else { return };
-        // An error means that the thread has ended already.
+        // Fails if the thread has ended already.
         let _ = stop.send(());
-        // The thread may be late, and the port is wanted free: by another server of ours, perhaps.
+        // The thread may take a while to close the port, which its successor may need.
         if Arc::strong_count(&self.listener) == 1 {
             let _ = socket2::SockRef::from(&*self.listener).shutdown(std::net::Shutdown::Both);
         }
         match done.recv_timeout(Self::SHUTDOWN) {
-            Err(RecvTimeoutError::Timeout) => tracing::warn!("the HTTP thread is busy; leaving it behind"),
+            Err(RecvTimeoutError::Timeout) => tracing::warn!("the HTTP thread is busy; stopping without it"),
             Ok(()) | Err(RecvTimeoutError::Disconnected) => {
                 if thread.join().is_err() {
                     tracing::error!("the HTTP thread had panicked");

@@ -1,21 +1,21 @@
-//! Every metric the daemon exports: its name, type, help text and labels, each once.
+//! Every metric that the daemon exports: name, type, help text and labels.
 //!
-//! [`render`](mod@super::render) exports nothing that isn't in [`ALL`], and the documentation's table is tested
-//! against it.
+//! [`render`](mod@super::render) exports nothing that is not in [`ALL`], and a test compares the documentation's
+//! table with it.
 
-/// How a metric's value behaves.
+/// A metric's type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetricKind {
-    /// Only grows, until the daemon starts anew.
+    /// Only grows, until the daemon restarts.
     Counter,
-    /// Goes up and down.
+    /// May rise and fall.
     Gauge,
-    /// Counts of what is at most so much, for several limits; each counter only grows.
+    /// Cumulative counts of observations, by upper bound.
     Histogram,
 }
 
 impl MetricKind {
-    /// Its name in the text format's `# TYPE` line.
+    /// The type's name in the text format's `# TYPE` line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -29,13 +29,13 @@ impl MetricKind {
 /// One metric.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Metric {
-    /// Its full name.
+    /// Full name, with the prefix.
     pub name: &'static str,
-    /// Its type.
+    /// Counter, gauge or histogram.
     pub kind: MetricKind,
-    /// What it says, in one line.
+    /// Help text, in one line.
     pub help: &'static str,
-    /// The names of its labels, in the order in which the renderer is given their values.
+    /// Label names, in the order in which the renderer gets the values.
     pub labels: &'static [&'static str],
 }
 

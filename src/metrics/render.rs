@@ -1,9 +1,8 @@
-//! A [`MetricsSnapshot`] becomes a page in Prometheus' text format (version 0.0.4).
+//! Renders a [`MetricsSnapshot`] as a page in Prometheus' text format (version 0.0.4).
 //!
-//! Every page has a recorder of its own, filled with absolute values and thrown away: nothing is left over of a
-//! downstream that is gone, and no value is older than the snapshot. The recorder is spoken to directly rather than
-//! through the `metrics` macros, which would look up a thread-local recorder for each of some thousand values. Histograms
-//! it cannot be given as they are; `histogram` writes them.
+//! Every page has its own recorder, filled with absolute values and discarded, so nothing remains of a downstream that is
+//! gone. The recorder is called directly, because the `metrics` macros would look up a thread-local recorder for each of some
+//! thousand values. It does not accept existing histograms; `histogram` writes those.
 
 mod histogram;
 
@@ -65,12 +64,12 @@ pub fn render(snapshot: &MetricsSnapshot) -> String {
     in_order(&(page.recorder.handle().render() + &round_trips))
 }
 
-/// Since 1970.
+/// Seconds since 1970.
 fn seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// The protocols by which anything has been probed.
+/// The protocols of which probes were sent.
 fn probed(snapshot: &MetricsSnapshot) -> impl Iterator<Item = (ProbeKind, &ProbeStats)> {
     let all = ProbeKind::ALL.into_iter().map(|kind| (kind, snapshot.probes.of(kind)));
     all.filter(|(_, stats)| stats.sent() > 0)
@@ -108,7 +107,7 @@ impl MetricsPage {
                 let reason = SharedString::const_str(reason.label());
                 self.counter(&names::PACKETS_DROPPED, [listener, mode, reason], packets);
             }
-            // Only where there can be copies: for everyone else they would be lines of nothing.
+            // Only where copies exist; other listeners would get series that stay at zero.
             for (reason, copies) in counters.copies_dropped.iter().filter(|_| listener.replicates) {
                 let [listener, mode] = labels();
                 let reason = SharedString::const_str(reason.label());
@@ -179,8 +178,8 @@ fn key<const N: usize>(metric: &'static Metric, values: [SharedString; N]) -> Ke
     Key::from_parts(KeyName::from_const_str(metric.name), labels)
 }
 
-/// The exporter keeps its series in hash maps and prints them in an order that differs from page to page. It parts
-/// metrics by an empty line, which cannot occur within one: line feeds in label values are escaped.
+/// Sorts the page. The exporter keeps series in hash maps, so their order differs from page to page. It separates metrics by
+/// an empty line, which does not occur within one: line feeds in label values are escaped.
 fn in_order(page: &str) -> String {
     let mut metrics: Vec<(usize, &str)> = page
         .split("\n\n")

@@ -1,4 +1,4 @@
-//! The values a scrape shows, as the event loop found them at one moment.
+//! The values of one scrape, as the event loop reads them at one moment.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,24 +11,24 @@ use crate::health::probe_stats::ProbeStatsByKind;
 use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode, Policy};
 use crate::plan::ListenerPlan;
 
-/// Everything one scrape shows.
+/// All values of one scrape.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MetricsSnapshot {
     /// When the daemon started.
     pub started: SystemTime,
-    /// How the plans given to the datapaths have fared.
+    /// Plans given to the datapaths, by result.
     pub plan_applies: PlanApplyCounts,
-    /// How reading the configuration again has fared.
+    /// Reloads of the configuration, by result.
     pub reloads: ReloadCounts,
     /// In the configuration's order.
     pub listeners: Vec<ListenerSnapshot>,
-    /// Fragments that could not be treated like the rest of their datagram.
+    /// Fragments that could not follow their datagram.
     pub fragments: FragmentCounters,
-    /// For each interface that carries the TC program, how many programs and filters see its packets before.
+    /// For each interface with the TC program, the number of programs and filters that precede it.
     pub programs_ahead: Vec<(Arc<str>, usize)>,
-    /// The downstreams that are checked, those left out of a round included.
+    /// The downstreams that are checked, unhealthy ones included.
     pub health: Vec<DownstreamHealthSnapshot>,
-    /// How often downstreams have changed their state, by the names of the listeners whose downstreams are checked.
+    /// State changes of downstreams, by listener; only with health checks.
     pub health_transitions: Vec<(Arc<str>, Transitions)>,
     /// Health probes of all listeners.
     pub probes: ProbeStatsByKind,
@@ -36,53 +36,53 @@ pub struct MetricsSnapshot {
     pub discovery: Vec<ServiceStatus>,
 }
 
-/// What health checks say of one downstream of one listener.
+/// Health of one downstream of one listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DownstreamHealthSnapshot {
     /// The listener's name.
     pub listener: Arc<str>,
     /// The downstream's address.
     pub endpoint: SocketAddr,
-    /// False once it has failed, until it answers again.
+    /// False from its failure until it answers again.
     pub healthy: bool,
 }
 
-/// How often a changed plan was given to the datapaths since the start.
+/// Plans given to the datapaths since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PlanApplyCounts {
-    /// Every datapath took it.
+    /// Applied by every datapath.
     pub success: u64,
-    /// A datapath refused a part of it.
+    /// Not applied, at least in part.
     pub error: u64,
 }
 
-/// How often the configuration was read again since the start, and how that went.
+/// Reloads since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReloadCounts {
-    /// It was followed, or was what is in force already.
+    /// Put in force, or unchanged.
     pub success: u64,
-    /// It was wrong, or could not be put in force; what was before stayed.
+    /// Invalid, or could not be put in force; the configuration before stayed.
     pub error: u64,
-    /// What is in the file, as it was last read, is in force.
+    /// The file as last read is in force.
     pub last_good: bool,
-    /// When a configuration was last followed; the start counts.
+    /// When a configuration was last put in force, the start included.
     pub last_success: SystemTime,
 }
 
 /// One listener in a scrape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerSnapshot {
-    /// Its name; unique in a [`MetricsSnapshot`].
+    /// Unique in a [`MetricsSnapshot`].
     pub name: Arc<str>,
     /// The datapath that carries it.
     pub mode: Mode,
-    /// Why that one, in a few fixed words: the text is a label, so it must not change while the mode stays.
+    /// Why it was selected, in a few fixed words: a label, which must not change while the mode stays.
     pub mode_reason: Arc<str>,
-    /// Whether its policy is to replicate, so that there are copies to count.
+    /// Its policy is `replicate`, so there are copies to count.
     pub replicates: bool,
-    /// How many downstreams its table holds.
+    /// Number of downstreams in its table.
     pub active: usize,
-    /// What each datapath that serves it has counted.
+    /// Counters of each datapath that serves it.
     pub counters: Vec<(Mode, ListenerCounters)>,
     /// Its downstreams, each once.
     pub downstreams: Vec<DownstreamSnapshot>,
@@ -93,13 +93,12 @@ pub struct ListenerSnapshot {
 pub struct DownstreamSnapshot {
     /// Its address.
     pub endpoint: SocketAddr,
-    /// What all datapaths together have handed to it.
+    /// Datagrams and bytes handed to it, by all datapaths together.
     pub counters: DownstreamCounters,
 }
 
 impl ListenerSnapshot {
-    /// Puts together what the datapaths have counted of one listener. A datapath that doesn't serve the listener adds
-    /// nothing; of the downstreams, only those that the plan names are shown.
+    /// Combines the datapaths' counters of one listener. Only downstreams in the plan are included.
     #[must_use]
     pub fn collect(plan: &ListenerPlan, mode_reason: Arc<str>, readings: &[(Mode, &DatapathCounters)]) -> Self {
         let of_listener =

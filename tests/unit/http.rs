@@ -304,7 +304,7 @@ fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
     for path in ["/healthz", "/readyz", "/metrics"] {
         let answer = get(&server, path);
         assert_eq!(answer.status, 503, "{path}");
-        assert_eq!(answer.body, "the main loop has not answered for 20ms\n");
+        assert_eq!(answer.body, "the main loop has not replied for 20ms\n");
         // The loop, once it turns again, sees that nobody waits.
         assert!(requests.recv().expect("a request").abandoned());
     }

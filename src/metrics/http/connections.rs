@@ -1,10 +1,10 @@
-//! Accepting connections, and keeping them few.
+//! Accepts connections, and limits their number.
 //!
-//! Every connection carries one request, so that none lingers. A connection waits either for its client (to send a
+//! Every connection carries one request. A connection waits either for its client (to send a
 //! request, to read a response) or for the event loop. The latter ends by itself within [`HttpLimits::answer`]; of the
 //! former, the oldest gives way when a new connection finds all places taken and the oldest has had its
-//! [`HttpLimits::grace`]. So a scrape gets through however many idle connections someone holds open. While nobody can give
-//! way, new connections wait in the kernel's queue.
+//! [`HttpLimits::grace`]. So idle connections do not block a scrape. While no connection can
+//! give way, new ones wait in the kernel's queue.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,13 +26,13 @@ use super::HttpLimits;
 use super::routes::HttpRoutes;
 use crate::error_hints;
 
-/// Pause after a refused `accept`, which would otherwise be refused again at once: mostly for lack of descriptors.
+/// Pause after a failed `accept`, mostly for lack of descriptors; another attempt at once would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Longest request line and headers, in bytes; the least that hyper allows.
 const MAX_REQUEST: usize = 8192;
 
-/// Serves connections for ever.
+/// Accepts and serves connections until it is cancelled.
 pub(super) async fn accept(listener: TcpListener, site: Arc<HttpRoutes>, limits: HttpLimits) {
     let mut connections = HttpConnections { open: VecDeque::new(), progress: Arc::new(Notify::new()), limits };
     let mut failing = false;
@@ -59,7 +59,7 @@ pub(super) async fn accept(listener: TcpListener, site: Arc<HttpRoutes>, limits:
 /// The open connections, oldest first.
 struct HttpConnections {
     open: VecDeque<HttpConnection>,
-    /// Told whenever a connection stops waiting for the event loop, and when it ends.
+    /// Notified when a connection stops waiting for the event loop, and when it ends.
     progress: Arc<Notify>,
     limits: HttpLimits,
 }
@@ -67,8 +67,8 @@ struct HttpConnections {
 struct HttpConnection {
     task: AbortHandle,
     since: Instant,
-    /// Set while the response is being made: the client is not to blame for the wait.
-    working: Arc<AtomicBool>,
+    /// Set while the connection waits for the event loop, not for its client.
+    busy: Arc<AtomicBool>,
 }
 
 impl HttpConnections {
@@ -78,7 +78,7 @@ impl HttpConnections {
             if self.open.len() < self.limits.connections.max(1) {
                 return;
             }
-            let idle = self.open.iter().position(|connection| !connection.working.load(Ordering::Relaxed));
+            let idle = self.open.iter().position(|connection| !connection.busy.load(Ordering::Relaxed));
             let Some(oldest) = idle else {
                 self.progress.notified().await;
                 continue;
@@ -88,30 +88,30 @@ impl HttpConnections {
                 self.open[oldest].task.abort();
                 self.open.remove(oldest);
             } else {
-                // Whether it was progress or the time that has passed, the next look finds out.
+                // Either way, the loop checks again.
                 let _ = tokio::time::timeout(grace, self.progress.notified()).await;
             }
         }
     }
 
     fn add(&mut self, stream: TcpStream, site: Arc<HttpRoutes>) {
-        let working = Arc::new(AtomicBool::new(false));
-        let work = BusyFlag { working: Arc::clone(&working), progress: Arc::clone(&self.progress) };
+        let busy = Arc::new(AtomicBool::new(false));
+        let work = BusyFlag { busy: Arc::clone(&busy), progress: Arc::clone(&self.progress) };
         let task = tokio::spawn(serve(stream, site, work, self.limits)).abort_handle();
-        self.open.push_back(HttpConnection { task, since: Instant::now(), working });
+        self.open.push_back(HttpConnection { task, since: Instant::now(), busy });
     }
 }
 
-/// A connection's way of telling whether it is working on a response.
+/// Says whether a connection waits for the event loop.
 struct BusyFlag {
-    working: Arc<AtomicBool>,
+    busy: Arc<AtomicBool>,
     progress: Arc<Notify>,
 }
 
 impl BusyFlag {
-    /// BusyGuard until the returned value is dropped, however that comes about.
+    /// Sets the flag until the returned guard is dropped.
     fn begin(&self) -> BusyGuard<'_> {
-        self.working.store(true, Ordering::Relaxed);
+        self.busy.store(true, Ordering::Relaxed);
         BusyGuard(self)
     }
 }
@@ -126,7 +126,7 @@ struct BusyGuard<'a>(&'a BusyFlag);
 
 impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
-        self.0.working.store(false, Ordering::Relaxed);
+        self.0.busy.store(false, Ordering::Relaxed);
         self.0.progress.notify_one();
     }
 }
@@ -134,14 +134,14 @@ impl Drop for BusyGuard<'_> {
 /// Serves one connection to its end.
 async fn serve(stream: TcpStream, site: Arc<HttpRoutes>, work: BusyFlag, limits: HttpLimits) {
     let service = service_fn(async |request: hyper::Request<Incoming>| {
-        let _working = work.begin();
+        let _busy = work.begin();
         Ok::<_, Infallible>(site.answer(request.method(), request.uri().path()).await)
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.headers)
         .keep_alive(false)
-        // A client may close its sending side once it has asked, as `nc -N` does.
+        // A client may close its sending side after the request, as `nc -N` does.
         .half_close(true)
         .max_buf_size(MAX_REQUEST)
         .serve_connection(TokioIo::new(stream), service);

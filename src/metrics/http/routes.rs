@@ -1,4 +1,4 @@
-//! One HTTP request in, one response out, with the event loop's help.
+//! Answers HTTP requests: asks the event loop, and renders the reply.
 
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
@@ -18,20 +18,20 @@ use crate::version;
 
 type HttpResponse = Response<Full<Bytes>>;
 
-/// All that is served.
+/// The pages.
 pub(super) struct HttpRoutes {
     pub(super) main_loop: MainLoopHandle,
     pub(super) metrics_path: String,
 }
 
-/// The way to the event loop.
+/// Sends requests to the event loop.
 pub(super) struct MainLoopHandle {
     pub(super) requests: SyncSender<MainLoopRequest>,
     pub(super) waker: Arc<Waker>,
-    pub(super) patience: Duration,
+    pub(super) timeout: Duration,
 }
 
-/// Why the event loop gave no answer.
+/// Why the event loop did not reply.
 enum MainLoopError {
     Stalled(Duration),
     Ended,
@@ -42,9 +42,9 @@ enum MainLoopError {
 impl fmt::Display for MainLoopError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            MainLoopError::Stalled(patience) => write!(f, "the main loop has not answered for {patience:?}"),
+            MainLoopError::Stalled(timeout) => write!(f, "the main loop has not replied for {timeout:?}"),
             MainLoopError::Ended => f.write_str("the main loop has ended"),
-            MainLoopError::Dropped => f.write_str("the main loop has dropped the question"),
+            MainLoopError::Dropped => f.write_str("the main loop has dropped the request"),
             MainLoopError::NotWoken(error) => write!(f, "the main loop cannot be woken: {error}"),
         }
     }
@@ -54,14 +54,14 @@ impl MainLoopHandle {
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> MainLoopRequest) -> Result<T, MainLoopError> {
         let (reply, answer) = oneshot::channel();
         self.requests.try_send(request(reply)).map_err(|error| match error {
-            TrySendError::Full(_) => MainLoopError::Stalled(self.patience),
+            TrySendError::Full(_) => MainLoopError::Stalled(self.timeout),
             TrySendError::Disconnected(_) => MainLoopError::Ended,
         })?;
         self.waker.wake().map_err(MainLoopError::NotWoken)?;
-        match tokio::time::timeout(self.patience, answer).await {
+        match tokio::time::timeout(self.timeout, answer).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(_)) => Err(MainLoopError::Dropped),
-            Err(_) => Err(MainLoopError::Stalled(self.patience)),
+            Err(_) => Err(MainLoopError::Stalled(self.timeout)),
         }
     }
 }
@@ -89,7 +89,7 @@ impl HttpRoutes {
     fn index(&self) -> String {
         let pages = [
             (self.metrics_path.as_str(), "metrics in Prometheus' text format"),
-            (HEALTH_PATH, "200 while the main loop turns"),
+            (HEALTH_PATH, "200 while the main loop runs"),
             (READY_PATH, "200 once every listener is attached and has had its first downstream set"),
         ];
         let mut index = String::new();
@@ -106,21 +106,21 @@ impl HttpRoutes {
                 page(StatusCode::OK, HeaderValue::from_static(render::CONTENT_TYPE), render::render(&snapshot))
             }
             Ok(Err(error)) => unavailable(format!("{error:#}")),
-            Err(silence) => unavailable(silence),
+            Err(error) => unavailable(error),
         }
     }
 
     async fn healthz(&self) -> HttpResponse {
         match self.main_loop.ask(MainLoopRequest::Readiness).await {
             Ok(_) => text(StatusCode::OK, "ok\n".to_owned()),
-            Err(silence) => unavailable(silence),
+            Err(error) => unavailable(error),
         }
     }
 
     async fn readyz(&self) -> HttpResponse {
         match self.main_loop.ask(MainLoopRequest::Readiness).await {
             Ok(health) => readiness(&health),
-            Err(silence) => unavailable(silence),
+            Err(error) => unavailable(error),
         }
     }
 }
@@ -158,7 +158,7 @@ fn page(status: StatusCode, content_type: HeaderValue, body: String) -> HttpResp
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, content_type);
-    // A cached answer would be a wrong one.
+    // A cached page would be out of date.
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }

@@ -1,12 +1,11 @@
-//! Histograms in Prometheus' text format. The exporter counts on its own and cannot be given what has been counted.
+//! Renders histograms in Prometheus' text format. The exporter's own cannot be set to existing counts.
 
 use std::fmt::Write as _;
 
 use crate::health::probe_stats::Histogram;
 use crate::metrics::names::Metric;
 
-/// A histogram with one label, series by series, after an empty line; nothing if there are none. Values of the label must
-/// need no escapes.
+/// A histogram with one label, after an empty line; nothing without series. Label values must not need escapes.
 pub(super) fn text<'a>(metric: &Metric, series: impl Iterator<Item = (&'a str, &'a Histogram)>) -> String {
     let name = metric.name;
     let label = metric.labels.first().copied().unwrap_or_default();
