@@ -20,6 +20,7 @@ mod self_loop;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -345,14 +346,16 @@ impl Controller {
     /// Compiles the plan again. Returns it for applying if it differs from the last one, or if `force`.
     fn replan(&mut self, force: bool, now: Duration) -> Vec<ControllerAction> {
         let mut next_change: Option<Duration> = None;
-        let mut listeners: Vec<ListenerPlan> = self
+        let mut listeners: Vec<Arc<ListenerPlan>> = self
             .listeners
             .iter()
             .filter_map(|listener| {
-                let (set, change) = self.eligible_downstreams(listener, listener.set.as_ref()?, now);
+                let (downstreams, change) = self.eligible_downstreams(listener, listener.set.as_ref()?, now);
                 next_change = next_change.into_iter().chain(change).min();
                 let before = self.plan.listeners.iter().find(|before| before.id == listener.config.id);
-                Some(compile(&listener.config, &set, listener.choice.mode, &self.facts, before))
+                let mode = listener.choice.mode;
+                let new = compile(&listener.config, &downstreams, mode, &self.facts, before.map(Arc::as_ref));
+                Some(before.filter(|before| ***before == new).map_or_else(|| Arc::new(new), Arc::clone))
             })
             .collect();
         // Listeners keep their numbers when the file's order changes.
@@ -377,17 +380,16 @@ impl Controller {
         listener: &ListenerState,
         set: &DownstreamSet,
         now: Duration,
-    ) -> (DownstreamSet, Option<Duration>) {
-        let generation = set.generation;
+    ) -> (Vec<Downstream>, Option<Duration>) {
         let mut downstreams: Vec<Downstream> = self.without_self_loops(listener, set).cloned().collect();
-        let Some(health) = &listener.config.health else { return (DownstreamSet { generation, downstreams }, None) };
+        let Some(health) = &listener.config.health else { return (downstreams, None) };
         let id = listener.config.id;
         let effective = effective_weights(id, &downstreams, &self.health_map, health.fail_open, health.slow_start, now);
         for (downstream, &weight) in downstreams.iter_mut().zip(&effective.weights) {
             downstream.weight = weight;
         }
         downstreams.retain(|downstream| downstream.weight > 0);
-        (DownstreamSet { generation, downstreams }, effective.next_change)
+        (downstreams, effective.next_change)
     }
 
     /// The downstreams of a set without the listener itself.

@@ -22,10 +22,16 @@ use crate::model::{Downstream, ListenerId, Mode, Policy};
 /// What all datapaths must do.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Plan {
-    /// Ordered by id.
-    pub listeners: Vec<ListenerPlan>,
+    /// Ordered by id. The controller and the datapaths share each one.
+    pub listeners: Vec<Arc<ListenerPlan>>,
     /// How the TC program is attached.
     pub attach: AttachConfig,
+}
+
+impl From<Vec<ListenerPlan>> for Plan {
+    fn from(listeners: Vec<ListenerPlan>) -> Plan {
+        Plan { listeners: listeners.into_iter().map(Arc::new).collect(), attach: AttachConfig::default() }
+    }
 }
 
 /// What to do with one listener's datagrams.

@@ -48,7 +48,7 @@ fn ours(to: SocketAddr, pods: usize) -> Result<KernelDatapath> {
     let macs = Some(MacPair { neighbour: [2, 0, 0, 0, 0, 7], own: [2, 0, 0, 0, 0, 1] });
     let delivery = Delivery::Neighbour { link: 1, next_hop: to.ip(), mtu: 1500, macs, into_pod: true };
     let targets: Vec<PlanTarget> = (0..pods).map(|_| target(&to.to_string(), delivery)).collect();
-    datapath.apply(&Plan { listeners: vec![listener(0, &to.to_string(), targets)], ..Plan::default() })?;
+    datapath.apply(&Plan::from(vec![listener(0, &to.to_string(), targets)]))?;
     Ok(datapath)
 }
 

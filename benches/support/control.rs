@@ -11,7 +11,7 @@ use udp_fanout::config::Config;
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::host::{HostFacts, Link, Route};
-use udp_fanout::model::{Downstream, DownstreamSet, Mode};
+use udp_fanout::model::{Downstream, Mode};
 use udp_fanout::plan::Plan;
 use udp_fanout::plan::compile::compile;
 
@@ -75,9 +75,8 @@ fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Re
     };
     let via = Route::Via { link: 2, next_hop: address(1), mtu: 1500 };
     facts.routes = (1..=many + 1).map(|number| (address(number), via.clone())).collect();
-    let set = |last: u32| DownstreamSet {
-        generation: 1,
-        downstreams: (1..many)
+    let downstreams = |last: u32| -> Vec<Downstream> {
+        (1..many)
             .chain([last])
             .map(|number| Downstream {
                 name: format!("d{number}").as_str().into(),
@@ -85,18 +84,18 @@ fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Re
                 weight: 1,
                 sample: Downstream::ALL,
             })
-            .collect(),
+            .collect()
     };
     let (mut whole, mut one) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let mut datapath = KernelDatapath::new(&config.limits)?;
         let mut before = None;
-        for (set, times) in [(set(many), &mut whole), (set(many + 1), &mut one)] {
+        for (downstreams, times) in [(downstreams(many), &mut whole), (downstreams(many + 1), &mut one)] {
             let start = Instant::now();
-            let mut compiled = compile(listener, &set, Mode::TcEbpf, &facts, before.as_ref());
+            let mut compiled = compile(listener, &downstreams, Mode::TcEbpf, &facts, before.as_deref());
             // Nothing is to be attached here.
             compiled.links.clear();
-            let mut plan = Plan { listeners: vec![compiled], ..Plan::default() };
+            let mut plan = Plan::from(vec![compiled]);
             datapath.apply(&plan)?;
             times.push(milliseconds(start));
             before = plan.listeners.pop();

@@ -33,6 +33,7 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -74,7 +75,7 @@ pub struct KernelDatapath {
     exposed: bool,
     loaded: LoadedProgram,
     /// The plan that each listener was last programmed with.
-    programmed: BTreeMap<ListenerId, ListenerPlan>,
+    programmed: BTreeMap<ListenerId, Arc<ListenerPlan>>,
     /// Listeners whose state in the kernel is uncertain, because a step of their last update failed.
     unfinished: BTreeSet<ListenerId>,
     setup: KernelSetup,
@@ -201,7 +202,7 @@ impl KernelDatapath {
     /// Applies the plan's destination keys. New keys are added before old ones are deleted, so an address that moves
     /// between listeners always has one; its mark stays as long as it has keys. Devices are marked before the program
     /// is attached to them. Old marks go before the program is attached to a device that reuses the index.
-    fn apply_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+    fn apply_keys(&mut self, plan: &[&Arc<ListenerPlan>]) -> Result<()> {
         // Also after an error: the keys that were stored must be found.
         let changed = self.change_keys(plan);
         changed.and(self.update_cache())
@@ -216,7 +217,7 @@ impl KernelDatapath {
         })
     }
 
-    fn change_keys(&mut self, plan: &[&ListenerPlan]) -> Result<()> {
+    fn change_keys(&mut self, plan: &[&Arc<ListenerPlan>]) -> Result<()> {
         let marks = wanted_marks(plan);
         let has_l3_device = |marks: &BTreeSet<KeyMark>| marks.iter().any(|mark| matches!(mark, KeyMark::L3Device(_)));
         if has_l3_device(&marks) {
@@ -266,7 +267,7 @@ impl KernelDatapath {
     }
 
     /// Attaches the program where the plan wants it, and detaches it elsewhere.
-    fn apply_links(&mut self, plan: &[&ListenerPlan], attach: AttachConfig) -> Result<()> {
+    fn apply_links(&mut self, plan: &[&Arc<ListenerPlan>], attach: AttachConfig) -> Result<()> {
         let mode = AttachMode::choose(attach, self.setup.tcx)?;
         let wanted: BTreeSet<&LinkRef> = plan.iter().flat_map(|listener| &listener.links).collect();
         // First drop attachments that something else has removed: they hold the claims on their interfaces.
@@ -338,7 +339,7 @@ impl KernelDatapath {
 }
 
 /// The listener id and flags of each destination in the plan.
-fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)> {
+fn wanted_keys(plan: &[&Arc<ListenerPlan>]) -> BTreeMap<SocketAddr, (ListenerId, u32)> {
     let mut wanted = BTreeMap::new();
     for listener in plan {
         let flags = if listener.socket_only.is_some() { LISTENER_SOCKET_ONLY } else { 0 };
@@ -349,7 +350,7 @@ fn wanted_keys(plan: &[&ListenerPlan]) -> BTreeMap<SocketAddr, (ListenerId, u32)
     wanted
 }
 
-fn wanted_marks(plan: &[&ListenerPlan]) -> BTreeSet<KeyMark> {
+fn wanted_marks(plan: &[&Arc<ListenerPlan>]) -> BTreeSet<KeyMark> {
     let addresses = plan.iter().flat_map(|listener| &listener.match_addresses).copied().map(KeyMark::Address);
     let links = plan.iter().flat_map(|listener| &listener.l3_ingress).copied().map(KeyMark::L3Device);
     addresses.chain(links).collect()
@@ -366,7 +367,8 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, plan: &Plan) -> Result<()> {
-        let ours: Vec<&ListenerPlan> = plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
+        let ours: Vec<&Arc<ListenerPlan>> =
+            plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();
         let programmed = |id| self.programmed.get(&id);
         let others =
             ours.iter().filter(|now| programmed(now.id).is_some_and(|before| is_different_listener(before, now)));
@@ -376,7 +378,7 @@ impl Datapath for KernelDatapath {
             if self.programmed.get(&listener.id) != Some(listener) || self.unfinished.contains(&listener.id) {
                 self.unfinished.insert(listener.id);
                 self.publish(listener).with_context(|| format!("listener {:?}", listener.name))?;
-                self.programmed.insert(listener.id, listener.clone());
+                self.programmed.insert(listener.id, Arc::clone(listener));
                 self.unfinished.remove(&listener.id);
             }
         }

@@ -115,7 +115,7 @@ impl UserDatapath {
         let mut restarted = 0;
         for (name, listener) in &mut self.listeners {
             if listener.has_dead_worker() {
-                let plan = listener.plan().clone();
+                let plan = Arc::clone(listener.plan());
                 listener.apply(&plan, self.cpus, false).with_context(|| format!("listener {name:?}"))?;
                 restarted += 1;
             }
@@ -127,7 +127,7 @@ impl UserDatapath {
         self.listeners.values().find(|listener| listener.plan().id == id)
     }
 
-    fn apply_listener(&mut self, plan: &ListenerPlan) -> Result<()> {
+    fn apply_listener(&mut self, plan: &Arc<ListenerPlan>) -> Result<()> {
         let moves = self.listeners.get(&plan.name).is_none_or(|listener| listener.plan().bind != plan.bind);
         let shares_address = moves && self.share_overlapping(plan.bind)?;
         match self.listeners.get_mut(&plan.name) {

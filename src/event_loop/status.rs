@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -39,7 +40,7 @@ impl Daemon {
             let facts = ListenerFacts {
                 config,
                 choice,
-                plan: self.controller.plan().listeners.iter().find(|plan| plan.id == config.id),
+                plan: self.controller.plan().listeners.iter().find(|plan| plan.id == config.id).map(Arc::as_ref),
                 counted: snapshot.listeners.iter().find(|counted| *counted.name == *config.name),
                 not_ready: not_ready.get(&config.name),
                 downstreams: sets.get(&config.id).copied().flatten().map_or(&[], |set| set.downstreams.as_slice()),

@@ -1,6 +1,6 @@
 //! Compiles one listener's part of the plan from its configuration, its downstreams and the host's facts. Pure.
 //!
-//! A downstream that health checks or a terminating endpoint have excluded is not in `set` any more: the controller
+//! A downstream that health checks or a terminating endpoint have excluded is not among them any more: the controller
 //! filters it (`Controller::eligible_downstreams`), so it gets no slot.
 
 use std::collections::BTreeSet;
@@ -10,29 +10,29 @@ use std::sync::Arc;
 use super::{Delivery, LinkRef, ListenerPlan, MacPair, PlanTarget, maglev, round_robin};
 use crate::config::{Interfaces, ListenerConfig};
 use crate::host::{HostFacts, Link, Route};
-use crate::model::{Downstream, DownstreamSet, MAX_COPIES, Mode, Policy};
+use crate::model::{Downstream, MAX_COPIES, Mode, Policy};
 use crate::net::is_link_scoped_multicast;
 
 /// What both datapaths must do for one listener.
 ///
-/// `facts.routes` must hold the route of every downstream in `set`; a downstream without one counts as unreachable.
+/// `facts.routes` must hold the route of every downstream; a downstream without one counts as unreachable.
 /// `before` is the listener's part of the previous plan, if there is one: its table is reused if nothing in it changes,
 /// because a long table is expensive to fill.
 #[must_use]
 pub fn compile(
     listener: &ListenerConfig,
-    set: &DownstreamSet,
+    downstreams: &[Downstream],
     mode: Mode,
     facts: &HostFacts,
     before: Option<&ListenerPlan>,
 ) -> ListenerPlan {
     let routes: Vec<Option<&Route>> =
-        set.downstreams.iter().map(|downstream| facts.routes.get(&downstream.address.ip())).collect();
+        downstreams.iter().map(|downstream| facts.routes.get(&downstream.address.ip())).collect();
     let target = |(downstream, route): (&Downstream, &Option<&Route>)| PlanTarget {
         downstream: downstream.clone(),
         delivery: delivery(*route, facts),
     };
-    let targets = set.downstreams.iter().zip(&routes).map(target).collect();
+    let targets = downstreams.iter().zip(&routes).map(target).collect();
     let kernel = mode == Mode::TcEbpf;
     let links = links(&listener.interfaces, facts);
     let joins = if listener.bind.ip().is_multicast() { links.clone() } else { Vec::new() };
@@ -48,9 +48,9 @@ pub fn compile(
         policy: listener.policy,
         sources: Arc::clone(&listener.sources),
         meter: listener.rate_limit.map(|limit| limit.meter(listener.bind.ip())),
-        socket_only: if kernel { socket_only(listener.policy, set, &routes) } else { None },
+        socket_only: if kernel { socket_only(listener.policy, downstreams, &routes) } else { None },
         targets,
-        table: fill_table(listener.policy, &set.downstreams, before),
+        table: fill_table(listener.policy, downstreams, before),
         settings: listener.settings.clone(),
     }
 }
@@ -145,12 +145,12 @@ fn l3_ingress(links: &[LinkRef], facts: &HostFacts) -> Vec<u32> {
 ///   datagrams to the socket, the socket's own round robin would send them to the wrong receiver. So the socket
 ///   forwards all.
 /// - More copies than the program can make: a Service may have any number of endpoints.
-fn socket_only(policy: Policy, set: &DownstreamSet, routes: &[Option<&Route>]) -> Option<String> {
-    let count = set.downstreams.len();
+fn socket_only(policy: Policy, downstreams: &[Downstream], routes: &[Option<&Route>]) -> Option<String> {
+    let count = downstreams.len();
     if policy == Policy::Replicate && count > MAX_COPIES {
         return Some(format!("{count} downstreams want a copy, and the TC program makes at most {MAX_COPIES}"));
     }
-    set.downstreams.iter().zip(routes).find_map(|(downstream, route)| {
+    downstreams.iter().zip(routes).find_map(|(downstream, route)| {
         let obstacle = match (*route)? {
             Route::Local { loopback: true } => "is on the loopback interface",
             Route::Encapsulated { .. } => "is behind a route that encapsulates",
@@ -220,8 +220,8 @@ mod tests {
         }
     }
 
-    fn set(addresses: &[&str]) -> DownstreamSet {
-        let downstreams = addresses
+    fn set(addresses: &[&str]) -> Vec<Downstream> {
+        addresses
             .iter()
             .map(|address| Downstream {
                 name: (*address).into(),
@@ -229,8 +229,7 @@ mod tests {
                 weight: 1,
                 sample: Downstream::ALL,
             })
-            .collect();
-        DownstreamSet { generation: 1, downstreams }
+            .collect()
     }
 
     #[test]
@@ -251,9 +250,9 @@ mod tests {
             let mut before = None;
             let first = set(&["192.0.2.9:1", "192.0.2.9:2", "10.0.0.1:1"]);
             let mut heavier = first.clone();
-            heavier.downstreams[1].weight = 3;
+            heavier[1].weight = 3;
             let mut turned = heavier.clone();
-            turned.downstreams.swap(0, 2);
+            turned.swap(0, 2);
             for set in [&first, &first, &heavier, &turned, &set(&["192.0.2.9:1"])] {
                 let anew = compile(&listener, set, Mode::TcEbpf, &facts(), None);
                 let after = compile(&listener, set, Mode::TcEbpf, &facts(), before.as_ref());

@@ -56,7 +56,7 @@ pub fn listener(id: u32, name: &str, bind: &str, downstreams: &[(SocketAddr, u32
 
 /// A plan of these listeners.
 pub fn plan(listeners: &[&ListenerPlan]) -> Plan {
-    Plan { listeners: listeners.iter().map(|&listener| listener.clone()).collect(), ..Plan::default() }
+    Plan::from(listeners.iter().map(|&listener| listener.clone()).collect::<Vec<_>>())
 }
 
 /// Tries until it holds.

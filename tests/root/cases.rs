@@ -301,7 +301,7 @@ fn root_what_goes_straight_into_a_pod_is_always_addressed() {
 
 #[test]
 fn root_an_old_kernel_addresses_what_it_can_and_leaves_the_rest_to_the_socket() {
-    let plan = known_neighbour(false).plan.listeners;
+    let plan = known_neighbour(false).plan.listeners.iter().map(|listener| (**listener).clone()).collect();
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"hello").bytes();
     let program = Program::load_with(plan, |setup| setup.redirects = false);
     for _ in 0..2_000 {
@@ -420,7 +420,7 @@ fn root_rules_that_do_not_fit_change_nothing() {
     let mut program = Program::load(allowing(&["203.0.113.0/24"]));
     let many: Vec<String> = (0..600).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    let error = program.datapath.apply(&Plan { listeners: allowing(&many), ..Plan::default() }).unwrap_err();
+    let error = program.datapath.apply(&Plan::from(allowing(&many))).unwrap_err();
     assert!(format!("{error:#}").contains("raise limits.max_sources"), "{error:#}");
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
     assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);

@@ -25,7 +25,7 @@ const DRAIN: Duration = Duration::from_millis(600);
 #[derive(Debug)]
 pub struct UserListener {
     /// The plan in force.
-    plan: ListenerPlan,
+    plan: Arc<ListenerPlan>,
     group: ReuseportGroup,
     workers: Vec<Worker>,
     table: Arc<ForwardingTable>,
@@ -67,15 +67,15 @@ impl UserListener {
     ///
     /// # Errors
     /// Says what failed and the fix; nothing is left behind.
-    pub fn start(plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<Self> {
+    pub fn start(plan: &Arc<ListenerPlan>, cpus: usize, shares_address: bool) -> Result<Self> {
         Self::start_on(plan, cpus, ReuseportGroup::bind(plan.bind, shares_address, plan.mode == Mode::TcEbpf)?)
     }
 
     /// Starts the workers on sockets that are already bound.
-    fn start_on(plan: &ListenerPlan, cpus: usize, group: ReuseportGroup) -> Result<Self> {
+    fn start_on(plan: &Arc<ListenerPlan>, cpus: usize, group: ReuseportGroup) -> Result<Self> {
         let table = Arc::new(ForwardingTable::new(plan, group.address())?);
         let mut listener = UserListener {
-            plan: plan.clone(),
+            plan: Arc::clone(plan),
             group,
             workers: Vec::new(),
             table: Arc::clone(&table),
@@ -97,7 +97,7 @@ impl UserListener {
     }
 
     /// The plan in force.
-    pub fn plan(&self) -> &ListenerPlan {
+    pub fn plan(&self) -> &Arc<ListenerPlan> {
         &self.plan
     }
 
@@ -128,7 +128,7 @@ impl UserListener {
     ///
     /// # Errors
     /// As for [`UserListener::start`]; the old plan stays in force then.
-    pub fn apply(&mut self, plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<()> {
+    pub fn apply(&mut self, plan: &Arc<ListenerPlan>, cpus: usize, shares_address: bool) -> Result<()> {
         if plan.bind != self.plan.bind {
             return self.rebind(plan, cpus, shares_address);
         }
@@ -148,7 +148,7 @@ impl UserListener {
         let done = if respawn {
             if self.has_dead_worker() && count < self.group.len() {
                 // Forward what the dead worker's socket holds before the socket is closed.
-                self.respawn_workers(&self.plan.clone(), self.group.len())?;
+                self.respawn_workers(&Arc::clone(&self.plan), self.group.len())?;
             }
             self.respawn_workers(plan, count)
         } else if table_changed {
@@ -159,7 +159,7 @@ impl UserListener {
         // Count for the downstreams of the table in force, new or old.
         self.counters.retain_downstreams(self.table.addresses());
         done?;
-        self.plan = plan.clone();
+        self.plan = Arc::clone(plan);
         if respawn {
             self.log_start();
         }
@@ -216,7 +216,7 @@ impl UserListener {
     }
 
     /// Serves another address from now on. Forwards what is queued at the old one first.
-    fn rebind(&mut self, plan: &ListenerPlan, cpus: usize, shares_address: bool) -> Result<()> {
+    fn rebind(&mut self, plan: &Arc<ListenerPlan>, cpus: usize, shares_address: bool) -> Result<()> {
         let mut new = Self::start(plan, cpus, shares_address)?;
         self.stop();
         self.finish();
@@ -362,7 +362,7 @@ mod tests {
         for _ in 0..100 {
             sender.send_to(&[7; 500], group.address()).unwrap();
         }
-        let mut listener = UserListener::start_on(&plan, 1, group).unwrap();
+        let mut listener = UserListener::start_on(&Arc::new(plan), 1, group).unwrap();
         // Datagrams that the kernel has not delivered yet arrive in the meantime.
         let guard = Instant::now() + Duration::from_secs(10);
         while listener.totals().packets_received < 100 {
@@ -381,7 +381,7 @@ mod tests {
 
     /// A listener whose last worker has died.
     fn with_dead_worker(plan: &ListenerPlan) -> UserListener {
-        let listener = UserListener::start(plan, 1, false).unwrap();
+        let listener = UserListener::start(&Arc::new(plan.clone()), 1, false).unwrap();
         assert!(!listener.has_dead_worker());
         listener.workers.last().unwrap().stop(StopMode::Now);
         let guard = Instant::now() + Duration::from_secs(10);
@@ -397,7 +397,7 @@ mod tests {
         let plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
         let mut listener = with_dead_worker(&plan);
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"waiting", listener.address()).unwrap();
-        listener.apply(&plan, 1, false).unwrap();
+        listener.apply(&Arc::new(plan), 1, false).unwrap();
         assert_eq!(sink.recv(&mut [0; 16]).unwrap(), 7);
         assert!(!listener.has_dead_worker());
     }
@@ -415,7 +415,7 @@ mod tests {
             sender.send_to(b"waiting", listener.address()).unwrap();
         }
         plan.settings.workers = 1;
-        listener.apply(&plan, 1, false).unwrap();
+        listener.apply(&Arc::new(plan), 1, false).unwrap();
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));
         for n in 0..200 {
             assert_eq!(sink.recv(&mut [0; 16]).unwrap_or_else(|error| panic!("{n} came, then {error}")), 7);
@@ -429,11 +429,11 @@ mod tests {
     fn a_settings_change_that_fails_leaves_the_listener_as_it_was() {
         let sink = sink();
         let plan = plan(LOCALHOST.parse().unwrap(), &[(sink.local_addr().unwrap(), 1)]);
-        let mut listener = UserListener::start(&plan, 1, false).unwrap();
+        let mut listener = UserListener::start(&Arc::new(plan.clone()), 1, false).unwrap();
         let mut impossible = plan.clone();
         impossible.settings.workers = 3;
         impossible.table = [9].into();
-        let error = listener.apply(&impossible, 1, false).unwrap_err().to_string();
+        let error = listener.apply(&Arc::new(impossible), 1, false).unwrap_err().to_string();
         assert!(error.contains("downstream 9"), "{error}");
         assert_eq!((listener.workers(), listener.group.len()), (1, 1));
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"still", listener.address()).unwrap();

@@ -71,7 +71,7 @@ pub struct History {
 /// What must become of what a test run shows the program. It comes by the loopback device, which the plan may say has no frames.
 pub fn fate(plan: &Plan, history: &mut History, shown: &[u8], gso: Gso) -> Fate {
     let loopback = |listener: &ListenerPlan| listener.l3_ingress.contains(&1);
-    match framed(shown).filter(|_| plan.listeners.iter().any(loopback)) {
+    match framed(shown).filter(|_| plan.listeners.iter().any(|listener| loopback(listener))) {
         Some(frame) => fate_of_frame(plan, history, &frame, gso).without_frame(),
         None => fate_of_frame(plan, history, shown, gso),
     }
@@ -120,7 +120,7 @@ pub fn owner<'a>(plan: &'a Plan, datagram: &Datagram) -> Option<&'a ListenerPlan
     let to = datagram.destination;
     let is_for =
         |listener: &&ListenerPlan| listener.bind.port() == to.port() && listener.match_addresses.contains(&to.ip());
-    plan.listeners.iter().find(is_for)
+    plan.listeners.iter().map(AsRef::as_ref).find(is_for)
 }
 
 /// What becomes of a listener's datagram, whole or its first fragment, and the target chosen for it. `disordered` if other

@@ -52,13 +52,13 @@ impl Program {
         let mut setup = KernelSetup::new(&limits);
         change(&mut setup);
         let mut datapath = KernelDatapath::open(&setup).expect("cannot load the TC program: these tests need root");
-        let plan = Plan { listeners, ..Plan::default() };
+        let plan = Plan::from(listeners);
         datapath.apply(&plan).unwrap();
         Program { datapath, plan }
     }
 
     pub fn apply(&mut self, listeners: Vec<ListenerPlan>) {
-        self.plan = Plan { listeners, ..Plan::default() };
+        self.plan = Plan::from(listeners);
         self.datapath.apply(&self.plan).unwrap();
     }
 

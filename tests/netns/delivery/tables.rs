@@ -9,12 +9,12 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
-use udp_fanout::config::{AttachConfig, Config, ListenerConfig};
+use udp_fanout::config::{Config, ListenerConfig};
 use udp_fanout::datapath::Datapath;
 use udp_fanout::datapath::kernel::KernelDatapath;
 use udp_fanout::datapath::user::UserDatapath;
 use udp_fanout::host::{HostFacts, HostNetwork, NextHopTracking};
-use udp_fanout::model::{Downstream, DownstreamSet, HashOn, ListenerId, Mode, Policy};
+use udp_fanout::model::{Downstream, HashOn, ListenerId, Mode, Policy};
 use udp_fanout::plan::compile::compile;
 use udp_fanout::plan::{ListenerPlan, Plan};
 
@@ -81,10 +81,9 @@ impl Bare {
 
     fn put_in_force(&mut self, policy: Policy, downstreams: Vec<Downstream>) -> Result<()> {
         self.listener.policy = policy;
-        let set = DownstreamSet { generation: 1, downstreams };
-        let plan = compile(&self.listener, &set, self.mode, &self.facts, self.before.as_ref());
+        let plan = compile(&self.listener, &downstreams, self.mode, &self.facts, self.before.as_ref());
         self.before = Some(plan.clone());
-        self.datapath.apply(&Plan { listeners: vec![plan], attach: AttachConfig::default() })
+        self.datapath.apply(&Plan::from(vec![plan]))
     }
 
     /// Received and forwarded datagrams, and all that any other counter says, once so many have been received: a worker
