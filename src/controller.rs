@@ -437,8 +437,8 @@ impl Controller {
             };
             if !bind.is_unspecified() && !owned(bind) {
                 warnings.push(format!(
-                    "listener {name:?}: no interface of this host has {bind}: what the TC program leaves to the socket \
-                     does not reach it"
+                    "listener {name:?}: no interface of this host has {bind}: datagrams that the TC program passes to \
+                     the socket are lost"
                 ));
             }
             for target in listener.targets.iter().filter(|target| target.delivery == Delivery::Unreachable) {

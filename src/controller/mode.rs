@@ -54,7 +54,7 @@ pub fn interfaces_present(interfaces: &Interfaces, facts: &HostFacts) -> Result<
         let names: Vec<&str> =
             facts.links.iter().filter(|link| !link.loopback).map(|link| link.name.as_str()).collect();
         if names.is_empty() {
-            "this host has none but loopback".to_owned()
+            "this host has only loopback interfaces".to_owned()
         } else {
             format!("this host has {}", names.join(", "))
         }

@@ -35,8 +35,8 @@ pub(super) fn warnings(name: &str, bind: SocketAddr, downstreams: &[Downstream],
     let self_loop = downstreams.iter().filter(|downstream| is_self_loop(bind, downstream.address, facts));
     let warning = |downstream: &Downstream| {
         format!(
-            "listener {name:?}: downstream {} is the listener itself and is left out, because it would be sent its own \
-             datagrams for ever; give the receiver another port, or the listener an address of its own",
+            "listener {name:?}: downstream {} is the listener itself and is left out, because its datagrams \
+             would loop for ever; give the receiver another port, or the listener an address of its own",
             downstream.address
         )
     };

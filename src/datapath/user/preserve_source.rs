@@ -135,7 +135,7 @@ pub fn can_preserve_source(from: IpAddr, to: IpAddr) -> bool {
 fn denied(error: &io::Error) -> anyhow::Error {
     match error.kind() {
         io::ErrorKind::PermissionDenied => anyhow!(
-            "settings.preserve_source needs CAP_NET_RAW, to send in the senders' names; grant it, or remove the key \
+            "settings.preserve_source needs CAP_NET_RAW, to send with the senders' addresses; grant it, or remove the key \
              (receivers then see this host's address)"
         ),
         _ => anyhow!("cannot open a raw socket, which settings.preserve_source needs: {error}"),

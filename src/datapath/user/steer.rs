@@ -63,5 +63,5 @@ pub fn hash_by_sender(group_member: &impl AsFd) -> anyhow::Result<()> {
 /// When the kernel refuses the program.
 pub fn drop_new_datagrams(socket: &Socket) -> anyhow::Result<()> {
     let program = [SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)];
-    socket.attach_filter(&program).context("cannot attach the program that turns datagrams away")
+    socket.attach_filter(&program).context("cannot attach the filter that drops new datagrams")
 }

@@ -102,7 +102,7 @@ fn netns_without_the_privilege_the_daemon_says_which() {
     let log = daemon.log();
     assert!(!status.success(), "{log}");
     assert!(
-        log.contains("settings.preserve_source needs CAP_NET_RAW, to send in the senders' names; grant it"),
+        log.contains("settings.preserve_source needs CAP_NET_RAW, to send with the senders' addresses; grant it"),
         "{log}"
     );
 }

@@ -85,7 +85,7 @@ impl Forwarder {
                 && let Some(unreported) = error_throttle.due(Instant::now())
             {
                 let downstream = table.table.addresses()[target as usize];
-                warn!(%listener, %downstream, %error, unreported, "cannot send to downstream in the sender's name");
+                warn!(%listener, %downstream, %error, unreported, "cannot send to downstream with the sender's address");
             }
         });
     }
