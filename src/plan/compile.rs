@@ -1,7 +1,7 @@
 //! Compiles one listener's part of the plan from its configuration, its downstreams and the host's facts. Pure.
 //!
-//! A downstream that health checks or a terminating endpoint have excluded is not among them any more: the controller
-//! filters it (`Controller::eligible_downstreams`), so it gets no slot.
+//! Unhealthy downstreams have been left out before (`eligible_downstreams` in the controller), and so have terminating
+//! endpoints (`discovery/slices.rs`): they get no slot.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
