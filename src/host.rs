@@ -7,7 +7,7 @@
 //! - [`links`], [`addresses`], [`routes`], [`neighbours`]: one reader for each kind of netlink object. [`netlink`] sends
 //!   the requests and splits the replies.
 //! - [`egress_hooks`]: programs and chains on the egress of a pod's interface, which a redirect to the peer would skip.
-//! - [`preceding_programs`]: programs of others that see an interface's packets before ours does.
+//! - [`preceding_programs`]: foreign programs that see an interface's packets before ours does.
 //! - [`probe`]: kernel features and privileges, found once by [`HostFeatures::probe`] and judged by [`tc_ebpf_support`].
 
 mod addresses;

@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbour_that_nobody_answers_for_is_told_from_one_still_asked_for() {
+    fn an_unresolved_neighbour_is_told_from_one_being_resolved() {
         for (state, resolution) in [
             (NeighbourState::Failed, NeighbourResolution::Failed),
             (NeighbourState::Incomplete, NeighbourResolution::Pending),

@@ -1,4 +1,4 @@
-//! Programs of others that see an interface's incoming packets before our program does, and may consume them.
+//! Preceding programs: foreign programs that see an interface's incoming packets before ours does, and may consume them.
 //!
 //! A packet passes XDP, then the TCX programs in the order of their list, then TC filters in the order of their `pref`.
 

@@ -103,7 +103,7 @@ fn netns_a_healthy_host_is_found_healthy_in_both_modes() {
 }
 
 #[test]
-fn netns_it_prints_a_line_a_finding_for_people() {
+fn netns_it_prints_one_line_per_finding() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = write(&directory, &config(&lab, "tc_ebpf"));
@@ -116,7 +116,7 @@ fn netns_it_prints_a_line_a_finding_for_people() {
 }
 
 #[test]
-fn netns_ways_out_that_lead_nowhere_are_found() {
+fn netns_egress_paths_that_lead_nowhere_are_found() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::BehindRouter]).build().unwrap();
     impatient(&lab, "out1");
     impatient(&lab, "rtr2");
@@ -142,7 +142,7 @@ fn netns_ways_out_that_lead_nowhere_are_found() {
 }
 
 #[test]
-fn netns_a_way_out_that_is_narrower_than_the_way_in_is_found() {
+fn netns_an_egress_mtu_below_the_ingress_mtu_is_found() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     lab.gateway.ip("link set pod2 mtu 1400").unwrap();
     for mode in ["tc_ebpf", "userspace"] {
@@ -154,7 +154,7 @@ fn netns_a_way_out_that_is_narrower_than_the_way_in_is_found() {
 }
 
 #[test]
-fn netns_source_validation_that_eats_datagrams_is_found() {
+fn netns_source_validation_that_drops_datagrams_is_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     lab.gateway.ip("route add default via 10.0.10.2").unwrap();
     let userspace = config(&lab, "userspace");
@@ -181,7 +181,7 @@ fn netns_source_validation_that_eats_datagrams_is_found() {
 }
 
 #[test]
-fn netns_interfaces_that_bring_nothing_are_found() {
+fn netns_interfaces_without_traffic_are_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let good = config(&lab, "tc_ebpf");
     lab.sender.ip("link set eth0 down").unwrap();
@@ -198,7 +198,7 @@ fn netns_interfaces_that_bring_nothing_are_found() {
 }
 
 #[test]
-fn netns_programs_of_others_on_the_interface_are_found() {
+fn netns_foreign_programs_on_the_interface_are_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let good = config(&lab, "tc_ebpf");
     let add = |place: &str| {
@@ -251,7 +251,7 @@ fn netns_missing_privileges_are_found_by_name() {
 }
 
 #[test]
-fn netns_addresses_that_cannot_be_had_are_found() {
+fn netns_addresses_that_cannot_be_bound_are_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let good = config(&lab, "userspace");
     let taken = udp_fanout_lab::traffic::bind(&lab.gateway, lab.listener()).unwrap();
@@ -270,7 +270,7 @@ fn netns_addresses_that_cannot_be_had_are_found() {
 }
 
 #[test]
-fn netns_a_file_that_is_wrong_is_a_problem_for_each_mistake() {
+fn netns_an_invalid_file_is_a_problem_for_each_mistake() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let wrong = config(&lab, "tc_ebpf").replace("mode =", "mood =").replace("weight = 1", "weight = 0");
     let found = doctor(&lab, &wrong);
@@ -281,7 +281,7 @@ fn netns_a_file_that_is_wrong_is_a_problem_for_each_mistake() {
 }
 
 #[test]
-fn netns_the_running_daemons_word_is_heard_and_a_dead_ones_filter_seen() {
+fn netns_problems_of_the_running_daemon_and_filters_of_a_stopped_one_are_found() {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let mut specified = DaemonConfig::for_lab(&lab, "tc_ebpf");
     let mut daemon = Daemon::start(&lab.gateway, binary(), &specified).unwrap();

@@ -1,4 +1,4 @@
-//! The host's facts, read from real network namespaces and compared with what was set up there.
+//! Host facts, read from real network namespaces and compared with their configuration.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -47,7 +47,7 @@ fn refused(route: &Route) -> &str {
     }
 }
 
-/// Two ends of a cable, `eth0` and `eth1`, both up; `eth0` has 10.0.0.1/24 and fd00::1/64, usable at once.
+/// A veth pair, `eth0` and `eth1`, both up; `eth0` has 10.0.0.1/24 and fd00::1/64, usable at once.
 fn cable() {
     ip("link add eth0 type veth peer name eth1");
     ip("addr add 10.0.0.1/24 dev eth0");
@@ -57,7 +57,7 @@ fn cable() {
     until(|| ip("-6 route show table local").contains("local fd00::1 "));
 }
 
-/// Waits until something holds that the kernel does in its own time, looking again whenever the host has changed.
+/// Waits for something that the kernel does asynchronously. Checks again whenever the host has changed.
 fn until(holds: impl Fn() -> bool) {
     let mut monitor = HostMonitor::open().unwrap();
     let mut poll = Poll::new().unwrap();
@@ -84,12 +84,12 @@ fn netns_links_are_listed_with_kind_state_and_mtu() {
     });
 }
 
-/// Apart from the others, since not every kernel they run on has these kinds.
+/// In a test of its own, because not every kernel has these kinds.
 #[test]
 fn netns_links_of_other_kinds() {
     in_new_netns(|| {
         without_ipv6();
-        // Of its own, or else it would take that of its first port.
+        // Its own address; otherwise, it would take that of its first port.
         ip("link add br0 address 02:00:00:00:00:03 type bridge");
         ip("tuntap add mode tun name tun0");
         let (bridge, tun) = (link("br0"), link("tun0"));
@@ -98,7 +98,7 @@ fn netns_links_of_other_kinds() {
         assert!(!tun.ethernet && tun.kind.as_deref() == Some("tun"), "{tun:?}");
         assert!(tun.l3_device && tun.l3_ingress && tun.mac.is_none() && !bridge.l3_ingress, "{tun:?}");
 
-        // None of them up: a bridge's carrier follows its ports', and is a fact.
+        // All down: a bridge's carrier, which is a fact, follows that of its ports.
         ip("link add eth0 type veth peer name eth1");
         ip("link set eth1 master br0");
         let monitor = &mut caught_up();
@@ -108,7 +108,7 @@ fn netns_links_of_other_kinds() {
 }
 
 #[test]
-fn netns_addresses_are_those_the_host_answers_to() {
+fn netns_addresses_are_the_usable_ones() {
     in_new_netns(|| {
         cable();
         ip("addr add 10.0.7.1 peer 10.0.7.2 dev eth1");
@@ -118,7 +118,7 @@ fn netns_addresses_are_those_the_host_answers_to() {
             .addresses
             .into_iter()
             .map(|own| (own.link, own.address))
-            // The kernel makes link-local addresses in its own time.
+            // The kernel creates link-local addresses asynchronously.
             .filter(|(_, ip)| !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local()))
             .collect();
         let expected =
@@ -130,7 +130,7 @@ fn netns_addresses_are_those_the_host_answers_to() {
 #[test]
 fn netns_an_ipv6_address_that_is_still_being_checked_is_left_out() {
     in_new_netns(|| {
-        // Without a carrier (the other end is down) the check cannot begin, so the address stays tentative.
+        // Without a carrier (the other end is down), the check does not begin, and the address stays tentative.
         ip("link add eth0 type veth peer name eth1");
         ip("link set eth0 up");
         ip("addr add fd00::1/64 dev eth0");
@@ -168,7 +168,7 @@ fn netns_on_link_and_through_gateways() {
 }
 
 #[test]
-fn netns_the_routes_mtu_goes_before_the_links() {
+fn netns_a_routes_mtu_overrides_the_links() {
     in_new_netns(|| {
         cable();
         ip("link set eth0 mtu 1450");
@@ -197,7 +197,7 @@ fn netns_local_addresses() {
 }
 
 #[test]
-fn netns_routes_that_refuse_say_why() {
+fn netns_rejecting_routes_have_a_reason() {
     in_new_netns(|| {
         cable();
         for (v4, v6, kind) in [("1", "1", "unreachable"), ("2", "2", "blackhole"), ("3", "3", "prohibit")] {
@@ -231,11 +231,11 @@ fn netns_a_multicast_group_is_reached_directly() {
 }
 
 #[test]
-fn netns_a_route_that_encapsulates_is_told_from_a_plain_one() {
+fn netns_an_encapsulating_route_is_recognised() {
     in_new_netns(|| {
         cable();
         ip("route add 10.3.0.0/16 encap ip id 1 dst 10.0.0.9 via 10.0.0.254 dev eth0");
-        // Linux 5.10 does not say so of a route that it has looked up.
+        // Linux 5.10 omits the encapsulation from the reply to a route request.
         if ip("route get 10.3.0.1").contains("encap") {
             assert_eq!(route("10.3.0.1"), Route::Encapsulated { link: link("eth0").index });
         }
@@ -243,7 +243,7 @@ fn netns_a_route_that_encapsulates_is_told_from_a_plain_one() {
 }
 
 #[test]
-fn netns_next_hop_objects_are_followed() {
+fn netns_next_hop_objects_are_resolved() {
     in_new_netns(|| {
         cable();
         ip("nexthop add id 7 via 10.0.0.254 dev eth0");
@@ -333,7 +333,7 @@ fn netns_ten_thousand_addresses_are_looked_up() {
 }
 
 #[test]
-fn netns_a_listing_longer_than_one_datagram_is_whole() {
+fn netns_a_dump_longer_than_one_datagram_is_complete() {
     in_new_netns(|| {
         cable();
         let addresses: String =
@@ -347,8 +347,7 @@ fn netns_a_listing_longer_than_one_datagram_is_whole() {
     });
 }
 
-/// A monitor that has seen everything so far and knows each link, so that it overlooks what the kernel still says, in its
-/// own time, about carriers that have come or gone.
+/// A monitor that has read all messages so far and knows each link, so that late messages about carriers are no changes.
 fn caught_up() -> HostMonitor {
     let mut monitor = HostMonitor::open().unwrap();
     for link in facts(&[]).links {
@@ -358,14 +357,14 @@ fn caught_up() -> HostMonitor {
     monitor
 }
 
-/// Requires that each command is noticed, and that nothing is left to notice after it.
+/// Requires that the command is noticed, and that no change remains after it.
 fn noticed(monitor: &mut HostMonitor, command: &str) {
     ip(command);
     assert!(monitor.drain().unwrap(), "not noticed: ip {command}");
     assert!(!monitor.drain().unwrap());
 }
 
-/// No IPv6 on any interface to come: its addresses would appear, and be noticed, in the kernel's own time.
+/// Disables IPv6 on new interfaces. Otherwise, their link-local addresses appear asynchronously and count as changes.
 fn without_ipv6() {
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
 }
@@ -401,7 +400,7 @@ fn netns_the_monitor_notices_each_kind_of_change() {
 }
 
 #[test]
-fn netns_the_monitor_notices_what_concerns_the_ways_it_watches() {
+fn netns_the_monitor_notices_changes_of_next_hops() {
     in_new_netns(|| {
         without_ipv6();
         ip("link add eth0 type veth peer name eth1");
@@ -434,11 +433,11 @@ fn netns_the_monitor_notices_what_concerns_the_ways_it_watches() {
             });
             assert_eq!(facts.neighbours, Vec::from_iter(known), "{command}");
         }
-        // Nobody sends to these.
+        // These are not next hops.
         ip("neigh add 10.0.0.9 lladdr 02:00:00:00:00:09 dev eth0");
         ip("neigh add 10.0.0.7 lladdr 02:00:00:00:00:09 dev eth1");
         assert!(!monitor.drain().unwrap());
-        // What has been written down is not asked for, or else the kernel would forget that it was.
+        // A configured neighbour is not resolved; a request would make the kernel forget that it is permanent.
         ip("neigh add 10.0.0.7 lladdr 02:00:00:00:00:07 dev eth0 nud permanent");
         let facts = watch_again(&mut host, &mut monitor, &addresses);
         host.track_next_hops(NextHopTracking::ResolveAll);
@@ -456,14 +455,14 @@ fn watch_again(host: &mut HostNetwork, monitor: &mut HostMonitor, addresses: &BT
 }
 
 #[test]
-fn netns_the_kernel_is_made_to_look_for_neighbours_that_no_traffic_reminds_it_of() {
+fn netns_the_kernel_is_made_to_resolve_neighbours_without_traffic() {
     in_new_netns(|| {
         cable();
         let mut host = HostNetwork::open().unwrap();
         host.track_next_hops(NextHopTracking::ResolveAll);
         let addresses = BTreeSet::from([address("10.0.0.7"), address("fd00::7")]);
         host.facts(&addresses).unwrap();
-        // Nobody answers, but it has asked.
+        // Nobody replies, but the kernel has sent requests.
         for sought in ["10.0.0.7", "fd00::7"] {
             assert!(ip(&format!("neigh show {sought} dev eth0")).contains(sought), "{sought}");
         }
@@ -474,7 +473,7 @@ fn netns_the_kernel_is_made_to_look_for_neighbours_that_no_traffic_reminds_it_of
 }
 
 #[test]
-fn netns_a_link_deleted_and_made_again_is_noticed_though_it_looks_the_same() {
+fn netns_a_link_that_is_deleted_and_created_again_is_noticed() {
     in_new_netns(|| {
         without_ipv6();
         let make = "link add eth0 index 50 address 02:00:00:00:00:01 type veth peer name eth1 index 51";
@@ -489,11 +488,11 @@ fn netns_a_link_deleted_and_made_again_is_noticed_though_it_looks_the_same() {
 }
 
 #[test]
-fn netns_the_monitor_overlooks_what_is_no_fact() {
+fn netns_the_monitor_ignores_changes_that_are_no_facts() {
     in_new_netns(|| {
         ip("addr add 10.0.0.1/24 dev lo");
         let monitor = &mut caught_up();
-        // The first message about an address is news to the monitor, whatever it says.
+        // The first message about an address always counts as a change.
         noticed(monitor, "addr change 10.0.0.1/24 dev lo valid_lft 3000 preferred_lft 2000");
         for n in 0..50 {
             ip(&format!("link set lo alias number{n}"));
@@ -509,13 +508,13 @@ fn netns_an_overrun_counts_as_a_change() {
     in_new_netns(|| {
         let monitor = &mut caught_up();
         socket2::SockRef::from(&*monitor).set_recv_buffer_size(1).unwrap();
-        // Messages that would all be overlooked, had none been lost.
+        // Messages that would not count as changes if none were lost.
         for n in 0..50 {
             ip(&format!("link set lo alias number{n}"));
         }
         assert!(monitor.drain().unwrap());
         assert!(!monitor.drain().unwrap());
-        // From then on it works as before: the first message is news again, the second is not.
+        // Then it works as before: the first message is a change again, the second is not.
         noticed(monitor, "link set lo alias fresh");
         ip("link set lo alias stale");
         assert!(!monitor.drain().unwrap());
@@ -540,7 +539,7 @@ fn netns_the_monitor_wakes_a_mio_loop() {
     });
 }
 
-/// Runs `work` on a thread that has given up these capabilities, in the caller's network namespace.
+/// Runs `work` on a thread without these capabilities, in the caller's network namespace.
 fn without<T: Send>(capabilities: &[Capability], work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -553,36 +552,36 @@ fn without<T: Send>(capabilities: &[Capability], work: impl FnOnce() -> T + Send
     })
 }
 
-fn ability_without(capabilities: &[Capability]) -> HostFeatures {
+fn features_without(capabilities: &[Capability]) -> HostFeatures {
     without(capabilities, || HostFeatures::probe().unwrap())
 }
 
-/// All of this thread's capabilities but those that we tell users to grant.
-fn needless(ability: &HostFeatures) -> Vec<Capability> {
+/// All of this thread's capabilities except those that the documentation tells users to grant.
+fn needless(features: &HostFeatures) -> Vec<Capability> {
     let needed = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
-    ability.effective_caps.iter().copied().filter(|capability| !needed.contains(capability)).collect()
+    features.effective_caps.iter().copied().filter(|capability| !needed.contains(capability)).collect()
 }
 
 #[test]
-fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
+fn netns_the_probe_reports_what_capabilities_allow() {
     in_new_netns(|| {
         use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN};
-        let full = ability_without(&[]);
+        let full = features_without(&[]);
         assert_eq!(full.load, Ok(()), "this test probes for TC programs: run it as root");
         assert_eq!(full.redirect_neigh, Some(true));
         assert_eq!(tc_ebpf_support(&full), Ok(()));
 
-        // CAP_SYS_ADMIN stands for the other two, and they for it.
+        // CAP_SYS_ADMIN replaces the other two, and they replace it.
         for spare in [vec![CAP_SYS_ADMIN], vec![CAP_BPF, CAP_PERFMON]] {
-            assert_eq!(tc_ebpf_support(&ability_without(&spare)), Ok(()), "without {spare:?}");
+            assert_eq!(tc_ebpf_support(&features_without(&spare)), Ok(()), "without {spare:?}");
         }
-        assert_eq!(tc_ebpf_support(&ability_without(&needless(&full))), Ok(()));
+        assert_eq!(tc_ebpf_support(&features_without(&needless(&full))), Ok(()));
 
         for (lost, named) in [
             (vec![CAP_BPF, CAP_SYS_ADMIN], "CAP_BPF is missing"),
             (vec![CAP_NET_ADMIN, CAP_SYS_ADMIN], "CAP_NET_ADMIN is missing"),
         ] {
-            let poor = ability_without(&lost);
+            let poor = features_without(&lost);
             assert_eq!(poor.load, Err(Errno::EPERM), "{lost:?}");
             let obstacle = tc_ebpf_support(&poor).unwrap_err();
             assert!(matches!(&obstacle, TcUnsupported::Privilege(what) if what.starts_with(named)), "{obstacle:?}");
@@ -590,9 +589,9 @@ fn netns_what_the_kernel_lets_a_thread_do_follows_from_its_capabilities() {
     });
 }
 
-/// Loads the real program and puts it on both ends of the cable, on a thread that has given up these capabilities.
+/// Loads the real program and attaches it to both ends of the cable, on a thread without these capabilities.
 fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
-    // Not twice on one: a command that another test is starting holds on to the claim for a moment.
+    // A different end each time: a command that another test starts may hold the claim for a moment.
     let [eth0, eth1] = ["eth0", "eth1"].map(|name| LinkRef { index: link(name).index, name: name.into() });
     without(capabilities, || {
         let datapath = KernelDatapath::new(&MapLimits {
@@ -614,10 +613,10 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
 }
 
 #[test]
-fn netns_the_program_needs_the_capabilities_we_ask_for_and_no_others() {
+fn netns_the_program_needs_the_documented_capabilities_and_no_others() {
     in_new_netns(|| {
         cable();
-        let needless = needless(&ability_without(&[]));
+        let needless = needless(&features_without(&[]));
         load_and_attach_without(&needless).expect("what we ask for is not enough");
         for needed in [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN] {
             let lost = [needless.as_slice(), &[needed]].concat();

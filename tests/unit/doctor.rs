@@ -40,7 +40,7 @@ fn doctor(kubeconfig: &Path) -> (String, String, String) {
 }
 
 #[test]
-fn a_cluster_that_answers_is_well_and_its_endpoints_are_looked_at() {
+fn a_reachable_cluster_is_ok_and_its_endpoints_are_checked() {
     let server = ApiServer::start();
     server.apply(Kind::EndpointSlice, slice("logging", "vector", "vector-a", [ready("127.0.0.1"), ready("127.0.0.2")]));
     let (level, text, routes) = doctor(&server.kubeconfig());
@@ -50,7 +50,7 @@ fn a_cluster_that_answers_is_well_and_its_endpoints_are_looked_at() {
 }
 
 #[test]
-fn rights_that_are_missing_are_named_with_the_command_that_grants_them() {
+fn missing_rights_are_named_with_the_command_that_grants_them() {
     let server = ApiServer::start();
     server.apply(Kind::EndpointSlice, slice("logging", "vector", "vector-a", [ready("127.0.0.1")]));
     for rules in [&[][..], &[Rule::new(&["list"], "endpointslices")], &[Rule::new(&["watch"], "endpointslices")]] {
@@ -63,7 +63,7 @@ fn rights_that_are_missing_are_named_with_the_command_that_grants_them() {
 }
 
 #[test]
-fn a_service_that_is_not_there_is_told_from_one_without_endpoints() {
+fn a_missing_service_is_told_from_one_without_endpoints() {
     let server = ApiServer::start();
     server.allow(Rule::new(&["get"], "namespaces"));
     server.allow(Rule::new(&["get"], "services"));
@@ -78,7 +78,7 @@ fn a_service_that_is_not_there_is_told_from_one_without_endpoints() {
 }
 
 #[test]
-fn an_api_server_that_cannot_be_asked_is_a_problem() {
+fn an_unreachable_api_server_is_a_problem() {
     let server = ApiServer::start();
     let kubeconfig = server.kubeconfig();
     server.accept_token("another");

@@ -1,12 +1,12 @@
-//! What the kernel says: netlink datagrams about the host, and what the TC program writes to its ring buffer.
+//! Bytes from the kernel: netlink datagrams about the host, and events of the TC program's ring buffer.
 
 use udp_fanout::datapath::kernel::events::DatagramEvent;
 use udp_fanout::host::{Route, decode};
 
-/// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`, of which the same is no news a second time.
+/// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`: the same message twice is only one change.
 const STATES: [u16; 3] = [16, 20, 28];
 
-/// Reads a netlink datagram with every reader there is, and the same bytes as an event.
+/// Reads the bytes with every netlink reader, and as an event.
 pub fn run(bytes: &[u8]) {
     for message in decode::datagram(bytes) {
         assert_eq!(message.changed.is_some(), message.changed_again.is_some(), "{message:?}");
