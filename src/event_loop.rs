@@ -50,9 +50,9 @@ use signal_hook_mio::v1_0::Signals;
 
 use self::downstream_sources::DownstreamSources;
 use self::preceding_programs::PrecedingPrograms;
-use self::reload::{ReloadCause, Reloading};
+use self::reload::{ReloadCause, ReloadState};
 use self::status_socket::StatusSocket;
-use self::trace::Tracing;
+use self::trace::TraceState;
 use crate::config::Config;
 use crate::controller::{Controller, ControllerEvent};
 use crate::datapath::kernel::KernelDatapath;
@@ -114,10 +114,10 @@ struct Daemon {
     plan_applies: PlanApplyCounts,
     preceding_programs: PrecedingPrograms,
     drop_log: DropLog,
-    tracing: Tracing,
+    tracing: TraceState,
     /// The configuration in force.
     config: Config,
-    reloading: Reloading,
+    reloading: ReloadState,
     service_manager: ServiceManager,
     /// Wakes this thread from others.
     waker: Arc<Waker>,

@@ -33,15 +33,15 @@ pub(super) const DESCRIPTION: [&str; 4] = [
 ];
 
 /// A section that explains terms.
-pub(super) struct Section {
+pub(super) struct HelpSection {
     pub(super) title: &'static str,
     /// Term and explanation.
     pub(super) entries: &'static [(&'static str, &'static str)],
 }
 
 /// The sections after the options.
-pub(super) const SECTIONS: [Section; 5] = [
-    Section {
+pub(super) const SECTIONS: [HelpSection; 5] = [
+    HelpSection {
         title: "Examples",
         entries: &[
             ("udp-fanout", "Run with /etc/udp-fanout/config.toml."),
@@ -66,7 +66,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ),
         ],
     },
-    Section {
+    HelpSection {
         title: "Files",
         entries: &[
             ("/etc/udp-fanout/config.toml", "The configuration file, unless --config names another."),
@@ -77,7 +77,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ),
         ],
     },
-    Section {
+    HelpSection {
         title: "Environment",
         entries: &[
             ("RUST_LOG", "What to log, as comma-separated [TARGET=]LEVEL; takes precedence over --log-level."),
@@ -93,7 +93,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ("JOURNAL_STREAM", "Set by systemd: text lines omit the time, which the journal has."),
         ],
     },
-    Section {
+    HelpSection {
         title: "Signals",
         entries: &[
             (
@@ -108,7 +108,7 @@ pub(super) const SECTIONS: [Section; 5] = [
             ),
         ],
     },
-    Section {
+    HelpSection {
         title: "Exit status",
         entries: &[
             ("0", "The daemon was stopped by a signal, or the command succeeded; doctor and demo found no problem."),
@@ -126,7 +126,7 @@ pub(super) fn long_about() -> String {
 /// The sections in `--help`.
 pub(super) fn sections_as_text() -> String {
     let mut text = String::new();
-    for Section { title, entries } in &SECTIONS {
+    for HelpSection { title, entries } in &SECTIONS {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{title}:");
         for (term, explanation) in *entries {

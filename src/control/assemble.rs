@@ -169,3 +169,45 @@ fn waits_for(reason: &NotReady) -> String {
         NotReady::NotAttached(reason) => reason.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::UserspaceSettings;
+    use crate::model::ListenerId;
+    use crate::plan::PlanTarget;
+
+    fn plan(policy: Policy, samples: &[u32], table: &[u32]) -> ListenerPlan {
+        let target = |(&sample, port)| PlanTarget {
+            downstream: Downstream { name: "d".into(), address: ([10, 0, 0, 1], port).into(), weight: 1, sample },
+            delivery: Delivery::Local,
+        };
+        ListenerPlan {
+            id: ListenerId(1),
+            name: "syslog".into(),
+            mode: Mode::TcEbpf,
+            bind: ([0, 0, 0, 0], 514).into(),
+            match_addresses: Vec::new(),
+            links: Vec::new(),
+            l3_ingress: Vec::new(),
+            joins: Vec::new(),
+            policy,
+            sources: Arc::default(),
+            meter: None,
+            socket_only: None,
+            targets: samples.iter().zip(1..).map(target).collect(),
+            table: table.into(),
+            settings: UserspaceSettings::default(),
+        }
+    }
+
+    #[test]
+    fn a_share_is_the_part_of_the_table_or_of_the_copies() {
+        let all = Downstream::ALL;
+        assert_eq!(shares(&plan(Policy::RoundRobin, &[all, all], &[0, 1, 0, 0])), [0.75, 0.25]);
+        assert_eq!(shares(&plan(Policy::RoundRobin, &[all], &[])), [0.0]);
+        assert_eq!(shares(&plan(Policy::Replicate, &[all, 0], &[0, 1])), [1.0, 0.0]);
+    }
+}

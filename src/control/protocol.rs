@@ -234,10 +234,10 @@ impl ResponseHead {
     pub fn parse(bytes: &[u8]) -> Result<ResponseHead> {
         if bytes.starts_with(b"{") {
             #[derive(Deserialize)]
-            struct Old {
+            struct JsonLineReply {
                 daemon: Option<String>,
             }
-            let old: Option<Old> = serde_json::from_slice(bytes).ok();
+            let old: Option<JsonLineReply> = serde_json::from_slice(bytes).ok();
             bail!(
                 "the daemon ({}) speaks an older status protocol than this program ({}); run the program that the daemon \
                  was started from",

@@ -69,10 +69,10 @@ struct StatusConnection {
     dropped: u64,
 }
 
-/// Whether a connection goes on.
-enum Then {
-    Stays,
-    Ends,
+/// What to do with a connection after reading and writing.
+enum AfterIo {
+    KeepOpen,
+    Close,
 }
 
 impl StatusServer {
@@ -136,7 +136,7 @@ impl StatusServer {
         let turn = self.turn;
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.turn = turn;
-        if let Then::Ends = connection.proceed(&mut answer) {
+        if let AfterIo::Close = connection.proceed(&mut answer) {
             self.close(key);
         }
     }
@@ -156,7 +156,7 @@ impl StatusServer {
         for (key, connection) in &mut self.connections {
             if connection.subscription.as_ref().is_some_and(&matches) {
                 connection.turn = turn;
-                if let Then::Ends = connection.send_line(&bytes, is_record) {
+                if let AfterIo::Close = connection.send_line(&bytes, is_record) {
                     gone.push(key);
                 }
             }
@@ -246,19 +246,19 @@ impl StatusConnection {
     }
 
     /// Writes and reads as far as both go.
-    fn proceed(&mut self, answer: &mut impl FnMut(&StatusRequest) -> StatusReply) -> Then {
+    fn proceed(&mut self, answer: &mut impl FnMut(&StatusRequest) -> StatusReply) -> AfterIo {
         loop {
             // Anything that a client sends ends its trace. Reading also finds out that it has gone.
             if self.subscription.is_some() && !matches!(self.read(), Ok(false)) {
-                return Then::Ends;
+                return AfterIo::Close;
             }
             match self.write() {
-                Ok(true) if self.closing => return Then::Ends,
-                Ok(true) if self.subscription.is_some() => return Then::Stays,
+                Ok(true) if self.closing => return AfterIo::Close,
+                Ok(true) if self.subscription.is_some() => return AfterIo::KeepOpen,
                 Ok(true) => {}
                 // Nothing more is read before the response is written, which bounds the memory.
-                Ok(false) => return Then::Stays,
-                Err(_) => return Then::Ends,
+                Ok(false) => return AfterIo::KeepOpen,
+                Err(_) => return AfterIo::Close,
             }
             match StatusRequest::parse(&self.input) {
                 Ok(Some(parsed)) if parsed.length < self.input.len() => {
@@ -274,8 +274,8 @@ impl StatusConnection {
                 }
                 Ok(None) => match self.read() {
                     Ok(true) => {}
-                    Ok(false) => return Then::Stays,
-                    Err(_) => return Then::Ends,
+                    Ok(false) => return AfterIo::KeepOpen,
+                    Err(_) => return AfterIo::Close,
                 },
                 Err(error) => self.set_output(&StatusReply::Error(error), false),
             }
@@ -309,10 +309,10 @@ impl StatusConnection {
     }
 
     /// Adds a line of its trace to the output. If the client does not keep up, the line is dropped and counted.
-    fn send_line(&mut self, line: &[u8], is_record: bool) -> Then {
+    fn send_line(&mut self, line: &[u8], is_record: bool) -> AfterIo {
         if self.output.len() - self.written > MAX_UNREAD {
             self.dropped += 1;
-            return Then::Stays;
+            return AfterIo::KeepOpen;
         }
         if self.dropped > 0 {
             let note =
@@ -328,9 +328,9 @@ impl StatusConnection {
             }
         }
         match self.write() {
-            Ok(written) if written && self.closing => Then::Ends,
-            Ok(_) => Then::Stays,
-            Err(_) => Then::Ends,
+            Ok(written) if written && self.closing => AfterIo::Close,
+            Ok(_) => AfterIo::KeepOpen,
+            Err(_) => AfterIo::Close,
         }
     }
 

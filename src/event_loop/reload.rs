@@ -44,7 +44,7 @@ pub(super) enum ReloadCause {
 
 /// The file's watch, the reload in progress, and the outcome of earlier ones.
 #[derive(Debug)]
-pub(super) struct Reloading {
+pub(super) struct ReloadState {
     pub(super) counts: ReloadCounts,
     /// Why the last reload was rejected, and when; none if it was not.
     pub(super) rejection: Option<(SystemTime, String)>,
@@ -86,10 +86,10 @@ impl<T> PartChange<T> {
     }
 }
 
-impl Reloading {
+impl ReloadState {
     /// Watches the file if the configuration says so.
-    pub(super) fn new(config: &Config, registry: &Registry, token: Token, now: SystemTime) -> Reloading {
-        let mut reloading = Reloading {
+    pub(super) fn new(config: &Config, registry: &Registry, token: Token, now: SystemTime) -> ReloadState {
+        let mut reloading = ReloadState {
             counts: ReloadCounts { success: 0, error: 0, last_good: true, last_success: now },
             rejection: None,
             watch: None,

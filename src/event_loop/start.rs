@@ -13,9 +13,9 @@ use signal_hook_mio::v1_0::Signals;
 
 use super::downstream_sources::DownstreamSources;
 use super::preceding_programs::PrecedingPrograms;
-use super::reload::Reloading;
+use super::reload::ReloadState;
 use super::status_socket::StatusSocket;
-use super::trace::Tracing;
+use super::trace::TraceState;
 use super::{
     CONFIG_FILE, Daemon, DaemonOptions, HEALTH, KERNEL_EVENTS, MAINTENANCE_INTERVAL, NETLINK, SIGNALS, Timers, WAKE,
     handover,
@@ -76,8 +76,8 @@ impl Daemon {
             plan_applies: PlanApplyCounts::default(),
             preceding_programs: PrecedingPrograms::new(),
             drop_log: DropLog::default(),
-            tracing: Tracing::default(),
-            reloading: Reloading::new(&config, poll.registry(), CONFIG_FILE, started_at),
+            tracing: TraceState::default(),
+            reloading: ReloadState::new(&config, poll.registry(), CONFIG_FILE, started_at),
             service_manager: ServiceManager::from_environment(),
             config,
             waker,

@@ -19,7 +19,7 @@ use crate::model::Mode;
 
 /// What is traced, and how much.
 #[derive(Debug, Default)]
-pub(super) struct Tracing {
+pub(super) struct TraceState {
     /// The filter that the kernel program has.
     in_force: Option<TraceSubscription>,
     throttle: TraceThrottle,
