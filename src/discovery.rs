@@ -1,8 +1,8 @@
 //! Downstreams from Kubernetes: follows the EndpointSlices of the listeners' Services and publishes whole sets.
 //!
 //! ```text
-//! API server ══► watch/service_watch (one task per Service) ──► aggregator (pure) ──► DiscoveryUpdate ──► channel + waker ──► event loop
-//!                  kube's watcher, backoff, outages         merges, counts generations
+//! API server ══► watch/service_watch ──► aggregator ──► DiscoveryUpdate ──► channel + waker ──► event loop
+//!                one task per Service    pure: merges, counts generations
 //! ```
 //!
 //! All asynchronous code runs on one thread, `fo-kube`, in `watch` and the files below it. [`slices`] turns

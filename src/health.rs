@@ -14,7 +14,7 @@
 //! | --- | --- | --- |
 //! | a reply, or a refusal | [`HealthChecks::on_event`] | `HealthMonitor::handle_answer` or `handle_failure` |
 //! | no reply in time | [`HealthChecks::on_timer`] | `HealthMonitor::fail_round` |
-//! | a downstream turns unhealthy or healthy | `CheckedListeners::handle_change` | [`HealthChecks::take_change`], then the controller's `Event::Health` |
+//! | a downstream's state changes | `CheckedListeners::handle_change` | [`HealthChecks::take_change`], then the controller |
 //!
 //! ```no_run
 //! # use std::time::{Duration, Instant};

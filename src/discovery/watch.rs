@@ -223,7 +223,8 @@ impl TaskSet {
         let again = self.settings.limits.backoff_max;
         self.status.add(&key).count_error(ErrorKind::Internal);
         tracing::error!(
-            "internal error: the watch of the endpoints of {key} stopped: {fault}; the last known endpoints stay in use; restarting it in {again:?}"
+            "internal error: the watch of the endpoints of {key} stopped: {fault}; the last known endpoints stay in use; \
+             restarting it in {again:?}"
         );
         self.watch(key, again);
     }

@@ -50,7 +50,7 @@ pub struct Transitions {
 /// All listeners that have health checks.
 #[derive(Debug, Default)]
 pub struct CheckedListeners {
-    listeners: BTreeMap<ListenerId, CheckedListener>,
+    listeners: BTreeMap<ListenerId, ListenerHealthState>,
     /// The listeners and downstreams that each target stands for.
     users: HashMap<ProbeTarget, Vec<(ListenerId, SocketAddr)>>,
     map: HealthMap,
@@ -59,7 +59,7 @@ pub struct CheckedListeners {
 }
 
 #[derive(Debug)]
-struct CheckedListener {
+struct ListenerHealthState {
     name: Arc<str>,
     settings: Arc<ProbeSettings>,
     fail_open: bool,
@@ -84,7 +84,7 @@ impl CheckedListeners {
                 users.push((check.listener, downstream));
             }
             let before = before.remove(&check.listener);
-            let listener = CheckedListener {
+            let listener = ListenerHealthState {
                 name: Arc::clone(&check.name),
                 settings,
                 fail_open: check.settings.fail_open,
@@ -176,7 +176,7 @@ impl CheckedListeners {
     }
 }
 
-impl CheckedListener {
+impl ListenerHealthState {
     /// What happens to its datagrams while all downstreams are unhealthy.
     fn fallback(&self) -> &'static str {
         if self.fail_open {

@@ -1,7 +1,7 @@
 //! The state machine of health checks for all targets. No I/O.
 //!
-//! [`HealthMonitor::handle`] takes a [`MonitorEvent`] and the time and returns [`MonitorAction`]s: [`HealthChecks`](super::HealthChecks)
-//! carries them out. A target is probed in rounds:
+//! [`HealthMonitor::handle`] takes a [`MonitorEvent`] and the time and returns [`MonitorAction`]s, which
+//! [`HealthChecks`](super::HealthChecks) carries out. A target is probed in rounds:
 //!
 //! ```text
 //! interval  ├──────────────────────────────────────────┤

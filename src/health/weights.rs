@@ -1,9 +1,8 @@
 //! Turns health into weights: which downstreams of a listener get datagrams, and how large a share. Pure.
 //!
-//! The controller asks [`effective_weights`] before it compiles a listener's plan. An unhealthy
-//! downstream gets weight 0, with two exceptions: if all are unhealthy, `fail_open` may keep all, because then the checks are more
-//! likely wrong than all receivers dead (a firewall that drops pings must not stop the logs); and a downstream that has
-//! recovered starts with a small share (slow start).
+//! The controller calls [`effective_weights`] before it compiles a listener's plan. An unhealthy downstream gets weight 0, unless
+//! all are unhealthy and `fail_open` keeps them: then the checks are more likely wrong than all receivers dead (a firewall that
+//! drops pings must not stop the logs). A downstream that has recovered starts with a small share (slow start).
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -59,7 +58,8 @@ impl FromIterator<((ListenerId, SocketAddr), HealthMark)> for HealthMap {
 /// The weights of a listener's downstreams after health is applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EffectiveWeights {
-    /// For each downstream in order, its weight in the table, 0 for those left out. Only the proportions matter; at most [`SLOW_START_STEPS`] times the configured weights.
+    /// For each downstream in order, its weight in the table, 0 for those left out; at most [`SLOW_START_STEPS`] times the
+    /// configured weight. Only the proportions matter.
     pub weights: Vec<u32>,
     /// All downstreams are unhealthy, and `fail_open` keeps them all.
     pub failing_open: bool,

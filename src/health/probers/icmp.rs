@@ -163,7 +163,7 @@ impl IcmpProber {
     pub fn receive(&mut self, replies: &mut Vec<ProbeReply>) -> bool {
         let IcmpProber { socket, access, v6, pending } = self;
         let (access, v6) = (*access, *v6);
-        let ours = |echo: &EchoMessage| match access {
+        let is_own = |echo: &EchoMessage| match access {
             IcmpSocketKind::Ping => true,
             IcmpSocketKind::Raw { identifier } => echo.identifier == identifier,
         };
@@ -181,14 +181,14 @@ impl IcmpProber {
             Received::Datagram { mut from, bytes } => {
                 from.set_port(0);
                 let bytes = if access == IcmpSocketKind::Ping || v6 { bytes } else { without_ip_header(bytes) };
-                let Some(echo) = EchoMessage::read(reply_type(v6), bytes).filter(&ours) else { return };
+                let Some(echo) = EchoMessage::read(reply_type(v6), bytes).filter(&is_own) else { return };
                 if echo.nonce.is_none() || !take(from, &echo, ProbeVerdict::Answered { exact: true }) {
                     tracing::debug!(%from, "ignored an ICMP echo reply that answers no probe");
                 }
             }
             Received::IcmpError { mut to, quoted, failure } => {
                 to.set_port(0);
-                if let Some(echo) = EchoMessage::read(request_type(v6), quoted).filter(&ours) {
+                if let Some(echo) = EchoMessage::read(request_type(v6), quoted).filter(&is_own) {
                     take(to, &echo, ProbeVerdict::Failed(failure));
                 }
             }
