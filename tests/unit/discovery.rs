@@ -246,7 +246,7 @@ fn with_least_rights_the_cause_of_absence_cannot_be_told() {
     logged(&[
         "WARN EndpointSlice not found: no slice in namespace \"logging\"",
         "service-name=mute",
-        "RBAC does not allow",
+        "RBAC denies",
     ]);
 }
 
