@@ -243,11 +243,7 @@ fn with_least_rights_the_cause_of_absence_cannot_be_told() {
     let server = ApiServer::start();
     let mut watching = Watching::start(&server, vec![request("mute")]);
     assert_eq!(watching.next_addresses(), Vec::<String>::new());
-    logged(&[
-        "WARN EndpointSlice not found: no slice in namespace \"logging\"",
-        "service-name=mute",
-        "RBAC denies",
-    ]);
+    logged(&["WARN EndpointSlice not found: no slice in namespace \"logging\"", "service-name=mute", "RBAC denies"]);
 }
 
 #[test]
