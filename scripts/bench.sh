@@ -18,7 +18,7 @@ if [[ $EUID -ne 0 ]]; then
     fi
     triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
     # Cargo itself must not run as root, or it would leave files behind that you cannot remove.
-    export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-as-root.sh"
+    export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-test.sh"
     echo "The benchmarks run through sudo: they make network namespaces and load BPF programs."
 fi
 

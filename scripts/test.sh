@@ -19,10 +19,10 @@ if [[ $EUID -ne 0 ]]; then
         echo "Run it as root; or, for the other tests: cargo test -- --skip root_ --skip netns_" >&2
         exit 1
     fi
-    triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
     # Cargo itself must not run as root, or it would leave files behind that you cannot remove.
-    export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-as-root.sh"
     echo "The test programs run through sudo: they make network namespaces and load BPF programs."
 fi
+triple=$(rustc --version --verbose | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+export "CARGO_TARGET_${triple}_RUNNER=$PWD/scripts/run-test.sh"
 
 exec "$cargo" test --locked --no-fail-fast "$@"

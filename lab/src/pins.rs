@@ -23,7 +23,9 @@ impl Pins {
         let around = format!("{}/{}{}-{number}", cleanup::BPF_FS, cleanup::DIRECTORY_PREFIX, std::process::id());
         cleanup::arm().unwrap();
         let mut registry = cleanup::registry();
-        fs::create_dir(&around).unwrap();
+        fs::create_dir(&around).unwrap_or_else(|error| {
+            panic!("cannot make {around}: {error}; `make test` mounts a BPF file system there if the machine has none")
+        });
         registry.add_directory(Path::new(&around));
         Pins(around.into())
     }
