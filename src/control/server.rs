@@ -83,8 +83,7 @@ impl StatusServer {
     /// When another daemon answers there, when the path is not a socket, or with the kernel's reason; in one line with the
     /// fix.
     pub fn bind(path: &Path, registry: &Registry, first: Token) -> Result<StatusServer> {
-        let listener =
-            listen(path).with_context(|| format!("cannot answer `udp-fanout status` at {}", path.display()))?;
+        let listener = listen(path).with_context(|| format!("cannot create the status socket {}", path.display()))?;
         let file = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino())).unwrap_or_default();
         let mut server = StatusServer {
             path: path.to_owned(),

@@ -187,7 +187,7 @@ impl Daemon {
         if cause == ReloadCause::Signal {
             tracing::info!(config = %self.config.path.display(), "configuration reloaded: nothing in it has changed");
         } else if self.reloading.rejection.is_some() {
-            tracing::info!(config = %self.config.path.display(), "the configuration file is as the configuration in force again");
+            tracing::info!(config = %self.config.path.display(), "the configuration file matches the configuration in force again");
         } else {
             return;
         }

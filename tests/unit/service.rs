@@ -165,8 +165,8 @@ fn the_service_manager_hears_of_start_reload_and_stop() {
         assert!(first < second);
         let [ready, status] = manager.hear().try_into().unwrap();
         assert_eq!(ready, "READY=1");
-        let expected = "STATUS=2 listeners in userspace, 3 downstreams; 1 problem: the configuration file was changed, and \
-                        cannot be followed: ";
+        let expected = "STATUS=2 listeners in userspace, 3 downstreams; 1 problem: the configuration file has changed and \
+                        cannot be put in force: ";
         assert!(status.starts_with(expected), "{status}");
         // And so does one in which nothing is new.
         manager.write(&two);
