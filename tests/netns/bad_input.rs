@@ -273,7 +273,7 @@ const NOBODY: [&str; 5] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear
 fn netns_too_little_privilege_is_refused_by_name() {
     let (lab, stage) = (lab(), Stage::new());
     let config = stage.write("config.toml", GOOD);
-    let fix = "run as root, or add what is missing (systemd: AmbientCapabilities=, Kubernetes: \
+    let fix = "run as root, or grant the capabilities (systemd: AmbientCapabilities=, Kubernetes: \
                securityContext.capabilities.add), or set mode = \"userspace\"";
     let without = |bounding: &'static str| -> Vec<&'static str> { vec!["setpriv", "--inh-caps=-all", bounding] };
     let cases = [
@@ -339,7 +339,7 @@ fn netns_auto_does_without_what_it_cannot_have_and_says_why() {
     let (lab, stage) = (lab(), Stage::new());
     let mut config = DaemonConfig::for_lab(&lab, "auto");
     let cases = [
-        (&NOBODY[..], "eth0", "reason=\"CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing: run as root, or add"),
+        (&NOBODY[..], "eth0", "reason=\"CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing: run as root, or grant"),
         (&[], "eth9", "reason=\"interface not found: eth9 (this host has "),
         (&[], "auto", "reason=\"no interface carries a default route, so interface = "),
     ];

@@ -154,7 +154,7 @@ fn netns_a_profile_without_bpf_is_named_as_the_cause() {
     let mut daemon =
         Daemon::spawn_behind(&lab.gateway, &container.before(), &binary(), &text, &Surroundings::default()).unwrap();
     assert_eq!(daemon.wait().unwrap().code(), Some(1));
-    let expected = "failed to attach TC program: permission denied: CAP_BPF is there, but a seccomp filter seems to forbid \
+    let expected = "failed to attach TC program: permission denied: CAP_BPF is granted, but a seccomp filter seems to forbid \
                     bpf(2): allow it in the seccomp profile";
     assert!(daemon.log().contains(expected), "{}", daemon.log());
 }
