@@ -31,7 +31,7 @@ BTF ?= /sys/kernel/btf/vmlinux
 export CARGO
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build run demo soak test test-kernels test-systemd fuzz lint fmt bench bench-kernel install deb image clean vmlinux
+.PHONY: help deps build run demo soak test test-kernels test-systemd fuzz lint fmt bench bench-kernel install deb image clean vmlinux config-docs
 
 help: ## List the targets
 	@echo 'udp-fanout: make TARGET [NAME=value ...]'
@@ -77,6 +77,9 @@ test-systemd: deb ## Try the package under systemd, on an emulated machine: rest
 fuzz: ## Feed parsers and the kernel program with inputs that libFuzzer makes up, FUZZ_SECONDS=60 each: ARGS='TARGET ...'
 	@scripts/deps.sh build run fuzz
 	@FUZZ_SECONDS='$(FUZZ_SECONDS)' scripts/fuzz.sh $(ARGS)
+
+config-docs: ## Rewrite config/reference.toml and the tables of keys in docs/CONFIGURATION.md from the program's types
+	UPDATE_DOCS=1 $(CARGO) test --locked --lib config::tests::generated
 
 lint: ## Check formatting, lints, scripts, YAML, the Dockerfile, the systemd unit and licences
 	@scripts/deps.sh build lint

@@ -93,6 +93,8 @@ pub enum Invocation {
     Demo(DemoOptions),
     /// Print a completion script; see [`completions`].
     Completions(Shell),
+    /// Print the JSON Schema of configuration files.
+    Schema,
     /// Print the manual page; see [`man`](fn@man).
     Man,
 }
@@ -168,6 +170,12 @@ enum CliCommand {
     },
     /// Print the manual page in roff
     Man,
+    /// Print the JSON Schema of configuration files, for editors
+    ///
+    /// Draft 2020-12, with every key, its type, range, default, meaning and an example. Editors that understand JSON
+    /// Schema complete and check TOML and YAML files by it. `udp-fanout check` checks more: what takes several keys, and the
+    /// inside of texts such as addresses.
+    Schema,
 }
 
 #[derive(Debug, Default, Args)]
@@ -368,6 +376,10 @@ where
         Some(CliCommand::Man) => {
             no_options("man", &before)?;
             Invocation::Man
+        }
+        Some(CliCommand::Schema) => {
+            no_options("schema", &before)?;
+            Invocation::Schema
         }
     })
 }

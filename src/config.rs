@@ -12,6 +12,7 @@
 mod address;
 mod document;
 mod file;
+mod health_keys;
 pub mod keys;
 mod listener_ids;
 mod problem;
@@ -26,13 +27,14 @@ pub mod watch;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use keys::field_order;
 pub use listener_ids::ListenerIdAllocator;
 pub use problem::{Problem, Problems};
 pub use protocol::ListenerProtocol;
@@ -44,47 +46,22 @@ use crate::model::{Downstream, ListenerId, Policy};
 use crate::net::Family;
 use crate::{error_hints, names};
 
-/// Allowed `workers`.
-pub const WORKER_COUNTS: RangeInclusive<u32> = 0..=1_024;
-/// Allowed `batch_size`, in messages.
-pub const BATCH_SIZES: RangeInclusive<u32> = 1..=1_024;
-/// Allowed `recv_buf_size`, in bytes. The kernel keeps twice the number in a signed 32-bit one.
-pub const RECV_BUF_SIZES: RangeInclusive<u32> = 4_096..=1_073_741_823;
-/// Allowed `max_packet_size`, in bytes of payload; the upper end is the longest that IPv4 carries.
-pub const PACKET_SIZES: RangeInclusive<u32> = 1..=65_507;
-/// Allowed `weight`.
-pub const WEIGHTS: RangeInclusive<u32> = 1..=65_535;
-/// Allowed `sample`.
-pub const SAMPLES: RangeInclusive<f64> = 0.000_001..=1.0;
-/// Allowed `resolve_interval_secs`.
-pub const RESOLVE_SECONDS: RangeInclusive<f64> = 1.0..=3_600.0;
-/// Allowed `max_listeners`.
-pub const MAX_LISTENERS: RangeInclusive<u32> = 1..=4_096;
-/// Allowed `max_downstreams`.
-pub const MAX_DOWNSTREAMS: RangeInclusive<u32> = 1..=1_000_000;
+/// Most listeners: the highest `max_listeners`.
+pub const MAX_LISTENERS: u32 = 4_096;
+/// Most downstreams: the highest `max_downstreams`.
+pub const MAX_DOWNSTREAMS: u32 = 1_000_000;
+/// Most prefixes in all `sources`: the highest `max_sources`.
+pub const MAX_SOURCES: u32 = 1_000_000;
+/// The default of `max_headless_secs`, in seconds.
+const DEFAULT_MAX_HEADLESS_SECS: u32 = 300;
 
-/// Allowed `max_sources`.
-pub const MAX_SOURCES: RangeInclusive<u32> = 1..=1_000_000;
-
-/// Allowed `max_senders`. Of fewer, the kernel could not tell the longest silent one well.
-pub const MAX_SENDERS: RangeInclusive<u32> = 1_024..=1_000_000;
-/// Allowed `packets_per_second`.
-pub const PACKET_RATES: RangeInclusive<u32> = 1..=10_000_000;
-/// Allowed `burst`.
-pub const BURSTS: RangeInclusive<u32> = 1..=100_000_000;
-
-/// Allowed `max_headless_secs`.
-pub const HEADLESS_SECONDS: RangeInclusive<u32> = 0..=31_536_000;
-/// What `max_headless_secs` is unless the file says otherwise.
-const HEADLESS: u32 = 300;
-
-/// Where the kernel program is pinned unless the file says otherwise.
+/// The default of `pin_path`.
 pub const PIN_PATH: &str = "/sys/fs/bpf/udp-fanout";
 
 /// The configuration file unless the command line names another.
 pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
 
-/// Where the status socket is unless the file says otherwise.
+/// The default of `status_socket`.
 pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
 
 /// Largest file read, in bytes: room for a million downstreams, and an end to `/dev/zero`.
@@ -126,7 +103,7 @@ pub struct AttachConfig {
 }
 
 /// The hook of an interface that the TC program is attached to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AttachHook {
     /// A filter of the `clsact` queueing discipline, as on all kernels. TCX programs run before it.
@@ -139,7 +116,7 @@ pub enum AttachHook {
 }
 
 /// A place in an interface's list of TCX programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TcxOrder {
     /// Before those that are there.
@@ -165,13 +142,13 @@ impl Default for HandoverConfig {
         HandoverConfig {
             on_exit: OnExit::Detach,
             pin_path: PathBuf::from(PIN_PATH),
-            max_headless: Some(Duration::from_secs(HEADLESS.into())),
+            max_headless: Some(Duration::from_secs(DEFAULT_MAX_HEADLESS_SECS.into())),
         }
     }
 }
 
 /// What becomes of the kernel program when the daemon ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExit {
     /// It is taken off the interfaces.
@@ -221,7 +198,7 @@ pub enum Interfaces {
 }
 
 /// The datapath a configuration asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RequestedMode {
     /// `tc_ebpf` where the kernel and our privileges allow, else `userspace`.
@@ -266,25 +243,37 @@ pub struct KubernetesSource {
 }
 
 /// Settings of the userspace datapath of one listener: `listeners[].settings`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = field_order::<UserspaceSettings>)]
 pub struct UserspaceSettings {
-    /// Worker threads, each with its own socket; 0 means one per CPU.
+    /// Worker threads, each with its own socket; 0 means one for each CPU.
+    #[schemars(range(min = 0, max = 1_024), example = 4)]
     pub workers: u32,
-    /// Messages taken from the kernel per system call, 1 to 1024.
+    /// Most messages received or sent in one system call. A message is one datagram, or up to 64 datagrams of one sender that
+    /// arrived together.
+    #[schemars(range(min = 1, max = 1_024), example = 128)]
     pub batch_size: u32,
-    /// Pin worker n to CPU n.
+    /// Pin each worker to a CPU of its own.
+    #[schemars(example = true)]
     pub pin_cpus: bool,
-    /// `SO_RCVBUF` of each worker's socket, in bytes; none leaves the host's default.
+    /// Receive buffer (`SO_RCVBUF`) of each worker's socket, in bytes: how much may wait while a worker is busy.
+    // The kernel keeps twice the number in a signed 32-bit one.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        range(min = 4_096, max = 1_073_741_823),
+        example = 16_777_216,
+        extend("x-absent" = "the host's default")
+    )]
     pub recv_buf_size: Option<u32>,
-    /// Longest datagram forwarded, in bytes of UDP payload, 1 to 65,507.
+    /// Longest datagram forwarded, in bytes of payload. A longer one is dropped and counted as `truncated`.
+    #[schemars(range(min = 1, max = 65_507), example = 9000)]
     pub max_packet_size: u32,
-    /// Send in the senders' names, which takes `CAP_NET_RAW`.
+    /// Keep the sender's address: receivers see the sender's address and port, as in `tc_ebpf` mode. Needs `CAP_NET_RAW`.
+    #[schemars(example = true)]
     pub preserve_source: bool,
 }
 
-/// What a listener has that says nothing of them.
 impl Default for UserspaceSettings {
     fn default() -> UserspaceSettings {
         UserspaceSettings {
@@ -308,16 +297,23 @@ pub struct MetricsConfig {
 }
 
 /// Sizes of the kernel program's maps; fixed while the daemon runs: `limits`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = field_order::<MapLimits>)]
 pub struct MapLimits {
-    /// Most listeners, 1 to 4,096.
+    /// Most listeners.
+    #[schemars(range(min = 1, max = MAX_LISTENERS), example = 1024)]
     pub max_listeners: u32,
-    /// Most downstreams over all listeners, 1 to 1,000,000.
+    /// Most downstreams of all listeners together.
+    #[schemars(range(min = 1, max = MAX_DOWNSTREAMS), example = 100_000)]
     pub max_downstreams: u32,
-    /// Most prefixes in the `sources` of all listeners, 1 to 1,000,000.
+    /// Most prefixes in the `sources` of all listeners together.
+    #[schemars(range(min = 1, max = MAX_SOURCES), example = 500_000)]
     pub max_sources: u32,
-    /// Most senders whose rates are kept apart, 1,024 to 1,000,000.
+    /// Most senders whose `rate_limit` is tracked at one time, of all listeners together. When there are more, those silent the
+    /// longest start again with a full bucket.
+    // With fewer, the kernel's LRU could not tell well which one was silent the longest.
+    #[schemars(range(min = 1_024, max = 1_000_000), example = 500_000)]
     pub max_senders: u32,
 }
 

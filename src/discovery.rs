@@ -86,7 +86,7 @@ impl fmt::Display for PortRef {
 }
 
 /// Which endpoints are preferred, by node or zone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Locality {
     /// No preference.
@@ -114,7 +114,7 @@ impl Locality {
 }
 
 /// Use of endpoints that are shutting down and still serve.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Terminating {
     /// Never used.

@@ -42,7 +42,6 @@
 //! # }
 //! ```
 
-pub mod keys;
 pub mod listeners;
 pub mod model;
 pub mod monitor;

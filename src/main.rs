@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
-use udp_fanout::config::{Config, ListenerConfig};
+use udp_fanout::config::{Config, ListenerConfig, keys};
 use udp_fanout::control::{status_command, trace_command};
 use udp_fanout::discovery::rbac::{self, ServiceAccount};
 use udp_fanout::logging::LogOptions;
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         }
         Invocation::Detach(options) => detach::run(&options),
         Invocation::Completions(shell) => output::print(&cli::completions(shell)),
+        Invocation::Schema => output::print(keys::json_schema().as_bytes()),
         Invocation::Man => cli::man().map_err(Into::into).and_then(|page| output::print(&page)),
     };
     match result {

@@ -109,6 +109,7 @@ fn questions_mean_what_they_say() {
         ),
         ("udp-fanout completions zsh", Invocation::Completions(Shell::Zsh)),
         ("udp-fanout man", Invocation::Man),
+        ("udp-fanout schema", Invocation::Schema),
     ]);
 }
 

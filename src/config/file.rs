@@ -1,119 +1,171 @@
-//! The configuration file as types: the same keys in the same tables, every default applied, nothing checked but types.
+//! The configuration file as types: the same keys in the same tables, with every default; only types are checked.
 //!
-//! Read from a [`Document`] that `shape` has found to be in order, checked and turned into [`super::Config`] by
-//! `rules`, made from it again by `render`. What each key means to a user is in `keys`; a test holds the two together.
+//! These types are the one place that says what a key is: its doc comment is its meaning, and its attributes give its
+//! type, range, default, example (`example`), the values a text takes (`x-accepts`) and what its absence means
+//! (`x-absent`). [`super::keys`] derives everything else from them.
+//!
+//! Read from a [`Document`] that `schema_check` has accepted; `rules` turns the types into [`super::Config`], and `render`
+//! turns that into the types again.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, DocumentNode, DocumentValue};
+use super::health_keys::HealthKeys;
+use super::keys::{field_order, port_schema};
 use super::{
-    AttachHook, HEADLESS, ListenerProtocol, MapLimits, OnExit, PIN_PATH, RequestedMode, STATUS_SOCKET, TcxOrder,
-    UserspaceSettings,
+    AttachHook, DEFAULT_MAX_HEADLESS_SECS, ListenerProtocol, MapLimits, OnExit, PIN_PATH, RequestedMode, STATUS_SOCKET,
+    TcxOrder, UserspaceSettings,
 };
 use crate::discovery::{Locality, PortRef, Terminating};
-use crate::health::keys::HealthKeys;
 use crate::model;
 
-/// A whole file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A whole configuration file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = field_order::<ConfigFile>, extend("required" = ["listeners"]))]
 pub(super) struct ConfigFile {
-    /// Whether a change of the file is a reason to read it again; it is by default.
-    pub(super) watch_config: bool,
-    /// An absolute path; under /run by default.
-    pub(super) status_socket: String,
-    /// The hook; `clsact` by default.
-    pub(super) attach: AttachHook,
-    /// The place among TCX programs; first by default.
-    pub(super) tcx_order: TcxOrder,
-    /// What becomes of the kernel program when the daemon ends; detached by default.
-    pub(super) on_exit: OnExit,
-    /// An absolute path; under /sys/fs/bpf by default.
-    pub(super) pin_path: String,
-    /// How long the kernel program goes on without a daemon; 300 by default.
-    pub(super) max_headless_secs: u32,
-    /// The listeners, in order.
+    /// The listeners: the addresses that datagrams are sent to, and their receivers. At least one. A listener's position at
+    /// the start, from 0, is its `listener_id` in logs.
     pub(super) listeners: Vec<FileListener>,
-    /// Health checks; disabled by default.
+    /// Health checks of all downstreams of all listeners.
+    #[schemars(extend("x-absent" = "no health checks"))]
     pub(super) health: HealthKeys,
-    /// The HTTP endpoint; absent means disabled.
+    /// The HTTP endpoint for Prometheus, `/healthz` and `/readyz`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "no HTTP endpoint"))]
     pub(super) metrics: Option<FileMetrics>,
-    /// Sizes of the kernel program's maps.
+    /// Sizes of the kernel program's maps. They cost kernel memory and are fixed while the daemon runs.
+    #[schemars(extend("x-absent" = "the defaults of its keys"))]
     pub(super) limits: MapLimits,
+    /// Read the file again when it changes, as on SIGHUP. See [Changing a running daemon](#changing-a-running-daemon).
+    #[schemars(example = false)]
+    pub(super) watch_config: bool,
+    /// The Unix socket on which the daemon answers `udp-fanout status`. Only the daemon's user and root may open it. Daemons
+    /// that share a file system need one each.
+    #[schemars(example = &"/run/udp-fanout/edge.sock", extend("x-accepts" = "an absolute path of at most 107 bytes"))]
+    pub(super) status_socket: String,
+    /// How the kernel program is attached to interfaces. See
+    /// [Other programs on the same interface](#other-programs-on-the-same-interface).
+    #[schemars(example = AttachHook::Tcx)]
+    pub(super) attach: AttachHook,
+    /// The program's place among an interface's TCX programs when it is attached as one: before or after those already there.
+    #[schemars(example = TcxOrder::Last)]
+    pub(super) tcx_order: TcxOrder,
+    /// What happens to the kernel program when the daemon ends: it is detached from the interfaces (`detach`), or continues to
+    /// forward until the next daemon takes over (`keep`). See
+    /// [Restart and upgrade without loss](#restart-and-upgrade-without-loss).
+    #[schemars(example = OnExit::Keep)]
+    pub(super) on_exit: OnExit,
+    /// The directory in which the program and its maps are pinned under `on_exit = "keep"`, and in which the next daemon looks
+    /// for them. Daemons in one network namespace need one each.
+    #[schemars(
+        example = &"/sys/fs/bpf/udp-fanout-edge",
+        extend("x-accepts" = "an absolute path in a BPF file system")
+    )]
+    pub(super) pin_path: String,
+    /// Seconds without a daemon after which the kernel program stops forwarding and passes datagrams up the host's stack: its
+    /// receivers may be out of date by then. 0 means never.
+    #[schemars(range(min = 0, max = 31_536_000), example = 3600)]
+    pub(super) max_headless_secs: u32,
 }
 
 impl Default for ConfigFile {
     fn default() -> ConfigFile {
         ConfigFile {
+            listeners: Vec::new(),
+            health: HealthKeys::default(),
+            metrics: None,
+            limits: MapLimits::default(),
             watch_config: true,
             status_socket: STATUS_SOCKET.to_owned(),
             attach: AttachHook::default(),
             tcx_order: TcxOrder::default(),
             on_exit: OnExit::default(),
             pin_path: PIN_PATH.to_owned(),
-            max_headless_secs: HEADLESS,
-            listeners: Vec::new(),
-            health: HealthKeys::default(),
-            metrics: None,
-            limits: MapLimits::default(),
+            max_headless_secs: DEFAULT_MAX_HEADLESS_SECS,
         }
     }
 }
 
 /// One of `listeners`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = field_order::<FileListener>)]
 pub(super) struct FileListener {
-    /// Unique; no default.
+    /// The listener's name in logs and in the `listener` label of metrics. Unique among listeners.
+    #[schemars(example = &"syslog", extend("x-accepts" = "1 to 63 of A-Z a-z 0-9 . _ -"))]
     pub(super) name: String,
-    /// `IP:port`; no default.
+    /// The address and port that senders send to. `0.0.0.0` stands for all IPv4 addresses of the host and `[::]` for all its
+    /// IPv6 addresses, and only those. A multicast group is joined on each `interface`. Unique among listeners.
+    #[schemars(example = &"0.0.0.0:5514", extend("x-accepts" = "IP:port"))]
     pub(super) bind: String,
-    /// Where the kernel program is attached; `"auto"` by default.
+    /// Where the kernel program is attached: the interfaces on which datagrams arrive. `"auto"` means those that carry a default
+    /// route. An interface may be physical, a VLAN device, a bridge, one end of a veth pair, a tun device or WireGuard; IP
+    /// tunnels and PPP need `mode = "userspace"`. Userspace mode ignores this key, except for a multicast group, which is joined
+    /// on the interfaces named here and needs names.
     #[serde(default)]
+    #[schemars(
+        example = ["eth0", "eth1"],
+        extend("x-accepts" = "an interface name, a list of them, or \"auto\"")
+    )]
     pub(super) interface: FileInterfaces,
-    /// The datapath; `auto` by default.
+    /// The datapath: the kernel program (`tc_ebpf`), sockets (`userspace`), or `auto`: the kernel program where the kernel and
+    /// the daemon's privileges allow it, else sockets. The log says which one `auto` chose, and why.
     #[serde(default)]
+    #[schemars(example = RequestedMode::TcEbpf)]
     pub(super) mode: RequestedMode,
-    /// What it carries; raw by default.
+    /// What the datagrams are. It decides the policy if `policy` is absent, and which policies are warned about.
     #[serde(default)]
+    #[schemars(example = ListenerProtocol::Netflow)]
     pub(super) protocol: ListenerProtocol,
-    /// How a downstream is chosen; what suits the protocol by default.
+    /// How a datagram's downstream is chosen: the next one in turn (`round_robin`), always the same one for a sender (`hash`), or
+    /// all of them, a copy each (`replicate`, for at most 64 downstreams).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = FilePolicy::Hash, extend("x-absent" = "what suits the `protocol`"))]
     pub(super) policy: Option<FilePolicy>,
-    /// What is hashed; the source's address by default, and only where the policy is to hash.
+    /// What identifies a sender under `hash`: its address (`source_ip`), its address and port (`source`), or both addresses and
+    /// both ports (`flow`). Only under `hash`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = model::HashOn::SourceIp, extend("x-absent" = "`\"source_ip\"` under `hash`"))]
     pub(super) hash_on: Option<model::HashOn>,
-    /// Who may send; everybody by default.
+    /// Who may send to the listener. Other senders' datagrams are dropped and counted as `source_denied`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "everybody may send"))]
     pub(super) sources: Option<FileSources>,
-    /// How fast each sender may send; as fast as it likes by default.
+    /// How fast each sender may send. Datagrams above the limit are dropped and counted as `rate_limited`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "no limit"))]
     pub(super) rate_limit: Option<FileRateLimit>,
-    /// Receivers known beforehand; this or `kubernetes`.
+    /// The receivers, where they are known beforehand. Either this or `kubernetes`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "`kubernetes` is required"))]
     pub(super) downstream: Option<Vec<FileDownstream>>,
-    /// Seconds for which the addresses of a downstream's name are believed; 30 by default.
-    #[serde(default = "resolve_interval_secs", serialize_with = "number")]
+    /// Seconds after which the names of downstreams given by name are looked up again.
+    #[serde(default = "default_resolve_interval", serialize_with = "whole_or_fraction")]
+    #[schemars(range(min = 1, max = 3_600), example = 5, extend("x-unit" = "seconds"))]
     pub(super) resolve_interval_secs: f64,
-    /// The Service to follow; this or `downstream`.
+    /// The Services whose ready endpoints are the receivers. Either this or `downstream`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "`downstream` is required"))]
     pub(super) kubernetes: Option<FileKubernetes>,
-    /// Health checks of its downstreams; what is not there is as in the file's own `health`.
+    /// Health checks of this listener's downstreams, where they differ from those of all listeners.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-absent" = "as in `health`", "x-absent-keys" = "as in `health`"))]
     pub(super) health: Option<HealthKeys>,
-    /// The userspace datapath.
+    /// The listener's userspace datapath. In `tc_ebpf` mode it forwards what the kernel program leaves to it.
     #[serde(default)]
+    #[schemars(extend("x-absent" = "the defaults of its keys"))]
     pub(super) settings: UserspaceSettings,
 }
 
 /// `listeners[].interface`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub(super) enum FileInterfaces {
     /// A name, or `auto`.
     One(String),
-    /// Names.
+    /// At least one name.
     List(Vec<String>),
 }
 
@@ -124,14 +176,14 @@ impl Default for FileInterfaces {
 }
 
 /// `listeners[].policy`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FilePolicy {
-    /// In turn.
+    /// The next downstream in turn.
     RoundRobin,
-    /// By a hash of where a datagram comes from.
+    /// The downstream that a hash of the sender selects; see `hash_on`.
     Hash,
-    /// To all.
+    /// All downstreams, a copy each.
     Replicate,
 }
 
@@ -145,7 +197,7 @@ impl FilePolicy {
         }
     }
 
-    /// What it means to the rest of the program, without a `hash_on`.
+    /// The policy of the model, with the default `hash_on`.
     pub(super) fn meaning(self) -> model::Policy {
         match self {
             FilePolicy::RoundRobin => model::Policy::RoundRobin,
@@ -156,29 +208,39 @@ impl FilePolicy {
 }
 
 /// `listeners[].sources`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = field_order::<FileSources>)]
 pub(super) struct FileSources {
-    /// Prefixes whose datagrams are taken; none by default, which means everybody's.
+    /// Addresses whose datagrams are accepted. If it is present, only they are.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = ["10.0.0.0/8", "192.0.2.7"],
+        extend("x-accepts" = PREFIXES, "x-absent" = "everybody that `deny` does not name")
+    )]
     pub(super) allow: Option<FilePrefixes>,
-    /// Prefixes whose datagrams are dropped; none by default.
+    /// Addresses whose datagrams are dropped. Where `allow` names a sender too, the longer prefix decides, and `deny` if both
+    /// are the same.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = &"10.1.0.0/16", extend("x-accepts" = PREFIXES, "x-absent" = "nobody else"))]
     pub(super) deny: Option<FilePrefixes>,
 }
 
+/// The values of `allow` and `deny`.
+const PREFIXES: &str = "an address, a prefix such as 10.0.0.0/8, or a list of them";
+
 /// `listeners[].sources.allow` and `deny`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub(super) enum FilePrefixes {
-    /// One.
+    /// One prefix.
     One(String),
-    /// Any number.
+    /// At least one prefix.
     List(Vec<String>),
 }
 
 impl FilePrefixes {
-    /// Each of them.
+    /// The prefixes as the file writes them.
     pub(super) fn texts(&self) -> &[String] {
         match self {
             FilePrefixes::One(text) => std::slice::from_ref(text),
@@ -188,19 +250,29 @@ impl FilePrefixes {
 }
 
 /// `listeners[].rate_limit`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = field_order::<FileRateLimit>)]
 pub(super) struct FileRateLimit {
-    /// Over time; no default.
+    /// Datagrams a second that each sender may send, over time.
+    #[schemars(range(min = 1, max = 10_000_000), example = 10000)]
     pub(super) packets_per_second: u32,
-    /// At once; a second's worth by default.
+    /// Datagrams that a sender may send at once after a pause.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        range(min = 1, max = 100_000_000),
+        example = 20000,
+        extend("x-absent" = "as many as `packets_per_second`")
+    )]
     pub(super) burst: Option<u32>,
-    /// Bits of an IPv4 address that make a sender; 32, all, by default.
+    /// Bits of an IPv4 address that identify a sender: with 24, a network of 256 addresses is one sender; with 0, all senders
+    /// together are.
     #[serde(default = "whole_ipv4")]
+    #[schemars(range(min = 0, max = 32), example = 24)]
     pub(super) ipv4_prefix: u8,
-    /// Bits of an IPv6 address that do; 64, a network, by default.
+    /// The same for IPv6.
     #[serde(default = "network_of_ipv6")]
+    #[schemars(range(min = 0, max = 128), example = 56)]
     pub(super) ipv6_prefix: u8,
 }
 
@@ -213,26 +285,39 @@ fn network_of_ipv6() -> u8 {
 }
 
 /// One of `listeners[].downstream`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = field_order::<FileDownstream>)]
 pub(super) struct FileDownstream {
-    /// Unique within the listener; its address by default.
+    /// The downstream's name in logs. Unique within the listener.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = &"receiver-1",
+        extend(
+            "x-accepts" = "1 to 253 printable ASCII characters without blanks, quotes and backslashes",
+            "x-absent" = "its address"
+        )
+    )]
     pub(super) name: Option<String>,
-    /// `IP:port` or `name:port`, unique within the listener; no default.
+    /// Where datagrams are sent: the address of one host, of the same IP version as the listener's `bind`, or a DNS name. Each
+    /// address of that version that a name has is a downstream. Unique within the listener.
+    #[schemars(example = &"10.0.1.10:5514", extend("x-accepts" = "IP:port or name:port"))]
     pub(super) address: String,
-    /// Share relative to the others; 1 by default.
+    /// The downstream's share of the datagrams, relative to the listener's other downstreams. Not under `replicate`.
     #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 65_535), example = 2)]
     pub(super) weight: u32,
-    /// Part of the datagrams copied to it; 1, all, by default.
-    #[serde(default = "all", serialize_with = "number")]
+    /// The fraction of the datagrams that is copied to the downstream, each chosen at random; 1 means all. Only under
+    /// `replicate`.
+    #[serde(default = "all", serialize_with = "whole_or_fraction")]
+    #[schemars(range(min = 0.000_001, max = 1), example = 0.01)]
     pub(super) sample: f64,
 }
 
-/// `resolve_interval_secs` where it is not given.
+/// The default of `resolve_interval_secs`.
 pub(super) const RESOLVE_INTERVAL_SECS: f64 = 30.0;
 
-fn resolve_interval_secs() -> f64 {
+fn default_resolve_interval() -> f64 {
     RESOLVE_INTERVAL_SECS
 }
 
@@ -245,55 +330,93 @@ fn all() -> f64 {
 }
 
 /// `listeners[].kubernetes`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = field_order::<FileKubernetes>)]
 pub(super) struct FileKubernetes {
-    /// The Services'; the daemon's own by default.
+    /// The namespace of the Services.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = &"logging",
+        extend("x-accepts" = "a namespace's name", "x-absent" = "the daemon's own namespace")
+    )]
     pub(super) namespace: Option<String>,
-    /// The Service's name; this or `services`.
+    /// The Service's name. A headless Service is recommended.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = &"vector-aggregators",
+        extend("x-accepts" = "a Service's name", "x-absent" = "`services` is required")
+    )]
     pub(super) service: Option<String>,
-    /// The receivers' port; every service must have one.
+    /// Several Services, whose endpoints together are the receivers. Either this or `service`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) port: Option<PortRef>,
-    /// All endpoints alike by default.
-    #[serde(default)]
-    pub(super) locality: Locality,
-    /// Only where nothing is ready by default.
-    #[serde(default)]
-    pub(super) terminating: Terminating,
-    /// Several Services; this or `service`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = ["vector-blue", "vector-green"],
+        extend("x-accepts" = "Services' names", "x-absent" = "`service` is required")
+    )]
     pub(super) services: Option<Vec<FileService>>,
+    /// The UDP port that the receivers listen on: the container's port number, not the Service's; or the name of a port of the
+    /// Service, whose number each EndpointSlice gives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        schema_with = "port_schema",
+        example = 5514,
+        extend("x-accepts" = PORT_NAME, "x-absent" = "each of `services` needs its own")
+    )]
+    pub(super) port: Option<PortRef>,
+    /// Which endpoints are used, by where they run: all (`cluster`), those on the daemon's node and all others only while there
+    /// are none (`prefer_node`), only those on the daemon's node (`node`), or those in the daemon's zone and all others only
+    /// while there are none (`prefer_zone`).
+    #[serde(default)]
+    #[schemars(example = Locality::PreferNode)]
+    pub(super) locality: Locality,
+    /// Whether endpoints that are shutting down and still serve are used: `never`, only while no endpoint is ready (`fallback`),
+    /// or like ready ones until they are gone (`until_gone`).
+    #[serde(default)]
+    #[schemars(example = Terminating::UntilGone)]
+    pub(super) terminating: Terminating,
 }
 
+/// The texts that `port` takes.
+const PORT_NAME: &str = "the name of a Service's port";
+
 /// One of `listeners[].kubernetes.services`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub(super) enum FileService {
-    /// Only its name.
+    /// The Service's name alone.
     Name(String),
-    /// Its name and what differs from the other services.
+    /// The name, and what differs from the other Services.
     Table(FileServiceTable),
 }
 
-/// One of `listeners[].kubernetes.services` that is written out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One of `listeners[].kubernetes.services` as a table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = field_order::<FileServiceTable>)]
 pub(super) struct FileServiceTable {
-    /// The Service's name; no default.
+    /// The Service's name. A headless Service is recommended.
+    #[schemars(example = &"vector-aggregators", extend("x-accepts" = "a Service's name"))]
     pub(super) service: String,
-    /// That of all by default.
+    /// The Service's namespace.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        example = &"logging",
+        extend("x-accepts" = "a namespace's name", "x-absent" = "that of `kubernetes`")
+    )]
     pub(super) namespace: Option<String>,
-    /// That of all by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// The port on this Service's endpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        schema_with = "port_schema",
+        example = &"syslog",
+        extend("x-accepts" = PORT_NAME, "x-absent" = "that of `kubernetes`")
+    )]
     pub(super) port: Option<PortRef>,
 }
 
 impl FileService {
-    /// Written out.
+    /// The Service as a table.
     pub(super) fn table(&self) -> FileServiceTable {
         match self {
             FileService::Name(name) => FileServiceTable { service: name.clone(), namespace: None, port: None },
@@ -302,22 +425,26 @@ impl FileService {
     }
 }
 
-/// Whole numbers are written as people write them, without `.0`.
-#[expect(clippy::cast_possible_truncation, reason = "seconds and parts are far below where an i64 ends")]
+/// Writes whole numbers without `.0`.
+#[expect(clippy::cast_possible_truncation, reason = "seconds and fractions are far below where an i64 ends")]
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
-fn number<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+fn whole_or_fraction<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
     if number.fract() == 0.0 { serializer.serialize_i64(*number as i64) } else { serializer.serialize_f64(*number) }
 }
 
 /// `metrics`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = field_order::<FileMetrics>)]
 pub(super) struct FileMetrics {
-    /// On by default, where the table is there at all.
+    /// Serve the endpoint. Without the whole `metrics` table it is not served.
+    #[schemars(example = false)]
     pub(super) enabled: bool,
-    /// `IP:port` over TCP; all IPv4 addresses, port 9090, by default.
+    /// The TCP address and port of the endpoint.
+    #[schemars(example = &"127.0.0.1:9090", extend("x-accepts" = "IP:port"))]
     pub(super) bind: String,
-    /// `/metrics` by default.
+    /// The path of the Prometheus page. `/healthz` and `/readyz` are reserved for probes.
+    #[schemars(example = &"/metrics", extend("x-accepts" = "a path that starts with /"))]
     pub(super) path: String,
 }
 
@@ -328,16 +455,16 @@ impl Default for FileMetrics {
 }
 
 impl ConfigFile {
-    /// Takes a document over into types.
+    /// Converts a document into types.
     ///
     /// # Errors
-    /// When the document's shape is not the types'. `shape` has refused such a document before.
+    /// When the document does not fit the types. `schema_check` refuses such documents before.
     pub(super) fn from_document(document: &Document) -> Result<ConfigFile, toml::de::Error> {
         plain(&document.root).try_into()
     }
 }
 
-/// The tree without its lines. What no key takes becomes text, which no such key takes either.
+/// The tree without line numbers. Values that no key takes become text, which such keys do not take either.
 fn plain(node: &DocumentNode) -> toml::Value {
     match &node.value {
         DocumentValue::Flag(flag) => toml::Value::Boolean(*flag),
@@ -352,153 +479,5 @@ fn plain(node: &DocumentNode) -> toml::Value {
         DocumentValue::Table(entries) => {
             toml::Value::Table(entries.iter().map(|(key, node)| (key.clone(), plain(node))).collect())
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::config::keys::{self, KeyKind};
-    use crate::health::settings::ProbeKind;
-
-    fn every_health_field() -> HealthKeys {
-        HealthKeys {
-            enabled: Some(true),
-            interval_secs: Some(1.0),
-            timeout_secs: Some(0.5),
-            protocol: Some(ProbeKind::Icmp),
-            port: Some(1),
-            payload: Some("p".into()),
-            expect: Some("e".into()),
-            path: Some("/".into()),
-            unhealthy_threshold: Some(1),
-            healthy_threshold: Some(1),
-            fail_open: Some(true),
-            slow_start_secs: Some(1.0),
-        }
-    }
-
-    /// Every field of every type, written out so that a new field does not compile until it is here.
-    fn every_field() -> ConfigFile {
-        ConfigFile {
-            watch_config: true,
-            status_socket: "s".into(),
-            attach: AttachHook::Clsact,
-            tcx_order: TcxOrder::First,
-            on_exit: OnExit::Keep,
-            pin_path: "p".into(),
-            max_headless_secs: 1,
-            listeners: vec![FileListener {
-                name: "n".into(),
-                bind: "b".into(),
-                interface: FileInterfaces::default(),
-                mode: RequestedMode::Auto,
-                protocol: ListenerProtocol::Raw,
-                policy: Some(FilePolicy::Hash),
-                hash_on: Some(model::HashOn::Flow),
-                sources: Some(FileSources {
-                    allow: Some(FilePrefixes::One("a".into())),
-                    deny: Some(FilePrefixes::List(vec!["d".into()])),
-                }),
-                rate_limit: Some(FileRateLimit {
-                    packets_per_second: 1,
-                    burst: Some(1),
-                    ipv4_prefix: 1,
-                    ipv6_prefix: 1,
-                }),
-                downstream: Some(vec![FileDownstream {
-                    name: Some("n".into()),
-                    address: "a".into(),
-                    weight: 1,
-                    sample: 1.0,
-                }]),
-                resolve_interval_secs: 1.0,
-                kubernetes: Some(FileKubernetes {
-                    namespace: Some("n".into()),
-                    service: Some("s".into()),
-                    port: Some(PortRef::Number(1)),
-                    locality: Locality::Node,
-                    terminating: Terminating::Never,
-                    services: Some(vec![FileService::Table(FileServiceTable {
-                        service: "s".into(),
-                        namespace: Some("n".into()),
-                        port: Some(PortRef::Name("p".into())),
-                    })]),
-                }),
-                health: Some(every_health_field()),
-                settings: UserspaceSettings {
-                    workers: 1,
-                    batch_size: 1,
-                    pin_cpus: true,
-                    recv_buf_size: Some(1),
-                    max_packet_size: 1,
-                    preserve_source: true,
-                },
-            }],
-            health: every_health_field(),
-            metrics: Some(FileMetrics { enabled: true, bind: "b".into(), path: "p".into() }),
-            limits: MapLimits { max_listeners: 1, max_downstreams: 1, max_sources: 1, max_senders: 1_024 },
-        }
-    }
-
-    fn paths(prefix: &str, value: &toml::Value, out: &mut BTreeSet<String>) {
-        match value {
-            toml::Value::Table(table) => {
-                for (key, value) in table {
-                    let path = format!("{prefix}{key}");
-                    out.insert(path.clone());
-                    let list = if value.as_array().is_some_and(|a| a[0].is_table()) { "[]" } else { "" };
-                    paths(&format!("{path}{list}."), value, out);
-                }
-            }
-            toml::Value::Array(items) => items.iter().for_each(|item| paths(prefix, item, out)),
-            _ => {}
-        }
-    }
-
-    #[test]
-    fn the_types_and_the_table_of_keys_have_the_same_keys() {
-        let mut in_types = BTreeSet::new();
-        paths("", &toml::Value::try_from(every_field()).unwrap(), &mut in_types);
-        let mut in_table = BTreeSet::new();
-        keys::walk(&mut |path, _| assert!(in_table.insert(path.to_owned()), "{path} is there twice"));
-        assert_eq!(in_types, in_table);
-    }
-
-    #[test]
-    fn every_choice_of_the_table_is_one_of_the_types_and_the_other_way_round() {
-        fn known<T: for<'de> Deserialize<'de> + Serialize>(choices: &[&str]) {
-            for choice in choices {
-                let value = toml::Value::String((*choice).to_owned());
-                let parsed: T = value.clone().try_into().unwrap_or_else(|e| panic!("{choice}: {e}"));
-                assert_eq!(toml::Value::try_from(parsed).unwrap(), value);
-            }
-            // serde names all variants when it refuses one.
-            let refusal = toml::Value::String("no such choice".into()).try_into::<T>().err().unwrap().to_string();
-            let expected = refusal.split_once("expected").unwrap().1;
-            assert_eq!(expected.matches('`').count(), 2 * choices.len(), "{refusal} but {choices:?}");
-        }
-        let mut seen = 0;
-        keys::walk(&mut |path, key| {
-            if let KeyKind::Choice(choices) = key.kind {
-                seen += 1;
-                match path {
-                    "attach" => known::<AttachHook>(choices),
-                    "tcx_order" => known::<TcxOrder>(choices),
-                    "listeners[].mode" => known::<RequestedMode>(choices),
-                    "listeners[].protocol" => known::<ListenerProtocol>(choices),
-                    "listeners[].policy" => known::<FilePolicy>(choices),
-                    "listeners[].hash_on" => known::<model::HashOn>(choices),
-                    "listeners[].kubernetes.locality" => known::<Locality>(choices),
-                    "listeners[].kubernetes.terminating" => known::<Terminating>(choices),
-                    "health.protocol" | "listeners[].health.protocol" => known::<ProbeKind>(choices),
-                    "on_exit" => known::<OnExit>(choices),
-                    other => panic!("say here which type `{other}` is"),
-                }
-            }
-        });
-        assert_eq!(seen, 11);
     }
 }

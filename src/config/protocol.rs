@@ -5,12 +5,13 @@
 //! StatsD gauge or set is a running value of which one place must see every change. A long GELF message comes in chunks,
 //! which only one place can put together. Syslog messages and DNS questions stand for themselves.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{HashOn, Policy};
 
 /// `listeners[].protocol`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ListenerProtocol {
     /// Nothing is known of it: datagrams stand for themselves.

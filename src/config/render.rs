@@ -9,8 +9,8 @@ use super::file::{
 use super::rules::sample_to_fraction;
 use super::{Config, DownstreamSource, Interfaces, KubernetesSource, ListenerConfig};
 use crate::admission::{self, Prefix};
+use crate::config::health_keys::HealthKeys;
 use crate::discovery::ServiceRef;
-use crate::health::keys::HealthKeys;
 use crate::health::settings::HealthSettings;
 use crate::model;
 use crate::names;

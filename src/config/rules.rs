@@ -22,7 +22,7 @@ use super::{
     AttachConfig, Config, DownstreamSource, HandoverConfig, Interfaces, ListenerConfig, MapLimits, MetricsConfig,
 };
 use super::{MAX_DOWNSTREAMS, MAX_LISTENERS, MAX_SOURCES, address};
-use crate::health::keys::HealthKeys;
+use crate::config::health_keys::HealthKeys;
 use crate::model::ListenerId;
 use crate::net::is_link_scoped_multicast;
 
@@ -119,8 +119,8 @@ impl RuleChecker<'_> {
         ] {
             if there > allowed as usize {
                 let things = key.trim_start_matches("max_");
-                let fix = if there > *most.end() as usize {
-                    format!("{} is the most there may be, so split the file between several hosts", most.end())
+                let fix = if there > most as usize {
+                    format!("{} is the most there may be, so split the file between several hosts", most)
                 } else {
                     format!("raise it to {there} or more, or remove {things}")
                 };

@@ -9,7 +9,7 @@ use super::problem::{Problems, quoted};
 pub(super) fn check(document: &Document, problems: &mut Problems) {
     let mut checker = SchemaChecker { document, problems, at: KeyPath::default() };
     match &document.root.value {
-        DocumentValue::Table(entries) => checker.table(keys::FILE, entries, document.root.line),
+        DocumentValue::Table(entries) => checker.table(keys::top(), entries, document.root.line),
         other => checker.fault(
             document.root.line,
             format!("expected keys such as `listeners` at the top of the file, got {other}; start with listeners:"),
@@ -41,8 +41,8 @@ impl SchemaChecker<'_> {
         // Keys that are there under a misspelt name, about which one message is enough.
         let mut meant = Vec::new();
         for (name, node) in entries {
-            let known = keys.iter().find(|key| key.name == name);
-            let near = nearest(name, keys.iter().map(|key| key.name));
+            let known = keys.iter().find(|key| key.name == *name);
+            let near = nearest(name, keys.iter().map(|key| key.name.as_str()));
             self.within(name.as_str(), |checker| match (known, near) {
                 (Some(key), _) => checker.value(key, node),
                 (None, Some(near)) => checker.fault(node.line, format!("unknown key; did you mean `{near}`?")),
@@ -51,11 +51,13 @@ impl SchemaChecker<'_> {
             meant.extend(near.filter(|_| known.is_none()));
         }
         for key in keys {
-            let there = entries.iter().any(|(name, _)| name == key.name) || meant.contains(&key.name);
+            let there = entries.iter().any(|(name, _)| *name == key.name) || meant.contains(&key.name.as_str());
             // `rules` says what a file without listeners lacks.
             if !there && matches!(key.absent, WhenAbsent::Refused) && !matches!(key.kind, KeyKind::Tables(_)) {
-                let add = self.document.notation.assignment(key.name, key.example);
-                self.within(key.name, |checker| checker.fault(line, format!("missing; add it, for example {add}")));
+                let add = self.document.notation.assignment(&key.name, &key.example);
+                self.within(key.name.as_str(), |checker| {
+                    checker.fault(line, format!("missing; add it, for example {add}"))
+                });
             }
         }
     }
@@ -98,8 +100,8 @@ impl SchemaChecker<'_> {
                 }
             }
             (KeyKind::Choice(choices), DocumentValue::Text(text)) => {
-                if !choices.contains(&text.as_str()) {
-                    let near = nearest(text, choices.iter().copied());
+                if !choices.contains(text) {
+                    let near = nearest(text, choices.iter().map(String::as_str));
                     let fix = near.map_or_else(
                         || format!("write \"{}\"", choices[0]),
                         |near| format!("did you mean \"{near}\"?"),
@@ -131,7 +133,7 @@ impl SchemaChecker<'_> {
     }
 
     fn wrong_type(&mut self, key: &'static KeySpec, node: &DocumentNode) {
-        let expected = match key.kind {
+        let expected = match &key.kind {
             KeyKind::Text(form) | KeyKind::Texts(form) => format!("text ({form})"),
             _ => key.kind.accepts(),
         };
@@ -178,7 +180,7 @@ impl SchemaChecker<'_> {
 }
 
 fn names(keys: &[KeySpec]) -> String {
-    let names: Vec<&str> = keys.iter().map(|key| key.name).collect();
+    let names: Vec<&str> = keys.iter().map(|key| key.name.as_str()).collect();
     names.join(", ")
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the whole way from a file's text to a [`Config`](super::Config) or to a message.
 
 mod bad_input;
+mod generated;
 mod properties;
 
 use std::fs;

@@ -1,4 +1,5 @@
-//! The settings of health checks, their defaults and ranges. Plain values; [`keys`](super::keys) makes them from the file.
+//! The settings of health checks, their defaults and ranges. Plain values; `config::health_keys` makes them from the
+//! file.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -96,7 +97,9 @@ pub enum ProbeProtocol {
 }
 
 /// The kinds of probe, without their settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeKind {
     /// [`ProbeProtocol::Icmp`]

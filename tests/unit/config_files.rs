@@ -1,11 +1,13 @@
 //! Every configuration the project shows loads: the files in `config/`, the snippets in the documentation and in the
 //! deployment guide. And what they say about keys is what the code says.
 //!
-//! `UPDATE_DOCS=1 cargo test --test config_files` rewrites the tables of keys in `docs/CONFIGURATION.md`.
+//! (`src/config/tests/generated.rs` makes the tables of keys in `docs/CONFIGURATION.md` and `config/reference.toml`.)
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use udp_fanout::config::keys::{self, KeyKind, KeySpec, WhenAbsent};
@@ -110,18 +112,20 @@ fn the_reference_holds_every_key() {
             return;
         }
         assert!(shown.contains_key(path), "config/reference.toml lacks {path}");
-        match key.absent {
+        match &key.absent {
             // The reference shows the table, whose absence means the opposite of this default.
             WhenAbsent::Default(_) if path == "metrics.enabled" => assert_eq!(set[path], "false"),
+            // The whole table is an example.
+            WhenAbsent::Default(_) if path.starts_with("listeners[].rate_limit.") => {}
             WhenAbsent::Default(default) => {
-                assert_eq!(set.get(path).map(String::as_str), Some(default), "config/reference.toml: {path}");
+                assert_eq!(set.get(path), Some(default), "config/reference.toml: {path}");
             }
             // Required in most files, and set in one place of the reference or another.
-            WhenAbsent::Means(_) if ["service", "port"].contains(&key.name) && set.contains_key(path) => {}
+            WhenAbsent::Means(_) if ["service", "port"].contains(&key.name.as_str()) && set.contains_key(path) => {}
             WhenAbsent::Means(_) => assert!(!set.contains_key(path), "config/reference.toml sets {path}: no default"),
             // Or the whole table that requires it is an example.
             WhenAbsent::Refused => {
-                let table = path.trim_end_matches(key.name);
+                let table = path.trim_end_matches(key.name.as_str());
                 let example = !set.keys().any(|other| other.starts_with(table));
                 assert!(example || set.contains_key(path), "config/reference.toml: {path} is required");
             }
@@ -248,7 +252,7 @@ fn every_default_in_the_table_is_the_real_one() {
     let path = Path::new("c.toml");
     let minimal = Config::parse(MINIMAL, path).unwrap();
     every_leaf(&mut |name, key| {
-        let WhenAbsent::Default(default) = key.absent else { return };
+        let WhenAbsent::Default(default) = &key.absent else { return };
         let config = Config::parse(&with(name, default), path).unwrap();
         if name.starts_with("metrics.") {
             let empty = Config::parse(&format!("{MINIMAL}\n[metrics]"), path).unwrap();
@@ -263,7 +267,7 @@ fn every_default_in_the_table_is_the_real_one() {
 #[test]
 fn every_example_in_the_table_loads() {
     every_leaf(&mut |name, key| {
-        Config::parse(&with(name, key.example), Path::new("c.toml"))
+        Config::parse(&with(name, &key.example), Path::new("c.toml"))
             .unwrap_or_else(|error| panic!("the example of {name}: {error}"));
     });
 }
@@ -303,56 +307,71 @@ fn every_range_in_the_table_is_the_real_one() {
     });
 }
 
-// ---- Documentation ----
+// ---- The JSON Schema ----
 
-/// The rows for the keys of one table, as Markdown.
-fn markdown(table: &str, keys: &[KeySpec]) -> String {
-    let mut text = String::from("| key | type | takes | default | meaning | example |\n|---|---|---|---|---|---|\n");
-    let header = table.replace("[]", "");
-    let header = if header.is_empty() { header } else { header + "." };
-    for key in keys {
-        let default = match key.absent {
-            WhenAbsent::Refused => "required".to_owned(),
-            WhenAbsent::Default(value) => format!("`{value}`"),
-            WhenAbsent::Means(words) => words.to_owned(),
-        };
-        let example = match (&key.kind, key.example) {
-            (KeyKind::Tables(_), "") => format!("`[[{header}{}]]`", key.name),
-            (_, "") => format!("`[{header}{}]`", key.name),
-            (_, example) => format!("`{} = {example}`", key.name),
-        };
-        let accepts = key.kind.accepts();
-        let (name, kind) = (key.name, key.kind.type_name());
-        text += &format!("| `{name}` | {kind} | {accepts} | {default} | {} | {example} |\n", key.meaning);
-    }
-    text
+/// Validates each instance by a schema, with the validator that `scripts/tools.sh` installs for manifests: true for those
+/// that are valid.
+fn valid_by_schema(schema: &str, instances: &[serde_json::Value]) -> Vec<bool> {
+    const VALIDATE: &str = "import json, sys, jsonschema
+schema, instances = json.load(sys.stdin)
+jsonschema.Draft202012Validator.check_schema(schema)
+validator = jsonschema.Draft202012Validator(schema)
+print(json.dumps([[e.message for e in validator.iter_errors(i)] for i in instances]))";
+    let tool =
+        Command::new(repository().join("scripts/tools.sh")).args(["--bin", "kubernetes-validate"]).output().unwrap();
+    let directories = String::from_utf8(tool.stdout).unwrap();
+    let python = Path::new(directories.lines().last().unwrap()).join("python");
+    let mut validator = Command::new(python)
+        .args(["-c", VALIDATE])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the validator is not installed: run scripts/tools.sh test");
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+    let input = serde_json::to_vec(&(schema, instances)).unwrap();
+    validator.stdin.take().unwrap().write_all(&input).unwrap();
+    let output = validator.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let errors: Vec<Vec<String>> = serde_json::from_slice(&output.stdout).unwrap();
+    errors.iter().inspect(|errors| eprintln!("{errors:?}")).map(Vec::is_empty).collect()
+}
+
+fn as_json(toml: &str) -> serde_json::Value {
+    serde_json::to_value(toml.parse::<toml::Table>().unwrap()).unwrap()
 }
 
 #[test]
-fn the_documentation_has_every_key() {
-    let path = repository().join("docs/CONFIGURATION.md");
-    let text = fs::read_to_string(&path).unwrap();
-    let mut tables: BTreeMap<String, &[KeySpec]> = BTreeMap::from([(String::new(), keys::FILE)]);
-    keys::walk(&mut |path, key| {
-        let list = if matches!(key.kind, KeyKind::Tables(_) | KeyKind::NamesOrTables(..)) { "[]" } else { "" };
-        if !key.kind.children().is_empty() {
-            tables.insert(format!(" {path}{list}"), key.kind.children());
-        }
-    });
-    let mut expected = text.clone();
-    for (table, keys) in tables {
-        let start = format!("<!-- keys{table} -->\n");
-        let end = "<!-- end of keys -->";
-        let from = expected.find(&start).unwrap_or_else(|| panic!("docs/CONFIGURATION.md lacks {start}")) + start.len();
-        let to = from + expected[from..].find(end).unwrap();
-        expected.replace_range(from..to, &format!("\n{}\n", markdown(table.trim(), keys)));
+fn every_shipped_configuration_is_valid_by_the_json_schema_and_a_wrong_one_is_not() {
+    let files = files_in("config", "toml");
+    let mut good: Vec<serde_json::Value> =
+        files.iter().map(|file| as_json(&fs::read_to_string(file).unwrap())).collect();
+    good.extend(files.iter().map(|file| as_json(&Config::load(file).unwrap().render())));
+    every_leaf(&mut |name, key| good.push(as_json(&with(name, &key.example))));
+    let yaml =
+        snippets(&repository().join("tests/data/guide-snippets.md")).into_iter().filter(|s| s.notation == "yaml");
+    good.extend(yaml.map(|snippet| serde_saphyr::from_str::<serde_json::Value>(&completed(&snippet)).unwrap()));
+    let mut all = good.clone();
+    for [path, value] in [
+        ["nmae", "1"],
+        ["listeners[].bnd", "1"],
+        ["listeners[].downstream[].adress", "\"x\""],
+        ["listeners[].mode", "\"kernel\""],
+        ["listeners[].settings.workers", "1025"],
+        ["listeners[].health.port", "0"],
+        ["health.interval_secs", "0"],
+        ["metrics", "[]"],
+        ["listeners", "[{ name = \"a\" }]"],
+    ] {
+        all.push(as_json(&with(path, value)));
     }
-    if std::env::var_os("UPDATE_DOCS").is_some() {
-        fs::write(&path, &expected).unwrap();
-        return;
+    all.push(serde_json::json!({}));
+    let valid = valid_by_schema(&keys::json_schema(), &all);
+    for (instance, (number, valid)) in all.iter().zip(valid.into_iter().enumerate()) {
+        assert_eq!(valid, number < good.len(), "{instance}");
     }
-    assert!(text == expected, "docs/CONFIGURATION.md is out of date: run UPDATE_DOCS=1 cargo test --test config_files");
 }
+
+// ---- Documentation ----
 
 /// A fenced block of configuration in a Markdown file.
 struct Snippet {

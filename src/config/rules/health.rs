@@ -1,9 +1,9 @@
 //! RuleChecker about `health`, that of the file and those of listeners, whose keys win. What each key may be is known to
-//! [`keys`](crate::health::keys); here its faults find their place in the file.
+//! [`keys`](crate::config::health_keys); here its faults find their place in the file.
 
 use super::{RuleChecker, listener_key, top};
 use crate::config::document::KeyPath;
-use crate::health::keys::{HealthKeyError, HealthKeys};
+use crate::config::health_keys::{HealthKeyError, HealthKeys};
 use crate::health::settings::HealthSettings;
 use crate::model::ListenerId;
 

@@ -1,4 +1,4 @@
-//! The keys of a `health` table, and how they become [settings](super::settings). Pure.
+//! The keys of a `health` table, and how they become [`HealthSettings`]. Pure.
 //!
 //! The file has one such table for all listeners, and a listener may have one of its own, whose keys win.
 
@@ -7,56 +7,110 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::settings::{
+use super::keys::field_order;
+use crate::health::settings::{
     FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeBytes, ProbeKind, ProbeProtocol,
     ProbeSettings, SECONDS, SLOW_START_SECS, THRESHOLDS, TIMEOUT_SECS, UNHEALTHY_THRESHOLD,
 };
 
-/// The keys of a `health` table; what is none was not given.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// The keys of a `health` table; those not given are none.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct HealthKeys {
-    /// Whether downstreams are probed at all; false by default.
+#[schemars(transform = field_order::<HealthKeys>)]
+pub(super) struct HealthKeys {
+    /// Probe the downstreams, and send nothing to those that do not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub enabled: Option<bool>,
-    /// Seconds from one round of probes to the next; [`INTERVAL_SECS`].
+    #[schemars(example = true, extend("default" = false))]
+    pub(super) enabled: Option<bool>,
+    /// Seconds from one round of probes of a downstream to the next.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
-    pub interval_secs: Option<f64>,
-    /// Seconds without an answer after which a round has failed; [`TIMEOUT_SECS`].
+    #[schemars(
+        range(min = *SECONDS.start(), max = *SECONDS.end()),
+        example = 2.5,
+        extend("default" = whole(INTERVAL_SECS), "x-unit" = "seconds")
+    )]
+    pub(super) interval_secs: Option<f64>,
+    /// Seconds without a reply after which a round has failed. At most `interval_secs`. A round has three probes, so that one
+    /// lost probe decides nothing.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
-    pub timeout_secs: Option<f64>,
-    /// What is sent; ICMP.
+    #[schemars(
+        range(min = *SECONDS.start(), max = *SECONDS.end()),
+        example = 0.5,
+        extend("default" = whole(TIMEOUT_SECS), "x-unit" = "seconds")
+    )]
+    pub(super) timeout_secs: Option<f64>,
+    /// What a probe is: an ICMP echo request (`icmp`); a UDP datagram that the application must return unchanged (`udp_echo`); a
+    /// UDP datagram that it must reply to (`udp`); a TCP connection, closed once established (`tcp`); an HTTP request with a
+    /// response status from 200 to 399 (`http`).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub protocol: Option<ProbeKind>,
-    /// Where to, for all but ICMP; the downstream's own.
+    #[schemars(example = ProbeKind::Tcp, extend("default" = ProbeKind::default()))]
+    pub(super) protocol: Option<ProbeKind>,
+    /// The port that probes go to. Not for `icmp`, which has no ports.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub port: Option<u16>,
-    /// For `udp`: the datagram; empty.
+    #[schemars(range(min = 1, max = 65_535), example = 8080, extend("x-absent" = "the downstream's own port"))]
+    pub(super) port: Option<u16>,
+    /// For `udp`: the payload of a probe, up to 1200 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub payload: Option<String>,
-    /// For `udp`: the beginning of a valid answer; empty.
+    #[schemars(
+        example = &"hex:00ff 7b",
+        extend("x-accepts" = "text, or hex: and hexadecimal digits", "x-absent" = "an empty datagram")
+    )]
+    pub(super) payload: Option<String>,
+    /// For `udp`: what a reply must begin with, up to 1200 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub expect: Option<String>,
-    /// For `http`: what is asked for; [`PATH`].
+    #[schemars(
+        example = &"pong",
+        extend("x-accepts" = "text, or hex: and hexadecimal digits", "x-absent" = "any reply is accepted")
+    )]
+    pub(super) expect: Option<String>,
+    /// For `http`: the path that is requested.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
-    /// Failed rounds that make unhealthy; [`UNHEALTHY_THRESHOLD`].
+    #[schemars(
+        example = &"/healthz",
+        extend("x-accepts" = "a path that starts with /", "x-absent" = "`\"/\"` under `http`")
+    )]
+    pub(super) path: Option<String>,
+    /// Failed rounds in a row after which a downstream gets no more datagrams.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub unhealthy_threshold: Option<u32>,
-    /// Answered rounds that make healthy again; [`HEALTHY_THRESHOLD`].
+    #[schemars(
+        range(min = *THRESHOLDS.start(), max = *THRESHOLDS.end()),
+        example = 2,
+        extend("default" = UNHEALTHY_THRESHOLD)
+    )]
+    pub(super) unhealthy_threshold: Option<u32>,
+    /// Successful rounds in a row after which it gets datagrams again.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub healthy_threshold: Option<u32>,
-    /// Whether to go on sending when all fail; [`FAIL_OPEN`].
+    #[schemars(
+        range(min = *THRESHOLDS.start(), max = *THRESHOLDS.end()),
+        example = 1,
+        extend("default" = HEALTHY_THRESHOLD)
+    )]
+    pub(super) healthy_threshold: Option<u32>,
+    /// When all downstreams of a listener fail: continue to send to all of them, with an error in the log (`true`), or drop and
+    /// count everything (`false`).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub fail_open: Option<bool>,
-    /// Seconds over which a recovered downstream's share grows; 0.
+    #[schemars(example = false, extend("default" = FAIL_OPEN))]
+    pub(super) fail_open: Option<bool>,
+    /// Seconds over which a recovered downstream's share grows to its full size, in ten steps. Not under `replicate`.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "number")]
-    pub slow_start_secs: Option<f64>,
+    #[schemars(
+        range(min = *SLOW_START_SECS.start(), max = *SLOW_START_SECS.end()),
+        example = 30,
+        extend("default" = 0, "x-unit" = "seconds")
+    )]
+    pub(super) slow_start_secs: Option<f64>,
 }
 
-/// Whole numbers are written as people write them, without `.0`.
+/// A default in whole seconds, as an integer.
+#[expect(clippy::cast_possible_truncation, reason = "defaults are whole and small")]
+fn whole(seconds: f64) -> i64 {
+    seconds as i64
+}
+
+/// Writes whole numbers without `.0`.
 #[expect(clippy::cast_possible_truncation, reason = "seconds are far below where an i64 ends")]
 #[expect(clippy::ref_option, reason = "serde passes fields by reference")]
 fn number<S: Serializer>(number: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -98,18 +152,18 @@ impl From<&HealthSettings> for HealthKeys {
 
 /// What is wrong with one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HealthKeyError {
+pub(super) struct HealthKeyError {
     /// The key.
-    pub key: &'static str,
+    pub(super) key: &'static str,
     /// The value, what is wrong with it, and the fix.
-    pub message: String,
+    pub(super) message: String,
 }
 
 impl HealthKeys {
     /// These keys where they are given, those of `base` where not. The keys that belong to one protocol are not taken
     /// over by another.
     #[must_use]
-    pub fn over(&self, base: &HealthKeys) -> HealthKeys {
+    pub(super) fn over(&self, base: &HealthKeys) -> HealthKeys {
         let same_protocol =
             self.protocol.is_none_or(|protocol| protocol == base.protocol.unwrap_or_default()).then_some(());
         let own = self.clone();
@@ -135,7 +189,7 @@ impl HealthKeys {
     ///
     /// # Errors
     /// Everything that is wrong.
-    pub fn settings(&self) -> Result<Option<HealthSettings>, Vec<HealthKeyError>> {
+    pub(super) fn settings(&self) -> Result<Option<HealthSettings>, Vec<HealthKeyError>> {
         let mut errors = HealthKeyErrors::default();
         let interval = errors.seconds("interval_secs", self.interval_secs.unwrap_or(INTERVAL_SECS), SECONDS);
         let timeout = errors.seconds("timeout_secs", self.timeout_secs.unwrap_or(TIMEOUT_SECS), SECONDS);
