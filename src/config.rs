@@ -1,13 +1,14 @@
 //! The validated configuration: what the rest of the program may rely on.
 //!
 //! ```text
-//! text ──► document ──► schema_check ──► file ──► rules ──► Config ──► render
-//!          (lines)     (keys)   (defaults)                     (effective TOML)
+//! text ──► document ──► schema_check ──► file ──────► rules ──► Config ──► render
+//!          (lines)      (keys)           (defaults)                        (effective TOML)
 //! ```
 //!
-//! `document` reads TOML or YAML into one tree that knows its lines; `schema_check` checks it against the table of all
-//! [`keys`]; `file` holds the serde types that mirror the file, with every default; `rules` checks the rest and makes a
-//! [`Config`]. No other module sees `file`'s types. What is wrong comes back as [`Problems`], one line for each.
+//! `document` reads TOML or YAML into one tree that knows its lines. `file` holds the serde types of the file; everything
+//! that is said about a key stands there, and [`keys`] derives the table of all keys from it. `schema_check` checks the tree
+//! against that table; `rules` checks everything else and makes a [`Config`]. No other module sees the types of `file`.
+//! Mistakes come back as [`Problems`], one line each.
 
 mod address;
 mod document;
@@ -72,7 +73,7 @@ const MAX_FILE_SIZE: u64 = 128 << 20;
 pub struct Config {
     /// Where it was read from.
     pub path: PathBuf,
-    /// Whether a change of the file is a reason to read it again.
+    /// Read the file again when it changes.
     pub watch: bool,
     /// In the file's order; never empty. A listener's position is its [`ListenerId`], until [`Config::inherit_listener_ids`] gives
     /// it another.
@@ -87,18 +88,18 @@ pub struct Config {
     pub status_socket: PathBuf,
     /// How the TC program is attached to interfaces.
     pub attach: AttachConfig,
-    /// What becomes of the kernel program without a daemon.
+    /// What happens to the kernel program without a daemon.
     pub handover: HandoverConfig,
-    /// What may not be as it was meant: the key, what is odd and the fix, one line for each.
+    /// What is probably a mistake: the key, what is odd and the fix, one line each.
     pub warnings: Vec<String>,
 }
 
-/// How the TC program is attached to interfaces, all of them alike.
+/// How the TC program is attached to all interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
 pub struct AttachConfig {
-    /// Where.
+    /// The hook.
     pub hook: AttachHook,
-    /// Its place among other TCX programs, where it is one.
+    /// Its place among TCX programs, if it is one.
     pub order: TcxOrder,
 }
 
@@ -109,7 +110,7 @@ pub enum AttachHook {
     /// A filter of the `clsact` queueing discipline, as on all kernels. TCX programs run before it.
     #[default]
     Clsact,
-    /// The list of TCX programs, which Linux has since 6.6, or an error.
+    /// The list of TCX programs (Linux 6.6), or an error.
     Tcx,
     /// TCX where the kernel has it, else `clsact`.
     Auto,
@@ -119,21 +120,21 @@ pub enum AttachHook {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TcxOrder {
-    /// Before those that are there.
+    /// Before the programs already there.
     #[default]
     First,
-    /// Behind those that are there.
+    /// After the programs already there.
     Last,
 }
 
-/// What becomes of the kernel program when the daemon ends, and until the next one comes.
+/// What happens to the kernel program when the daemon ends, and until the next one starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HandoverConfig {
-    /// Whether it stays.
+    /// What happens when the daemon ends.
     pub on_exit: OnExit,
     /// The directory of a BPF file system in which it is pinned: an absolute path.
     pub pin_path: PathBuf,
-    /// How long it forwards without a daemon; none for ever.
+    /// How long it forwards without a daemon; none means without limit.
     pub max_headless: Option<Duration>,
 }
 
@@ -147,21 +148,21 @@ impl Default for HandoverConfig {
     }
 }
 
-/// What becomes of the kernel program when the daemon ends.
+/// What happens to the kernel program when the daemon ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExit {
-    /// It is taken off the interfaces.
+    /// It is detached from the interfaces.
     #[default]
     Detach,
-    /// It goes on forwarding.
+    /// It continues to forward.
     Keep,
 }
 
 /// One listener.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ListenerConfig {
-    /// Its number.
+    /// Its number in the kernel's maps and in logs.
     pub id: ListenerId,
     /// Its name, unique in the file.
     pub name: String,
@@ -171,7 +172,7 @@ pub struct ListenerConfig {
     pub interfaces: Interfaces,
     /// The datapath asked for.
     pub mode: RequestedMode,
-    /// What it carries.
+    /// The protocol of its datagrams.
     pub protocol: ListenerProtocol,
     /// How a downstream is chosen.
     pub policy: Policy,
@@ -181,7 +182,7 @@ pub struct ListenerConfig {
     pub rate_limit: Option<SenderRateLimit>,
     /// Where its downstreams come from.
     pub source: DownstreamSource,
-    /// How they are checked, if they are.
+    /// How its downstreams are checked, if they are.
     pub health: Option<HealthSettings>,
     /// Settings of its userspace datapath.
     pub settings: UserspaceSettings,
@@ -222,12 +223,12 @@ pub enum DownstreamSource {
     Kubernetes(KubernetesSource),
 }
 
-/// Downstreams of which at least one is known by its name.
+/// Downstreams, at least one of them given by a DNS name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NamedSource {
     /// In the order of the round.
     pub entries: Vec<names::DownstreamEntry>,
-    /// How long the addresses of a name are believed.
+    /// How long the addresses of a name are used before it is looked up again.
     pub interval: Duration,
 }
 
@@ -238,7 +239,7 @@ pub struct KubernetesSource {
     pub services: Vec<ServiceRef>,
     /// Which endpoints are preferred by where they run.
     pub locality: Locality,
-    /// What becomes of endpoints that are shutting down.
+    /// Whether endpoints that are shutting down are used.
     pub terminating: Terminating,
 }
 
@@ -348,14 +349,14 @@ impl Config {
         Ok(parse(text, path)?)
     }
 
-    /// The path of the status socket that a file names, as far as it can be read: whoever wants to know what the daemon
-    /// is doing may have just broken its file. None if it names none.
+    /// The `status_socket` of a file that may break rules: `status` must find the daemon even if its file has a mistake. None
+    /// if the file does not set it, or cannot be read.
     #[must_use]
     pub fn status_socket_of(path: &Path) -> Option<PathBuf> {
         top_path(path, "status_socket")
     }
 
-    /// The path of the pins that a file names, likewise.
+    /// The `pin_path` of a file that may break rules.
     #[must_use]
     pub fn pin_path_of(path: &Path) -> Option<PathBuf> {
         top_path(path, "pin_path")
@@ -375,7 +376,7 @@ impl Config {
     }
 }
 
-/// The path that a top-level key of a file has, as far as the file can be read; none without the key.
+/// The path that a top-level key of a file gives; none if the key is absent or the file cannot be parsed.
 fn top_path(path: &Path, key: &str) -> Option<PathBuf> {
     let text = String::from_utf8(read(path).ok()?).ok()?;
     let document = document::Document::read(&text, path).ok()?;
@@ -397,7 +398,7 @@ fn parse(text: &str, path: &Path) -> Result<Config, Problems> {
     rules::apply(file, path, &document, &mut problems).ok_or_else(|| problems.in_order())
 }
 
-/// The file's bytes, or what is wrong and the fix.
+/// The file's bytes, or why it cannot be read and the fix.
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(|error| describe_read_error(&error))?;

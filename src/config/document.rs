@@ -1,7 +1,7 @@
 //! A configuration file as a tree in which every value knows its line.
 //!
 //! [`toml`] and [`yaml`] make the same tree, so that everything after them, and every message, is the same for both
-//! formats. `shape` checks the tree against the table of keys, `file` takes it over into types.
+//! formats. `schema_check` checks the tree against the table of keys; `file` converts it into types.
 
 mod toml;
 mod yaml;

@@ -188,7 +188,7 @@ impl HealthKeys {
     /// way, so that enabling them brings no surprise.
     ///
     /// # Errors
-    /// Everything that is wrong.
+    /// Every mistake found.
     pub(super) fn settings(&self) -> Result<Option<HealthSettings>, Vec<HealthKeyError>> {
         let mut errors = HealthKeyErrors::default();
         let interval = errors.seconds("interval_secs", self.interval_secs.unwrap_or(INTERVAL_SECS), SECONDS);
@@ -279,7 +279,7 @@ impl HealthKeyErrors {
         ProbeBytes::read(text.unwrap_or_default()).map_err(|message| self.add(key, message)).ok()
     }
 
-    /// Nothing that could end the request line or add a header to it.
+    /// Checks a path: it must not end the request line or add a header.
     fn path(&mut self, path: &str) -> Option<Arc<str>> {
         let mut wrong = String::new();
         if !path.starts_with('/') {

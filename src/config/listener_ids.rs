@@ -1,19 +1,19 @@
-//! From one configuration to the next while the daemon runs: which listener is which, and what cannot be changed. Pure.
+//! Reloads: which listener of the new configuration is which of the running one, and which changes need a restart. Pure.
 
 use std::collections::BTreeSet;
 
 use super::{Config, Problems};
 use crate::model::ListenerId;
 
-/// Gives new listeners their numbers, each number in turn: the kernel's counters and what other threads still have to say
-/// about a listener that has gone go by number, so one is not used again before all others have been.
+/// Assigns listener ids in turn. Kernel counters and late messages of other threads refer to a removed listener by its id, so
+/// an id is reused only after all others have been used.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ListenerIdAllocator {
     next: u32,
 }
 
 impl ListenerIdAllocator {
-    /// The next number that nobody has, of those below `limit`. None if there is none.
+    /// The next free id below `limit`, if any.
     fn next(&mut self, limit: u32, taken: &BTreeSet<ListenerId>) -> Option<ListenerId> {
         let from = self.next;
         let free = (from..limit).chain(0..from.min(limit)).map(ListenerId).find(|id| !taken.contains(id))?;
@@ -23,11 +23,10 @@ impl ListenerIdAllocator {
 }
 
 impl Config {
-    /// This configuration as the successor of the one that is `running`: every listener that was there before keeps its
-    /// number, wherever in the file it is now, and new ones get numbers of their own. A listener is known by its name, or,
-    /// if it has a new name, by its address.
+    /// Gives this configuration the listener ids of the `running` one: a listener that exists there keeps its id, wherever it is
+    /// in the file, and new ones get free ids. Listeners are identified by name, or, after a renaming, by address.
     ///
-    /// `has_maps` says that the kernel program's maps exist, whose sizes are fixed.
+    /// `has_maps`: the kernel program's maps exist, so their sizes are fixed.
     ///
     /// # Errors
     /// [`Problems`]: what cannot be changed without a restart.
@@ -47,15 +46,15 @@ impl Config {
                 before.bind == listener.bind && !self.listeners.iter().any(|other| other.name == before.name)
             };
             *id = id.or_else(|| running.listeners.iter().find(renamed).map(|before| before.id));
-            // Only where the limit has become smaller, which takes that there are no maps.
+            // Too large only if the limit has been lowered, which is possible while there are no maps.
             *id = id.filter(|id| id.0 < limit);
         }
         let mut taken: BTreeSet<ListenerId> = ids.iter().flatten().copied().collect();
-        // A number just given up is taken only where there is no other.
+        // An id that was just given up is reused only if no other is free.
         let mut shunned = taken.clone();
         shunned.extend(running.listeners.iter().map(|listener| listener.id));
         for (id, listener) in ids.into_iter().zip(&mut self.listeners) {
-            // There is always one left: there are at most `limit` listeners.
+            // One is always free: there are at most `limit` listeners.
             let Some(id) = id.or_else(|| allocator.next(limit, &shunned)).or_else(|| allocator.next(limit, &taken))
             else {
                 continue;

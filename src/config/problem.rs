@@ -1,4 +1,4 @@
-//! What is wrong with a configuration, as text for the person who wrote it.
+//! Mistakes in a configuration, as text for its author.
 //!
 //! One [`Problem`] is one line: `file:line: key: value, what is wrong with it; the fix`. Every stage of reading a file
 //! adds to one [`Problems`], so that all mistakes of a stage are shown at once.
@@ -6,7 +6,7 @@
 use std::fmt;
 use std::path::Path;
 
-/// Most problems shown of one file; the rest is counted. More would scroll the first ones away.
+/// Most problems shown of one file; the rest is counted, so that the first ones stay on the screen.
 const MOST_SHOWN: usize = 20;
 /// Most characters shown of a value from the file.
 const MOST_QUOTED: usize = 60;
@@ -47,12 +47,12 @@ pub struct Problems {
 }
 
 impl Problems {
-    /// None so far, in this file.
+    /// No problems yet, in this file.
     pub(super) fn new(path: &Path) -> Problems {
         Problems { file: one_line(&path.display().to_string()), shown: Vec::new(), more: 0 }
     }
 
-    /// Exactly one, which is about no particular key.
+    /// One problem that concerns no particular key.
     pub(super) fn one(path: &Path, line: Option<usize>, message: impl Into<String>) -> Problems {
         let mut problems = Problems::new(path);
         problems.add(line, None, message.into());
@@ -71,13 +71,13 @@ impl Problems {
         self.shown.is_empty()
     }
 
-    /// Sorted by line; what is about no line comes first.
+    /// Sorted by line; problems without a line come first.
     pub(super) fn in_order(mut self) -> Problems {
         self.shown.sort_by_key(|problem| problem.line);
         self
     }
 
-    /// In the order of the file, as far as they are shown.
+    /// The problems shown, in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = &Problem> {
         self.shown.iter()
     }
@@ -98,7 +98,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// The text in quotes, with whatever would break a line or a terminal escaped, cut where it is long.
+/// The text in quotes, control characters escaped, cut after [`MOST_QUOTED`] characters.
 pub(super) fn quoted(text: &str) -> String {
     let mut cut: String = text.chars().take(MOST_QUOTED).collect();
     if cut.len() < text.len() {

@@ -1,4 +1,4 @@
-//! What a listener carries, and what that means for the choice of receivers.
+//! The protocol of a listener's datagrams, and what it means for the choice of receivers.
 //!
 //! The protocols' own rules, in short. NetFlow v9 and IPFIX describe their records in templates, which an exporter sends
 //! now and then and a receiver must have seen. sFlow numbers an agent's datagrams, and receivers take a gap for a loss. A
@@ -14,10 +14,10 @@ use crate::model::{HashOn, Policy};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ListenerProtocol {
-    /// Nothing is known of it: datagrams stand for themselves.
+    /// Unknown; each datagram stands for itself.
     #[default]
     Raw,
-    /// RFC 5426 and what came before.
+    /// RFC 5426 and older forms.
     Syslog,
     /// Metrics as text.
     Statsd,
@@ -29,21 +29,21 @@ pub enum ListenerProtocol {
     Sflow,
     /// Graylog's, over UDP.
     Gelf,
-    /// Questions, whose answers go straight back.
+    /// Queries; replies go directly to the client.
     Dns,
 }
 
-/// What is to be said about a policy that does not suit a protocol.
+/// Why a policy does not suit a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PolicyConflict {
-    /// Nobody can want it: the protocol's own policy does the same and more.
+    /// Never useful: the protocol's own policy does the same and more. Refused.
     Error(&'static str),
-    /// It loses something, unless the senders or receivers are of a kind that the configuration does not tell.
+    /// It loses data, except with certain senders or receivers, which the configuration does not show.
     Warning(&'static str),
 }
 
 impl ListenerProtocol {
-    /// The policy that is right for the protocol whoever sends and receives.
+    /// The policy that suits the protocol with any senders and receivers.
     pub(super) fn policy(self) -> Policy {
         match self {
             ListenerProtocol::Raw | ListenerProtocol::Syslog | ListenerProtocol::Dns => Policy::RoundRobin,
@@ -55,7 +55,7 @@ impl ListenerProtocol {
         }
     }
 
-    /// What a policy breaks, if it does.
+    /// What the policy breaks, if anything.
     pub(super) fn objection(self, policy: Policy) -> Option<PolicyConflict> {
         let objection = match (self, policy) {
             (ListenerProtocol::Netflow | ListenerProtocol::Ipfix, Policy::RoundRobin) => PolicyConflict::Warning(
@@ -76,7 +76,7 @@ impl ListenerProtocol {
         Some(objection)
     }
 
-    /// What is lost if a receiver gets only some of the datagrams, if more is lost than those.
+    /// What a receiver of a sample loses beyond the datagrams that it does not get.
     pub(super) fn sampling_loses(self) -> Option<&'static str> {
         match self {
             ListenerProtocol::Netflow | ListenerProtocol::Ipfix => {

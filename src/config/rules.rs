@@ -1,7 +1,7 @@
-//! The rules that make a file into a [`Config`]: everything that takes more than one key, or the inside of a text.
+//! The rules that turn a file into a [`Config`]: everything that takes several keys, or the inside of a text.
 //!
-//! Comes after `shape`, so types, ranges and choices are right already. Every rule is tried on every listener; what
-//! breaks one is added to the problems with the key, the value and the fix.
+//! `schema_check` has checked types, ranges and choices before. Every rule is tried on every listener; each violation is
+//! added to the problems with the key, the value and the fix.
 
 mod admission;
 mod downstreams;
@@ -101,7 +101,8 @@ impl RuleChecker<'_> {
         value.map_err(|message| self.fault(key, message)).ok()
     }
 
-    /// How many there are. Where there are too many, nothing else is looked at: some rules compare all with all.
+    /// Checks the numbers of listeners, downstreams and prefixes. If there are too many, nothing else is checked: some rules
+    /// compare all pairs.
     fn counts(&mut self, file: &ConfigFile) -> bool {
         let listeners = file.listeners.len();
         let downstreams: usize = file.listeners.iter().filter_map(|l| l.downstream.as_ref()).map(Vec::len).sum();
@@ -164,7 +165,7 @@ impl RuleChecker<'_> {
         self.check(at, bind)
     }
 
-    /// What a listener on a multicast group needs beside that.
+    /// Checks what a listener on a multicast group needs.
     fn group(&mut self, at: &KeyPath, listener: &FileListener, bind: SocketAddr, interfaces: &Interfaces) {
         let interface = self.document.notation.assignment("interface", "\"eth0\"");
         match interfaces {

@@ -1,11 +1,11 @@
-//! Checks a document's checker against the table of keys: unknown and missing keys, wrong types, numbers out of range,
-//! texts that are none of the choices. What is left for `rules` is what needs more than one key, or a text's inside.
+//! Checks a document against the table of keys: unknown and missing keys, wrong types, numbers out of range, texts that
+//! are not among the choices. `rules` checks what takes several keys, and the inside of texts.
 
 use super::document::{Document, DocumentNode, DocumentValue, KeyPath, KeyStep, Notation};
 use super::keys::{self, KeyKind, KeySpec, WhenAbsent};
 use super::problem::{Problems, quoted};
 
-/// Adds everything that is wrong with the document's checker.
+/// Adds every mistake found to `problems`.
 pub(super) fn check(document: &Document, problems: &mut Problems) {
     let mut checker = SchemaChecker { document, problems, at: KeyPath::default() };
     match &document.root.value {
@@ -20,7 +20,7 @@ pub(super) fn check(document: &Document, problems: &mut Problems) {
 struct SchemaChecker<'a> {
     document: &'a Document,
     problems: &'a mut Problems,
-    /// Where we are.
+    /// The path of the value being checked.
     at: KeyPath,
 }
 
@@ -38,7 +38,7 @@ impl SchemaChecker<'_> {
     }
 
     fn table(&mut self, keys: &'static [KeySpec], entries: &[(String, DocumentNode)], line: usize) {
-        // Keys that are there under a misspelt name, about which one message is enough.
+        // Keys present under a misspelt name: they are not reported as missing too.
         let mut meant = Vec::new();
         for (name, node) in entries {
             let known = keys.iter().find(|key| key.name == *name);
@@ -52,7 +52,7 @@ impl SchemaChecker<'_> {
         }
         for key in keys {
             let there = entries.iter().any(|(name, _)| *name == key.name) || meant.contains(&key.name.as_str());
-            // `rules` says what a file without listeners lacks.
+            // `rules` reports a file without listeners.
             if !there && matches!(key.absent, WhenAbsent::Refused) && !matches!(key.kind, KeyKind::Tables(_)) {
                 let add = self.document.notation.assignment(&key.name, &key.example);
                 self.within(key.name.as_str(), |checker| {
@@ -169,7 +169,7 @@ impl SchemaChecker<'_> {
         self.fault(node.line, format!("expected {expected}, got {}; {fix}", node.value));
     }
 
-    /// The path as a TOML header has it: without indices.
+    /// The path as a TOML header: without indices.
     fn header(&self) -> String {
         let keys = self.at.0.iter().filter_map(|step| match step {
             KeyStep::Key(key) => Some(key.as_str()),
@@ -185,7 +185,7 @@ fn names(keys: &[KeySpec]) -> String {
 }
 
 fn unknown(name: &str, here: &'static [KeySpec]) -> String {
-    // Perhaps the right key in the wrong table.
+    // It may be the right key in the wrong table.
     let mut elsewhere = None;
     keys::walk(&mut |path, key| {
         if key.name == name && elsewhere.is_none() {
@@ -198,10 +198,10 @@ fn unknown(name: &str, here: &'static [KeySpec]) -> String {
     elsewhere.unwrap_or_else(|| format!("unknown key; remove it, or use one of {}", names(here)))
 }
 
-/// The candidate that was probably meant, if one is near enough: a slip in every third letter, or its end
-/// left off or something put after it.
+/// The candidate that was probably meant, if one is near enough: one wrong letter in three, or its beginning, or the
+/// candidate with a suffix.
 fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    // Long texts are no slips of a short key, and comparing them would take long.
+    // A long text is not a misspelt short key, and comparing it would take long.
     if text.len() > 64 {
         return None;
     }

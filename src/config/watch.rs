@@ -1,9 +1,8 @@
 //! Notices that the configuration file may have changed.
 //!
-//! Only *that* it may have: whoever asks reads the file again and compares. What is watched is the directory that the
-//! file is in, and every directory with a symbolic link on the way there, so that it makes no difference whether the
-//! file is written, replaced by another, or reached through a link that is turned, as Kubernetes does with the `..data`
-//! of a mounted ConfigMap. A file that is being written counts when it is closed.
+//! The caller reads the file again and compares. Watched are the directory of the file and every directory on the way
+//! with a symbolic link in it: the file may be written, replaced, or reached through a link that is switched, as Kubernetes
+//! does with the `..data` of a mounted ConfigMap. A file that is being written counts as changed when it is closed.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
@@ -19,7 +18,7 @@ use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
-/// Most symbolic links followed, as the kernel has it.
+/// Most symbolic links followed; the kernel's own limit.
 const MOST_LINKS: usize = 40;
 
 /// Watches one configuration file. A [`mio::event::Source`].
@@ -28,7 +27,7 @@ pub struct ConfigWatcher {
     inotify: Inotify,
     path: PathBuf,
     directories: HashMap<WatchDescriptor, WatchedDirectory>,
-    /// Every place on the way to the file is watched.
+    /// Every directory on the way to the file is watched.
     complete: bool,
 }
 
@@ -40,10 +39,10 @@ struct WatchedDirectory {
 }
 
 impl ConfigWatcher {
-    /// Watches the file from now on, also if it is not there at the moment.
+    /// Starts to watch the file, which need not exist yet.
     ///
     /// # Errors
-    /// When the kernel has no watch left for it.
+    /// When the kernel has no inotify instance left.
     pub fn new(path: &Path) -> Result<ConfigWatcher> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(
             "cannot watch the configuration file (inotify; sysctl fs.inotify.max_user_instances); send SIGHUP after a change",
@@ -54,14 +53,14 @@ impl ConfigWatcher {
         Ok(watch)
     }
 
-    /// Takes in what has happened since the last call. True if the file may be another now. Does not block.
+    /// Reads the events since the last call. True if the file may have changed. Does not block.
     pub fn drain(&mut self) -> bool {
         let mut changed = false;
         loop {
             match self.inotify.read_events() {
                 Ok(events) => changed |= events.iter().any(|event| self.is_relevant(event)),
                 Err(Errno::EINTR) => {}
-                // Mostly because there is nothing more.
+                // EAGAIN: no more events.
                 Err(_) => break,
             }
         }
@@ -71,8 +70,8 @@ impl ConfigWatcher {
         changed
     }
 
-    /// Looks for directories that were not there before. True if there are any, so that the file may be another now.
-    /// Cheap while all are watched; to be called every few seconds.
+    /// Watches directories that did not exist before. True if there are any: the file may have changed. Cheap while all are
+    /// watched; call it every few seconds.
     pub fn rescan(&mut self) -> bool {
         if self.complete {
             return false;
@@ -82,7 +81,7 @@ impl ConfigWatcher {
         self.complete || self.directories.len() != before
     }
 
-    /// Watches the places that lead to the file now, and no others.
+    /// Watches exactly the directories that lead to the file now.
     fn update_watches(&mut self) {
         let interesting = AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_MOVED_TO
@@ -93,7 +92,7 @@ impl ConfigWatcher {
         let mut directories: HashMap<WatchDescriptor, WatchedDirectory> = HashMap::new();
         self.complete = true;
         for (directory, name) in watch_points(&self.path) {
-            // A directory that is there already gives the same descriptor again.
+            // A directory that is watched already gives the same descriptor again.
             match self.inotify.add_watch(&directory, interesting) {
                 Ok(descriptor) => {
                     let entry = WatchedDirectory { path: directory, names: BTreeSet::new() };
@@ -106,7 +105,7 @@ impl ConfigWatcher {
             }
         }
         for descriptor in self.directories.keys().filter(|descriptor| !directories.contains_key(descriptor)) {
-            // An error means that the directory has gone, and the watch with it.
+            // An error means that the directory is gone, and its watch with it.
             let _ = self.inotify.rm_watch(*descriptor);
         }
         self.directories = directories;
@@ -123,13 +122,13 @@ impl ConfigWatcher {
     }
 }
 
-/// True for a file that has just been made and is still empty or half written: closing it will be an event of its own.
-/// A symbolic link is whole at once, and so is a file that has been there under another name.
+/// True for a new file that is still being written: closing it is an event of its own. Symbolic links and hard links are
+/// complete at once.
 fn is_being_written(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.nlink() == 1)
 }
 
-/// The entries of directories that decide which file the path leads to: the file's own, and those of symbolic links.
+/// The directory entries that decide which file the path leads to: the file's own, and those of symbolic links.
 fn watch_points(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut watch_points = Vec::new();
     let mut at = PathBuf::from("/");

@@ -1,4 +1,4 @@
-//! RuleChecker about who may send to a listener, and how fast: `sources` and `rate_limit`.
+//! Rules about who may send to a listener, and how fast: `sources` and `rate_limit`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -60,7 +60,7 @@ impl RuleChecker<'_> {
     }
 }
 
-/// How fast each sender may send. `shape` has seen that the numbers are within their ranges.
+/// Converts `rate_limit`; `schema_check` has checked the ranges.
 pub(super) fn rate_limit(limit: &FileRateLimit, senders: u32) -> SenderRateLimit {
     SenderRateLimit {
         packets_per_second: limit.packets_per_second,

@@ -1,4 +1,4 @@
-//! RuleChecker about a listener's `downstream`: each address and name once, and none that cannot be a receiver.
+//! Rules about a listener's `downstream`: addresses and names are unique, and each address can be a receiver's.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -34,7 +34,7 @@ impl RuleChecker<'_> {
         };
         Some(match entries.iter().map(fixed).collect() {
             Some(downstreams) => DownstreamSource::Static(downstreams),
-            // `shape` has seen that it is within RESOLVE_SECONDS, which every Duration can hold.
+            // `schema_check` has checked the range, which every Duration can hold.
             None => DownstreamSource::Names(NamedSource {
                 entries,
                 interval: Duration::try_from_secs_f64(resolve_interval_secs).unwrap_or_default(),

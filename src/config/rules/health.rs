@@ -1,5 +1,5 @@
-//! RuleChecker about `health`, that of the file and those of listeners, whose keys win. What each key may be is known to
-//! [`keys`](crate::config::health_keys); here its faults find their place in the file.
+//! Rules about `health`: the file's own table, and those of listeners, whose keys take precedence.
+//! [`health_keys`](crate::config::health_keys) checks the keys; here its errors get their place in the file.
 
 use super::{RuleChecker, listener_key, top};
 use crate::config::document::KeyPath;
@@ -24,7 +24,7 @@ impl RuleChecker<'_> {
 
     /// The settings of a listener, after [`health`](Self::health); none where its downstreams are not checked.
     pub(super) fn listener_health(&mut self, id: ListenerId, own: Option<&HealthKeys>) -> Option<HealthSettings> {
-        // What is wrong with the file's own table would be said again for each listener.
+        // A mistake in the file's own table is reported once, not again for each listener.
         let base = self.health.clone()?;
         match own.map_or_else(|| base.settings(), |own| own.over(&base).settings()) {
             Ok(settings) => {
@@ -40,7 +40,7 @@ impl RuleChecker<'_> {
         }
     }
 
-    /// Says that keys have no effect.
+    /// Warns that the keys have no effect.
     fn not_enabled(&mut self, id: ListenerId, own: &HealthKeys) {
         if *own != HealthKeys::default() {
             let fix = self.document.notation.assignment("enabled", "true");

@@ -8,7 +8,7 @@ use super::{RuleChecker, values};
 use crate::discovery::{PortRef, ServiceRef};
 
 impl RuleChecker<'_> {
-    /// The Services of a listener, each with its namespace and port. All are looked at before any is given up.
+    /// The Services of a listener, each with its namespace and port. Every mistake is reported, not only the first.
     pub(super) fn kubernetes(&mut self, at: &KeyPath, source: &FileKubernetes) -> Option<KubernetesSource> {
         let namespace = self.namespace(&at.then("namespace"), source.namespace.as_deref());
         let port = self.port(&at.then("port"), source.port.as_ref());
@@ -40,7 +40,7 @@ impl RuleChecker<'_> {
         Some(KubernetesSource { services, locality: source.locality, terminating: source.terminating })
     }
 
-    /// The list's Services, each with what it says itself; none for one that is wrong.
+    /// The list's Services, each with its own settings; none for one with a mistake.
     fn services(&mut self, at: &KeyPath, list: &[FileService]) -> Option<Vec<Option<Named>>> {
         if list.is_empty() {
             self.fault(at, "an empty list; name a Service, for example [\"vector-aggregators\"]");
@@ -58,7 +58,7 @@ impl RuleChecker<'_> {
         Some(list.iter().enumerate().map(one).collect())
     }
 
-    /// Gives the Services what they have in common.
+    /// Adds the common namespace and port to Services without their own.
     fn complete(
         &mut self,
         at: &KeyPath,
@@ -93,7 +93,7 @@ impl RuleChecker<'_> {
         Some(port.cloned())
     }
 
-    /// The same endpoints twice are the same endpoints.
+    /// Refuses the same Service and port twice.
     fn distinct_services(&mut self, at: &KeyPath, services: &[ServiceRef]) -> Option<()> {
         for (index, service) in services.iter().enumerate() {
             if let Some(first) = services[..index].iter().position(|other| other == service) {
@@ -106,5 +106,5 @@ impl RuleChecker<'_> {
     }
 }
 
-/// A Service's name, and what it says itself of its namespace and port.
+/// A Service's name, and its own namespace and port, if given.
 type Named = (String, Option<String>, Option<PortRef>);

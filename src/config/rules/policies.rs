@@ -1,4 +1,4 @@
-//! RuleChecker about how a listener's downstreams are chosen: `policy`, `protocol` and what only one policy has a use for.
+//! Rules about how a listener's downstreams are chosen: `policy`, `protocol`, and keys that belong to one policy.
 
 use super::RuleChecker;
 use crate::config::document::KeyPath;
@@ -7,7 +7,7 @@ use crate::config::protocol::PolicyConflict;
 use crate::model::{Downstream, HashOn, MAX_COPIES, Policy};
 
 impl RuleChecker<'_> {
-    /// The listener's policy. What does not go with it is a fault, what may not suit the protocol a warning.
+    /// The listener's policy. Keys of other policies are errors; a policy that may not suit the protocol is a warning.
     pub(super) fn policy(&mut self, at: &KeyPath, listener: &FileListener) -> Policy {
         let policy = match (listener.policy.map_or(listener.protocol.policy(), FilePolicy::meaning), listener.hash_on) {
             (Policy::Hash(_), Some(on)) => Policy::Hash(on),
@@ -49,7 +49,7 @@ impl RuleChecker<'_> {
         }
     }
 
-    /// A downstream's part of the datagrams: by weight, or under `replicate` by sample.
+    /// Checks a downstream's share of the datagrams: `weight`, or `sample` under `replicate`.
     fn share(&mut self, at: &KeyPath, listener: &FileListener, downstream: &FileDownstream, policy: Policy) {
         let (weight, sample) = (downstream.weight, downstream.sample);
         if policy != Policy::Replicate {
@@ -77,7 +77,7 @@ impl RuleChecker<'_> {
     }
 }
 
-/// A part from 0 to 1 as `Downstream` has it.
+/// A fraction from 0 to 1 in units of 1/[`Downstream::ALL`].
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float becomes the nearest u32")]
 pub(in crate::config) fn fraction_to_sample(part: f64) -> u32 {
     (part * f64::from(Downstream::ALL)).round() as u32

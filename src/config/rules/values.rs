@@ -1,4 +1,4 @@
-//! RuleChecker about a single value. Each passes the value on, or says what it is, what is wrong with it, and the fix.
+//! Rules about a single value. Each returns the value, or a message with the value, what is wrong and the fix.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
@@ -42,7 +42,7 @@ pub(super) fn kubernetes_name<'a>(name: &'a str, whose: &str) -> Result<&'a str,
     Err(format!("{} is not {whose}'s name; use 1 to 63 of a-z 0-9 - with no - at an end", quoted(name)))
 }
 
-/// A Service's port has a DNS label as its name, which may look like a number; nobody means that.
+/// The name of a Service's port is a DNS label. One of digits only is refused: it is a number in quotes.
 pub(super) fn port_name(name: &str) -> Result<&str, String> {
     if !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(format!("{} is a port's number; remove the quotes", quoted(name)));
