@@ -18,7 +18,8 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout detach [-c FILE] [--interface NAME]... [--pin-path PATH] [--force]
        udp-fanout demo [--mode MODE] [--count N]
        udp-fanout completions SHELL
-       udp-fanout man";
+       udp-fanout man
+       udp-fanout schema";
 
 /// What the program does, one paragraph each.
 pub(super) const DESCRIPTION: [&str; 4] = [
