@@ -258,6 +258,9 @@ fn every_default_in_the_table_is_the_real_one() {
             let empty = Config::parse(&format!("{MINIMAL}\n[metrics]"), path).unwrap();
             assert!(empty.metrics.is_some());
             assert_eq!(config, empty, "{name} = {default}");
+        } else if name.starts_with("listeners[].rate_limit.") {
+            let required_only = with("listeners[].rate_limit.packets_per_second", "1");
+            assert_eq!(config, Config::parse(&required_only, path).unwrap(), "{name} = {default}");
         } else {
             assert_eq!(config, minimal, "{name} = {default}");
         }
