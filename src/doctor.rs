@@ -114,13 +114,13 @@ impl Findings {
 
 /// A listener as it would run on this host.
 #[derive(Debug)]
-struct CheckedListener<'a> {
+struct DoctorListener<'a> {
     config: &'a ListenerConfig,
     choice: ModeChoice,
     downstreams: Vec<Downstream>,
 }
 
-impl CheckedListener<'_> {
+impl DoctorListener<'_> {
     fn uses_kernel(&self) -> bool {
         self.choice.mode == Mode::TcEbpf
     }
@@ -172,7 +172,7 @@ fn checked_listeners(
     config: &Config,
     mut choices: BTreeMap<ListenerId, ModeChoice>,
     mut discovered: BTreeMap<ListenerId, Vec<Downstream>>,
-) -> Vec<CheckedListener<'_>> {
+) -> Vec<DoctorListener<'_>> {
     let mut checked = Vec::new();
     for listener in &config.listeners {
         let downstreams = match &listener.source {
@@ -182,7 +182,7 @@ fn checked_listeners(
             }
         };
         if let Some(choice) = choices.remove(&listener.id) {
-            checked.push(CheckedListener { config: listener, choice, downstreams });
+            checked.push(DoctorListener { config: listener, choice, downstreams });
         }
     }
     checked
@@ -190,7 +190,7 @@ fn checked_listeners(
 
 /// The interfaces on which a listener's datagrams arrive: those that the kernel program is attached to, or in userspace mode
 /// those with the addresses that the listener is bound to.
-fn ingress_links<'a>(listener: &CheckedListener<'_>, facts: &'a HostFacts) -> Vec<&'a Link> {
+fn ingress_links<'a>(listener: &DoctorListener<'_>, facts: &'a HostFacts) -> Vec<&'a Link> {
     let bind = listener.config.bind.ip();
     let ours = |own: &&HostAddress| {
         if bind.is_unspecified() { own.address.is_ipv4() == bind.is_ipv4() } else { own.address == bind }

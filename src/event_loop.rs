@@ -30,6 +30,7 @@ mod host;
 mod kernel_events;
 mod maintenance;
 mod preceding_programs;
+mod prepare;
 mod reload;
 mod scrape;
 mod service;

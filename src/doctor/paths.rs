@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::{CheckedListener, Findings, ingress_links};
+use super::{DoctorListener, Findings, ingress_links};
 use crate::config::ListenerProtocol;
 use crate::host::neighbours::NeighbourResolution;
 use crate::host::{HostFacts, HostNetwork, Link, NextHop, NextHops, Route};
@@ -29,7 +29,7 @@ fn headers(address: IpAddr) -> u32 {
 /// Checks the paths of every listener.
 pub(super) fn check(
     host: &mut HostNetwork,
-    listeners: &[CheckedListener<'_>],
+    listeners: &[DoctorListener<'_>],
     senders: &[IpAddr],
     findings: &mut Findings,
 ) -> Result<()> {
@@ -58,7 +58,7 @@ fn read_sysctl(family: &str, key: &str) -> Option<u32> {
 
 type SysctlReader<'a> = &'a dyn Fn(&str, &str) -> Option<u32>;
 
-fn judge_routes(listener: &CheckedListener<'_>, facts: &HostFacts, findings: &mut Findings) {
+fn judge_routes(listener: &DoctorListener<'_>, facts: &HostFacts, findings: &mut Findings) {
     let (name, before) = (&listener.config.name, findings.0.len());
     if listener.downstreams.is_empty() {
         findings.problem(
@@ -118,7 +118,7 @@ fn resolve_neighbours(host: &mut HostNetwork, hops: &BTreeSet<NextHop>) -> Resul
 }
 
 fn judge_neighbours(
-    listeners: &[CheckedListener<'_>],
+    listeners: &[DoctorListener<'_>],
     facts: &HostFacts,
     neighbours: &Resolutions,
     findings: &mut Findings,
@@ -153,7 +153,7 @@ fn judge_neighbours(
     }
 }
 
-fn judge_mtu(listener: &CheckedListener<'_>, facts: &HostFacts, findings: &mut Findings) {
+fn judge_mtu(listener: &DoctorListener<'_>, facts: &HostFacts, findings: &mut Findings) {
     let (name, before) = (&listener.config.name, findings.0.len());
     let Some(entry) = ingress_links(listener, facts).into_iter().max_by_key(|link| link.mtu) else { return };
     let mut narrow: BTreeMap<(u32, u32), (usize, &str, IpAddr)> = BTreeMap::new();
@@ -194,7 +194,7 @@ fn judge_mtu(listener: &CheckedListener<'_>, facts: &HostFacts, findings: &mut F
 
 /// The kernel program does not need the host's forwarding. Replies of receivers that are routed through this host do.
 fn judge_forwarding(
-    listener: &CheckedListener<'_>,
+    listener: &DoctorListener<'_>,
     facts: &HostFacts,
     sysctl: SysctlReader<'_>,
     findings: &mut Findings,
@@ -231,7 +231,7 @@ fn judge_forwarding(
 /// Strict source validation drops a datagram to a socket if the route to its sender uses another interface. The kernel program
 /// runs before it.
 fn judge_source_validation(
-    listener: &CheckedListener<'_>,
+    listener: &DoctorListener<'_>,
     facts: &HostFacts,
     sysctl: SysctlReader<'_>,
     findings: &mut Findings,
@@ -280,7 +280,7 @@ fn strict(link: &Link, sysctl: SysctlReader<'_>) -> bool {
 /// Asks the kernel whether it would deliver a datagram of this sender to the listener's socket.
 fn judge_sender(
     host: &mut HostNetwork,
-    listener: &CheckedListener<'_>,
+    listener: &DoctorListener<'_>,
     facts: &HostFacts,
     sender: IpAddr,
     findings: &mut Findings,

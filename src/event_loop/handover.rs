@@ -7,7 +7,7 @@ use anyhow::Result;
 use mio::Registry;
 
 use super::Daemon;
-use super::start::watch_events;
+use super::prepare::watch_events;
 use crate::config::Config;
 use crate::datapath::kernel::{KernelDatapath, attach, handover};
 

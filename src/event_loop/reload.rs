@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
-use super::start::{load_kernel, raise_open_files_limit, track_next_hops};
+use super::prepare::{load_kernel, raise_open_files_limit, track_next_hops};
 use super::{CONFIG_FILE, Daemon, handover};
 use crate::config::watch::ConfigWatcher;
 use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};

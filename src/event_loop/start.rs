@@ -1,38 +1,33 @@
 //! Start and end of the daemon. Whatever can fail comes before the first interface is touched.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use mio::unix::SourceFd;
-use mio::{Interest, Poll, Registry, Waker};
+use mio::{Interest, Poll, Waker};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use super::downstream_sources::DownstreamSources;
 use super::preceding_programs::PrecedingPrograms;
+use super::prepare::{load_kernel, raise_open_files_limit, track_next_hops};
 use super::reload::ReloadState;
 use super::status_socket::StatusSocket;
 use super::trace::TraceState;
 use super::{
-    CONFIG_FILE, Daemon, DaemonOptions, HEALTH, KERNEL_EVENTS, MAINTENANCE_INTERVAL, NETLINK, SIGNALS, Timers, WAKE,
-    handover,
+    CONFIG_FILE, Daemon, DaemonOptions, HEALTH, MAINTENANCE_INTERVAL, NETLINK, SIGNALS, Timers, WAKE, handover,
 };
-use crate::config::{Config, RequestedMode};
+use crate::config::Config;
 use crate::controller::Controller;
 use crate::datapath::Datapath;
-use crate::datapath::kernel::{KernelDatapath, KernelSetup};
 use crate::datapath::user::UserDatapath;
 use crate::drop_log::DropLog;
 use crate::health::HealthChecks;
-use crate::host::probe::{HostFeatures, TcUnsupported, tc_ebpf_support};
-use crate::host::{HostFacts, HostMonitor, HostNetwork, NextHopTracking};
+use crate::host::{HostFacts, HostMonitor, HostNetwork};
 use crate::metrics::PlanApplyCounts;
 use crate::metrics::http::{HttpLimits, MetricsListener};
 use crate::model::Mode;
-use crate::open_files;
 use crate::service_manager::ServiceManager;
 
 impl Daemon {
@@ -139,59 +134,5 @@ impl Daemon {
         let kernel = self.kernel.as_mut().map_or(Ok(()), Datapath::shutdown);
         let user = self.user.shutdown();
         kernel.and(user)
-    }
-}
-
-/// Raises the limit of open files, and warns if it stays too low. The daemon runs all the same.
-pub(super) fn raise_open_files_limit(config: &Config) {
-    match open_files::raise(config) {
-        Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
-        Err(error) => tracing::warn!("{error:#}"),
-    }
-}
-
-/// Has the host's facts include the next hops of the downstreams, which the kernel program needs.
-pub(super) fn track_next_hops(
-    kernel: &KernelDatapath,
-    monitor: &mut HostMonitor,
-    host: &mut HostNetwork,
-) -> Result<()> {
-    monitor.track_next_hops()?;
-    host.track_next_hops(if kernel.resolves_neighbours() {
-        NextHopTracking::ResolvePods
-    } else {
-        NextHopTracking::ResolveAll
-    });
-    Ok(())
-}
-
-/// Has the event loop wake when the TC program reports an event. Ends with the program.
-pub(super) fn watch_events(kernel: &mut KernelDatapath, registry: &Registry) -> Result<()> {
-    let Some(descriptor) = kernel.events().descriptor() else { return Ok(()) };
-    let mut source = SourceFd(&descriptor.as_raw_fd());
-    registry.register(&mut source, KERNEL_EVENTS, Interest::READABLE).context("cannot watch the TC program's events")
-}
-
-/// Loads the TC program if any listener may use it; loading it is the test whether it can be used here.
-///
-/// # Errors
-/// When the host cannot be probed at all.
-pub(super) fn load_kernel(config: &Config) -> Result<(Option<KernelDatapath>, Result<(), TcUnsupported>)> {
-    if config.listeners.iter().all(|listener| listener.mode == RequestedMode::Userspace) {
-        return Ok((None, Ok(())));
-    }
-    let ability = HostFeatures::probe()?;
-    if let Err(obstacle) = tc_ebpf_support(&ability) {
-        return Ok((None, Err(obstacle)));
-    }
-    let setup = KernelSetup {
-        redirects: ability.redirect_neigh == Some(true),
-        ring_buffer: ability.ring_buffer == Some(true),
-        tcx: ability.tcx == Some(true),
-        ..KernelSetup::new(&config.limits)
-    };
-    match KernelDatapath::open(&setup) {
-        Ok(kernel) => Ok((Some(kernel), Ok(()))),
-        Err(error) => Ok((None, Err(TcUnsupported::Kernel(format!("{error:#}"))))),
     }
 }

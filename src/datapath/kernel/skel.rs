@@ -11,10 +11,13 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{AsRawLibbpf, MapHandle, OpenObject, libbpf_sys};
 
 use super::KernelSetup;
-use super::abi::DROP_REASONS;
 use crate::config::MapLimits;
+use crate::model::DropReason;
 use crate::plan::maglev;
 use crate::plan::round_robin::MAX_SLOTS;
+
+/// Reasons that the TC program counts.
+const KERNEL_REASONS: u32 = DropReason::KERNEL_COUNT as u32;
 
 #[allow(
     clippy::all,
@@ -162,14 +165,14 @@ fn open<'object>(
     for (map, entries) in [
         (&mut maps.listener_states, sizes.listeners),
         (&mut maps.STATS, sizes.listeners),
-        (&mut maps.DROPS, sizes.listeners * DROP_REASONS),
-        (&mut maps.COPY_DROPS, sizes.listeners * DROP_REASONS),
+        (&mut maps.DROPS, sizes.listeners * KERNEL_REASONS),
+        (&mut maps.COPY_DROPS, sizes.listeners * KERNEL_REASONS),
         (&mut maps.sources, sizes.sources),
         (&mut maps.buckets, sizes.senders),
         (&mut maps.table_slots, sizes.slots),
         (&mut maps.downstreams, sizes.downstreams),
         (&mut maps.DOWNSTREAM_STAT, sizes.downstreams),
-        (&mut maps.drop_log, sizes.listeners * DROP_REASONS * 2),
+        (&mut maps.drop_log, sizes.listeners * KERNEL_REASONS * 2),
         (&mut maps.listener_names, sizes.listeners),
         (&mut maps.stat_owners, sizes.downstreams),
         (&mut maps.carried_counts, sizes.listeners.saturating_add(sizes.downstreams).saturating_add(1)),

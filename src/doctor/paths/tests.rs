@@ -41,11 +41,11 @@ fn config(extra: &str) -> Config {
     Config::parse(&text, Path::new("c.toml")).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn found(config: &Config, mode: Mode, judge: impl FnOnce(&CheckedListener<'_>, &mut Findings)) -> Vec<DoctorFinding> {
+fn found(config: &Config, mode: Mode, judge: impl FnOnce(&DoctorListener<'_>, &mut Findings)) -> Vec<DoctorFinding> {
     let first = &config.listeners[0];
     let crate::config::DownstreamSource::Static(downstreams) = &first.source else { panic!("static") };
     let choice = ModeChoice { mode, reason: "configured".into() };
-    let listener = CheckedListener { config: first, choice, downstreams: downstreams.clone() };
+    let listener = DoctorListener { config: first, choice, downstreams: downstreams.clone() };
     let mut findings = Findings::default();
     judge(&listener, &mut findings);
     findings.0
