@@ -17,6 +17,7 @@ mod docs;
 mod doctor;
 mod fuzz;
 mod health;
+mod house;
 mod http;
 mod lab;
 mod loopback;

@@ -11,7 +11,7 @@ use super::{promtool, said};
 use crate::manifests::render::{objects, read, repository};
 
 const RULES: &str = "deploy/prometheus/udp-fanout.rules.yaml";
-const TESTS: &str = "tests/monitoring/alerts.yaml";
+const TESTS: &str = "tests/unit/monitoring/alerts.yaml";
 
 fn rules() -> Vec<Value> {
     let file = objects(&read(RULES)).pop().unwrap();
@@ -127,7 +127,7 @@ fn the_tests_fail_for_rules_that_are_wrong() {
         let directory = tempfile::tempdir().unwrap();
         let tests = directory.path().join("tests.yaml");
         fs::write(directory.path().join("rules.yaml"), good.replacen(from, to, 1)).unwrap();
-        fs::write(&tests, read(TESTS).replace(&format!("../../{RULES}"), "rules.yaml")).unwrap();
+        fs::write(&tests, read(TESTS).replace(&format!("../../../{RULES}"), "rules.yaml")).unwrap();
         let output = promtool(&["test", "rules"], &tests);
         assert!(!output.status.success() && said(&output).contains("FAILED"), "{from}: {}", said(&output));
     }
