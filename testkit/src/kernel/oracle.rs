@@ -26,8 +26,25 @@ pub enum Fate {
     Dropped { listener: u32, datagrams: u64, bytes: u64, reason: &'static str },
     /// Ours, forwarded: up the stack or out.
     Forwarded { listener: u32, datagrams: u64, bytes: u64, to: SocketAddr, verdict: i32, packet: Vec<u8> },
+    /// Ours, copied to every downstream whose sample it is in. A later fragment has no datagrams and no bytes.
+    Copied { listener: u32, datagrams: u64, bytes: u64, copies: Copies },
     /// A fragment of which the first has been counted for the datagram: in no listener's books.
     Fragment { verdict: i32, packet: Vec<u8>, stray: bool, lost: bool },
+}
+
+/// The copies of a datagram, in the order in which they are sent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Copies {
+    /// Receivers of all copies, the last one's included.
+    pub to: Vec<SocketAddr>,
+    /// Clones that leave by their link.
+    pub out: Vec<Vec<u8>>,
+    /// Clones that are sent into the ingress of the link that the datagram arrived on.
+    pub reinjected: Vec<Vec<u8>>,
+    /// The packet itself, unless its downstream gets no copy.
+    pub last: Option<Vec<u8>>,
+    /// Copies that no route leads to.
+    pub unreachable: u64,
 }
 
 /// A datagram as the oracle reads it, or a fragment of one.
@@ -99,6 +116,10 @@ impl Fate {
         {
             packet.drain(..14);
         }
+        if let Fate::Copied { copies, .. } = &mut self {
+            // The frame that it has got has no addresses, whoever it is for.
+            copies.reinjected.iter_mut().for_each(|packet| packet[..12].fill(0));
+        }
         self
     }
 }
@@ -151,6 +172,13 @@ pub fn judge<'a>(
     if listener.table.is_empty() {
         return dropped("no_downstream");
     }
+    if listener.policy == Policy::Replicate {
+        return match copies(listener, history, datagram, frame) {
+            Ok(copies) => (Fate::Copied { listener: id, datagrams, bytes, copies }, None),
+            Err(Way::TooLong) => passed,
+            Err(_) => dropped("ttl_expired"),
+        };
+    }
     let target = &listener.targets[listener.table[place(listener, history, datagram, frame)] as usize];
     let longest = match gso.size {
         0 => length(datagram),
@@ -165,6 +193,67 @@ pub fn judge<'a>(
         Way::TooLong => passed,
         Way::Nowhere(reason) => dropped(reason),
     }
+}
+
+/// The copies of a datagram to all downstreams, or why there are none.
+pub fn copies(
+    listener: &ListenerPlan,
+    history: &mut History,
+    datagram: &Datagram,
+    frame: &[u8],
+) -> Result<Copies, Way> {
+    let group = datagram.destination.ip().is_multicast();
+    let ttl = if group { 64 } else { datagram.ttl.saturating_sub(1) };
+    if datagram.ttl <= 1 && !group {
+        return Err(Way::Nowhere("ttl_expired"));
+    }
+    let narrowest = listener.targets.iter().filter_map(|target| match target.delivery {
+        Delivery::Neighbour { mtu, .. } | Delivery::L3Device { mtu, .. } => Some(mtu as usize),
+        Delivery::Local | Delivery::Unreachable => None,
+    });
+    if narrowest.min().is_some_and(|mtu| length(datagram) > mtu) {
+        return Err(Way::TooLong);
+    }
+    let slots = listener.table.len();
+    let start = turn(listener, history);
+    let mut copies = Copies::default();
+    for nth in 0..slots {
+        let target = &listener.targets[listener.table[(start + nth) % slots] as usize];
+        match target.delivery {
+            _ if target.downstream.sample == 0 => continue,
+            Delivery::Unreachable => {
+                copies.unreachable += 1;
+                continue;
+            }
+            _ => copies.to.push(target.downstream.address),
+        }
+        let mut packet = rewritten(frame, datagram, target.downstream.address, ttl);
+        match target.delivery {
+            _ if nth + 1 == slots => copies.last = Some(packet),
+            Delivery::Neighbour { macs: Some(MacPair { neighbour, own }), .. } => {
+                packet[..6].copy_from_slice(&neighbour);
+                packet[6..12].copy_from_slice(&own);
+                copies.out.push(packet);
+            }
+            // The kernel is to find the neighbour.
+            _ => copies.reinjected.push(packet),
+        }
+    }
+    Ok(copies)
+}
+
+/// True if what a test run shows the program is for a listener that replicates.
+pub fn is_replicated(plan: &Plan, shown: &[u8]) -> bool {
+    let frame = framed(shown).unwrap_or_else(|| shown.to_vec());
+    let datagram = read(&frame);
+    let listener = datagram.as_ref().and_then(|datagram| owner(plan, datagram));
+    listener.is_some_and(|listener| listener.policy == Policy::Replicate)
+}
+
+/// The next place of a listener's round.
+fn turn(listener: &ListenerPlan, history: &mut History) -> usize {
+    let place = history.rounds.entry(listener.id.0).or_default();
+    std::mem::replace(place, (*place + 1) % listener.table.len())
 }
 
 /// The IP packet's length.
@@ -202,19 +291,14 @@ pub fn way(target: &PlanTarget, datagram: &Datagram, length: usize) -> Way {
 /// The place in the table that the policy says.
 fn place(listener: &ListenerPlan, history: &mut History, datagram: &Datagram, frame: &[u8]) -> usize {
     let slots = listener.table.len();
-    let mut turn = || {
-        let place = history.rounds.entry(listener.id.0).or_default();
-        std::mem::replace(place, (*place + 1) % slots)
-    };
     let hashed = |hash| hash::table_slot(hash, slots as u32) as usize;
     match listener.policy {
-        Policy::RoundRobin => turn(),
+        Policy::RoundRobin => turn(listener, history),
         Policy::Hash(on) => hashed(hash::flow_hash(on, datagram.source, datagram.destination)),
-        // Copies go out as clones, which a test run cannot show; namespaces test them.
-        Policy::Replicate => unreachable!("no replicating listener in these plans"),
+        Policy::Replicate => unreachable!("all places get a copy"),
         Policy::GelfMessage => match gelf_message(&frame[datagram.l4 + 8..][..datagram.here]) {
             Some(message) => hashed(hash::message_hash(message)),
-            None => turn(),
+            None => turn(listener, history),
         },
     }
 }

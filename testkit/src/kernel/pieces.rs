@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use udp_fanout::plan::{Plan, PlanTarget};
 
-use super::oracle::{Datagram, Fate, History, Piece, SHOT, UNSPEC, Way, judge, length, owner, sent, way};
+use super::oracle::{Datagram, Fate, History, Piece, SHOT, UNSPEC, Way, copies, judge, length, owner, sent, way};
 use super::run::Gso;
 
 /// Datagrams of which more fragments are to come, by sender, destination and number.
@@ -31,6 +31,8 @@ enum Destiny {
     Stack,
     Nowhere,
     To(PlanTarget),
+    /// Copied to all downstreams of this listener.
+    All(u32),
 }
 
 impl Known {
@@ -60,16 +62,17 @@ pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
     let before = history.incomplete.get(&key(datagram, piece)).cloned();
     let known_first = before.as_ref().and_then(|known| known.first);
     let disordered = before.as_ref().is_some_and(|known| known.first.is_none());
-    let forwarded = before.as_ref().is_some_and(|known| matches!(known.destiny, Destiny::To(_)));
+    let forwarded = before.as_ref().is_some_and(|known| matches!(known.destiny, Destiny::To(_) | Destiny::All(_)));
     let repeats = known_first == Some((piece.udp_header, datagram.ttl)) && !(datagram.has_options && forwarded);
     let mut known = before.filter(|_| disordered).unwrap_or_default();
     let fate = match owner(plan, datagram) {
-        Some(_) if repeats => return follow(history, datagram, piece, frame),
+        Some(_) if repeats => return follow(plan, history, datagram, piece, frame),
         Some(listener) => {
             let (fate, target) = judge(listener, history, datagram, frame, Gso::default(), disordered);
             known.destiny = match (&fate, target) {
                 (Fate::Forwarded { .. }, Some(target)) => Destiny::To(target.clone()),
                 (Fate::Dropped { .. }, _) => Destiny::Nowhere,
+                (Fate::Copied { listener, .. }, _) => Destiny::All(*listener),
                 _ => Destiny::Stack,
             };
             fate
@@ -89,7 +92,7 @@ pub fn first(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
 /// A fragment without.
 pub fn later(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
     if history.incomplete.contains_key(&key(datagram, piece)) {
-        return follow(history, datagram, piece, frame);
+        return follow(plan, history, datagram, piece, frame);
     }
     if !is_listened_on(plan, datagram.destination.ip()) {
         return Fate::Foreign;
@@ -98,7 +101,7 @@ pub fn later(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Pie
     Fate::Fragment { verdict: UNSPEC, packet: frame.to_vec(), stray: true, lost: false }
 }
 
-fn follow(history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
+fn follow(plan: &Plan, history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]) -> Fate {
     let fate = |verdict, packet, lost| Fate::Fragment { verdict, packet, stray: false, lost };
     let lost = || fate(SHOT, frame.to_vec(), true);
     let known = history.incomplete.get_mut(&key(datagram, piece)).unwrap();
@@ -113,6 +116,13 @@ fn follow(history: &mut History, datagram: &Datagram, piece: Piece, frame: &[u8]
     match destiny {
         Destiny::Stack => fate(UNSPEC, frame.to_vec(), false),
         Destiny::Nowhere => fate(SHOT, frame.to_vec(), false),
+        Destiny::All(id) => {
+            let listener = plan.listeners.iter().find(|listener| listener.id.0 == id).unwrap();
+            match copies(listener, history, datagram, frame) {
+                Ok(copies) => Fate::Copied { listener: id, datagrams: 0, bytes: 0, copies },
+                Err(_) => lost(),
+            }
+        }
         Destiny::To(target) => match way(&target, datagram, length(datagram)) {
             Way::Out(verdict, ttl) => fate(verdict, sent(frame, datagram, &target, verdict, ttl), false),
             Way::TooLong | Way::Nowhere(_) => lost(),

@@ -240,6 +240,17 @@ pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
 }
 
 impl Program {
+    /// Copies of a listener's datagrams that were dropped.
+    pub fn copies_dropped(&mut self, id: u32) -> udp_fanout::model::Drops {
+        self.datapath
+            .counters()
+            .unwrap()
+            .listeners
+            .get(&ListenerId(id))
+            .map(|counted| counted.copies_dropped)
+            .unwrap_or_default()
+    }
+
     pub fn datapath_counters(&mut self) -> BTreeMap<(ListenerId, SocketAddr), udp_fanout::model::DownstreamCounters> {
         self.datapath.counters().unwrap().downstreams
     }

@@ -2,16 +2,20 @@
 //! the whole packet, and on the counters. `random` asks them about frames that chance has made, fuzzing about others.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
 use udp_fanout::datapath::kernel::counters;
-use udp_fanout::model::{HashOn, Policy};
+use udp_fanout::model::{DropReason, HashOn, Policy};
 use udp_fanout::plan::{Delivery, ListenerPlan, PlanTarget};
+use udp_fanout_lab::ip;
 
-use super::oracle::{Fate, History, SHOT, UNSPEC, fate};
+use super::oracle::{Copies, Fate, History, REDIRECT, SHOT, UNSPEC, fate, is_replicated};
 use super::packet::{Frame, sum};
 use super::run::{Gso, Program, listener, pod, target, via};
 
@@ -24,7 +28,7 @@ pub const SENDERS6: [&str; 5] =
     ["[2001:db8:5::5]:4", "[2001:db8:86dd::5]:4", "[::1]:4", "[ff02::1]:4", "[fe80::5]:65535"];
 
 /// Where datagrams go, IPv4: to all the listeners, and elsewhere.
-pub const DESTINATIONS: [&str; 15] = [
+pub const DESTINATIONS: [&str; 18] = [
     "192.0.2.1:5000",
     "192.0.2.1:5000",
     "192.0.2.1:5002",
@@ -40,10 +44,13 @@ pub const DESTINATIONS: [&str; 15] = [
     "192.0.2.4:5002",
     "239.1.2.3:5000",
     "239.1.2.3:5001",
+    "192.0.2.5:5000",
+    "192.0.2.5:5000",
+    "239.1.2.3:5002",
 ];
 
 /// The same, IPv6.
-pub const DESTINATIONS6: [&str; 8] = [
+pub const DESTINATIONS6: [&str; 9] = [
     "[2001:db8::1]:5000",
     "[2001:db8::1]:5000",
     "[2001:db8::3]:5000",
@@ -52,6 +59,7 @@ pub const DESTINATIONS6: [&str; 8] = [
     "[2001:db8::4]:5002",
     "[2001:db8::1]:1",
     "[ff05::1:3]:5000",
+    "[2001:db8::5]:5000",
 ];
 
 /// Listeners of every sort that a test run can show.
@@ -100,7 +108,33 @@ pub fn plan() -> Vec<ListenerPlan> {
         listener(15, "239.1.2.3:5000", receiver_beside("0")),
         listener(16, "[ff05::1:3]:5000", receiver_beside("[")),
         listener(17, "239.1.2.3:5001", vec![target("192.0.2.9:7000", Delivery::Local)]),
+        replicating(18, "192.0.2.5:5000"),
+        replicating(19, "239.1.2.3:5002"),
+        replicating(20, "[2001:db8::5]:5000"),
     ]
+}
+
+/// A listener with a downstream of every kind. Where the turn of those without a copy is shows by the order of the others.
+fn replicating(id: u32, bind: &str) -> ListenerPlan {
+    let six = bind.starts_with('[');
+    let address = |n: u32| if six { format!("[2001:db8:9::{n}]:8000") } else { format!("198.51.100.{n}:8000") };
+    let next_hop = |n: u32| if six { format!("fe80::{n}") } else { format!("198.51.100.{n}") };
+    let over_existing_link = |mut delivery| {
+        if let Delivery::Neighbour { link, .. } = &mut delivery {
+            *link = Clones::LINK;
+        }
+        delivery
+    };
+    let mut unsampled = target(&address(14), pod(&next_hop(14), 1500));
+    unsampled.downstream.sample = 0;
+    let targets = vec![
+        target(&address(11), over_existing_link(pod(&next_hop(11), 1500))),
+        target(&address(12), Delivery::Unreachable),
+        target(&address(13), over_existing_link(via(&next_hop(13), 1400))),
+        unsampled,
+        target(&address(15), Delivery::Local),
+    ];
+    ListenerPlan { policy: Policy::Replicate, ..listener(id, bind, targets) }
 }
 
 /// A listener that not everybody may send to. One of its receivers is behind a narrow link.
@@ -141,7 +175,7 @@ fn hashing(id: u32, bind: &str, policy: Policy) -> ListenerPlan {
 }
 
 /// Listeners of the plan above.
-const LISTENERS: usize = 18;
+const LISTENERS: usize = 21;
 
 /// Sets the time to live of a frame.
 pub fn set_ttl(frame: &mut [u8], ttl: u8) {
@@ -175,6 +209,8 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 #[derive(Debug, Default, PartialEq)]
 struct Books {
     listeners: [[u64; 6]; LISTENERS],
+    /// Copies that no route leads to.
+    unreachable: [u64; LISTENERS],
     /// Of each listener's downstreams: datagrams and bytes. Those that had none are left out.
     downstreams: BTreeMap<(u32, SocketAddr), [u64; 2]>,
     strays: u64,
@@ -187,7 +223,13 @@ impl Books {
         let counters = program.datapath_counters().into_iter().filter(|(_, counted)| counted.packets > 0);
         let downstreams = counters.map(|((id, to), counted)| ((id.0, to), [counted.packets, counted.bytes]));
         let downstreams = downstreams.collect();
-        Books { listeners: std::array::from_fn(|id| program.stats(id as u32)), downstreams, strays, lost }
+        let listeners = std::array::from_fn(|id| program.stats(id as u32));
+        let unreachable = std::array::from_fn(|id| {
+            let copies = program.copies_dropped(id as u32);
+            assert_eq!(copies.total(), copies.get(DropReason::NoRoute), "listener {id}: {copies:?}");
+            copies.total()
+        });
+        Books { listeners, unreachable, downstreams, strays, lost }
     }
 }
 
@@ -199,30 +241,115 @@ pub struct Trial {
     /// Where the program counts fragments, and where it remembers single senders and datagrams.
     fragments: MapHandle,
     memory: [MapHandle; 2],
+    clones: Clones,
+}
+
+/// What becomes of clones, which a test run does not show: they leave by a link, or come in again by the loopback device,
+/// on which test runs happen.
+struct Clones {
+    out: Socket,
+    reinjected: Socket,
+}
+
+impl Clones {
+    /// The index of a link in the namespace of a trial that takes everything and passes on nothing.
+    const LINK: u32 = 78;
+    /// How long a clone is waited for. None takes that long.
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn capture() -> Clones {
+        // Without IPv6 addresses on it, the kernel sends nothing of its own there.
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
+        ip("link set lo up");
+        ip(&format!("link add clones index {} mtu 9000 type veth peer name sink mtu 9000", Self::LINK));
+        ip("link set sink up");
+        ip("link set clones up");
+        Clones { out: packet_socket(Self::LINK), reinjected: packet_socket(1) }
+    }
+
+    /// Compares what has been captured with what must have been.
+    fn check(&self, copies: &Copies, case: &str) {
+        for (socket, expected, whereto) in
+            [(&self.out, &copies.out, "out"), (&self.reinjected, &copies.reinjected, "in")]
+        {
+            for (nth, packet) in expected.iter().enumerate() {
+                let got = receive(socket);
+                assert!(
+                    got.as_ref().is_some_and(|got| same(got, packet)),
+                    "{case}\nclone {nth} {whereto}\nexpected {packet:02x?}\ngot      {got:02x?}"
+                );
+            }
+        }
+    }
+
+    /// Nothing has been captured but what was expected.
+    fn check_no_more(&self) {
+        for socket in [&self.out, &self.reinjected] {
+            socket.set_nonblocking(true).unwrap();
+            assert_eq!(receive(socket), None);
+            socket.set_nonblocking(false).unwrap();
+        }
+    }
+}
+
+/// A socket that gets every packet of a link of the thread's namespace.
+fn packet_socket(link: u32) -> Socket {
+    let every = (libc::ETH_P_ALL as u16).to_be();
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(every)))).unwrap();
+    // SAFETY: a C struct of integers, for which zero is a value; it is no longer than the storage.
+    let ((), address) = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let address = storage.cast::<libc::sockaddr_ll>();
+            (*address).sll_family = libc::AF_PACKET as u16;
+            (*address).sll_protocol = every;
+            (*address).sll_ifindex = link as i32;
+            *length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            Ok(())
+        })
+    }
+    .unwrap();
+    socket.bind(&address).unwrap();
+    socket.set_read_timeout(Some(Clones::PATIENCE)).unwrap();
+    socket
+}
+
+fn receive(mut socket: &Socket) -> Option<Vec<u8>> {
+    let mut packet = vec![0; 2048];
+    let length = socket.read(&mut packet).ok()?;
+    packet.truncate(length);
+    Some(packet)
 }
 
 impl Trial {
     /// Loads the program, with memory for fragments that forgets nothing.
     pub fn begin() -> Trial {
         let mut program = Program::load_with(plan(), |setup| setup.fragment_timeout = Duration::from_secs(24 * 3600));
-        let history = settle_rounds(&program);
+        let clones = Clones::capture();
+        let history = settle_rounds(&program, &clones);
         let fragments = program.map("FRAGMENT_STAT");
         let books = Books::of(&mut program, &fragments);
         let memory = ["fragments", "buckets"].map(|name| program.map(name));
-        Trial { program, history, books, fragments, memory }
+        Trial { program, history, books, fragments, memory, clones }
     }
 
     /// Asks both about a frame; `case` says which it is, should they differ.
     pub fn frame(&mut self, bytes: &[u8], gso: Gso, case: &str) {
+        // A test run's packet has no type of offload, without which a link does not send what is to be cut up.
+        let gso = if is_replicated(&self.program.plan, bytes) { Gso::default() } else { gso };
         let fate = fate(&self.program.plan, &mut self.history, bytes, gso);
         let ran = self.program.run(bytes, gso);
         let (verdict, packet) = match &fate {
             Fate::Foreign | Fate::Passed { .. } => (UNSPEC, bytes),
             Fate::Dropped { .. } => (SHOT, bytes),
             Fate::Forwarded { verdict, packet, .. } | Fate::Fragment { verdict, packet, .. } => (*verdict, &packet[..]),
+            Fate::Copied { copies, .. } => last_copy(copies, &ran.packet),
         };
-        let agree = ran.verdict == verdict && same(&ran.packet, packet);
+        let agree =
+            ran.verdict == verdict && same(&ran.packet[compared_from(&fate)..], &packet[compared_from(&fate)..]);
         assert!(agree, "{case}\nframe    {bytes:02x?} {gso:?}\nexpected {fate:02x?}\ngot      {ran:02x?}");
+        if let Fate::Copied { copies, .. } = &fate {
+            self.clones.check(copies, case);
+        }
         book(&mut self.books, &fate);
     }
 
@@ -240,11 +367,12 @@ impl Trial {
     /// Compares all counters.
     pub fn audit(&mut self) {
         assert_eq!(Books::of(&mut self.program, &self.fragments), self.books);
+        self.clones.check_no_more();
     }
 }
 
 /// The kernel starts each round somewhere random: one datagram shows where, and the oracle goes on from there.
-fn settle_rounds(program: &Program) -> History {
+fn settle_rounds(program: &Program, clones: &Clones) -> History {
     let mut history = History::default();
     let probes = [
         (9, Frame::new("203.0.113.5:4", "192.0.2.3:5003", b"x")),
@@ -266,24 +394,80 @@ fn settle_rounds(program: &Program) -> History {
             .expect("the first datagram went to none of the downstreams");
         history.rounds.insert(id, (place + 1) % places);
     }
+    let mut multicast = Frame::new("203.0.113.5:4", "239.1.2.3:5002", b"x");
+    multicast.destination_mac = [1, 0, 0x5e, 1, 2, 3];
+    let probes = [
+        (18, Frame::new("203.0.113.5:4", "192.0.2.5:5000", b"x")),
+        (19, multicast),
+        (20, Frame::new("[2001:db8:5::5]:4", "[2001:db8::5]:5000", b"x")),
+    ];
+    for (id, probe) in probes {
+        let ran = program.run(&probe.bytes(), Gso::default());
+        let captured = |socket: &Socket| {
+            socket.set_nonblocking(true).unwrap();
+            let packets: Vec<Vec<u8>> = std::iter::from_fn(|| receive(socket)).collect();
+            socket.set_nonblocking(false).unwrap();
+            packets
+        };
+        let (out, reinjected) = (captured(&clones.out), captured(&clones.reinjected));
+        let places = program.plan.listeners[id as usize].table.len();
+        let place = (0..places)
+            .find(|&place| {
+                let mut guess = History { rounds: [(id, place)].into(), ..History::default() };
+                match fate(&program.plan, &mut guess, &probe.bytes(), Gso::default()) {
+                    Fate::Copied { copies, .. } => {
+                        let shown = copies.last.is_some() == (ran.verdict == REDIRECT);
+                        shown && copies.out == out && copies.reinjected == reinjected
+                    }
+                    _ => false,
+                }
+            })
+            .unwrap_or_else(|| {
+                panic!("listener {id}: no order of copies is {out:02x?}, {reinjected:02x?}, {ran:02x?}")
+            });
+        history.rounds.insert(id, (place + 1) % places);
+    }
     history
 }
 
+/// The verdict on a packet that has been copied, and the packet.
+fn last_copy<'a>(copies: &'a Copies, ran: &'a [u8]) -> (i32, &'a [u8]) {
+    match &copies.last {
+        Some(packet) => (REDIRECT, packet),
+        // It is dropped, as the last copy before has left it.
+        None => (SHOT, ran),
+    }
+}
+
+/// Where a comparison begins: behind the addresses of a last copy's frame, which are the kernel's to write.
+fn compared_from(fate: &Fate) -> usize {
+    if matches!(fate, Fate::Copied { .. }) { 12 } else { 0 }
+}
+
 fn book(books: &mut Books, fate: &Fate) {
-    let (id, row) = match *fate {
+    let (id, row) = match fate {
+        Fate::Copied { listener, datagrams, bytes, copies } => {
+            for to in &copies.to {
+                let downstream = books.downstreams.entry((*listener, *to)).or_default();
+                downstream[0] += datagrams;
+                downstream[1] += bytes;
+            }
+            books.unreachable[*listener as usize] += copies.unreachable * datagrams;
+            (*listener, [*datagrams, *datagrams, 0, 0, *bytes, *bytes])
+        }
         Fate::Foreign => return,
         Fate::Fragment { stray, lost, .. } => {
-            books.strays += u64::from(stray);
-            books.lost += u64::from(lost);
+            books.strays += u64::from(*stray);
+            books.lost += u64::from(*lost);
             return;
         }
-        Fate::Passed { listener, datagrams, bytes } => (listener, [datagrams, 0, 0, datagrams, bytes, 0]),
-        Fate::Dropped { listener, datagrams, bytes, .. } => (listener, [datagrams, 0, datagrams, 0, bytes, 0]),
+        Fate::Passed { listener, datagrams, bytes } => (*listener, [*datagrams, 0, 0, *datagrams, *bytes, 0]),
+        Fate::Dropped { listener, datagrams, bytes, .. } => (*listener, [*datagrams, 0, *datagrams, 0, *bytes, 0]),
         Fate::Forwarded { listener, datagrams, bytes, to, .. } => {
-            let downstream = books.downstreams.entry((listener, to)).or_default();
+            let downstream = books.downstreams.entry((*listener, *to)).or_default();
             downstream[0] += datagrams;
             downstream[1] += bytes;
-            (listener, [datagrams, datagrams, 0, 0, bytes, bytes])
+            (*listener, [*datagrams, *datagrams, 0, 0, *bytes, *bytes])
         }
     };
     for (total, n) in books.listeners[id as usize].iter_mut().zip(row) {
