@@ -12,6 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 ///
 /// # Panics
 /// When `test` does, and when the namespace cannot be made, which takes root.
+#[expect(clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 pub fn in_new_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {
     let name = thread::current().name().unwrap_or("netns").to_owned();
     thread::scope(|scope| {

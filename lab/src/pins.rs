@@ -16,6 +16,7 @@ impl Pins {
     ///
     /// # Panics
     /// When that fails: only root may.
+    #[expect(clippy::new_without_default, reason = "it makes a directory")]
     pub fn new() -> Pins {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);

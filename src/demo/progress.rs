@@ -51,7 +51,7 @@ pub(super) fn show_progress<T>(progress: &Arc<Progress>, count: u64, work: impl 
         print_best_effort(&if terminal { format!("\r\x1b[K{line}") } else { format!("{line}\n") });
     };
     let interval = if terminal { REDRAW_INTERVAL } else { REPORT_INTERVAL };
-    let outcome = report_while(interval, &report, work);
+    let outcome = report_while(interval, report, work);
     report();
     print_best_effort(if terminal { "\n\n" } else { "\n" });
     outcome
