@@ -69,7 +69,7 @@ pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
 const MAX_FILE_SIZE: u64 = 128 << 20;
 
 /// A configuration that has passed every check that can be made without looking at the host.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Where it was read from.
     pub path: PathBuf,
@@ -128,7 +128,7 @@ pub enum TcxOrder {
 }
 
 /// What happens to the kernel program when the daemon ends, and until the next one starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandoverConfig {
     /// What happens when the daemon ends.
     pub on_exit: OnExit,
@@ -160,7 +160,7 @@ pub enum OnExit {
 }
 
 /// One listener.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ListenerConfig {
     /// Its number in the kernel's maps and in logs.
     pub id: ListenerId,
@@ -189,8 +189,7 @@ pub struct ListenerConfig {
 }
 
 /// Which interfaces a listener's traffic arrives on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Interfaces {
     /// Those that carry default routes.
     Auto,
@@ -212,8 +211,7 @@ pub enum RequestedMode {
 }
 
 /// Where a listener's downstreams come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DownstreamSource {
     /// The configuration file; at least one.
     Static(Vec<Downstream>),
@@ -224,7 +222,7 @@ pub enum DownstreamSource {
 }
 
 /// Downstreams, at least one of them given by a DNS name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedSource {
     /// In the order of the round.
     pub entries: Vec<names::DownstreamEntry>,
@@ -233,7 +231,7 @@ pub struct NamedSource {
 }
 
 /// The Services whose endpoints are the downstreams, and which of their endpoints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KubernetesSource {
     /// At least one; none twice with the same port.
     pub services: Vec<ServiceRef>,
@@ -289,7 +287,7 @@ impl Default for UserspaceSettings {
 }
 
 /// The HTTP endpoint for metrics and probes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetricsConfig {
     /// Address and port it listens on.
     pub bind: SocketAddr,

@@ -1,12 +1,11 @@
-//! `IP:port`, with an explanation when it is not.
+//! Parses `IP:port` and `name:port`, and explains what is wrong with other text.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::problem::quoted;
 use crate::names::DownstreamAddress;
 
-/// Reads an address and port, or a name and port. A name is one that DNS could have; one that looks like a misspelt IP
-/// address is taken for that.
+/// Parses an address and port, or a DNS name and port. Text that looks like a misspelt IP address is refused as one.
 ///
 /// # Errors
 /// The value, what is wrong with it, and the fix.
@@ -17,7 +16,7 @@ pub(super) fn parse_or_name(text: &str, example: &str) -> Result<DownstreamAddre
             Err(format!("{} has port 0; give a port from 1 to 65535", quoted(text)))
         }
         Some((host, port)) => {
-            // Names are the same in either case.
+            // DNS names are case-insensitive.
             Ok(DownstreamAddress::Name {
                 host: host.to_ascii_lowercase().into(),
                 port: as_port(port).unwrap_or_default(),
@@ -27,7 +26,7 @@ pub(super) fn parse_or_name(text: &str, example: &str) -> Result<DownstreamAddre
     }
 }
 
-/// Labels of up to 63 letters, digits, `-` and `_`, of which the last is not only digits, as in an IPv4 address.
+/// True for labels of up to 63 letters, digits, `-` and `_`. The last label is not all digits, as it is in an IPv4 address.
 fn is_host_name(text: &str) -> bool {
     let name = text.strip_suffix('.').unwrap_or(text);
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
@@ -41,8 +40,8 @@ fn is_host_name(text: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_label) && !last.chars().all(|c| c.is_ascii_digit())
 }
 
-/// Reads an address and port. The port is not 0; an IPv6 address is no IPv4 address in disguise and, if link-local,
-/// names its zone by number. `example` is shown where nothing better can be made of the text.
+/// Parses an address and port. Refuses port 0, IPv4-mapped IPv6 addresses, and link-local addresses without a zone number.
+/// `example` is shown in the message if the text suggests nothing better.
 ///
 /// # Errors
 /// The value, what is wrong with it, and the fix.
@@ -58,7 +57,7 @@ pub(super) fn parse(text: &str, example: &str) -> Result<SocketAddr, String> {
         }
         if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 {
             return Err(format!(
-                "{shown} is link-local and says not on which link; append the interface's number, as in \"[{}%2]:{}\"",
+                "{shown} is link-local but does not say on which link; append the interface's number, as in \"[{}%2]:{}\"",
                 v6.ip(),
                 v6.port()
             ));
@@ -67,6 +66,7 @@ pub(super) fn parse(text: &str, example: &str) -> Result<SocketAddr, String> {
     Ok(address)
 }
 
+/// Why the text is not `IP:port`, and the fix.
 fn explain(text: &str, example: &str) -> String {
     let shown = quoted(text);
     let port = example.rsplit_once(':').map_or("5514", |(_, port)| port);
@@ -98,6 +98,7 @@ fn explain(text: &str, example: &str) -> String {
     }
 }
 
+/// Digits only: `u16::from_str` accepts a sign too.
 fn as_port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -159,7 +160,7 @@ mod tests {
             ),
             (
                 "[fe80::1]:53",
-                r#""[fe80::1]:53" is link-local and says not on which link; append the interface's number, as in "[fe80::1%2]:53""#,
+                r#""[fe80::1]:53" is link-local but does not say on which link; append the interface's number, as in "[fe80::1%2]:53""#,
             ),
         ] {
             assert_eq!(parse(text, "0.0.0.0:5514").unwrap_err(), message);

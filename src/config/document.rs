@@ -1,7 +1,7 @@
-//! A configuration file as a tree in which every value knows its line.
+//! A configuration file as a tree of values, each with its line.
 //!
-//! [`toml`] and [`yaml`] make the same tree, so that everything after them, and every message, is the same for both
-//! formats. `schema_check` checks the tree against the table of keys; `file` converts it into types.
+//! [`toml`] and [`yaml`] make the same tree, so that the later stages and their messages are the same for both formats.
+//! `schema_check` checks the tree against the table of keys; `file` converts it into types.
 
 mod toml;
 mod yaml;
@@ -19,7 +19,7 @@ pub(super) enum Notation {
 }
 
 impl Notation {
-    /// By the file's name: YAML for `*.yaml` and `*.yml` in any case, TOML for every other.
+    /// The notation that the file's name selects: YAML for `*.yaml` and `*.yml` in any case, otherwise TOML.
     pub(super) fn of(path: &Path) -> Notation {
         match path.extension() {
             Some(end) if end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml") => Notation::Yaml,
@@ -43,14 +43,14 @@ pub(super) struct Document {
     pub(super) root: DocumentNode,
 }
 
-/// A value and the line, from 1, where it stands: for a table's entry, where its key does.
+/// A value and its line, from 1. The line of a table's entry is that of its key.
 #[derive(Debug)]
 pub(super) struct DocumentNode {
     pub(super) line: usize,
     pub(super) value: DocumentValue,
 }
 
-/// What both notations can say.
+/// The values of both notations.
 #[derive(Debug)]
 pub(super) enum DocumentValue {
     /// YAML's null: a key without a value.
@@ -59,7 +59,7 @@ pub(super) enum DocumentValue {
     Integer(i128),
     Number(f64),
     Text(String),
-    /// TOML's dates and times, for which no key has a use.
+    /// A date or time of TOML. No key takes one.
     Date(String),
     List(Vec<DocumentNode>),
     /// In the file's order.
@@ -67,12 +67,12 @@ pub(super) enum DocumentValue {
 }
 
 impl Document {
-    /// Reads a file's text in the notation its name says.
+    /// Parses a file's text in the notation that its name selects.
     ///
     /// # Errors
     /// The first violation of the notation, with its line.
     pub(super) fn read(text: &str, path: &Path) -> Result<Document, Problems> {
-        // Editors on some systems put a byte order mark first; it means nothing in UTF-8.
+        // Some editors put a byte order mark first, which UTF-8 does not need.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let notation = Notation::of(path);
         let root = match notation {
@@ -90,7 +90,7 @@ impl Document {
         }
     }
 
-    /// The line of a key, or of the nearest thing around it that is in the file.
+    /// The line of a key; if it is not in the file, the line of the nearest table or list around it.
     pub(super) fn line(&self, key: &KeyPath) -> Option<usize> {
         let mut node = &self.root;
         let mut line = None;
@@ -110,7 +110,7 @@ impl Document {
     }
 }
 
-/// The problem of a file that breaks its notation, with the line that does.
+/// The problem of a file with a syntax error; `content` is the line that has it.
 fn invalid(path: &Path, line: Option<usize>, content: &str, message: &str) -> Problems {
     match content {
         "" => Problems::one(path, line, message),
@@ -119,7 +119,7 @@ fn invalid(path: &Path, line: Option<usize>, content: &str, message: &str) -> Pr
 }
 
 impl fmt::Display for DocumentValue {
-    /// The kind and the value, short enough for a message.
+    /// The kind and the value, shortened for a message.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DocumentValue::Nothing => f.write_str("nothing"),
@@ -153,7 +153,7 @@ impl From<usize> for KeyStep {
     }
 }
 
-/// Where a value stands. Shown as `listeners[0].downstream[2].address`.
+/// The path of a value. Shown as `listeners[0].downstream[2].address`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct KeyPath(pub(super) Vec<KeyStep>);
 

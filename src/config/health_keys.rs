@@ -1,6 +1,6 @@
 //! The keys of a `health` table, and how they become [`HealthSettings`]. Pure.
 //!
-//! The file has one such table for all listeners, and a listener may have one of its own, whose keys win.
+//! The top-level table holds for all listeners; the keys of a table in a listener take precedence.
 
 use std::fmt::Write as _;
 use std::ops::RangeInclusive;
@@ -121,7 +121,7 @@ fn number<S: Serializer>(number: &Option<f64>, serializer: S) -> Result<S::Ok, S
     }
 }
 
-/// The keys that say all that the settings say, and nothing that means nothing to the protocol.
+/// Every setting as a key, except the keys that have no effect with the protocol.
 impl From<&HealthSettings> for HealthKeys {
     fn from(settings: &HealthSettings) -> HealthKeys {
         let HealthSettings { probe, fail_open, slow_start } = settings;
@@ -160,8 +160,7 @@ pub(super) struct HealthKeyError {
 }
 
 impl HealthKeys {
-    /// These keys where they are given, those of `base` where not. The keys that belong to one protocol are not taken
-    /// over by another.
+    /// These keys, and those of `base` that are not given here. Keys of one protocol are not inherited by another.
     #[must_use]
     pub(super) fn over(&self, base: &HealthKeys) -> HealthKeys {
         let same_protocol =
@@ -184,8 +183,8 @@ impl HealthKeys {
         }
     }
 
-    /// The settings, with defaults for what is not given; none where checks are not enabled. The keys are checked either
-    /// way, so that enabling them brings no surprise.
+    /// The settings, with defaults for keys that are not given; none if checks are not enabled. The keys are checked even
+    /// then, so that a mistake does not first appear when checks are enabled.
     ///
     /// # Errors
     /// Every mistake found.
@@ -232,10 +231,10 @@ impl HealthKeys {
             ("path", self.path.is_some()),
         ];
         for (key, _) in given.into_iter().filter(|&(key, given)| given && !kind.keys().contains(&key)) {
-            errors.add(key, format!("means nothing with protocol = \"{kind}\"; take it out, or change the protocol"));
+            errors.add(key, format!("has no effect with protocol = \"{kind}\"; remove it, or change the protocol"));
         }
         if self.port == Some(0) {
-            errors.add("port", "0 is no port to send to; give 1 to 65535".to_owned());
+            errors.add("port", "0 is not a port; give 1 to 65535".to_owned());
         }
         let payload = errors.bytes("payload", self.payload.as_deref());
         let expect = errors.bytes("expect", self.expect.as_deref());
@@ -359,8 +358,8 @@ mod tests {
             ("slow_start_secs = -1", "slow_start_secs", "-1 is out of range; give 0 to 3600 seconds"),
             ("unhealthy_threshold = 0", "unhealthy_threshold", "0 is out of range; give 1 to 100"),
             ("healthy_threshold = 101", "healthy_threshold", "101 is out of range; give 1 to 100"),
-            ("port = 7", "port", "means nothing with protocol = \"icmp\"; take it out, or change the protocol"),
-            ("protocol = 'tcp'\nport = 0", "port", "0 is no port to send to; give 1 to 65535"),
+            ("port = 7", "port", "has no effect with protocol = \"icmp\"; remove it, or change the protocol"),
+            ("protocol = 'tcp'\nport = 0", "port", "0 is not a port; give 1 to 65535"),
             ("protocol = 'udp'\npayload = 'hex:0'", "payload", "pairs of hexadecimal digits"),
             ("protocol = 'udp'\nexpect = 'hex:é'", "expect", "pairs of hexadecimal digits"),
             ("protocol = 'http'\npath = 'x'", "path", "\"x\" does not start with \"/\""),

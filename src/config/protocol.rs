@@ -1,9 +1,9 @@
 //! The protocol of a listener's datagrams, and what it means for the choice of receivers.
 //!
-//! The protocols' own rules, in short. NetFlow v9 and IPFIX describe their records in templates, which an exporter sends
-//! now and then and a receiver must have seen. sFlow numbers an agent's datagrams, and receivers take a gap for a loss. A
-//! StatsD gauge or set is a running value of which one place must see every change. A long GELF message comes in chunks,
-//! which only one place can put together. Syslog messages and DNS questions stand for themselves.
+//! What each protocol requires. NetFlow v9 and IPFIX describe their records in templates, which an exporter sends now and
+//! then and each receiver needs. sFlow numbers an agent's datagrams, and receivers count a gap as a loss. A StatsD gauge or
+//! set is a running value, so one receiver must see every update. A long GELF message comes in chunks, which one receiver
+//! must reassemble. Syslog messages and DNS queries are independent of each other.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use crate::model::{HashOn, Policy};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ListenerProtocol {
-    /// Unknown; each datagram stands for itself.
+    /// Unknown; each datagram is independent.
     #[default]
     Raw,
     /// RFC 5426 and older forms.
@@ -33,12 +33,12 @@ pub enum ListenerProtocol {
     Dns,
 }
 
-/// Why a policy does not suit a protocol.
+/// Why a policy does not suit a protocol, worded to follow the policy's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PolicyConflict {
-    /// Never useful: the protocol's own policy does the same and more. Refused.
+    /// Refused: the protocol's own policy does the same and more.
     Error(&'static str),
-    /// It loses data, except with certain senders or receivers, which the configuration does not show.
+    /// Loses data, except with certain senders or receivers, which the configuration does not show.
     Warning(&'static str),
 }
 
@@ -59,17 +59,19 @@ impl ListenerProtocol {
     pub(super) fn objection(self, policy: Policy) -> Option<PolicyConflict> {
         let objection = match (self, policy) {
             (ListenerProtocol::Netflow | ListenerProtocol::Ipfix, Policy::RoundRobin) => PolicyConflict::Warning(
-                "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
+                "separates NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
             ),
             (ListenerProtocol::Sflow, Policy::RoundRobin) => PolicyConflict::Warning(
-                "spreads an agent's sequence numbers, whose gaps receivers take for losses, unless they ignore them",
+                "leaves each receiver gaps in the sequence numbers, which it counts as losses unless it ignores them",
             ),
             (ListenerProtocol::Statsd, Policy::RoundRobin) => PolicyConflict::Warning(
-                "spreads a sender's gauges and sets, which then are wrong, unless it sends counters only",
+                "splits a sender's gauges and sets between receivers, which makes them wrong, unless it sends counters only",
             ),
-            (ListenerProtocol::Gelf, Policy::RoundRobin) => PolicyConflict::Error("parts the chunks of a message"),
+            (ListenerProtocol::Gelf, Policy::RoundRobin) => {
+                PolicyConflict::Error("sends the chunks of a message to different receivers")
+            }
             (ListenerProtocol::Dns, Policy::Replicate) => {
-                PolicyConflict::Warning("has every receiver answer every question, unless all but one stay silent")
+                PolicyConflict::Warning("makes every receiver answer every query, unless all but one stay silent")
             }
             _ => return None,
         };
@@ -82,8 +84,8 @@ impl ListenerProtocol {
             ListenerProtocol::Netflow | ListenerProtocol::Ipfix => {
                 Some("leaves out templates, without which records cannot be read")
             }
-            ListenerProtocol::Sflow => Some("leaves gaps in the sequence numbers, which the receiver takes for losses"),
-            ListenerProtocol::Statsd => Some("leaves out changes of counters, gauges and sets, which then are wrong"),
+            ListenerProtocol::Sflow => Some("leaves gaps in the sequence numbers, which the receiver counts as losses"),
+            ListenerProtocol::Statsd => Some("leaves out updates of counters, gauges and sets, which makes them wrong"),
             ListenerProtocol::Gelf => Some("leaves out chunks of messages"),
             ListenerProtocol::Raw | ListenerProtocol::Syslog | ListenerProtocol::Dns => None,
         }

@@ -121,7 +121,7 @@ impl RuleChecker<'_> {
             if there > allowed as usize {
                 let things = key.trim_start_matches("max_");
                 let fix = if there > most as usize {
-                    format!("{} is the most there may be, so split the file between several hosts", most)
+                    format!("the maximum is {}, so split the file between several hosts", most)
                 } else {
                     format!("raise it to {there} or more, or remove {things}")
                 };
@@ -172,13 +172,13 @@ impl RuleChecker<'_> {
             Interfaces::Auto => self.fault(
                 &at.then("bind"),
                 format!(
-                    "\"{bind}\" is a multicast group, which is joined on interfaces that are named; add {interface}"
+                    "\"{bind}\" is a multicast group, but no interface is named on which to join it; add {interface}"
                 ),
             ),
             Interfaces::Named(names) if names.len() > 1 && is_link_scoped_multicast(bind.ip()) => self.fault(
                 &at.then("interface"),
                 format!(
-                    "{} interfaces, but the group \"{bind}\" is another one on each link; add a listener for each",
+                    "{} interfaces, but the group \"{bind}\" is a different group on each link; add a listener for each interface",
                     names.len()
                 ),
             ),
@@ -188,7 +188,7 @@ impl RuleChecker<'_> {
             self.fault(
                 &at.then("settings").then("workers"),
                 format!(
-                    "{}, but each of several sockets would get all datagrams of the group \"{bind}\"; remove it",
+                    "{} workers, but the socket of each one would get all datagrams of the group \"{bind}\"; remove it",
                     listener.settings.workers
                 ),
             );
@@ -213,7 +213,7 @@ impl RuleChecker<'_> {
             let at = at.then(index);
             if name == "auto" {
                 let alone = self.document.notation.assignment("interface", "\"auto\"");
-                self.fault(&at, format!("\"auto\" stands alone; write {alone}, or only names"));
+                self.fault(&at, format!("\"auto\" cannot stand in a list; write {alone}, or only names"));
             } else if good.contains(name) {
                 self.fault(&at, format!("{} is in the list twice; remove one", quoted(name)));
             } else if let Some(name) = self.check(&at, values::interface(name)) {
@@ -253,7 +253,7 @@ impl RuleChecker<'_> {
         for (index, listener) in file.listeners.iter().enumerate() {
             if let Some(first) = names.insert(&listener.name, index) {
                 let message =
-                    format!("{} is the name of listeners[{first}] already; rename one", quoted(&listener.name));
+                    format!("{} is already the name of listeners[{first}]; rename one", quoted(&listener.name));
                 self.fault(&top("listeners").then(index).then("name"), message);
             }
         }

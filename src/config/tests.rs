@@ -86,7 +86,7 @@ fn a_listeners_health_table_wins_key_by_key() {
     assert_eq!(other.probe.protocol, probe::ProbeProtocol::Tcp { port: None });
     assert!(other.fail_open);
     assert_eq!(health("port = 81"), None);
-    let warning = "listeners[0].health: nothing is checked, since health checks are not enabled; add enabled = true";
+    let warning = "listeners[0].health: health checks are not enabled, so nothing is checked; add enabled = true";
     assert_eq!(of("port = 81").warnings, [warning]);
     assert_eq!(of("enabled = false\nport = 81").warnings, [""; 0]);
     assert_eq!(of("").warnings, [""; 0]);
@@ -158,29 +158,29 @@ fn a_policy_is_what_the_file_says_or_what_suits_the_protocol() {
 #[test]
 fn what_may_break_a_protocol_is_warned_about() {
     let warnings = |lines: &str, downstream: &str| config(&one_with(lines, downstream)).warnings;
-    let end = "remove it, and what suits the protocol holds";
+    let end = "remove `policy` to get the one that suits the protocol";
     for (protocol, policy, why) in [
         (
             "netflow",
             "round_robin",
-            "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
+            "separates NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
         ),
         (
             "ipfix",
             "round_robin",
-            "parts NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
+            "separates NetFlow v9 and IPFIX records from their templates, unless exporters use v5 or receivers share templates",
         ),
         (
             "sflow",
             "round_robin",
-            "spreads an agent's sequence numbers, whose gaps receivers take for losses, unless they ignore them",
+            "leaves each receiver gaps in the sequence numbers, which it counts as losses unless it ignores them",
         ),
         (
             "statsd",
             "round_robin",
-            "spreads a sender's gauges and sets, which then are wrong, unless it sends counters only",
+            "splits a sender's gauges and sets between receivers, which makes them wrong, unless it sends counters only",
         ),
-        ("dns", "replicate", "has every receiver answer every question, unless all but one stay silent"),
+        ("dns", "replicate", "makes every receiver answer every query, unless all but one stay silent"),
     ] {
         let expected = format!("listeners[0].policy: \"{policy}\" {why}; {end}");
         assert_eq!(warnings(&format!("protocol = \"{protocol}\"\npolicy = \"{policy}\""), ""), [expected]);

@@ -133,7 +133,7 @@ fn faulty_listeners() -> Vec<Faulty> {
         (
             "duplicate names",
             twice("10.0.0.1:5514", "10.0.0.1:5515"),
-            ":9: listeners[1].name: \"syslog\" is the name of listeners[0] already; rename one",
+            ":9: listeners[1].name: \"syslog\" is already the name of listeners[0]; rename one",
         ),
         (
             "two listeners on one address and port",
@@ -164,7 +164,7 @@ fn faulty_downstreams() -> Vec<Faulty> {
         (
             "a downstream that is the listener itself",
             with("10.0.10.2:5514", "10.0.0.1:5514"),
-            ":7: listeners[0].downstream[0].address: \"10.0.0.1:5514\" is the listener itself (bind \"10.0.0.1:5514\"), a loop; give the receiver another port or address",
+            ":7: listeners[0].downstream[0].address: \"10.0.0.1:5514\" is the listener itself (bind \"10.0.0.1:5514\"), which would be a loop; give the receiver another port or address",
         ),
         (
             "an IPv6 downstream of an IPv4 listener",

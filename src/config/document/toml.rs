@@ -1,4 +1,4 @@
-//! TOML to [`DocumentNode`]s.
+//! Parses TOML into [`DocumentNode`]s.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use toml::de::{DeTable, DeValue, Error};
 use super::{DocumentNode, DocumentValue};
 use crate::config::problem::{Problems, one_line};
 
-/// Reads a whole TOML file.
+/// Parses a whole TOML file.
 pub(super) fn read(text: &str, path: &Path) -> Result<DocumentNode, Problems> {
     let lines = LineIndex::of(text);
     match DeTable::parse(text) {
@@ -34,7 +34,7 @@ fn explain(error: &Error, text: &str, lines: &LineIndex, path: &Path) -> Problem
     super::invalid(path, line, content, &format!("not valid TOML: {what}; {fix}"))
 }
 
-/// True if the first thing in the file is `key:` or a `---`, which no TOML file starts with.
+/// True if the file starts with `key:` or `---`, which TOML does not allow.
 fn looks_like_yaml(text: &str) -> bool {
     let first = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
     first.is_some_and(|line| {
@@ -51,7 +51,7 @@ fn unquoted_text(line: &str) -> bool {
 
 fn table(table: DeTable<'_>, lines: &LineIndex) -> DocumentValue {
     let mut entries: Vec<_> = table.into_iter().collect();
-    // The parser's map is ordered by key; messages should follow the file.
+    // The parser's map is sorted by key; messages follow the order of the file.
     entries.sort_by_key(|(key, _)| key.span().start);
     let entry = |(key, value): (toml::Spanned<_>, toml::Spanned<DeValue<'_>>)| {
         let line = lines.line(key.span().start);
@@ -66,7 +66,7 @@ fn value(value: DeValue<'_>, lines: &LineIndex) -> DocumentValue {
         DeValue::String(text) => DocumentValue::Text(text.into_owned()),
         DeValue::Integer(number) => match i128::from_str_radix(number.as_str(), number.radix()) {
             Ok(number) => DocumentValue::Integer(number),
-            // Larger than any key allows; a float is near enough for the message.
+            // Larger than any key allows; a float is exact enough for the message.
             Err(_) => DocumentValue::Number(number.as_str().parse().unwrap_or(f64::INFINITY)),
         },
         DeValue::Float(number) => DocumentValue::Number(number.as_str().parse().unwrap_or(f64::NAN)),
@@ -85,7 +85,7 @@ fn value(value: DeValue<'_>, lines: &LineIndex) -> DocumentValue {
     }
 }
 
-/// Where each line of a text starts.
+/// The byte offset at which each line of a text starts.
 struct LineIndex(Vec<usize>);
 
 impl LineIndex {

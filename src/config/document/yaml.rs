@@ -1,7 +1,7 @@
-//! YAML to [`DocumentNode`]s.
+//! Parses YAML into [`DocumentNode`]s.
 //!
-//! Scalars are read as YAML 1.2 says: only `true` and `false` are booleans, and `010` is no number. One document a
-//! file. Anchors, aliases and merge keys work, within bounds that keep a small file from becoming a large tree.
+//! Scalars follow YAML 1.2: only `true` and `false` are booleans, and `010` is text. A file holds one document. Anchors,
+//! aliases and merge keys work, within limits that keep a small file from becoming a large tree.
 
 use std::fmt;
 use std::path::Path;
@@ -12,14 +12,14 @@ use serde_saphyr::{Error, MessageFormatter, Options, Spanned, UserMessageFormatt
 use super::{DocumentNode, DocumentValue};
 use crate::config::problem::{Problems, one_line};
 
-/// Deepest nesting read. No key is nested deeper than five; the bound keeps the recursion off the end of the stack.
+/// The deepest nesting accepted. No key is nested deeper than five; the limit keeps recursion from exhausting the stack.
 const MAX_DEPTH: usize = 32;
 
-/// Most keys and values that aliases may repeat: enough for 256 listeners that share a list of 150 downstreams, soon
-/// reached by aliases of aliases of aliases.
+/// Most keys and values that aliases may repeat: enough for 256 listeners that share a list of 150 downstreams. Nested
+/// aliases, which grow exponentially, soon reach it.
 const MAX_REPEATED: usize = 300_000;
 
-/// Reads a whole YAML file. An empty one is an empty table.
+/// Parses a whole YAML file. An empty file is an empty table.
 pub(super) fn read(text: &str, path: &Path) -> Result<DocumentNode, Problems> {
     match serde_saphyr::from_str_with_options::<DocumentNode>(text, options()) {
         Ok(DocumentNode { value: DocumentValue::Nothing, .. }) => Ok(empty()),
@@ -46,7 +46,7 @@ fn options() -> Options {
         budget.max_recorded_anchor_events = MAX_REPEATED;
         // Many listeners may share one list.
         budget.enforce_alias_anchor_ratio = false;
-        // The file's size bounds these; a million downstreams are allowed.
+        // The file's size limits these.
         budget.max_events = usize::MAX;
         budget.max_nodes = usize::MAX;
     }
@@ -62,12 +62,12 @@ fn explain(error: &Error, text: &str, path: &Path) -> Problems {
     }
     let too_large = matches!(cause, Error::Budget { .. } | Error::AliasReplayLimitExceeded { .. });
     let what = match too_large {
-        true => "nested too deep, or too much through aliases".to_owned(),
+        true => "nested too deep, or too much repeated by aliases".to_owned(),
         false => one_line(&UserMessageFormatter.format_message(cause)),
     };
     let fix = match cause {
-        _ if too_large => "write it out",
-        Error::MultipleDocuments { .. } => "keep one, without a `---` between",
+        _ if too_large => "write the values out",
+        Error::MultipleDocuments { .. } => "keep one, and remove the `---` between them",
         Error::DuplicateMappingKey { .. } => "keep one of the two",
         _ if what.contains("found a tab") => "indent with spaces",
         _ if content.contains(": [") && content.contains("]:") => "put the address in quotes",

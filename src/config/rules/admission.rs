@@ -51,7 +51,7 @@ impl RuleChecker<'_> {
             };
             let Some(prefix) = self.check(&at, prefix(text, bind)) else { continue };
             if let Some(first) = good.insert(prefix, index) {
-                self.fault(&at, format!("{} is in the list already, at {first}; remove one", quoted(text)));
+                self.fault(&at, format!("{} is already in the list, at index {first}; remove one", quoted(text)));
                 continue;
             }
             list.push(prefix);
@@ -76,8 +76,8 @@ fn prefix(text: &str, bind: Option<SocketAddr>) -> Result<Prefix, String> {
     let shown = quoted(text);
     let prefix = Prefix::parse(text).map_err(|error| match error {
         PrefixError::Syntax => format!("{shown} is not an address or prefix; write for example \"{EXAMPLE}\""),
-        PrefixError::TooLong => format!("{shown}: IPv4 prefixes have at most 32 bits, IPv6 prefixes 128; give fewer"),
-        PrefixError::HostBits(prefix) => format!("{shown} has bits behind its prefix; write \"{prefix}\""),
+        PrefixError::TooLong => format!("{shown} has too long a prefix; give at most 32 bits for IPv4, 128 for IPv6"),
+        PrefixError::HostBits(prefix) => format!("{shown} has bits set beyond its prefix; write \"{prefix}\""),
     })?;
     if let std::net::IpAddr::V6(v6) = prefix.address()
         && let Some(v4) = v6.to_ipv4_mapped()
@@ -89,7 +89,7 @@ fn prefix(text: &str, bind: Option<SocketAddr>) -> Result<Prefix, String> {
             let version = |v4| if v4 { "IPv4" } else { "IPv6" };
             let (here, there) = (version(prefix.address().is_ipv4()), version(bind.is_ipv4()));
             Err(format!(
-                "{shown} is {here} but the listener's bind, \"{bind}\", is {there}, so nobody there has it; remove it"
+                "{shown} is {here} but the listener's bind, \"{bind}\", is {there}, so no sender matches it; remove it"
             ))
         }
         _ => Ok(prefix),

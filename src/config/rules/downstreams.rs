@@ -1,4 +1,4 @@
-//! Rules about a listener's `downstream`: addresses and names are unique, and each address can be a receiver's.
+//! Rules about a listener's `downstream`: addresses and names are unique, and each address can be that of a receiver.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -60,7 +60,7 @@ impl RuleChecker<'_> {
             let Some(address) = self.check(&at.then("address"), address) else { continue };
             if let Some(first) = addresses.insert(address.clone(), index) {
                 let message =
-                    format!("\"{address}\" is downstream[{first}] already; remove one, or give it a `weight`");
+                    format!("\"{address}\" is already downstream[{first}]; remove one, or give it a `weight`");
                 self.fault(&at.then("address"), message);
                 continue;
             }
@@ -70,7 +70,7 @@ impl RuleChecker<'_> {
             };
             let Some(name) = name else { continue };
             if let Some(first) = names.insert(name.clone(), index) {
-                let message = format!("{} is the name of downstream[{first}] already; rename one", quoted(&name));
+                let message = format!("{} is already the name of downstream[{first}]; rename one", quoted(&name));
                 self.fault(&at.then("name"), message);
                 continue;
             }

@@ -1,5 +1,5 @@
-//! Rules about `health`: the file's own table, and those of listeners, whose keys take precedence.
-//! [`health_keys`](crate::config::health_keys) checks the keys; here its errors get their place in the file.
+//! Rules about `health`: the top-level table, and those of listeners, whose keys take precedence.
+//! [`health_keys`](crate::config::health_keys) checks the keys; this module adds their paths to its errors.
 
 use super::{RuleChecker, listener_key, top};
 use crate::config::document::KeyPath;
@@ -8,7 +8,7 @@ use crate::health::settings::HealthSettings;
 use crate::model::ListenerId;
 
 impl RuleChecker<'_> {
-    /// The settings of the file's own table; none where checks are not enabled there.
+    /// The settings of the top-level table; none if it does not enable health checks.
     pub(super) fn health(&mut self, keys: &HealthKeys) -> Option<HealthSettings> {
         match keys.settings() {
             Ok(settings) => {
@@ -22,9 +22,9 @@ impl RuleChecker<'_> {
         }
     }
 
-    /// The settings of a listener, after [`health`](Self::health); none where its downstreams are not checked.
+    /// The settings of a listener; none if its downstreams are not checked. Call [`health`](Self::health) before.
     pub(super) fn listener_health(&mut self, id: ListenerId, own: Option<&HealthKeys>) -> Option<HealthSettings> {
-        // A mistake in the file's own table is reported once, not again for each listener.
+        // A mistake in the top-level table is reported once, not again for each listener.
         let base = self.health.clone()?;
         match own.map_or_else(|| base.settings(), |own| own.over(&base).settings()) {
             Ok(settings) => {
@@ -45,7 +45,7 @@ impl RuleChecker<'_> {
         if *own != HealthKeys::default() {
             let fix = self.document.notation.assignment("enabled", "true");
             let at = listener_key(id).then("health");
-            self.warn(&at, format!("nothing is checked, since health checks are not enabled; add {fix}"));
+            self.warn(&at, format!("health checks are not enabled, so nothing is checked; add {fix}"));
         }
     }
 

@@ -14,7 +14,7 @@ impl RuleChecker<'_> {
         let port = self.port(&at.then("port"), source.port.as_ref());
         let services = match (&source.service, &source.services) {
             (Some(_), Some(_)) => {
-                self.fault(&at.then("services"), "`service` is there as well; put it into the list and remove it");
+                self.fault(&at.then("services"), "`service` is set too; move its name into `services`, and remove it");
                 None
             }
             (None, None) => {
@@ -98,7 +98,7 @@ impl RuleChecker<'_> {
         for (index, service) in services.iter().enumerate() {
             if let Some(first) = services[..index].iter().position(|other| other == service) {
                 let name = quoted(&service.service);
-                self.fault(&at.then(index), format!("{name} with this port is services[{first}] already; remove one"));
+                self.fault(&at.then(index), format!("{name} with this port is already services[{first}]; remove one"));
                 return None;
             }
         }

@@ -20,10 +20,10 @@ impl RuleChecker<'_> {
             let (shown, at) = (format!("\"{}\"", written.name()), at.then("policy"));
             match listener.protocol.objection(policy) {
                 Some(PolicyConflict::Error(why)) => {
-                    self.fault(&at, format!("{shown} {why}; remove it, and what suits the protocol holds"));
+                    self.fault(&at, format!("{shown} {why}; remove `policy` to get the one that suits the protocol"));
                 }
                 Some(PolicyConflict::Warning(why)) => {
-                    self.warn(&at, format!("{shown} {why}; remove it, and what suits the protocol holds"));
+                    self.warn(&at, format!("{shown} {why}; remove `policy` to get the one that suits the protocol"));
                 }
                 None => {}
             }
@@ -34,7 +34,7 @@ impl RuleChecker<'_> {
         let count = listener.downstream.as_ref().map_or(0, Vec::len);
         if policy == Policy::Replicate && count > MAX_COPIES {
             let message = format!(
-                "{count} downstreams, but a listener that replicates has at most {MAX_COPIES}; remove some, or let one of them be another udp-fanout that serves the rest"
+                "{count} downstreams, but a replicating listener has at most {MAX_COPIES}; remove some, or name a second udp-fanout that serves the rest"
             );
             self.fault(&at.then("downstream"), message);
         }
@@ -44,7 +44,7 @@ impl RuleChecker<'_> {
     fn no_hash_on(&mut self, at: &KeyPath, on: Option<HashOn>) {
         if let Some(on) = on {
             let hash = self.document.notation.assignment("policy", "\"hash\"");
-            let message = format!("\"{}\" goes with {hash} only; write that too, or remove hash_on", on.name());
+            let message = format!("\"{}\" works only with {hash}; add that, or remove hash_on", on.name());
             self.fault(&at.then("hash_on"), message);
         }
     }
@@ -55,15 +55,14 @@ impl RuleChecker<'_> {
         if policy != Policy::Replicate {
             if fraction_to_sample(sample) != Downstream::ALL {
                 let replicate = self.document.notation.assignment("policy", "\"replicate\"");
-                let message = format!("{sample} goes with {replicate} only; write that too, or remove sample");
+                let message = format!("{sample} works only with {replicate}; add that, or remove sample");
                 self.fault(&at.then("sample"), message);
             }
             return;
         }
         if weight != 1 {
-            let message = format!(
-                "{weight} means nothing to a listener that replicates: each downstream gets a copy; remove weight"
-            );
+            let message =
+                format!("{weight} has no effect under `replicate`, which sends each downstream a copy; remove weight");
             self.fault(&at.then("weight"), message);
         }
         if let Some(loss) = listener.protocol.sampling_loses()

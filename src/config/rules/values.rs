@@ -29,7 +29,7 @@ pub(super) fn interface(name: &str) -> Result<&str, String> {
     if (1..=15).contains(&name.len()) && name.chars().all(allowed) && name != "." && name != ".." {
         return Ok(name);
     }
-    Err(format!("{} cannot be an interface's name; `ip link` shows those there are", quoted(name)))
+    Err(format!("{} is not an interface's name; `ip link` lists the interfaces", quoted(name)))
 }
 
 /// Names of Services and namespaces are DNS labels.
@@ -84,7 +84,10 @@ pub(super) fn socket_path(path: &str) -> Result<&str, String> {
         return Err(format!("{shown} is not a file's path; {example}"));
     }
     if path.len() > SOCKET_PATH {
-        return Err(format!("{shown} has {} bytes, and a socket's path at most {SOCKET_PATH}; {example}", path.len()));
+        return Err(format!(
+            "{shown} has {} bytes, but a socket's path has at most {SOCKET_PATH}; {example}",
+            path.len()
+        ));
     }
     Ok(path)
 }
@@ -96,10 +99,10 @@ pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
         return Err(format!("{shown} does not start with /; write for example \"/metrics\""));
     }
     if path == "/healthz" || path == "/readyz" {
-        return Err(format!("{shown} is taken by a probe; write for example \"/metrics\""));
+        return Err(format!("{shown} is reserved for a probe; write for example \"/metrics\""));
     }
     if let Some(c) = path.chars().find(|&c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%".contains(c)) {
-        return Err(format!("{shown} holds {c:?}, which no URL's path does; write for example \"/metrics\""));
+        return Err(format!("{shown} contains {c:?}, which no URL path may; write for example \"/metrics\""));
     }
     Ok(path)
 }
@@ -112,7 +115,7 @@ pub(super) fn bind(address: SocketAddr) -> Result<SocketAddr, String> {
         }
         SocketAddr::V6(v6) if v6.ip().is_multicast() && v6.scope_id() != 0 => {
             let group = SocketAddrV6::new(*v6.ip(), v6.port(), 0, 0);
-            Err(format!("\"{address}\": a group's link is named by `interface`; write \"{group}\""))
+            Err(format!("\"{address}\" is a group with a link, but `interface` names the link; write \"{group}\""))
         }
         _ => Ok(address),
     }
@@ -123,7 +126,7 @@ pub(super) fn downstream(address: SocketAddr, bind: Option<SocketAddr>) -> Resul
     let ip = address.ip();
     if ip.is_unspecified() {
         return Err(format!(
-            "\"{address}\" is no receiver's address; write its own, or a loopback one if it is on this host"
+            "\"{address}\" is the wildcard address; write the receiver's own, or a loopback address if it is on this host"
         ));
     }
     if ip.is_multicast() {
@@ -146,7 +149,7 @@ pub(super) fn downstream(address: SocketAddr, bind: Option<SocketAddr>) -> Resul
     let own = address == bind || (bind.ip().is_unspecified() && ip.is_loopback() && address.port() == bind.port());
     if own {
         return Err(format!(
-            "\"{address}\" is the listener itself (bind \"{bind}\"), a loop; give the receiver another port or address"
+            "\"{address}\" is the listener itself (bind \"{bind}\"), which would be a loop; give the receiver another port or address"
         ));
     }
     Ok(())

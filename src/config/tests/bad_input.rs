@@ -82,7 +82,7 @@ fn there_are_no_more_listeners_than_the_limit() {
     assert_eq!(config(&raised).listeners.len(), 257);
     assert_eq!(
         refusal(&listeners(4_097), "c.toml"),
-        ": limits.max_listeners: 256, but the file has 4097 listeners; 4096 is the most there may be, so split the file between several hosts"
+        ": limits.max_listeners: 256, but the file has 4097 listeners; the maximum is 4096, so split the file between several hosts"
     );
 }
 
@@ -106,7 +106,7 @@ fn a_listener_replicates_to_64_at_most() {
     config(&text(65, "hash"));
     assert_eq!(
         refusal(&text(65, "replicate"), "c.toml"),
-        ":5: listeners[0].downstream: 65 downstreams, but a listener that replicates has at most 64; remove some, or let one of them be another udp-fanout that serves the rest"
+        ":5: listeners[0].downstream: 65 downstreams, but a replicating listener has at most 64; remove some, or name a second udp-fanout that serves the rest"
     );
 }
 
@@ -119,7 +119,7 @@ fn a_small_file_cannot_become_a_large_tree() {
     }
     let message = refusal(&aliases, "c.yaml");
     assert!(
-        message.ends_with("is not valid YAML: nested too deep, or too much through aliases; write it out"),
+        message.ends_with("is not valid YAML: nested too deep, or too much repeated by aliases; write the values out"),
         "{message}"
     );
     for deep in ["[", "{a: ", "- "] {

@@ -251,7 +251,7 @@ fn above(key: &KeySpec) -> String {
         meaning = format!("{before}{}", link.split_once(')').unwrap().1);
     }
     let takes = match key.kind {
-        KeyKind::Flag => String::new(),
+        KeyKind::Flag | KeyKind::Table(_) | KeyKind::Tables(_) => String::new(),
         _ => format!(" Takes {}.", key.kind.accepts()),
     };
     let absent = match &key.absent {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use udp_fanout::config::Config;
 
-/// Reads a file that may be anything, as TOML and as YAML.
+/// Parses arbitrary bytes as TOML and as YAML.
 pub fn run(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     for file in ["c.toml", "c.yaml"] {
@@ -12,8 +12,7 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// Reads a text that may be anything. Whatever is said about it is in lines that name the file; whatever is accepted
-/// renders as something equal.
+/// Parses arbitrary text. Each line of an error names the file; an accepted configuration renders as an equal one.
 pub fn survives(text: &str, file: &str) {
     match Config::parse(text, Path::new(file)) {
         Ok(config) => assert_eq!(again(&config), config),
@@ -28,7 +27,7 @@ pub fn survives(text: &str, file: &str) {
     }
 }
 
-/// The configuration read from this one's rendering.
+/// The configuration that this one's rendering gives when it is parsed.
 fn again(config: &Config) -> Config {
     let rendered = config.render();
     let read = Config::parse(&rendered, Path::new("rendered.toml"));

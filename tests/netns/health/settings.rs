@@ -110,7 +110,7 @@ fn netns_a_reload_changes_who_is_checked_and_how() {
         // A bad one changes nothing.
         daemon.write_config(&config(&lab, mode, &slower).extra("health = { port = 1 }").to_toml()).unwrap();
         daemon.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
-        daemon.wait_for_line("listeners[0].health.port: means nothing with protocol = \"icmp\"").unwrap();
+        daemon.wait_for_line("listeners[0].health.port: has no effect with protocol = \"icmp\"").unwrap();
         daemon.wait_for_line("configuration not reloaded").unwrap();
         assert_eq!(shares(&lab, 100), [100, 0]);
         // Off for this listener alone.
