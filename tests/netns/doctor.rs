@@ -290,7 +290,7 @@ fn netns_problems_of_the_running_daemon_and_filters_of_a_stopped_one_are_found()
     };
     let found = doctor(&lab, &asking(&daemon, &specified));
     let pid = daemon.pid().to_string();
-    assert!(found.only(&[]).the("ok", "daemon").contains(&format!("runs as process {pid}, finds nothing wrong")));
+    assert!(found.only(&[]).the("ok", "daemon").contains(&format!("runs as process {pid}, reports no problem")));
 
     daemon.signal(Signal::SIGKILL).unwrap();
     daemon.wait().unwrap();
