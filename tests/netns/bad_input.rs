@@ -252,7 +252,7 @@ fn netns_addresses_that_cannot_be_had_are_refused() {
 
         let taken: TcpListener = lab.gateway.run(|| Ok(TcpListener::bind("127.0.0.1:9090")?)).unwrap();
         let line = refusal(&lab.gateway, &[], built(), &config);
-        let message = "cannot serve metrics on 127.0.0.1:9090: address already in use; stop the program that has it \
+        let message = "cannot serve metrics on 127.0.0.1:9090: address already in use; stop the program that uses it \
                        (`ss -ltnp sport = :9090` shows it) or change metrics.bind";
         assert_eq!(line, format!("ERROR {message}"));
         drop(taken);
