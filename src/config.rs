@@ -12,6 +12,7 @@
 
 mod address;
 mod document;
+mod field_schema;
 mod file;
 mod health_keys;
 pub mod keys;
@@ -35,7 +36,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use keys::field_order;
+use field_schema::field_order;
 pub use listener_ids::ListenerIdAllocator;
 pub use problem::{Problem, Problems};
 pub use protocol::ListenerProtocol;

@@ -11,8 +11,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::document::{Document, DocumentNode, DocumentValue};
+use super::field_schema::{field_order, port_schema};
 use super::health_keys::HealthKeys;
-use super::keys::{field_order, port_schema};
 use super::{
     AttachHook, DEFAULT_MAX_HEADLESS_SECS, ListenerProtocol, MapLimits, OnExit, PIN_PATH, RequestedMode, STATUS_SOCKET,
     TcxOrder, UserspaceSettings,

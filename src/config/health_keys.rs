@@ -10,7 +10,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::keys::field_order;
+use super::field_schema::field_order;
 use crate::health::settings::{
     FAIL_OPEN, HEALTHY_THRESHOLD, HealthSettings, INTERVAL_SECS, MAX_PATH, PATH, ProbeBytes, ProbeKind, ProbeProtocol,
     ProbeSettings, SECONDS, SLOW_START_SECS, THRESHOLDS, TIMEOUT_SECS, UNHEALTHY_THRESHOLD,
