@@ -92,7 +92,7 @@ fn what_cannot_be_printed_is_said_in_one_line() {
     let said = String::from_utf8_lossy(&nothing.stderr).into_owned();
     assert!(nothing.status.success() && nothing.stdout.is_empty(), "{nothing:?}");
     assert!(
-        said.ends_with("config.toml: no listener follows Services of Kubernetes, so nothing is needed there\n"),
+        said.ends_with("config.toml: no listener follows a Kubernetes Service, so no permissions are needed\n"),
         "{said}"
     );
     for (config, more, expected) in [

@@ -59,7 +59,7 @@ fn netns_a_port_by_name_is_what_each_slice_says() {
             world.server.apply(Kind::EndpointSlice, object);
         }
         let line = daemon.wait_for_line("endpoints=0").unwrap();
-        assert!(line.contains("WARN") && line.contains("no port \"syslog\" in the slices"), "{line}");
+        assert!(line.contains("WARN") && line.contains("the slices have no port \"syslog\""), "{line}");
         assert!(line.contains("\"admin\", \"syslogs\""), "{line}");
         daemon.stop().unwrap();
     }
