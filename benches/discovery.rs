@@ -92,7 +92,7 @@ fn through_the_server(title: &str, rounds: usize, pause: Duration) {
     let server = ApiServer::start();
     server.apply_all(Kind::EndpointSlice, slices_of("logging", "bench", 0, ENDPOINTS));
     let mut watching = Watching::with(&server.kubeconfig(), vec![request("bench")], None, DiscoveryTimeouts::default());
-    assert_eq!(watching.next().set.downstreams.len(), ENDPOINTS);
+    assert_eq!(watching.next_update().set.downstreams.len(), ENDPOINTS);
     server.wait_for_watches(1);
     let times = (0..rounds).map(|round| {
         let flip = round % 2 == 0;
@@ -101,7 +101,7 @@ fn through_the_server(title: &str, rounds: usize, pause: Duration) {
         std::thread::sleep(pause);
         let started = Instant::now();
         server.apply(Kind::EndpointSlice, object);
-        let update = watching.next();
+        let update = watching.next_update();
         let took = started.elapsed();
         assert_eq!(update.set.downstreams.len(), ENDPOINTS - usize::from(flip));
         took

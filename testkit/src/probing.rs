@@ -46,6 +46,7 @@ pub fn watch(downstreams: &[SocketAddr], settings: &HealthSettings) -> ListenerC
 }
 
 impl Bench {
+    #[expect(clippy::new_without_default, reason = "it opens sockets")]
     pub fn new() -> Bench {
         let poll = Poll::new().unwrap();
         let health = HealthChecks::new(poll.registry(), FIRST_TOKEN).unwrap();

@@ -87,7 +87,7 @@ impl Watching {
     }
 
     /// The next update of any listener. Generations must increase.
-    pub fn next(&mut self) -> DiscoveryUpdate {
+    pub fn next_update(&mut self) -> DiscoveryUpdate {
         let update = self.updates.recv_timeout(DEADLINE).expect("an update should have come");
         let before = self.latest.insert(update.listener, update.clone());
         assert!(before.is_none_or(|before| before.set.generation < update.set.generation), "{update:?}");
@@ -96,7 +96,7 @@ impl Watching {
 
     /// The addresses of the next update.
     pub fn next_addresses(&mut self) -> Vec<String> {
-        addresses(&self.next())
+        addresses(&self.next_update())
     }
 
     /// Reads updates until listener 0 has these endpoints, and says how many it took.
@@ -112,7 +112,7 @@ impl Watching {
                 return n;
             }
             assert!(Instant::now() < until, "expected {expected:?}, got {:?}", latest.map(addresses));
-            self.next();
+            self.next_update();
         }
         unreachable!()
     }

@@ -14,7 +14,7 @@ fn endpoints_come_go_and_change() {
     server.apply(Kind::EndpointSlice, slice("logging", "other", "other-a", [ready("10.9.9.9")]));
     server.apply(Kind::EndpointSlice, slice("elsewhere", "come", "come-a", [ready("10.8.8.8")]));
     let mut watching = Watching::start(&server, vec![request("come")]);
-    let first = watching.next();
+    let first = watching.next_update();
     assert_eq!(addresses(&first), ["10.0.0.2:5514"]);
     assert_eq!((first.set.generation, &*first.set.downstreams[0].name), (1, "pod-10-0-0-2"));
     assert!(watching.is_woken());
@@ -36,7 +36,7 @@ fn requests_are_what_the_api_documents() {
     let server = ApiServer::start();
     server.apply(Kind::EndpointSlice, slice("logging", "wire", "wire-a", [ready("10.0.0.1")]));
     let mut watching = Watching::start(&server, vec![request("wire")]);
-    watching.next();
+    watching.next_update();
     server.wait_for_watches(1);
     let seen = server.seen();
     let paths: Vec<&str> = seen.iter().map(|seen| seen.path.as_str()).collect();
@@ -280,7 +280,7 @@ fn a_large_service_is_listed_in_pages_and_published_once() {
     let one = |n: usize| slice("logging", "large", &format!("large-{n:04}"), [ready(&udp_fanout_lab::cluster::nth(n))]);
     server.apply_all(Kind::EndpointSlice, (0..600).map(one));
     let mut watching = Watching::start(&server, vec![request("large")]);
-    assert_eq!(watching.next().set.downstreams.len(), 600, "a set is whole or is not");
+    assert_eq!(watching.next_update().set.downstreams.len(), 600, "a set is whole or is not");
     let lists: Vec<_> = server.seen().into_iter().filter(udp_fanout_lab::apiserver::Seen::is_list).collect();
     assert_eq!(lists.len(), 2);
     assert!(lists[1].get("continue").is_some() && lists[1].get("resourceVersion").is_none());
@@ -291,7 +291,7 @@ fn a_rolling_restart_of_a_thousand_pods_never_empties_the_set() {
     let server = ApiServer::start();
     server.apply_all(Kind::EndpointSlice, slices_of("logging", "roll", 0, 1000));
     let mut watching = Watching::start(&server, vec![request("roll")]);
-    assert_eq!(watching.next().set.downstreams.len(), 1000);
+    assert_eq!(watching.next_update().set.downstreams.len(), 1000);
     // Slice by slice the pods begin to leave and others take their place: 2,000 changes of endpoints.
     for step in 0..10 {
         let name = format!("roll-{step:04}");
@@ -310,7 +310,7 @@ fn a_rolling_restart_of_a_thousand_pods_never_empties_the_set() {
     let started = std::time::Instant::now();
     let mut updates = 0;
     loop {
-        let update = watching.next();
+        let update = watching.next_update();
         updates += 1;
         assert!(update.set.downstreams.len() >= 999, "{}", update.set.downstreams.len());
         let mut found = addresses(&update);

@@ -138,7 +138,7 @@ fn a_list_that_expires_between_two_pages_is_begun_again() {
         server.compact();
         watching
     };
-    assert_eq!(watching.next().set.downstreams.len(), 600);
+    assert_eq!(watching.next_update().set.downstreams.len(), 600);
     let seen = server.seen();
     assert!(seen.iter().any(|seen| seen.get("continue").is_some() && seen.code == 410), "{seen:#?}");
 }
