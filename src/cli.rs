@@ -70,6 +70,13 @@ pub enum Invocation {
         /// The interval over which rates are measured.
         interval: Duration,
     },
+    /// Check that the running daemon's main loop replies.
+    StatusCheck {
+        /// The configuration file that names the status socket, if given.
+        config: Option<PathBuf>,
+        /// The status socket, if given.
+        socket: Option<PathBuf>,
+    },
     /// Show where single datagrams go.
     Trace {
         /// The configuration file that names the status socket, if given.
@@ -228,6 +235,9 @@ struct StatusArgs {
     /// The daemon's status socket [default: status_socket of the configuration]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Print nothing and exit with 0 if the daemon's main loop replies within two seconds; else print why not and exit with 1
+    #[arg(long, conflicts_with_all = ["json", "watch", "interval"])]
+    check: bool,
     /// Print JSON, one line per report
     #[arg(long)]
     json: bool,
@@ -344,7 +354,10 @@ where
         Some(CliCommand::Check(after)) => {
             Invocation::Check { config: or_default(only_config("check", before, after.file)?) }
         }
-        Some(CliCommand::Status(StatusArgs { file, socket, json, watch, interval })) => {
+        Some(CliCommand::Status(StatusArgs { file, socket, check: true, .. })) => {
+            Invocation::StatusCheck { config: only_config("status", before, file)?, socket }
+        }
+        Some(CliCommand::Status(StatusArgs { file, socket, check: false, json, watch, interval })) => {
             Invocation::Status { config: only_config("status", before, file)?, socket, json, watch, interval }
         }
         Some(CliCommand::Trace(TraceArgs { file, socket, listener, source, count, json })) => {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use udp_fanout::cli::{self, Invocation};
 use udp_fanout::config::{Config, ListenerConfig, keys};
+use udp_fanout::control::client::StatusClient;
 use udp_fanout::control::{status_command, trace_command};
 use udp_fanout::discovery::rbac::{self, ServiceAccount};
 use udp_fanout::logging::LogOptions;
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         Invocation::Status { config, socket, json, watch, interval } => {
             let socket = status_command::socket(config.as_deref(), socket);
             status_command::run(&status_command::StatusOptions { socket, json, watch, interval })
+        }
+        Invocation::StatusCheck { config, socket } => {
+            StatusClient::check(&status_command::socket(config.as_deref(), socket))
         }
         Invocation::Trace { config, socket, listener, source, count, json } => {
             let socket = status_command::socket(config.as_deref(), socket);

@@ -94,6 +94,10 @@ fn questions_mean_what_they_say() {
         ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),
         (
+            "udp-fanout -c a status --check --socket s",
+            Invocation::StatusCheck { config: Some("a".into()), socket: Some("s".into()) },
+        ),
+        (
             "udp-fanout doctor -c a --sender 10.0.0.2 --sender ::1 --json --kubeconfig k",
             Invocation::Doctor(DoctorOptions {
                 config: "a".into(),

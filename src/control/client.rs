@@ -1,17 +1,21 @@
 //! The command's end of the status socket.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{ResponseHead, StatusRequest, TraceLine, TraceQuery};
 use super::report::StatusReport;
 
 /// How long to wait for the daemon, which answers between two turns of its event loop.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a check, which ends before a probe of Kubernetes with `timeoutSeconds: 5` does.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest head of a response, in bytes.
 const MAX_HEAD: usize = 8192;
 
@@ -19,6 +23,7 @@ const MAX_HEAD: usize = 8192;
 #[derive(Debug)]
 pub struct StatusClient {
     stream: BufReader<UnixStream>,
+    timeout: Duration,
 }
 
 impl StatusClient {
@@ -27,10 +32,31 @@ impl StatusClient {
     /// # Errors
     /// In one line: no daemon listens there, or this user may not connect, and the fix.
     pub fn connect(path: &Path) -> Result<StatusClient> {
-        let stream = UnixStream::connect(path).map_err(|error| connect_error(&error, path))?;
-        stream.set_read_timeout(Some(TIMEOUT)).context("cannot set a timeout on the status socket")?;
-        stream.set_write_timeout(Some(TIMEOUT)).context("cannot set a timeout on the status socket")?;
-        Ok(StatusClient { stream: BufReader::new(stream) })
+        StatusClient::connect_within(path, TIMEOUT)
+    }
+
+    /// Checks that the main loop of the daemon at this status socket replies within two seconds.
+    ///
+    /// # Errors
+    /// In one line: what is wrong, and the fix.
+    pub fn check(path: &Path) -> Result<()> {
+        let mut client = StatusClient::connect_within(path, CHECK_TIMEOUT)?;
+        let head = client.ask(&StatusRequest::Alive)?;
+        let body = client.read_body(&head)?;
+        if head.code != 200 {
+            bail!("the daemon refuses: {}", String::from_utf8_lossy(&body).trim_end());
+        }
+        Ok(())
+    }
+
+    /// Connects, with a limit for each step: the kernel lets `connect` wait as well while the daemon accepts nobody.
+    fn connect_within(path: &Path, timeout: Duration) -> Result<StatusClient> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).context("cannot create a Unix socket")?;
+        socket.set_read_timeout(Some(timeout)).context("cannot set a timeout on the status socket")?;
+        socket.set_write_timeout(Some(timeout)).context("cannot set a timeout on the status socket")?;
+        let connected = SockAddr::unix(path).and_then(|address| socket.connect(&address));
+        connected.map_err(|error| connect_error(&error, path, timeout))?;
+        Ok(StatusClient { stream: BufReader::new(OwnedFd::from(socket).into()), timeout })
     }
 
     /// Asks for a report.
@@ -68,7 +94,7 @@ impl StatusClient {
         match self.stream.read_until(b'\n', &mut line) {
             Ok(_) if line.ends_with(b"\n") => TraceLine::from_line(&line),
             Ok(_) => Err(closed()),
-            Err(error) => Err(read_error(error)),
+            Err(error) => Err(read_error(error, self.timeout)),
         }
     }
 
@@ -90,7 +116,7 @@ impl StatusClient {
                 }
                 Ok(_) if head.len() >= MAX_HEAD => bail!("this is not the status socket of udp-fanout"),
                 Ok(_) => {}
-                Err(error) => return Err(read_error(error)),
+                Err(error) => return Err(read_error(error, self.timeout)),
             }
         }
     }
@@ -98,7 +124,7 @@ impl StatusClient {
     fn read_body(&mut self, head: &ResponseHead) -> Result<Vec<u8>> {
         let mut body = Vec::new();
         let length = head.length.context("the daemon has sent a response without a length")?;
-        self.stream.by_ref().take(length).read_to_end(&mut body).map_err(read_error)?;
+        self.stream.by_ref().take(length).read_to_end(&mut body).map_err(|error| read_error(error, self.timeout))?;
         if (body.len() as u64) < length {
             return Err(closed());
         }
@@ -110,18 +136,21 @@ fn closed() -> anyhow::Error {
     anyhow!("the daemon has closed the connection without an answer; it may be ending: ask again")
 }
 
-fn read_error(error: std::io::Error) -> anyhow::Error {
+fn no_answer(timeout: Duration) -> anyhow::Error {
+    anyhow!("the daemon has not answered within {timeout:?}; it may be stuck: see its log, or restart it")
+}
+
+fn read_error(error: std::io::Error, timeout: Duration) -> anyhow::Error {
     match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-            anyhow!("the daemon has not answered within {TIMEOUT:?}; it may be stuck: see its log, or restart it")
-        }
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => no_answer(timeout),
         _ => anyhow::Error::new(error).context("cannot read the daemon's answer"),
     }
 }
 
-fn connect_error(error: &std::io::Error, path: &Path) -> anyhow::Error {
+fn connect_error(error: &std::io::Error, path: &Path, timeout: Duration) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => no_answer(timeout),
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
             "no udp-fanout answers at {path}: start it (`systemctl start udp-fanout`), or name its configuration with \
              --config or its socket with --socket"

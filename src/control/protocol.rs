@@ -3,6 +3,7 @@
 //! | Request | Response |
 //! | --- | --- |
 //! | `GET /status` | the [`StatusReport`] as JSON |
+//! | `GET /alive` | `ok`, and nothing that takes time to gather |
 //! | `GET /trace?listener=NAME&source=CIDR&count=N` | JSON lines ([`TraceLine`]), until `count` datagrams were shown or the client closes the connection |
 //! | anything else | 4xx, and the reason as text |
 //!
@@ -22,12 +23,15 @@ use crate::version;
 /// Longest request, in bytes.
 pub const MAX_REQUEST: usize = 4096;
 const MAX_HEADERS: usize = 32;
+const TEXT: &str = "text/plain; charset=utf-8";
 
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StatusRequest {
     /// A report of everything, as of now.
     Status,
+    /// Any reply: proof that the main loop runs.
+    Alive,
     /// The datagrams that the kernel program handles from now on.
     Trace(TraceQuery),
 }
@@ -68,6 +72,8 @@ pub struct RequestError {
 pub enum StatusReply {
     /// To [`StatusRequest::Status`].
     Report(Box<StatusReport>),
+    /// To [`StatusRequest::Alive`].
+    Alive,
     /// To [`StatusRequest::Trace`]: this note, then a line for each datagram that matches.
     Trace(TraceSubscription, String),
     /// The request is not answered.
@@ -143,7 +149,7 @@ impl StatusRequest {
                         return Err(RequestError::new(StatusCode::BAD_REQUEST, reason));
                     }
                 },
-                ("/trace" | "/status", _) => {
+                ("/trace" | "/status" | "/alive", _) => {
                     let reason = format!("unknown parameter {name:?}; /trace takes listener, source and count");
                     return Err(RequestError::new(StatusCode::BAD_REQUEST, reason));
                 }
@@ -152,8 +158,9 @@ impl StatusRequest {
         }
         match path {
             "/status" => Ok(StatusRequest::Status),
+            "/alive" => Ok(StatusRequest::Alive),
             "/trace" => Ok(StatusRequest::Trace(wanted)),
-            _ => Err(RequestError::new(StatusCode::NOT_FOUND, "no such page; there are /status and /trace")),
+            _ => Err(RequestError::new(StatusCode::NOT_FOUND, "no such page; there are /status, /alive and /trace")),
         }
     }
 
@@ -162,6 +169,7 @@ impl StatusRequest {
     pub fn to_bytes(&self) -> Vec<u8> {
         let target = match self {
             StatusRequest::Status => "/status".to_owned(),
+            StatusRequest::Alive => "/alive".to_owned(),
             StatusRequest::Trace(TraceQuery { listener, source, count }) => {
                 let mut query = form_urlencoded::Serializer::new(String::new());
                 query.extend_pairs(listener.iter().map(|value| ("listener", value)));
@@ -184,6 +192,7 @@ impl StatusReply {
             StatusReply::Report(report) => {
                 response(StatusCode::OK, "application/json", Some(&to_line(report)), keep_alive)
             }
+            StatusReply::Alive => response(StatusCode::OK, TEXT, Some(b"ok\n"), keep_alive),
             StatusReply::Trace(_, note) => {
                 let mut bytes = response(StatusCode::OK, "application/x-ndjson", None, false);
                 bytes.extend(TraceLine::Note { note: note.clone() }.to_line());
@@ -195,7 +204,7 @@ impl StatusReply {
                 to_line(&old)
             }
             StatusReply::Error(RequestError { code, reason }) => {
-                response(*code, "text/plain; charset=utf-8", Some(format!("{reason}\n").as_bytes()), false)
+                response(*code, TEXT, Some(format!("{reason}\n").as_bytes()), false)
             }
         }
     }
@@ -329,7 +338,7 @@ mod tests {
         for (request, code, reason) in [
             ("hello\n", 400, "not an HTTP request"),
             ("POST /status HTTP/1.1\r\n\r\n", 405, "only GET"),
-            ("GET / HTTP/1.1\r\n\r\n", 404, "there are /status and /trace"),
+            ("GET / HTTP/1.1\r\n\r\n", 404, "there are /status, /alive and /trace"),
             ("GET /trace?count=0 HTTP/1.1\r\n\r\n", 400, "count=\"0\" is not a number from 1"),
             ("GET /trace?src=x HTTP/1.1\r\n\r\n", 400, "unknown parameter \"src\""),
             ("GET /status?json HTTP/1.1\r\n\r\n", 400, "unknown parameter \"json\""),

@@ -286,7 +286,7 @@ impl StatusConnection {
             self.subscription = Some(*subscription);
             self.remaining = match request {
                 StatusRequest::Trace(TraceQuery { count, .. }) => *count,
-                StatusRequest::Status => None,
+                StatusRequest::Status | StatusRequest::Alive => None,
             };
         }
         self.set_output(reply, keep_alive);
@@ -301,7 +301,7 @@ impl StatusConnection {
         self.output = reply.to_bytes(keep_alive);
         self.written = 0;
         self.closing = match reply {
-            StatusReply::Report(_) => !keep_alive,
+            StatusReply::Report(_) | StatusReply::Alive => !keep_alive,
             StatusReply::Trace(..) => false,
             StatusReply::Error(_) => true,
         };

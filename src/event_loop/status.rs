@@ -25,6 +25,7 @@ impl Daemon {
                     StatusReply::Error(RequestError::new(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")))
                 }
             },
+            StatusRequest::Alive => StatusReply::Alive,
             StatusRequest::Trace(query) => self.start_trace(query),
         }
     }

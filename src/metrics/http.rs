@@ -5,7 +5,7 @@
 //! current, and `/healthz` answers 200 only while the event loop runs.
 //!
 //! - [`MetricsListener`] binds the port, so that a port in use fails the start.
-//! - `connections` accepts connections and keeps slow clients from blocking others.
+//! - `connections` accepts connections and keeps slow clients and floods from blocking others.
 //! - `routes` turns one HTTP request into one response.
 
 mod connections;
@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use mio::Waker;
+use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
 
 use super::MetricsSnapshot;
@@ -29,6 +30,10 @@ use crate::config::MetricsConfig;
 pub const HEALTH_PATH: &str = "/healthz";
 /// Path of the readiness probe.
 pub const READY_PATH: &str = "/readyz";
+
+/// Connections that wait in the kernel until they are accepted. The kernel's limit is `net.core.somaxconn`, 4096 since
+/// Linux 5.4.
+const BACKLOG: i32 = 4096;
 
 /// A request of the HTTP thread to the event loop. If the sender is dropped or no reply comes, the client gets 503.
 #[derive(Debug)]
@@ -86,9 +91,15 @@ pub struct HttpLimits {
     pub headers: Duration,
     /// How long a connection may last in total, which bounds clients that do not read their response.
     pub connection: Duration,
-    /// Open connections, at least 1. One more closes the oldest that waits for its client.
+    /// Open connections from other hosts. One more closes an idle one (see `connections`), or is refused.
     pub connections: usize,
-    /// How long a new connection is not closed in favour of another: time for its request to arrive.
+    /// Open connections from one other host: an IPv4 address, or an IPv6 /64. One more closes the oldest idle one that
+    /// has had its `grace`, or is refused.
+    pub per_source: usize,
+    /// Open connections from this host, at least 1. Other hosts cannot take these places. One more closes the oldest idle
+    /// one, or waits.
+    pub own_host: usize,
+    /// How long a connection is not closed in favour of another from the same host: time for its request to arrive.
     pub grace: Duration,
 }
 
@@ -99,6 +110,8 @@ impl Default for HttpLimits {
             headers: Duration::from_secs(5),
             connection: Duration::from_secs(30),
             connections: 64,
+            per_source: 8,
+            own_host: 32,
             grace: Duration::from_millis(100),
         }
     }
@@ -122,8 +135,8 @@ impl MetricsListener {
         if config.path == HEALTH_PATH || config.path == READY_PATH {
             bail!("metrics.path `{}` is the path of a probe; choose another, such as `/metrics`", config.path);
         }
-        let listener = TcpListener::bind(config.bind).map_err(|e| bind_error(config.bind, &e))?;
-        listener.set_nonblocking(true).context("cannot make the metrics socket non-blocking")?;
+        let listener = listen(config.bind).map_err(|e| bind_error(config.bind, &e))?;
+        warn_of_short_queue();
         let address = listener.local_addr().context("cannot read the metrics socket's address")?;
         Ok(MetricsListener { listener: Arc::new(listener), address, path: config.path.clone() })
     }
@@ -155,7 +168,7 @@ impl MetricsListener {
             listener.context("cannot set up the HTTP endpoint")?
         };
         // Each connection has at most one pending request, so a full channel means a stalled event loop.
-        let (requests, receiver) = mpsc::sync_channel(limits.connections.max(1));
+        let (requests, receiver) = mpsc::sync_channel(limits.connections + limits.own_host.max(1));
         let main_loop = routes::MainLoopHandle { requests, waker, timeout: limits.answer };
         let site = Arc::new(routes::HttpRoutes { main_loop, metrics_path: self.path });
         let (stop, stopped) = oneshot::channel::<()>();
@@ -183,6 +196,26 @@ impl MetricsListener {
             },
             receiver,
         ))
+    }
+}
+
+/// A non-blocking listening socket with a long queue.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Logs that the kernel shortens the queue, if it does. A process without /proc is not told.
+fn warn_of_short_queue() {
+    let limit = std::fs::read_to_string("/proc/sys/net/core/somaxconn").ok().and_then(|text| text.trim().parse().ok());
+    if let Some(limit) = limit.filter(|limit: &i32| *limit < BACKLOG) {
+        tracing::info!(
+            "net.core.somaxconn = {limit} limits the queue of new connections to the metrics port, which would be \
+             {BACKLOG}; a flood of connections fills it sooner. To raise it: `sysctl -w net.core.somaxconn={BACKLOG}`"
+        );
     }
 }
 

@@ -19,6 +19,7 @@ mod host;
 mod icmp_probes;
 mod kubernetes;
 mod lab;
+mod metrics_port;
 mod names;
 mod policies;
 mod probes;

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, UNIX_EPOCH};
 
 use mio::{Events, Poll, Token, Waker};
+use socket2::{Domain, Socket, Type};
 use udp_fanout::config::MetricsConfig;
 use udp_fanout::metrics::http::{
     HttpLimits, ListenerReadiness, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport, ReadinessState,
@@ -18,8 +19,15 @@ use udp_fanout::model::{DownstreamCounters, FragmentCounters, ListenerCounters, 
 
 /// Long enough to count as never: a test that runs into it fails.
 const NEVER: Duration = Duration::from_secs(600);
-const PATIENT: HttpLimits =
-    HttpLimits { answer: NEVER, headers: NEVER, connection: NEVER, connections: 64, grace: Duration::ZERO };
+const PATIENT: HttpLimits = HttpLimits {
+    answer: NEVER,
+    headers: NEVER,
+    connection: NEVER,
+    connections: 64,
+    per_source: 64,
+    own_host: 64,
+    grace: Duration::ZERO,
+};
 
 fn config(bind: &str, path: &str) -> MetricsConfig {
     MetricsConfig { bind: bind.parse().expect("an address"), path: path.to_owned() }
@@ -313,7 +321,7 @@ fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
 
 #[test]
 fn a_loop_stalled_for_long_costs_no_memory() {
-    let limits = HttpLimits { answer: Duration::from_millis(1), connections: 3, ..PATIENT };
+    let limits = HttpLimits { answer: Duration::from_millis(1), connections: 0, own_host: 3, ..PATIENT };
     let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
     for _ in 0..20 {
         assert_eq!(get(&server, "/healthz").status, 503);
@@ -392,7 +400,7 @@ fn clients_that_do_not_read_stop_nobody() {
             MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
         }
     }
-    let (server, _loop) = answered_by(huge, HttpLimits { connections: 4, ..PATIENT });
+    let (server, _loop) = answered_by(huge, HttpLimits { own_host: 4, ..PATIENT });
     let _deaf: Vec<_> = (0..8).map(|_| send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")).collect();
     assert_eq!(get(&server, "/healthz").status, 200);
     let page = get(&server, "/metrics");
@@ -401,7 +409,7 @@ fn clients_that_do_not_read_stop_nobody() {
 
 #[test]
 fn a_client_whose_answer_is_being_made_is_not_pushed_out() {
-    let (server, requests, _poll, _waker) = endpoint("/metrics", HttpLimits { connections: 2, ..PATIENT });
+    let (server, requests, _poll, _waker) = endpoint("/metrics", HttpLimits { own_host: 2, ..PATIENT });
     let scraper = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     let MainLoopRequest::Scrape(reply) = requests.recv().expect("a request") else { panic!("not asked for") };
     let mut idle = connect(&server);
@@ -413,8 +421,7 @@ fn a_client_whose_answer_is_being_made_is_not_pushed_out() {
 
 #[test]
 fn clients_over_the_limit_wait_while_all_others_are_being_answered() {
-    let (server, requests, _poll, _waker) =
-        endpoint("/metrics", HttpLimits { connections: 2, grace: NEVER, ..PATIENT });
+    let (server, requests, _poll, _waker) = endpoint("/metrics", HttpLimits { own_host: 2, grace: NEVER, ..PATIENT });
     let probe = || send(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
     let early = [probe(), probe()];
     let held = [(); 2].map(|()| requests.recv().expect("a request"));
@@ -423,6 +430,95 @@ fn clients_over_the_limit_wait_while_all_others_are_being_answered() {
     assert_eq!(early.map(|client| read_answer(client).status), [200, 200]);
     (0..2).for_each(|_| healthy(requests.recv().expect("a request")));
     assert_eq!(late.map(|client| read_answer(client).status), [200, 200]);
+}
+
+/// Connects from 127.0.0.N. To a server on 127.0.0.1, that is another host for every N but 1.
+fn connect_from(server: &MetricsServer, n: u8) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.bind(&SocketAddr::from(([127, 0, 0, n], 0)).into()).expect("an address of the loopback interface");
+    socket.connect(&server.address().into()).expect("a connection");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+    socket.into()
+}
+
+const PROBE: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+
+fn probe_from(server: &MetricsServer, n: u8) -> TcpStream {
+    let mut stream = connect_from(server, n);
+    stream.write_all(PROBE).expect("sent");
+    stream
+}
+
+/// Waits until the server has closed the connection without a word.
+fn is_refused(mut stream: &TcpStream) -> bool {
+    match stream.read(&mut [0]) {
+        Ok(read) => read == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    }
+}
+
+/// Whether an idle connection still carries a request.
+fn still_serves(mut stream: TcpStream) -> bool {
+    stream.write_all(PROBE).expect("sent");
+    read_answer(stream).status == 200
+}
+
+#[test]
+fn a_host_gets_as_many_connections_as_it_may_have_and_other_hosts_get_theirs() {
+    let (server, _loop) = answered_by(healthy, HttpLimits { per_source: 3, grace: NEVER, ..PATIENT });
+    let idle = [(); 3].map(|()| connect_from(&server, 2));
+    for _ in 0..200 {
+        assert!(is_refused(&connect_from(&server, 2)));
+    }
+    assert_eq!(read_answer(probe_from(&server, 3)).status, 200);
+    assert_eq!(get(&server, "/healthz").status, 200);
+    // Those within the limit were not disturbed.
+    assert!(idle.into_iter().all(still_serves));
+    assert_eq!(read_answer(probe_from(&server, 2)).status, 200);
+}
+
+#[test]
+fn after_its_grace_a_hosts_oldest_idle_connection_gives_way_to_its_next() {
+    let (server, _loop) = answered_by(healthy, HttpLimits { per_source: 2, ..PATIENT });
+    let [oldest, second, third] = [(); 3].map(|()| connect_from(&server, 2));
+    assert!(is_refused(&oldest));
+    assert!(still_serves(second) && still_serves(third));
+}
+
+#[test]
+fn if_other_hosts_hold_all_places_the_one_that_holds_most_loses_its_oldest_idle_one() {
+    let limits = HttpLimits { connections: 4, per_source: 2, grace: NEVER, ..PATIENT };
+    let (server, _loop) = answered_by(healthy, limits);
+    let single = connect_from(&server, 2);
+    let [of_two, younger] = [(); 2].map(|()| connect_from(&server, 3));
+    let last = connect_from(&server, 4);
+    let new = connect_from(&server, 5);
+    assert!(is_refused(&of_two));
+    assert!([single, younger, last, new].into_iter().all(still_serves));
+}
+
+#[test]
+fn this_hosts_places_are_its_own() {
+    let limits = HttpLimits { connections: 2, per_source: 2, own_host: 1, ..PATIENT };
+    let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
+    let busy = [2, 3].map(|n| probe_from(&server, n));
+    let held = [(); 2].map(|()| requests.recv().expect("a request"));
+    assert!(is_refused(&connect_from(&server, 4)), "every place of other hosts waits for the event loop");
+    let own = send(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+    healthy(requests.recv().expect("a request"));
+    assert_eq!(read_answer(own).status, 200);
+    held.into_iter().for_each(healthy);
+    assert_eq!(busy.map(|client| read_answer(client).status), [200, 200]);
+}
+
+#[test]
+fn a_flood_of_half_open_clients_of_many_hosts_ends_with_the_limits() {
+    let (server, _loop) =
+        answered_by(healthy, HttpLimits { headers: Duration::from_millis(50), ..HttpLimits::default() });
+    let flood: Vec<_> = (2..102).flat_map(|n| [(); 3].map(|()| connect_from(&server, n))).collect();
+    // All are closed, the last ones by the time limit for headers.
+    assert!(flood.iter().all(is_refused));
+    assert_eq!(read_answer(probe_from(&server, 2)).status, 200);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use mio::{Events, Poll, Waker};
 use tempfile::TempDir;
 
 use super::*;
+use crate::control::client::StatusClient;
 use crate::control::protocol::ResponseHead;
 use crate::control::report::StatusReport;
 
@@ -111,6 +112,33 @@ fn the_socket_is_its_owners_alone_and_goes_with_the_server() {
     assert_eq!(mode & 0o7777, 0o600);
     running.stop();
     assert!(!running.path().exists());
+}
+
+#[test]
+fn a_check_asks_for_any_answer_and_waits_a_bounded_time() {
+    let running = ServerThread::start(|request| {
+        assert_eq!(*request, StatusRequest::Alive);
+        StatusReply::Alive
+    });
+    StatusClient::check(&running.path()).unwrap();
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let _stuck = net::UnixListener::bind(&path).unwrap();
+    let error = StatusClient::check(&path).unwrap_err().to_string();
+    assert_eq!(error, "the daemon has not answered within 2s; it may be stuck: see its log, or restart it");
+}
+
+#[test]
+fn a_check_ends_although_the_daemon_accepts_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+    socket.listen(0).unwrap();
+    let _waiting = Client::connect(&path).unwrap();
+    let error = StatusClient::check(&path).unwrap_err().to_string();
+    assert!(error.starts_with("the daemon has not answered within 2s; "), "{error}");
 }
 
 #[test]

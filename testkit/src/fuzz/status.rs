@@ -120,6 +120,7 @@ impl World {
         for token in 0..TOKENS {
             self.server.on_event(Token(token), |request| match request {
                 StatusRequest::Status => StatusReply::Report(Box::<StatusReport>::default()),
+                StatusRequest::Alive => StatusReply::Alive,
                 StatusRequest::Trace(_) => StatusReply::Trace(TraceSubscription::default(), "tracing".to_owned()),
             });
         }

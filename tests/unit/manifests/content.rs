@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, DownstreamSource, OnExit};
+use udp_fanout::config::{Config, DownstreamSource, OnExit, STATUS_SOCKET};
 
 use super::render::{chart, everything, objects, only, overlay, plain, rbac, read, repository, values};
 
@@ -118,7 +118,7 @@ fn what_is_off_in_the_chart_can_be_had() {
     }
     let container = container(&all);
     assert_eq!(container["image"], format!("registry.example/udp-fanout:{}", env!("CARGO_PKG_VERSION")));
-    assert_eq!(container["args"].as_array().unwrap()[3..], ["--log-level", "debug", "--log-format", "json"]);
+    assert_eq!(container["args"].as_array().unwrap()[5..], ["--log-level", "debug", "--log-format", "json"]);
     assert_eq!(container["ports"][0]["containerPort"], 9190);
     assert_eq!(daemonset(&all)["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"], "9190");
     let settings = &configurations(&all)[0].listeners[1].settings;
@@ -127,7 +127,8 @@ fn what_is_off_in_the_chart_can_be_had() {
     let bare = objects(&chart(Some("bare-values.yaml"), "1.30"));
     let kinds: Vec<&str> = bare.iter().map(|object| object["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["ConfigMap", "DaemonSet"]);
-    assert!(self::container(&bare)["livenessProbe"].is_null(), "without its page there is nothing to probe");
+    assert!(self::container(&bare)["readinessProbe"].is_null(), "without its page there is nothing to probe");
+    assert!(!self::container(&bare)["livenessProbe"].is_null(), "which needs no page");
 }
 
 #[test]
@@ -182,9 +183,20 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(container["env"][0]["name"], "NODE_NAME");
         assert_eq!(container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName");
         assert_eq!(container["ports"][0]["containerPort"], metrics.bind.port());
-        for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
-            assert_eq!(container[probe]["httpGet"], json!({ "path": path, "port": "metrics" }));
-        }
+        assert_eq!(container["readinessProbe"]["httpGet"], json!({ "path": "/readyz", "port": "metrics" }));
+        // The daemon is alive or not whatever reaches the metrics port, and wherever the configuration puts the socket.
+        assert!(container["livenessProbe"]["httpGet"].is_null());
+        let [program, check @ .., option, socket] = &words(&container["livenessProbe"]["exec"]["command"])[..] else {
+            panic!("{container}")
+        };
+        assert_eq!(
+            (program.as_str(), check, option.as_str()),
+            ("udp-fanout", &["status", "--check"].map(String::from)[..], "--socket")
+        );
+        assert_eq!(words(&container["args"])[3..], ["--status-socket", socket]);
+        assert_eq!(socket, STATUS_SOCKET, "`udp-fanout status` in the pod finds it");
+        let run = container["volumeMounts"].as_array().unwrap().iter().find(|mount| mount["name"] == "run").unwrap();
+        assert_eq!(Path::new(socket).parent().unwrap(), run["mountPath"].as_str().unwrap());
         let annotations = &daemonset(&all)["spec"]["template"]["metadata"]["annotations"];
         assert_eq!(annotations["prometheus.io/scrape"], "true");
         assert_eq!(annotations["prometheus.io/port"], metrics.bind.port().to_string());
@@ -202,6 +214,11 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(container["volumeMounts"][0]["mountPath"], directory);
         assert!(only(&all, "ConfigMap")["data"][name].is_string(), "{file}");
     }
+}
+
+/// A list of texts.
+fn words(list: &Value) -> Vec<String> {
+    list.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
 }
 
 /// Each Service that a configuration follows, as namespace and name.
