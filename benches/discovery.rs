@@ -21,10 +21,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use udp_fanout::discovery::aggregator::{Aggregator, WatchEvent};
-use udp_fanout::discovery::service_key::ServiceKey;
-use udp_fanout::discovery::wire::ApiSlice;
-use udp_fanout::discovery::{DiscoveryRequest, DiscoveryTimeouts};
+use udp_fanout::testing::discovery::aggregator::{Aggregator, WatchEvent};
+use udp_fanout::testing::discovery::service_key::ServiceKey;
+use udp_fanout::testing::discovery::wire::ApiSlice;
+use udp_fanout::testing::discovery::{DiscoveryRequest, DiscoveryTimeouts};
 use udp_fanout_lab::apiserver::{ApiServer, Kind};
 use udp_fanout_lab::cluster::{nth, ready, slice, slices_of, unready};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Surroundings};

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use field_schema::field_order;
 pub use listener_ids::ListenerIdAllocator;
-pub use problem::{Problem, Problems};
+pub use problem::Problems;
 pub use protocol::ListenerProtocol;
 
 use crate::admission::{SenderRateLimit, SourceRules};

@@ -18,8 +18,8 @@
 //!
 //! ```no_run
 //! # use std::time::{Duration, Instant};
-//! # use udp_fanout::health::{HealthChecks, ListenerCheck};
-//! # fn handle(_: udp_fanout::health::weights::HealthMap) {}
+//! # use udp_fanout::testing::health::{HealthChecks, ListenerCheck};
+//! # fn handle(_: udp_fanout::testing::health::weights::HealthMap) {}
 //! # fn main() -> anyhow::Result<()> {
 //! # let (checks, started): (Vec<ListenerCheck>, _) = (vec![], Instant::now());
 //! let mut poll = mio::Poll::new()?;

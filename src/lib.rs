@@ -9,28 +9,33 @@
 //!
 //! Reading order: [`model`], [`plan`], [`controller`], [`datapath`], then `bpf/fanout.bpf.c` or [`datapath::user`].
 
-pub mod admission;
-pub mod cli;
-pub mod config;
-pub mod control;
-pub mod controller;
-pub mod datapath;
-pub mod demo;
-pub mod detach;
-pub mod discovery;
-pub mod doctor;
-pub mod drop_log;
-pub mod error_hints;
-pub mod event_loop;
-pub mod health;
-pub mod host;
-pub mod logging;
-pub mod metrics;
-pub mod model;
-pub mod names;
-pub mod net;
-pub mod open_files;
-pub mod output;
-pub mod plan;
-pub mod service_manager;
-pub mod version;
+mod admission;
+mod cli;
+mod commands;
+mod config;
+mod control;
+mod controller;
+mod datapath;
+mod demo;
+mod detach;
+mod discovery;
+mod doctor;
+mod drop_log;
+mod error_hints;
+mod event_loop;
+mod health;
+mod host;
+mod logging;
+mod metrics;
+mod model;
+mod names;
+mod net;
+mod open_files;
+mod output;
+mod plan;
+mod service_manager;
+#[doc(hidden)]
+pub mod testing;
+mod version;
+
+pub use commands::main;

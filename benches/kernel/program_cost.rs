@@ -8,10 +8,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::libbpf_sys;
-use udp_fanout::config::MapLimits;
-use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
-use udp_fanout::plan::{Delivery, MacPair, Plan, PlanTarget};
+use udp_fanout::testing::config::MapLimits;
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::datapath::kernel::{KernelDatapath, KernelSetup};
+use udp_fanout::testing::plan::{Delivery, MacPair, Plan, PlanTarget};
 
 use crate::paths;
 use crate::pods::LISTENER;

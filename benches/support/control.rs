@@ -7,13 +7,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use udp_fanout::config::Config;
-use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::kernel::KernelDatapath;
-use udp_fanout::host::{HostFacts, Link, Route};
-use udp_fanout::model::{Downstream, Mode};
-use udp_fanout::plan::Plan;
-use udp_fanout::plan::compile::compile;
+use udp_fanout::testing::config::Config;
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::datapath::kernel::KernelDatapath;
+use udp_fanout::testing::host::{HostFacts, Link, Route};
+use udp_fanout::testing::model::{Downstream, Mode};
+use udp_fanout::testing::plan::Plan;
+use udp_fanout::testing::plan::compile::compile;
 
 use super::baselines::{ForwardingTask, daemon};
 use super::cpu::cpu_seconds;

@@ -76,11 +76,6 @@ impl Problems {
         self.shown.sort_by_key(|problem| problem.line);
         self
     }
-
-    /// The problems shown, in the file's order.
-    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
-        self.shown.iter()
-    }
 }
 
 impl fmt::Display for Problems {

@@ -230,11 +230,6 @@ impl HealthMonitor {
         self.targets.get(number).map(|watched| &watched.status)
     }
 
-    /// All targets with their status.
-    pub fn targets(&self) -> impl Iterator<Item = (&Arc<ProbeTarget>, &TargetStatus)> {
-        self.targets.values().map(|watched| (&watched.target, &watched.status))
-    }
-
     /// Statistics since the start.
     #[must_use]
     pub fn probe_stats(&self) -> &ProbeStatsByKind {

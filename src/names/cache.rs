@@ -160,11 +160,6 @@ impl NameCache {
         }
         updates
     }
-
-    /// The names whose last lookup failed, sorted.
-    pub fn unresolved(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.hosts.iter().filter(|(_, host)| host.failures > 0).map(|(name, _)| name)
-    }
 }
 
 impl CachedName {

@@ -11,12 +11,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use nix::unistd::Pid;
-use udp_fanout::config::UserspaceSettings;
-use udp_fanout::datapath::user::UserDatapath;
-use udp_fanout::datapath::{Datapath, DatapathCounters};
-use udp_fanout::model::{Downstream, ListenerCounters, ListenerId, Mode, Policy};
-use udp_fanout::plan::round_robin::interleave;
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan, PlanTarget};
+use udp_fanout::testing::config::UserspaceSettings;
+use udp_fanout::testing::datapath::user::UserDatapath;
+use udp_fanout::testing::datapath::{Datapath, DatapathCounters};
+use udp_fanout::testing::model::{Downstream, ListenerCounters, ListenerId, Mode, Policy};
+use udp_fanout::testing::plan::round_robin::interleave;
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, Plan, PlanTarget};
 
 /// How long anything may take before a test fails. Nothing waits this long when all is well.
 pub const GUARD: Duration = Duration::from_secs(20);

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Poll, Token};
-use udp_fanout::health::model::{HealthState, TargetStatus};
-use udp_fanout::health::settings::{HealthSettings, ProbeProtocol, ProbeSettings};
-use udp_fanout::health::weights::HealthMark;
-use udp_fanout::health::{HealthChecks, ListenerCheck};
-use udp_fanout::model::ListenerId;
+use udp_fanout::testing::health::model::{HealthState, TargetStatus};
+use udp_fanout::testing::health::settings::{HealthSettings, ProbeProtocol, ProbeSettings};
+use udp_fanout::testing::health::weights::HealthMark;
+use udp_fanout::testing::health::{HealthChecks, ListenerCheck};
+use udp_fanout::testing::model::ListenerId;
 
 /// How long a test waits before it fails. Nothing takes that long.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -116,7 +116,7 @@ impl Bench {
     pub fn until_probed(&mut self, rounds: u64) {
         let count = |health: &HealthChecks| {
             let tallies =
-                udp_fanout::health::settings::ProbeKind::ALL.map(|kind| health.probe_stats().of(kind).clone());
+                udp_fanout::testing::health::settings::ProbeKind::ALL.map(|kind| health.probe_stats().of(kind).clone());
             tallies.iter().flat_map(|tally| tally.outcomes().map(|(_, n)| n).collect::<Vec<_>>()).sum::<u64>()
         };
         let before = count(&self.health);

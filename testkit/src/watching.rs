@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
-use udp_fanout::discovery::{
+use udp_fanout::testing::discovery::{
     Discovery, DiscoveryRequest, DiscoverySettings, DiscoveryTimeouts, DiscoveryUpdate, ErrorKind, Locality, PortRef,
     ServiceRef, ServiceStatus, Terminating,
 };
-use udp_fanout::model::ListenerId;
-use udp_fanout::net::Family;
+use udp_fanout::testing::model::ListenerId;
+use udp_fanout::testing::net::Family;
 
 use udp_fanout_lab::apiserver::{ApiServer, DEADLINE};
 

@@ -74,7 +74,7 @@ fn netns_demo_without_iproute2_names_the_package() {
 }
 
 #[test]
-fn demo_refuses_wrong_arguments() {
+fn netns_demo_refuses_wrong_arguments() {
     for arguments in [["--mode", "auto"], ["--count", "0"], ["--count", "many"]] {
         let output = demo(&arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");

@@ -7,15 +7,15 @@ use std::time::Duration;
 use caps::{CapSet, Capability};
 use mio::{Events, Interest, Poll, Token};
 use nix::errno::Errno;
-use udp_fanout::config::{MapLimits, TcxOrder};
-use udp_fanout::datapath::kernel::KernelDatapath;
-use udp_fanout::datapath::kernel::attach::{AttachMode, Attachment};
-use udp_fanout::host::programs;
-use udp_fanout::host::{
+use udp_fanout::testing::config::{MapLimits, TcxOrder};
+use udp_fanout::testing::datapath::kernel::KernelDatapath;
+use udp_fanout::testing::datapath::kernel::attach::{AttachMode, Attachment};
+use udp_fanout::testing::host::programs;
+use udp_fanout::testing::host::{
     HostFacts, HostFeatures, HostMonitor, HostNetwork, Link, Neighbour, NextHopTracking, Route, TcUnsupported,
     tc_ebpf_support,
 };
-use udp_fanout::plan::LinkRef;
+use udp_fanout::testing::plan::LinkRef;
 use udp_fanout_lab::{in_new_netns, ip};
 
 fn address(text: &str) -> IpAddr {

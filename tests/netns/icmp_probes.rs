@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use caps::{CapSet, Capability};
 use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
-use udp_fanout::health::model::{HealthState, ProbeOutcome};
-use udp_fanout::health::probers::icmp::{IcmpSocketKind, open};
-use udp_fanout::health::settings::{HealthSettings, ProbeKind, ProbeProtocol};
+use udp_fanout::testing::health::model::{HealthState, ProbeOutcome};
+use udp_fanout::testing::health::probers::icmp::{IcmpSocketKind, open};
+use udp_fanout::testing::health::settings::{HealthSettings, ProbeKind, ProbeProtocol};
 
 use udp_fanout_lab::Namespace;
 use udp_fanout_lab::netns::{End, connect};

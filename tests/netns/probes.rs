@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use udp_fanout::health::settings::{ProbeKind, ProbeProtocol};
+use udp_fanout::testing::health::settings::{ProbeKind, ProbeProtocol};
 use udp_fanout_lab::netns::{End, connect};
 use udp_fanout_lab::servers::{Server, deaf_listener, tcp_listener};
 use udp_fanout_lab::{Namespace, in_new_netns};

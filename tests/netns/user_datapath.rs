@@ -2,8 +2,8 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{DownstreamCounters, DropReason};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::{DownstreamCounters, DropReason};
 use udp_fanout_lab::{in_new_netns, ip};
 use udp_fanout_testkit::flow::{
     Flow, ID, addresses, final_counters, listener, numbered, receive, replicating, send_joined, serving,

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::ListenerId;
-use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan};
+use udp_fanout::testing::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::ListenerId;
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, MacPair, Plan};
 
 use udp_fanout_testkit::kernel::oracle::{REDIRECT, SHOT, UNSPEC};
 use udp_fanout_testkit::kernel::packet::{Checksum, Frame};

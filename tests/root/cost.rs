@@ -2,8 +2,8 @@
 //! 512 bytes of stack. Older ones look at more instructions than newer ones, because they see less often that they have
 //! been there before.
 
-use udp_fanout::config::MapLimits;
-use udp_fanout::datapath::kernel::{KernelSetup, skel};
+use udp_fanout::testing::config::MapLimits;
+use udp_fanout::testing::datapath::kernel::{KernelSetup, skel};
 
 /// Instructions looked at: a tenth of what kernels put up with. Each takes about a microsecond, at every start.
 const INSTRUCTIONS: u32 = 100_000;

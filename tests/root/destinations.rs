@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use udp_fanout::plan::ListenerPlan;
+use udp_fanout::testing::plan::ListenerPlan;
 
 use udp_fanout_testkit::kernel::oracle::{REDIRECT, UNSPEC};
 use udp_fanout_testkit::kernel::packet::Frame;

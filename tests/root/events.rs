@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use udp_fanout::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
-use udp_fanout::model::{DropReason, ListenerId, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan};
+use udp_fanout::testing::datapath::kernel::events::{DatagramEvent, DatagramOutcome, DeliveryPath, TraceFilter};
+use udp_fanout::testing::model::{DropReason, ListenerId, Policy};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan};
 
 use udp_fanout_testkit::kernel::packet::Frame;
 use udp_fanout_testkit::kernel::run::{Gso, Program, listener, pod, target, via};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use udp_fanout::plan::{Delivery, ListenerPlan};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan};
 
 use udp_fanout_testkit::kernel::oracle::{REDIRECT, SHOT, UNSPEC};
 use udp_fanout_testkit::kernel::packet::{Checksum, Frame, fragmented};

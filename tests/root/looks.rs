@@ -1,7 +1,7 @@
 //! Packets that look like any other datagram of a listener's and are not: the program's short way must not take them.
 
-use udp_fanout::admission::{Prefix, SourceRules};
-use udp_fanout::plan::{Delivery, ListenerPlan};
+use udp_fanout::testing::admission::{Prefix, SourceRules};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan};
 
 use udp_fanout_testkit::kernel::oracle::{REDIRECT, SHOT, UNSPEC};
 use udp_fanout_testkit::kernel::packet::Frame;

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use udp_fanout::config::keys::{self, KeyKind, KeySpec, WhenAbsent};
-use udp_fanout::config::{Config, DownstreamSource, HandoverConfig, Interfaces, OnExit, RequestedMode};
-use udp_fanout::discovery::{PortRef, ServiceRef};
-use udp_fanout::health::settings::ProbeProtocol;
+use udp_fanout::testing::config::keys::{self, KeyKind, KeySpec, WhenAbsent};
+use udp_fanout::testing::config::{Config, DownstreamSource, HandoverConfig, Interfaces, OnExit, RequestedMode};
+use udp_fanout::testing::discovery::{PortRef, ServiceRef};
+use udp_fanout::testing::health::settings::ProbeProtocol;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -8,9 +8,9 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use udp_fanout::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin};
-use udp_fanout::host::{HostAddress, Route};
-use udp_fanout::model::{Downstream, DownstreamSet, ListenerId};
+use udp_fanout::testing::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin};
+use udp_fanout::testing::host::{HostAddress, Route};
+use udp_fanout::testing::model::{Downstream, DownstreamSet, ListenerId};
 
 use world::{World, address, configurations};
 
@@ -116,10 +116,10 @@ fn a_listener_whose_interface_is_away_does_not_keep_another_from_changing() {
     world.facts.links.retain(|link| link.name != "eth1");
     world.step_surely(&mut controller, ControllerEvent::Host(world.facts.clone()), true);
     let mut edited = world.config().clone();
-    edited.listeners[0].policy = udp_fanout::model::Policy::Replicate;
+    edited.listeners[0].policy = udp_fanout::testing::model::Policy::Replicate;
     assert!(controller.prepare(edited.clone(), &Ok(())).is_ok());
     // But nobody can be moved to an interface that is not there.
-    edited.listeners[0].interfaces = udp_fanout::config::Interfaces::Named(vec!["eth1".into()]);
+    edited.listeners[0].interfaces = udp_fanout::testing::config::Interfaces::Named(vec!["eth1".into()]);
     let refusal = controller.prepare(edited, &Ok(())).unwrap_err().to_string();
     assert!(refusal.contains("interface not found: eth1"), "{refusal}");
 }

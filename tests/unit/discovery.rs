@@ -1,8 +1,8 @@
 //! Discovery against an API server that speaks the real wire protocol: what is published when all goes well.
 
 use serde_json::json;
-use udp_fanout::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
-use udp_fanout::net::Family;
+use udp_fanout::testing::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
+use udp_fanout::testing::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_lab::cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
 use udp_fanout_testkit::watching::{Watching, addresses, limits, log_count, logged, request, request_of};

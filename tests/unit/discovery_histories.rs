@@ -14,12 +14,12 @@ use history::{History, NODE, Step, ZONE, expected, requests};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use rand::RngExt;
 use serde_json::Value;
-use udp_fanout::discovery::DiscoveryUpdate;
-use udp_fanout::discovery::aggregator::{Aggregator, WatchEvent};
-use udp_fanout::discovery::service_key::ServiceKey;
-use udp_fanout::discovery::slices::Slice;
-use udp_fanout::discovery::wire::{ApiSlice, BetaEndpointSlice};
-use udp_fanout::model::ListenerId;
+use udp_fanout::testing::discovery::DiscoveryUpdate;
+use udp_fanout::testing::discovery::aggregator::{Aggregator, WatchEvent};
+use udp_fanout::testing::discovery::service_key::ServiceKey;
+use udp_fanout::testing::discovery::slices::Slice;
+use udp_fanout::testing::discovery::wire::{ApiSlice, BetaEndpointSlice};
+use udp_fanout::testing::model::ListenerId;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_testkit::watching::{Watching, limits};
 

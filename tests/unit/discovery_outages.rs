@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use udp_fanout::discovery::{Discovery, DiscoverySettings, DiscoveryTimeouts, ErrorKind};
+use udp_fanout::testing::discovery::{Discovery, DiscoverySettings, DiscoveryTimeouts, ErrorKind};
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule, Seen};
 use udp_fanout_lab::cluster::{namespace, ready, slice};
 use udp_fanout_testkit::watching::{Watching, limits, log_count, logged, request};

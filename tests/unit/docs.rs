@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use udp_fanout::discovery::ErrorKind;
-use udp_fanout::health::model::ProbeOutcome;
-use udp_fanout::metrics::names;
-use udp_fanout::model::DropReason;
+use udp_fanout::testing::discovery::ErrorKind;
+use udp_fanout::testing::health::model::ProbeOutcome;
+use udp_fanout::testing::metrics::names;
+use udp_fanout::testing::model::DropReason;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

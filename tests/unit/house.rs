@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The top-level modules, lowest first. A module imports only modules that stand before it.
-const LAYERS: [&str; 26] = [
+const LAYERS: [&str; 28] = [
     "version",
     "model",
     "net",
@@ -31,6 +31,8 @@ const LAYERS: [&str; 26] = [
     "event_loop",
     "demo",
     "cli",
+    "commands",
+    "testing",
     "main",
 ];
 
@@ -299,6 +301,29 @@ fn files_are_short() {
     for path in [files("src", &["rs"]), files("bpf", &["c", "h"])].concat() {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
         assert!(lines <= LONGEST, "{} has {lines} lines, {LONGEST} at most: split it by concept", shown(&path));
+    }
+}
+
+/// The public surface of the crate: `main` for the program, `testing` for tests.
+#[test]
+fn the_library_has_two_public_items() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let code = without_comments(&text);
+    let public: Vec<&str> = code.lines().filter(|line| line.starts_with("pub ")).collect();
+    assert_eq!(public, ["pub mod testing;", "pub use commands::main;"], "re-export it in src/testing.rs for tests");
+}
+
+#[test]
+fn all_of_the_testing_facade_is_used() {
+    let testing = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/testing.rs");
+    let items = paths_from(&without_comments(&fs::read_to_string(testing).unwrap()), "crate");
+    assert!(items.len() > 100);
+    let users: Vec<PathBuf> = ["tests", "benches", "testkit"].iter().flat_map(|room| files(room, &["rs"])).collect();
+    let users: String = users.iter().map(|path| without_comments(&fs::read_to_string(path).unwrap())).collect();
+    let words: BTreeSet<&str> = users.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    for item in items {
+        let name = item.last().unwrap().as_str();
+        assert!(words.contains(name), "src/testing.rs re-exports {}, which no test uses", item.join("::"));
     }
 }
 

@@ -10,12 +10,14 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use mio::{Events, Poll, Token, Waker};
 use socket2::{Domain, Socket, Type};
-use udp_fanout::config::MetricsConfig;
-use udp_fanout::metrics::http::{
+use udp_fanout::testing::config::MetricsConfig;
+use udp_fanout::testing::metrics::http::{
     HttpLimits, ListenerReadiness, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport, ReadinessState,
 };
-use udp_fanout::metrics::{DownstreamSnapshot, ListenerSnapshot, MetricsSnapshot, PlanApplyCounts, ReloadCounts};
-use udp_fanout::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode};
+use udp_fanout::testing::metrics::{
+    DownstreamSnapshot, ListenerSnapshot, MetricsSnapshot, PlanApplyCounts, ReloadCounts,
+};
+use udp_fanout::testing::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode};
 
 /// Long enough to count as never: a test that runs into it fails.
 const NEVER: Duration = Duration::from_secs(600);
@@ -116,7 +118,7 @@ fn snapshot(downstreams: u32) -> MetricsSnapshot {
         programs_ahead: Vec::new(),
         health: Vec::new(),
         health_transitions: Vec::new(),
-        probes: udp_fanout::health::probe_stats::ProbeStatsByKind::default(),
+        probes: udp_fanout::testing::health::probe_stats::ProbeStatsByKind::default(),
         discovery: Vec::new(),
     }
 }

@@ -8,8 +8,8 @@ mod replicate;
 
 use std::net::{SocketAddr, UdpSocket};
 
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{DownstreamCounters, DropReason, ListenerId, Mode};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::{DownstreamCounters, DropReason, ListenerId, Mode};
 use udp_fanout_testkit::flow::{Flow, GUARD, ID, final_counters, listener, plan, serving, until};
 
 const LOCALHOST: &str = "127.0.0.1:0";

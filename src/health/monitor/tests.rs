@@ -7,6 +7,13 @@ use super::*;
 use crate::health::model::ProbeFailureKind;
 use crate::health::settings::{ProbeBytes, ProbeKind, ProbeSettings};
 
+impl HealthMonitor {
+    /// All targets with their status.
+    pub fn targets(&self) -> impl Iterator<Item = (&Arc<ProbeTarget>, &TargetStatus)> {
+        self.targets.values().map(|watched| (&watched.target, &watched.status))
+    }
+}
+
 pub(super) fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }

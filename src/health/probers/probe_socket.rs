@@ -67,11 +67,6 @@ impl ProbeSocket {
         Ok(ProbeSocket { socket, buffer: vec![0; 2048], control })
     }
 
-    /// The socket, to set options.
-    pub fn socket(&self) -> &Socket {
-        &self.socket
-    }
-
     /// The descriptor, to register for readability.
     pub fn fd(&self) -> RawFd {
         self.socket.as_raw_fd()

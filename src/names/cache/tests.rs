@@ -7,6 +7,13 @@ use super::*;
 const A: ListenerId = ListenerId(0);
 const B: ListenerId = ListenerId(1);
 
+impl NameCache {
+    /// The number of names whose last lookup failed.
+    fn unresolved(&self) -> usize {
+        self.hosts.values().filter(|host| host.failures > 0).count()
+    }
+}
+
 fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
@@ -74,7 +81,7 @@ fn a_listener_waits_until_something_is_known_and_an_outage_changes_nothing() {
         names.handle_lookup_result("c.example", Err("no".into()), now);
         assert_eq!(names.take_updates(), []);
         assert_eq!(names.next_deadline(), Some(now + secs(wait)));
-        assert_eq!(names.unresolved().count(), 1);
+        assert_eq!(names.unresolved(), 1);
         now += secs(wait);
     }
     names.due(now);
@@ -86,7 +93,7 @@ fn a_listener_waits_until_something_is_known_and_an_outage_changes_nothing() {
     names.due(now + secs(60));
     // Only half an answer: the other half stays as it was.
     names.handle_lookup_result("c.example", ips(&["::1"]), now + secs(60));
-    assert_eq!((names.take_updates(), names.unresolved().count()), (vec![], 0));
+    assert_eq!((names.take_updates(), names.unresolved()), (vec![], 0));
 }
 
 #[test]

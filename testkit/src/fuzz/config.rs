@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use udp_fanout::config::Config;
+use udp_fanout::testing::config::Config;
 
 /// Parses arbitrary bytes as TOML and as YAML.
 pub fn run(bytes: &[u8]) {

@@ -1,7 +1,7 @@
 //! What targets of health checks answer: HTTP (its grammar is the crate `httparse`'s), and ICMP echo replies.
 
-use udp_fanout::health::probers::http::{MAX_HEAD, parse_response};
-use udp_fanout::health::probers::icmp::{EchoMessage, without_ip_header};
+use udp_fanout::testing::health::probers::http::{MAX_HEAD, parse_response};
+use udp_fanout::testing::health::probers::icmp::{EchoMessage, without_ip_header};
 
 /// Types of echo messages: requests and replies, of ICMP and of ICMPv6.
 const TYPES: [u8; 4] = [8, 0, 128, 129];

@@ -1,7 +1,7 @@
 //! Bytes from the kernel: netlink datagrams about the host, and events of the TC program's ring buffer.
 
-use udp_fanout::datapath::kernel::events::DatagramEvent;
-use udp_fanout::host::{Route, decode};
+use udp_fanout::testing::datapath::kernel::events::DatagramEvent;
+use udp_fanout::testing::host::{Route, decode};
 
 /// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`: the same message twice is only one change.
 const STATES: [u16; 3] = [16, 20, 28];

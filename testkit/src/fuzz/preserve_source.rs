@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use udp_fanout::datapath::user::udp_header;
+use udp_fanout::testing::datapath::user::udp_header;
 
 use super::bytes::Bytes;
 use crate::kernel::packet::{pseudo_sum, sum};

@@ -6,13 +6,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::discovery::v1;
-use udp_fanout::discovery::slices::{
+use udp_fanout::testing::discovery::slices::{
     AddressType, EndpointReadiness, EndpointRules, EndpointSelection, NodeLocation, ServiceSlices, Slice,
     select_endpoints,
 };
-use udp_fanout::discovery::wire::{ApiSlice, BetaEndpointSlice};
-use udp_fanout::discovery::{Locality, PortRef, Terminating};
-use udp_fanout::net::Family;
+use udp_fanout::testing::discovery::wire::{ApiSlice, BetaEndpointSlice};
+use udp_fanout::testing::discovery::{Locality, PortRef, Terminating};
+use udp_fanout::testing::net::Family;
 
 const HERE: NodeLocation<'_> = NodeLocation { node: Some("here"), zone: Some("west") };
 

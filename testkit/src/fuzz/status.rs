@@ -5,11 +5,11 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use mio::{Poll, Token};
-use udp_fanout::control::protocol::{ResponseHead, StatusReply, StatusRequest, TraceLine};
-use udp_fanout::control::report::StatusReport;
-use udp_fanout::control::server::{StatusServer, TOKENS};
-use udp_fanout::control::trace::TraceSubscription;
-use udp_fanout::control::{rates, tables};
+use udp_fanout::testing::control::protocol::{ResponseHead, StatusReply, StatusRequest, TraceLine};
+use udp_fanout::testing::control::report::StatusReport;
+use udp_fanout::testing::control::server::{StatusServer, TOKENS};
+use udp_fanout::testing::control::trace::TraceSubscription;
+use udp_fanout::testing::control::{rates, tables};
 
 /// Separates what the client writes at a time: a byte that does not occur in text.
 const CUT: u8 = 0xff;

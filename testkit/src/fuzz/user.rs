@@ -13,10 +13,10 @@ use std::os::fd::AsRawFd;
 use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, unshare};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt::RcvBufForce};
 use nix::unistd::Pid;
-use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::user::UserDatapath;
-use udp_fanout::model::{DropReason, ListenerId, Policy};
-use udp_fanout::plan::hash;
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::datapath::user::UserDatapath;
+use udp_fanout::testing::model::{DropReason, ListenerId, Policy};
+use udp_fanout::testing::plan::hash;
 
 use super::bytes::Bytes;
 use crate::flow;

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use udp_fanout::admission::{Prefix, SourceRules};
-use udp_fanout::model::Policy;
-use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget, hash};
+use udp_fanout::testing::admission::{Prefix, SourceRules};
+use udp_fanout::testing::model::Policy;
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget, hash};
 
 use super::packet::sum;
 use super::pieces::{self, Incomplete};

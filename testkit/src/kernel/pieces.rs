@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use udp_fanout::plan::{Plan, PlanTarget};
+use udp_fanout::testing::plan::{Plan, PlanTarget};
 
 use super::oracle::{Datagram, Fate, History, Piece, SHOT, UNSPEC, Way, copies, judge, length, owner, sent, way};
 use super::run::Gso;

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
-use udp_fanout::config::{MapLimits, UserspaceSettings};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::kernel::skel::types::__sk_buff;
-use udp_fanout::datapath::kernel::{KernelDatapath, KernelSetup};
-use udp_fanout::model::{Downstream, ListenerId, Mode, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget};
+use udp_fanout::testing::config::{MapLimits, UserspaceSettings};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::datapath::kernel::skel::types::__sk_buff;
+use udp_fanout::testing::datapath::kernel::{KernelDatapath, KernelSetup};
+use udp_fanout::testing::model::{Downstream, ListenerId, Mode, Policy};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget};
 
 /// The production datapath, attached nowhere.
 pub struct Program {
@@ -241,7 +241,7 @@ pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
 
 impl Program {
     /// Copies of a listener's datagrams that were dropped.
-    pub fn copies_dropped(&mut self, id: u32) -> udp_fanout::model::Drops {
+    pub fn copies_dropped(&mut self, id: u32) -> udp_fanout::testing::model::Drops {
         self.datapath
             .counters()
             .unwrap()
@@ -251,7 +251,9 @@ impl Program {
             .unwrap_or_default()
     }
 
-    pub fn datapath_counters(&mut self) -> BTreeMap<(ListenerId, SocketAddr), udp_fanout::model::DownstreamCounters> {
+    pub fn datapath_counters(
+        &mut self,
+    ) -> BTreeMap<(ListenerId, SocketAddr), udp_fanout::testing::model::DownstreamCounters> {
         self.datapath.counters().unwrap().downstreams
     }
 }

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use libbpf_rs::{MapCore, MapHandle};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
-use udp_fanout::datapath::kernel::counters;
-use udp_fanout::model::{DropReason, HashOn, Policy};
-use udp_fanout::plan::{Delivery, ListenerPlan, PlanTarget};
+use udp_fanout::testing::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
+use udp_fanout::testing::datapath::kernel::counters;
+use udp_fanout::testing::model::{DropReason, HashOn, Policy};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, PlanTarget};
 use udp_fanout_lab::ip;
 
 use super::oracle::{Copies, Fate, History, REDIRECT, SHOT, UNSPEC, fate, is_replicated};

@@ -7,7 +7,7 @@ use std::thread;
 
 use libbpf_rs::{TC_INGRESS, TcHookBuilder, libbpf_sys};
 use nix::sys::signal::Signal;
-use udp_fanout::host::programs::{self, Hook};
+use udp_fanout::testing::host::programs::{self, Hook};
 
 use super::books::{Books, audit, binary, filters, start};
 use super::filters::{Other, exchange};

@@ -9,14 +9,14 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
-use udp_fanout::config::{Config, ListenerConfig};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::datapath::kernel::KernelDatapath;
-use udp_fanout::datapath::user::UserDatapath;
-use udp_fanout::host::{HostFacts, HostNetwork, NextHopTracking};
-use udp_fanout::model::{Downstream, HashOn, ListenerId, Mode, Policy};
-use udp_fanout::plan::compile::compile;
-use udp_fanout::plan::{ListenerPlan, Plan};
+use udp_fanout::testing::config::{Config, ListenerConfig};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::datapath::kernel::KernelDatapath;
+use udp_fanout::testing::datapath::user::UserDatapath;
+use udp_fanout::testing::host::{HostFacts, HostNetwork, NextHopTracking};
+use udp_fanout::testing::model::{Downstream, HashOn, ListenerId, Mode, Policy};
+use udp_fanout::testing::plan::compile::compile;
+use udp_fanout::testing::plan::{ListenerPlan, Plan};
 
 use udp_fanout_lab::traffic::PATIENCE;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use udp_fanout::config::{Config, DownstreamSource, ListenerIdAllocator};
-use udp_fanout::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin, RETRY};
-use udp_fanout::health::weights::{HealthMap, HealthMark};
-use udp_fanout::host::{HostAddress, HostFacts, Link, Route};
-use udp_fanout::model::{Downstream, DownstreamSet, ListenerId, Mode};
-use udp_fanout::plan::{Delivery, ListenerPlan, Plan};
+use udp_fanout::testing::config::{Config, DownstreamSource, ListenerIdAllocator};
+use udp_fanout::testing::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin, RETRY};
+use udp_fanout::testing::health::weights::{HealthMap, HealthMark};
+use udp_fanout::testing::host::{HostAddress, HostFacts, Link, Route};
+use udp_fanout::testing::model::{Downstream, DownstreamSet, ListenerId, Mode};
+use udp_fanout::testing::plan::{Delivery, ListenerPlan, Plan};
 
 /// The configuration that tests begin with which are not random.
 const REFERENCE: &str = r#"

@@ -9,9 +9,9 @@ use std::net::{IpAddr, SocketAddr};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
-use udp_fanout::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
-use udp_fanout::model::ListenerId;
-use udp_fanout::net::Family;
+use udp_fanout::testing::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
+use udp_fanout::testing::model::ListenerId;
+use udp_fanout::testing::net::Family;
 
 use udp_fanout_lab::cluster::slice;
 

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc;
 
-use udp_fanout::health::model::ProbeOutcome;
-use udp_fanout::health::settings::{ProbeKind, ProbeProtocol};
+use udp_fanout::testing::health::model::ProbeOutcome;
+use udp_fanout::testing::health::settings::{ProbeKind, ProbeProtocol};
 
 use udp_fanout_lab::servers::{Server, deaf_listener, tcp_listener};
 use udp_fanout_testkit::probing::Bench;

@@ -3,8 +3,8 @@
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use udp_fanout::health::model::ProbeOutcome;
-use udp_fanout::health::settings::{ProbeBytes, ProbeKind, ProbeProtocol};
+use udp_fanout::testing::health::model::ProbeOutcome;
+use udp_fanout::testing::health::settings::{ProbeBytes, ProbeKind, ProbeProtocol};
 
 use udp_fanout_lab::servers::{Server, udp_socket};
 use udp_fanout_testkit::probing::{Bench, LISTENER, settings, watch};

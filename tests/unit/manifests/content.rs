@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, DownstreamSource, OnExit, STATUS_SOCKET};
+use udp_fanout::testing::config::{Config, DownstreamSource, OnExit, STATUS_SOCKET};
 
 use super::render::{chart, everything, objects, only, overlay, plain, rbac, read, repository, values};
 

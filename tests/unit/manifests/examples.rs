@@ -1,8 +1,8 @@
 //! The examples fit what they are examples for.
 
 use serde_json::{Value, json};
-use udp_fanout::config::{Config, DownstreamSource, RequestedMode};
-use udp_fanout::discovery::PortRef;
+use udp_fanout::testing::config::{Config, DownstreamSource, RequestedMode};
+use udp_fanout::testing::discovery::PortRef;
 
 use super::content::{configurations, services};
 use super::render::{objects, only, read};

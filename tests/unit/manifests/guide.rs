@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use udp_fanout::metrics::names;
+use udp_fanout::testing::metrics::names;
 
 use super::render::{CHART, helm, kustomize, read, repository, run, tool};
 

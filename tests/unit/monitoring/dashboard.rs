@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 
 use serde_json::{Value, json};
-use udp_fanout::metrics::names;
+use udp_fanout::testing::metrics::names;
 
 use super::promql::Names;
 use super::{promtool, said};

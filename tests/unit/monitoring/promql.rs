@@ -1,10 +1,10 @@
 //! The names in a query of Prometheus: metrics, labels and their values. Whether it is a query at all, promtool says.
 
-use udp_fanout::discovery::ErrorKind;
-use udp_fanout::health::model::ProbeOutcome;
-use udp_fanout::health::settings::ProbeKind;
-use udp_fanout::metrics::names::{self, Metric, MetricKind};
-use udp_fanout::model::{DropReason, Mode};
+use udp_fanout::testing::discovery::ErrorKind;
+use udp_fanout::testing::health::model::ProbeOutcome;
+use udp_fanout::testing::health::settings::ProbeKind;
+use udp_fanout::testing::metrics::names::{self, Metric, MetricKind};
+use udp_fanout::testing::model::{DropReason, Mode};
 
 /// Labels that Prometheus gives to what it scrapes.
 const TARGET: [&str; 2] = ["job", "instance"];

@@ -3,10 +3,10 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::DropReason;
-use udp_fanout::plan::ListenerPlan;
+use udp_fanout::testing::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::DropReason;
+use udp_fanout::testing::plan::ListenerPlan;
 
 use udp_fanout_testkit::flow::{Flow, ID, final_counters, listener, plan, serving, until};
 
@@ -80,7 +80,7 @@ fn all_workers_take_from_one_bucket_which_outlives_tables_and_workers() {
 fn whoever_copies_to_all_asks_first() {
     let flow = Flow::new("127.0.0.1", 2);
     let mut all = denying(&flow, &["127.0.0.2"]);
-    all.policy = udp_fanout::model::Policy::Replicate;
+    all.policy = udp_fanout::testing::model::Policy::Replicate;
     let mut datapath = serving(&[&all]);
     let to = datapath.local_address(ID).unwrap();
     UdpSocket::bind("127.0.0.2:0").unwrap().send_to(&[0; 8], to).unwrap();

@@ -4,10 +4,10 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use nix::sys::socket::{setsockopt, sockopt::UdpGroSegment};
-use udp_fanout::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{DropReason, HashOn, Policy};
-use udp_fanout::plan::{hash, maglev};
+use udp_fanout::testing::admission::{Meter, Prefix, SourceRules, TICKS_PER_SECOND};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::{DropReason, HashOn, Policy};
+use udp_fanout::testing::plan::{hash, maglev};
 
 use udp_fanout_testkit::flow::{
     Flow, GUARD, ID, addresses, final_counters, listener, numbered, receive, send_joined, serving_in_order, sinks,

@@ -6,9 +6,9 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{HashOn, Policy};
-use udp_fanout::plan::{ListenerPlan, hash, maglev};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::{HashOn, Policy};
+use udp_fanout::testing::plan::{ListenerPlan, hash, maglev};
 
 use udp_fanout_testkit::flow::{Flow, GUARD, ID, final_counters, listener, plan, serving};
 

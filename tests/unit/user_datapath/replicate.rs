@@ -3,8 +3,8 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use udp_fanout::datapath::Datapath;
-use udp_fanout::model::{Downstream, DownstreamCounters, DropReason};
+use udp_fanout::testing::datapath::Datapath;
+use udp_fanout::testing::model::{Downstream, DownstreamCounters, DropReason};
 
 use udp_fanout_testkit::flow::{Flow, ID, final_counters, plan, replicating, serving, totals, until};
 
