@@ -88,8 +88,7 @@ fn selected_links(options: &DetachOptions) -> Result<Vec<LinkRef>> {
 
 fn refuse_if_running(options: &DetachOptions, links: &[LinkRef]) -> Result<()> {
     let fix = "stop it first (`systemctl stop udp-fanout`), or use --force; a running daemon attaches its program again within seconds";
-    let served: Vec<&str> =
-        links.iter().filter(|link| attach::is_claimed(link)).map(|link| link.name.as_str()).collect();
+    let served: Vec<&str> = attach::claimed_links(links).into_iter().map(|link| link.name.as_str()).collect();
     if !served.is_empty() {
         bail!("a udp-fanout daemon is running and serves {}; {fix}", served.join(", "));
     }

@@ -8,6 +8,7 @@
 //!   the requests and splits the replies.
 //! - [`egress_hooks`]: programs and chains on the egress of a pod's interface, which a redirect to the peer would skip.
 //! - [`preceding_programs`]: foreign programs that see an interface's packets before ours does.
+//! - [`unix_sockets`]: abstract sockets, by which daemons claim interfaces.
 //! - [`probe`]: kernel features and privileges, found once by [`HostFeatures::probe`] and judged by [`tc_ebpf_support`].
 
 mod addresses;
@@ -23,6 +24,7 @@ pub mod preceding_programs;
 pub mod probe;
 pub mod programs;
 mod routes;
+pub mod unix_sockets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

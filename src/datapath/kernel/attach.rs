@@ -8,16 +8,17 @@
 //! To change the mode, the program is attached to both hooks for a moment. It handles each datagram at the first hook
 //! and ignores it at the second.
 
+mod claim;
 mod tcx;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{ErrorKind, TC_INGRESS, TcHook, TcHookBuilder};
 
+use self::claim::{Claim, claim};
 use self::tcx::TcxLink;
 use super::pins::{self, StalePins};
 use crate::config::{AttachConfig, AttachHook, TcxOrder};
@@ -77,15 +78,23 @@ pub struct Attachment {
     /// The program whose filter was replaced. It is attached again if the start fails.
     previous: Option<OwnedFd>,
     /// The claim on the interface, which keeps a second daemon from taking it over.
-    _claim: UnixDatagram,
+    _claim: Claim,
 }
 
 impl Attachment {
-    /// Attaches the program to an interface's ingress, replacing the filter of a dead daemon. If the replaced filter belongs
-    /// to one of `previous`, it is attached again when this value is dropped before [`Attachment::commit`].
+    /// Attaches the program to an interface's ingress, replacing the filter of a dead daemon.
     ///
     /// # Errors
     /// When another daemon serves the interface, when a foreign filter has the place, or with the kernel's reason.
+    pub fn new(program: BorrowedFd<'_>, link: &LinkRef, mode: AttachMode) -> Result<Attachment> {
+        Self::replacing(&[], program, link, mode)
+    }
+
+    /// As [`Attachment::new`]. If the replaced filter belongs to one of `previous`, it is attached again when this
+    /// value is dropped before [`Attachment::commit`].
+    ///
+    /// # Errors
+    /// As for [`Attachment::new`].
     pub fn replacing(
         previous: &[StalePins],
         program: BorrowedFd<'_>,
@@ -167,7 +176,7 @@ impl Attachment {
     /// `wait` waits for an RCU grace period.
     ///
     /// # Errors
-    /// As for [`Attachment::replacing`]; the program then stays where it was.
+    /// As for [`Attachment::new`]; the program then stays where it was.
     pub fn move_to(&mut self, mode: AttachMode, wait: &dyn Fn() -> Result<()>) -> Result<()> {
         if let (AttachMode::Tcx(_), AttachMode::Tcx(_)) = (self.mode, mode) {
             // A list takes a program only once, so it moves by way of the other hook.
@@ -371,13 +380,13 @@ pub fn own_program_on(link: &LinkRef) -> Result<Option<Option<u32>>> {
 /// True if a udp-fanout filter is there without a live daemon.
 #[must_use]
 pub fn has_stale_filter(link: &LinkRef) -> bool {
-    own_program_on(link).is_ok_and(|program| program.is_some()) && !is_claimed(link)
+    own_program_on(link).is_ok_and(|program| program.is_some()) && claimed_links([link]).is_empty()
 }
 
-/// True if a live daemon of this network namespace serves the interface.
+/// Those of `links` that a live daemon of this network namespace serves.
 #[must_use]
-pub fn is_claimed(link: &LinkRef) -> bool {
-    claim(link).is_err()
+pub fn claimed_links<'a>(links: impl IntoIterator<Item = &'a LinkRef>) -> Vec<&'a LinkRef> {
+    claim::claimed(links)
 }
 
 /// All interfaces of this network namespace.
@@ -407,19 +416,6 @@ fn installed_filter(link: &LinkRef) -> Result<Option<(String, Option<u32>)>> {
         None => (filter.name, None),
     };
     Ok(filters.into_iter().find(in_our_place).map(program))
-}
-
-/// Binds the abstract socket that marks the interface as served in this network namespace. The kernel releases it
-/// when the process ends.
-fn claim(link: &LinkRef) -> Result<UnixDatagram> {
-    let address = SocketAddr::from_abstract_name(format!("udp-fanout/tc/{}", link.index))
-        .context("cannot make the name of the interface's socket")?;
-    UnixDatagram::bind_addr(&address).with_context(|| {
-        format!(
-            "interface {} is already served by another udp-fanout; stop it, or put all listeners into one configuration",
-            link.name
-        )
-    })
 }
 
 fn explain(error: libbpf_rs::Error, link: &LinkRef) -> anyhow::Error {
