@@ -12,7 +12,7 @@ use anyhow::{Result, bail, ensure};
 
 use crate::config::{Config, DEFAULT_CONFIG, PIN_PATH};
 use crate::datapath::kernel::attach::{self, PROGRAM_NAME};
-use crate::datapath::kernel::pins::{self, StalePins};
+use crate::datapath::kernel::pins::{self, OwnerRule, StalePins};
 use crate::output;
 use crate::plan::LinkRef;
 
@@ -55,7 +55,7 @@ pub fn run(options: &DetachOptions) -> Result<()> {
     }
     let in_force: BTreeSet<u32> =
         attach::all_links().iter().filter_map(|link| attach::own_program_on(link).ok().flatten().flatten()).collect();
-    for left in StalePins::find(&options.pin_path, options.all)? {
+    for left in StalePins::find(&options.pin_path, options.all, OwnerRule::Any)? {
         for link in links.iter().filter(|link| left.has_link(link.index)) {
             left.detach_link(link.index)?;
             let _ = writeln!(text, "{}: removed the TCX program {PROGRAM_NAME} {}", link.name, left.id());

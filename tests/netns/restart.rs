@@ -5,6 +5,7 @@ mod detach;
 mod flow;
 mod headless;
 mod obstacles;
+mod untrusted;
 mod upgrade;
 
 use std::path::Path;

@@ -11,7 +11,6 @@
 //! authoritative. So a daemon may be killed at any moment.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,7 +23,7 @@ use super::attach::{self, Attachment};
 use super::counters::{self, CarriedCounter, CounterSnapshot, ListenerWords};
 use super::heartbeat::{self, Heartbeat};
 use super::maps::wait_for_grace_period;
-use super::pins::{self, Pins, StalePins};
+use super::pins::{self, OwnerRule, Pins, StalePins, UntrustedDirectory};
 use super::skel::LoadedProgram;
 use crate::config::{HandoverConfig, OnExit};
 use crate::model::ListenerId;
@@ -241,8 +240,7 @@ impl KernelDatapath {
                 tracing::warn!("{error:#}");
             }
         }
-        // Fails if other pins are there.
-        let _ = fs::remove_dir(&self.handover.path);
+        pins::remove_if_empty(&self.handover.path, OwnerRule::Ours);
         result
     }
 
@@ -294,7 +292,7 @@ impl KernelDatapath {
 }
 
 /// Finds stale pins of this network namespace. Without permission to read them this daemon could not take over
-/// either, so there are none.
+/// either, so there are none. Nor are there in a directory that another account made.
 ///
 /// # Errors
 /// When `path` cannot be read for another reason.
@@ -303,7 +301,11 @@ fn find_readable_pins(path: &Path) -> Result<Vec<StalePins>> {
         let cause = error.root_cause().downcast_ref::<io::Error>();
         cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
     };
-    match StalePins::find(path, false) {
+    match StalePins::find(path, false, OwnerRule::Ours) {
+        Err(error) if error.is::<UntrustedDirectory>() => {
+            tracing::warn!("ignored the pins of earlier daemons: {error:#}");
+            Ok(Vec::new())
+        }
         Err(error) if forbidden(&error) => {
             tracing::debug!("{error:#}");
             Ok(Vec::new())
@@ -325,5 +327,5 @@ pub fn remove_stale_pins(path: &Path) {
             Err(error) => tracing::warn!("{error:#}"),
         }
     }
-    let _ = fs::remove_dir(path);
+    pins::remove_if_empty(path, OwnerRule::Ours);
 }

@@ -8,31 +8,31 @@
 //! ```
 //!
 //! A live daemon holds a lock on its program's directory; a directory without a lock is stale. Its version and
-//! network namespace are in the map `about`.
+//! network namespace are in the map `about`. Other accounts may be able to write to the BPF file system: `directory`
+//! opens and checks directories, and only pins with names from here are used and removed.
+
+mod directory;
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, DirEntry, File};
-use std::io::ErrorKind;
+use std::fs::{self, DirEntry};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{MapCore, MapHandle, Program, libbpf_sys};
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::statfs::{FsType, statfs};
 use nix::unistd::Uid;
 
+use self::directory::BpfDirectory;
+pub use self::directory::{OwnerRule, UntrustedDirectory};
 use super::abi::{MAX_IMPORTED, OLDEST_PINS_VERSION, PINS_VERSION};
 use super::counters::CounterMaps;
 use super::heartbeat::Heartbeat;
 use super::maps::{lookup, store};
 use super::skel::{LoadedProgram, types};
 
-/// `BPF_FS_MAGIC`.
-const BPF_FS: FsType = FsType(libc::BPF_FS_MAGIC as _);
 /// Name of the program's pin.
 const PROGRAM: &str = "program";
 /// Prefix of the pins of BPF links, which hold TCX programs on interfaces.
@@ -49,6 +49,8 @@ const MAPS: [&str; 9] = [
     "stat_owners",
     "carried_counts",
 ];
+/// Name of the pin of the map with version and network namespace.
+const ABOUT: &str = "about";
 /// Name of the heartbeat's pin.
 const HEARTBEAT: &str = "heartbeat";
 /// Names of pins in version 2 that differ, after today's names. The maps' layouts are the same.
@@ -62,21 +64,16 @@ const COUNTERS_FIRST: [(&str, u32); 2] = [("STATS", 6 * 8), ("DOWNSTREAM_STAT", 
 #[derive(Debug)]
 pub struct Pins {
     path: PathBuf,
-    directory: Option<PinDirectory>,
+    /// The directory of this program's pins, locked.
+    directory: Option<BpfDirectory>,
     persistent: bool,
-}
-
-/// The directory of a program's pins, locked.
-#[derive(Debug)]
-struct PinDirectory {
-    path: PathBuf,
-    _lock: Flock<File>,
 }
 
 /// The pins of a daemon that no longer runs.
 #[derive(Debug)]
 pub struct StalePins {
-    directory: PinDirectory,
+    /// Locked.
+    directory: BpfDirectory,
     id: u32,
     /// The program, to restore it.
     program: Option<OwnedFd>,
@@ -99,24 +96,29 @@ impl Pins {
     /// # Errors
     /// In one line with the fix: there is no BPF file system, or no permission to write there.
     pub fn new(path: &Path, loaded: &LoadedProgram) -> Result<Pins> {
+        Self::create(path, loaded).map_err(|error| {
+            if !error.is::<UntrustedDirectory>() {
+                return error;
+            }
+            error.context(format!("cannot pin the TC program in {}", path.display()))
+        })
+    }
+
+    fn create(path: &Path, loaded: &LoadedProgram) -> Result<Pins> {
         let id = Program::id_from_fd(loaded.program.as_fd()).context("cannot read the program's id")?;
-        ensure_bpf_fs(path)?;
-        create_directory(path)?;
-        let _order = lock_parent(path)?;
-        let own = path.join(id.to_string());
+        let above = BpfDirectory::create(path)?;
+        above.lock()?;
+        let name = id.to_string();
         // The id is this program's now, so these pins are stale.
-        remove(&own)?;
-        create_directory(&own)?;
-        let directory = lock(&own)?.with_context(|| format!("{} is locked already", own.display()))?;
-        let pins = Pins { path: path.to_owned(), directory: Some(directory), persistent: false };
-        let about = types::pins_about { version: PINS_VERSION, ..own_namespace()? };
-        store(&loaded.about, &0u32, &about)?;
-        pin(loaded.program.as_fd(), &own.join(PROGRAM))?;
-        let all = maps_of(loaded).into_iter().zip(MAPS);
-        for (map, name) in all.chain([(&loaded.heartbeat, HEARTBEAT), (&loaded.about, "about")]) {
-            pin(map.as_fd(), &own.join(name))?;
+        if let Some(stale) = above.child(&name)? {
+            remove(&stale)?;
         }
-        Ok(pins)
+        let directory = above.create_child(&name)?;
+        ensure!(directory.try_lock()?, "{} is locked already", directory.path().display());
+        let pinned = pin_all(&directory, loaded);
+        let pins = Pins { path: path.to_owned(), directory: Some(directory), persistent: false };
+        // Otherwise dropping them removes what has been pinned.
+        pinned.map(|()| pins)
     }
 
     /// The directory above the program's own.
@@ -131,16 +133,16 @@ impl Pins {
     /// When the kernel refuses.
     pub fn pin_link(&self, interface: u32, link: BorrowedFd<'_>) -> Result<()> {
         let Some(directory) = &self.directory else { return Ok(()) };
-        let path = directory.path.join(link_name(interface));
+        let name = link_name(interface);
         // There may be none, or one of another interface that had this index.
-        let _ = fs::remove_file(&path);
-        pin(link, &path)
+        let _ = directory.unlink(&name);
+        directory.pin(link, &name)
     }
 
     /// Unpins the link of a TCX program.
     pub fn unpin_link(&self, interface: u32) {
         if let Some(directory) = &self.directory {
-            let _ = fs::remove_file(directory.path.join(link_name(interface)));
+            let _ = directory.unlink(&link_name(interface));
         }
     }
 
@@ -155,20 +157,29 @@ impl Drop for Pins {
         if let Some(directory) = self.directory.take()
             && !self.persistent
         {
-            directory.remove_or_warn();
-            // Fails if other pins are there.
-            let _ = fs::remove_dir(&self.path);
+            if let Err(error) = remove(&directory) {
+                tracing::warn!("{error:#}; remove it with `rm -r {}`", directory.path().display());
+            }
+            remove_if_empty(&self.path, OwnerRule::Ours);
         }
+    }
+}
+
+/// Removes the directory for pins if it is empty.
+pub fn remove_if_empty(path: &Path, rule: OwnerRule) {
+    if let Ok(Some(directory)) = BpfDirectory::open(path, rule) {
+        // Fails if other pins are there.
+        let _ = directory.remove();
     }
 }
 
 /// Removes the directory for pins if it is empty and not needed. A directory that belongs to another user, as under
 /// systemd, is kept while any of that user's processes runs: a daemon of that user could not create it again.
 pub fn remove_unused(path: &Path) {
-    let owner = fs::metadata(path).map(|found| found.uid());
-    if owner.is_ok_and(|owner| owner == Uid::effective().as_raw() || !has_processes(owner)) {
+    let Ok(Some(directory)) = BpfDirectory::open(path, OwnerRule::Any) else { return };
+    if directory.owner() == Uid::effective().as_raw() || !has_processes(directory.owner()) {
         // Fails if it is not empty.
-        let _ = fs::remove_dir(path);
+        let _ = directory.remove();
     }
 }
 
@@ -178,34 +189,31 @@ fn has_processes(user: u32) -> bool {
     processes.filter_map(|process| process.metadata().ok()).any(|process| process.uid() == user)
 }
 
-impl PinDirectory {
-    fn remove_or_warn(self) {
-        if let Err(error) = remove(&self.path) {
-            tracing::warn!("{error:#}; remove it with `rm -r {}`", self.path.display());
-        }
-    }
-}
-
 impl StalePins {
     /// Finds stale pins below `path`, of this network namespace or of any.
     ///
     /// # Errors
-    /// When the directory exists and cannot be read.
-    pub fn find(path: &Path, of_any_namespace: bool) -> Result<Vec<StalePins>> {
-        let entries = match fs::read_dir(path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read the pins in {}", path.display()));
-            }
-        };
-        let _order = lock_parent(path)?;
+    /// When the directory exists and cannot be read or locked; [`UntrustedDirectory`] when it breaks `rule`.
+    pub fn find(path: &Path, of_any_namespace: bool, rule: OwnerRule) -> Result<Vec<StalePins>> {
+        let Some(above) = BpfDirectory::open(path, rule)? else { return Ok(Vec::new()) };
+        above.lock()?;
         let us = own_namespace()?;
         let mut all = Vec::new();
-        for entry in entries.flatten() {
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let Some(directory) = lock(&entry.path())? else { continue };
-            let about = about(&directory.path);
+        for name in above.names()? {
+            let Ok(id) = name.parse() else { continue };
+            let directory = match above.child(&name) {
+                Ok(Some(directory)) => directory,
+                Ok(None) => continue,
+                Err(error) if error.is::<UntrustedDirectory>() => {
+                    tracing::warn!("ignored what is not a directory of pins: {error:#}");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            if !directory.try_lock()? {
+                continue;
+            }
+            let about = about(&directory);
             let theirs = about
                 .as_ref()
                 .is_some_and(|about| (about.netns_device, about.netns_inode) != (us.netns_device, us.netns_inode));
@@ -217,10 +225,10 @@ impl StalePins {
         Ok(all)
     }
 
-    fn open(directory: PinDirectory, id: u32, about: Option<types::pins_about>) -> StalePins {
+    fn open(directory: BpfDirectory, id: u32, about: Option<types::pins_about>) -> StalePins {
         let version = about.as_ref().map_or(PINS_VERSION, |about| about.version);
-        let pinned = |name| MapHandle::from_pinned_path(directory.path.join(pin_name(name, version)));
-        let program = Program::fd_from_pinned_path(directory.path.join(PROGRAM)).ok();
+        let pinned = |name| directory.open_pin(pin_name(name, version), |path| MapHandle::from_pinned_path(path));
+        let program = directory.open_pin(PROGRAM, |path| Program::fd_from_pinned_path(path)).ok();
         let heartbeat = pinned(HEARTBEAT).ok().and_then(|map| Heartbeat::new(&map).ok());
         let counters = about.context("they are incomplete").and_then(|about| {
             ensure!(
@@ -243,20 +251,19 @@ impl StalePins {
     /// The directory of these pins.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.directory.path
+        self.directory.path()
     }
 
     /// True if the program is attached to this interface as a TCX program.
     #[must_use]
     pub fn has_link(&self, interface: u32) -> bool {
-        self.directory.path.join(link_name(interface)).exists()
+        self.directory.has(&link_name(interface))
     }
 
     /// True if the program is attached to any interface as a TCX program.
     #[must_use]
     pub fn has_any_link(&self) -> bool {
-        let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
-        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(LINK))
+        !link_names(&self.directory).is_empty()
     }
 
     /// Detaches the TCX program from this interface.
@@ -264,7 +271,7 @@ impl StalePins {
     /// # Errors
     /// With the kernel's reason.
     pub fn detach_link(&self, interface: u32) -> Result<()> {
-        detach_pinned_link(&self.directory.path.join(link_name(interface)))
+        detach_pinned_link(&self.directory, &link_name(interface))
     }
 
     /// Detaches the TCX program from all interfaces. No new packet reaches it once this returns.
@@ -272,9 +279,8 @@ impl StalePins {
     /// # Errors
     /// Names one interface that failed; the others are detached.
     pub fn detach_all_links(&self) -> Result<()> {
-        let entries = fs::read_dir(&self.directory.path).into_iter().flatten().flatten();
-        let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
-        links.map(|entry| detach_pinned_link(&entry.path())).fold(Ok(()), Result::and)
+        let links = link_names(&self.directory);
+        links.iter().map(|name| detach_pinned_link(&self.directory, name)).fold(Ok(()), Result::and)
     }
 
     /// The pinned program, if it could be opened.
@@ -347,7 +353,7 @@ impl StalePins {
     /// When something cannot be removed.
     pub fn remove(self) -> Result<()> {
         self.detach_all_links()?;
-        remove(&self.directory.path)
+        remove(&self.directory)
     }
 }
 
@@ -367,21 +373,27 @@ pub fn record_imported(loaded: &LoadedProgram, ids: &[u32]) -> Result<()> {
 /// True if this program is pinned in a sibling of `path`, by a daemon with another `pin_path`.
 #[must_use]
 pub fn is_pinned_elsewhere(path: &Path, id: u32) -> bool {
-    let siblings = path.parent().and_then(|parent| fs::read_dir(parent).ok());
-    let mut siblings = siblings.into_iter().flatten().flatten().map(|entry| entry.path());
-    siblings.any(|sibling| sibling != path && sibling.join(id.to_string()).join(PROGRAM).exists())
+    let Ok(Some((parent, names))) = directory::siblings(path) else { return false };
+    let pinned = |name: &String| {
+        let program = directory::open_sibling(&parent, name).ok()??.child(&id.to_string()).ok()??;
+        let program = program.open_pin(PROGRAM, |path| Program::fd_from_pinned_path(path)).ok()?;
+        Program::id_from_fd(program.as_fd()).ok()
+    };
+    names.iter().any(|name| pinned(name) == Some(id))
 }
 
-/// True if a live daemon of this network namespace has pins below `path`.
+/// True if a live daemon of this network namespace has pins below `path`, whoever owns them.
 ///
 /// # Errors
 /// When the directory exists and cannot be read.
 pub fn in_use(path: &Path) -> Result<bool> {
     let us = own_namespace()?;
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        let ours = about(&entry.path())
+    let Some(above) = BpfDirectory::open(path, OwnerRule::Any)? else { return Ok(false) };
+    for name in above.names()? {
+        let Ok(Some(directory)) = above.child(&name) else { continue };
+        let ours = about(&directory)
             .is_some_and(|about| (about.netns_device, about.netns_inode) == (us.netns_device, us.netns_inode));
-        if ours && lock(&entry.path())?.is_none() {
+        if ours && !directory.try_lock()? {
             return Ok(true);
         }
     }
@@ -410,8 +422,8 @@ fn own_namespace() -> Result<types::pins_about> {
 }
 
 /// Reads the map `about` of some pins, as far as all versions agree on it.
-fn about(directory: &Path) -> Option<types::pins_about> {
-    let map = MapHandle::from_pinned_path(directory.join("about")).ok()?;
+fn about(directory: &BpfDirectory) -> Option<types::pins_about> {
+    let map = directory.open_pin(ABOUT, |path| MapHandle::from_pinned_path(path)).ok()?;
     let known = size_of::<types::pins_about>();
     let mut bytes = map.lookup(&0u32.to_ne_bytes(), libbpf_rs::MapFlags::ANY).ok()??;
     bytes.resize(known, 0);
@@ -428,95 +440,60 @@ fn link_name(interface: u32) -> String {
     format!("{LINK}{interface}")
 }
 
-fn ensure_bpf_fs(path: &Path) -> Result<()> {
-    let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
-    let kind =
-        statfs(there).with_context(|| format!("cannot stat the file system of {}", there.display()))?.filesystem_type();
-    ensure!(
-        kind == BPF_FS,
-        "cannot pin the TC program in {}: there is no BPF file system; mount one (`mount -t bpf bpf /sys/fs/bpf`, in a \
-         container the host's /sys/fs/bpf), or set on_exit = \"detach\"",
-        path.display()
-    );
-    Ok(())
+/// Pins the program and its maps.
+fn pin_all(directory: &BpfDirectory, loaded: &LoadedProgram) -> Result<()> {
+    let about = types::pins_about { version: PINS_VERSION, ..own_namespace()? };
+    store(&loaded.about, &0u32, &about)?;
+    directory.pin(loaded.program.as_fd(), PROGRAM)?;
+    let all = maps_of(loaded).into_iter().zip(MAPS);
+    let mut all = all.chain([(&loaded.heartbeat, HEARTBEAT), (&loaded.about, ABOUT)]);
+    all.try_for_each(|(map, name)| directory.pin(map.as_fd(), name))
 }
 
-fn create_directory(path: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(explain(&error.into(), path)),
-        _ => Ok(()),
-    }
-}
-
-fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    let name = CString::new(path.as_os_str().as_bytes()).context("a path contains a zero byte")?;
-    // SAFETY: the name is valid for the whole call, and the descriptor is borrowed for as long.
-    let result = unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), name.as_ptr()) };
-    if result < 0 {
-        return Err(explain(&std::io::Error::from_raw_os_error(-result).into(), path));
-    }
-    Ok(())
+/// Names of the pins of BPF links.
+fn link_names(directory: &BpfDirectory) -> Vec<String> {
+    let is_link = |name: &str| name.strip_prefix(LINK).is_some_and(|index| index.parse::<u32>().is_ok());
+    directory.names().unwrap_or_default().into_iter().filter(|name| is_link(name)).collect()
 }
 
 /// Detaches a TCX program by its pinned link. Unpinning is not enough: the kernel would detach the program only some
 /// time later.
-fn detach_pinned_link(path: &Path) -> Result<()> {
-    let what = || format!("cannot detach the TCX program held by {}", path.display());
-    let name = CString::new(path.as_os_str().as_bytes()).context("a path contains a zero byte")?;
-    // SAFETY: the name is valid for the whole call.
-    let fd = unsafe { libbpf_sys::bpf_obj_get(name.as_ptr()) };
-    if fd < 0 {
-        return Err(std::io::Error::from_raw_os_error(-fd)).with_context(what);
-    }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
-    let link = unsafe { OwnedFd::from_raw_fd(fd) };
+fn detach_pinned_link(directory: &BpfDirectory, name: &str) -> Result<()> {
+    let what = || format!("cannot detach the TCX program held by {}", directory.path().join(name).display());
+    let link = directory.open_pin(name, open_object).with_context(what)?;
     // SAFETY: takes a number, touches no memory of ours.
     match unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) } {
         0 => {}
         // The interface is gone, or something else has detached the program.
         errno if errno == -libc::ENOLINK => {}
-        errno => return Err(std::io::Error::from_raw_os_error(-errno)).with_context(what),
+        errno => return Err(io::Error::from_raw_os_error(-errno)).with_context(what),
     }
-    fs::remove_file(path).with_context(what)
+    directory.unlink(name).with_context(what)
 }
 
-fn explain(error: &anyhow::Error, path: &Path) -> anyhow::Error {
-    anyhow!(
-        "cannot pin the TC program at {}: {error:#}; let the daemon write there (root, or the directory's owner), or set \
-         on_exit = \"detach\"",
-        path.display()
-    )
-}
-
-/// Locks the parent directory while pins are created or searched, so that half-made pins are not taken for stale
-/// ones.
-fn lock_parent(path: &Path) -> Result<Flock<File>> {
-    let directory = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    Flock::lock(directory, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .with_context(|| format!("cannot lock {}", path.display()))
-}
-
-/// Locks a program's directory; `None` if a live daemon holds the lock.
-fn lock(path: &Path) -> Result<Option<PinDirectory>> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(PinDirectory { path: path.to_owned(), _lock: lock })),
-        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+fn open_object(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path is valid for the whole call.
+    let fd = unsafe { libbpf_sys::bpf_obj_get(path.as_ptr()) };
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(-fd));
     }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Removes a program's directory with all pins.
-fn remove(path: &Path) -> Result<()> {
-    let what = || format!("cannot remove the pins in {}", path.display());
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(what),
-    };
-    for entry in entries {
-        fs::remove_file(entry.with_context(what)?.path()).with_context(what)?;
+/// Removes a program's directory with the pins that a daemon makes, of any version. Anything else in it is kept, and the
+/// directory with it.
+fn remove(directory: &BpfDirectory) -> Result<()> {
+    let what = || format!("cannot remove the pins in {}", directory.path().display());
+    let old_names = VERSION_2_NAMES.iter().map(|&(_, old)| old);
+    for name in MAPS.into_iter().chain([PROGRAM, ABOUT, HEARTBEAT]).chain(old_names) {
+        directory.unlink(name).with_context(what)?;
     }
-    fs::remove_dir(path).with_context(what)
+    for name in link_names(directory) {
+        directory.unlink(&name).with_context(what)?;
+    }
+    let unknown = directory.names().with_context(what)?;
+    ensure!(unknown.is_empty(), "{}: udp-fanout has not made {}", what(), unknown.join(", "));
+    directory.remove().with_context(what)
 }
