@@ -367,12 +367,6 @@ impl Config {
     pub fn render(&self) -> String {
         toml::to_string(&render::file(self)).unwrap_or_else(|error| format!("# cannot be shown as TOML: {error}\n"))
     }
-
-    /// The listener of this number.
-    #[must_use]
-    pub fn listener(&self, id: ListenerId) -> Option<&ListenerConfig> {
-        self.listeners.iter().find(|listener| listener.id == id)
-    }
 }
 
 /// The path that a top-level key of a file gives; none if the key is absent or the file cannot be parsed.
@@ -453,18 +447,6 @@ impl ListenerConfig {
                 locality: source.locality,
                 terminating: source.terminating,
             }),
-        }
-    }
-}
-
-impl RequestedMode {
-    /// The name in configuration files and log lines.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            RequestedMode::Auto => "auto",
-            RequestedMode::TcEbpf => "tc_ebpf",
-            RequestedMode::Userspace => "userspace",
         }
     }
 }

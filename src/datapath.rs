@@ -17,7 +17,7 @@ pub mod user;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId, Mode};
+use crate::model::{DownstreamCounters, FragmentCounters, ListenerCounters, ListenerId};
 use crate::plan::Plan;
 
 /// One reading of a datapath's counters.
@@ -34,9 +34,6 @@ pub struct DatapathCounters {
 
 /// Forwards datagrams as a [`Plan`] says.
 pub trait Datapath {
-    /// The value of the `mode` label on this datapath's counters.
-    fn mode(&self) -> Mode;
-
     /// Puts the plan in force. Only what differs from the last plan is changed. A listener's table changes atomically:
     /// each datagram is forwarded by the old table or by the new one.
     ///

@@ -156,7 +156,7 @@ impl DiscoverySettings {
 /// Timeouts and intervals of discovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiscoveryTimeouts {
-    /// The most time to accept a connection, to begin a reply, and between two parts of one.
+    /// The most time to accept a connection (at most 2 s), to begin a reply, and between two parts of one.
     pub request_timeout: Duration,
     /// A watch without an event or bookmark for this long counts as dead. Servers send a bookmark about every minute; with
     /// one that sends none, each such renewal costs one request.
@@ -168,7 +168,8 @@ pub struct DiscoveryTimeouts {
     pub short_watch: Duration,
     /// The upper bound of the first wait after a failure; each further failure doubles it.
     pub backoff_min: Duration,
-    /// The longest wait after a failure.
+    /// The longest wait after a failure; after one that is not the server's overload or error, it is 1 s or 5 s
+    /// (`watch/backoff`).
     pub backoff_max: Duration,
     /// The least time between two updates; changes in between are published together.
     pub coalesce: Duration,

@@ -268,12 +268,6 @@ pub struct ListenerCounters {
 }
 
 impl ListenerCounters {
-    /// True if every received datagram is accounted for.
-    #[must_use]
-    pub fn balanced(&self) -> bool {
-        self.packets_received == self.packets_forwarded + self.packets_passed + self.dropped.total()
-    }
-
     /// Adds the counters of another datapath or worker.
     pub fn merge(&mut self, other: &ListenerCounters) {
         self.packets_received += other.packets_received;
@@ -308,6 +302,13 @@ pub struct DownstreamCounters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl ListenerCounters {
+        /// True if every received datagram is accounted for.
+        pub fn balanced(&self) -> bool {
+            self.packets_received == self.packets_forwarded + self.packets_passed + self.dropped.total()
+        }
+    }
     use std::collections::HashSet;
 
     #[test]

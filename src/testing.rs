@@ -114,7 +114,7 @@ pub mod health {
     }
 
     pub mod probe_stats {
-        pub use crate::health::probe_stats::ProbeStatsByKind;
+        pub use crate::health::probe_stats::{ProbeStats, ProbeStatsByKind};
     }
 
     pub mod probers {

@@ -122,7 +122,7 @@ mod tests {
         let third =
             config("", &[("a", 1), ("c", 3), ("e", 5)]).inherit_listener_ids(&second, true, &mut allocator).unwrap();
         assert_eq!(ids(&third), [("a", 0), ("c", 2), ("e", 4)]);
-        assert_eq!(third.listener(ListenerId(4)).unwrap().name, "e");
+        assert_eq!(third.listeners.iter().find(|listener| listener.id == ListenerId(4)).unwrap().name, "e");
     }
 
     #[test]

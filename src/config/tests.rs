@@ -30,7 +30,7 @@ fn defaults_are_the_documented_ones() {
     );
     assert_eq!(config.status_socket, Path::new("/run/udp-fanout/status.sock"));
     assert_eq!(config.attach, AttachConfig { hook: AttachHook::Clsact, order: TcxOrder::First });
-    let listener = config.listener(ListenerId(0)).unwrap();
+    let listener = &config.listeners[0];
     assert_eq!(listener.interfaces, Interfaces::Auto);
     assert_eq!(listener.mode, RequestedMode::Auto);
     assert_eq!(listener.policy, Policy::RoundRobin);
@@ -50,7 +50,7 @@ fn defaults_are_the_documented_ones() {
         preserve_source: false,
     };
     assert_eq!(listener.settings, settings);
-    assert_eq!(config.listener(ListenerId(1)), None);
+    assert_eq!(config.listeners.len(), 1);
 }
 
 #[test]

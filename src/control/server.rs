@@ -99,12 +99,6 @@ impl StatusServer {
         Ok(server)
     }
 
-    /// The socket's path.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Whether an event with this token is for [`on_event`](Self::on_event).
     #[must_use]
     pub fn owns(&self, token: Token) -> bool {

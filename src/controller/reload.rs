@@ -27,11 +27,6 @@ impl PreparedConfig {
     pub fn wants_kernel(&self) -> bool {
         self.listeners.iter().any(|(_, choice)| choice.mode == Mode::TcEbpf)
     }
-
-    /// Each listener's mode and why it was chosen.
-    pub fn modes(&self) -> impl Iterator<Item = (&ListenerConfig, &ModeChoice)> {
-        self.listeners.iter().map(|(listener, choice)| (listener, choice))
-    }
 }
 
 /// The configuration that is in force while a new one is being applied.

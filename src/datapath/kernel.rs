@@ -47,7 +47,7 @@ use self::entries::{KeyMark, listener_key};
 use self::events::EventReader;
 use self::handover::HandoverState;
 use self::listener_cache::ListenerCache;
-use self::maps::{MappedArray, bytes_of, sum_over_cpus, wait_for_grace_period, zero_on_all_cpus};
+use self::maps::{MappedArray, bytes_of, wait_for_grace_period, zero_on_all_cpus};
 use self::skel::{LoadedProgram, MapSizes, types};
 use self::table::KernelTables;
 use super::{Datapath, DatapathCounters};
@@ -179,15 +179,6 @@ impl KernelDatapath {
         let preceding =
             |attachment: &Attachment| Ok((attachment.link().name.clone(), attachment.preceding_programs()?));
         self.attachments.iter().map(preceding).collect()
-    }
-
-    /// The raw `STATS` entry of a listener, summed over CPUs: received, forwarded, dropped, passed, bytes received,
-    /// bytes forwarded.
-    ///
-    /// # Errors
-    /// When the kernel refuses to read it.
-    pub fn raw_stats(&self, id: ListenerId) -> Result<[u64; 6]> {
-        sum_over_cpus(&self.loaded.stats, id.0)
     }
 
     /// Publishes a listener's admission rules and table.
@@ -362,10 +353,6 @@ fn is_different_listener(before: &ListenerPlan, now: &ListenerPlan) -> bool {
 }
 
 impl Datapath for KernelDatapath {
-    fn mode(&self) -> Mode {
-        Mode::TcEbpf
-    }
-
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         let ours: Vec<&Arc<ListenerPlan>> =
             plan.listeners.iter().filter(|listener| listener.mode == Mode::TcEbpf).collect();

@@ -59,7 +59,7 @@ use tracing::error;
 use self::listener::UserListener;
 pub use self::mmsg::raw_outgoing::udp_header;
 use super::{Datapath, DatapathCounters};
-use crate::model::{ListenerId, Mode};
+use crate::model::ListenerId;
 use crate::plan::{ListenerPlan, Plan};
 
 /// The userspace datapath. Dropping it forwards what is queued, stops the workers and closes the sockets.
@@ -80,12 +80,6 @@ impl UserDatapath {
         UserDatapath { listeners: BTreeMap::new(), final_counters: DatapathCounters::default(), cpus }
     }
 
-    /// How many workers a listener runs; 0 if there is no such listener.
-    #[must_use]
-    pub fn workers(&self, id: ListenerId) -> usize {
-        self.listener(id).map_or(0, UserListener::workers)
-    }
-
     /// Datagrams that each of a listener's current workers has received, by worker number.
     #[must_use]
     pub fn worker_packets(&self, id: ListenerId) -> Vec<u64> {
@@ -99,14 +93,8 @@ impl UserDatapath {
         self.listener(id).map(UserListener::address)
     }
 
-    /// True while every worker runs. A worker ends on its own only if it can no longer wait or read, or if it panics;
-    /// the log has the reason. [`UserDatapath::restart_dead_workers`] replaces it.
-    #[must_use]
-    pub fn healthy(&self) -> bool {
-        !self.listeners.values().any(UserListener::has_dead_worker)
-    }
-
-    /// Replaces workers that ended on their own; their sockets have kept what arrived. Returns the number of listeners
+    /// Replaces workers that ended on their own, which they do only if they can no longer wait or read, or if they panic; the
+    /// log has the reason. Their sockets have kept what arrived. Returns the number of listeners
     /// that needed it. Cheap if none did: meant to be called every few seconds.
     ///
     /// # Errors
@@ -178,10 +166,6 @@ impl UserDatapath {
 }
 
 impl Datapath for UserDatapath {
-    fn mode(&self) -> Mode {
-        Mode::Userspace
-    }
-
     fn apply(&mut self, plan: &Plan) -> Result<()> {
         self.final_counters = DatapathCounters::default();
         let names: HashSet<&str> = plan.listeners.iter().map(|listener| &*listener.name).collect();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::model::{HealthState, ProbeTarget, StateChange, TargetStatus};
 use super::monitor::HealthMonitor;
-use super::settings::{HealthSettings, ProbeKind, ProbeSettings};
+use super::settings::{HealthSettings, ProbeSettings};
 use super::weights::{HealthMap, HealthMark};
 use crate::model::ListenerId;
 
@@ -32,8 +32,6 @@ pub struct DownstreamHealth<'a> {
     pub listener: ListenerId,
     /// The downstream's address.
     pub downstream: SocketAddr,
-    /// The protocol of its probes.
-    pub protocol: ProbeKind,
     /// The state of its target.
     pub status: &'a TargetStatus,
 }
@@ -157,8 +155,7 @@ impl CheckedListeners {
         self.listeners.iter().flat_map(move |(&id, listener)| {
             listener.downstreams.iter().filter_map(move |&downstream| {
                 let status = monitor.status(&ProbeTarget::new(downstream, &listener.settings))?;
-                let protocol = listener.settings.protocol.kind();
-                Some(DownstreamHealth { listener: id, downstream, protocol, status })
+                Some(DownstreamHealth { listener: id, downstream, status })
             })
         })
     }

@@ -70,22 +70,10 @@ impl ProbeStats {
         ProbeOutcome::ALL.into_iter().zip(self.ended)
     }
 
-    /// The number of probes with this outcome.
-    #[must_use]
-    pub fn count(&self, outcome: ProbeOutcome) -> u64 {
-        self.ended[outcome as usize]
-    }
-
     /// Probes sent or attempted.
     #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent
-    }
-
-    /// Probes without an outcome yet.
-    #[must_use]
-    pub fn in_flight(&self) -> u64 {
-        self.sent - self.ended.iter().sum::<u64>()
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Poll, Token};
-use udp_fanout::testing::health::model::{HealthState, TargetStatus};
+use udp_fanout::testing::health::model::{HealthState, ProbeOutcome, TargetStatus};
+use udp_fanout::testing::health::probe_stats::ProbeStats;
 use udp_fanout::testing::health::settings::{HealthSettings, ProbeProtocol, ProbeSettings};
 use udp_fanout::testing::health::weights::HealthMark;
 use udp_fanout::testing::health::{HealthChecks, ListenerCheck};
@@ -122,6 +123,11 @@ impl Bench {
         let before = count(&self.health);
         self.until("probes have ended", |health| count(health) >= before + rounds);
     }
+}
+
+/// The number of probes that ended so.
+pub fn ended(stats: &ProbeStats, outcome: ProbeOutcome) -> u64 {
+    stats.outcomes().filter(|(of, _)| *of == outcome).map(|(_, n)| n).sum()
 }
 
 pub fn status(health: &HealthChecks, downstream: SocketAddr) -> TargetStatus {

@@ -158,6 +158,8 @@ pub fn addresses(update: &DiscoveryUpdate) -> Vec<String> {
 #[derive(Default)]
 struct Lines {
     lines: Mutex<Vec<String>>,
+    /// Those of level debug.
+    debug: Mutex<Vec<String>>,
     more: Condvar,
 }
 
@@ -179,11 +181,15 @@ struct Collector;
 impl<S: tracing::Subscriber> Layer<S> for Collector {
     fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
         let meta = event.metadata();
-        if !meta.target().starts_with("udp_fanout") || *meta.level() > tracing::Level::INFO {
+        if !meta.target().starts_with("udp_fanout") || *meta.level() > tracing::Level::DEBUG {
             return;
         }
         let mut line = Line(meta.level().to_string());
         event.record(&mut line);
+        if *meta.level() == tracing::Level::DEBUG {
+            lines().debug.lock().unwrap().push(line.0);
+            return;
+        }
         lines().lines.lock().unwrap().push(line.0);
         lines().more.notify_all();
     }
@@ -219,4 +225,12 @@ pub fn logged(parts: &[&str]) -> String {
 pub fn log_count(parts: &[&str]) -> usize {
     let all = lines().lines.lock().unwrap();
     all.iter().filter(|line| parts.iter().all(|part| line.contains(part))).count()
+}
+
+/// The waits that discovery has computed so far after failures of this service's watch.
+pub fn waits(service: &str) -> Vec<Duration> {
+    let head = format!("next attempt to follow the endpoints of logging/{service} in ");
+    let all = lines().debug.lock().unwrap();
+    let ms = all.iter().filter_map(|line| line.split_once(&head)?.1.strip_suffix(" ms")?.parse().ok());
+    ms.map(Duration::from_millis).collect()
 }

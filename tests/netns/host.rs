@@ -600,11 +600,11 @@ fn load_and_attach_without(capabilities: &[Capability]) -> anyhow::Result<()> {
             max_sources: 64,
             max_senders: 1_024,
         })?;
-        let attachment = Attachment::new(datapath.program(), &eth0, AttachMode::Clsact)?;
+        let attachment = Attachment::replacing(&[], datapath.program(), &eth0, AttachMode::Clsact)?;
         assert!(attachment.in_place());
         attachment.detach()?;
         if programs::has_tcx() {
-            let attachment = Attachment::new(datapath.program(), &eth1, AttachMode::Tcx(TcxOrder::First))?;
+            let attachment = Attachment::replacing(&[], datapath.program(), &eth1, AttachMode::Tcx(TcxOrder::First))?;
             assert!(attachment.in_place() && attachment.preceding_programs()?.is_empty());
             attachment.detach()?;
         }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use udp_fanout::testing::discovery::{Discovery, DiscoverySettings, DiscoveryTimeouts, ErrorKind};
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule, Seen};
 use udp_fanout_lab::cluster::{namespace, ready, slice};
-use udp_fanout_testkit::watching::{Watching, limits, log_count, logged, request};
+use udp_fanout_testkit::watching::{Watching, limits, log_count, logged, request, waits};
 
 /// A service with one endpoint, followed.
 fn followed(name: &str, limits: DiscoveryTimeouts) -> (ApiServer, Watching) {
@@ -59,6 +59,61 @@ fn the_last_set_survives_an_outage() {
     assert_eq!(log_count(&["cannot follow the endpoints of logging/outage"]), 1, "told once");
     assert_eq!(lists(&server), 1, "the history was long enough to resume");
     assert!(watching.errors(ErrorKind::Connect) >= 3);
+}
+
+#[test]
+fn a_blip_after_a_long_outage_is_followed_as_soon_as_any_other() {
+    let longest = DiscoveryTimeouts { backoff_max: Duration::from_secs(3600), ..limits() };
+    let (server, mut watching) = followed("blip", longest);
+    server.stop();
+    watching.wait_status("an outage", |status| status.errors[ErrorKind::Connect as usize].1 >= 12);
+    server.restart();
+    watching.wait_status("sync", |status| status.synced);
+    // A watch that is not a short one.
+    std::thread::sleep(longest.short_watch * 2);
+    let before = waits("blip").len();
+    server.stop();
+    watching.wait_status("a failure", |status| !status.synced);
+    change(&server, "blip", "10.0.0.2");
+    server.restart();
+    becomes(&mut watching, "10.0.0.2");
+    let waits = waits("blip");
+    assert!(waits[..before].iter().all(|wait| *wait <= Duration::from_secs(1)), "while refused: {waits:?}");
+    assert!(waits[before] <= longest.backoff_min, "the first wait of the blip: {waits:?}");
+}
+
+#[test]
+fn a_watch_is_followed_again_when_its_list_is_complete() {
+    let (server, mut watching) = followed("complete", limits());
+    server.stop();
+    logged(&["WARN cannot follow the endpoints of logging/complete"]);
+    change(&server, "complete", "10.0.0.2");
+    change_elsewhere(&server);
+    server.compact();
+    // The old version is answered 410 in an accepted watch, and the list that follows is refused.
+    server.set_rules(&[Rule::new(&["watch"], "endpointslices")]);
+    server.restart();
+    watching.wait_status("refusals", |status| status.errors[ErrorKind::Forbidden as usize].1 >= 3);
+    assert!(watching.errors(ErrorKind::Expired) >= 1);
+    assert_eq!(log_count(&["endpoints of logging/complete are being followed again"]), 0);
+    assert!(!watching.status().synced);
+    server.set_rules(&[Rule::new(&["list", "watch"], "endpointslices")]);
+    becomes(&mut watching, "10.0.0.2");
+    logged(&["INFO endpoints of logging/complete are being followed again"]);
+}
+
+#[test]
+fn a_410_is_answered_by_a_list_without_a_wait() {
+    let slow = DiscoveryTimeouts { backoff_min: Duration::from_secs(60), ..limits() };
+    let (server, mut watching) = followed("promptly", slow);
+    change_elsewhere(&server);
+    server.compact();
+    server.end_watches();
+    // Within the deadline of a test, which is half of the wait.
+    server.wait_for("a second list", |seen| seen.iter().filter(|seen| seen.is_list()).count() == 2);
+    change(&server, "promptly", "10.0.0.2");
+    becomes(&mut watching, "10.0.0.2");
+    assert_eq!(waits("promptly"), [Duration::ZERO]);
 }
 
 #[test]

@@ -272,7 +272,7 @@ fn a_client_that_traces_and_does_not_read_costs_little_and_is_told_how_many_line
     let directory = tempfile::tempdir().unwrap();
     let mut poll = Poll::new().unwrap();
     let mut server = StatusServer::bind(&directory.path().join("status.sock"), poll.registry(), FIRST).unwrap();
-    let client = Client::connect(server.path()).unwrap();
+    let client = Client::connect(&server.path).unwrap();
     (&client).write_all(&StatusRequest::Trace(TraceQuery::default()).to_bytes()).unwrap();
     while server.subscriptions().count() == 0 {
         drive(&mut poll, &mut server);
@@ -315,7 +315,7 @@ fn a_trace_ends_after_as_many_datagrams_as_were_asked_for() {
     let directory = tempfile::tempdir().unwrap();
     let mut poll = Poll::new().unwrap();
     let mut server = StatusServer::bind(&directory.path().join("status.sock"), poll.registry(), FIRST).unwrap();
-    let client = Client::connect(server.path()).unwrap();
+    let client = Client::connect(&server.path).unwrap();
     let query = TraceQuery { count: Some(2), ..TraceQuery::default() };
     (&client).write_all(&StatusRequest::Trace(query).to_bytes()).unwrap();
     while server.subscriptions().count() == 0 {

@@ -82,19 +82,11 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Attaches the program to an interface's ingress, replacing the filter of a dead daemon.
+    /// Attaches the program to an interface's ingress, replacing the filter of a dead daemon. If the replaced filter belongs
+    /// to one of `previous`, it is attached again when this value is dropped before [`Attachment::commit`].
     ///
     /// # Errors
     /// When another daemon serves the interface, when a foreign filter has the place, or with the kernel's reason.
-    pub fn new(program: BorrowedFd<'_>, link: &LinkRef, mode: AttachMode) -> Result<Attachment> {
-        Self::replacing(&[], program, link, mode)
-    }
-
-    /// As [`Attachment::new`]. If the replaced filter belongs to one of `previous`, it is attached again when this
-    /// value is dropped before [`Attachment::commit`].
-    ///
-    /// # Errors
-    /// As for [`Attachment::new`].
     pub fn replacing(
         previous: &[StalePins],
         program: BorrowedFd<'_>,
@@ -176,7 +168,7 @@ impl Attachment {
     /// `wait` waits for an RCU grace period.
     ///
     /// # Errors
-    /// As for [`Attachment::new`]; the program then stays where it was.
+    /// As for [`Attachment::replacing`]; the program then stays where it was.
     pub fn move_to(&mut self, mode: AttachMode, wait: &dyn Fn() -> Result<()>) -> Result<()> {
         if let (AttachMode::Tcx(_), AttachMode::Tcx(_)) = (self.mode, mode) {
             // A list takes a program only once, so it moves by way of the other hook.

@@ -114,11 +114,6 @@ impl UserListener {
         self.group.allow_sharing()
     }
 
-    /// How many workers it has.
-    pub fn workers(&self) -> usize {
-        self.workers.len()
-    }
-
     /// True if a worker ended on its own, so that one of the sockets is not read.
     pub fn has_dead_worker(&self) -> bool {
         self.workers.iter().any(Worker::has_died)
@@ -416,7 +411,7 @@ mod tests {
         }
         plan.settings.workers = 1;
         listener.apply(&Arc::new(plan), 1, false).unwrap();
-        assert_eq!((listener.workers(), listener.group.len()), (1, 1));
+        assert_eq!((listener.workers.len(), listener.group.len()), (1, 1));
         for n in 0..200 {
             assert_eq!(sink.recv(&mut [0; 16]).unwrap_or_else(|error| panic!("{n} came, then {error}")), 7);
         }
@@ -435,7 +430,7 @@ mod tests {
         impossible.table = [9].into();
         let error = listener.apply(&Arc::new(impossible), 1, false).unwrap_err().to_string();
         assert!(error.contains("downstream 9"), "{error}");
-        assert_eq!((listener.workers(), listener.group.len()), (1, 1));
+        assert_eq!((listener.workers.len(), listener.group.len()), (1, 1));
         UdpSocket::bind(LOCALHOST).unwrap().send_to(b"still", listener.address()).unwrap();
         assert_eq!(sink.recv(&mut [0; 16]).unwrap(), 5);
     }

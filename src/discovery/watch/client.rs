@@ -11,8 +11,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use http::header::USER_AGENT;
-use http::{HeaderValue, Request};
+use http::header::{RETRY_AFTER, USER_AGENT};
+use http::{HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::{Bytes, Incoming};
 use hyper_util::client::legacy::Client as HttpClient;
@@ -32,6 +32,12 @@ use super::connection_state::ConnectionState;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_RETRIES: u32 = 3;
 
+/// The most time for the TCP handshake: one repetition of the SYN, after 1 s. With the wait after a failed attempt, a server that
+/// returns after a network outage is reached within 2 s.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A resumed watch that is still open after this long works: a version that is too old is refused at once.
+const RESUME_GRACE: Duration = Duration::from_millis(250);
+
 const AGENT: &str = concat!("udp-fanout/", env!("CARGO_PKG_VERSION"));
 
 /// A client with the credentials of `config`. It connects with the first request.
@@ -46,7 +52,7 @@ pub(super) fn connect(
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
-    tcp.set_connect_timeout(Some(limits.request_timeout));
+    tcp.set_connect_timeout(Some(limits.request_timeout.min(CONNECT_TIMEOUT)));
     tcp.set_keepalive(Some(KEEPALIVE));
     tcp.set_keepalive_interval(Some(KEEPALIVE));
     tcp.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
@@ -66,6 +72,7 @@ pub(super) fn connect(
             }
             let answer = tokio::time::timeout(limits.request_timeout, http.request(request)).await;
             let answer = answer.map_err(|_| ApiTimeout(limits.request_timeout))?.map_err(BoxError::from)?;
+            connection.set_retry_after(retry_after(&answer));
             let watch = watch && answer.status().is_success();
             if watch {
                 connection.watch_opened();
@@ -81,6 +88,14 @@ pub(super) fn connect(
         .map_err(BoxError::from)
         .service(exchange);
     Ok(Client::new(stack, config.default_namespace.clone()))
+}
+
+/// The header `Retry-After` of a reply that is an error. kube-apiserver always gives seconds.
+fn retry_after<B>(answer: &Response<B>) -> Option<Duration> {
+    if answer.status().is_success() {
+        return None;
+    }
+    answer.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }
 
 fn is_watch(request: &Request<Body>) -> bool {
@@ -102,11 +117,14 @@ struct TimedBody {
     timeout: Duration,
     deadline: Pin<Box<Sleep>>,
     watch: Option<Arc<ConnectionState>>,
+    /// When an open watch counts as working; none afterwards.
+    grace: Option<Pin<Box<Sleep>>>,
 }
 
 impl TimedBody {
     fn new(body: Incoming, timeout: Duration, watch: Option<Arc<ConnectionState>>) -> TimedBody {
-        TimedBody { body, timeout, deadline: Box::pin(tokio::time::sleep(timeout)), watch }
+        let grace = watch.is_some().then(|| Box::pin(tokio::time::sleep(RESUME_GRACE.min(timeout))));
+        TimedBody { body, timeout, deadline: Box::pin(tokio::time::sleep(timeout)), watch, grace }
     }
 }
 
@@ -124,6 +142,12 @@ impl HttpBody for TimedBody {
                 }
             }
             return Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)));
+        }
+        if let (Some(connection), Some(grace)) = (&this.watch, &mut this.grace)
+            && grace.as_mut().poll(cx).is_ready()
+        {
+            this.grace = None;
+            connection.confirm_watch();
         }
         ready!(this.deadline.as_mut().poll(cx));
         if let Some(connection) = &this.watch {

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::super::DiscoveryTimeouts;
 use super::super::service_key::ServiceKey;
 use super::super::status::{ErrorKind, WatchCounters};
+use super::backoff::FailureCounts;
 
 #[derive(Debug)]
 pub(super) struct ConnectionState {
@@ -27,9 +29,29 @@ struct ConnectionHistory {
     short: u32,
     /// Consecutive stalls: timeouts of an open watch without activity in between.
     stalls: u32,
-    /// Consecutive failures.
-    failures: u32,
+    /// Failures since the last watch that was not short.
+    failures: FailureCounts,
+    /// The `Retry-After` header of the last reply, which the kube crate drops.
+    retry_after: Option<Duration>,
+    /// True from a complete list, or a resumed watch that has worked, until the next failure.
+    current: bool,
     outage: Option<Outage>,
+}
+
+impl ConnectionHistory {
+    /// The watch, if one was open, has ended. Returns true if it was shorter than `short`; a longer one ends the backoff of
+    /// earlier failures.
+    fn close_watch(&mut self, short: Duration) -> bool {
+        match self.opened.take() {
+            Some(opened) if opened.elapsed() < short => true,
+            Some(_) => {
+                self.short = 0;
+                self.failures.reset();
+                false
+            }
+            None => false,
+        }
+    }
 }
 
 /// A period without a working watch.
@@ -53,26 +75,46 @@ impl ConnectionState {
     /// Call before each watch. Returns how many consecutive watches before it were shorter than `short`.
     pub(super) fn count_short_watches(&self, short: Duration) -> u32 {
         let mut history = self.history();
-        match history.opened.take() {
-            Some(opened) if opened.elapsed() < short => history.short += 1,
-            Some(_) => history.short = 0,
-            // No watch was opened since the last call; `record_failure` counts that.
-            None => {}
+        // A watch that has failed has its own wait.
+        if history.close_watch(short) {
+            history.short += 1;
         }
         history.short
     }
 
-    /// The server has accepted a watch: the known slices are current from now on.
+    /// The server has accepted a watch. A watch that follows a complete list works. A resumed one may still be answered 410 in its
+    /// first event: [`confirm_watch`](Self::confirm_watch) tells that it works.
     pub(super) fn watch_opened(&self) {
         self.counters.count_watch();
         self.counters.record_activity();
-        self.counters.set_synced(true);
         let mut history = self.history();
         history.opened = Some(Instant::now());
+        let current = history.current;
+        drop(history);
+        if current {
+            self.confirm_watch();
+        }
+    }
+
+    /// A complete list has been received.
+    pub(super) fn list_completed(&self) {
+        self.history().current = true;
+    }
+
+    /// The open watch works: the known slices are current from now on. Ends an outage.
+    pub(super) fn confirm_watch(&self) {
+        self.counters.set_synced(true);
+        let mut history = self.history();
+        history.current = true;
         if let Some(outage) = history.outage.take() {
             let after = outage.since.elapsed();
             tracing::info!("endpoints of {} are being followed again, after {:.1} s", self.key, after.as_secs_f64());
         }
+    }
+
+    /// The server has asked for a pause in the header of a reply.
+    pub(super) fn set_retry_after(&self, wait: Option<Duration>) {
+        self.history().retry_after = wait;
     }
 
     /// The open watch has sent data.
@@ -91,17 +133,21 @@ impl ConnectionState {
         self.history().stalls
     }
 
-    /// Counts a failure and returns the number of consecutive ones. A watch that was open for at least `short` resets the
-    /// count; one that breaks at once does not.
-    pub(super) fn record_failure(&self, kind: ErrorKind, short: Duration) -> u32 {
+    /// Counts a failure and returns the wait before the next attempt. `retry_after` is the pause that the server asks for in the
+    /// reply's body.
+    pub(super) fn record_failure(
+        &self,
+        kind: ErrorKind,
+        retry_after: Option<Duration>,
+        limits: &DiscoveryTimeouts,
+    ) -> Duration {
         self.counters.count_error(kind);
         self.counters.set_synced(false);
         let mut history = self.history();
-        if history.opened.is_some_and(|opened| opened.elapsed() >= short) {
-            history.failures = 0;
-        }
-        history.failures = history.failures.saturating_add(1);
-        history.failures
+        history.current = false;
+        history.close_watch(limits.short_watch);
+        let asked = history.retry_after.take().max(retry_after);
+        history.failures.next_wait(kind, asked, limits, &mut rand::rng())
     }
 
     /// True for the first failure of this kind in the current outage, which is the one to log.

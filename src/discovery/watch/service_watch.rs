@@ -26,7 +26,6 @@ use super::super::slices::Slice;
 use super::super::status::{ErrorKind, WatchCounters};
 use super::super::wire::{ApiSlice, BetaEndpointSlice, SERVICE_NAME_LABEL};
 use super::super::{DiscoverySettings, DiscoveryTimeouts};
-use super::backoff::Backoff;
 use super::client;
 use super::connection_state::ConnectionState;
 use super::credentials::Credentials;
@@ -175,13 +174,16 @@ impl ServiceWatch {
             }
             Event::InitDone => {
                 self.slices = std::mem::take(&mut self.incoming);
+                self.connection.list_completed();
                 self.publish();
             }
             Event::Apply(object) => {
+                self.connection.confirm_watch();
                 self.slices.insert(object.name_any(), Arc::new(object.to_slice()));
                 self.publish();
             }
             Event::Delete(object) => {
+                self.connection.confirm_watch();
                 self.slices.remove(&object.name_any());
                 self.publish();
             }
@@ -196,7 +198,7 @@ impl ServiceWatch {
 
     /// Counts the failure, logs its kind once, and waits for the backoff.
     async fn recover_from(&self, failure: &WatchFailure, client: Option<&Client>) {
-        let failures = self.connection.record_failure(failure.kind, self.limits.short_watch);
+        let wait = self.connection.record_failure(failure.kind, failure.retry_after, &self.limits);
         let _ = self.events.send(WatchEvent::Failed(self.key.clone()));
         match failure.kind {
             // Normal operation: a quiet watch is renewed, or its version has become too old.
@@ -206,9 +208,8 @@ impl ServiceWatch {
             kind if self.connection.is_first_of_outage(kind) => self.report_failure(failure, client).await,
             _ => tracing::debug!("still cannot follow the endpoints of {}: {}", self.key, failure.text),
         }
-        let backoff = Backoff::new(self.limits.backoff_min, self.limits.backoff_max);
-        let asked = failure.retry_after.unwrap_or_default().min(self.limits.backoff_max);
-        tokio::time::sleep(backoff.wait(failures).max(asked)).await;
+        tracing::debug!("next attempt to follow the endpoints of {} in {} ms", self.key, wait.as_millis());
+        tokio::time::sleep(wait).await;
     }
 
     async fn report_failure(&self, failure: &WatchFailure, client: Option<&Client>) {

@@ -220,10 +220,11 @@ fn every_downstream_is_shown_with_what_is_known_of_it() {
     bench.dead = vec![1];
     bench.run(LONG);
     let monitor = bench.monitor.as_ref().unwrap();
+    let protocol = |listener| bench.listeners.listeners[&listener].settings.protocol.kind().name();
     let seen: Vec<_> = bench
         .listeners
         .downstreams(monitor)
-        .map(|seen| (seen.listener, seen.downstream, seen.protocol.name(), seen.status.state))
+        .map(|seen| (seen.listener, seen.downstream, protocol(seen.listener), seen.status.state))
         .collect();
     assert_eq!(
         seen,

@@ -5,7 +5,14 @@ mod invariants;
 
 use super::*;
 use crate::health::model::ProbeFailureKind;
+use crate::health::probe_stats::ProbeStats;
 use crate::health::settings::{ProbeBytes, ProbeKind, ProbeSettings};
+
+impl ProbeStats {
+    fn count(&self, outcome: ProbeOutcome) -> u64 {
+        self.outcomes().filter(|(of, _)| *of == outcome).map(|(_, n)| n).sum()
+    }
+}
 
 impl HealthMonitor {
     /// All targets with their status.

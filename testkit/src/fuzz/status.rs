@@ -66,7 +66,7 @@ thread_local! {
 struct World {
     server: StatusServer,
     _poll: Poll,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl World {
@@ -74,12 +74,12 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let poll = Poll::new().unwrap();
         let server = StatusServer::bind(&directory.path().join("socket"), poll.registry(), Token(0)).unwrap();
-        World { server, _poll: poll, _directory: directory }
+        World { server, _poll: poll, directory }
     }
 
     /// Whatever the client sends, it gets at most one response at a time, and a trace ends when it sends more.
     fn converse(&mut self, bytes: &[u8]) {
-        let mut client = UnixStream::connect(self.server.path()).unwrap();
+        let mut client = UnixStream::connect(self.directory.path().join("socket")).unwrap();
         client.set_nonblocking(true).unwrap();
         let (mut tracing, mut open) = (false, true);
         for piece in bytes.split(|&byte| byte == CUT) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use libbpf_rs::{MapCore, MapHandle, libbpf_sys};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, libbpf_sys};
 use udp_fanout::testing::config::{MapLimits, UserspaceSettings};
 use udp_fanout::testing::datapath::Datapath;
 use udp_fanout::testing::datapath::kernel::skel::types::__sk_buff;
@@ -83,7 +83,13 @@ impl Program {
 
     /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
     pub fn stats(&self, id: u32) -> [u64; 6] {
-        self.datapath.raw_stats(ListenerId(id)).unwrap()
+        let mut sum = [0; 6];
+        for cpu in self.map("STATS").lookup_percpu(&id.to_ne_bytes(), MapFlags::ANY).unwrap().unwrap() {
+            for (total, word) in sum.iter_mut().zip(cpu.chunks_exact(8)) {
+                *total += u64::from_ne_bytes(word.try_into().unwrap());
+            }
+        }
+        sum
     }
 
     /// Runs one packet after the other.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use udp_fanout::testing::config::{Config, DownstreamSource, ListenerIdAllocator};
+use udp_fanout::testing::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
 use udp_fanout::testing::controller::{Controller, ControllerAction, ControllerEvent, DownstreamOrigin, RETRY};
 use udp_fanout::testing::health::weights::{HealthMap, HealthMark};
 use udp_fanout::testing::host::{HostAddress, HostFacts, Link, Route};
@@ -122,7 +122,7 @@ impl State {
     fn of(config: Config, before: Option<&State>) -> State {
         let mut sets = BTreeMap::new();
         for listener in &config.listeners {
-            let old = before.and_then(|before| before.config.listener(listener.id));
+            let old = before.and_then(|before| before.listener(listener.id));
             let old = old.filter(|old| old.name == listener.name || old.bind == listener.bind);
             let known = old.and_then(|old| before?.sets.get(&old.id));
             let set = match &listener.source {
@@ -139,8 +139,12 @@ impl State {
         State { config, sets }
     }
 
+    fn listener(&self, id: ListenerId) -> Option<&ListenerConfig> {
+        self.config.listeners.iter().find(|listener| listener.id == id)
+    }
+
     fn take_set(&mut self, id: ListenerId, set: &DownstreamSet) {
-        let Some(listener) = self.config.listener(id) else { return };
+        let Some(listener) = self.listener(id) else { return };
         let newer = self.sets.get(&id).is_none_or(|old| old.generation < set.generation);
         if newer && !matches!(listener.source, DownstreamSource::Static(_)) {
             self.sets.insert(id, set.clone());
@@ -394,7 +398,7 @@ impl World {
     }
 
     fn check_listener(&self, listener: &ListenerPlan) {
-        let config = self.believed.config.listener(listener.id).unwrap();
+        let config = self.believed.listener(listener.id).unwrap();
         assert_eq!(
             (&*listener.name, listener.bind, listener.policy),
             (config.name.as_str(), config.bind, config.policy)

@@ -8,7 +8,7 @@ use udp_fanout::testing::health::model::ProbeOutcome;
 use udp_fanout::testing::health::settings::{ProbeKind, ProbeProtocol};
 
 use udp_fanout_lab::servers::{Server, deaf_listener, tcp_listener};
-use udp_fanout_testkit::probing::Bench;
+use udp_fanout_testkit::probing::{Bench, ended};
 
 const TCP: ProbeProtocol = ProbeProtocol::Tcp { port: None };
 
@@ -72,7 +72,7 @@ fn http_statuses() {
             Err(reason) => assert_eq!(bench.until_unhealthy(server.address), *reason),
         }
     }
-    assert!(bench.health.probe_stats().of(ProbeKind::Http).count(ProbeOutcome::BadAnswer) >= 6);
+    assert!(ended(bench.health.probe_stats().of(ProbeKind::Http), ProbeOutcome::BadAnswer) >= 6);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use udp_fanout::testing::health::model::ProbeOutcome;
 use udp_fanout::testing::health::settings::{ProbeBytes, ProbeKind, ProbeProtocol};
 
 use udp_fanout_lab::servers::{Server, udp_socket};
-use udp_fanout_testkit::probing::{Bench, LISTENER, settings, watch};
+use udp_fanout_testkit::probing::{Bench, LISTENER, ended, settings, watch};
 
 const ECHO: ProbeProtocol = ProbeProtocol::UdpEcho { port: None };
 
@@ -78,7 +78,7 @@ fn what_is_not_the_probe_come_back_is_ignored() {
         assert!(server.received() >= 1);
     }
     bench.until_probed(40);
-    assert_eq!(bench.health.probe_stats().of(ProbeKind::UdpEcho).count(ProbeOutcome::Answered), 0);
+    assert_eq!(ended(bench.health.probe_stats().of(ProbeKind::UdpEcho), ProbeOutcome::Answered), 0);
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn a_closed_port_is_refused_and_a_receiver_that_comes_back_is_found() {
         bench.until_healthy(address);
         drop(server);
         assert!(bench.until_unhealthy(address).starts_with("port unreachable, says "), "{ip}");
-        assert!(bench.health.probe_stats().of(ProbeKind::UdpEcho).count(ProbeOutcome::Refused) >= 3);
+        assert!(ended(bench.health.probe_stats().of(ProbeKind::UdpEcho), ProbeOutcome::Refused) >= 3);
         let socket = UdpSocket::bind(address).unwrap();
         let _server = Server::udp(socket, |socket, from, bytes| drop(socket.send_to(bytes, from)));
         assert!(bench.until_healthy(address).recovered);
