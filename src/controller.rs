@@ -17,6 +17,7 @@ pub mod first_seen;
 pub mod mode;
 mod reload;
 mod self_loop;
+mod serving;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};

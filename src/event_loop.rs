@@ -13,7 +13,7 @@
 //! | a health probe is due or answered | `run_health_checks` | `health` |
 //! | the controller has decided something | `handle`, `apply` | `actions` |
 //! | the TC program reports a datagram | `read_kernel_events` | `kernel_events` |
-//! | a scrape, `/healthz`, `/readyz` | `answer_http_requests` | `scrape` |
+//! | a scrape, `/healthz`, `/readyz`, `/serving` | `answer_http_requests` | `scrape` |
 //! | `udp-fanout status`, `udp-fanout trace` | `on_status_socket_event` | `status_socket`, `status`, `trace` |
 //! | the heartbeat is due; an earlier daemon's program is taken over | `renew_heartbeat`, `take_over` | `handover` |
 //! | every five seconds | `maintain` | `maintenance` |

@@ -156,8 +156,8 @@ pub mod metrics {
 
     pub mod http {
         pub use crate::metrics::http::{
-            HttpLimits, ListenerReadiness, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport,
-            ReadinessState,
+            HttpLimits, ListenerReadiness, ListenerServing, MainLoopRequest, MetricsListener, MetricsServer,
+            ReadinessReport, ReadinessState, ServingReport,
         };
     }
 

@@ -31,7 +31,7 @@ pub(super) struct ConfigFile {
     /// Health checks of all downstreams of all listeners.
     #[schemars(extend("x-absent" = "no health checks"))]
     pub(super) health: HealthKeys,
-    /// The HTTP endpoint for Prometheus, `/healthz` and `/readyz`.
+    /// The HTTP endpoint for Prometheus, `/healthz`, `/readyz` and `/serving`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-absent" = "no HTTP endpoint"))]
     pub(super) metrics: Option<FileMetrics>,
@@ -443,7 +443,7 @@ pub(super) struct FileMetrics {
     /// The TCP address and port of the endpoint.
     #[schemars(example = &"127.0.0.1:9090", extend("x-accepts" = "IP:port"))]
     pub(super) bind: String,
-    /// The path of the Prometheus page. `/healthz` and `/readyz` are reserved for probes.
+    /// The path of the Prometheus page. `/healthz`, `/readyz` and `/serving` are reserved for probes.
     #[schemars(example = &"/metrics", extend("x-accepts" = "a path that starts with /"))]
     pub(super) path: String,
 }

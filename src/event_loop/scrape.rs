@@ -1,5 +1,6 @@
 //! Answers the HTTP thread: a snapshot of all metrics for a scrape, the listeners' readiness for the probes.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -8,7 +9,9 @@ use super::Daemon;
 use crate::controller::NotReady;
 use crate::datapath::{Datapath, DatapathCounters};
 use crate::discovery::ServiceStatus;
-use crate::metrics::http::{ListenerReadiness, MainLoopRequest, ReadinessReport, ReadinessState};
+use crate::metrics::http::{
+    ListenerReadiness, ListenerServing, MainLoopRequest, ReadinessReport, ReadinessState, ServingReport,
+};
 use crate::metrics::{DownstreamHealthSnapshot, ListenerSnapshot, MetricsSnapshot};
 use crate::model::{ListenerId, Mode};
 
@@ -24,6 +27,7 @@ impl Daemon {
             match request {
                 MainLoopRequest::Scrape(reply) => drop(reply.send(self.metrics_snapshot())),
                 MainLoopRequest::Readiness(reply) => drop(reply.send(self.readiness())),
+                MainLoopRequest::Serving(reply) => drop(reply.send(self.serving())),
             }
         }
     }
@@ -93,6 +97,19 @@ impl Daemon {
             .modes()
             .find(|(listener, _)| listener.id == id)
             .map_or_else(|| "".into(), |(_, choice)| choice.reason.as_str().into())
+    }
+
+    fn serving(&self) -> ServingReport {
+        let failing: HashMap<&str, &str> = self.health.all_unhealthy().collect();
+        let listeners = self.controller.serving().into_iter().map(|(name, serving)| {
+            let detail = match (&serving, failing.get(&*name)) {
+                (Err(reason), _) => reason.to_string(),
+                (Ok(usable), None) => format!("serving, usable downstreams: {usable}"),
+                (Ok(_), Some(effect)) => format!("serving, but all downstreams fail their health checks: {effect}"),
+            };
+            ListenerServing { name: name.into(), serves: serving.is_ok(), detail }
+        });
+        ServingReport { listeners: listeners.collect() }
     }
 
     fn readiness(&self) -> ReadinessReport {

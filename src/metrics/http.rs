@@ -1,4 +1,4 @@
-//! The HTTP endpoint: metrics, liveness, readiness.
+//! The HTTP endpoint: metrics, liveness, readiness, and which listeners serve.
 //!
 //! One thread, `fo-http`, runs a small tokio runtime and hyper. It holds no state of the daemon: for every request it
 //! sends a [`MainLoopRequest`] through a channel, wakes the event loop, and waits a limited time for the reply. So pages are
@@ -35,6 +35,9 @@ pub const READY_PATH: &str = "/readyz";
 /// Linux 5.4.
 const BACKLOG: i32 = 4096;
 
+/// Path of the probe for load balancers; `/serving/LISTENER` is that of one listener.
+pub const SERVING_PATH: &str = "/serving";
+
 /// A request of the HTTP thread to the event loop. If the sender is dropped or no reply comes, the client gets 503.
 #[derive(Debug)]
 pub enum MainLoopRequest {
@@ -42,6 +45,8 @@ pub enum MainLoopRequest {
     Scrape(oneshot::Sender<anyhow::Result<MetricsSnapshot>>),
     /// For readiness; and for liveness, where any reply will do.
     Readiness(oneshot::Sender<ReadinessReport>),
+    /// Which listeners forward.
+    Serving(oneshot::Sender<ServingReport>),
 }
 
 impl MainLoopRequest {
@@ -51,6 +56,7 @@ impl MainLoopRequest {
         match self {
             MainLoopRequest::Scrape(reply) => reply.is_closed(),
             MainLoopRequest::Readiness(reply) => reply.is_closed(),
+            MainLoopRequest::Serving(reply) => reply.is_closed(),
         }
     }
 }
@@ -80,6 +86,24 @@ pub enum ReadinessState {
     NotAttached(String),
     /// No downstream set has come yet.
     NoDownstreamSet,
+}
+
+/// Which listeners forward.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ServingReport {
+    /// Every configured listener.
+    pub listeners: Vec<ListenerServing>,
+}
+
+/// Whether one listener forwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerServing {
+    /// Its name.
+    pub name: Arc<str>,
+    /// It is ready and has a usable downstream.
+    pub serves: bool,
+    /// To how many downstreams, or why not.
+    pub detail: String,
 }
 
 /// Time-outs and the number of connections.
@@ -132,7 +156,7 @@ impl MetricsListener {
     /// When the port is in use, the address is not this host's, privileges are missing, or `metrics.path` is the path of a
     /// probe.
     pub fn new(config: &MetricsConfig) -> anyhow::Result<Self> {
-        if config.path == HEALTH_PATH || config.path == READY_PATH {
+        if is_probe_path(&config.path) {
             bail!("metrics.path `{}` is the path of a probe; choose another, such as `/metrics`", config.path);
         }
         let listener = listen(config.bind).map_err(|e| bind_error(config.bind, &e))?;
@@ -197,6 +221,10 @@ impl MetricsListener {
             receiver,
         ))
     }
+}
+
+fn is_probe_path(path: &str) -> bool {
+    path == HEALTH_PATH || path == READY_PATH || routes::serving_target(path).is_some()
 }
 
 /// A non-blocking listening socket with a long queue.

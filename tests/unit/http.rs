@@ -12,7 +12,8 @@ use mio::{Events, Poll, Token, Waker};
 use socket2::{Domain, Socket, Type};
 use udp_fanout::testing::config::MetricsConfig;
 use udp_fanout::testing::metrics::http::{
-    HttpLimits, ListenerReadiness, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport, ReadinessState,
+    HttpLimits, ListenerReadiness, ListenerServing, MainLoopRequest, MetricsListener, MetricsServer, ReadinessReport,
+    ReadinessState, ServingReport,
 };
 use udp_fanout::testing::metrics::{
     DownstreamSnapshot, ListenerSnapshot, MetricsSnapshot, PlanApplyCounts, ReloadCounts,
@@ -128,6 +129,14 @@ fn healthy(request: MainLoopRequest) {
         // The client may have gone.
         MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(2)))),
         MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
+        MainLoopRequest::Serving(reply) => {
+            let listeners = ["a", "b"].map(|name| ListenerServing {
+                name: name.into(),
+                serves: true,
+                detail: "serving".to_owned(),
+            });
+            drop(reply.send(ServingReport { listeners: listeners.into() }));
+        }
     }
 }
 
@@ -186,7 +195,7 @@ fn metrics_come_from_the_loop_at_each_scrape() {
         let client = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
         match requests.recv().expect("a request") {
             MainLoopRequest::Scrape(reply) => reply.send(Ok(snapshot(downstreams))).expect("somebody waits"),
-            MainLoopRequest::Readiness(_) => panic!("not asked for"),
+            MainLoopRequest::Readiness(_) | MainLoopRequest::Serving(_) => panic!("not asked for"),
         }
         let answer = read_answer(client);
         assert_eq!(answer.status, 200);
@@ -212,7 +221,7 @@ fn a_waker_reaches_the_loop_and_every_page_works() {
     assert_eq!((ready.status, ready.body.as_str()), (200, "ready\n"));
     let index = get(&server, "/");
     assert_eq!(index.status, 200);
-    for path in ["/metrics", "/healthz", "/readyz"] {
+    for path in ["/metrics", "/healthz", "/readyz", "/serving"] {
         assert!(index.body.contains(path), "{}", index.body);
     }
 }
@@ -232,7 +241,7 @@ fn the_configured_path_replaces_the_usual_one() {
 
 #[test]
 fn a_probes_path_is_refused_for_metrics() {
-    for path in ["/healthz", "/readyz"] {
+    for path in ["/healthz", "/readyz", "/serving", "/serving/a"] {
         let error = MetricsListener::new(&config("127.0.0.1:0", path)).expect_err("a clash").to_string();
         assert!(error.contains(path) && error.contains("metrics.path"), "{error}");
     }
@@ -241,7 +250,7 @@ fn a_probes_path_is_refused_for_metrics() {
 #[test]
 fn head_is_get_without_the_body() {
     let (server, _loop) = answered_by(healthy, PATIENT);
-    for path in ["/metrics", "/healthz", "/readyz", "/"] {
+    for path in ["/metrics", "/healthz", "/readyz", "/serving", "/"] {
         let whole = get(&server, path);
         let head = request(&server, "HEAD", path);
         assert_eq!((head.status, head.body.as_str()), (200, ""), "{path}");
@@ -253,7 +262,7 @@ fn head_is_get_without_the_body() {
 #[test]
 fn other_paths_are_404_and_other_methods_405() {
     let (server, _loop) = answered_by(healthy, PATIENT);
-    for path in ["/metricsx", "/metrics/", "/healthz/x", "//", "/%2e%2e/etc/passwd"] {
+    for path in ["/metricsx", "/metrics/", "/servingx", "/healthz/x", "//", "/%2e%2e/etc/passwd"] {
         let answer = get(&server, path);
         assert_eq!(answer.status, 404, "{path}");
         assert!(answer.body.contains("/metrics"), "{}", answer.body);
@@ -311,7 +320,7 @@ fn a_connection_carries_one_request() {
 fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
     let limits = HttpLimits { answer: Duration::from_millis(20), ..PATIENT };
     let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
-    for path in ["/healthz", "/readyz", "/metrics"] {
+    for path in ["/healthz", "/readyz", "/serving", "/serving/a", "/metrics"] {
         let answer = get(&server, path);
         assert_eq!(answer.status, 503, "{path}");
         assert_eq!(answer.body, "the main loop has not replied for 20ms\n");
@@ -335,7 +344,7 @@ fn a_loop_stalled_for_long_costs_no_memory() {
 fn a_loop_that_has_ended_is_reported() {
     let (server, requests, _poll, _waker) = endpoint("/metrics", PATIENT);
     drop(requests);
-    for path in ["/healthz", "/readyz", "/metrics"] {
+    for path in ["/healthz", "/readyz", "/serving", "/serving/a", "/metrics"] {
         let answer = get(&server, path);
         assert_eq!((answer.status, answer.body.as_str()), (503, "the main loop has ended\n"), "{path}");
     }
@@ -383,6 +392,28 @@ fn readiness_names_each_listener_that_is_not_ready() {
 }
 
 #[test]
+fn serving_is_of_all_listeners_or_of_one() {
+    fn half(request: MainLoopRequest) {
+        let MainLoopRequest::Serving(reply) = request else { return };
+        let listener =
+            |name: &str, serves, detail: &str| ListenerServing { name: name.into(), serves, detail: detail.to_owned() };
+        let listeners = vec![listener("a.1", true, "serving"), listener("b", false, "no downstreams found")];
+        let _ = reply.send(ServingReport { listeners });
+    }
+    let (server, _loop) = answered_by(half, PATIENT);
+    for (path, status, body) in [
+        ("/serving", 503, "listener a.1: serving\nlistener b: no downstreams found\n"),
+        ("/serving/a.1", 200, "listener a.1: serving\n"),
+        ("/serving/b", 503, "listener b: no downstreams found\n"),
+        ("/serving/a", 404, "no listener \"a\"; there are: a.1, b\n"),
+        ("/serving/", 404, "no listener \"\"; there are: a.1, b\n"),
+    ] {
+        let answer = get(&server, path);
+        assert_eq!((answer.status, answer.body.as_str()), (status, body), "{path}");
+    }
+}
+
+#[test]
 fn a_hundred_idle_clients_do_not_stop_a_scrape() {
     let (server, _loop) = answered_by(healthy, PATIENT);
     let mut idle: Vec<_> = (0..100).map(|_| connect(&server)).collect();
@@ -400,6 +431,7 @@ fn clients_that_do_not_read_stop_nobody() {
         match request {
             MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(5_000)))),
             MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
+            MainLoopRequest::Serving(reply) => drop(reply.send(ServingReport::default())),
         }
     }
     let (server, _loop) = answered_by(huge, HttpLimits { own_host: 4, ..PATIENT });

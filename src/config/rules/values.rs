@@ -98,7 +98,7 @@ pub(super) fn metrics_path(path: &str) -> Result<&str, String> {
     if !path.starts_with('/') {
         return Err(format!("{shown} does not start with /; write for example \"/metrics\""));
     }
-    if path == "/healthz" || path == "/readyz" {
+    if ["/healthz", "/readyz", "/serving"].contains(&path) || path.starts_with("/serving/") {
         return Err(format!("{shown} is reserved for a probe; write for example \"/metrics\""));
     }
     if let Some(c) = path.chars().find(|&c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%".contains(c)) {

@@ -12,7 +12,7 @@ use hyper::{Method, Response, StatusCode};
 use mio::Waker;
 use tokio::sync::oneshot;
 
-use super::{HEALTH_PATH, MainLoopRequest, READY_PATH, ReadinessReport, ReadinessState};
+use super::{HEALTH_PATH, MainLoopRequest, READY_PATH, ReadinessReport, ReadinessState, SERVING_PATH, ServingReport};
 use crate::metrics::render;
 use crate::version;
 
@@ -69,7 +69,8 @@ impl MainLoopHandle {
 impl HttpRoutes {
     pub(super) async fn answer(&self, method: &Method, path: &str) -> HttpResponse {
         let known = [self.metrics_path.as_str(), HEALTH_PATH, READY_PATH, "/"].contains(&path);
-        if !known {
+        let serving = serving_target(path);
+        if !known && serving.is_none() {
             return text(StatusCode::NOT_FOUND, format!("no such page; there are:\n{}", self.index()));
         }
         if !matches!(*method, Method::GET | Method::HEAD) {
@@ -78,6 +79,9 @@ impl HttpRoutes {
             return response;
         }
         // The configured path comes first: it may be `/`.
+        if let Some(target) = serving {
+            return self.serving(target).await;
+        }
         match path {
             _ if path == self.metrics_path => self.metrics().await,
             HEALTH_PATH => self.healthz().await,
@@ -91,6 +95,7 @@ impl HttpRoutes {
             (self.metrics_path.as_str(), "metrics in Prometheus' text format"),
             (HEALTH_PATH, "200 while the main loop runs"),
             (READY_PATH, "200 once every listener is attached and has had its first downstream set"),
+            (SERVING_PATH, "200 while every listener has a usable downstream; /serving/LISTENER is for one listener"),
         ];
         let mut index = String::new();
         for (path, what) in pages {
@@ -117,11 +122,58 @@ impl HttpRoutes {
         }
     }
 
+    async fn serving(&self, target: ServingTarget<'_>) -> HttpResponse {
+        match self.main_loop.ask(MainLoopRequest::Serving).await {
+            Ok(report) => serving_page(&report, target),
+            Err(error) => unavailable(error),
+        }
+    }
+
     async fn readyz(&self) -> HttpResponse {
         match self.main_loop.ask(MainLoopRequest::Readiness).await {
             Ok(health) => readiness(&health),
             Err(error) => unavailable(error),
         }
+    }
+}
+
+/// What a path of `/serving` asks for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum ServingTarget<'a> {
+    AllListeners,
+    Listener(&'a str),
+}
+
+/// None for every other path.
+pub(super) fn serving_target(path: &str) -> Option<ServingTarget<'_>> {
+    let rest = path.strip_prefix(SERVING_PATH)?;
+    if rest.is_empty() {
+        Some(ServingTarget::AllListeners)
+    } else {
+        rest.strip_prefix('/').map(ServingTarget::Listener)
+    }
+}
+
+fn serving_page(report: &ServingReport, target: ServingTarget<'_>) -> HttpResponse {
+    let wanted = |name: &str| match target {
+        ServingTarget::AllListeners => true,
+        ServingTarget::Listener(wanted) => wanted == name,
+    };
+    let mut body = String::new();
+    let (mut found, mut all) = (false, true);
+    for listener in report.listeners.iter().filter(|listener| wanted(&listener.name)) {
+        found = true;
+        all &= listener.serves;
+        // Writing to a String cannot fail.
+        let _ = writeln!(body, "listener {}: {}", listener.name, listener.detail);
+    }
+    match target {
+        ServingTarget::Listener(name) if !found => {
+            let names: Vec<&str> = report.listeners.iter().map(|listener| &*listener.name).collect();
+            text(StatusCode::NOT_FOUND, format!("no listener {name:?}; there are: {}\n", names.join(", ")))
+        }
+        _ if all => text(StatusCode::OK, body),
+        _ => text(StatusCode::SERVICE_UNAVAILABLE, body),
     }
 }
 

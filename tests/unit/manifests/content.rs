@@ -183,7 +183,7 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(container["env"][0]["name"], "NODE_NAME");
         assert_eq!(container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName");
         assert_eq!(container["ports"][0]["containerPort"], metrics.bind.port());
-        assert_eq!(container["readinessProbe"]["httpGet"], json!({ "path": "/readyz", "port": "metrics" }));
+        assert_eq!(container["readinessProbe"]["httpGet"], json!({ "path": "/serving", "port": "metrics" }));
         // The daemon is alive or not whatever reaches the metrics port, and wherever the configuration puts the socket.
         assert!(container["livenessProbe"]["httpGet"].is_null());
         let [program, check @ .., option, socket] = &words(&container["livenessProbe"]["exec"]["command"])[..] else {
