@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::service_key::ServiceKey;
 use super::slices::{self, EndpointRules, EndpointSelection, NodeLocation, ServiceSlices, Slice};
-use super::{DiscoveryRequest, DiscoveryUpdate, Locality, ServiceRef, messages};
+use super::status::DiscoveryProblems;
+use super::{DiscoveryRequest, DiscoveryUpdate, Locality, PortRef, ServiceRef, messages};
 use crate::model::{Downstream, DownstreamSet, ListenerId};
 
 /// What a watch, or the query for the zone, reports.
@@ -96,6 +97,8 @@ struct FollowedListener {
     published: Option<Vec<Downstream>>,
     /// Warnings that are logged and still apply.
     warned: BTreeSet<String>,
+    /// Services whose endpoints do not have the configured port.
+    mismatched: BTreeSet<ServiceKey>,
 }
 
 impl Aggregator {
@@ -118,6 +121,7 @@ impl Aggregator {
                     dirty: true,
                     published: None,
                     warned: BTreeSet::new(),
+                    mismatched: BTreeSet::new(),
                 },
             };
             self.listeners.insert(id, listener);
@@ -193,7 +197,7 @@ impl Aggregator {
                 continue;
             }
             let Some(outcome) = listener.select_endpoints(&self.services, &location) else { continue };
-            listener.warn(&outcome, &location, &mut notices);
+            listener.warn(&outcome, &self.services, &location, &mut notices);
             if listener.published.as_ref() == Some(&outcome.downstreams) {
                 continue;
             }
@@ -206,6 +210,18 @@ impl Aggregator {
             });
         }
         (updates, notices)
+    }
+
+    /// The problems that apply now: those of each listener, and the Services whose endpoints do not have the configured port.
+    #[must_use]
+    pub fn problems(&self) -> DiscoveryProblems {
+        let listeners = self.listeners.iter();
+        DiscoveryProblems {
+            texts: listeners
+                .flat_map(|(id, listener)| listener.warned.iter().map(|text| (*id, text.clone())))
+                .collect(),
+            mismatched: self.listeners.values().flat_map(|listener| &listener.mismatched).cloned().collect(),
+        }
     }
 
     /// The zone from the Node object, or else from an endpoint on this node.
@@ -239,12 +255,18 @@ impl FollowedListener {
         if !known().all(|known| known.answered) || known().all(|known| known.slices.is_none()) {
             return None;
         }
-        let slices_of =
-            |key| services.get(key).and_then(|known: &KnownService| known.slices.as_deref()).unwrap_or_default();
-        let pairs = self.services.iter().zip(&self.request.services);
-        let sources: Vec<ServiceSlices<'_>> =
-            pairs.map(|(key, service)| ServiceSlices { slices: slices_of(key), port: &service.port }).collect();
+        let sources: Vec<ServiceSlices<'_>> = self.sources(services).map(|(_, source)| source).collect();
         Some(slices::select_endpoints(&sources, &self.rules(), location))
+    }
+
+    /// The known slices of each Service, none before its first list.
+    fn sources<'a>(
+        &'a self,
+        services: &'a BTreeMap<ServiceKey, KnownService>,
+    ) -> impl Iterator<Item = (&'a ServiceKey, ServiceSlices<'a>)> {
+        let slices_of = |key| services.get(key).and_then(|known| known.slices.as_deref()).unwrap_or_default();
+        let pairs = self.services.iter().zip(&self.request.services);
+        pairs.map(move |(key, service)| (key, ServiceSlices { slices: slices_of(key), port: &service.port }))
     }
 
     fn rules(&self) -> EndpointRules {
@@ -266,7 +288,13 @@ impl FollowedListener {
     }
 
     /// Adds a warning for each new problem. The texts hold no numbers that change with every pod, so none repeats.
-    fn warn(&mut self, outcome: &EndpointSelection, location: &NodeLocation<'_>, notices: &mut Vec<DiscoveryNotice>) {
+    fn warn(
+        &mut self,
+        outcome: &EndpointSelection,
+        services: &BTreeMap<ServiceKey, KnownService>,
+        location: &NodeLocation<'_>,
+        notices: &mut Vec<DiscoveryNotice>,
+    ) {
         let stats = &outcome.stats;
         let mut holding: BTreeSet<String> = BTreeSet::new();
         holding.extend(stats.unsupported_types.iter().map(|name| messages::unsupported_type(name)));
@@ -274,6 +302,14 @@ impl FollowedListener {
         if location.node.is_none() && matches!(self.request.locality, Locality::PreferNode | Locality::PreferZone) {
             holding.insert(messages::node_name_unknown(self.request.locality));
         }
+        let mut mismatched = BTreeSet::new();
+        for (key, source) in self.sources(services) {
+            if let (PortRef::Number(port), Some(listed)) = (source.port, slices::other_udp_ports(&source)) {
+                holding.insert(messages::port_mismatch(key, *port, &listed));
+                mismatched.insert(key.clone());
+            }
+        }
+        self.mismatched = mismatched;
         let listener = self.request.listener;
         notices.extend(
             holding.difference(&self.warned).map(|text| DiscoveryNotice::Warning { listener, text: text.clone() }),

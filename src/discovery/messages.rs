@@ -207,6 +207,26 @@ pub fn port_not_udp(port: &str) -> String {
     format!("the Service port {port} is not UDP; the listener sends datagrams to it anyway: check `port`")
 }
 
+/// The configured port number is none of the UDP ports of the Service's endpoints, which are `listed` by number and name.
+#[must_use]
+pub fn port_mismatch(key: &ServiceKey, configured: u16, listed: &BTreeSet<(u16, String)>) -> String {
+    let all = listed
+        .iter()
+        .map(|(number, name)| if name.is_empty() { number.to_string() } else { format!("{number} (named {name:?})") });
+    let fix = match listed.first() {
+        Some((_, name)) if !name.is_empty() => format!("set `port = {name:?}`"),
+        Some((number, _)) => {
+            format!("name the Service's port and set `port = \"name\"`, or set `port = {number}`")
+        }
+        None => "check `port`".to_owned(),
+    };
+    format!(
+        "the endpoints of {key} have no UDP port {configured}, only {}, so datagrams sent to port {configured} are probably \
+         lost; `port` is the container's port, not the Service's: {fix}",
+        all.collect::<Vec<_>>().join(", ")
+    )
+}
+
 /// `locality` needs the node's name, which is unknown.
 #[must_use]
 pub fn node_name_unknown(locality: Locality) -> String {

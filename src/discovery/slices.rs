@@ -246,6 +246,22 @@ fn resolve_port(slice: &Slice, port: &PortRef, stats: &mut SelectionStats) -> Op
     Some(number)
 }
 
+/// The UDP ports, number and name, that all slices with endpoints list, if none is the configured number. None if the number is
+/// right, or if a slice does not tell: it lists no UDP port, or one without a number.
+#[must_use]
+pub fn other_udp_ports(source: &ServiceSlices<'_>) -> Option<BTreeSet<(u16, String)>> {
+    let PortRef::Number(configured) = source.port else { return None };
+    let mut others = BTreeSet::new();
+    for slice in source.slices.iter().filter(|slice| !slice.endpoints.is_empty()) {
+        let mut udp = slice.ports.iter().filter(|port| port.protocol.as_deref() == Some("UDP")).peekable();
+        udp.peek()?;
+        for port in udp {
+            others.insert((port.number.filter(|number| number != configured)?, port.name.clone()));
+        }
+    }
+    (!others.is_empty()).then_some(others)
+}
+
 fn merge_duplicates(mut candidates: Vec<Candidate<'_>>) -> Vec<Candidate<'_>> {
     candidates.sort_by_key(|candidate| candidate.address);
     candidates.dedup_by(|next, kept| {

@@ -2,13 +2,14 @@
 //!
 //! Each value is independent and no decision depends on it, so relaxed atomics suffice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::service_key::ServiceKey;
+use crate::model::ListenerId;
 
 /// Why a request to the API server failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,13 +92,30 @@ pub struct ServiceStatus {
     pub last_event_age: Option<Duration>,
     /// Watches opened after the first one. Servers end each after some minutes.
     pub watch_restarts: u64,
+    /// True while a listener sends to a port number that is none of the UDP ports of the Service's endpoints.
+    pub port_mismatch: bool,
     /// Failures, one number for each of [`ErrorKind::ALL`].
     pub errors: Vec<(ErrorKind, u64)>,
 }
 
 /// A handle on the counters of all watches: cheap to clone, readable from any thread, also after discovery has ended.
 #[derive(Debug, Clone)]
-pub struct DiscoveryStatus(Arc<Mutex<BTreeMap<ServiceKey, Arc<WatchCounters>>>>);
+pub struct DiscoveryStatus(Arc<SharedStatus>);
+
+#[derive(Debug, Default)]
+struct SharedStatus {
+    services: Mutex<BTreeMap<ServiceKey, Arc<WatchCounters>>>,
+    problems: Mutex<DiscoveryProblems>,
+}
+
+/// The problems that apply now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiscoveryProblems {
+    /// The problem and its remedy in one line, by listener.
+    pub texts: Vec<(ListenerId, String)>,
+    /// Services whose endpoints do not have the port that a listener sends to.
+    pub mismatched: BTreeSet<ServiceKey>,
+}
 
 impl DiscoveryStatus {
     pub(super) fn new() -> DiscoveryStatus {
@@ -107,7 +125,24 @@ impl DiscoveryStatus {
     /// Every watched Service, by namespace and name.
     #[must_use]
     pub fn services(&self) -> Vec<ServiceStatus> {
-        self.lock().iter().map(|(key, counters)| counters.snapshot(key)).collect()
+        let mismatched = self.lock_problems().mismatched.clone();
+        let services = self.lock();
+        services.iter().map(|(key, counters)| counters.snapshot(key, mismatched.contains(key))).collect()
+    }
+
+    /// The problems of each listener that apply now, a line each.
+    #[must_use]
+    pub fn problems(&self) -> Vec<(ListenerId, String)> {
+        self.lock_problems().texts.clone()
+    }
+
+    pub(super) fn set_problems(&self, problems: DiscoveryProblems) {
+        *self.lock_problems() = problems;
+    }
+
+    /// A poisoned lock is usable: the problems are only replaced as a whole.
+    fn lock_problems(&self) -> MutexGuard<'_, DiscoveryProblems> {
+        self.0.problems.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn add(&self, key: &ServiceKey) -> Arc<WatchCounters> {
@@ -120,7 +155,7 @@ impl DiscoveryStatus {
 
     /// A poisoned lock is usable: no update leaves the map half changed.
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ServiceKey, Arc<WatchCounters>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.services.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -165,7 +200,7 @@ impl WatchCounters {
         self.errors[kind as usize].fetch_add(1, Relaxed);
     }
 
-    fn snapshot(&self, key: &ServiceKey) -> ServiceStatus {
+    fn snapshot(&self, key: &ServiceKey, port_mismatch: bool) -> ServiceStatus {
         let last_activity = self.last_activity.load(Relaxed).checked_sub(1).map(Duration::from_millis);
         ServiceStatus {
             namespace: key.namespace.to_string(),
@@ -173,6 +208,7 @@ impl WatchCounters {
             synced: self.synced.load(Relaxed),
             last_event_age: last_activity.map(|at| self.epoch.elapsed().saturating_sub(at)),
             watch_restarts: self.watches.load(Relaxed).saturating_sub(1),
+            port_mismatch,
             errors: ErrorKind::ALL.iter().map(|&kind| (kind, self.errors[kind as usize].load(Relaxed))).collect(),
         }
     }

@@ -142,6 +142,7 @@ async fn run(
             () = tokio::time::sleep_until(due), if dirty => {
                 let (updates, notices) = aggregator.flush();
                 let any = !updates.is_empty();
+                tasks.status.set_problems(aggregator.problems());
                 notices.iter().for_each(log);
                 if !updates_out.send(updates) {
                     return;

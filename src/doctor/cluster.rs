@@ -38,7 +38,7 @@ pub(super) fn check(
     let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
     let kubeconfig = kubeconfig.map(Path::to_owned);
     let settings = DiscoverySettings { kubeconfig, config: Some(path), ..DiscoverySettings::from_env() };
-    let mut found = match discover(requests, settings, findings) {
+    let mut found = match discover(requests, settings, &config.listeners, findings) {
         Ok(found) => found,
         Err(error) => {
             findings.problem("kubernetes", format!("{error:#}"), "correct this; the daemon does not start otherwise");
@@ -66,6 +66,7 @@ fn downstream(name: &str, address: SocketAddr) -> Downstream {
 fn discover(
     requests: Vec<discovery::DiscoveryRequest>,
     settings: DiscoverySettings,
+    configured: &[ListenerConfig],
     findings: &mut Findings,
 ) -> Result<BTreeMap<ListenerId, Vec<Downstream>>> {
     let listeners: BTreeSet<ListenerId> = requests.iter().map(|request| request.listener).collect();
@@ -75,8 +76,14 @@ fn discover(
     let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).context("cannot create a waker")?);
     let discovery = Discovery::start(requests, settings.clone(), sender, waker)?;
     let (found, services) = gather(&discovery, &updates, &listeners);
+    let problems = discovery.status().problems();
     discovery.shutdown();
     let before = findings.0.len();
+    for (id, text) in &problems {
+        let listener = configured.iter().find(|listener| listener.id == *id).map_or("", |listener| &listener.name);
+        let (what, fix) = split(text);
+        findings.warning("kubernetes", format!("listener {listener:?}: {what}"), fix);
+    }
     for service in &services {
         let name = format!("{}/{}", service.namespace, service.service);
         match discovery::diagnose(&settings, &service.namespace, &service.service) {

@@ -93,12 +93,18 @@ impl Daemon {
             .health
             .all_unhealthy()
             .map(|(name, effect)| format!("listener {name:?}: all downstreams fail their health checks: {effect}"));
+        let discovery = self.sources.discovery.iter().flat_map(|(discovery, _)| discovery.status().problems());
+        let discovery = discovery.map(|(id, text)| {
+            let listener = self.config.listeners.iter().find(|listener| listener.id == id);
+            listener.map_or_else(|| text.clone(), |listener| format!("listener {:?}: {text}", listener.name))
+        });
         rejected
             .chain(not_applied)
             .chain(warnings)
             .chain(self.preceding_program_warnings())
             .chain(unprobed)
             .chain(all_unhealthy)
+            .chain(discovery)
             .collect()
     }
 }

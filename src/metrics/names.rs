@@ -169,6 +169,13 @@ pub const DISCOVERY_SYNCED: Metric = gauge(
     "1 while all EndpointSlices of the Service are known and the watch that keeps them current is open, else 0.",
 );
 
+/// `udp_fanout_discovery_port_mismatch`
+pub const DISCOVERY_PORT_MISMATCH: Metric = gauge(
+    "udp_fanout_discovery_port_mismatch",
+    &["namespace", "service"],
+    "1 while a listener sends to a port number that is none of the UDP ports of the Service's endpoints, else 0.",
+);
+
 /// `udp_fanout_discovery_last_event_age_seconds`
 pub const DISCOVERY_LAST_EVENT_AGE: Metric = gauge(
     "udp_fanout_discovery_last_event_age_seconds",
@@ -227,7 +234,7 @@ pub const START_TIME: Metric =
     gauge("udp_fanout_start_time_seconds", &[], "When the daemon started, in seconds since 1970-01-01 UTC.");
 
 /// Every metric, in the order in which the page shows them.
-pub const ALL: [&Metric; 28] = [
+pub const ALL: [&Metric; 29] = [
     &PACKETS_RECEIVED,
     &PACKETS_FORWARDED,
     &PACKETS_DROPPED,
@@ -247,6 +254,7 @@ pub const ALL: [&Metric; 28] = [
     &LISTENER_MODE,
     &PROGRAMS_AHEAD,
     &DISCOVERY_SYNCED,
+    &DISCOVERY_PORT_MISMATCH,
     &DISCOVERY_LAST_EVENT_AGE,
     &DISCOVERY_WATCH_RESTARTS,
     &DISCOVERY_ERRORS,

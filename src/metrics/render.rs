@@ -146,6 +146,7 @@ impl MetricsPage {
         let text = |text: &str| SharedString::from_owned(text.to_owned());
         let labels = || [text(&service.namespace), text(&service.service)];
         self.gauge(&names::DISCOVERY_SYNCED, labels(), f64::from(u8::from(service.synced)));
+        self.gauge(&names::DISCOVERY_PORT_MISMATCH, labels(), f64::from(u8::from(service.port_mismatch)));
         if let Some(age) = service.last_event_age {
             self.gauge(&names::DISCOVERY_LAST_EVENT_AGE, labels(), age.as_secs_f64());
         }

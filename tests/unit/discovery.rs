@@ -2,6 +2,7 @@
 
 use serde_json::json;
 use udp_fanout::testing::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
+use udp_fanout::testing::model::ListenerId;
 use udp_fanout::testing::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_lab::cluster::{at, leaving, namespace, node, placeholder, ready, service, slice, slices_of, unready};
@@ -323,4 +324,21 @@ fn a_rolling_restart_of_a_thousand_pods_never_empties_the_set() {
     }
     println!("1,010 changes of slices became {updates} updates in {:?}", started.elapsed());
     assert!(updates < 1010);
+}
+
+#[test]
+fn the_services_port_in_place_of_the_containers_is_reported() {
+    let server = ApiServer::start();
+    let mut wrong = slice("logging", "mistaken", "mistaken-a", [ready("10.0.0.1")]);
+    wrong["ports"] = json!([{"name": "syslog", "protocol": "UDP", "port": 6514}]);
+    server.apply(Kind::EndpointSlice, wrong);
+    let mut watching = Watching::start(&server, vec![request("mistaken")]);
+    assert_eq!(watching.next_addresses(), ["10.0.0.1:5514"], "it is forwarded as configured");
+    let line = logged(&["WARN", "logging/mistaken have no UDP port 5514, only 6514", "set `port = \"syslog\"`"]);
+    watching.wait_status("the mismatch", |status| status.port_mismatch);
+    let problems = watching.discovery.status().problems();
+    assert!(matches!(&problems[..], [(ListenerId(0), text)] if line.contains(text)), "{problems:?}");
+    server.apply(Kind::EndpointSlice, slice("logging", "mistaken", "mistaken-a", [ready("10.0.0.1")]));
+    watching.wait_status("the end of the mismatch", |status| !status.port_mismatch);
+    assert_eq!(watching.discovery.status().problems(), []);
 }

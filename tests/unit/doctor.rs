@@ -50,6 +50,19 @@ fn a_reachable_cluster_is_ok_and_its_endpoints_are_checked() {
 }
 
 #[test]
+fn the_services_port_in_place_of_the_containers_is_named() {
+    let server = ApiServer::start();
+    let mut wrong = slice("logging", "vector", "vector-a", [ready("127.0.0.1")]);
+    wrong["ports"] = serde_json::json!([{"name": "syslog", "protocol": "UDP", "port": 6514}]);
+    server.apply(Kind::EndpointSlice, wrong);
+    let (level, text, _) = doctor(&server.kubeconfig());
+    assert_eq!(level, "warning", "{text}");
+    for part in ["have no UDP port 5514, only 6514", "set `port = \"syslog\"`"] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+}
+
+#[test]
 fn missing_rights_are_named_with_the_command_that_grants_them() {
     let server = ApiServer::start();
     server.apply(Kind::EndpointSlice, slice("logging", "vector", "vector-a", [ready("127.0.0.1")]));

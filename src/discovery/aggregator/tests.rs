@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use super::super::slices::{AddressType, EndpointReadiness, SliceEndpoint};
+use super::super::slices::{AddressType, EndpointReadiness, SliceEndpoint, SlicePort};
 use super::super::{Family, PortRef, Terminating};
 use super::*;
 
@@ -187,4 +187,41 @@ fn a_node_that_is_not_known_is_said_once_and_prefers_nothing() {
         .iter()
         .filter(|notice| matches!(notice, DiscoveryNotice::Warning { text, .. } if text.contains("NODE_NAME")));
     assert_eq!(warnings.count(), 2);
+}
+
+#[test]
+fn a_port_that_no_slice_lists_is_reported_while_it_lasts() {
+    let port = |name: &str, protocol: &str, number| SlicePort {
+        name: name.to_owned(),
+        protocol: Some(protocol.to_owned()),
+        number,
+    };
+    let slice = |ports: Vec<SlicePort>, endpoints| {
+        let endpoints = (0..endpoints).map(|last| endpoint(last, "far", "east")).collect();
+        Arc::new(Slice { addresses: AddressType::Ip(Family::V4), ports, endpoints, invalid_addresses: 0 })
+    };
+    let (syslog, tcp) = (port("syslog", "UDP", Some(5514)), port("metrics", "TCP", Some(9)));
+    let mut aggregator = aggregator(vec![request(0, &["a"], Locality::Cluster)]);
+    let key = ServiceKey::new("own", "a");
+    for (slices, mismatch) in [
+        (vec![slice(vec![syslog.clone(), tcp.clone()], 1)], true),
+        (vec![slice(vec![syslog.clone()], 1), slice(vec![], 0)], true),
+        // The configured port is there, on one of the slices, or may be there: no UDP port, or one without a number.
+        (vec![slice(vec![syslog.clone()], 1), slice(vec![port("x", "UDP", Some(9))], 1)], false),
+        (vec![slice(vec![syslog.clone()], 1), slice(vec![tcp], 1)], false),
+        (vec![slice(vec![port("any", "UDP", None)], 1)], false),
+        (vec![slice(vec![], 1)], false),
+        (vec![slice(vec![syslog.clone()], 0)], false),
+        (vec![slice(vec![syslog], 1)], true),
+    ] {
+        aggregator.handle_event(WatchEvent::Slices(key.clone(), slices.clone()));
+        aggregator.flush();
+        let problems = aggregator.problems();
+        assert_eq!(problems.mismatched.contains(&key), mismatch, "{slices:?}");
+        assert_eq!(problems.texts.len(), usize::from(mismatch), "{problems:?}");
+        for (_, text) in problems.texts {
+            assert!(text.contains("the endpoints of own/a have no UDP port 9, only 5514 (named \"syslog\")"), "{text}");
+            assert!(text.ends_with("set `port = \"syslog\"`"), "{text}");
+        }
+    }
 }

@@ -160,6 +160,7 @@ fn snapshot(listeners: Vec<ListenerSnapshot>) -> MetricsSnapshot {
             synced: true,
             last_event_age: Some(Duration::from_millis(1_500)),
             watch_restarts: 3,
+            port_mismatch: true,
             errors: ErrorKind::ALL.iter().map(|&kind| (kind, kind as u64)).collect(),
         }],
     }
