@@ -49,6 +49,10 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// `EX_CONFIG` of sysexits.h: the configuration file does not exist, so starting again is of no use before someone creates
+/// it. The systemd unit has it in `RestartPreventExitStatus=`.
+const NO_CONFIG_FILE: u8 = 78;
+
 /// Runs the daemon. Errors are lines of the log, in its format.
 fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> ExitCode {
     if let Err(error) = logging::init(log) {
@@ -56,6 +60,7 @@ fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> Ex
         return ExitCode::FAILURE;
     }
     tracing::info!(version = version::long(), config = %config.display(), "starting udp-fanout");
+    let missing = std::fs::metadata(config).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
     let config = Config::load(config).inspect(|config| {
         for warning in &config.warnings {
             tracing::warn!("{warning}");
@@ -67,7 +72,7 @@ fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> Ex
             for line in format!("{error:#}").lines() {
                 tracing::error!("{line}");
             }
-            ExitCode::FAILURE
+            if missing { ExitCode::from(NO_CONFIG_FILE) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -11,12 +11,13 @@ use std::io::IsTerminal;
 
 use anyhow::{Context, anyhow};
 use clap::ValueEnum;
-use tracing::Subscriber;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::EnvFilter;
-use tracing_subscriber::fmt::{self, MakeWriter};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{self, FmtContext, FormatEvent, FormatFields, MakeWriter};
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::registry::Registry;
+use tracing_subscriber::registry::{LookupSpan, Registry};
 use tracing_subscriber::util::SubscriberInitExt;
 
 pub use self::stream::take_lost_lines;
@@ -114,6 +115,33 @@ fn is_journal(journal_stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool 
     named.is_some() && named == stderr
 }
 
+/// Puts the priority of syslog(3) in front of a line, as the journal understands it from sd-daemon(3): `journalctl -p err`
+/// shows errors alone. The journal does not keep the prefix.
+struct JournalFormat<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for JournalFormat<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let priority = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        write!(writer, "<{priority}>")?;
+        self.0.format_event(context, writer, event)
+    }
+}
+
 /// Starts logging to standard error, for the whole process.
 ///
 /// # Errors
@@ -140,7 +168,7 @@ where
         // Otherwise, a failed write is reported with eprintln!, which panics because standard error is what failed.
         .log_internal_errors(false);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match options.format {
-        LogFormat::Text if environment.journal => lines.without_time().boxed(),
+        LogFormat::Text if environment.journal => lines.without_time().map_event_format(JournalFormat).boxed(),
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().with_target(true).flatten_event(true).with_current_span(false).boxed(),
     };

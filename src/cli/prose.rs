@@ -91,7 +91,10 @@ pub(super) const SECTIONS: [HelpSection; 5] = [
                 "NODE_NAME",
                 "This node's name in Kubernetes, for listeners that prefer receivers on their node or in their zone.",
             ),
-            ("JOURNAL_STREAM", "Set by systemd: text lines omit the time, which the journal has."),
+            (
+                "JOURNAL_STREAM",
+                "Set by systemd: text lines begin with the priority instead of the time, which the journal has.",
+            ),
         ],
     },
     HelpSection {
@@ -115,6 +118,7 @@ pub(super) const SECTIONS: [HelpSection; 5] = [
             ("0", "The daemon was stopped by a signal, or the command succeeded; doctor and demo found no problem."),
             ("1", "Something is wrong; one line on standard error says what, where, and how to fix it."),
             ("2", "The command line is wrong."),
+            ("78", "The daemon's configuration file does not exist."),
         ],
     },
 ];

@@ -64,7 +64,17 @@ fn text_is_what_the_guide_greps_for() {
 fn the_journal_has_the_time_already() {
     let journal = LogEnvironment { journal: true, ..LogEnvironment::default() };
     let text = logged(LogOptions::default(), &journal, guide_lines);
-    assert_eq!(text.lines().next(), Some(r#" INFO attached TC eBPF program to ingress interface="eth0""#));
+    assert_eq!(text.lines().next(), Some(r#"<6> INFO attached TC eBPF program to ingress interface="eth0""#));
+}
+
+#[test]
+fn the_journal_gets_each_lines_priority() {
+    let journal = LogEnvironment { journal: true, ..LogEnvironment::default() };
+    let all = LogOptions { level: LogLevel::Trace, ..LogOptions::default() };
+    let text = logged(all, &journal, one_of_each);
+    let ours: Vec<&str> = text.lines().filter(|line| line.contains("ours")).collect();
+    assert_eq!(ours, ["<3>ERROR ours 1", "<4> WARN ours 2", "<6> INFO ours 3", "<7>DEBUG ours 4", "<7>TRACE ours 5"]);
+    assert!(!logged(all, &LogEnvironment::default(), one_of_each).contains("<3>"));
 }
 
 #[test]

@@ -211,7 +211,12 @@ impl Machine {
         self.write(&unwatched);
         until("one listener", || property("StatusText") == "1 listener in the kernel, 3 downstreams");
         self.write(&unwatched.replace("weight", "wait"));
-        run("systemctl", "reload udp-fanout");
+        let (reloaded, said) = attempt("systemctl", "reload udp-fanout");
+        assert!(!reloaded, "{said}");
+        until("the reason", || journal().contains("wait"));
+        assert_eq!(property("StatusText"), "1 listener in the kernel, 3 downstreams");
+        // The daemon itself refuses the file as well.
+        run("systemctl", "kill --signal=HUP --kill-who=main udp-fanout");
         until("a refusal", || property("StatusText").contains("1 problem") && property("StatusText").contains("wait"));
         self.exchange(100);
         self.write(&self.config("keep").to_toml());

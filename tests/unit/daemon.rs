@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -238,10 +239,28 @@ fn the_log_can_be_json() {
 fn an_error_at_the_start_is_json_as_well() {
     let mut command = udp_fanout();
     let output = command.args(["--config", "/nonexistent.toml", "--log-format", "json"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(78));
     let last: Value = serde_json::from_str(stderr(&output).lines().last().unwrap()).unwrap();
     assert_eq!(last["level"], "ERROR");
     assert!(last["message"].as_str().unwrap().starts_with("/nonexistent.toml: no such file; "), "{last}");
+}
+
+#[test]
+fn the_journal_gets_priorities_and_every_other_stream_does_not() {
+    let directory = tempfile::tempdir().unwrap();
+    for (ours, format, error) in [(true, "text", "<3>ERROR "), (false, "text", "20"), (true, "json", "{")] {
+        let path = directory.path().join("stderr");
+        let file = fs::File::create(&path).unwrap();
+        let stat = file.metadata().unwrap();
+        let stream = format!("{}:{}", stat.dev(), stat.ino() + u64::from(!ours));
+        let mut command = udp_fanout();
+        command.args(["--config", "/nonexistent.toml", "--log-format", format]).env("JOURNAL_STREAM", stream);
+        assert_eq!(command.stderr(file).status().unwrap().code(), Some(78));
+        let log = fs::read_to_string(&path).unwrap();
+        let last = log.lines().last().unwrap();
+        assert!(last.starts_with(error) && last.contains("/nonexistent.toml: no such file"), "{log}");
+        assert_eq!(log.starts_with("<6> INFO "), ours && format == "text", "{log}");
+    }
 }
 
 fn run(words: &[&str]) -> Output {
