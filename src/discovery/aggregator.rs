@@ -19,6 +19,8 @@ pub enum WatchEvent {
     Slices(ServiceKey, Vec<Arc<Slice>>),
     /// The Service cannot be listed or watched at the moment. Its last known slices stay in use.
     Failed(ServiceKey),
+    /// Why the Service has no slices. Applies until it has some.
+    Absent(ServiceKey, String),
     /// The zone of this node; none while it is unknown.
     Zone(Option<Arc<str>>),
 }
@@ -40,7 +42,7 @@ pub enum DiscoveryNotice {
         /// Number of endpoints, from 1.
         endpoints: usize,
     },
-    /// The listener has no endpoints, and had some before or this is its first set.
+    /// The listener has no endpoints, and had some before, this is its first set, or the cause has changed.
     Empty {
         /// The listener that the line is about.
         listener: ListenerId,
@@ -87,6 +89,8 @@ struct KnownService {
     slices: Option<Vec<Arc<Slice>>>,
     /// True after the first list or the first failure.
     answered: bool,
+    /// Why there are no slices, once that is known.
+    absence: Option<String>,
 }
 
 #[derive(Debug)]
@@ -99,6 +103,8 @@ struct FollowedListener {
     warned: BTreeSet<String>,
     /// Services whose endpoints do not have the configured port.
     mismatched: BTreeSet<ServiceKey>,
+    /// Why the set is empty; none while it is not.
+    empty_cause: Option<String>,
 }
 
 impl Aggregator {
@@ -122,6 +128,7 @@ impl Aggregator {
                     published: None,
                     warned: BTreeSet::new(),
                     mismatched: BTreeSet::new(),
+                    empty_cause: None,
                 },
             };
             self.listeners.insert(id, listener);
@@ -155,7 +162,8 @@ impl Aggregator {
         match event {
             WatchEvent::Slices(key, slices) => {
                 if let Some(known) = self.services.get_mut(&key) {
-                    *known = KnownService { slices: Some(slices), answered: true };
+                    let absence = known.absence.take().filter(|_| slices.is_empty());
+                    *known = KnownService { slices: Some(slices), answered: true, absence };
                     self.mark_dirty(&key);
                 }
             }
@@ -164,6 +172,11 @@ impl Aggregator {
                     && !std::mem::replace(&mut known.answered, true)
                 {
                     self.mark_dirty(&key);
+                }
+            }
+            WatchEvent::Absent(key, text) => {
+                if let Some(known) = self.services.get_mut(&key) {
+                    known.absence = Some(text);
                 }
             }
             WatchEvent::Zone(zone) => {
@@ -198,11 +211,15 @@ impl Aggregator {
             }
             let Some(outcome) = listener.select_endpoints(&self.services, &location) else { continue };
             listener.warn(&outcome, &self.services, &location, &mut notices);
+            let new_cause = listener.update_empty_cause(&outcome, &location);
             if listener.published.as_ref() == Some(&outcome.downstreams) {
+                if new_cause {
+                    notices.push(listener.notice(&outcome));
+                }
                 continue;
             }
             self.generation += 1;
-            notices.push(listener.notice(&outcome, &location));
+            notices.push(listener.notice(&outcome));
             listener.published = Some(outcome.downstreams.clone());
             updates.push(DiscoveryUpdate {
                 listener: listener.request.listener,
@@ -218,7 +235,7 @@ impl Aggregator {
         let listeners = self.listeners.iter();
         DiscoveryProblems {
             texts: listeners
-                .flat_map(|(id, listener)| listener.warned.iter().map(|text| (*id, text.clone())))
+                .flat_map(|(id, listener)| listener.problems(&self.services).into_iter().map(|text| (*id, text)))
                 .collect(),
             mismatched: self.listeners.values().flat_map(|listener| &listener.mismatched).cloned().collect(),
         }
@@ -274,14 +291,36 @@ impl FollowedListener {
         EndpointRules { family, locality, terminating }
     }
 
-    fn notice(&self, outcome: &EndpointSelection, location: &NodeLocation<'_>) -> DiscoveryNotice {
+    /// The problems that apply now. The cause of an empty set is that of each absent Service where that is known.
+    fn problems(&self, services: &BTreeMap<ServiceKey, KnownService>) -> Vec<String> {
+        let mut problems: Vec<String> = self.warned.iter().cloned().collect();
+        let absent: Vec<String> = self.services.iter().filter_map(|key| services.get(key)?.absence.clone()).collect();
+        let explained = self.services.len() == absent.len();
+        problems.extend(absent);
+        if let Some(cause) = self.empty_cause.as_ref().filter(|_| !explained) {
+            problems.push(format!("no usable endpoints: {cause}"));
+        }
+        problems
+    }
+
+    /// Stores why the set is empty. Returns true if the set is empty for another reason than before; changed numbers are none.
+    fn update_empty_cause(&mut self, outcome: &EndpointSelection, location: &NodeLocation<'_>) -> bool {
+        let cause = outcome
+            .downstreams
+            .is_empty()
+            .then(|| messages::no_endpoints(&self.rules(), &outcome.stats, location.node));
+        let words =
+            |cause: &Option<String>| cause.as_ref().map(|cause| cause.replace(|c: char| c.is_ascii_digit(), ""));
+        let changed = cause.is_some() && words(&cause) != words(&self.empty_cause);
+        self.empty_cause = cause;
+        changed
+    }
+
+    fn notice(&self, outcome: &EndpointSelection) -> DiscoveryNotice {
         let listener = self.request.listener;
         let had_some = self.published.as_ref().is_some_and(|published| !published.is_empty());
         match outcome.downstreams.len() {
-            0 => DiscoveryNotice::Empty {
-                listener,
-                cause: messages::no_endpoints(&self.rules(), &outcome.stats, location.node),
-            },
+            0 => DiscoveryNotice::Empty { listener, cause: self.empty_cause.clone().unwrap_or_default() },
             endpoints if had_some => DiscoveryNotice::Changed { listener, endpoints },
             endpoints => DiscoveryNotice::Discovered { listener, endpoints },
         }

@@ -79,7 +79,8 @@ fn discover(
     let problems = discovery.status().problems();
     discovery.shutdown();
     let before = findings.0.len();
-    for (id, text) in &problems {
+    // `diagnose` names the cause where there are no slices.
+    for (id, text) in problems.iter().filter(|(_, text)| !text.contains("EndpointSlice not found")) {
         let listener = configured.iter().find(|listener| listener.id == *id).map_or("", |listener| &listener.name);
         let (what, fix) = split(text);
         findings.warning("kubernetes", format!("listener {listener:?}: {what}"), fix);

@@ -1,7 +1,7 @@
 //! Discovery against an API server that speaks the real wire protocol: what is published when all goes well.
 
 use serde_json::json;
-use udp_fanout::testing::discovery::{DiscoveryRequest, Locality, PortRef, ServiceRef, Terminating};
+use udp_fanout::testing::discovery::{DiscoveryRequest, DiscoveryTimeouts, Locality, PortRef, ServiceRef, Terminating};
 use udp_fanout::testing::model::ListenerId;
 use udp_fanout::testing::net::Family;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
@@ -237,6 +237,25 @@ fn a_missing_namespace_service_or_slice_is_told_once_and_picked_up() {
     assert_eq!(log_count(&["WARN EndpointSlice not found: namespace \"nowhere\""]), 1);
     assert_eq!(log_count(&["WARN EndpointSlice not found: service \"absent\""]), 1);
     assert_eq!(log_count(&["WARN EndpointSlice not found: service logging/idle"]), 1);
+}
+
+#[test]
+fn the_cause_of_absence_is_asked_for_again() {
+    let server = ApiServer::start();
+    server.allow(Rule::new(&["get"], "namespaces"));
+    server.allow(Rule::new(&["get"], "services"));
+    server.apply(Kind::Namespace, namespace("logging"));
+    let often = DiscoveryTimeouts { request_timeout: std::time::Duration::from_secs(1), ..limits() };
+    let watching = Watching::with(&server.kubeconfig(), vec![request("appearing")], None, often);
+    logged(&["WARN EndpointSlice not found: service \"appearing\" does not exist"]);
+    server.apply(Kind::Service, service("logging", "appearing"));
+    logged(&["WARN EndpointSlice not found: service logging/appearing exists but has no EndpointSlices"]);
+    let present = || watching.discovery.status().problems();
+    let until = std::time::Instant::now() + udp_fanout_lab::apiserver::DEADLINE;
+    while !matches!(&present()[..], [(_, text)] if text.contains("exists but has no EndpointSlices")) {
+        assert!(std::time::Instant::now() < until, "{:?}", present());
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
 }
 
 #[test]

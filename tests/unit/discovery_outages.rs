@@ -312,6 +312,32 @@ fn a_missing_rule_is_named_with_its_remedy() {
 }
 
 #[test]
+fn refusals_of_a_server_that_starts_are_no_alarm() {
+    let server = ApiServer::start();
+    change(&server, "starting", "10.0.0.1");
+    // The question for the version, and lists.
+    server.answer_next((0..5).map(|_| failure(403, "Forbidden")));
+    let mut watching = Watching::start(&server, vec![request("starting")]);
+    becomes(&mut watching, "10.0.0.1");
+    assert!(watching.errors(ErrorKind::Forbidden) >= 3);
+    server.wait_for_watches(1);
+    assert_eq!(log_count(&["WARN", "logging/starting"]), 0);
+    assert_eq!(log_count(&["the daemon's account may not list and watch"]), 0);
+    assert_eq!(log_count(&["logging/starting are being followed again"]), 0, "no outage was reported");
+}
+
+#[test]
+fn a_first_start_without_rights_claims_no_last_known_endpoints() {
+    let server = ApiServer::start();
+    server.set_rules(&[]);
+    let mut wanted = request("unknown");
+    wanted.services[0].namespace = Some("nothing-yet".to_owned());
+    let _watching = Watching::start(&server, vec![wanted]);
+    let line = logged(&["WARN EndpointSlice not found", "namespace \"nothing-yet\""]);
+    assert!(line.ends_with("; none are known yet"), "{line}");
+}
+
+#[test]
 fn a_rule_taken_away_does_not_take_the_endpoints_away() {
     let (server, mut watching) = followed("revoked", limits());
     server.set_rules(&[Rule::new(&["list"], "endpointslices")]);

@@ -218,10 +218,52 @@ fn a_port_that_no_slice_lists_is_reported_while_it_lasts() {
         aggregator.flush();
         let problems = aggregator.problems();
         assert_eq!(problems.mismatched.contains(&key), mismatch, "{slices:?}");
-        assert_eq!(problems.texts.len(), usize::from(mismatch), "{problems:?}");
-        for (_, text) in problems.texts {
+        let texts: Vec<String> =
+            problems.texts.into_iter().map(|(_, text)| text).filter(|text| text.contains("UDP port")).collect();
+        assert_eq!(texts.len(), usize::from(mismatch), "{texts:?}");
+        for text in texts {
             assert!(text.contains("the endpoints of own/a have no UDP port 9, only 5514 (named \"syslog\")"), "{text}");
             assert!(text.ends_with("set `port = \"syslog\"`"), "{text}");
         }
     }
+}
+
+#[test]
+fn the_cause_of_an_empty_set_is_the_present_one() {
+    let mut aggregator = aggregator(vec![request(0, &["a"], Locality::Cluster)]);
+    let key = ServiceKey::new("own", "a");
+    let unready = |number: u8| {
+        let endpoints = (0..number)
+            .map(|last| SliceEndpoint { readiness: EndpointReadiness::NotReady, ..endpoint(last, "far", "east") });
+        found("a", endpoints.collect())
+    };
+    let six = || {
+        let WatchEvent::Slices(key, slices) = simple("a", &[1]) else { unreachable!() };
+        let six = Slice { addresses: AddressType::Ip(Family::V6), ..(*slices[0]).clone() };
+        WatchEvent::Slices(key, vec![Arc::new(six)])
+    };
+    let absent = WatchEvent::Absent(key.clone(), "service a does not exist".to_owned());
+    for (event, logged, present) in [
+        (WatchEvent::Slices(key.clone(), vec![]), 1, "no slices for its services"),
+        (absent, 0, "service a does not exist"),
+        (WatchEvent::Absent(key.clone(), "service a has no slices".to_owned()), 0, "service a has no slices"),
+        (unready(1), 1, "none of 1 endpoints is ready"),
+        (unready(2), 0, "none of 2 endpoints is ready"),
+        (six(), 1, "only IPv6 addresses"),
+        (WatchEvent::Slices(key.clone(), vec![]), 1, "no slices for its services"),
+    ] {
+        aggregator.handle_event(event);
+        let notices = aggregator.flush().1;
+        assert_eq!(notices.len(), logged, "{present}: {notices:?}");
+        assert!(
+            notices
+                .iter()
+                .all(|notice| matches!(notice, DiscoveryNotice::Empty { cause, .. } if cause.contains(present)))
+        );
+        let problems = aggregator.problems().texts;
+        assert!(matches!(&problems[..], [(_, text)] if text.contains(present)), "{present}: {problems:?}");
+    }
+    aggregator.handle_event(simple("a", &[1]));
+    aggregator.flush();
+    assert_eq!(aggregator.problems().texts, []);
 }

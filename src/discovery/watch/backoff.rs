@@ -14,6 +14,10 @@ const REJECTED_MAX: Duration = Duration::from_secs(5);
 /// The longest `Retry-After` that is respected.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
+/// A 403 is reported after this many in a row: after 3 to 6 seconds. An API server that starts denies everything until it has
+/// read its rules.
+pub(super) const FORBIDDEN_ATTEMPTS: u32 = 6;
+
 /// The shortest and the longest wait.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Backoff {
@@ -45,6 +49,11 @@ impl Backoff {
 pub(super) struct FailureCounts([u32; ErrorKind::ALL.len()]);
 
 impl FailureCounts {
+    /// The number of failures of this kind.
+    pub(super) fn of(&self, kind: ErrorKind) -> u32 {
+        self.0[kind as usize]
+    }
+
     /// A watch has worked.
     pub(super) fn reset(&mut self) {
         *self = FailureCounts::default();

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::super::DiscoveryTimeouts;
 use super::super::service_key::ServiceKey;
 use super::super::status::{ErrorKind, WatchCounters};
-use super::backoff::FailureCounts;
+use super::backoff::{FORBIDDEN_ATTEMPTS, FailureCounts};
 
 #[derive(Debug)]
 pub(super) struct ConnectionState {
@@ -106,7 +106,7 @@ impl ConnectionState {
         self.counters.set_synced(true);
         let mut history = self.history();
         history.current = true;
-        if let Some(outage) = history.outage.take() {
+        if let Some(outage) = history.outage.take().filter(|outage| !outage.reported.is_empty()) {
             let after = outage.since.elapsed();
             tracing::info!("endpoints of {} are being followed again, after {:.1} s", self.key, after.as_secs_f64());
         }
@@ -150,10 +150,13 @@ impl ConnectionState {
         history.failures.next_wait(kind, asked, limits, &mut rand::rng())
     }
 
-    /// True for the first failure of this kind in the current outage, which is the one to log.
+    /// True for the failure of this kind to log: the first one in the current outage. A 403 is logged once it has lasted for
+    /// [`FORBIDDEN_ATTEMPTS`], since an API server that starts also denies what its rules allow.
     pub(super) fn is_first_of_outage(&self, kind: ErrorKind) -> bool {
         let mut history = self.history();
+        let denials = history.failures.of(ErrorKind::Forbidden);
         let outage = history.outage.get_or_insert_with(|| Outage { since: Instant::now(), reported: BTreeSet::new() });
-        outage.reported.insert(kind)
+        let early = kind == ErrorKind::Forbidden && denials < FORBIDDEN_ATTEMPTS;
+        !early && outage.reported.insert(kind)
     }
 }

@@ -43,7 +43,7 @@ pub(super) async fn diagnose(settings: &DiscoverySettings, namespace: &str, serv
     };
     match (list, watch) {
         (Ok(list), Ok(())) if list["items"].as_array().is_none_or(Vec::is_empty) => {
-            Err(queries::explain_no_slices(client, key).await)
+            Err(queries::explain_no_slices(client, key).await.0)
         }
         (Ok(_), Ok(())) => Ok(()),
         (Err(error), _) | (_, Err(error)) => {

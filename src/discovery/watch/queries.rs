@@ -15,7 +15,7 @@ use super::super::messages::{self, Presence};
 use super::super::service_key::ServiceKey;
 use super::super::status::WatchCounters;
 use super::super::wire::{GROUP, ZONE_LABEL};
-use super::backoff::Backoff;
+use super::backoff::{Backoff, FORBIDDEN_ATTEMPTS};
 use super::client;
 use super::connection_state::ConnectionState;
 use super::credentials::Credentials;
@@ -58,14 +58,15 @@ pub(super) async fn served_version(client: &Client) -> Result<Option<SliceApiVer
     }
 }
 
-/// Why a Service has no slices, as far as RBAC allows finding out.
-pub(super) async fn explain_no_slices(client: Client, key: ServiceKey) -> String {
+/// Why a Service has no slices, as far as RBAC allows finding out. The flag is false if the API server did not answer.
+pub(super) async fn explain_no_slices(client: Client, key: ServiceKey) -> (String, bool) {
     let service = presence(&client, &format!("/api/v1/namespaces/{}/services/{}", key.namespace, key.service)).await;
     let namespace = match service {
         Presence::Exists => Presence::Exists,
         _ => namespace_presence(&client, &key).await,
     };
-    messages::no_slices(&key, namespace, service)
+    let answered = service != Presence::Unknown && namespace != Presence::Unknown;
+    (messages::no_slices(&key, namespace, service), answered)
 }
 
 pub(super) async fn namespace_presence(client: &Client, key: &ServiceKey) -> Presence {
@@ -91,10 +92,14 @@ pub(super) async fn find_zone(
 ) {
     let backoff = Backoff::new(settings.limits.backoff_min, settings.limits.backoff_max);
     let mut reported = None;
+    let mut denied = 0;
     for failures in 1.. {
         let (zone, done) = match read_zone(&node, &credentials, &settings).await {
             Ok(zone) => (Some(zone), true),
             Err(ZoneError { why, code }) => {
+                denied = if code == Some(403) { denied + 1 } else { 0 };
+                // An API server that starts denies everything until it has read its rules.
+                let code = code.filter(|_| denied == 0 || denied >= FORBIDDEN_ATTEMPTS);
                 match code {
                     None => tracing::debug!("cannot read node {node:?} yet: {why}"),
                     Some(_) if reported == code => {}

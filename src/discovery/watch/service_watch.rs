@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
@@ -49,8 +50,8 @@ pub(super) struct ServiceWatch {
     incoming: SlicesByName,
     /// True after the first complete list.
     listed: bool,
-    /// True if it is logged that there are no slices.
-    absence_reported: bool,
+    /// The logged cause of there being no slices.
+    absence: Option<String>,
     /// The version to try next if RBAC denies querying it.
     fallback_version: SliceApiVersion,
 }
@@ -73,7 +74,7 @@ impl ServiceWatch {
             slices: SlicesByName::new(),
             incoming: SlicesByName::new(),
             listed: false,
-            absence_reported: false,
+            absence: None,
             fallback_version: SliceApiVersion::V1,
         }
     }
@@ -129,7 +130,7 @@ impl ServiceWatch {
         let selector = format!("{SERVICE_NAME_LABEL}={}", self.key.service);
         let config = watcher::Config::default().labels(&selector).timeout(self.watch_seconds());
         let mut events = pin!(watcher(api, config));
-        let mut explanation: Option<BoxFuture<'static, String>> = None;
+        let mut explanation: Option<BoxFuture<'static, (String, bool)>> = None;
         loop {
             let explained = async {
                 match explanation.as_mut() {
@@ -143,9 +144,9 @@ impl ServiceWatch {
                         self.apply_event(event);
                         if !self.slices.is_empty() {
                             explanation = None;
-                            self.absence_reported = false;
-                        } else if self.listed && !self.absence_reported && explanation.is_none() {
-                            explanation = Some(queries::explain_no_slices(client.clone(), self.key.clone()).boxed());
+                            self.absence = None;
+                        } else if self.listed && explanation.is_none() {
+                            explanation = Some(self.explain(client));
                         }
                     }
                     Some(Err(error)) => {
@@ -157,13 +158,28 @@ impl ServiceWatch {
                     }
                     None => return WatchFailure::not_served("the watcher ended".to_owned()),
                 },
-                text = explained => {
-                    tracing::warn!("{text}");
-                    explanation = None;
-                    self.absence_reported = true;
+                (text, answered) = explained => {
+                    if self.absence.is_none() || (answered && self.absence.as_ref() != Some(&text)) {
+                        tracing::warn!("{text}");
+                        let _ = self.events.send(WatchEvent::Absent(self.key.clone(), text.clone()));
+                        self.absence = Some(text);
+                    }
+                    explanation = Some(self.explain(client));
                 }
             }
         }
+    }
+
+    /// Finds out why there are no slices: at once the first time, then again and again, since a Service or namespace that appears
+    /// without slices causes no event.
+    fn explain(&self, client: &Client) -> BoxFuture<'static, (String, bool)> {
+        let lookup = queries::explain_no_slices(client.clone(), self.key.clone());
+        let delay = if self.absence.is_some() { self.limits.request_timeout } else { Duration::ZERO };
+        async move {
+            tokio::time::sleep(delay).await;
+            lookup.await
+        }
+        .boxed()
     }
 
     fn apply_event<K: ApiSlice>(&mut self, event: Event<K>) {
@@ -213,18 +229,18 @@ impl ServiceWatch {
     }
 
     async fn report_failure(&self, failure: &WatchFailure, client: Option<&Client>) {
+        let kept = if self.listed { "the last known endpoints stay in use" } else { "none are known yet" };
         if failure.kind == ErrorKind::Forbidden {
             let namespace = match client {
                 Some(client) => queries::namespace_presence(client, &self.key).await,
                 None => Presence::Unknown,
             };
             tracing::warn!(
-                "{}",
+                "{}; {kept}",
                 messages::slices_forbidden(&self.key, &failure.text, namespace, self.config.as_deref())
             );
             return;
         }
-        let kept = if self.listed { "the last known endpoints stay in use" } else { "none are known yet" };
         tracing::warn!("cannot follow the endpoints of {}: {}; {kept}; retrying", self.key, failure.text);
     }
 
