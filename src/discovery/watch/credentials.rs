@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+
+use super::failure::join_causes;
 
 /// The source of the API server's address, its certificate authority and the daemon's token. It is read again for each new
 /// client, so rotated credentials are found after the server rejects the old ones.
@@ -34,7 +36,8 @@ impl Credentials {
         match self {
             Credentials::File(path) => {
                 let what = || format!("cannot use the kubeconfig {}", path.display());
-                from_file(Kubeconfig::read_from(path).with_context(what)?).await.with_context(what)
+                let file = Kubeconfig::read_from(path).map_err(|error| anyhow!(join_causes(&error)));
+                from_file(file.with_context(what)?).await.with_context(what)
             }
             Credentials::Pod => Config::incluster().context(
                 "cannot use the pod's service account: check that the pod's automountServiceAccountToken is not false",
@@ -42,7 +45,8 @@ impl Credentials {
             Credentials::User => {
                 let what = "Kubernetes discovery finds no API server: the daemon does not run in a pod (KUBERNETES_SERVICE_HOST is not \
                             set) and neither KUBECONFIG nor ~/.kube/config is usable; name one with --kubeconfig FILE";
-                from_file(Kubeconfig::read().context(what)?).await.context(what)
+                let file = Kubeconfig::read().map_err(|error| anyhow!(join_causes(&error)));
+                from_file(file.context(what)?).await.context(what)
             }
         }
     }

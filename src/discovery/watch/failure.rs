@@ -8,6 +8,9 @@ use kube::runtime::watcher;
 
 use super::super::status::ErrorKind;
 
+/// The reason that the kube crate puts into the status of a reply that is not JSON.
+const UNPARSED: &str = "Failed to parse error data";
+
 /// What to do after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recovery {
@@ -142,8 +145,13 @@ pub(super) fn text_of(error: &kube::Error) -> String {
     if let kube::Error::Api(status) = error {
         return text_of_status(status);
     }
+    join_causes(error)
+}
+
+/// The error and all its causes in one line, without those that are repeated.
+pub(super) fn join_causes(error: &(dyn StdError + 'static)) -> String {
     let mut text = String::new();
-    for cause in chain(error) {
+    for cause in std::iter::successors(Some(error), |&cause| cause.source()) {
         let cause = cause.to_string();
         if !text.contains(&cause) {
             if !text.is_empty() {
@@ -156,7 +164,12 @@ pub(super) fn text_of(error: &kube::Error) -> String {
 }
 
 fn text_of_status(status: &Status) -> String {
-    let message = status.message.replace('\n', " ");
+    let message = status.message.trim().replace('\n', " ");
+    if status.reason == UNPARSED {
+        // kube-apiserver's overload protection and proxies answer in plain text.
+        let message = if message.is_empty() { "no text" } else { &message };
+        return format!("the API server answered {}: {message}", status.code);
+    }
     format!("the API server answered {} {}: {message}", status.code, status.reason)
 }
 

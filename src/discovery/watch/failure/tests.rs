@@ -81,3 +81,17 @@ fn a_refused_certificate_is_told_from_a_lost_connection() {
     let failure = WatchFailure::of_request(&kube::Error::Service(Box::new(tls)));
     assert_eq!((failure.kind, failure.recovery), (ErrorKind::Tls, Recovery::Reconnect));
 }
+
+#[test]
+fn a_reply_in_plain_text_is_quoted_and_no_cause_is_repeated() {
+    let status = |message: &str| Status::failure(message, "Failed to parse error data").with_code(429);
+    let overloaded = kube::Error::Api(status("Too many requests, please try again later.").boxed());
+    let failure = WatchFailure::of_request(&overloaded);
+    assert_eq!(failure.kind, ErrorKind::Throttled);
+    assert_eq!(failure.text, "the API server answered 429: Too many requests, please try again later.");
+    assert_eq!(text_of(&kube::Error::Api(status("").boxed())), "the API server answered 429: no text");
+
+    let missing = kube::config::Kubeconfig::read_from("/nonexistent/kubeconfig").unwrap_err();
+    let text = join_causes(&missing);
+    assert_eq!(text.matches("No such file or directory").count(), 1, "{text}");
+}
