@@ -19,6 +19,7 @@ pub mod keys;
 mod listener_ids;
 mod problem;
 mod protocol;
+mod read;
 mod render;
 mod rules;
 mod schema_check;
@@ -26,8 +27,6 @@ mod schema_check;
 mod tests;
 pub mod watch;
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,8 +44,8 @@ use crate::admission::{SenderRateLimit, SourceRules};
 use crate::discovery::{self, Locality, ServiceRef, Terminating};
 use crate::health::settings::HealthSettings;
 use crate::model::{Downstream, ListenerId, Policy};
+use crate::names;
 use crate::net::Family;
-use crate::{error_hints, names};
 
 /// Most listeners: the highest `max_listeners`.
 pub const MAX_LISTENERS: u32 = 4_096;
@@ -65,9 +64,6 @@ pub const DEFAULT_CONFIG: &str = "/etc/udp-fanout/config.toml";
 
 /// The default of `status_socket`.
 pub const STATUS_SOCKET: &str = "/run/udp-fanout/status.sock";
-
-/// Largest file read, in bytes: room for a million downstreams, and an end to `/dev/zero`.
-const MAX_FILE_SIZE: u64 = 128 << 20;
 
 /// A configuration that has passed every check that can be made without looking at the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -324,13 +320,14 @@ impl Default for MapLimits {
 }
 
 impl Config {
-    /// Reads and checks a configuration file: YAML if its name ends in `.yaml` or `.yml`, else TOML.
+    /// Reads and checks a configuration file: YAML if its name ends in `.yaml` or `.yml`, else TOML. Refuses anything but a
+    /// regular file.
     ///
     /// # Errors
     /// [`Problems`]: the file cannot be read, or what is wrong in it. Its `Display` has one line for each problem, with
     /// the file, the line, the key, the value and the fix.
     pub fn load(path: &Path) -> anyhow::Result<Config> {
-        let bytes = read(path).map_err(|message| Problems::one(path, None, message))?;
+        let bytes = read::read(path).map_err(|message| Problems::one(path, None, message))?;
         let text = std::str::from_utf8(&bytes).map_err(|error| {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
             Problems::one(path, Some(line), "not UTF-8 text; save the file as UTF-8")
@@ -371,7 +368,7 @@ impl Config {
 
 /// The path that a top-level key of a file gives; none if the key is absent or the file cannot be parsed.
 fn top_path(path: &Path, key: &str) -> Option<PathBuf> {
-    let text = String::from_utf8(read(path).ok()?).ok()?;
+    let text = String::from_utf8(read::read(path).ok()?).ok()?;
     let document = document::Document::read(&text, path).ok()?;
     match document.top(key) {
         Some(document::DocumentValue::Text(value)) => Some(PathBuf::from(value)),
@@ -389,34 +386,6 @@ fn parse(text: &str, path: &Path) -> Result<Config, Problems> {
     let file = file::ConfigFile::from_document(&document)
         .map_err(|error| Problems::one(path, None, format!("cannot be understood: {}", error.message())))?;
     rules::apply(file, path, &document, &mut problems).ok_or_else(|| problems.in_order())
-}
-
-/// The file's bytes, or why it cannot be read and the fix.
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| describe_read_error(&error))?;
-    file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes).map_err(|error| describe_read_error(&error))?;
-    if bytes.len() as u64 > MAX_FILE_SIZE {
-        return Err(format!("is larger than {} MiB; name a configuration file with --config", MAX_FILE_SIZE >> 20));
-    }
-    Ok(bytes)
-}
-
-/// Why a file cannot be read, and the fix.
-fn describe_read_error(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::NotFound => "no such file; create it (config/reference.toml shows every key), or name another \
-                                    with --config"
-            .to_owned(),
-        io::ErrorKind::PermissionDenied => {
-            "permission denied; run as a user who may read it, or change its owner or mode".to_owned()
-        }
-        io::ErrorKind::IsADirectory => "is a directory; name a file in it with --config".to_owned(),
-        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-            error_hints::add_open_files_hint(format!("cannot be read: {error}"))
-        }
-        _ => format!("cannot be read: {error}; name another with --config"),
-    }
 }
 
 impl ListenerConfig {

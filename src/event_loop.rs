@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | the daemon starts, stops | `start`, `stop` | `start` |
 //! | SIGHUP, SIGTERM, SIGINT | `handle_signals` | `signals` |
-//! | the configuration file changes, SIGHUP | `reload` | `reload` |
+//! | the configuration file changes, SIGHUP | `reload`, then `take_read_config` | `reload`, `reload_reader` |
 //! | a link, an address or a route changes | `drain_netlink`, then `refresh_host` | `host` |
 //! | a Service or a DNS name has new endpoints | `take_downstream_updates` | `downstream_sources` |
 //! | a health probe is due or answered | `run_health_checks` | `health` |
@@ -32,6 +32,7 @@ mod maintenance;
 mod preceding_programs;
 mod prepare;
 mod reload;
+mod reload_reader;
 mod scrape;
 mod service;
 mod signals;
@@ -51,7 +52,8 @@ use signal_hook_mio::v1_0::Signals;
 
 use self::downstream_sources::DownstreamSources;
 use self::preceding_programs::PrecedingPrograms;
-use self::reload::{ReloadCause, ReloadState};
+use self::reload::ReloadState;
+use self::reload_reader::ReloadCause;
 use self::status_socket::StatusSocket;
 use self::trace::TraceState;
 use crate::config::Config;
@@ -167,6 +169,7 @@ impl Daemon {
                 }
                 self.dispatch(event.token());
             }
+            self.take_read_config();
             self.take_downstream_updates();
             self.run_health_checks();
             self.run_timers();
@@ -196,9 +199,10 @@ impl Daemon {
         if take_due(&mut self.service_manager.watchdog_due, now) {
             self.feed_watchdog(now);
         }
-        if take_due(&mut self.reloading.due, now) {
+        if take_due(&mut self.reloading.read_due, now) {
             self.reload(ReloadCause::File);
         }
+        self.report_stalled_read(now);
         self.status_socket.retry_accept(now);
         if take_due(&mut self.timers.host, now) {
             self.refresh_host();
@@ -214,7 +218,7 @@ impl Daemon {
     fn next_deadline(&self) -> Option<Instant> {
         let since_start = self.health.next_deadline().into_iter().chain(self.sources.next_deadline()).min();
         let since_start = since_start.map(|due| self.started + due);
-        let others = [self.reloading.due, self.service_manager.watchdog_due, self.status_socket.due(), since_start];
+        let others = [self.reloading.due(), self.service_manager.watchdog_due, self.status_socket.due(), since_start];
         self.timers.next().into_iter().chain(others.into_iter().flatten()).min()
     }
 }

@@ -6,8 +6,10 @@
 use std::fmt;
 use std::path::Path;
 
-/// Most problems shown of one file; the rest is counted, so that the first ones stay on the screen.
+/// Most problems shown of one file; the others are counted, so that the first ones stay on the screen.
 const MOST_SHOWN: usize = 20;
+/// Most problems counted. A file with more is checked no further.
+const MOST_COUNTED: usize = 500;
 /// Most characters shown of a value from the file.
 const MOST_QUOTED: usize = 60;
 
@@ -62,9 +64,14 @@ impl Problems {
     pub(super) fn add(&mut self, line: Option<usize>, key: Option<String>, message: String) {
         if self.shown.len() < MOST_SHOWN {
             self.shown.push(Problem { file: self.file.clone(), line, key, message });
-        } else {
+        } else if !self.is_full() {
             self.more += 1;
         }
+    }
+
+    /// True once so many problems were found that more are not counted: the check can stop.
+    pub(super) fn is_full(&self) -> bool {
+        self.shown.len() + self.more >= MOST_COUNTED
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -86,7 +93,10 @@ impl fmt::Display for Problems {
         }
         match self.more {
             0 => Ok(()),
-            more => write!(f, "\n{}: {more} more like these; fix the first {MOST_SHOWN} and run again", self.file),
+            more => {
+                let least = if self.is_full() { "at least " } else { "" };
+                write!(f, "\n{}: {least}{more} more problems; fix the first {MOST_SHOWN} and run again", self.file)
+            }
         }
     }
 }
@@ -128,6 +138,14 @@ mod tests {
         }
         let text = problems.to_string();
         assert_eq!(text.lines().count(), MOST_SHOWN + 1);
-        assert!(text.ends_with("c.toml: 5 more like these; fix the first 20 and run again"));
+        assert!(text.ends_with("c.toml: 5 more problems; fix the first 20 and run again"));
+        for line in 26..=MOST_COUNTED {
+            assert!(!problems.is_full());
+            problems.add(Some(line), None, "wrong".into());
+        }
+        problems.add(None, None, "one too many".into());
+        assert!(problems.is_full());
+        let text = problems.to_string();
+        assert!(text.ends_with("c.toml: at least 480 more problems; fix the first 20 and run again"), "{text}");
     }
 }

@@ -89,6 +89,9 @@ fn listener_key(id: ListenerId) -> KeyPath {
 
 impl RuleChecker<'_> {
     fn fault(&mut self, key: &KeyPath, message: impl Into<String>) {
+        if self.problems.is_full() {
+            return;
+        }
         self.problems.add(self.document.line(key), Some(key.to_string()), message.into());
     }
 

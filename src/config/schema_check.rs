@@ -30,8 +30,11 @@ impl SchemaChecker<'_> {
         self.problems.add(Some(line), key, message);
     }
 
-    /// Runs `check` one step further down.
+    /// Runs `check` one step further down, unless there are too many problems already.
     fn within(&mut self, step: impl Into<KeyStep>, check: impl FnOnce(&mut Self)) {
+        if self.problems.is_full() {
+            return;
+        }
         self.at.0.push(step.into());
         check(self);
         self.at.0.pop();
@@ -41,14 +44,20 @@ impl SchemaChecker<'_> {
         // Keys present under a misspelt name: they are not reported as missing too.
         let mut meant = Vec::new();
         for (name, node) in entries {
+            if self.problems.is_full() {
+                return;
+            }
             let known = keys.iter().find(|key| key.name == *name);
-            let near = nearest(name, keys.iter().map(|key| key.name.as_str()));
+            let near = match known {
+                Some(_) => None,
+                None => nearest(name, keys.iter().map(|key| key.name.as_str())),
+            };
             self.within(name.as_str(), |checker| match (known, near) {
                 (Some(key), _) => checker.value(key, node),
                 (None, Some(near)) => checker.fault(node.line, format!("unknown key; did you mean `{near}`?")),
                 (None, None) => checker.fault(node.line, unknown(name, keys)),
             });
-            meant.extend(near.filter(|_| known.is_none()));
+            meant.extend(near);
         }
         for key in keys {
             let there = entries.iter().any(|(name, _)| *name == key.name) || meant.contains(&key.name.as_str());

@@ -1,8 +1,8 @@
 //! Puts a changed configuration in force while the daemon runs: whole, or not at all.
 //!
 //! ```text
-//! SIGHUP, or the file has changed ─► Config::load ─► succeeding ─► prepare ─► controller ─► finish_reload ─┬─► commit
-//!                                        └───────── an error ────────┴───────────────────────────────────┴─► reject
+//! SIGHUP, or the file has changed ─► reload_reader ─► take_read_config ─► controller ─► finish_reload ─┬─► commit
+//!                                          └──────────── an error ─┴─────────────────────────────────┴─► reject
 //! ```
 //!
 //! What can fail comes first: reading the file, opening the metrics port, loading the TC program, choosing the modes,
@@ -18,6 +18,7 @@ use anyhow::Result;
 use mio::{Interest, Registry, Token};
 
 use super::prepare::{load_kernel, raise_open_files_limit, track_next_hops};
+use super::reload_reader::{ConfigReader, ReloadCause};
 use super::{CONFIG_FILE, Daemon, handover};
 use crate::config::watch::ConfigWatcher;
 use crate::config::{Config, DownstreamSource, ListenerConfig, ListenerIdAllocator};
@@ -33,15 +34,6 @@ use crate::model::Mode;
 /// How long after a change the file is read: an editor may write it in several steps.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// Why the configuration is read again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ReloadCause {
-    /// `SIGHUP`.
-    Signal,
-    /// inotify reports that the file may have changed.
-    File,
-}
-
 /// The file's watch, the reload in progress, and the outcome of earlier ones.
 #[derive(Debug)]
 pub(super) struct ReloadState {
@@ -50,7 +42,8 @@ pub(super) struct ReloadState {
     pub(super) rejection: Option<(SystemTime, String)>,
     watch: Option<ConfigWatcher>,
     /// When the file is to be read, if it may have changed.
-    pub(super) due: Option<Instant>,
+    pub(super) read_due: Option<Instant>,
+    reader: ConfigReader,
     numbers: ListenerIdAllocator,
     pending: Option<PendingReload>,
 }
@@ -93,7 +86,8 @@ impl ReloadState {
             counts: ReloadCounts { success: 0, error: 0, last_good: true, last_success: now },
             rejection: None,
             watch: None,
-            due: None,
+            read_due: None,
+            reader: ConfigReader::new(Config::load),
             numbers: ListenerIdAllocator::default(),
             pending: None,
         };
@@ -105,7 +99,7 @@ impl ReloadState {
     fn update_watch(&mut self, config: &Config, registry: &Registry, token: Token) {
         if !config.watch {
             self.watch = None;
-            self.due = None;
+            self.read_due = None;
             return;
         }
         if self.watch.is_some() {
@@ -125,13 +119,18 @@ impl ReloadState {
         }
     }
 
-    /// True while a new configuration is being applied.
+    /// True while a new configuration is being read or applied. A read that has stalled does not count.
     pub(super) fn in_progress(&self) -> bool {
-        self.pending.is_some()
+        self.pending.is_some() || self.reader.in_progress()
+    }
+
+    /// When the file is to be read, or its reading is to be reported as stalled.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.read_due.into_iter().chain(self.reader.report_due()).min()
     }
 
     fn schedule(&mut self) {
-        self.due.get_or_insert_with(|| Instant::now() + SETTLE);
+        self.read_due.get_or_insert_with(|| Instant::now() + SETTLE);
     }
 
     /// Reads inotify's events, and schedules a reload if the file may have changed.
@@ -150,17 +149,37 @@ impl ReloadState {
 }
 
 impl Daemon {
-    /// Reads the configuration file, and puts it in force if that is possible.
+    /// Starts to read the configuration file; [`Self::take_read_config`] follows.
     pub(super) fn reload(&mut self, cause: ReloadCause) {
         if cause == ReloadCause::Signal {
             self.service_manager.notify_reloading();
         }
-        self.read_and_prepare(cause);
+        if let Err(error) = self.reloading.reader.start(&self.config.path, cause, &self.waker, Instant::now()) {
+            self.reject(&error, cause);
+        }
         self.notify_reload_ended();
     }
 
-    fn read_and_prepare(&mut self, cause: ReloadCause) {
-        let read = Config::load(&self.config.path).and_then(|config| {
+    /// Puts the configuration in force that the reader thread has read, if it has and if that is possible.
+    pub(super) fn take_read_config(&mut self) {
+        let Some((cause, read)) = self.reloading.reader.take_result() else { return };
+        self.check_and_prepare(read, cause);
+        if let Some(cause) = self.reloading.reader.take_queued() {
+            self.reload(cause);
+        }
+        self.notify_reload_ended();
+    }
+
+    /// Reports a file that cannot be read in time. The reader thread continues to wait for it.
+    pub(super) fn report_stalled_read(&mut self, now: Instant) {
+        if let Some((cause, error)) = self.reloading.reader.take_stall(&self.config.path, now) {
+            self.reject(&error, cause);
+            self.notify_reload_ended();
+        }
+    }
+
+    fn check_and_prepare(&mut self, read: Result<Config>, cause: ReloadCause) {
+        let read = read.and_then(|config| {
             config.inherit_listener_ids(&self.config, self.kernel.is_some(), &mut self.reloading.numbers)
         });
         let config = match read {
@@ -314,15 +333,6 @@ impl Daemon {
         counts.error += 1;
         counts.last_good = false;
         self.reloading.rejection = Some((SystemTime::now(), text));
-    }
-}
-
-impl ReloadCause {
-    fn name(self) -> &'static str {
-        match self {
-            ReloadCause::Signal => "SIGHUP",
-            ReloadCause::File => "the file has changed",
-        }
     }
 }
 

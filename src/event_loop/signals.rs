@@ -3,7 +3,7 @@
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::Daemon;
-use super::reload::ReloadCause;
+use super::reload_reader::ReloadCause;
 
 impl Daemon {
     /// Handles the signals that have arrived. True if one of them stops the daemon.

@@ -132,3 +132,19 @@ fn a_small_file_cannot_become_a_large_tree() {
         assert!(message.contains("not valid TOML: "), "{message}");
     }
 }
+
+/// As many mistakes as fit into a file: the check gives up early.
+#[test]
+fn a_file_full_of_mistakes_is_not_checked_to_its_end() {
+    let unknown: String = (0..200_000).map(|n| format!("k{n} = 1\n")).collect();
+    let misspelt = ONE.to_owned() + &"[[listeners]]\nnam = 'b'\nbin = '0.0.0.0:1'\n".repeat(30_000);
+    let prefixes: String = (0..60_000).map(|n| format!("'x{n}', ")).collect();
+    let prefixes = format!("{ONE}[listeners.sources]\nallow = [{prefixes}]\n");
+    for text in [unknown, misspelt, prefixes] {
+        let start = std::time::Instant::now();
+        let message = refusal(&text, "c.toml");
+        assert!(message.ends_with(": at least 480 more problems; fix the first 20 and run again"), "{message}");
+        assert_eq!(message.lines().count(), 21);
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
+    }
+}

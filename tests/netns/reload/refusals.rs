@@ -1,6 +1,10 @@
 //! Edits that are refused: each says why, and nothing has changed, neither what is wrong nor the rest.
 
+use std::fs;
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 
 use super::{metrics, reloads, start, two_listeners};
 use udp_fanout_lab::traffic::bind;
@@ -62,6 +66,33 @@ fn netns_what_needs_a_restart_says_so() {
     assert!(log.contains("limits.max_downstreams: 100 needs a restart"), "{log}");
     all_listeners_serve(&lab, 4);
     daemon.stop().unwrap();
+}
+
+/// A FIFO without a writer in place of the watched file: opening it in the usual way would never return.
+#[test]
+fn netns_a_fifo_as_configuration_is_refused_and_stops_nothing() {
+    let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
+    for mode in ["tc_ebpf", "userspace"] {
+        let mut config = two_listeners(&lab, mode);
+        config.head.clear();
+        let mut daemon = start(&lab, &config);
+        let fifo = daemon.config_path().with_extension("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        fs::rename(&fifo, daemon.config_path()).unwrap();
+        let line = daemon.wait_for_line("is a named pipe (FIFO)").unwrap();
+        assert!(line.contains("must be a regular file; name one with --config"), "{line}");
+        daemon.wait_for_line("configuration not reloaded").unwrap();
+        assert_eq!((reloads(&lab, "success"), reloads(&lab, "error")), (0, 1));
+        all_listeners_serve(&lab, 4);
+        // The file is watched still.
+        daemon.write_config(&config.to_toml()).unwrap();
+        daemon.wait_for_line("matches the configuration in force again").unwrap();
+        fs::remove_file(daemon.config_path()).unwrap();
+        nix::unistd::mkfifo(&daemon.config_path(), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        daemon.wait_for_line("configuration not reloaded").unwrap();
+        let (status, took, log) = daemon.stop().unwrap();
+        assert!(status.success() && took < Duration::from_secs(5), "{status} after {took:?}:\n{log}");
+    }
 }
 
 /// What only shows when it is tried: an address that another program has, an interface that is not there.
