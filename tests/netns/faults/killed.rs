@@ -10,7 +10,7 @@ use super::{Pins, binary, counted, exchange, lab, start_behind};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
 /// The calls that change something, of which a takeover consists.
-const CALLS: [&str; 3] = ["bpf", "unlink", "rmdir"];
+const CALLS: [&str; 2] = ["bpf", "unlinkat"];
 /// How those begin that do, of the calls to `bpf`. Of the pins, the first and the last.
 const CHANGES: [&str; 6] = [
     "bpf(BPF_MAP_UPDATE_ELEM",
@@ -42,10 +42,11 @@ fn steps(trace: &Path) -> Vec<Step> {
     CALLS.into_iter().flat_map(steps_of).collect()
 }
 
-/// The call and its command.
+/// The call and, of `bpf`, its command.
 fn named(line: &str) -> &str {
     let call = line.split_once(' ').unwrap().1.trim_start();
-    call.split([',', '"']).next().unwrap()
+    let end = if call.starts_with("bpf(") { call.find([',', '"']) } else { call.find('(') };
+    &call[..end.unwrap()]
 }
 
 fn traced(trace: &Path, fault: &str) -> Vec<String> {
