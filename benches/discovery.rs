@@ -1,12 +1,12 @@
 //! How long an endpoint change takes from the API server to the kernel's table, with 1,000 endpoints.
 //!
-//! From the moment the server has the change, which it writes as a watch event at once, in three parts:
+//! Measured from the moment the API server has the change, which it writes as a watch event immediately, in three ways:
 //!
-//! - to the kernel's table, in the real daemon: TLS, parsing, merging ten slices of 100 endpoints, the hand-over between
-//!   threads, asking the kernel for a thousand routes, the plan, the table; until its log line, written once the table is
-//!   published, has been read. Takes root, for namespaces and the kernel program.
+//! - to the kernel's table, in the real daemon: TLS, parsing, merging ten slices of 100 endpoints, passing the update
+//!   between threads, looking up a thousand routes, the plan, the table; until its log line, written once the table is
+//!   published, has been read. Needs root, for namespaces and the kernel program.
 //! - to the arrival of the update on the event loop's channel.
-//! - slices to downstreams, which is the part of our own code that does no I/O.
+//! - from slices to downstreams, the part of the program's own code without I/O.
 //!
 //! `cargo bench --bench discovery` prints the distributions; `-- --test` or `-- --quick` runs it briefly. The first is held to 10 ms at the
 //! 99th percentile.
@@ -31,10 +31,10 @@ use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Surroundings};
 use udp_fanout_testkit::watching::{Watching, request};
 
 const ENDPOINTS: usize = 1000;
-/// What the 99th percentile to the kernel's table should stay below.
+/// Goal for the 99th percentile to the kernel's table.
 const GOAL: Duration = Duration::from_millis(10);
 
-/// The slice that changes: one of its hundred endpoints is ready or not.
+/// The slice that changes: the readiness of one of its hundred endpoints.
 fn changed(flip: bool) -> serde_json::Value {
     let endpoint = |n: usize| if n == 50 && flip { unready(&nth(n)) } else { ready(&nth(n)) };
     slice("logging", "bench", "bench-0000", (0..100).map(endpoint))
@@ -50,14 +50,14 @@ fn main() {
         let verdict = if p99 < GOAL { "reached" } else { "missed" };
         println!("goal: p99 under {GOAL:?}, {verdict}");
     } else {
-        println!("to the kernel's table: left out, because it takes root");
+        println!("to the kernel's table: skipped, because it needs root");
     }
     through_the_server("one change at a time", rounds, pause);
     through_the_server("changes back to back", rounds, Duration::ZERO);
     pure("slices to downstreams alone", rounds);
 }
 
-/// The real daemon in a namespace. Nothing listens at the endpoints, but there is a route to each.
+/// Measures the real daemon in a namespace. Nothing listens at the endpoints, but there is a route to each.
 fn to_the_kernel(title: &str, rounds: usize, pause: Duration) -> Duration {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     lab.gateway.ip("route add 10.1.0.0/16 via 10.0.10.2").unwrap();
@@ -87,7 +87,7 @@ fn to_the_kernel(title: &str, rounds: usize, pause: Duration) -> Duration {
     p99
 }
 
-/// Without a pause, the window in which changes are gathered is part of what is measured.
+/// Measures up to the event loop's channel. Without a pause, the result includes the coalescing window.
 fn through_the_server(title: &str, rounds: usize, pause: Duration) {
     let server = ApiServer::start();
     server.apply_all(Kind::EndpointSlice, slices_of("logging", "bench", 0, ENDPOINTS));
@@ -97,7 +97,7 @@ fn through_the_server(title: &str, rounds: usize, pause: Duration) {
     let times = (0..rounds).map(|round| {
         let flip = round % 2 == 0;
         let object = changed(flip);
-        // Lets the window of the last update pass; nothing is waited for by it.
+        // Lets the coalescing window of the last update pass.
         std::thread::sleep(pause);
         let started = Instant::now();
         server.apply(Kind::EndpointSlice, object);
@@ -109,7 +109,7 @@ fn through_the_server(title: &str, rounds: usize, pause: Duration) {
     report(title, times.collect());
 }
 
-/// What of that is spent in our own code: one slice read from its JSON text, all merged.
+/// Measures the program's own code alone: parsing one slice from JSON, and merging all.
 fn pure(title: &str, rounds: usize) {
     let read = |object: &serde_json::Value| {
         let text = object.to_string();

@@ -1,9 +1,9 @@
-//! How fast udp-fanout and other forwarders are: `make bench`, or, as root,
+//! The speed of udp-fanout and other forwarders: `make bench`, or, as root,
 //! `cargo bench --bench fanout`.
 //!
 //! Each forwarder gets the same load in the same network, one after the other, for several rounds. Without arguments,
 //! everything is measured, `docs/benchmarks/` is written and the tables of `docs/BENCHMARKS.md` are replaced, unless other
-//! programs have disturbed too many runs. With `--quick` (less than three minutes), or with words that select the sections
+//! programs disturbed too many runs. With `--quick` (less than three minutes), or with words that select the sections
 //! whose names begin with them, the report goes to `target/benchmarks/` or to `--out DIRECTORY`. `--rounds N` sets the number
 //! of rounds, `--only 'NAME;NAME'` selects forwarders.
 //!
@@ -62,7 +62,7 @@ fn main() -> Result<()> {
     let options = options()?;
     let machine = Machine::here();
     if machine.load_before > 0.5 {
-        eprintln!("Other programs are running (load average {:.2}): figures will be too low.", machine.load_before);
+        eprintln!("Other programs are running (load average {:.2}): the figures will be too low.", machine.load_before);
     }
     let (effort, testbed) = (options.effort(), Testbed::build()?);
     let mut tables = Vec::new();
@@ -95,7 +95,9 @@ fn main() -> Result<()> {
     report::write(&results, &directory)?;
     println!("Written: {}", directory.display());
     if options.full() && !publish {
-        println!("docs/ is as it was: this machine does too much else. Run it again when it is idle.");
+        println!(
+            "docs/ is unchanged: other programs disturbed too many runs. Run the benchmark again on an idle machine."
+        );
     }
     if publish {
         report::insert(&results, &project.join("docs/BENCHMARKS.md"), "benchmarks")?;
@@ -110,7 +112,7 @@ fn options() -> Result<Options> {
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
         match word.as_str() {
-            // Cargo passes it.
+            // Cargo passes this argument.
             "--bench" => {}
             "--quick" => options.quick = true,
             // Names contain commas.

@@ -1,7 +1,7 @@
-//! How near the kernel program is to the least that any program could do: `make bench-kernel`.
+//! Compares the kernel program with the minimum that any program could do: `make bench-kernel`.
 //!
 //! Every path is set up, measured and removed in turn, for several rounds, so that other programs on the machine
-//! affect all alike; what counts is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
+//! affect all paths equally; the result is the median of the ratios within a round. The figures go into `docs/BENCHMARKS.md`, unless
 //! `-- --quick`, which is shorter and coarser, or `-- --only WORDS`, for comparisons whose title has these words, is given.
 //!
 //! `-- --against BINARY`, given any number of times, compares other builds of the daemon with this one; `-- --rounds N` sets
@@ -41,7 +41,7 @@ struct Comparison {
     title: &'static str,
     /// The pods that receive.
     pods: u8,
-    /// Datagrams must leave by the device.
+    /// Datagrams must leave by the device's egress path.
     by_device: bool,
     /// Senders address the pods, not the listener.
     foreign: bool,
@@ -76,7 +76,7 @@ const COMPARISONS: [Comparison; 4] = [
         paths: &[
             ("floor: one receiver, known, bpf_redirect", BenchPath::Reference("floor_device")),
             (OURS, BenchPath::Balance(3)),
-            // As many as the floor has: what is between these two is the devices' and receivers' affair.
+            // As many receivers as the floor has, so that devices and receivers cost the same in both.
             ("udp-fanout with one receiver", BenchPath::Balance(1)),
             ("the obvious way: bpf_redirect_neigh", BenchPath::Reference("obvious")),
             ("plain kernel forwarding, no balancing", BenchPath::Forwarding),
@@ -117,7 +117,7 @@ struct Line {
     rate: f64,
     /// Median of the ratios to the yardstick of the same round, and the least and the greatest.
     ratio: [f64; 3],
-    /// Of the best round to the yardstick's best one: what else the machine does only ever costs.
+    /// Ratio of the best round to the yardstick's best one: other programs can only slow a round down.
     best: f64,
 }
 
@@ -133,7 +133,7 @@ struct Options {
     only: Option<String>,
     /// Other builds of the daemon.
     against: Vec<PathBuf>,
-    /// The figures go into the document.
+    /// Write the figures into `docs/BENCHMARKS.md`.
     document: bool,
 }
 
@@ -144,7 +144,7 @@ struct Results {
     comparisons: Vec<Outcome>,
 }
 
-/// Between these lines of the document the tables are replaced.
+/// The tables between these lines of the document are replaced.
 const PLACE: [&str; 2] = ["<!-- kernel: written by `make bench-kernel` -->", "<!-- end of kernel -->"];
 
 fn main() -> Result<()> {
@@ -218,7 +218,7 @@ fn options() -> Options {
     }
 }
 
-/// A comparison's paths, each with its name and the daemon that it may need: this one, then those to compare it with.
+/// A comparison's paths, each with its name and the daemon's binary: this build, then the builds to compare.
 fn baselines(comparison: &Comparison, options: &Options) -> Vec<(String, BenchPath, PathBuf)> {
     let own = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
     let mut all = Vec::new();
@@ -238,7 +238,7 @@ fn compare(comparison: &Comparison, options: &Options) -> Result<Outcome> {
     }
     let baselines = baselines(comparison, options);
     let mut rounds: Vec<Vec<f64>> = Vec::new();
-    // In place on a terminal, else a line for each round.
+    // Updated in place on a terminal, otherwise one line per round.
     let terminal = std::io::stdout().is_terminal();
     for round in 0..options.rounds {
         let mut rates = Vec::new();

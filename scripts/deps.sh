@@ -44,13 +44,13 @@ test  | python3-venv   | python:ensurepip     | installs them
 lint  | python3        | command:python3      | runs the tools of scripts/tools.sh
 lint  | python3-venv   | python:ensurepip     | installs them
 fuzz  | g++            | command:c++          | compiles libFuzzer
-bench | dnsdist        | command:dnsdist      | a contender
-bench | iptables       | command:iptables-nft-restore | a contender
-bench | nftables       | command:nft          | a contender
-bench | rsyslog        | command:rsyslogd     | a contender
-bench | socat          | command:socat        | a contender
+bench | dnsdist        | command:dnsdist      | a baseline of the benchmarks
+bench | iptables       | command:iptables-nft-restore | a baseline of the benchmarks
+bench | nftables       | command:nft          | a baseline of the benchmarks
+bench | rsyslog        | command:rsyslogd     | a baseline of the benchmarks
+bench | socat          | command:socat        | a baseline of the benchmarks
 bench | ethtool        | command:ethtool      | switches offloads of the network that it runs in
-bench | nginx          | command:nginx        | a contender
+bench | nginx          | command:nginx        | a baseline of the benchmarks
 bench | libnginx-mod-stream | file:/usr/lib/nginx/modules/ngx_stream_module.so | its module for UDP
 lint  | clang-format   | command:clang-format | format of bpf/
 lint  | shellcheck     | command:shellcheck   | lints shell scripts

@@ -19,13 +19,13 @@ pub enum BenchPath {
     Forwarding,
     /// A program of `references.bpf.c` at the gateway's ingress.
     Reference(&'static str),
-    /// The daemon, balancing over so many pods.
+    /// The daemon, balancing over this many pods.
     Balance(usize),
-    /// The daemon, with a copy to each of so many pods.
+    /// The daemon, with a copy to each of this many pods.
     Replicate(usize),
-    /// iptables' TEE to so many pods.
+    /// iptables' TEE to this many pods.
     Tee(usize),
-    /// nftables' dup to so many pods.
+    /// nftables' dup to this many pods.
     Dup(usize),
 }
 
@@ -34,7 +34,7 @@ pub enum ActivePath {
     /// Nothing to remove.
     Nothing,
     /// The daemon.
-    Daemon(#[expect(dead_code, reason = "held for its end")] Box<Daemon>),
+    Daemon(#[expect(dead_code, reason = "dropping it ends the daemon")] Box<Daemon>),
     /// A command that removes it.
     Undo(Command),
 }
@@ -58,7 +58,7 @@ impl BenchPath {
         }
     }
 
-    /// Sets it up on the gateway. `binary` is the daemon, if the path has one.
+    /// Sets the path up on the gateway. `binary` is the daemon's, if the path needs it.
     ///
     /// # Errors
     /// When a command or the daemon cannot be started.
@@ -91,7 +91,7 @@ fn daemon(testbed: &Pods, binary: &Path, count: usize, extra: &str) -> Result<Ac
     Ok(ActivePath::Daemon(Box::new(Daemon::start_behind(&testbed.gateway, &[], binary, &config)?)))
 }
 
-/// Attaches an empty program to the egress of every pod's link, as a CNI plugin's policy would. A redirect to the peer must
+/// Attaches an empty program to the egress of every pod's link, as a CNI plugin's policy does. A redirect to the peer must
 /// not skip it, so datagrams take the device's egress path.
 ///
 /// # Errors
@@ -107,7 +107,7 @@ fn reference(testbed: &Pods, name: &str) -> Result<ActivePath> {
     Ok(ActivePath::Undo(undo))
 }
 
-/// Attaches a reference to a device of the gateway. The filter holds the program.
+/// Attaches a reference program to a device of the gateway. The filter keeps the program loaded.
 fn attach(testbed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Result<()> {
     let pod = |pod: &Pod| Ok((pod.address, pod.index, mac(&pod.mac)?, mac(&pod.gateway_mac)?));
     let loaded = load(&testbed.references, &testbed.pods.iter().map(pod).collect::<Result<Vec<_>>>()?)?;
@@ -122,18 +122,18 @@ fn attach(testbed: &Pods, name: &str, device: &str, point: TcAttachPoint) -> Res
     })
 }
 
-/// Where a reference sends to: address, link, the hardware addresses of the other end and of this one.
+/// A destination of the reference programs: address, interface index, MAC addresses of the pod's end and the gateway's end.
 pub type Destination = (SocketAddr, u32, [u8; 6], [u8; 6]);
 
-/// Compiles the references.
+/// Compiles the reference programs.
 ///
 /// # Errors
-/// When it does not compile.
+/// When the compilation fails.
 pub fn references() -> Result<Vec<u8>> {
     programs::compile(Path::new("benches/kernel/references.bpf.c"))
 }
 
-/// Loads the references for these destinations.
+/// Loads the reference programs for these destinations.
 ///
 /// # Errors
 /// When the kernel rejects a program.
@@ -143,21 +143,22 @@ pub fn load(object: &[u8], destinations: &[Destination]) -> Result<Object> {
     let mut rodata = opened
         .maps_mut()
         .find(|map| map.name().to_string_lossy().ends_with(".rodata"))
-        .context("the references have no constants")?;
-    let value = rodata.initial_value_mut().context("the references' constants have no memory")?;
-    let value = value.get_mut(..constants.len()).context("the references' constants are of another size")?;
+        .context("the reference programs have no constants")?;
+    let value = rodata.initial_value_mut().context("the reference programs' constants have no memory")?;
+    let value =
+        value.get_mut(..constants.len()).context("the reference programs' constants have an unexpected size")?;
     value.copy_from_slice(&constants);
-    opened.load().context("cannot load the references: this needs root")
+    opened.load().context("cannot load the reference programs, which needs root")
 }
 
 /// `struct references` of the C file.
 fn constants(destinations: &[Destination]) -> Result<Vec<u8>> {
-    let SocketAddr::V4(listener) = LISTENER else { anyhow::bail!("the references know IPv4 only") };
+    let SocketAddr::V4(listener) = LISTENER else { anyhow::bail!("the reference programs support only IPv4") };
     let mut bytes = listener.ip().octets().to_vec();
     bytes.extend(PORT.to_be_bytes());
     bytes.extend(u16::try_from(destinations.len())?.to_ne_bytes());
     for (address, index, mac, own) in destinations {
-        let SocketAddr::V4(address) = address else { anyhow::bail!("the references know IPv4 only") };
+        let SocketAddr::V4(address) = address else { anyhow::bail!("the reference programs support only IPv4") };
         bytes.extend(address.ip().octets());
         bytes.extend(index.to_ne_bytes());
         bytes.extend(mac);
@@ -168,7 +169,7 @@ fn constants(destinations: &[Destination]) -> Result<Vec<u8>> {
 
 fn mac(text: &str) -> Result<[u8; 6]> {
     let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
-    bytes.try_into().map_err(|_| anyhow::anyhow!("no hardware address: {text}"))
+    bytes.try_into().map_err(|_| anyhow::anyhow!("not a MAC address: {text}"))
 }
 
 /// Senders address the last pod, to which the kernel forwards; each of the others gets a copy.

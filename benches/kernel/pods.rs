@@ -5,9 +5,9 @@
 //!   10.0.0.2   eth0    in  10.0.0.1   pod1 …    eth0  10.244.0.1 …, a TC program that counts and drops
 //! ```
 //!
-//! The generator has one CPU, everything from the gateway's receive queue on another, so that what one CPU forwards is
-//! what is measured. A sender's socket buffer is not free again before its datagrams have been dropped, so it never sends
-//! more than is carried.
+//! The generator has one CPU; everything from the gateway's receive queue on has another, so that the result is what one CPU
+//! forwards. A sender's socket buffer is free again only when its datagrams have been dropped, so it never sends more than is
+//! forwarded.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -24,34 +24,34 @@ use udp_fanout_lab::netns::{End, connect};
 
 /// The port of the listener and of every pod.
 pub const PORT: u16 = 5514;
-/// Where senders send to.
+/// The listener's address, to which senders send.
 pub const LISTENER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), PORT);
 /// The gateway's interface that faces the generator.
 pub const IN: &str = "in";
-/// More than any generator can send: it sends as fast as it can.
+/// A rate above any generator's limit: it sends as fast as it can.
 const AS_FAST_AS_IT_CAN: f64 = 1e8;
 
-/// The limit of datagrams in flight, copies included, in bytes of the kernel's memory: some hundred datagrams, fewer than queues
-/// between devices hold. Copies are not charged to the socket, so what they need is taken from the rest.
+/// The limit of datagrams in flight, copies included, in bytes of kernel memory: some hundred datagrams, fewer than queues between
+/// devices hold. The kernel does not charge copies to the socket, so the limit is reduced for them.
 const IN_FLIGHT: usize = 200_000;
 
 /// A receiver.
 pub struct Pod {
-    /// Its address and port.
+    /// The pod's address and port.
     pub address: SocketAddr,
-    /// The gateway's end of its link.
+    /// The gateway's interface to the pod.
     pub device: String,
-    /// The number of that link.
+    /// The index of that interface.
     pub index: u32,
-    /// The hardware address of its own end.
+    /// The MAC address of the pod's interface.
     pub mac: String,
-    /// The hardware address of the gateway's end.
+    /// The MAC address of the gateway's interface.
     pub gateway_mac: String,
     sink: Sink,
     _namespace: Namespace,
 }
 
-/// The namespaces. Everything goes when it is dropped.
+/// The namespaces. Dropping it removes everything.
 pub struct Pods {
     /// The namespace of the senders.
     generator: Namespace,
@@ -59,13 +59,13 @@ pub struct Pods {
     pub gateway: Namespace,
     /// The namespaces of the receivers.
     pub pods: Vec<Pod>,
-    /// The programs to compare with, compiled once and loaded for every turn.
+    /// The compiled reference programs, which are loaded for every turn.
     pub references: Vec<u8>,
     cpus: [usize; 2],
 }
 
 impl Pods {
-    /// Builds the network with so many pods.
+    /// Builds the network with this many pods.
     ///
     /// # Errors
     /// When not root, on a machine with one CPU, or when a command fails.
@@ -89,10 +89,10 @@ impl Pods {
         self.pods.iter().take(count).map(|pod| pod.address).collect()
     }
 
-    /// Sends to this address as fast as is carried; what has arrived in that time, in datagrams per second.
+    /// Sends to this address as fast as possible and returns the rate of arrivals, in datagrams per second.
     ///
     /// # Errors
-    /// When sending fails, or when more than a thousandth was lost: then the rate says nothing.
+    /// When sending fails, or when more than a thousandth was lost, which makes the rate meaningless.
     pub fn measure(&self, to: SocketAddr, size: usize, copies: u64, length: Duration) -> Result<f64> {
         let mut generator = Generator::open(&self.generator, &[to], Load::one_sender(size), self.cpus[0])?;
         generator.limit_buffers(IN_FLIGHT / copies as usize)?;
@@ -114,7 +114,7 @@ impl Pods {
         self.pods.iter().map(|pod| Ok(pod.sink.arrived()?.datagrams)).sum()
     }
 
-    /// Waits until nothing more arrives, and says what has.
+    /// Waits until nothing more arrives, and returns the number of arrivals.
     fn settle(&self) -> Result<u64> {
         let mut last = self.arrived()?;
         loop {

@@ -1,5 +1,5 @@
 //! The cost of the programs alone for each packet: test runs in the kernel (`BPF_PROG_TEST_RUN`) of 200 datagrams, of which the
-//! fastest counts. Steadier than any rate on a machine that runs other programs too.
+//! fastest counts. On a machine that also runs other programs, the results are more stable than any rate.
 //!
 //! The downstreams are the listener itself, so that each forwarded datagram can be forwarded again, until its TTL ends.
 
@@ -18,11 +18,11 @@ use crate::pods::LISTENER;
 use udp_fanout_testkit::kernel::packet::Frame;
 use udp_fanout_testkit::kernel::run::{listener, target};
 
-/// Datagrams in one test run: fewer than the greatest TTL.
+/// Datagrams in one test run: fewer than the maximum TTL.
 const REPEAT: u32 = 200;
 const RUNS: usize = 2_000;
 
-/// A program and what one datagram costs, in nanoseconds.
+/// A program and its cost per datagram, in nanoseconds.
 pub fn costs() -> Result<Vec<(&'static str, f64)>> {
     let references = paths::references()?;
     let mut costs = Vec::new();

@@ -24,13 +24,13 @@ use udp_fanout_lab::Daemon;
 use udp_fanout_lab::scrape;
 
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
-/// Listeners of the reload.
+/// Number of listeners in the reload benchmark.
 const LISTENERS: u32 = 100;
 
-/// Measures everything, each so many times.
+/// Measures everything, each this many times.
 ///
 /// # Errors
-/// When a part of it fails.
+/// When a measurement fails.
 pub fn measure(testbed: &Testbed, rounds: usize) -> Result<Vec<Goal>> {
     let mut goals = Vec::new();
     eprintln!("control: tables");
@@ -60,7 +60,7 @@ fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
 
-/// A table of so many downstreams from its set to the kernel's maps, then with one of them changed.
+/// The time to write a table of this many downstreams to the kernel's maps, then the time for a change of one of them.
 fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Result<[Goal; 2]> {
     let text = format!(
         "[limits]\nmax_downstreams = 262144\n[[listeners]]\nname = \"large\"\nbind = \"{LISTENER}\"\n\
@@ -93,7 +93,7 @@ fn tables(policy: &str, many: u32, below: [Option<f64>; 2], rounds: usize) -> Re
         for (downstreams, times) in [(downstreams(many), &mut whole), (downstreams(many + 1), &mut one)] {
             let start = Instant::now();
             let mut compiled = compile(listener, &downstreams, Mode::TcEbpf, &facts, before.as_deref());
-            // Nothing is to be attached here.
+            // No interface to attach to.
             compiled.links.clear();
             let mut plan = Plan::from(vec![compiled]);
             datapath.apply(&plan)?;
@@ -126,7 +126,7 @@ fn starts(testbed: &Testbed, mode: &str, rounds: usize) -> Result<Vec<f64>> {
                 if start.elapsed() > Duration::from_secs(10) {
                     bail!("nothing has been forwarded ten seconds after the start in mode {mode}");
                 }
-                // Refused until someone listens.
+                // Refused until the daemon listens.
                 let _ = sender.send(b"is anybody there?");
                 std::thread::sleep(Duration::from_micros(200));
             }
@@ -177,7 +177,7 @@ fn resident(pid: i32) -> Result<f64> {
     Ok(kilobytes / 1024.0)
 }
 
-/// From the signal until the configuration is in force: a hundred listeners, of which each gets other weights.
+/// The time from SIGHUP until the configuration is active: a hundred listeners, each with new weights.
 fn reloads(testbed: &Testbed, rounds: usize) -> Result<Goal> {
     let text = |weight: usize| {
         let mut text = String::new();

@@ -1,7 +1,7 @@
 //! The CPU time of a datagram at given rates, which can be measured even while other programs run.
 //!
-//! Rates without loss and latencies need a machine that does nothing else. CPU time is each one's own, and where more is sent
-//! than anyone can carry, its inverse is what one CPU would carry.
+//! Lossless rates and latencies need an idle machine. CPU time is counted per process, and its inverse, at a rate above every
+//! forwarder's limit, is the rate that one CPU could forward.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use super::run::{self, RunParameters};
 use super::suite::{self, Section};
 use super::testbed::Testbed;
 
-/// How often a run is repeated in which nothing was to be measured.
+/// How often a run without a usable result is repeated.
 const TRIES: usize = 5;
 
-/// Measures everyone's costs at each of these rates, in datagrams per second, once in each round, and says them as a table.
+/// Measures the cost of every baseline at each of these rates, in datagrams per second, once in each round, and returns a table.
 /// Ratios are within a round, to the baseline named `beside`, or to the first.
 ///
 /// # Errors
-/// When a baseline does not start, or the bench itself cannot go on.
+/// When a baseline does not start, or the benchmark itself fails.
 pub fn measure(
     testbed: &Testbed,
     section: &Section,
@@ -31,14 +31,14 @@ pub fn measure(
     let beside = names.iter().position(|name| *name == beside).unwrap_or(0);
     let copies = section.task.copies();
     let parameters = RunParameters { length, copies };
-    // For each rate and baseline, what each round has found: nanoseconds, and the part that arrived.
+    // For each rate and baseline, the results of each round: nanoseconds, and the share that arrived.
     let mut found = vec![vec![Vec::new(); names.len()]; rates.len()];
     for round in 1..=rounds {
         for (number, baseline) in section.baselines.iter().enumerate() {
             let mut at = suite::begin(testbed, section, baseline)?;
             for (&rate, found) in rates.iter().zip(&mut found) {
                 let mut run = run::measure_once(&mut at, rate, parameters, false)?;
-                // Kept from sending by other programs, the generator has sent next to nothing.
+                // Other programs had the CPU, so the generator sent almost nothing.
                 for _ in 0..TRIES {
                     if run.busy > 0.0 {
                         break;

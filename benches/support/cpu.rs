@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 /// The first two CPUs that this process may use.
 ///
 /// # Errors
-/// When there is only one.
+/// When there is only one CPU.
 pub fn two_cpus() -> Result<[usize; 2]> {
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let mut cpus = (0..nix::sched::CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
@@ -24,7 +24,7 @@ pub fn two_cpus() -> Result<[usize; 2]> {
 /// Keeps the calling thread on one CPU.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When the affinity cannot be set.
 pub fn pin_thread(cpu: usize) -> Result<()> {
     let mut only = CpuSet::new();
     only.set(cpu)?;
@@ -38,7 +38,7 @@ pub fn cpu_seconds(tasks: &str, only: Option<Pid>) -> Option<f64> {
         if only.is_some_and(|only| task.file_name().to_string_lossy() != only.to_string()) {
             continue;
         }
-        // A thread may end meanwhile.
+        // A thread may have ended in the meantime.
         let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
         nanoseconds += text.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
     }

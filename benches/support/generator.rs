@@ -30,15 +30,15 @@ const STAMP: usize = 16;
 pub struct Load {
     /// Payload of each datagram in bytes, at least 16.
     pub size: usize,
-    /// Sockets it is sent from, one after the other.
+    /// Number of sending sockets, used in turn.
     pub senders: usize,
-    /// Most datagrams that one sender sends in a row, 1 to 64.
+    /// Maximum number of datagrams that one sender sends in a row, 1 to 64.
     pub train: usize,
-    /// What they look like.
+    /// The payload's format.
     pub content: Content,
 }
 
-/// What a datagram looks like, besides its number and the time it was sent.
+/// The format of a payload, besides its number and the time it was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// Filled with dots.
@@ -76,9 +76,9 @@ impl Content {
 fn query(size: usize) -> Vec<u8> {
     let mut message = vec![0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, STAMP as u8];
     message.resize(message.len() + STAMP, 0);
-    // What is left for labels: the name's end, type and class come after them.
+    // Bytes for labels; the name's end, type and class follow.
     while let Some(left @ 2..) = size.checked_sub(message.len() + 5) {
-        // No label of one byte is left over, which would have no room for its length.
+        // Leaves no single byte, which could not hold a label with its length.
         let label = if left == 65 { 62 } else { (left - 1).min(63) };
         message.push(label as u8);
         message.resize(message.len() + label, b'x');
@@ -106,7 +106,7 @@ pub struct Sent {
     pub datagrams: u64,
     /// How long it took.
     pub seconds: f64,
-    /// Of these, the seconds in which another program had its CPU.
+    /// Seconds of these in which another program had the generator's CPU.
     pub held_up: f64,
 }
 
@@ -132,7 +132,7 @@ struct Message {
     datagrams: usize,
 }
 
-/// Room for one `UDP_SEGMENT` message, aligned as its header wants it.
+/// Buffer for one `UDP_SEGMENT` control message, aligned for its header.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; 24]);
@@ -145,7 +145,7 @@ impl Generator {
     pub fn open(namespace: &Namespace, to: &[SocketAddr], load: Load, cpu: usize) -> Result<Generator> {
         let longest = load.size * load.train;
         ensure!(load.size >= STAMP && (1..=64).contains(&load.train) && longest <= 65_507, "impossible load {load:?}");
-        ensure!(!to.is_empty() && load.senders > 0, "nobody to send to, or nobody to send");
+        ensure!(!to.is_empty() && load.senders > 0, "a load needs a destination and a sender");
         let sockets = namespace.run(|| {
             let open = |number: usize| -> Result<Socket> {
                 let to = to[number % to.len()];
@@ -162,7 +162,7 @@ impl Generator {
         Ok(Generator { sockets, load, cpu, next: 0, turn: 0, messages })
     }
 
-    /// Limits the datagrams in flight from each socket, in bytes as the kernel counts memory. Sending waits for it.
+    /// Limits the datagrams in flight from each socket, in bytes of kernel memory. Sending blocks at the limit.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -294,7 +294,7 @@ impl Generator {
     }
 }
 
-/// How long the calling thread has waited for its CPU so far, in seconds; 0 if the kernel does not say.
+/// How long the calling thread has waited for its CPU so far, in seconds; 0 if unknown.
 fn waited() -> f64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let nanoseconds: u64 = text.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0);

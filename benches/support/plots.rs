@@ -23,13 +23,13 @@ const LINE_COLOURS: [RGBColor; 6] = [
     TAIL_COLOUR,
     RGBColor(0xb0, 0x3a, 0x48),
 ];
-/// In the names of tables of one load and different numbers of downstreams.
+/// Part of the names of tables with the same load and different numbers of downstreams.
 const GROWING: &str = "downstreams-";
 const WIDTH: u32 = 900;
-/// Room for the names of rows, in pixels.
+/// Width for the names of rows, in pixels.
 const NAMES: u32 = 190;
 
-/// Draws everything that there is to draw.
+/// Draws all plots.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -46,17 +46,17 @@ pub fn draw(results: &Results, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// False for tables that are one point of a line each.
+/// False for tables that are single points of a line plot.
 pub fn worth_a_plot(table: &Table) -> bool {
     !table.key.starts_with(GROWING)
 }
 
-/// The tables that make up the lines, and how many downstreams each is about.
+/// The tables of the line plot, each with its number of downstreams.
 pub fn growing(results: &Results) -> impl Iterator<Item = (u32, &Table)> {
     results.tables.iter().filter_map(|table| Some((table.key.strip_prefix(GROWING)?.parse().ok()?, table)))
 }
 
-/// One bar: what it stands for, how long it is, its colour.
+/// One bar: label, value and colour.
 struct Bar<'a> {
     name: &'a str,
     value: f64,
@@ -165,7 +165,7 @@ fn draw_lines(area: &Area<'_>, series: &BTreeMap<&str, Vec<(f64, f64)>>) -> Resu
         .x_label_formatter(&|value| format!("{value:.0}"))
         .y_label_formatter(&|value| format!("{value:.0}"))
         .draw()?;
-    // Ours come first, so that their colours are always the same.
+    // udp-fanout's lines come first, so that their colours are always the same.
     let mut series: Vec<_> = series.iter().collect();
     series.sort_by_key(|(name, _)| !name.starts_with(OURS));
     for (at, ((name, points), colour)) in series.into_iter().zip(LINE_COLOURS.into_iter().cycle()).enumerate() {

@@ -9,16 +9,16 @@ use libbpf_rs::{Object, ObjectBuilder};
 /// Compiles a program and loads it. The path is relative to the project's directory and ends in `.bpf.c`.
 ///
 /// # Errors
-/// With the compiler's complaint, or the verifier's.
+/// With the error output of the compiler or the verifier.
 pub fn load(source: &Path) -> Result<Object> {
     let opened = ObjectBuilder::default().open_memory(&compile(source)?)?;
     opened.load().with_context(|| format!("cannot load {}: this needs root", source.display()))
 }
 
-/// Compiles a program: the contents of its object file.
+/// Compiles a program and returns the contents of its object file.
 ///
 /// # Errors
-/// With the compiler's complaint.
+/// With the error output of the compiler.
 pub fn compile(source: &Path) -> Result<Vec<u8>> {
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
     let directory = tempfile::tempdir()?;
@@ -28,7 +28,7 @@ pub fn compile(source: &Path) -> Result<Vec<u8>> {
         .source(project.join(source))
         .obj(&object)
         .clang_args(include("vmlinux").into_iter().chain(include("bpf")).chain([
-            // Otherwise taken from a variable that cargo sets for build scripts only.
+            // The default comes from a variable that cargo sets only for build scripts.
             format!("-D__TARGET_ARCH_{}", if cfg!(target_arch = "aarch64") { "arm64" } else { "x86" }).into(),
             "-Wall".into(),
         ]))

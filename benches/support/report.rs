@@ -11,7 +11,7 @@ use super::results::{
     CPU, DUPLICATED, Goal, HALF, LOSS, LOSSLESS, MODEST, Measure, OVERLOAD, REORDERED, Results, Row, Table,
 };
 
-/// Between these lines of the document the tables are replaced.
+/// The tables between these lines of the document are replaced.
 const BEGIN: &str = "<!-- figures: written by `make bench` -->";
 const END: &str = "<!-- end of figures -->";
 
@@ -29,17 +29,17 @@ pub fn write(results: &Results, directory: &Path) -> Result<()> {
     plots::draw(results, directory)
 }
 
-/// Puts the tables into a document, in the place of those that are there. `plots` is where the document finds the plots.
+/// Replaces the tables of a document. `plots` is the path of the plots relative to the document.
 ///
 /// # Errors
-/// When the document cannot be read or written, or has no place for them.
+/// When the document cannot be read or written, or has no lines that mark the tables.
 pub fn insert(results: &Results, document: &Path, plots: &str) -> Result<()> {
     let tables = tables(results, plots);
     let text = format!("All of it, for programs: [results.json]({plots}/results.json).\n\n{tables}");
     splice(document, [BEGIN, END], &text)
 }
 
-/// Replaces what is between two lines of a document.
+/// Replaces the text between two lines of a document.
 ///
 /// # Errors
 /// When the document cannot be read or written, or lacks the lines.
@@ -116,7 +116,7 @@ fn one(table: &Table) -> String {
     text
 }
 
-/// Of those whose datagrams could be recognised; empty if nobody's were.
+/// The table of rows whose datagrams could be recognised; empty without such a row.
 fn latencies(table: &Table) -> String {
     let columns: Vec<Measure> = MODEST.into_iter().chain(HALF).chain([REORDERED, DUPLICATED]).collect();
     let mut text = head(columns.iter().map(|measure| measure.title));

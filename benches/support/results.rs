@@ -1,4 +1,4 @@
-//! What a run has found: figures by section, baseline and measure; medians and spread; the machine it was found on.
+//! Results: figures by section, baseline and measure; medians and spread; the machine.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,28 +6,28 @@ use std::process::Command;
 
 use serde::Serialize;
 
-/// A thing that is measured.
+/// A measured quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Measure {
-    /// Its name in the JSON file.
+    /// The key in the JSON file.
     pub key: &'static str,
     /// The head of its column.
     pub title: &'static str,
-    /// Digits after the point.
+    /// Digits after the decimal point.
     pub digits: usize,
 }
 
-/// The highest rate of which nothing was lost.
+/// The highest rate without loss.
 pub const LOSSLESS: Measure = Measure { key: "lossless_per_s", title: "lossless/s", digits: 0 };
-/// What is carried at twice that.
+/// The rate that arrives when twice the lossless rate is sent.
 pub const OVERLOAD: Measure = Measure { key: "carried_at_twice_per_s", title: "carried at 2x", digits: 0 };
-/// What is lost at one rate for all.
+/// The loss at a rate that is the same for all.
 pub const LOSS: Measure = Measure { key: "lost_at_250000_percent", title: "lost at 250 k/s, %", digits: 1 };
 /// CPU time for each datagram that arrives, at half of the lossless rate.
 pub const CPU: Measure = Measure { key: "cpu_ns", title: "CPU ns each", digits: 0 };
-/// Out of order, at half of the lossless rate.
+/// Reordered datagrams at half of the lossless rate.
 pub const REORDERED: Measure = Measure { key: "reordered_percent", title: "out of order, %", digits: 2 };
-/// Arrived twice, at half of the lossless rate.
+/// Duplicated datagrams at half of the lossless rate.
 pub const DUPLICATED: Measure = Measure { key: "duplicated", title: "twice", digits: 0 };
 /// Latencies in microseconds at 20,000 datagrams a second.
 pub const MODEST: [Measure; 3] = [
@@ -45,18 +45,18 @@ pub const HALF: [Measure; 3] = [
 /// One figure, measured several times.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figure {
-    /// The middle one.
+    /// The median.
     pub median: f64,
-    /// The lowest.
+    /// The minimum.
     pub low: f64,
-    /// The highest.
+    /// The maximum.
     pub high: f64,
-    /// All, in the order in which they were measured.
+    /// All values, in the order of measurement.
     pub values: Vec<f64>,
 }
 
 impl Figure {
-    /// Of at least one value.
+    /// Summarises at least one value.
     pub fn of(values: &[f64]) -> Figure {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -73,11 +73,11 @@ impl Figure {
 /// One baseline in one section.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Row {
-    /// Its name.
+    /// The baseline's name.
     pub name: String,
-    /// By the keys of measures.
+    /// Figures, by the key of the measure.
     pub figures: BTreeMap<&'static str, Figure>,
-    /// Why it did not run, if it did not.
+    /// The reason why the baseline did not run, if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_run: Option<String>,
     #[serde(skip)]
@@ -85,7 +85,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// Nothing measured yet.
+    /// A row without measurements.
     pub fn new(name: &str) -> Row {
         Row { name: name.into(), ..Row::default() }
     }
@@ -106,54 +106,54 @@ impl Row {
 /// One comparison.
 #[derive(Debug, Clone, Serialize)]
 pub struct Table {
-    /// A short name, that of its plot as well.
+    /// A short name, also that of the plot.
     pub key: String,
-    /// What it is about.
+    /// The title in reports.
     pub title: String,
-    /// The baseline that others are set in relation to.
+    /// The baseline that ratios are relative to.
     pub beside: String,
-    /// In the order of the report.
+    /// Rows, in the order of the report.
     pub rows: Vec<Row>,
 }
 
 impl Table {
-    /// How many times as much a baseline carries as the one that all are compared with.
+    /// The ratio of a baseline's lossless rate to that of the section's reference.
     pub fn ratio(&self, row: &Row) -> Option<f64> {
         let reference = self.rows.iter().find(|row| row.name == self.beside)?.median(LOSSLESS)?;
         Some(row.median(LOSSLESS)? / reference)
     }
 }
 
-/// One figure of the control plane, and what it should not exceed.
+/// One figure of the control plane, with its goal.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
-    /// What.
-    pub title: String,
-    /// In these.
-    pub unit: &'static str,
     /// What was measured.
+    pub title: String,
+    /// The unit.
+    pub unit: &'static str,
+    /// The measured values.
     pub figure: Figure,
-    /// What it is to stay below, if that has been said.
+    /// Upper limit, if there is one.
     pub below: Option<f64>,
 }
 
-/// Where it was found.
+/// The machine and the software.
 #[derive(Debug, Clone, Serialize)]
 pub struct Machine {
     /// Processors that the benchmark may use.
     pub cpus: usize,
-    /// Their kind.
+    /// The processors' model.
     pub architecture: &'static str,
     /// The kernel's version.
     pub kernel: String,
-    /// How much else was running when it began: the load average over a minute.
+    /// The load average over one minute before the start.
     pub load_before: f64,
-    /// Versions of baselines, by package.
+    /// Versions of the baselines, by package.
     pub packages: BTreeMap<String, String>,
 }
 
 impl Machine {
-    /// This one, now.
+    /// This machine, now.
     pub fn here() -> Machine {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let release = read("/proc/sys/kernel/osrelease");
@@ -169,24 +169,24 @@ impl Machine {
     }
 }
 
-/// The versions of Debian packages, of those that are installed.
+/// The versions of these Debian packages, as far as they are installed.
 fn packages(names: &[&str]) -> BTreeMap<String, String> {
     let output = Command::new("dpkg-query").args(["-W", "-f", "${Package} ${Version}\\n"]).args(names).output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     text.lines().filter_map(|line| line.split_once(' ')).map(|(name, is)| (name.into(), is.into())).collect()
 }
 
-/// The most that may be disturbed for figures to say anything.
+/// Maximum share of disturbed runs for valid figures.
 const TOO_MUCH: f64 = 0.1;
 
-/// Everything.
+/// All results.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
-    /// Where.
+    /// The machine.
     pub machine: Machine,
-    /// How often each was measured.
+    /// Number of rounds.
     pub rounds: usize,
-    /// The part of all runs, 0 to 1, during which other programs had one of the CPUs.
+    /// The share of all runs, 0 to 1, that other programs disturbed.
     pub disturbed: f64,
     /// Forwarding.
     pub tables: Vec<Table>,
@@ -195,7 +195,7 @@ pub struct Results {
 }
 
 impl Results {
-    /// False if the machine was doing too much else.
+    /// False if other programs disturbed too many runs.
     pub fn to_be_trusted(&self) -> bool {
         self.disturbed <= TOO_MUCH
     }

@@ -1,4 +1,4 @@
-//! A run: one load on one forwarder. And the search for the highest rate without loss.
+//! A run, which is one load on one forwarder, and the search for the highest rate without loss.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::testbed::Testbed;
 
 /// How often a rate is tried before it counts as too high.
 const TRIES: usize = 3;
-/// How often a run is repeated that other programs have disturbed, before it counts all the same.
+/// How often a run is repeated that other programs have disturbed, before it counts anyway.
 const DISTURBANCES: usize = 6;
 /// The share of a run's length for which another program may have one of the CPUs.
 const TOLERANCE: f64 = 0.05;
@@ -130,7 +130,7 @@ pub fn measure_once(at: &mut RunSetup<'_>, rate: f64, parameters: RunParameters,
     Ok(Run { sent, arrived, rate: at_end as f64 / sent.seconds, busy, latencies, disturbed })
 }
 
-/// Searches the highest rate that is carried without loss, in datagrams per second, to within `precision` (such as 0.03).
+/// Searches for the highest rate that is carried without loss, in datagrams per second, to within `precision` (such as 0.03).
 ///
 /// A run with losses is repeated, because other programs may have caused them. The result is a rate that was really offered and
 /// carried. The search begins at `guess`, such as an earlier result, if there is one.

@@ -3,8 +3,8 @@
  * The receiver of every benchmark: counts the datagrams that arrive for the benchmark's port and drops them, so that
  * nothing behind it can be the bottleneck. Everything else continues, so that neighbours are resolved.
  *
- * Counting is all it does unless told to inspect: then it also reads the number and the time that the generator has
- * put into each datagram, and notes duplicates, order and latency. benches/support/sink.rs is its other half.
+ * With `inspect`, it also reads the number and the time that the generator puts into each datagram, and records
+ * duplicates, order and latency. benches/support/sink.rs is the userspace side.
  */
 #include "vmlinux.h"
 
@@ -18,7 +18,7 @@
 #define RECEIVERS 65536
 /* Numbers that are watched for duplicates, in words of 64. */
 #define SEEN_WORDS (1 << 20)
-/* 32 buckets for each power of two: a quantile is right to 3 per cent. */
+/* 32 buckets for each power of two: a quantile is accurate to 3 per cent. */
 #define BUCKET_BITS 5
 #define BUCKETS 1280
 
@@ -159,7 +159,7 @@ int sink(struct __sk_buff *skb)
 	    head.eth.h_proto != bpf_htons(ETH_P_IP) || head.ip.protocol != IPPROTO_UDP ||
 	    head.ip.ihl != 5 || head.udp.dest != set->port_be)
 		return TC_ACT_UNSPEC;
-	/* What the kernel has not cut into packets yet counts as the datagrams it holds. */
+	/* A GSO packet counts as the datagrams that it contains. */
 	datagrams = skb->gso_segs ? skb->gso_segs : 1;
 	counts->datagrams += datagrams;
 	counts->bytes += skb->len - sizeof(head);

@@ -1,7 +1,6 @@
 //! The receiving end: a TC program that counts datagrams and drops them, and what it has counted.
 //!
-//! One program stands for any number of receivers: they are told apart by the last two bytes of their addresses, of which
-//! 0 is nobody's.
+//! One program stands for any number of receivers, which differ in the last two bytes of their addresses. 0 is not used.
 
 use std::cell::Cell;
 use std::os::fd::AsFd;
@@ -16,18 +15,18 @@ use udp_fanout_lab::Namespace;
 
 /// How long nothing may arrive before a run counts as over.
 const QUIET: Duration = Duration::from_millis(30);
-/// The longest that is waited for it.
+/// Timeout of that wait.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// As in the program.
+/// As in `sink.bpf.c`.
 const BUCKET_BITS: u32 = 5;
 const BUCKETS: u32 = 1280;
 const RECEIVERS: u32 = 65_536;
 const SEEN_WORDS: u32 = 1 << 20;
 
-/// What the sink is to look at.
+/// What the sink inspects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
-    /// Datagrams are counted, no more: the sink takes as little of the CPU as it can.
+    /// Counts datagrams only, which takes the least CPU time.
     Count,
     /// Also numbers and times: duplicates, order, latency. `copies` is how many receivers get a copy of each datagram,
     /// 1 if one of them gets it.
@@ -44,7 +43,7 @@ pub struct Arrived {
     pub datagrams: u64,
     /// Bytes of UDP payload.
     pub bytes: u64,
-    /// Datagrams that had arrived before, at the same receiver where each gets a copy.
+    /// Datagrams that had arrived before; under replication, at the same receiver.
     pub duplicated: u64,
     /// Datagrams with a lower number than the one before at the same receiver.
     pub reordered: u64,
@@ -59,14 +58,17 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Attaches a sink for datagrams to this port to an interface of a namespace. It goes with the namespace.
+    /// Attaches a sink for datagrams to this port to an interface of a namespace. It is removed with the namespace.
     ///
     /// # Errors
     /// When the program cannot be compiled, loaded or attached.
     pub fn attach(namespace: &Namespace, device: &str, port: u16) -> Result<Sink> {
         let object = programs::load(Path::new("benches/support/sink.bpf.c"))?;
         let index = i32::try_from(namespace.link(device)?.index)?;
-        let program = object.progs().find(|program| program.name() == "sink").context("there is no program sink")?;
+        let program = object
+            .progs()
+            .find(|program| program.name() == "sink")
+            .context("the object file has no program named sink")?;
         let program = program.as_fd();
         namespace.run(|| {
             let mut builder = TcHookBuilder::new(program);
@@ -80,12 +82,12 @@ impl Sink {
         Ok(sink)
     }
 
-    /// Says how many bytes of payload come before the number and the time, from the next [`Sink::look`] on.
+    /// Sets the number of payload bytes before the number and the time, from the next [`Sink::look`] on.
     pub fn stamps_at(&self, offset: u16) {
         self.stamp_at.set(offset);
     }
 
-    /// Says what to look at from now on.
+    /// Sets what to inspect from now on.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -104,7 +106,7 @@ impl Sink {
         Ok(())
     }
 
-    /// Forgets what has arrived.
+    /// Resets all counts.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -119,7 +121,7 @@ impl Sink {
             (0..entries).try_for_each(|key| map.update_percpu(&key.to_ne_bytes(), &zeroes, MapFlags::ANY))?;
         }
         if !self.inspecting.get() {
-            // Megabytes, which nobody has written to.
+            // Megabytes that have not been written to.
             return Ok(());
         }
         for (name, entries) in [("seen", SEEN_WORDS), ("newest", RECEIVERS)] {
@@ -128,7 +130,7 @@ impl Sink {
         Ok(())
     }
 
-    /// What has arrived since the last reset.
+    /// The counts since the last reset.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -142,7 +144,7 @@ impl Sink {
         Ok(Arrived { datagrams, bytes, duplicated, reordered })
     }
 
-    /// Waits until nothing more arrives, or until so many have, and says what has.
+    /// Waits until nothing more arrives, or until this many datagrams have, and returns the counts.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -160,7 +162,7 @@ impl Sink {
         Ok(last)
     }
 
-    /// Datagrams that each of the first receivers has got, from number 1 on.
+    /// Datagrams at each of the first receivers, from number 1 on.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -170,7 +172,7 @@ impl Sink {
         (1..=receivers).map(|receiver| sum(&map, receiver)).collect()
     }
 
-    /// The latencies of what has arrived and was inspected.
+    /// The latencies of inspected datagrams.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -186,14 +188,14 @@ impl Sink {
     }
 }
 
-/// How long datagrams were on their way.
+/// Latencies of datagrams.
 #[derive(Debug, Clone, Default)]
 pub struct Latencies {
     buckets: Vec<u64>,
 }
 
 impl Latencies {
-    /// The latency that this share of the datagrams did not exceed, in nanoseconds, right to 3 per cent; none if
+    /// The latency that this share of the datagrams did not exceed, in nanoseconds, accurate to 3 per cent; none if
     /// nothing was inspected.
     pub fn quantile(&self, share: f64) -> Option<u64> {
         let total: u64 = self.buckets.iter().sum();
@@ -207,7 +209,7 @@ impl Latencies {
     }
 }
 
-/// The middle of what falls into a bucket.
+/// The middle of a bucket's range.
 fn middle(bucket: u32) -> u64 {
     let (power, rest) = (bucket >> BUCKET_BITS, u64::from(bucket & ((1 << BUCKET_BITS) - 1)));
     if power == 0 {

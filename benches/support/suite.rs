@@ -20,7 +20,7 @@ const MODEST_RATE: f64 = 20_000.0;
 /// The row that rows with failing downstreams are compared with.
 const WELL: &str = "all well";
 
-/// What the names of udp-fanout's rows begin with.
+/// Prefix of the names of udp-fanout's rows.
 pub const OURS: &str = "udp-fanout";
 
 /// The yardstick of userspace mode.
@@ -41,15 +41,15 @@ pub struct Effort {
 pub struct Section {
     /// A short name.
     pub key: String,
-    /// What it is about.
+    /// The title in reports.
     pub title: String,
-    /// What is to be done.
+    /// The forwarders' task.
     pub task: ForwardingTask,
-    /// What is sent.
+    /// The generator's load.
     pub load: Load,
     /// The forwarders.
     pub baselines: Vec<Baseline>,
-    /// The one that ratios are relative to.
+    /// The baseline that ratios are relative to.
     pub beside: &'static str,
     /// Also measure latencies, and the loss at one rate for all.
     pub whole: bool,
@@ -110,7 +110,7 @@ fn ours() -> Vec<Baseline> {
 }
 
 fn bare_loop() -> Baseline {
-    Baseline::program(BARE, |testbed, task| bare::start(testbed, task, Calls { take: 32, joined: true }))
+    Baseline::program(BARE, |testbed, task| bare::start(testbed, task, Calls { take: 32, gro: true }))
 }
 
 fn nginx_packets() -> Baseline {
@@ -118,7 +118,7 @@ fn nginx_packets() -> Baseline {
 }
 
 fn balancers() -> Vec<Baseline> {
-    let single = Calls { take: 64, joined: false };
+    let single = Calls { take: 64, gro: false };
     let mut all = ours();
     all.extend([
         Baseline::program("udp-fanout preserve_source", |testbed, task| {
@@ -165,9 +165,9 @@ fn replicators() -> Vec<Baseline> {
     all
 }
 
-/// Whether downstreams that are not well cost the others anything. Those that count are the first three.
+/// Measures whether failing downstreams affect the others. Only the first three downstreams count.
 fn troubled() -> Section {
-    // The last host drops what is for an address that it does not have.
+    // The last host drops packets for addresses that it does not have.
     let silent = [SocketAddr::from(([10, 1, 255, 1], 9)), SocketAddr::from(([10, 1, 255, 2], 9))];
     let refuses = SocketAddr::from(([10, 0, 1, 2], 9));
     let not_there = SocketAddr::from(([10, 0, 1, 77], 9));
@@ -192,7 +192,7 @@ fn troubled() -> Section {
     }
 }
 
-/// A protocol, and the program that is made for it.
+/// A protocol, and a program made for it.
 fn special(key: &str, content: Content) -> Section {
     let mut baselines = ours();
     let (beside, title) = match content {
@@ -214,7 +214,7 @@ fn special(key: &str, content: Content) -> Section {
 /// Runs a comparison, round after round.
 ///
 /// # Errors
-/// When the bench itself fails. A forwarder that does not start is recorded as not run.
+/// When the benchmark itself fails. A forwarder that does not start is recorded as not run.
 pub fn compare(testbed: &Testbed, section: &Section, effort: Effort) -> Result<Table> {
     let mut rows: Vec<Row> = section.baselines.iter().map(|baseline| Row::new(&baseline.name)).collect();
     for round in 1..=effort.rounds {
@@ -242,7 +242,7 @@ fn in_short(row: &Row) -> String {
 /// Starts a forwarder and its generator, and warms up: resolves neighbours and touches memory.
 ///
 /// # Errors
-/// When it does not start, or the bench itself cannot go on.
+/// When the forwarder does not start, or the benchmark itself fails.
 pub fn begin<'a>(testbed: &'a Testbed, section: &Section, baseline: &Baseline) -> Result<RunSetup<'a>> {
     testbed.kernel_forwards(baseline.in_kernel)?;
     let task = &section.task;
@@ -268,7 +268,7 @@ fn measure(testbed: &Testbed, section: &Section, baseline: &Baseline, effort: Ef
     )?;
     row.add(LOSSLESS, offered * f64::from(copies));
     row.add(OVERLOAD, run::measure(&mut at, offered * 2.0, parameters, false)?.rate);
-    // CPU time is known in ticks where the kernel does the work: a longer look.
+    // The CPU time of kernel work is known only in clock ticks, so the run is longer.
     let half =
         run::measure(&mut at, offered / 2.0, RunParameters { length: effort.length * 2, copies }, baseline.keeps)?;
     row.add(CPU, half.cpu());

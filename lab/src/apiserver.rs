@@ -1,10 +1,10 @@
-//! A small Kubernetes API server for tests: the real wire protocol, none of our code.
+//! A small Kubernetes API server for tests: the real wire protocol, without any code of the program.
 //!
-//! TLS with an authority made on the spot, bearer tokens, RBAC, API discovery, GET, LIST in pages and WATCH with
+//! TLS with a generated certificate authority, bearer tokens, RBAC, API discovery, GET, LIST in pages and WATCH with
 //! resource versions, bookmarks, `410 Gone` and chunked streaming, written after the API concepts in the Kubernetes
-//! documentation and the behaviour of kube-apiserver. A test drives it from outside: it changes objects, forgets
-//! history, goes away and comes back on the same port, cuts, freezes or slows its connections, takes rights and
-//! tokens away. It runs in a thread of its own and listens on 127.0.0.1 only.
+//! documentation and the behaviour of kube-apiserver. A test changes objects, compacts the history, stops
+//! and restarts the server on the same port, closes, freezes or slows its connections, and revokes permissions and
+//! tokens. The server runs on its own thread and listens on 127.0.0.1 only.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
@@ -27,20 +27,20 @@ use self::serve::Order;
 pub use self::store::Kind;
 use self::store::{Signal, Store};
 
-/// No wait for anything lasts longer than this: something is wrong then.
+/// Timeout of every wait. A passing test never reaches it.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The user behind the token that works.
+/// The user that the accepted token belongs to.
 pub const USER: &str = "system:serviceaccount:udp-fanout:udp-fanout";
 
-/// A request as the server saw it.
+/// A request that the server has answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
-    /// Without the query.
+    /// The path without the query.
     pub path: String,
-    /// Decoded, in the order given.
+    /// Decoded query parameters, in the order of the request.
     pub query: Vec<(String, String)>,
-    /// The status it was answered with.
+    /// The HTTP status of the response.
     pub code: u16,
 }
 
@@ -50,18 +50,18 @@ impl Seen {
         self.query.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
-    /// A watch, not a list.
+    /// True for a watch, false for a list.
     pub fn is_watch(&self) -> bool {
         self.get("watch").is_some_and(|value| value == "true" || value == "1")
     }
 
-    /// A list of EndpointSlices that was answered.
+    /// True for a successful list of EndpointSlices.
     pub fn is_list(&self) -> bool {
         !self.is_watch() && self.path.ends_with("/endpointslices") && self.code == 200
     }
 }
 
-/// All that the server knows and how it is to behave.
+/// The server's objects, and the behaviour that the test has set.
 #[derive(Default)]
 pub struct State {
     store: Store,
@@ -70,31 +70,31 @@ pub struct State {
     tokens: Vec<String>,
     rules: Vec<Rule>,
     seen: Vec<Seen>,
-    /// Answers to give to the next requests, whatever they ask.
+    /// Responses for the next requests, regardless of their content.
     canned: Vec<(u16, Value)>,
-    /// Bodies are written in pieces of this size with this pause between them.
+    /// Write bodies in pieces of this many bytes, with this pause after each.
     drip: Option<(usize, Duration)>,
-    /// Nothing is written while this is set.
+    /// Write nothing while this is set.
     frozen: bool,
-    /// Every watch ends as soon as it is open.
+    /// End every watch as soon as it is open.
     hang_up: bool,
-    /// Watches open now.
+    /// Number of open watches.
     watches: usize,
-    /// Requests that no genuine server would accept.
+    /// Requests that kube-apiserver would reject.
     violations: Vec<String>,
 }
 
-/// State, and how to wait for it to change.
+/// The state, with notifications of its changes.
 pub struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// The same for tasks.
+    /// Notifies tasks of changes.
     version: tokio::sync::watch::Sender<u64>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A test that gives up while it looks must not make the others' cleaning up fail as well.
+        // A test that panics while it holds the lock must not make the cleanup of others fail.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -106,7 +106,7 @@ impl Shared {
     }
 }
 
-/// The running server. Dropping it ends it.
+/// A running server. Dropping it stops the server.
 pub struct ApiServer {
     shared: Arc<Shared>,
     files: Files,
@@ -115,7 +115,7 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// A server that allows [`USER`] to list and watch EndpointSlices and nothing else but API discovery.
+    /// Starts a server that allows [`USER`] API discovery, and to list and watch EndpointSlices.
     pub fn start() -> ApiServer {
         let state = State {
             versions: vec!["v1".to_owned(), "v1beta1".to_owned()],
@@ -138,17 +138,17 @@ impl ApiServer {
         ApiServer { shared, files, orders: Some(orders), thread: Some(thread) }
     }
 
-    /// A kubeconfig for it: current context's namespace `default`, token in a file.
+    /// The path of a kubeconfig for this server. The current context's namespace is `default`; the token is in a file.
     pub fn kubeconfig(&self) -> PathBuf {
         self.files.kubeconfig()
     }
 
-    /// Creates or replaces an object. Kind and version are filled in.
+    /// Creates or replaces an object. The server fills in kind and version.
     pub fn apply(&self, kind: Kind, object: Value) {
         self.shared.change(|state| state.store.apply(kind, object));
     }
 
-    /// Several objects, each a change of its own.
+    /// Creates or replaces several objects, with one change each.
     pub fn apply_all(&self, kind: Kind, objects: impl IntoIterator<Item = Value>) {
         for object in objects {
             self.apply(kind, object);
@@ -160,17 +160,17 @@ impl ApiServer {
         self.shared.change(|state| state.store.delete(kind, namespace, name));
     }
 
-    /// The version of the last change.
+    /// The resource version of the last change.
     pub fn resource_version(&self) -> u64 {
         self.shared.lock().store.version()
     }
 
-    /// Forgets all history, as etcd does every few minutes: older versions are answered 410 from now on.
+    /// Compacts the history, as etcd does every few minutes: a watch from an older version gets 410 from now on.
     pub fn compact(&self) {
         self.shared.change(|state| state.store.compact());
     }
 
-    /// Goes back in time, as after a restore from a backup: the objects stay, their versions start low again. Only while stopped.
+    /// Resets the resource versions, as after a restore from a backup; the objects stay. Only while the server is stopped.
     pub fn rewind(&self) {
         self.shared.change(|state| state.store.rewind());
     }
@@ -195,23 +195,23 @@ impl ApiServer {
         self.shared.change(|state| state.tokens = vec![token.to_owned()]);
     }
 
-    /// Puts another token into the file that the kubeconfig names.
+    /// Writes another token into the kubeconfig's token file.
     pub fn hand_out_token(&self, token: &str) {
         self.files.write_token(token);
     }
 
-    /// A new certificate by a new authority, for new connections; the kubeconfig's file has the new authority.
+    /// Uses a new certificate, by a new authority, for new connections. Writes the authority into the kubeconfig's file.
     pub fn rotate_authority(&mut self) {
         let tls = self.files.rotate();
         self.order(|done| Order::Tls(tls, done));
     }
 
-    /// The next requests get these answers, one each.
+    /// Answers the next requests with these responses, one each.
     pub fn answer_next(&self, answers: impl IntoIterator<Item = (u16, Value)>) {
         self.shared.change(|state| state.canned.extend(answers));
     }
 
-    /// Sends everyone who watches a bookmark of the latest version.
+    /// Sends a bookmark with the latest version on all watches.
     pub fn bookmark(&self) {
         self.shared.change(|state| {
             let version = state.store.version();
@@ -219,37 +219,37 @@ impl ApiServer {
         });
     }
 
-    /// Ends all open watches in good order, as when their time is up.
+    /// Ends all open watches regularly, as at their timeout.
     pub fn end_watches(&self) {
         self.shared.change(|state| state.store.signal(Signal::End));
     }
 
-    /// Sends this line to everyone who watches, as if it were an event.
+    /// Sends this line on all watches, as if it were an event.
     pub fn send_line(&self, line: &str) {
         self.shared.change(|state| state.store.signal(Signal::Line(line.to_owned())));
     }
 
-    /// Accepts watches and ends them at once, as a proxy without a server behind it may.
+    /// Accepts watches and ends them immediately, as a proxy without a backend may.
     pub fn hang_up(&self, hang_up: bool) {
         self.shared.change(|state| state.hang_up = hang_up);
     }
 
-    /// Keeps connections open and writes nothing to them.
+    /// Keeps connections open without writing to them, until set to false.
     pub fn freeze(&self, frozen: bool) {
         self.shared.change(|state| state.frozen = frozen);
     }
 
-    /// Writes all bodies in pieces with pauses from now on.
+    /// Writes all bodies in pieces of this size with this pause from now on.
     pub fn drip(&self, drip: Option<(usize, Duration)>) {
         self.shared.change(|state| state.drip = drip);
     }
 
-    /// Breaks all connections without a word of TLS.
+    /// Closes all connections without a TLS close_notify.
     pub fn cut(&self) {
         self.order(Order::Cut);
     }
 
-    /// Stops listening and breaks all connections.
+    /// Stops listening and closes all connections.
     pub fn stop(&self) {
         self.order(Order::Stop);
     }
@@ -265,22 +265,22 @@ impl ApiServer {
         waiting.recv_timeout(DEADLINE).unwrap();
     }
 
-    /// Every request so far, in order of their answers.
+    /// All requests so far, in the order of the responses.
     pub fn seen(&self) -> Vec<Seen> {
         self.shared.lock().seen.clone()
     }
 
-    /// Open watches.
+    /// Number of open watches.
     pub fn watches(&self) -> usize {
         self.shared.lock().watches
     }
 
-    /// Waits until this is true of all requests so far.
+    /// Waits until the condition holds for the list of all requests so far.
     pub fn wait_for(&self, what: &str, mut condition: impl FnMut(&[Seen]) -> bool) {
         self.wait(what, |state| condition(&state.seen));
     }
 
-    /// Waits until so many watches are open.
+    /// Waits until this number of watches is open.
     pub fn wait_for_watches(&self, number: usize) {
         self.wait(&format!("{number} watches"), |state| state.watches == number);
     }
@@ -290,7 +290,7 @@ impl ApiServer {
         let mut state = self.shared.lock();
         while !condition(&state) {
             let left = until.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{what} did not come about; requests: {:#?}", state.seen);
+            assert!(!left.is_zero(), "timed out waiting for {what}; requests: {:#?}", state.seen);
             state = self.shared.changed.wait_timeout(state, left).unwrap().0;
         }
     }
@@ -304,7 +304,7 @@ impl Drop for ApiServer {
         }
         let violations = std::mem::take(&mut self.shared.lock().violations);
         if !std::thread::panicking() {
-            assert!(violations.is_empty(), "requests that no genuine API server would accept: {violations:#?}");
+            assert!(violations.is_empty(), "requests that kube-apiserver would reject: {violations:#?}");
         }
     }
 }

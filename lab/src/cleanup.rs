@@ -1,8 +1,8 @@
-//! Leaves nothing behind: not after a panic, not after Ctrl-C, not after the process was killed.
+//! Removes namespaces, directories and child processes: after a panic, after Ctrl-C, and after SIGKILL.
 //!
-//! Values clean up after themselves when dropped. This module covers the two cases in which nothing is dropped:
-//! a signal (a thread ends the children and removes the namespaces, then lets the signal have its usual effect), and
-//! `SIGKILL` (the next run removes the namespaces of processes that are no more).
+//! Values clean up when they are dropped. This module covers the two cases in which nothing is dropped: a signal (a thread
+//! ends the children, removes the namespaces, then lets the signal have its default effect), and `SIGKILL` (the next run
+//! removes the namespaces of processes that no longer exist).
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -22,18 +22,18 @@ use nix::unistd::{Pid, mkdtemp};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Names of our namespaces are this, the process id, a number and a label: `uf-4711-0-gateway`.
+/// Prefix of namespace names, followed by process ID, number and label: `uf-4711-0-gateway`.
 pub const PREFIX: &str = "uf-";
-/// Names of our directories below the system's temporary directory are this, the process id and a unique suffix.
+/// Prefix of directory names below the system's temporary directory, followed by process ID and a unique suffix.
 pub const DIRECTORY_PREFIX: &str = "udp-fanout-lab-";
-/// Where tests pin programs, in directories named likewise.
+/// The directory in which tests pin programs, in directories named the same way.
 pub const BPF_FS: &str = "/sys/fs/bpf";
-/// Where `ip netns` keeps its names.
+/// The directory in which `ip netns` mounts named namespaces.
 const NAMES: &str = "/run/netns";
-/// How long a child may take to end once asked to.
+/// How long a child may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// What exists at the moment and would outlive us.
+/// Everything that would outlive this process.
 #[derive(Default)]
 pub struct Registry {
     namespaces: Vec<String>,
@@ -44,41 +44,41 @@ pub struct Registry {
 static REGISTRY: Mutex<Registry> =
     Mutex::new(Registry { namespaces: Vec::new(), children: Vec::new(), directories: Vec::new() });
 
-/// The registry, locked. Whoever creates or removes something holds the lock while doing so, so that the signal
-/// thread, which never gives it back, sees a true list and nothing is created behind its back.
+/// Locks the registry. Code that creates or removes something holds the lock meanwhile. The signal thread never releases it,
+/// so its list is complete and nothing is created after that.
 pub fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Registry {
-    /// Notes a namespace for removal.
+    /// Registers a namespace for removal.
     pub fn add_namespace(&mut self, name: &str) {
         self.namespaces.push(name.to_owned());
     }
 
-    /// Removes a namespace and its note.
+    /// Removes a namespace and its registration.
     pub fn remove_namespace(&mut self, name: &str) {
         self.namespaces.retain(|known| known != name);
         delete_namespace(name);
     }
 
-    /// Notes a child process to be ended.
+    /// Registers a child process to be ended.
     pub fn add_child(&mut self, pid: Pid) {
         self.children.push(pid);
     }
 
-    /// Forgets a child; to be called before it is reaped, so that its number is still its own.
-    pub fn forget_child(&mut self, pid: Pid) {
+    /// Unregisters a child. Must be called before the child is reaped, because its process ID may be reused afterwards.
+    pub fn unregister_child(&mut self, pid: Pid) {
         self.children.retain(|known| *known != pid);
     }
 
-    /// Notes a temporary directory for removal.
+    /// Registers a temporary directory for removal.
     pub fn add_directory(&mut self, path: &Path) {
         self.directories.push(path.to_owned());
     }
 
-    /// Forgets a directory, which its owner removes.
-    pub fn forget_directory(&mut self, path: &Path) {
+    /// Unregisters a directory, which its owner removes.
+    pub fn unregister_directory(&mut self, path: &Path) {
         self.directories.retain(|known| known != path);
     }
 }
@@ -88,14 +88,14 @@ impl Registry {
 pub struct TempDirectory(PathBuf);
 
 impl TempDirectory {
-    /// Makes an empty directory that every user can enter and read.
+    /// Creates an empty directory that every user can enter and read.
     ///
     /// # Errors
     /// When the system's temporary directory is not writable.
     pub fn new() -> Result<Self> {
         let template = std::env::temp_dir().join(format!("{DIRECTORY_PREFIX}{}-XXXXXX", std::process::id()));
         let mut registry = registry();
-        let path = mkdtemp(&template).with_context(|| format!("cannot make a directory {}", template.display()))?;
+        let path = mkdtemp(&template).with_context(|| format!("cannot create the directory {}", template.display()))?;
         registry.add_directory(&path);
         let directory = TempDirectory(path);
         drop(registry);
@@ -103,7 +103,7 @@ impl TempDirectory {
         Ok(directory)
     }
 
-    /// Where it is.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -113,15 +113,15 @@ impl Drop for TempDirectory {
     fn drop(&mut self) {
         let mut registry = registry();
         let _ = fs::remove_dir_all(&self.0);
-        registry.forget_directory(&self.0);
+        registry.unregister_directory(&self.0);
     }
 }
 
-/// Prepares the process for making namespaces: checks the privilege, removes what dead processes have left, and
-/// arranges for signals. Does so once, however often it is called.
+/// Prepares the process for creating namespaces: checks the privilege, removes the remains of dead processes, and starts the
+/// signal thread. Only the first call does anything.
 ///
 /// # Errors
-/// When not root: namespaces cannot be made.
+/// When not root, which creating namespaces needs.
 pub fn arm() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("network namespaces need root: run it as root, or through `make test` or `make demo`, which use sudo");
@@ -139,7 +139,7 @@ fn spawn_signal_thread() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot listen for signals")?;
     thread::Builder::new().name("cleanup".into()).spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            // Kept until the process ends: nothing may be created from here on.
+            // Held until the process ends: nothing may be created from here on.
             let mut registry = registry();
             for pid in std::mem::take(&mut registry.children) {
                 end(pid);
@@ -156,7 +156,7 @@ fn spawn_signal_thread() -> Result<()> {
     Ok(())
 }
 
-/// Asks a child to end and makes it, after a while.
+/// Sends a child SIGTERM, and SIGKILL if it does not end in time.
 fn end(pid: Pid) {
     let Ok(handle) = pidfd(pid) else { return };
     let _ = kill(pid, Signal::SIGTERM);
@@ -178,18 +178,18 @@ pub fn wait_readable(handle: &OwnedFd, limit: Duration) -> bool {
     }
 }
 
-/// A descriptor that becomes readable when the process ends.
+/// Opens a descriptor that becomes readable when the process ends.
 ///
 /// # Errors
-/// When there is no such process, or the kernel is older than 5.3.
+/// When the process does not exist, or the kernel is older than 5.3.
 pub fn pidfd(pid: Pid) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    // SAFETY: pidfd_open takes two integers and accesses no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    // SAFETY: the kernel has just returned this descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -214,7 +214,7 @@ fn names_in(directory: &Path) -> Vec<String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-/// True if the name is one of ours, `prefix`-PID-rest, and there is no such process.
+/// True if the name has the form `prefix`-PID-rest and the process does not exist.
 fn owner_is_gone(name: &str, prefix: &str) -> bool {
     let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next());
     let Some(pid) = pid.and_then(|pid| pid.parse().ok()) else { return false };

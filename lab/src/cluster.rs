@@ -21,7 +21,7 @@ pub fn slice(namespace: &str, service: &str, name: &str, endpoints: impl IntoIte
     })
 }
 
-/// What the controller writes for a Service without pods.
+/// The slice that the controller writes for a Service without pods.
 pub fn placeholder(namespace: &str, service: &str, name: &str) -> Value {
     let mut slice = slice(namespace, service, name, []);
     slice["endpoints"] = Value::Null;
@@ -29,17 +29,17 @@ pub fn placeholder(namespace: &str, service: &str, name: &str) -> Value {
     slice
 }
 
-/// An endpoint that gets traffic.
+/// A ready endpoint.
 pub fn ready(address: &str) -> Value {
     endpoint(address, true, true, false)
 }
 
-/// An endpoint that gets none.
+/// An endpoint that is not ready.
 pub fn unready(address: &str) -> Value {
     endpoint(address, false, false, false)
 }
 
-/// A terminating endpoint that still serves.
+/// A terminating endpoint that is still serving.
 pub fn leaving(address: &str) -> Value {
     endpoint(address, false, true, true)
 }
@@ -52,7 +52,7 @@ fn endpoint(address: &str, ready: bool, serving: bool, terminating: bool) -> Val
     })
 }
 
-/// Says where an endpoint runs.
+/// Sets the node and zone of an endpoint.
 pub fn at(mut endpoint: Value, node: &str, zone: &str) -> Value {
     endpoint["nodeName"] = json!(node);
     endpoint["zone"] = json!(zone);
@@ -74,7 +74,7 @@ pub fn node(name: &str, zone: &str) -> Value {
     json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
 }
 
-/// Endpoint number n of many: 10.x.y.z.
+/// Address of endpoint number n: 10.x.y.z.
 pub fn nth(n: usize) -> String {
     format!("10.{}.{}.{}", 1 + n / 62_500, n / 250 % 250, 1 + n % 250)
 }

@@ -1,4 +1,4 @@
-//! The daemon's process in a lab's gateway: configured, started, ready, stopped, and never left running.
+//! The daemon's process in a lab's gateway: its configuration, start, readiness and end. Dropping it ends the process.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -22,30 +22,30 @@ use super::netns::Namespace;
 use super::scrape::{self, Metrics};
 use super::topology::{INGRESS, Lab};
 
-/// How long anything the daemon has to do may take before a test fails. Generous: nothing waits that long otherwise.
+/// Timeout of every wait for the daemon. A passing test never reaches it.
 const LIMIT: Duration = Duration::from_secs(30);
-/// How often readiness is asked for while the daemon prints nothing.
+/// How often readiness is polled while the daemon prints nothing.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
-/// A configuration to be written as TOML.
+/// A configuration, written as TOML.
 #[derive(Debug, Clone)]
 pub struct DaemonConfig {
     /// At least one.
     pub listeners: Vec<ListenerSpec>,
-    /// Where metrics and probes are served; none leaves the section out.
+    /// Address of metrics and probes; none omits the section.
     pub metrics: Option<SocketAddr>,
-    /// Lines of TOML to put in front of the first section.
+    /// Lines of TOML before the first section.
     pub head: String,
 }
 
 /// One listener of a [`DaemonConfig`].
 #[derive(Debug, Clone)]
 pub struct ListenerSpec {
-    /// Its name.
+    /// The listener's `name`.
     pub name: String,
-    /// Where it listens.
+    /// The listener's `bind` address.
     pub bind: String,
-    /// The interface of the TC program; none leaves the key out.
+    /// The listener's `interface`; none omits the key.
     pub interface: Option<String>,
     /// `tc_ebpf`, `userspace` or `auto`.
     pub mode: String,
@@ -59,10 +59,10 @@ pub struct ListenerSpec {
     pub settings: String,
 }
 
-/// What the daemon's process is given beside its configuration.
+/// Arguments and environment of the daemon's process.
 #[derive(Debug, Clone, Default)]
 pub struct Surroundings {
-    /// Words for the end of its command line.
+    /// Arguments at the end of the command line.
     pub arguments: Vec<String>,
     /// Environment variables.
     pub environment: Vec<(String, String)>,
@@ -80,8 +80,8 @@ pub struct Daemon {
 }
 
 impl DaemonConfig {
-    /// One listener, named `lab`, on the lab's listener address, with all of the lab's receivers as downstreams, and
-    /// metrics on 127.0.0.1:9090 inside the gateway.
+    /// A configuration with one listener, named `lab`, on the lab's listener address, with all of the lab's receivers as
+    /// downstreams, and metrics on 127.0.0.1:9090 inside the gateway.
     pub fn for_lab(lab: &Lab, mode: &str) -> Self {
         let listener = ListenerSpec {
             name: "lab".into(),
@@ -100,7 +100,7 @@ impl DaemonConfig {
         }
     }
 
-    /// Gives the first listener these `settings`, as lines of TOML.
+    /// Sets the `settings` of the first listener, as lines of TOML.
     pub fn settings(mut self, lines: &str) -> Self {
         if let Some(listener) = self.listeners.first_mut() {
             lines.clone_into(&mut listener.settings);
@@ -108,7 +108,7 @@ impl DaemonConfig {
         self
     }
 
-    /// Gives the first listener these further keys, as lines of TOML.
+    /// Sets further keys of the first listener, as lines of TOML.
     pub fn extra(mut self, lines: &str) -> Self {
         if let Some(listener) = self.listeners.first_mut() {
             lines.clone_into(&mut listener.extra);
@@ -116,7 +116,7 @@ impl DaemonConfig {
         self
     }
 
-    /// The configuration file's text.
+    /// The text of the configuration file.
     pub fn to_toml(&self) -> String {
         let mut text = format!("{}\n", self.head);
         for listener in &self.listeners {
@@ -152,15 +152,15 @@ impl ListenerSpec {
 }
 
 impl Daemon {
-    /// Starts the daemon in a namespace and waits until it says it is ready.
+    /// Starts the daemon in a namespace and waits until it is ready.
     ///
     /// # Errors
-    /// When it ends instead, or is not ready in time; with everything it has logged.
+    /// When it ends or is not ready in time; the error contains its log.
     pub fn start(namespace: &Namespace, binary: &Path, config: &DaemonConfig) -> Result<Self> {
         Self::start_behind(namespace, &[], binary, config)
     }
 
-    /// As [`Daemon::start`], behind the words of a program that becomes the rest of its line, such as `setpriv`.
+    /// As [`Daemon::start`], with a wrapper command that executes the rest of its command line, such as `setpriv`.
     ///
     /// # Errors
     /// As for [`Daemon::start`].
@@ -171,10 +171,10 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Starts the daemon in a namespace with these surroundings and does not wait for anything.
+    /// Starts the daemon in a namespace with these arguments and this environment, without waiting.
     ///
     /// # Errors
-    /// When the binary cannot be run.
+    /// When the binary cannot be executed.
     pub fn spawn_in(
         namespace: &Namespace,
         binary: &Path,
@@ -186,18 +186,18 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Starts the daemon in a namespace on a configuration that may be anything.
+    /// Starts the daemon in a namespace with an arbitrary configuration text.
     ///
     /// # Errors
-    /// When the binary cannot be run.
+    /// When the binary cannot be executed.
     pub fn spawn(namespace: &Namespace, binary: &Path, config: &str) -> Result<Self> {
         Self::spawn_behind(namespace, &[], binary, config, &Surroundings::default())
     }
 
-    /// As [`Daemon::spawn`], behind the words of a program that becomes the rest of its line, and in other surroundings.
+    /// As [`Daemon::spawn`], with a wrapper command, arguments and an environment.
     ///
     /// # Errors
-    /// When the binary cannot be run.
+    /// When the binary cannot be executed.
     pub fn spawn_behind(
         namespace: &Namespace,
         before: &[&str],
@@ -211,14 +211,14 @@ impl Daemon {
         let mut words = before.iter().map(OsStr::new).chain([binary.as_os_str()]);
         let mut command = namespace.command(words.next().unwrap_or(binary.as_os_str()));
         command.args(words).args(["run", "--config"]).arg(&path).args(&surroundings.arguments);
-        // Nothing of whoever runs the tests; a cluster of theirs above all is none of our business.
+        // Nothing from the caller's environment: above all, no access to the caller's cluster.
         for name in ["RUST_LOG", "KUBECONFIG", "KUBERNETES_SERVICE_HOST", "NODE_NAME"] {
             command.env_remove(name);
         }
         command.env("NO_COLOR", "1").env("HOME", directory.path());
         command.envs(surroundings.environment.iter().map(|(name, value)| (name, value)));
         command.arg("--status-socket").arg(status_socket(&directory)?);
-        // A group of its own: Ctrl-C reaches us, and we end it, in this order.
+        // Its own process group: Ctrl-C reaches only this process, which then ends the daemon.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let mut registry = cleanup::registry();
         let mut child = command.spawn().with_context(|| format!("cannot run {}", binary.display()))?;
@@ -228,23 +228,27 @@ impl Daemon {
         Ok(Daemon { child, lines, log: String::new(), metrics: None, ended: None, directory })
     }
 
-    /// Waits for a log line that contains `needle`, among those not read yet, and returns it.
+    /// Waits for a log line that contains `needle`, among the lines not read yet, and returns it.
     ///
     /// # Errors
-    /// When the daemon ends or a while passes without; with everything it has logged.
+    /// When the daemon ends or the wait times out; the error contains its log.
     pub fn wait_for_line(&mut self, needle: &str) -> Result<String> {
         let deadline = Instant::now() + LIMIT;
         loop {
             match self.next_line(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains(needle) => return Ok(line),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => bail!("no log line with {needle:?} so far:\n{}", self.log),
-                Err(RecvTimeoutError::Disconnected) => bail!("ended without logging {needle:?}:\n{}", self.log),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("timed out waiting for a log line with {needle:?}; the log:\n{}", self.log)
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("the daemon ended without logging {needle:?}; the log:\n{}", self.log)
+                }
             }
         }
     }
 
-    /// Waits for a log line that contains `needle`, be it one that has been read already, and returns it.
+    /// Waits for a log line that contains `needle`, including lines already read, and returns it.
     ///
     /// # Errors
     /// As for [`Daemon::wait_for_line`].
@@ -255,13 +259,13 @@ impl Daemon {
         }
     }
 
-    /// Everything logged so far, as far as it has been read: a line may take a moment to get here.
+    /// The log lines read so far. The latest lines may not have been read yet.
     pub fn log(&mut self) -> &str {
         while self.next_line(Duration::ZERO).is_ok() {}
         &self.log
     }
 
-    /// Where it answers `udp-fanout status`.
+    /// Path of the status socket.
     pub fn status_socket(&self) -> PathBuf {
         self.directory.path().join("run/status.sock")
     }
@@ -271,12 +275,12 @@ impl Daemon {
         pid_of(&self.child)
     }
 
-    /// The configuration file.
+    /// Path of the configuration file.
     pub fn config_path(&self) -> PathBuf {
         self.directory.path().join("config.toml")
     }
 
-    /// Puts a text in the place of the configuration file, whole at once.
+    /// Replaces the configuration file atomically.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -286,10 +290,10 @@ impl Daemon {
         fs::rename(&new, self.config_path()).context("cannot replace the configuration file")
     }
 
-    /// Replaces the configuration, sends `SIGHUP`, and waits until the daemon says that it has followed it.
+    /// Replaces the configuration, sends `SIGHUP`, and waits until the daemon has logged the reload.
     ///
     /// # Errors
-    /// When it does not.
+    /// When that does not happen in time.
     pub fn reload(&mut self, text: &str) -> Result<String> {
         self.write_config(text)?;
         self.signal(Signal::SIGHUP)?;
@@ -308,15 +312,15 @@ impl Daemon {
     /// Sends a signal.
     ///
     /// # Errors
-    /// When it has ended already.
+    /// When the daemon has already ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.pid(), signal).with_context(|| format!("cannot send {signal} to the daemon"))
     }
 
-    /// Asks the daemon to end (`SIGTERM`) and returns how it did, how long that took, and its whole log.
+    /// Sends `SIGTERM` and returns the exit status, the time until the end, and the whole log.
     ///
     /// # Errors
-    /// When it does not end.
+    /// When the daemon does not end in time.
     pub fn stop(mut self) -> Result<(ExitStatus, Duration, String)> {
         self.signal(Signal::SIGTERM)?;
         let start = Instant::now();
@@ -325,24 +329,24 @@ impl Daemon {
         Ok((status, took, std::mem::take(&mut self.log)))
     }
 
-    /// Waits for the daemon to end by itself.
+    /// Waits until the daemon ends by itself.
     ///
     /// # Errors
-    /// When it does not.
+    /// When that does not happen in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         if let Some(status) = self.ended {
             return Ok(status);
         }
         let handle = cleanup::pidfd(self.pid()).context("cannot watch the daemon")?;
         if !cleanup::wait_readable(&handle, LIMIT) {
-            bail!("the daemon has not ended; its log:\n{}", self.log());
+            bail!("the daemon did not end in time; its log:\n{}", self.log());
         }
         let mut registry = cleanup::registry();
-        registry.forget_child(self.pid());
+        registry.unregister_child(self.pid());
         let status = self.child.wait()?;
         drop(registry);
         self.ended = Some(status);
-        // The pipe is closed now, so this ends.
+        // The pipe is closed now, so the thread ends.
         while self.next_line(LIMIT).is_ok() {}
         Ok(status)
     }
@@ -350,7 +354,7 @@ impl Daemon {
     /// Waits until `/readyz` answers 200, or, without metrics, until every listener has logged its downstreams.
     ///
     /// # Errors
-    /// When it ends instead, or is not ready in time; with everything it has logged.
+    /// When it ends or is not ready in time; the error contains its log.
     pub fn wait_until_ready(&mut self, namespace: &Namespace, listeners: usize) -> Result<()> {
         let Some(address) = self.metrics else {
             for _ in 0..listeners {
@@ -360,16 +364,16 @@ impl Daemon {
         };
         let deadline = Instant::now() + LIMIT;
         loop {
-            // Each log line is a reason to ask again; a refused connection only says that it is too early.
+            // Each log line triggers another poll. A refused connection means that the daemon is not listening yet.
             if scrape::get(namespace, address, "/readyz").is_ok_and(|page| page.status == 200) {
                 self.log();
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("the daemon is not ready; its log so far:\n{}", self.log());
+                bail!("the daemon did not become ready in time; its log:\n{}", self.log());
             }
             let no_more_lines = self.next_line(ASK_AGAIN) == Err(RecvTimeoutError::Disconnected);
-            // Its log may also go elsewhere than to us.
+            // The log may not go to this pipe.
             if no_more_lines && cleanup::wait_readable(&cleanup::pidfd(self.pid())?, ASK_AGAIN) {
                 let status = self.wait()?;
                 bail!("the daemon ended with {status}:\n{}", self.log);
@@ -389,14 +393,14 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let mut registry = cleanup::registry();
         if self.ended.is_none() {
-            registry.forget_child(self.pid());
+            registry.unregister_child(self.pid());
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
 }
 
-/// A socket's path in a directory to which whoever the daemon runs as may write.
+/// A socket path in a directory that the daemon's user can write to.
 fn status_socket(directory: &TempDirectory) -> Result<PathBuf> {
     let run = directory.path().join("run");
     fs::create_dir(&run)?;
@@ -408,7 +412,7 @@ fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(child.id().cast_signed())
 }
 
-/// Reads lines in a thread, so that waiting for one can have a limit and the pipe never fills up.
+/// Reads lines on a thread, so that a wait for one can time out and the pipe never fills up.
 fn read_lines(stderr: Option<impl Read + Send + 'static>) -> Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     if let Some(stderr) = stderr {

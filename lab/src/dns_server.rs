@@ -1,4 +1,4 @@
-//! A small DNS server on 127.0.0.1:53 of a namespace. The test decides its answers.
+//! A small DNS server on 127.0.0.1:53 of a namespace. The test sets its responses.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
@@ -11,21 +11,21 @@ use std::time::{Duration, Instant};
 
 use crate::Namespace;
 
-/// How long anything may take before a test fails. Nothing waits that long otherwise.
+/// Timeout of every wait. A passing test never reaches it.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The answer to queries for a name.
+/// The response to queries for a name.
 #[derive(Debug, Clone)]
 pub enum Answer {
-    /// These addresses, each to a query for its family.
+    /// The addresses of the queried family.
     Addresses(Vec<IpAddr>),
     /// `SERVFAIL`.
     ServerFailure,
-    /// `NXDOMAIN`, as for every name that has not been set.
+    /// `NXDOMAIN`, the default for every name.
     NoSuchName,
 }
 
-/// The running server. Dropping it ends it.
+/// A running server. Dropping it stops the server.
 pub struct DnsServer {
     answers: Arc<Mutex<HashMap<String, Answer>>>,
     queries: Arc<AtomicU64>,
@@ -34,13 +34,13 @@ pub struct DnsServer {
 }
 
 impl DnsServer {
-    /// Starts it.
+    /// Starts the server.
     ///
     /// # Panics
-    /// When the port is taken.
+    /// When the port is in use.
     pub fn start(namespace: &Namespace) -> DnsServer {
         let socket = namespace.run(|| Ok(UdpSocket::bind("127.0.0.1:53")?)).unwrap();
-        // How often `stop` is looked at.
+        // How often `stop` is checked.
         socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
         let answers: Arc<Mutex<HashMap<String, Answer>>> = Arc::default();
         let (stop, queries): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
@@ -59,7 +59,7 @@ impl DnsServer {
         DnsServer { answers, queries, stop, thread: Some(thread) }
     }
 
-    /// Answers queries for a name like this from now on.
+    /// Sets the response to queries for a name.
     ///
     /// # Panics
     /// When the server has panicked.
@@ -67,15 +67,15 @@ impl DnsServer {
         self.answers.lock().unwrap().insert(name.to_owned(), answer);
     }
 
-    /// Waits until so many more queries have been answered.
+    /// Waits until this many more queries have been answered.
     ///
     /// # Panics
-    /// When there are no more queries for half a minute.
+    /// When the wait times out.
     pub fn wait_for_queries(&self, count: u64) {
         let target = self.queries.load(Ordering::SeqCst) + count;
         let guard = Instant::now() + LIMIT;
         while self.queries.load(Ordering::SeqCst) < target {
-            assert!(Instant::now() < guard, "no more queries");
+            assert!(Instant::now() < guard, "timed out waiting for DNS queries");
             std::thread::yield_now();
         }
     }

@@ -1,25 +1,25 @@
-//! The network laboratory: network namespaces, the daemon in one of them, traffic through it, and its evaluation.
+//! The network laboratory: network namespaces, the daemon in one of them, traffic through it, and a report on the traffic.
 //!
 //! The `netns_*` tests, the benchmarks, `make soak` and `make demo` use it. Everything happens in network namespaces
-//! that are made here under unique names; the host's own network is never touched. Needs root.
+//! with unique names that this crate creates; the host's own network is not changed. Needs root.
 //!
 //! - [`netns`]: one namespace; runs code or commands inside it.
 //! - [`tun`]: a link between two namespaces that carries IP packets without Ethernet headers.
-//! - [`topology`]: a sender, a gateway and receivers in every place a receiver can be.
+//! - [`topology`]: a sender, a gateway, and receivers at every supported place.
 //! - [`daemon`]: the daemon's process and its configuration.
-//! - [`old_kernel`]: makes the daemon find an old kernel.
+//! - [`old_kernel`]: simulates an old kernel for the daemon.
 //! - [`pins`]: a directory of the BPF file system for the maps and programs that outlive a daemon.
 //! - [`traffic`]: numbered datagrams from senders to collectors, in a closed loop.
-//! - [`report`]: what was lost, duplicated or reordered; pure.
+//! - [`report`]: counts lost, duplicated and reordered datagrams; pure.
 //! - [`scrape`]: the daemon's HTTP pages.
-//! - [`servers`]: receivers that answer, refuse or stay silent, each on a thread.
+//! - [`servers`]: receivers that answer, refuse or stay silent, each on its own thread.
 //! - [`sockets`]: queue lengths and counters of a namespace's sockets.
-//! - [`cleanup`]: removes everything, also after a panic, a signal or `SIGKILL`.
+//! - [`cleanup`]: removes everything, even after a panic, a signal or `SIGKILL`.
 //!
-//! With the feature `cluster`, for tests alone:
+//! With the feature `cluster`, only for tests:
 //!
 //! - `apiserver`: a Kubernetes API server, and `cluster`: objects as the control plane writes them.
-//! - `dns_server`: a DNS server whose answers the test decides.
+//! - `dns_server`: a DNS server with responses set by the test.
 
 #[cfg(feature = "cluster")]
 pub mod apiserver;

@@ -1,4 +1,4 @@
-//! One network namespace: made under a unique name, entered by threads and commands, removed when dropped.
+//! A network namespace with a unique name, in which threads and commands run. It is removed when dropped.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::cleanup;
 
-/// A network namespace of our own.
+/// A network namespace. Dropping it removes it.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
@@ -25,13 +25,13 @@ pub struct Namespace {
 /// An interface inside a namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct LinkInfo {
-    /// The kernel's number for it.
+    /// The interface index.
     #[serde(rename = "ifindex")]
     pub index: u32,
-    /// Its hardware address in the usual notation; empty if it has none.
+    /// The MAC address in colon notation; empty if it has none.
     #[serde(rename = "address", default)]
     pub mac: String,
-    /// The largest IP packet it carries, in bytes.
+    /// MTU in bytes.
     pub mtu: u32,
     /// `UP`, `DOWN`, `LOWERLAYERDOWN` or `UNKNOWN`.
     pub operstate: String,
@@ -40,33 +40,33 @@ pub struct LinkInfo {
 /// One end of a link between two namespaces.
 #[derive(Debug, Clone, Copy)]
 pub struct End<'a> {
-    /// The namespace it is in.
+    /// The namespace of this end.
     pub namespace: &'a Namespace,
-    /// The interface's name there.
+    /// The interface's name in that namespace.
     pub device: &'a str,
-    /// Its addresses with prefix lengths, such as `10.0.0.1/24`, with spaces between; empty for none.
+    /// Addresses with prefix lengths, such as `10.0.0.1/24`, separated by spaces; empty for none.
     pub addresses: &'a str,
 }
 
 impl Namespace {
-    /// Makes a namespace with its loopback interface up. `label` only helps the reader of `ip netns list`.
+    /// Creates a namespace with its loopback interface up. `label` becomes part of the name in `ip netns list`.
     ///
     /// # Errors
     /// When not root, or when the kernel refuses.
     pub fn create(label: &str) -> Result<Self> {
-        Self::name_it(label, |name| vec!["netns", "add", name])
+        Self::create_named(label, |name| vec!["netns", "add", name])
     }
 
-    /// That of process 1, under a name of our own: for a machine that is the test's alone.
+    /// Names the namespace of process 1: for a test that has the machine to itself.
     ///
     /// # Errors
     /// When not root.
     pub fn of_the_machine() -> Result<Self> {
-        Self::name_it("machine", |name| vec!["netns", "attach", name, "1"])
+        Self::create_named("machine", |name| vec!["netns", "attach", name, "1"])
     }
 
-    /// Gives one the name that we know it by, with these words of `ip`.
-    fn name_it(label: &str, words: fn(&str) -> Vec<&str>) -> Result<Self> {
+    /// Names a namespace with these arguments of `ip`.
+    fn create_named(label: &str, words: fn(&str) -> Vec<&str>) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         cleanup::arm()?;
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -81,7 +81,7 @@ impl Namespace {
             Ok(handle) => handle,
             Err(error) => {
                 registry.remove_namespace(&name);
-                return Err(error.context(format!("cannot make the network namespace {name}")));
+                return Err(error.context(format!("cannot create the network namespace {name}")));
             }
         };
         drop(registry);
@@ -90,16 +90,16 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// The name that `ip netns` knows it by.
+    /// The name in `ip netns list`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `work` in a thread inside the namespace and returns what it returns; panics if it panics. Sockets opened
-    /// by it stay in the namespace and may be used from anywhere afterwards.
+    /// Runs `work` on a thread inside the namespace and returns its result; panics if it panics. Sockets that it opens stay in
+    /// the namespace and may be used from any thread afterwards.
     ///
     /// # Errors
-    /// `work`'s own, or that the namespace could not be entered.
+    /// Errors of `work`, or when the namespace cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let handle = self.handle.as_fd();
         thread::scope(|scope| {
@@ -112,8 +112,8 @@ impl Namespace {
         .with_context(|| format!("in network namespace {}", self.name))
     }
 
-    /// A command that will run inside the namespace, with the host's file system and `/sys` as they are. (`ip netns
-    /// exec` would mount another `/sys`, without bpffs.) It is killed when the thread that started it ends.
+    /// A command that runs inside the namespace, with the host's file system and `/sys`. (`ip netns exec` would mount another
+    /// `/sys`, without bpffs.) It is killed when the thread that started it ends.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let fd = self.handle.as_raw_fd();
@@ -130,44 +130,44 @@ impl Namespace {
         command
     }
 
-    /// Runs `ip` with these words inside the namespace and returns what it prints.
+    /// Runs `ip` with these arguments inside the namespace and returns its output.
     ///
     /// # Errors
-    /// With the command and its complaint.
+    /// With the command and its error output.
     pub fn ip(&self, words: &str) -> Result<String> {
         self.tool("ip", words)
     }
 
-    /// Runs `tc` with these words inside the namespace and returns what it prints.
+    /// Runs `tc` with these arguments inside the namespace and returns its output.
     ///
     /// # Errors
-    /// With the command and its complaint.
+    /// With the command and its error output.
     pub fn tc(&self, words: &str) -> Result<String> {
         self.tool("tc", words)
     }
 
-    /// Runs `ethtool` with these words, for example `-K eth0 tx off`, so that checksums are filled in before the
-    /// wire instead of never.
+    /// Runs `ethtool` with these arguments, for example `-K eth0 tx off`, which makes the kernel compute checksums before the
+    /// device.
     ///
     /// # Errors
-    /// With the command and its complaint.
+    /// With the command and its error output.
     pub fn ethtool(&self, words: &str) -> Result<String> {
         self.tool("ethtool", words)
     }
 
-    /// Runs any program with these words inside the namespace and returns what it prints.
+    /// Runs a program with these arguments inside the namespace and returns its output.
     ///
     /// # Errors
-    /// With the command and its complaint.
+    /// With the command and its error output.
     pub fn tool(&self, program: &str, words: &str) -> Result<String> {
         run_command(self.command(program).args(words.split_whitespace()))
             .with_context(|| format!("in network namespace {}", self.name))
     }
 
-    /// Runs many `ip` commands, one a line, in one process.
+    /// Runs many `ip` commands, one per line, in one process.
     ///
     /// # Errors
-    /// With `ip`'s complaint, which names the line.
+    /// With the error output of `ip`, which names the line.
     pub fn ip_batch(&self, lines: &str) -> Result<()> {
         let mut command = self.command("ip");
         command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -183,26 +183,26 @@ impl Namespace {
         Ok(())
     }
 
-    /// Sets a kernel setting of the namespace, such as `net.ipv4.ip_forward`.
+    /// Sets a sysctl of the namespace, such as `net.ipv4.ip_forward`.
     ///
     /// # Errors
-    /// When there is none of that name or the value is refused.
+    /// When the sysctl does not exist or the kernel rejects the value.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         let path = format!("/proc/sys/{}", key.replace('.', "/"));
         self.run(|| fs::write(&path, value).with_context(|| format!("cannot set {key} to {value}")))
     }
 
-    /// An interface's number and addresses.
+    /// Index, MAC address, MTU and state of an interface.
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// When there is no interface of that name.
     pub fn link(&self, device: &str) -> Result<LinkInfo> {
         let text = self.ip(&format!("-json link show dev {device}"))?;
-        let links: Vec<LinkInfo> = serde_json::from_str(&text).context("cannot read what ip printed")?;
+        let links: Vec<LinkInfo> = serde_json::from_str(&text).context("cannot parse the output of ip")?;
         links.into_iter().next().ok_or_else(|| anyhow!("no interface {device} in {}", self.name))
     }
 
-    /// True if nothing of that name is there any more.
+    /// True if no namespace of that name exists any more.
     pub fn is_gone(name: &str) -> bool {
         !std::path::Path::new("/run/netns").join(name).exists()
     }
@@ -217,7 +217,7 @@ impl Drop for Namespace {
 /// Connects two namespaces by a veth pair, both ends up and addressed. The pair is never in the host's namespace.
 ///
 /// # Errors
-/// With `ip`'s complaint.
+/// With the error output of `ip`.
 pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
     a.namespace.ip(&format!(
         "link add {} address {} type veth peer name {} address {} netns {}",
@@ -232,10 +232,10 @@ pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
 }
 
 impl End<'_> {
-    /// Gives the interface, which is there, its addresses.
+    /// Adds the addresses to the existing interface and brings it up.
     ///
     /// # Errors
-    /// With `ip`'s complaint.
+    /// With the error output of `ip`.
     pub fn bring_up(&self) -> Result<()> {
         let mut lines = String::new();
         for address in self.addresses.split_whitespace() {
@@ -246,14 +246,14 @@ impl End<'_> {
     }
 }
 
-/// A locally administered hardware address, unique within the process and easy to spot in a capture.
+/// A locally administered MAC address, unique within the process and easy to recognise in a capture.
 fn next_mac() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(1);
     let [_, a, b, c] = COUNT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     format!("02:75:66:{a:02x}:{b:02x}:{c:02x}")
 }
 
-/// Runs a command to its end and returns what it printed.
+/// Runs a command until it ends and returns its output.
 fn run_command(command: &mut Command) -> Result<String> {
     let shown = format!("{command:?}").replace('"', "");
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {shown}"))?;

@@ -1,5 +1,4 @@
-//! A network namespace for the length of one test: it belongs to a thread, has no name, and vanishes with the thread
-//! however the test ends.
+//! A network namespace for one test: it belongs to a thread, has no name, and the kernel removes it when the thread ends.
 
 use std::panic;
 use std::process::Command;
@@ -8,10 +7,10 @@ use std::thread;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
-/// Runs `test` on a thread of its own in a new network namespace, in which only `lo` exists, and is up.
+/// Runs `test` on a new thread in a new network namespace. Its only interface is `lo`, which is up.
 ///
 /// # Panics
-/// When `test` does, and when the namespace cannot be made, which takes root.
+/// When `test` panics, or when the namespace cannot be created, which needs root.
 #[expect(clippy::expect_used, reason = "a test fails by panicking, its helpers too")]
 pub fn in_new_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {
     let name = thread::current().name().unwrap_or("netns").to_owned();
@@ -21,8 +20,8 @@ pub fn in_new_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {
             .spawn_scoped(scope, || {
                 match unshare(CloneFlags::CLONE_NEWNET) {
                     Ok(()) => {}
-                    Err(Errno::EPERM) => panic!("this test makes network namespaces: run it as root"),
-                    Err(errno) => panic!("cannot make a network namespace: {errno}"),
+                    Err(Errno::EPERM) => panic!("this test creates network namespaces: run it as root"),
+                    Err(errno) => panic!("cannot create a network namespace: {errno}"),
                 }
                 ip("link set lo up");
                 test()
@@ -32,7 +31,7 @@ pub fn in_new_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Runs `ip` in the namespace of the calling thread and returns what it prints.
+/// Runs `ip` in the namespace of the calling thread and returns its output.
 ///
 /// # Panics
 /// When `ip` is missing or fails.

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Preloaded into the daemon, makes this kernel look like one before 5.8: it refuses what such a kernel does not have, as
- * such a kernel would. The daemon's own probes find that out.
+ * Preloaded into the daemon, simulates a kernel older than 5.8: bpf() calls for features that such a kernel lacks fail with the
+ * errors of such a kernel. The daemon's own probes detect this.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,7 +14,7 @@
 
 #define TCX_INGRESS 46
 #define TCX_EGRESS 47
-/* Longer programs are not probes: they reach the helper only where they have been told that it is there. */
+/* Longer programs are not probes: they call the helper only if a constant says that it exists. */
 #define PROBE_INSTRUCTIONS 16
 
 static int is_tcx(uint32_t attach_type)
@@ -22,7 +22,7 @@ static int is_tcx(uint32_t attach_type)
 	return attach_type == TCX_INGRESS || attach_type == TCX_EGRESS;
 }
 
-/* True for a probe of bpf_redirect_neigh(). Its log then says what the verifier of an old kernel says. */
+/* True for a probe of bpf_redirect_neigh(). Writes the message of an old kernel's verifier into its log. */
 static int asks_for_redirect_neigh(const union bpf_attr *attr)
 {
 	static const char refusal[] = "invalid func unknown#152";

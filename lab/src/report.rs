@@ -1,99 +1,99 @@
-//! Compares what receivers got with what was sent. Pure; `tests/unit/lab.rs` tests it on made-up data.
+//! Compares the datagrams received with those sent. Pure; `tests/unit/lab.rs` tests it with synthetic data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// Tells the datagrams of one [`super::Sender`] from all others.
+/// Identifies the datagrams of one [`super::Sender`].
 pub type RunId = u64;
 
 /// How many copies of each datagram should arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expect {
-    /// One, at any of the receivers.
+    /// One copy, at any receiver.
     OneOfThem,
-    /// One at every receiver.
+    /// One copy at every receiver.
     EachOfThem,
 }
 
-/// What one receiver got of one sender's datagrams.
+/// Datagrams of one sender that one receiver got.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RunTally {
-    /// How often each sequence number arrived, by number.
+pub struct RunStats {
+    /// Number of arrivals, by sequence number.
     copies: Vec<u32>,
     /// One more than the highest number seen.
     next: u64,
-    /// Datagrams, repeats included.
+    /// Datagrams, duplicates included.
     pub received: u64,
-    /// Datagrams whose number had arrived at this receiver before.
+    /// Datagrams with a sequence number that had already arrived at this receiver.
     pub duplicated: u64,
-    /// First arrivals with a number lower than one seen before, as RFC 4737 counts them.
+    /// First arrivals with a lower sequence number than an earlier arrival (RFC 4737).
     pub reordered: u64,
 }
 
-/// What one receiver got.
+/// All datagrams that one receiver got.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tally {
+pub struct ReceiverStats {
     /// The receiver's name.
     pub name: String,
-    /// Where it listened.
+    /// The address that the receiver listened on.
     pub address: Option<SocketAddr>,
-    /// By sender.
-    pub runs: BTreeMap<RunId, RunTally>,
-    /// Where the datagrams came from, as the receiver saw it.
+    /// Statistics by sender.
+    pub runs: BTreeMap<RunId, RunStats>,
+    /// Source addresses of the datagrams, as the receiver saw them.
     pub sources: BTreeSet<SocketAddr>,
-    /// Datagrams that no sender of ours can have sent: wrong length or damaged.
+    /// Datagrams that no [`super::Sender`] can have sent: wrong length or damaged.
     pub unexpected: u64,
-    /// The first of those, in words.
+    /// Description of the first of those.
     pub first_unexpected: Option<String>,
-    /// Bytes of UDP payload, repeats included.
+    /// Bytes of UDP payload, duplicates included.
     pub bytes: u64,
 }
 
-/// Everything, reckoned up.
+/// Totals of all senders and receivers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// Datagrams sent.
     pub sent: u64,
-    /// Copies that should have arrived and have not.
+    /// Copies that should have arrived but did not.
     pub lost: u64,
-    /// Copies that have arrived and should not.
+    /// Copies that arrived but should not have.
     pub duplicated: u64,
     /// Sum of the receivers' reordered datagrams.
     pub reordered: u64,
-    /// Datagrams that belong to no sender counted here, or are damaged.
+    /// Datagrams of senders that this report does not count, and damaged ones.
     pub unexpected: u64,
-    /// Each receiver's own.
+    /// Statistics of each receiver.
     pub receivers: Vec<ReceiverReport>,
-    /// The first sequence numbers that are missing, for a failure's message.
+    /// The first missing sequence numbers, for a failure's message.
     pub missing: Vec<u64>,
 }
 
 /// One receiver's part of a [`Report`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiverReport {
-    /// Its name.
+    /// The receiver's name.
     pub name: String,
-    /// Where it listened.
+    /// The address that the receiver listened on.
     pub address: Option<SocketAddr>,
-    /// Datagrams, repeats included.
+    /// Datagrams, duplicates included.
     pub received: u64,
-    /// The same for each sender.
+    /// Datagrams by sender, duplicates included.
     pub by_sender: BTreeMap<RunId, u64>,
-    /// Repeats at this receiver.
+    /// Duplicates at this receiver.
     pub duplicated: u64,
-    /// Datagrams that came after a later one.
+    /// Datagrams that arrived after a later one.
     pub reordered: u64,
-    /// Datagrams that belong to no sender counted here, or are damaged.
+    /// Datagrams of senders that this report does not count, and damaged ones.
     pub unexpected: u64,
-    /// Where the datagrams came from, as the receiver saw it.
+    /// Source addresses of the datagrams, as the receiver saw them.
     pub sources: BTreeSet<SocketAddr>,
     /// Bytes of UDP payload.
     pub bytes: u64,
 }
 
-impl RunTally {
-    /// Notes the arrival of a sequence number.
+impl RunStats {
+    /// Records the arrival of a sequence number.
     pub fn note(&mut self, sequence: u64) {
         self.received += 1;
         let index = usize::try_from(sequence).unwrap_or(usize::MAX);
@@ -114,27 +114,27 @@ impl RunTally {
         copies.copied().unwrap_or(0).into()
     }
 
-    /// Datagrams with numbers that have never been sent.
+    /// Datagrams with sequence numbers that were never sent.
     fn beyond(&self, sent: u64) -> u64 {
         let sent = usize::try_from(sent).unwrap_or(usize::MAX);
         self.copies.iter().skip(sent).map(|n| u64::from(*n)).sum()
     }
 }
 
-impl Tally {
-    /// An empty tally of a receiver.
+impl ReceiverStats {
+    /// Empty statistics of a receiver.
     pub fn new(name: &str, address: SocketAddr) -> Self {
-        Tally { name: name.to_owned(), address: Some(address), ..Tally::default() }
+        ReceiverStats { name: name.to_owned(), address: Some(address), ..ReceiverStats::default() }
     }
 
-    /// Notes a datagram.
+    /// Records a datagram.
     pub fn note(&mut self, run: RunId, sequence: u64, source: SocketAddr, length: usize) {
         self.runs.entry(run).or_default().note(sequence);
         self.sources.insert(source);
         self.bytes += length as u64;
     }
 
-    /// Notes a datagram that is not one of ours.
+    /// Records a datagram that no [`super::Sender`] can have sent.
     pub fn note_unexpected(&mut self, source: SocketAddr, what: impl FnOnce() -> String) {
         self.unexpected += 1;
         self.sources.insert(source);
@@ -143,14 +143,14 @@ impl Tally {
 }
 
 impl Report {
-    /// True if every receiver saw this address as the source of all it got.
+    /// True if every receiver saw only this source address.
     pub fn all_from(&self, address: IpAddr) -> bool {
         self.receivers.iter().all(|receiver| receiver.sources.iter().all(|source| source.ip() == address))
     }
 
-    /// Compares what the receivers got with how many datagrams each sender has sent (numbers 0 to n - 1).
-    pub fn new(sent: &BTreeMap<RunId, u64>, tallies: &[Tally], expect: Expect) -> Self {
-        let receivers: Vec<_> = tallies.iter().map(|tally| ReceiverReport::new(sent, tally)).collect();
+    /// Compares the datagrams received with the number n that each sender has sent (sequence numbers 0 to n - 1).
+    pub fn new(sent: &BTreeMap<RunId, u64>, all_stats: &[ReceiverStats], expect: Expect) -> Self {
+        let receivers: Vec<_> = all_stats.iter().map(|stats| ReceiverReport::new(sent, stats)).collect();
         let mut report = Report {
             sent: sent.values().sum(),
             lost: 0,
@@ -160,9 +160,9 @@ impl Report {
             receivers,
             missing: Vec::new(),
         };
-        let nothing = RunTally::default();
+        let nothing = RunStats::default();
         for (run, count) in sent {
-            let runs: Vec<_> = tallies.iter().map(|tally| tally.runs.get(run).unwrap_or(&nothing)).collect();
+            let runs: Vec<_> = all_stats.iter().map(|stats| stats.runs.get(run).unwrap_or(&nothing)).collect();
             for sequence in 0..*count {
                 let copies = runs.iter().map(|run| run.copies_of(sequence));
                 match expect {
@@ -174,7 +174,7 @@ impl Report {
         report
     }
 
-    /// Takes up the number of copies of a datagram of which one should have come.
+    /// Counts the copies of a datagram that should have arrived once.
     fn judge(&mut self, sequence: u64, copies: u64) {
         if copies == 0 {
             self.lost += 1;
@@ -185,43 +185,43 @@ impl Report {
         self.duplicated += copies.saturating_sub(1);
     }
 
-    /// Datagrams of one sender that each receiver got, in the receivers' order.
+    /// Datagrams of one sender at each receiver, in the order of receivers.
     pub fn counts_of(&self, sender: RunId) -> Vec<u64> {
         self.receivers.iter().map(|receiver| receiver.by_sender.get(&sender).copied().unwrap_or(0)).collect()
     }
 
-    /// Datagrams each receiver got, in the receivers' order.
+    /// Datagrams at each receiver, in the order of receivers.
     pub fn counts(&self) -> Vec<u64> {
         self.receivers.iter().map(|receiver| receiver.received).collect()
     }
 
-    /// Every datagram arrived as often as it should and in order, and nothing else did.
+    /// True if every expected copy arrived once and in order, and nothing else arrived.
     pub fn is_perfect(&self) -> bool {
         self.is_complete() && self.reordered == 0
     }
 
-    /// Every datagram arrived as often as it should, in whatever order, and nothing else did.
+    /// True if every expected copy arrived once, in any order, and nothing else arrived.
     pub fn is_complete(&self) -> bool {
         self.lost == 0 && self.duplicated == 0 && self.unexpected == 0
     }
 }
 
 impl ReceiverReport {
-    fn new(sent: &BTreeMap<RunId, u64>, tally: &Tally) -> Self {
-        let foreign = tally.runs.iter().map(|(run, seen)| match sent.get(run) {
+    fn new(sent: &BTreeMap<RunId, u64>, stats: &ReceiverStats) -> Self {
+        let foreign = stats.runs.iter().map(|(run, seen)| match sent.get(run) {
             Some(count) => seen.beyond(*count),
             None => seen.received,
         });
         ReceiverReport {
-            name: tally.name.clone(),
-            address: tally.address,
-            received: tally.runs.values().map(|run| run.received).sum(),
-            by_sender: tally.runs.iter().map(|(run, seen)| (*run, seen.received)).collect(),
-            duplicated: tally.runs.values().map(|run| run.duplicated).sum(),
-            reordered: tally.runs.values().map(|run| run.reordered).sum(),
-            unexpected: tally.unexpected + foreign.sum::<u64>(),
-            sources: tally.sources.clone(),
-            bytes: tally.bytes,
+            name: stats.name.clone(),
+            address: stats.address,
+            received: stats.runs.values().map(|run| run.received).sum(),
+            by_sender: stats.runs.iter().map(|(run, seen)| (*run, seen.received)).collect(),
+            duplicated: stats.runs.values().map(|run| run.duplicated).sum(),
+            reordered: stats.runs.values().map(|run| run.reordered).sum(),
+            unexpected: stats.unexpected + foreign.sum::<u64>(),
+            sources: stats.sources.clone(),
+            bytes: stats.bytes,
         }
     }
 }

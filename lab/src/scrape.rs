@@ -1,4 +1,4 @@
-//! The daemon's HTTP pages, fetched by hand: a GET over a plain socket, and the numbers of a Prometheus page.
+//! Fetches the daemon's HTTP pages with a GET over a plain socket, and parses Prometheus pages.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -9,22 +9,22 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::netns::Namespace;
 
-/// How long a page may take.
+/// Timeout for a page.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// An answer to a GET.
+/// A response to a GET.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
     /// The HTTP status code.
     pub status: u16,
-    /// The text after the headers.
+    /// The response body.
     pub body: String,
 }
 
 /// Fetches a page from inside a namespace.
 ///
 /// # Errors
-/// When nobody listens there or the answer is not HTTP.
+/// When the connection fails or the response is not HTTP.
 pub fn get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<Page> {
     namespace.run(|| fetch(address, path))
 }
@@ -32,13 +32,13 @@ pub fn get(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<Pag
 /// Fetches a page.
 ///
 /// # Errors
-/// When nobody listens there or the answer is not HTTP.
+/// When the connection fails or the response is not HTTP.
 pub fn fetch(address: SocketAddr, path: &str) -> Result<Page> {
     let answer = (|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;
-        // HTTP 1.0: the end of the answer is the end of the connection, and nothing comes in chunks.
+        // HTTP 1.0: the end of the connection ends the response, and there is no chunked encoding.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: text/plain\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
@@ -47,42 +47,42 @@ pub fn fetch(address: SocketAddr, path: &str) -> Result<Page> {
     parse_answer(&answer.with_context(|| format!("cannot fetch http://{address}{path}"))?)
 }
 
-/// Takes an HTTP answer apart.
+/// Parses an HTTP response.
 ///
 /// # Errors
-/// When it is not one.
+/// When the text is not an HTTP response.
 pub fn parse_answer(answer: &str) -> Result<Page> {
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| anyhow!("not an HTTP answer: {answer:?}"))?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| anyhow!("not an HTTP response: {answer:?}"))?;
     let status = head.split_whitespace().nth(1).and_then(|code| code.parse().ok());
     let Some(status) = status.filter(|_| head.starts_with("HTTP/1.")) else {
-        bail!("not an HTTP answer: {head:?}");
+        bail!("not an HTTP response: {head:?}");
     };
     Ok(Page { status, body: body.to_owned() })
 }
 
-/// One line of a Prometheus page.
+/// A sample: one line of a Prometheus page.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     /// The metric's name.
     pub name: String,
-    /// Its labels, in the page's order.
+    /// Labels, in the order of the page.
     pub labels: Vec<(String, String)>,
-    /// Its value.
+    /// The sample's value.
     pub value: f64,
 }
 
 /// A Prometheus page.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metrics {
-    /// Every sample, in the page's order.
+    /// All samples, in the order of the page.
     pub samples: Vec<Sample>,
 }
 
 impl Metrics {
-    /// Fetches and reads a page from inside a namespace.
+    /// Fetches and parses a page from inside a namespace.
     ///
     /// # Errors
-    /// When it cannot be fetched or read.
+    /// When the page cannot be fetched or parsed.
     pub fn scrape(namespace: &Namespace, address: SocketAddr, path: &str) -> Result<Self> {
         let page = get(namespace, address, path)?;
         if page.status != 200 {
@@ -91,10 +91,10 @@ impl Metrics {
         Self::parse(&page.body)
     }
 
-    /// Reads a page in Prometheus' text format.
+    /// Parses a page in the Prometheus text format.
     ///
     /// # Errors
-    /// With the first line that is not of that format.
+    /// With the first malformed line.
     pub fn parse(text: &str) -> Result<Self> {
         let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
         let samples = lines.map(|line| parse_sample(line).ok_or_else(|| anyhow!("not a metric: {line:?}")));
@@ -154,7 +154,7 @@ fn parse_sample(line: &str) -> Option<Sample> {
     Some(Sample { name: name.to_owned(), labels, value })
 }
 
-/// Reads up to the closing quote, and returns what follows it as well.
+/// Parses a label value up to its closing quote. Also returns the rest of the line.
 fn unquote(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut characters = text.char_indices();

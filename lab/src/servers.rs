@@ -1,4 +1,4 @@
-//! Receivers that answer, refuse or stay silent, each on a thread that ends with the value.
+//! Receivers that answer, refuse or stay silent, each on a thread that ends when the value is dropped.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 
-/// How often a server checks whether it is to stop.
+/// How often a server checks whether it must stop.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A running server. Dropping it ends it.
+/// A running server. Dropping it stops the server.
 pub struct Server {
-    /// Where it listens.
+    /// The address that the server listens on.
     pub address: SocketAddr,
     /// Datagrams or connections received.
     received: Arc<AtomicU64>,
@@ -38,7 +38,7 @@ impl Server {
         Server { address, received, stop, thread: Some(thread) }
     }
 
-    /// Replies to each datagram with what `reply` makes of it and its sender; the socket is given too.
+    /// Calls `reply` with the socket, the sender and the payload of each datagram.
     pub fn udp(socket: UdpSocket, mut reply: impl FnMut(&UdpSocket, SocketAddr, &[u8]) + Send + 'static) -> Server {
         socket.set_read_timeout(Some(LOOK)).unwrap();
         let mut buffer = vec![0; 65_536];
@@ -51,7 +51,7 @@ impl Server {
         })
     }
 
-    /// Hands each connection to `serve`.
+    /// Calls `serve` with each connection.
     pub fn tcp(listener: TcpListener, mut serve: impl FnMut(TcpStream) + Send + 'static) -> Server {
         listener.set_nonblocking(true).unwrap();
         Server::spawn(listener.local_addr().unwrap(), move || match listener.accept() {
@@ -69,7 +69,7 @@ impl Server {
         })
     }
 
-    /// An HTTP server that answers each request with these bytes, in pieces of `piece`, and closes.
+    /// An HTTP server that answers each request with these bytes, written in pieces of `piece` bytes, and closes the connection.
     pub fn http(listener: TcpListener, answer: Vec<u8>, piece: usize) -> Server {
         Server::tcp(listener, move |mut stream| {
             let mut request = Vec::new();
@@ -101,29 +101,29 @@ impl Drop for Server {
         self.stop.store(true, Ordering::Relaxed);
         let outcome = self.thread.take().unwrap().join();
         if !thread::panicking() {
-            outcome.expect("the server has panicked");
+            outcome.expect("the server thread panicked");
         }
     }
 }
 
-/// A socket on a free port of a loopback address.
+/// A UDP socket on a free port of a loopback address.
 pub fn udp_socket(ip: &str) -> UdpSocket {
     UdpSocket::bind(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap()
 }
 
-/// The same for TCP.
+/// A TCP listener on a free port of a loopback address.
 pub fn tcp_listener(ip: &str) -> TcpListener {
     TcpListener::bind(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap()
 }
 
-/// A listener whose queue is full, so that the kernel leaves further connections unanswered.
+/// A TCP listener with a full backlog, so that the kernel does not answer further connections.
 pub fn deaf_listener(ip: &str) -> (SocketAddr, Vec<Socket>) {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     listener.bind(&SocketAddr::new(ip.parse().unwrap(), 0).into()).unwrap();
     listener.listen(0).unwrap();
     let address = listener.local_addr().unwrap().as_socket().unwrap();
     let mut sockets = vec![listener];
-    // Room for one that is not accepted; the next are ignored.
+    // A backlog of one connection, which is never accepted.
     for _ in 0..4 {
         let client = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         client.set_nonblocking(true).unwrap();

@@ -1,5 +1,4 @@
-//! What a namespace's UDP sockets hold and have counted, as the kernel says it in `/proc/net`, and waiting for that: for
-//! programs which nobody can ask.
+//! Queue lengths and counters of a namespace's UDP sockets, read from `/proc/net`, for programs without such an interface of their own.
 
 #![allow(clippy::expect_used, reason = "only tests use this, and a panic is how a test fails")]
 
@@ -9,29 +8,29 @@ use std::time::{Duration, Instant};
 
 use super::netns::Namespace;
 
-/// Tries until it holds.
+/// Polls until the condition holds.
 ///
 /// # Panics
-/// If it does not within half a minute.
+/// If it does not hold within 30 s.
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(30), "never happened: {what}");
+        assert!(start.elapsed() < Duration::from_secs(30), "timed out waiting: {what}");
         thread::yield_now();
     }
 }
 
-/// One of a namespace's counts of UDP, such as `OutDatagrams`.
+/// A UDP counter of a namespace, such as `OutDatagrams`.
 ///
 /// # Panics
-/// If there is none of that name.
+/// If there is no counter of that name.
 pub fn udp_count(namespace: &Namespace, name: &str) -> u64 {
     let lines: Vec<_> = proc_net(namespace, "snmp").into_iter().filter(|line| line[0] == "Udp:").collect();
-    let column = lines[0].iter().position(|column| column == name).expect("no such count");
-    lines[1][column].parse().expect("not a count")
+    let column = lines[0].iter().position(|column| column == name).expect("no UDP counter of this name");
+    lines[1][column].parse().expect("a counter is a number")
 }
 
-/// Bytes that wait in the IPv4 sockets of this port; none if there is no such socket.
+/// Bytes in the receive queues of the IPv4 sockets on this port; none without such a socket.
 ///
 /// # Panics
 /// If the kernel's table cannot be read.
@@ -49,6 +48,6 @@ pub fn waiting_at(namespace: &Namespace, port: u16) -> Option<u64> {
 /// Fields of a file of `/proc/net` in a namespace, line by line.
 fn proc_net(namespace: &Namespace, file: &str) -> Vec<Vec<String>> {
     let text = namespace.run(|| Ok(fs::read_to_string(format!("/proc/thread-self/net/{file}"))?));
-    let text = text.expect("cannot read the kernel's table");
+    let text = text.expect("/proc/net is readable");
     text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
 }

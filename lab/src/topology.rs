@@ -1,4 +1,4 @@
-//! A sender, a gateway and receivers in every place a receiver can be.
+//! A sender, a gateway, and receivers at every supported place.
 //!
 //! ```text
 //!                                      gateway
@@ -10,10 +10,10 @@
 //! ```
 //!
 //! The number in a name or address is the receiver's position in the lab. The daemon runs in `gateway` and listens on
-//! [`Lab::listener`]. Nothing in the lab sends or forwards a datagram unless a test makes it.
+//! [`Lab::listener`]. Nothing in the lab sends or forwards a datagram without a test's request.
 //!
-//! With [`LabBuilder::ipv6`] everything has an IPv6 address beside that (10.a.b.c is fd00:0:a:b::c), and the lab's own
-//! addresses are those.
+//! With [`LabBuilder::ipv6`] everything also has an IPv6 address (fd00:0:a:b::c for 10.a.b.c), and the lab's methods return
+//! the IPv6 addresses.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -21,23 +21,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::netns::{End, Namespace, connect};
-use super::tun::Crossing;
+use super::tun::TunLink;
 
 /// The port the daemon listens on.
 const LISTENER_PORT: u16 = 5514;
-/// What is added to the receivers' port for a receiver on the gateway, whose own port may be the listener's.
+/// Offset of the port of a receiver on the gateway, where the listener may use the receivers' port.
 const HOST_PORT_OFFSET: u16 = 1000;
 /// The gateway's interface that faces the sender.
 pub const INGRESS: &str = "eth0";
 
-/// Where a receiver is, seen from the gateway.
+/// A receiver's place in the network, relative to the gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// On a network of its own behind another interface.
+    /// On a separate network behind another interface.
     OtherInterface,
-    /// On the sender's network: datagrams leave by the interface they came in on.
+    /// On the sender's network: the ingress and egress interface are the same.
     SameInterface,
-    /// Two hops away.
+    /// Two hops away, behind a router.
     BehindRouter,
     /// In a local namespace as Kubernetes network plugins make them: one veth, a host route to a /32, and
     /// 169.254.1.1 as the pod's default gateway.
@@ -62,37 +62,37 @@ impl Place {
     }
 }
 
-/// One receiver's place in the network. Nothing listens there until [`super::Collectors::start`].
+/// A receiver's host. Nothing listens there until [`super::Collectors::start`].
 #[derive(Debug)]
 pub struct Site {
     /// Unique in the lab, such as `receiver-1`.
     pub name: String,
-    /// Where it is.
+    /// The place in the network.
     pub place: Place,
-    /// The address datagrams for it are sent to.
+    /// The receiver's address and port.
     pub address: SocketAddr,
-    /// Its namespace; none for a receiver on the gateway.
+    /// The receiver's namespace; none for a receiver on the gateway.
     namespace: Option<Namespace>,
 }
 
-/// The network. Everything in it goes when it is dropped.
+/// The network. Dropping it removes everything.
 #[derive(Debug)]
 pub struct Lab {
-    /// Where senders are; [`Lab::SENDER`] is its address.
+    /// The senders' namespace; [`Lab::SENDER`] is its address.
     pub sender: Namespace,
-    /// Where the daemon runs.
+    /// The daemon's namespace.
     pub gateway: Namespace,
-    /// The receivers, in the order they were asked for.
+    /// The receivers, in the order of the builder.
     pub sites: Vec<Site>,
-    /// The switch on the sender's network and the routers.
+    /// The bridge on the sender's network, and the routers.
     others: Vec<Namespace>,
-    /// Addresses are IPv6 ones.
+    /// The lab's methods return IPv6 addresses.
     ipv6: bool,
-    /// What carries packets between sender and gateway where they are not connected by a cable.
-    crossing: Option<Crossing>,
+    /// The link between sender and gateway, if it is an L3 link.
+    tun_link: Option<TunLink>,
 }
 
-/// What a lab is to look like.
+/// Parameters of a lab.
 #[derive(Debug, Clone)]
 pub struct LabBuilder {
     places: Vec<Place>,
@@ -101,7 +101,7 @@ pub struct LabBuilder {
     rp_filter: u8,
     ipv6: bool,
     on_machine: bool,
-    headerless: bool,
+    l3_ingress: bool,
 }
 
 impl Lab {
@@ -110,8 +110,7 @@ impl Lab {
     /// The gateway's IPv4 address on the sender's network.
     pub const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
-    /// A lab without receivers, on a gateway that neither forwards nor lets odd sources in: `ip_forward=0`,
-    /// `rp_filter=1`.
+    /// A lab without receivers. The gateway does not forward and validates sources strictly: `ip_forward=0`, `rp_filter=1`.
     pub fn builder() -> LabBuilder {
         LabBuilder {
             places: Vec::new(),
@@ -120,11 +119,11 @@ impl Lab {
             rp_filter: 1,
             ipv6: false,
             on_machine: false,
-            headerless: false,
+            l3_ingress: false,
         }
     }
 
-    /// Where senders send to.
+    /// The listener's address.
     pub fn listener(&self) -> SocketAddr {
         SocketAddr::new(self.address(Self::GATEWAY), LISTENER_PORT)
     }
@@ -134,25 +133,25 @@ impl Lab {
         self.address(Self::SENDER)
     }
 
-    /// The IPv4 address itself, or the IPv6 one that stands beside it in a lab of that family.
+    /// This IPv4 address, or its IPv6 counterpart in an IPv6 lab.
     fn address(&self, v4: IpAddr) -> IpAddr {
         match v4 {
-            IpAddr::V4(v4) if self.ipv6 => beside(v4).into(),
+            IpAddr::V4(v4) if self.ipv6 => ipv6_of(v4).into(),
             other => other,
         }
     }
 
-    /// Takes the sender's link away, where it is one without frames: the devices at both ends go with it.
+    /// Removes the sender's L3 link with the devices at both ends.
     pub fn cut(&mut self) {
-        self.crossing = None;
+        self.tun_link = None;
     }
 
-    /// The namespace a receiver is in.
+    /// A receiver's namespace.
     pub fn namespace_of<'a>(&'a self, site: &'a Site) -> &'a Namespace {
         site.namespace.as_ref().unwrap_or(&self.gateway)
     }
 
-    /// Every address of the gateway but loopback's, which is what receivers see as the source in userspace mode.
+    /// All addresses of the gateway except loopback. In userspace mode, receivers see one of them as the source.
     ///
     /// # Errors
     /// With `ip`'s complaint.
@@ -170,52 +169,52 @@ impl LabBuilder {
         self
     }
 
-    /// Adds a receiver in each of these places.
+    /// Adds a receiver at each of these places.
     pub fn receivers(mut self, places: impl IntoIterator<Item = Place>) -> Self {
         self.places.extend(places);
         self
     }
 
-    /// The port receivers listen on; the listener's own unless told. Those on the gateway add 1000 and their position.
+    /// Sets the port of the receivers; by default the listener's. A receiver on the gateway adds 1000 and its position.
     pub fn port(mut self, port: u16) -> Self {
         self.port = port;
         self
     }
 
-    /// Whether the gateway forwards IP packets by itself.
+    /// Sets whether the gateway's kernel forwards IP packets.
     pub fn ip_forward(mut self, on: bool) -> Self {
         self.ip_forward = on;
         self
     }
 
-    /// The gateway's source validation: 0 off, 1 strict, 2 loose.
+    /// Sets the gateway's source validation: 0 off, 1 strict, 2 loose.
     pub fn rp_filter(mut self, value: u8) -> Self {
         self.rp_filter = value;
         self
     }
 
-    /// Whether the lab's addresses are IPv6 ones. `ip_forward` then holds for that family as well.
+    /// Sets whether the lab uses IPv6 addresses. `ip_forward` then applies to IPv6 as well.
     pub fn ipv6(mut self, on: bool) -> Self {
         self.ipv6 = on;
         self
     }
 
-    /// Whether the gateway is the machine itself, which must be the test's alone.
+    /// Sets whether the gateway is the machine's own namespace. The test must have the machine to itself.
     pub fn on_machine(mut self, on: bool) -> Self {
         self.on_machine = on;
         self
     }
 
-    /// Whether the sender's link carries IP packets without frames: a tun device at each end. No one else can be on it.
-    pub fn headerless(mut self, on: bool) -> Self {
-        self.headerless = on;
+    /// Sets whether the sender's link is an L3 link: a tun device at each end, without Ethernet headers and without other hosts.
+    pub fn l3_ingress(mut self, on: bool) -> Self {
+        self.l3_ingress = on;
         self
     }
 
     /// Builds the network.
     ///
     /// # Errors
-    /// When not root, or with the complaint of the command that failed. What had been built is removed.
+    /// When not root, or with the error output of the failed command. A partially built network is removed.
     pub fn build(self) -> Result<Lab> {
         let sender = host("sender", self.ipv6)?;
         let gateway = if self.on_machine { Namespace::of_the_machine()? } else { host("gateway", self.ipv6)? };
@@ -227,8 +226,8 @@ impl LabBuilder {
                 gateway.sysctl(&format!("net.{family}.conf.{scope}.forwarding"), value)?;
             }
         }
-        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new(), ipv6: self.ipv6, crossing: None };
-        lab.connect_sender(self.places.contains(&Place::SameInterface), self.headerless)?;
+        let mut lab = Lab { sender, gateway, sites: Vec::new(), others: Vec::new(), ipv6: self.ipv6, tun_link: None };
+        lab.connect_sender(self.places.contains(&Place::SameInterface), self.l3_ingress)?;
         for (position, place) in self.places.iter().enumerate() {
             let site = lab.build_site(position, *place, self.port)?;
             lab.sites.push(site);
@@ -241,13 +240,13 @@ impl LabBuilder {
 }
 
 impl Lab {
-    /// The sender's network: a cable, or a switch if others are on it too, or tun devices.
-    fn connect_sender(&mut self, switched: bool, headerless: bool) -> Result<()> {
+    /// Builds the sender's network: a veth pair, a bridge if receivers are on it too, or a pair of tun devices.
+    fn connect_sender(&mut self, switched: bool, l3_ingress: bool) -> Result<()> {
         let [near, far] = ["10.0.0.1/24", "10.0.0.2/24"].map(|cidr| self.cidrs(cidr));
         let sender = End { namespace: &self.sender, device: "eth0", addresses: &far };
         let gateway = End { namespace: &self.gateway, device: INGRESS, addresses: &near };
-        if headerless {
-            self.crossing = Some(Crossing::between(gateway, sender)?);
+        if l3_ingress {
+            self.tun_link = Some(TunLink::between(gateway, sender)?);
         } else if switched {
             let switch = Namespace::create("switch")?;
             switch.ip_batch("link add br0 type bridge stp_state 0\nlink set br0 up\n")?;
@@ -261,7 +260,7 @@ impl Lab {
     }
 
     fn build_site(&mut self, position: usize, place: Place, port: u16) -> Result<Site> {
-        // Two digits keep the addresses readable and tell the receivers of one lab apart.
+        // Two digits keep the addresses readable and unique within a lab.
         let number = u8::try_from(position + 10).ok().filter(|n| *n < 100);
         let Some(n) = number else { bail!("a lab holds at most 90 receivers") };
         let label = format!("{}{}", place.label(), position + 1);
@@ -331,8 +330,8 @@ impl Lab {
         Ok((router, Ipv4Addr::new(10, 1, n, 2).into()))
     }
 
-    /// A pod. Its gateway's hardware address is written into the neighbour table, as some plugins do, because with
-    /// `ip_forward=0` the gateway would not answer for 169.254.1.1.
+    /// Adds a pod. The MAC address of its default gateway is a static neighbour entry, as with some plugins: with
+    /// `ip_forward=0` the gateway does not answer ARP requests for 169.254.1.1.
     fn pod(&self, inside: &Namespace, n: u8) -> Result<IpAddr> {
         let device = format!("pod{}", n - 9);
         let cidrs = self.cidrs(&format!("10.244.0.{n}/32"));
@@ -356,63 +355,63 @@ impl Lab {
         Ok(Ipv4Addr::new(10, 244, 0, n).into())
     }
 
-    /// The address with its prefix length, followed by the IPv6 one that stands beside it in a lab of that family.
+    /// The address with its prefix length, followed by its IPv6 counterpart in an IPv6 lab.
     fn cidrs(&self, v4: &str) -> String {
         if !self.ipv6 {
             return v4.to_owned();
         }
-        format!("{v4} {}", cidr_beside(v4))
+        format!("{v4} {}", ipv6_cidr_of(v4))
     }
 
-    /// Adds a route by way of a router, and its like for IPv6 in a lab of that family.
+    /// Adds a route via a router, and its IPv6 counterpart in an IPv6 lab.
     fn route(&self, namespace: &Namespace, destination: &str, router: &str) -> Result<()> {
         namespace.ip(&format!("route add {destination} via {router}"))?;
         if self.ipv6 {
-            let destination = if destination == "default" { destination } else { &cidr_beside(destination) };
-            let router = cidr_beside(&format!("{router}/32"));
+            let destination = if destination == "default" { destination } else { &ipv6_cidr_of(destination) };
+            let router = ipv6_cidr_of(&format!("{router}/32"));
             namespace.ip(&format!("-6 route add {destination} via {}", router.trim_end_matches("/128")))?;
         }
         Ok(())
     }
 }
 
-/// The IPv6 address that stands beside an IPv4 one.
-fn beside(v4: Ipv4Addr) -> Ipv6Addr {
+/// The IPv6 counterpart of an IPv4 address.
+fn ipv6_of(v4: Ipv4Addr) -> Ipv6Addr {
     let [_, a, b, c] = v4.octets().map(u16::from);
     Ipv6Addr::new(0xfd00, 0, a, b, 0, 0, 0, c)
 }
 
-/// As [`beside`], with the prefix length: networks of /24 become /64, hosts of /32 become /128.
-fn cidr_beside(v4: &str) -> String {
+/// As [`ipv6_of`], with the prefix length: networks of /24 become /64, hosts of /32 become /128.
+fn ipv6_cidr_of(v4: &str) -> String {
     let (address, length) = v4.split_once('/').unwrap_or((v4, "32"));
     let length = if length == "32" { 128 } else { 64 };
-    address.parse().map_or_else(|_| v4.to_owned(), |v4| format!("{}/{length}", beside(v4)))
+    address.parse().map_or_else(|_| v4.to_owned(), |v4| format!("{}/{length}", ipv6_of(v4)))
 }
 
-/// A namespace of a host that checks sources strictly, as distributions set it, and forwards nothing.
+/// A host's namespace with strict source validation, the default of distributions, and without forwarding.
 fn host(label: &str, ipv6: bool) -> Result<Namespace> {
     let namespace = Namespace::create(label)?;
     for scope in ["all", "default"] {
         namespace.sysctl(&format!("net.ipv4.conf.{scope}.rp_filter"), "1")?;
         if ipv6 {
-            // Looking for duplicates first, an address could not be used for a second or two.
+            // With duplicate address detection, an address is unusable for a second or two.
             namespace.sysctl(&format!("net.ipv6.conf.{scope}.accept_dad"), "0")?;
         }
     }
     Ok(namespace)
 }
 
-/// Connects a host to a port of the switch.
+/// Connects a host to a port of the bridge.
 fn plug(switch: &Namespace, port: &str, end: End<'_>) -> Result<()> {
     connect(End { namespace: switch, device: port, addresses: "" }, end)?;
     switch.ip(&format!("link set {port} master br0"))?;
     Ok(())
 }
 
-/// Waits until every port of a namespace's bridges forwards; the kernel opens a port a moment after its link is up.
+/// Waits until every port of a namespace's bridges forwards, which takes a moment after its link is up.
 ///
 /// # Errors
-/// When one does not open.
+/// When a port does not forward in time.
 pub fn wait_for_bridge(namespace: &Namespace) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -421,7 +420,7 @@ pub fn wait_for_bridge(namespace: &Namespace) -> Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("a bridge has not opened its ports:\n{ports}");
+            bail!("bridge ports are not in the forwarding state:\n{ports}");
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Numbered datagrams from senders to collectors.
 //!
-//! A sender keeps only so many datagrams in flight as fit half of the smallest socket buffer on the way, and waits for the
-//! collectors before it sends more: a closed loop, as fast as the path and without loss of its own making. Nothing
-//! sleeps; the collectors wake the sender.
+//! A sender limits the datagrams in flight to half of the smallest socket buffer on the path, and waits for the collectors
+//! before it sends more: a closed loop, as fast as the path and without loss by overload. Nothing sleeps; the collectors wake
+//! the sender.
 //!
-//! A datagram is the run's id, its sequence number and its own length, then filling that follows from the number, so
-//! that one that is cut, damaged or foreign is recognised.
+//! A datagram consists of the run ID, its sequence number, its length, and padding derived from the number, so that
+//! truncated, damaged and foreign datagrams are detected.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, IoSlice};
@@ -23,44 +23,44 @@ use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
 use super::netns::Namespace;
-use super::report::{Expect, Report, RunId, Tally};
+use super::report::{Expect, ReceiverStats, Report, RunId};
 use super::topology::Lab;
 
-/// Bytes of a datagram before the filling: run, number, length.
+/// Bytes of a datagram before the padding: run ID, sequence number, length.
 pub const HEADER: usize = 20;
-/// Sequence numbers are smaller, so that a tally stays small.
+/// Upper limit of sequence numbers, which bounds the size of the statistics.
 const MAX_SEQUENCE: u64 = 1 << 28;
-/// After this long without any arrival the rest counts as lost, unless a test that expects loss says otherwise.
+/// After this time without an arrival, missing datagrams count as lost. A test that expects loss may set another time.
 pub const PATIENCE: Duration = Duration::from_secs(3);
-/// How long a collector stays on after everything has arrived, for datagrams that should not come.
+/// How long a collector continues after everything has arrived, to catch unexpected datagrams.
 const SETTLE: Duration = Duration::from_millis(50);
-/// What may be in flight, in bytes of kernel memory: half of Linux's default socket buffer.
+/// Maximum in flight, in bytes of kernel memory: half of Linux's default socket buffer.
 const IN_FLIGHT: usize = 100_000;
-/// Bytes a collector's socket may hold, so that one that no sender waits for, as under a `sample`, keeps what it gets.
+/// Receive buffer size of a collector in bytes. Large enough for receivers that no sender waits for, as with `sample`.
 const COLLECTED: usize = 16 << 20;
 
-/// How far senders and collectors have got; shared by all of them.
+/// Progress counters that senders and collectors share.
 #[derive(Debug)]
 pub struct Progress {
     expect: Expect,
     collectors: u64,
     sent: AtomicU64,
     arrived: AtomicU64,
-    /// The lowest number of arrivals that some sender waits for; `u64::MAX` if none does.
+    /// The lowest number of arrivals that a sender waits for; `u64::MAX` if none waits.
     wake_at: AtomicU64,
     lock: Mutex<()>,
     news: Condvar,
 }
 
-/// A socket in every receiver's place, each emptied by a thread of its own.
+/// A socket at every receiver, each read by its own thread.
 #[derive(Debug)]
 pub struct Collectors {
     progress: Arc<Progress>,
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Result<Tally>>>,
+    threads: Vec<JoinHandle<Result<ReceiverStats>>>,
 }
 
-/// One sending socket and its numbers.
+/// A sending socket with its run ID and sequence numbers.
 #[derive(Debug)]
 pub struct Sender {
     socket: UdpSocket,
@@ -74,11 +74,11 @@ pub struct Sender {
     buffer: Vec<u8>,
 }
 
-/// Opens a socket in a namespace. The address may be one that a socket of ours had a moment ago: a program that some
-/// other thread is just starting may still hold a copy of that one, and the newer socket gets the datagrams.
+/// Opens a socket in a namespace. The address may still be bound by a recently closed socket: a child process that another
+/// thread is starting may hold a copy of it. The newer socket gets the datagrams.
 ///
 /// # Errors
-/// When the address is not the namespace's, or somebody else's.
+/// When the address does not belong to the namespace, or is in use.
 pub fn bind(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
     namespace.run(|| {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
@@ -89,12 +89,12 @@ pub fn bind(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
 }
 
 impl Progress {
-    /// Datagrams sent and copies arrived so far.
+    /// The datagrams sent and the copies arrived so far.
     pub fn now(&self) -> (u64, u64) {
         (self.sent.load(Ordering::SeqCst), self.arrived.load(Ordering::SeqCst))
     }
 
-    /// Copies that all datagrams sent so far should make.
+    /// The expected copies of all datagrams sent so far.
     fn due(&self) -> u64 {
         let copies = match self.expect {
             Expect::OneOfThem => 1,
@@ -104,8 +104,8 @@ impl Progress {
     }
 
     fn note_arrival(&self) {
-        // Arrivals are counted before `wake_at` is read, and `wake_at` is written before arrivals are read: one of
-        // the two sides always sees the other.
+        // A collector counts the arrival before it reads `wake_at`; a sender writes `wake_at` before it reads the arrivals.
+        // So at least one of them sees the other's write.
         let arrived = self.arrived.fetch_add(1, Ordering::SeqCst) + 1;
         if arrived >= self.wake_at.load(Ordering::SeqCst) {
             let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -114,7 +114,7 @@ impl Progress {
         }
     }
 
-    /// Waits until so many copies have arrived; false if for `patience` nothing has.
+    /// Waits until this many copies have arrived; false after `patience` without an arrival.
     fn wait_for(&self, target: u64, patience: Duration) -> bool {
         let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         let mut before = self.arrived.load(Ordering::SeqCst);
@@ -139,16 +139,16 @@ impl Collectors {
     /// Starts collecting at every receiver of a lab.
     ///
     /// # Errors
-    /// When a socket cannot be opened there.
+    /// When a socket cannot be opened.
     pub fn start(lab: &Lab, expect: Expect) -> Result<Self> {
         let sites = lab.sites.iter().map(|site| (site.name.as_str(), lab.namespace_of(site), site.address));
         Self::start_at(sites, expect)
     }
 
-    /// Starts collecting at these places: a name, a namespace, the address to bind there.
+    /// Starts collecting at these receivers: name, namespace, address to bind.
     ///
     /// # Errors
-    /// When a socket cannot be opened there.
+    /// When a socket cannot be opened.
     pub fn start_at<'a>(
         places: impl IntoIterator<Item = (&'a str, &'a Namespace, SocketAddr)>,
         expect: Expect,
@@ -158,7 +158,7 @@ impl Collectors {
             let socket = bind(namespace, address).with_context(|| format!("for {name}"))?;
             socket.set_read_timeout(Some(SETTLE))?;
             setsockopt(&socket, RcvBufForce, &COLLECTED).context("cannot enlarge a collector's buffer")?;
-            sockets.push((socket, Tally::new(name, address)));
+            sockets.push((socket, ReceiverStats::new(name, address)));
         }
         let progress = Arc::new(Progress {
             expect,
@@ -171,36 +171,36 @@ impl Collectors {
         });
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
-        for (socket, tally) in sockets {
+        for (socket, stats) in sockets {
             let (progress, stop) = (Arc::clone(&progress), Arc::clone(&stop));
-            let thread = thread::Builder::new().name(tally.name.clone());
-            threads.push(thread.spawn(move || collect(&socket, tally, &progress, &stop))?);
+            let thread = thread::Builder::new().name(stats.name.clone());
+            threads.push(thread.spawn(move || collect(&socket, stats, &progress, &stop))?);
         }
         Ok(Collectors { progress, stop, threads })
     }
 
-    /// How far things have got.
+    /// The datagrams sent and the copies arrived so far.
     pub fn progress(&self) -> &Arc<Progress> {
         &self.progress
     }
 
-    /// Waits until so many copies have arrived in all; false if for `patience` nothing has.
+    /// Waits until this many copies have arrived in total; false after `patience` without an arrival.
     pub fn wait_for(&self, copies: u64, patience: Duration) -> bool {
         self.progress.wait_for(copies, patience)
     }
 
-    /// Waits for stragglers, stops and reckons up what these senders have sent.
+    /// Waits for late datagrams, stops, and reports on the datagrams of these senders.
     ///
     /// # Errors
     /// When a collector could not receive.
     pub fn finish(mut self, senders: &[&Sender]) -> Result<Report> {
         let sent: BTreeMap<_, _> = senders.iter().map(|sender| (sender.run, sender.next)).collect();
         self.stop.store(true, Ordering::SeqCst);
-        let mut tallies = Vec::new();
+        let mut all_stats = Vec::new();
         for thread in self.threads.drain(..) {
-            tallies.push(thread.join().map_err(|_| anyhow!("a collector's thread panicked"))??);
+            all_stats.push(thread.join().map_err(|_| anyhow!("a collector's thread panicked"))??);
         }
-        Ok(Report::new(&sent, &tallies, self.progress.expect))
+        Ok(Report::new(&sent, &all_stats, self.progress.expect))
     }
 }
 
@@ -213,31 +213,36 @@ impl Drop for Collectors {
     }
 }
 
-/// Empties a socket until told to stop and nothing has come for a while.
-fn collect(socket: &UdpSocket, mut tally: Tally, progress: &Progress, stop: &AtomicBool) -> Result<Tally> {
+/// Reads a socket until `stop` is set and a read times out.
+fn collect(
+    socket: &UdpSocket,
+    mut stats: ReceiverStats,
+    progress: &Progress,
+    stop: &AtomicBool,
+) -> Result<ReceiverStats> {
     let mut buffer = vec![0; 65_536];
     loop {
         match socket.recv_from(&mut buffer) {
             Ok((length, source)) => match decode(&buffer[..length]) {
                 Ok((run, sequence)) => {
-                    tally.note(run, sequence, source, length);
+                    stats.note(run, sequence, source, length);
                     progress.note_arrival();
                 }
-                Err(what) => tally.note_unexpected(source, || what),
+                Err(what) => stats.note_unexpected(source, || what),
             },
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 if stop.load(Ordering::SeqCst) {
-                    return Ok(tally);
+                    return Ok(stats);
                 }
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => bail!("{} cannot receive: {error}", tally.name),
+            Err(error) => bail!("{} cannot receive: {error}", stats.name),
         }
     }
 }
 
 impl Sender {
-    /// A socket in `namespace` bound to `source` (port 0 for any) that will send to `target`.
+    /// Opens a socket in `namespace`, bound to `source` (port 0 for any), that sends to `target`.
     ///
     /// # Errors
     /// When the socket cannot be opened.
@@ -256,7 +261,7 @@ impl Sender {
         })
     }
 
-    /// A socket of the lab's sender that will send to the lab's listener.
+    /// Opens a socket of the lab's sender that sends to the lab's listener.
     ///
     /// # Errors
     /// When the socket cannot be opened.
@@ -264,28 +269,31 @@ impl Sender {
         Self::open(&lab.sender, (lab.sender_address(), 0), lab.listener())
     }
 
-    /// The datagrams' size in bytes of UDP payload, from 20 to 65,507; 100 unless told. Takes effect with the next datagram.
+    /// Sets the UDP payload size in bytes, from 20 to 65,507; default 100. Takes effect with the next datagram.
     pub fn payload(mut self, bytes: usize) -> Self {
-        assert!((HEADER..=65_507).contains(&bytes), "a payload has 20 to 65,507 bytes");
+        assert!((HEADER..=65_507).contains(&bytes), "the payload must have 20 to 65,507 bytes");
         self.payload = bytes;
         self
     }
 
-    /// How many datagrams may be in flight, instead of what default socket buffers hold.
+    /// Sets the maximum number of datagrams in flight. The default fits default socket buffers.
     pub fn window(mut self, datagrams: u64) -> Self {
         self.window = Some(datagrams.max(1));
         self
     }
 
-    /// Hands the kernel so many datagrams in one piece, to be cut up as late as possible (`UDP_SEGMENT`): that is
-    /// how a TC program meets packets that hold several datagrams. At most 64, and 65,507 bytes together.
+    /// Sends this many datagrams in one GSO message (`UDP_SEGMENT`), which a TC program sees as one packet. At most 64
+    /// datagrams and 65,507 bytes in total.
     pub fn segments(mut self, count: u16) -> Self {
-        assert!((1..=64).contains(&count) && usize::from(count) * self.payload <= 65_507, "too much for one call");
+        assert!(
+            (1..=64).contains(&count) && usize::from(count) * self.payload <= 65_507,
+            "at most 64 segments and 65,507 bytes per call"
+        );
         self.segments = count;
         self
     }
 
-    /// How long [`Sender::send`] waits for the next arrival before it gives up, instead of [`PATIENCE`].
+    /// Sets how long [`Sender::send`] waits for the next arrival before it gives up; default [`PATIENCE`].
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
@@ -296,15 +304,15 @@ impl Sender {
         &self.socket
     }
 
-    /// The address and port receivers see where the source is kept.
+    /// The sender's address and port, which receivers see if the source is preserved.
     ///
     /// # Errors
-    /// When the socket does not know.
+    /// When the kernel cannot return the address.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.socket.local_addr()
     }
 
-    /// What tells its datagrams from others' in a [`Report`].
+    /// The run ID of this sender's datagrams in a [`Report`].
     pub fn run_id(&self) -> RunId {
         self.run
     }
@@ -314,12 +322,12 @@ impl Sender {
         self.next
     }
 
-    /// Sends so many datagrams without waiting for anybody. Only for few: more than buffers hold are lost.
+    /// Sends this many datagrams without waiting. Socket buffers must hold them all, or some are lost.
     ///
-    /// The thread stays on one CPU meanwhile, as in [`Sender::send`]; on each, the kernel program takes turns by itself.
+    /// The thread stays on one CPU meanwhile, as in [`Sender::send`]: the kernel program has a round-robin cursor per CPU.
     ///
     /// # Errors
-    /// When the kernel refuses to send.
+    /// When a send fails.
     pub fn burst(&mut self, count: u64, collectors: &Collectors) -> Result<()> {
         let _pinned = Pinned::here()?;
         self.send_at_once(count, collectors)
@@ -336,14 +344,14 @@ impl Sender {
         Ok(())
     }
 
-    /// Sends so many datagrams in a closed loop and waits until all have arrived; returns how long that took. Gives
-    /// up, with less sent, when nothing arrives any more: the report then shows what is lost.
+    /// Sends this many datagrams in a closed loop, waits until all have arrived, and returns the elapsed time. Gives up early
+    /// when nothing arrives any more: the report then shows the loss.
     ///
-    /// The thread stays on one CPU meanwhile. Datagrams of one socket that enter the network on different CPUs may
-    /// overtake each other, which no forwarder could be blamed for.
+    /// The thread stays on one CPU meanwhile: datagrams of one socket sent from different CPUs may be reordered before they
+    /// reach the forwarder.
     ///
     /// # Errors
-    /// When the kernel refuses to send.
+    /// When a send fails.
     pub fn send(&mut self, count: u64, collectors: &Collectors) -> Result<Duration> {
         let _pinned = Pinned::here()?;
         let window = self.window.unwrap_or_else(|| default_window(self.payload));
@@ -388,21 +396,21 @@ impl Sender {
     }
 }
 
-/// As many datagrams as certainly fit the socket buffers on the way. The kernel charges a socket for the memory a
-/// packet occupies: about the next power of two, and its own bookkeeping.
+/// The number of datagrams that always fit the socket buffers on the path. The kernel charges a socket for a packet's memory:
+/// about the next power of two, plus metadata.
 fn default_window(payload: usize) -> u64 {
     (IN_FLIGHT / (payload.next_power_of_two() + 768)).max(1) as u64
 }
 
-/// Keeps the thread on the CPU it is on, until dropped.
+/// Pins the thread to its current CPU, until dropped.
 #[derive(Debug)]
 pub struct Pinned(CpuSet);
 
 impl Pinned {
-    /// Keeps it there.
+    /// Pins the calling thread.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the affinity cannot be changed.
     pub fn here() -> Result<Self> {
         let this_thread = Pid::from_raw(0);
         let before = sched_getaffinity(this_thread)?;
@@ -426,10 +434,10 @@ pub fn encode(buffer: &mut Vec<u8>, run: RunId, sequence: u64, payload: usize) {
     buffer.extend_from_slice(&sequence.to_be_bytes());
     buffer.extend_from_slice(&u32::try_from(payload).unwrap_or(u32::MAX).to_be_bytes());
     let header = buffer.len() - start;
-    buffer.extend_from_slice(filling(sequence, payload - header));
+    buffer.extend_from_slice(padding(sequence, payload - header));
 }
 
-/// Reads a datagram's run and number; an error says in words what is wrong with it.
+/// Reads a datagram's run ID and sequence number; an error describes the defect.
 pub fn decode(datagram: &[u8]) -> Result<(RunId, u64), String> {
     let field = |from: usize| datagram.get(from..from + 8).and_then(|bytes| bytes.try_into().ok());
     let (Some(run), Some(sequence)) = (field(0).map(u64::from_be_bytes), field(8).map(u64::from_be_bytes)) else {
@@ -439,7 +447,7 @@ pub fn decode(datagram: &[u8]) -> Result<(RunId, u64), String> {
     if length.map(|n| n as usize) != Some(datagram.len()) || sequence >= MAX_SEQUENCE {
         return Err(format!("{} bytes, sent as {length:?}, number {sequence}", datagram.len()));
     }
-    let (seen, sent) = (&datagram[HEADER..], filling(sequence, datagram.len() - HEADER));
+    let (seen, sent) = (&datagram[HEADER..], padding(sequence, datagram.len() - HEADER));
     if seen != sent {
         let at = seen.iter().zip(sent).position(|(a, b)| a != b).unwrap_or(0) + HEADER;
         return Err(format!("number {sequence} of run {run:#x} is damaged at byte {at}"));
@@ -447,9 +455,9 @@ pub fn decode(datagram: &[u8]) -> Result<(RunId, u64), String> {
     Ok((run, sequence))
 }
 
-/// What follows the header: bytes that count up from one that depends on the number. From a table, because test
-/// programs are not optimised and this is done for every datagram.
-fn filling(sequence: u64, length: usize) -> &'static [u8] {
+/// The padding after the header: bytes that count up from a value derived from the sequence number. Taken from a table,
+/// because test programs are not optimised.
+fn padding(sequence: u64, length: usize) -> &'static [u8] {
     static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| (0..=u8::MAX).cycle().take(256 + 65_536).collect());
     let first = (sequence.wrapping_mul(31) & 0xff) as usize;
     &BYTES[first..first + length]

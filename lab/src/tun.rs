@@ -1,7 +1,6 @@
-//! A link that carries IP packets without frames: a tun device in each of two namespaces, and a thread that takes across
-//! what one of them sends.
+//! An L3 link, without Ethernet headers: a tun device in each of two namespaces, and a thread that copies packets between them.
 //!
-//! Checksums left to the device, and super-packets where the kernel knows them there (Linux 6.2), cross it as they are.
+//! Packets with offloaded checksums, and GSO packets where the kernel supports them on tun devices (Linux 6.2), pass unchanged.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
@@ -15,73 +14,74 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::netns::{End, Namespace};
 use super::traffic::Pinned;
 
-/// From `linux/if_tun.h`: the device computes checksums, and cuts up UDP datagrams of either IP version.
+/// From `linux/if_tun.h`: checksum offload with UDP segmentation (IPv4, IPv6), or checksum offload alone.
 const OFFLOADS: [libc::c_ulong; 2] = [0x01 | 0x20 | 0x40, 0x01];
-/// The longest packet, with what `IFF_VNET_HDR` puts before it.
+/// The longest packet, with the header of `IFF_VNET_HDR`, in bytes.
 const LONGEST: usize = 10 + 65_535;
 
-/// What carries packets between two tun devices, for as long as it lives. The devices go with it.
+/// An L3 link between two namespaces. Dropping it removes both tun devices.
 #[derive(Debug)]
-pub struct Crossing {
+pub struct TunLink {
     stop: Option<PipeWriter>,
-    carrier: Option<JoinHandle<()>>,
+    forwarder: Option<JoinHandle<()>>,
 }
 
-impl Crossing {
+impl TunLink {
     /// Connects two namespaces, both ends up and addressed.
     ///
     /// # Errors
-    /// When the kernel has no tun devices, or with `ip`'s complaint.
-    pub fn between(a: End<'_>, b: End<'_>) -> Result<Crossing> {
+    /// When the kernel does not support tun devices, or with the error output of `ip`.
+    pub fn between(a: End<'_>, b: End<'_>) -> Result<TunLink> {
         let ends = [open(a.namespace, a.device)?, open(b.namespace, b.device)?];
         a.bring_up()?;
         b.bring_up()?;
         let (stopped, stop) = io::pipe()?;
-        let carrier = thread::Builder::new().name("crossing".into()).spawn(move || carry(&ends, &stopped))?;
-        Ok(Crossing { stop: Some(stop), carrier: Some(carrier) })
+        let forwarder =
+            thread::Builder::new().name("tun-link".into()).spawn(move || forward_packets(&ends, &stopped))?;
+        Ok(TunLink { stop: Some(stop), forwarder: Some(forwarder) })
     }
 }
 
-impl Drop for Crossing {
+impl Drop for TunLink {
     fn drop(&mut self) {
         self.stop = None;
-        if let Some(carrier) = self.carrier.take() {
-            let _ = carrier.join();
+        if let Some(forwarder) = self.forwarder.take() {
+            let _ = forwarder.join();
         }
     }
 }
 
-/// Makes a tun device in a namespace, which goes when the file is closed.
+/// Creates a tun device in a namespace. Closing the file removes the device.
 fn open(namespace: &Namespace, device: &str) -> Result<File> {
     namespace.run(|| {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
         let file = file.context("cannot open /dev/net/tun")?;
-        // SAFETY: a C struct of integers and bytes, for which zero is a value.
+        // SAFETY: a C struct of integers and bytes, for which zero is valid.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        ensure!(device.len() < request.ifr_name.len(), "{device} is too long a name");
+        ensure!(device.len() < request.ifr_name.len(), "the interface name {device} is too long");
         for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
             *to = from.cast_signed();
         }
         request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-        // SAFETY: the descriptor is open, and `request` is what this request reads and writes.
+        // SAFETY: the descriptor is open, and the kernel reads and writes only `request`.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         if result != 0 {
-            return Err(io::Error::last_os_error()).with_context(|| format!("cannot make the tun device {device}"));
+            return Err(io::Error::last_os_error()).with_context(|| format!("cannot create the tun device {device}"));
         }
-        // SAFETY: as above; this request takes a number.
+        // SAFETY: the descriptor is open; the argument is a number.
         let takes = |what: &libc::c_ulong| unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, *what) == 0 };
         if !OFFLOADS.iter().any(takes) {
-            bail!("the tun device {device} leaves no checksums to others");
+            bail!("the tun device {device} does not support checksum offload");
         }
         Ok(file)
     })
 }
 
-/// Takes packets across until the other end of the pipe is closed, or one of the devices is gone. What a device does not take, because it is down or full, is
-/// lost, as on a cable.
-fn carry(ends: &[File; 2], stopped: &PipeReader) {
-    // What comes in on several CPUs may overtake each other, and each CPU has rounds of its own.
+/// Copies packets until the other end of the pipe is closed or a device is deleted. A packet that a device does not accept, because it
+/// is down or its queue is full, is lost.
+fn forward_packets(ends: &[File; 2], stopped: &PipeReader) {
+    // Packets injected from several CPUs may be reordered, and each CPU has its own round-robin cursors.
     let _pinned = Pinned::here();
     let mut buffer = vec![0; LONGEST];
     loop {
@@ -95,15 +95,15 @@ fn carry(ends: &[File; 2], stopped: &PipeReader) {
             return;
         }
         for (from, to) in [(0, 1), (1, 0)].into_iter().filter(|&(from, _)| ready[from]) {
-            if !empty(&ends[from], &ends[to], &mut buffer) {
+            if !forward_pending(&ends[from], &ends[to], &mut buffer) {
                 return;
             }
         }
     }
 }
 
-/// Takes across all that one device has sent. False if somebody has deleted it.
-fn empty(mut from: &File, mut to: &File, buffer: &mut [u8]) -> bool {
+/// Copies all packets that one device has sent. False if the device has been deleted.
+fn forward_pending(mut from: &File, mut to: &File, buffer: &mut [u8]) -> bool {
     loop {
         match from.read(buffer) {
             Ok(length) => drop(to.write(&buffer[..length])),

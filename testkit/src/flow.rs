@@ -1,5 +1,5 @@
-//! Numbered datagrams in a closed loop: never more on their way than the receivers' buffers hold, so that whatever is
-//! missing was lost by the program under test.
+//! Numbered datagrams in a closed loop: never more in flight than the receivers' buffers hold, so that the program under test has lost
+//! every missing one.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
@@ -18,10 +18,10 @@ use udp_fanout::testing::model::{Downstream, ListenerCounters, ListenerId, Mode,
 use udp_fanout::testing::plan::round_robin::interleave;
 use udp_fanout::testing::plan::{Delivery, ListenerPlan, Plan, PlanTarget};
 
-/// How long anything may take before a test fails. Nothing waits this long when all is well.
+/// Timeout of every wait. A passing test never reaches it.
 pub const GUARD: Duration = Duration::from_secs(20);
 
-/// Datagrams on their way at once.
+/// Maximum number of datagrams in flight.
 const WINDOW: u64 = 48;
 
 pub const ID: ListenerId = ListenerId(0);
@@ -59,11 +59,11 @@ pub fn plan(listeners: &[&ListenerPlan]) -> Plan {
     Plan::from(listeners.iter().map(|&listener| listener.clone()).collect::<Vec<_>>())
 }
 
-/// Tries until it holds.
+/// Polls until the condition holds.
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
-        assert!(start.elapsed() < GUARD, "never happened: {what}");
+        assert!(start.elapsed() < GUARD, "timed out waiting: {what}");
         std::thread::yield_now();
     }
 }
@@ -74,14 +74,14 @@ pub struct Flow {
     sinks: Vec<UdpSocket>,
     next: u64,
     arrived: u64,
-    /// Which receiver got each number, how often.
+    /// The receivers that got each number, with repeats.
     pub seen: BTreeMap<u64, Vec<usize>>,
     /// Per receiver, the numbers in the order of their arrival.
     pub order: Vec<Vec<u64>>,
 }
 
 impl Flow {
-    /// This many receivers, all at this IP address.
+    /// Opens this many receivers, all at this IP address.
     pub fn new(ip: &str, receivers: usize) -> Flow {
         let sinks: Vec<UdpSocket> = (0..receivers).map(|_| UdpSocket::bind((ip, 0)).unwrap()).collect();
         sinks.iter().for_each(|sink| sink.set_nonblocking(true).unwrap());
@@ -94,7 +94,7 @@ impl Flow {
         self.sinks.iter().map(|sink| (sink.local_addr().unwrap(), 1)).collect()
     }
 
-    /// Sends one numbered datagram of this many bytes without waiting for anything, and says its number.
+    /// Sends one numbered datagram of this many bytes without waiting, and returns its number.
     pub fn send_one(&mut self, to: SocketAddr, bytes: usize) -> u64 {
         let number = self.next;
         let mut datagram = vec![number as u8; bytes.max(8)];
@@ -104,14 +104,14 @@ impl Flow {
         number
     }
 
-    /// Sends this many numbered datagrams without waiting for anything. Only for few: a buffer must hold them.
+    /// Sends this many numbered datagrams without waiting. They must fit a receiver's buffer.
     pub fn send(&mut self, to: SocketAddr, datagrams: u64) {
         for _ in 0..datagrams {
             self.send_one(to, 64);
         }
     }
 
-    /// Sends numbered datagrams, of which one in `every` comes to our receivers, and waits until all those have.
+    /// Sends numbered datagrams, of which these receivers get one in `every`, and waits for those.
     pub fn run(&mut self, to: SocketAddr, datagrams: u64, every: u64) {
         let (first, before) = (self.next, self.arrived);
         while self.next - first < datagrams {
@@ -125,7 +125,7 @@ impl Flow {
         }
     }
 
-    /// Sends numbered datagrams, of which each of our receivers gets a copy, and waits for all copies.
+    /// Sends numbered datagrams, of which each receiver gets a copy, and waits for all copies.
     pub fn run_copied(&mut self, to: SocketAddr, datagrams: u64) {
         let copies = self.sinks.len() as u64;
         let (first, before) = (self.next, self.arrived);
@@ -148,7 +148,7 @@ impl Flow {
         }
     }
 
-    /// Takes whatever has arrived at any receiver; waits for the first.
+    /// Waits until a datagram arrives at any receiver, then reads all that have arrived.
     pub fn receive(&mut self) {
         let mut ready: Vec<PollFd> = self.sinks.iter().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)).collect();
         let timeout = PollTimeout::try_from(GUARD).unwrap();
@@ -157,7 +157,7 @@ impl Flow {
         self.collect();
     }
 
-    /// Takes whatever has arrived.
+    /// Reads all datagrams that have arrived.
     pub fn collect(&mut self) {
         let mut buffer = vec![0; 65_536];
         for (index, sink) in self.sinks.iter().enumerate() {
@@ -204,12 +204,12 @@ pub fn serving(listeners: &[&ListenerPlan]) -> UserDatapath {
     datapath
 }
 
-/// True if every received datagram is accounted for.
+/// True if every received datagram is counted as forwarded, passed or dropped.
 pub fn balanced(counters: &ListenerCounters) -> bool {
     counters.packets_received == counters.packets_forwarded + counters.packets_passed + counters.dropped.total()
 }
 
-/// The counters after the end, when they are final.
+/// The counters after shutdown, when they are final.
 pub fn final_counters(datapath: &mut UserDatapath) -> DatapathCounters {
     datapath.shutdown().unwrap();
     let counters = datapath.counters().unwrap();
@@ -225,8 +225,8 @@ pub fn replicating(receivers: &[(SocketAddr, u32)], batch_size: u32) -> Listener
     listener
 }
 
-/// A datapath that serves these listeners, on one CPU together with the calling thread: loopback keeps no order between
-/// datagrams that a thread sends from one CPU and then from another.
+/// A datapath that serves these listeners on the same CPU as the calling thread: loopback does not keep the order of datagrams sent from
+/// different CPUs.
 pub fn serving_in_order(listeners: &[&ListenerPlan]) -> UserDatapath {
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this).unwrap();
@@ -236,7 +236,7 @@ pub fn serving_in_order(listeners: &[&ListenerPlan]) -> UserDatapath {
     serving(listeners)
 }
 
-/// Sends datagrams of one length, but for the last, which may be shorter, in one piece.
+/// Sends datagrams of `each` bytes in one GSO message. The last one may be shorter.
 pub fn send_joined(from: &UdpSocket, to: SocketAddr, payload: &[u8], each: u16) {
     let parts = [std::io::IoSlice::new(payload)];
     let size = [ControlMessage::UdpGsoSegments(&each)];
@@ -244,7 +244,7 @@ pub fn send_joined(from: &UdpSocket, to: SocketAddr, payload: &[u8], each: u16) 
     assert_eq!(sent, payload.len());
 }
 
-/// Numbered datagrams, one after the other. Their lengths are all `each` but for the last.
+/// The payload of a GSO message: numbered datagrams of `each` bytes, the last of `last` bytes.
 pub fn numbered(numbers: std::ops::Range<u64>, each: usize, last: usize) -> Vec<u8> {
     let end = numbers.end - 1;
     let datagram = |number: u64| {
@@ -255,11 +255,12 @@ pub fn numbered(numbers: std::ops::Range<u64>, each: usize, last: usize) -> Vec<
     numbers.flat_map(datagram).collect()
 }
 
-/// A receiver's datagrams, numbers and lengths, in the order of their arrival, until there are so many.
+/// Receives `count` datagrams and returns their numbers and lengths, in the order of arrival.
 pub fn receive(sink: &UdpSocket, count: usize) -> Vec<(u64, usize)> {
     let mut buffer = vec![0; 65_536];
     let mut one = |n| {
-        let length = sink.recv(&mut buffer).unwrap_or_else(|error| panic!("{n} of {count} came, then {error}"));
+        let length =
+            sink.recv(&mut buffer).unwrap_or_else(|error| panic!("{n} of {count} datagrams arrived, then: {error}"));
         let number = u64::from_be_bytes(buffer[..8].try_into().unwrap());
         assert!(buffer[8..length].iter().all(|&byte| byte == number as u8), "datagram {number} was changed");
         (number, length)

@@ -1,7 +1,6 @@
-//! The fuzz targets: a module each, whose `run` takes the bytes of an input and panics where the program is wrong.
+//! The fuzz targets, one per module. `run` takes an input's bytes and panics if the program misbehaves.
 //!
-//! `fuzz/fuzz_targets/` gives them to libFuzzer. The tests replay the inputs that are kept in `fuzz/seeds/` and
-//! `fuzz/regressions/`.
+//! `fuzz/fuzz_targets/` passes them to libFuzzer. The tests replay the inputs in `fuzz/seeds/` and `fuzz/regressions/`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,10 +16,10 @@ pub mod slices;
 pub mod status;
 pub mod user;
 
-/// Every target.
+/// The names of all targets.
 pub const TARGETS: [&str; 8] = ["config", "health", "host", "kernel", "preserve_source", "slices", "status", "user"];
 
-/// Where the kept inputs are.
+/// The directories of `fuzz/` with committed inputs.
 pub const DIRECTORIES: [&str; 2] = ["seeds", "regressions"];
 
 /// A directory of `fuzz/`.
@@ -34,7 +33,7 @@ pub fn names_in(directory: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Runs a target on its kept inputs.
+/// Runs a target on its committed inputs.
 pub fn replay(target: &str) {
     let run = match target {
         "config" => config::run,
@@ -45,7 +44,7 @@ pub fn replay(target: &str) {
         "slices" => slices::run,
         "status" => status::run,
         "user" => user::run,
-        unknown => panic!("no target {unknown}"),
+        unknown => panic!("no fuzz target {unknown}"),
     };
     let mut inputs = 0;
     for directory in DIRECTORIES.map(|name| directory(name).join(target)) {
@@ -56,5 +55,5 @@ pub fn replay(target: &str) {
             inputs += 1;
         }
     }
-    assert!(inputs > 0, "no inputs for {target}");
+    assert!(inputs > 0, "no inputs for the target {target} in fuzz/");
 }

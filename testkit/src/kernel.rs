@@ -1,7 +1,7 @@
-//! The kernel program in `BPF_PROG_TEST_RUN`: packets, one run, and an oracle that predicts its outcome.
+//! The kernel program in `BPF_PROG_TEST_RUN`: packets, test runs, and an oracle that predicts their outcome.
 
+pub mod differential;
+pub mod fragments;
 pub mod oracle;
 pub mod packet;
-pub mod pieces;
 pub mod run;
-pub mod trial;

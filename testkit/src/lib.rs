@@ -1,9 +1,9 @@
-//! What the tests, the benchmarks and the fuzz targets share and what uses the program itself. What knows nothing of the
-//! program is in the crate `udp-fanout-lab`.
+//! Code that the tests, the benchmarks and the fuzz targets share and that calls the program's own code. Shared code that does not is in
+//! the crate `udp-fanout-lab`.
 //!
 //! - [`flow`]: numbered datagrams through the userspace datapath, in a closed loop.
 //! - [`fuzz`]: the fuzz targets.
-//! - [`kernel`]: the kernel program in `BPF_PROG_TEST_RUN`, and its oracle.
+//! - [`kernel`]: the kernel program in `BPF_PROG_TEST_RUN`, and an oracle that predicts its results.
 //! - [`probing`]: an event loop with health checks on it.
 //! - [`watching`]: endpoint discovery under test: its updates, its log, its status.
 

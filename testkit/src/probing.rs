@@ -1,4 +1,4 @@
-//! An event loop with health checks on it, turned until something has happened.
+//! An event loop with health checks, which a test runs until a condition holds.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use udp_fanout::testing::health::weights::HealthMark;
 use udp_fanout::testing::health::{HealthChecks, ListenerCheck};
 use udp_fanout::testing::model::ListenerId;
 
-/// How long a test waits before it fails. Nothing takes that long.
+/// Timeout of every wait. A passing test never reaches it.
 const LIMIT: Duration = Duration::from_secs(60);
 
 const FIRST_TOKEN: Token = Token(100);
@@ -25,7 +25,7 @@ pub struct Bench {
     started: Instant,
 }
 
-/// Probes this way, often enough for a test.
+/// Health check settings with this protocol and intervals short enough for a test.
 pub fn settings(protocol: ProbeProtocol) -> HealthSettings {
     let probe = ProbeSettings {
         protocol,
@@ -54,7 +54,7 @@ impl Bench {
         Bench { poll, events: Events::with_capacity(64), health, started: Instant::now() }
     }
 
-    /// One listener with these downstreams, probed this way.
+    /// One listener with these downstreams, probed with this protocol.
     pub fn probing(downstreams: &[SocketAddr], protocol: ProbeProtocol) -> Bench {
         let mut bench = Bench::new();
         bench.set(&[watch(downstreams, &settings(protocol))]);
@@ -87,14 +87,14 @@ impl Bench {
         self.health.on_timer(now);
     }
 
-    /// Turns until it is so.
+    /// Runs the event loop until the condition holds.
     pub fn until(&mut self, what: &str, so: impl Fn(&HealthChecks) -> bool) {
         let end = Instant::now() + LIMIT;
         while !so(&self.health) {
             if Instant::now() > end {
                 let seen: Vec<_> = self.health.downstreams().take(20).collect();
-                let troubles: Vec<_> = self.health.local_errors().collect();
-                panic!("in vain waited until {what}: {seen:#?} {troubles:#?}");
+                let local_errors: Vec<_> = self.health.local_errors().collect();
+                panic!("timed out waiting until {what}: {seen:#?} {local_errors:#?}");
             }
             self.turn();
         }
@@ -106,26 +106,26 @@ impl Bench {
         status(&self.health, downstream)
     }
 
-    /// Returns the reason.
+    /// Runs the event loop until the downstream is unhealthy, and returns the reason.
     pub fn until_unhealthy(&mut self, downstream: SocketAddr) -> String {
         self.until(&format!("{downstream} is unhealthy"), |health| state(health, downstream) == HealthState::Unhealthy);
         assert!(matches!(self.health.map().get(LISTENER, downstream), Some(HealthMark::Unhealthy(_))));
         status(&self.health, downstream).failure.expect("a reason").to_string()
     }
 
-    /// Turns until this many rounds have been probed.
+    /// Runs the event loop until this many more probes have ended.
     pub fn until_probed(&mut self, rounds: u64) {
         let count = |health: &HealthChecks| {
-            let tallies =
+            let all_stats =
                 udp_fanout::testing::health::settings::ProbeKind::ALL.map(|kind| health.probe_stats().of(kind).clone());
-            tallies.iter().flat_map(|tally| tally.outcomes().map(|(_, n)| n).collect::<Vec<_>>()).sum::<u64>()
+            all_stats.iter().flat_map(|stats| stats.outcomes().map(|(_, n)| n).collect::<Vec<_>>()).sum::<u64>()
         };
         let before = count(&self.health);
         self.until("probes have ended", |health| count(health) >= before + rounds);
     }
 }
 
-/// The number of probes that ended so.
+/// The number of probes with this outcome.
 pub fn ended(stats: &ProbeStats, outcome: ProbeOutcome) -> u64 {
     stats.outcomes().filter(|(of, _)| *of == outcome).map(|(_, n)| n).sum()
 }

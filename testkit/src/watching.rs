@@ -17,7 +17,7 @@ use udp_fanout::testing::net::Family;
 
 use udp_fanout_lab::apiserver::{ApiServer, DEADLINE};
 
-/// A request of listener 0 for one service in `logging`, by number.
+/// A request of listener 0 for one service in the namespace `logging`, with a numeric port.
 pub fn request(service: &str) -> DiscoveryRequest {
     request_of(0, &[("logging", service)])
 }
@@ -39,7 +39,7 @@ pub fn request_of(listener: u32, services: &[(&str, &str)]) -> DiscoveryRequest 
     }
 }
 
-/// Patient enough for a slow machine, quick to try again.
+/// Timeouts long enough for a slow machine, with short backoffs.
 pub fn limits() -> DiscoveryTimeouts {
     DiscoveryTimeouts {
         request_timeout: Duration::from_secs(20),
@@ -52,7 +52,7 @@ pub fn limits() -> DiscoveryTimeouts {
     }
 }
 
-/// A discovery that runs against a server.
+/// A discovery connected to a test API server.
 pub struct Watching {
     pub discovery: Discovery,
     pub updates: Receiver<DiscoveryUpdate>,
@@ -88,7 +88,7 @@ impl Watching {
 
     /// The next update of any listener. Generations must increase.
     pub fn next_update(&mut self) -> DiscoveryUpdate {
-        let update = self.updates.recv_timeout(DEADLINE).expect("an update should have come");
+        let update = self.updates.recv_timeout(DEADLINE).expect("no discovery update arrived");
         let before = self.latest.insert(update.listener, update.clone());
         assert!(before.is_none_or(|before| before.set.generation < update.set.generation), "{update:?}");
         update
@@ -99,7 +99,7 @@ impl Watching {
         addresses(&self.next_update())
     }
 
-    /// Reads updates until listener 0 has these endpoints, and says how many it took.
+    /// Reads updates until listener 0 has these endpoints, and returns the number of updates.
     pub fn until(&mut self, expected: &[&str]) -> usize {
         self.until_listener(0, expected)
     }
@@ -117,7 +117,7 @@ impl Watching {
         unreachable!()
     }
 
-    /// The event loop is woken for updates.
+    /// True if the event loop is woken before the deadline.
     pub fn is_woken(&mut self) -> bool {
         let mut events = mio::Events::with_capacity(1);
         self.poll.poll(&mut events, Some(DEADLINE)).unwrap();
@@ -140,11 +140,11 @@ impl Watching {
         self.status().errors.iter().find(|(k, _)| *k == kind).unwrap().1
     }
 
-    /// Waits until the status says this. There is no event for it, so it looks again and again.
+    /// Polls the status until the condition holds.
     pub fn wait_status(&self, what: &str, condition: impl Fn(&ServiceStatus) -> bool) {
         let until = Instant::now() + DEADLINE;
         while !condition(&self.status()) {
-            assert!(Instant::now() < until, "{what} did not come about: {:?}", self.status());
+            assert!(Instant::now() < until, "timed out waiting for {what}: {:?}", self.status());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -154,11 +154,11 @@ pub fn addresses(update: &DiscoveryUpdate) -> Vec<String> {
     update.set.downstreams.iter().map(|downstream| downstream.address.to_string()).collect()
 }
 
-/// Log lines of the program, all tests of the binary together: tests tell theirs by the names of their services.
+/// Log lines of the program, for all tests of the binary: a test recognises its own by the names of its services.
 #[derive(Default)]
 struct Lines {
     lines: Mutex<Vec<String>>,
-    /// Those of level debug.
+    /// Lines of level debug.
     debug: Mutex<Vec<String>>,
     more: Condvar,
 }
@@ -207,7 +207,7 @@ impl Visit for Line {
     }
 }
 
-/// Waits for a log line with all these parts and returns it.
+/// Waits for a log line that contains all these parts, and returns it.
 pub fn logged(parts: &[&str]) -> String {
     let until = Instant::now() + DEADLINE;
     let mut all = lines().lines.lock().unwrap();
@@ -221,13 +221,13 @@ pub fn logged(parts: &[&str]) -> String {
     }
 }
 
-/// How many log lines so far have all these parts.
+/// The number of log lines so far that contain all these parts.
 pub fn log_count(parts: &[&str]) -> usize {
     let all = lines().lines.lock().unwrap();
     all.iter().filter(|line| parts.iter().all(|part| line.contains(part))).count()
 }
 
-/// The waits that discovery has computed so far after failures of this service's watch.
+/// The backoff delays that discovery has logged so far after failures of this service's watch.
 pub fn waits(service: &str) -> Vec<Duration> {
     let head = format!("next attempt to follow the endpoints of logging/{service} in ");
     let all = lines().debug.lock().unwrap();

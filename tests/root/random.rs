@@ -3,10 +3,12 @@
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use udp_fanout_testkit::kernel::differential::{
+    DESTINATIONS, DESTINATIONS6, DifferentialTest, SENDERS, SENDERS6, fix_ip_checksum, set_ttl,
+};
 use udp_fanout_testkit::kernel::oracle::framed;
 use udp_fanout_testkit::kernel::packet::{Checksum, Frame, fragmented};
 use udp_fanout_testkit::kernel::run::Gso;
-use udp_fanout_testkit::kernel::trial::{DESTINATIONS, DESTINATIONS6, SENDERS, SENDERS6, Trial, mend, set_ttl};
 
 /// Cases per run; `ORACLE_CASES` and `ORACLE_SEED` override. A failure prints the seed of its case.
 const CASES: u64 = 1_000_000;
@@ -135,7 +137,7 @@ fn mutate(rng: &mut SmallRng, bytes: &mut Vec<u8>) {
         bytes.extend((0..rng.random_range(1..30)).map(|_| 0u8));
     }
     if rng.random_bool(0.5) && bytes.len() >= 34 && bytes[12..14] == [8, 0] {
-        mend(bytes);
+        fix_ip_checksum(bytes);
     }
     // A test run refuses frames without a whole network header, so cutting stops there.
     let least = match bytes[12..14] {
@@ -165,11 +167,11 @@ fn root_a_million_random_packets_agree_with_the_oracle() {
         Some(seed) => vec![seed],
         None => KEPT.into_iter().chain((0..setting("ORACLE_CASES").unwrap_or(CASES)).map(|n| n + BASE)).collect(),
     };
-    let mut trial = Trial::begin();
+    let mut trial = DifferentialTest::begin();
     seeds.chunks(CHUNK).for_each(|seeds| run(&mut trial, seeds));
 }
 
-fn run(trial: &mut Trial, seeds: &[u64]) {
+fn run(trial: &mut DifferentialTest, seeds: &[u64]) {
     for &seed in seeds {
         let mut rng = SmallRng::seed_from_u64(seed);
         let (frames, gso) = match rng.random_bool(0.1) {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use proptest::prelude::*;
-use udp_fanout_lab::report::{RunTally, Tally};
+use udp_fanout_lab::report::{ReceiverStats, RunStats};
 use udp_fanout_lab::traffic::{decode, encode};
 use udp_fanout_lab::{Expect, Metrics, Report, scrape};
 
@@ -15,8 +15,8 @@ fn source() -> SocketAddr {
     "10.0.0.2:4000".parse().unwrap()
 }
 
-fn tally(name: &str, sequence_numbers: &[u64]) -> Tally {
-    let mut tally = Tally::new(name, "10.0.1.2:5514".parse().unwrap());
+fn tally(name: &str, sequence_numbers: &[u64]) -> ReceiverStats {
+    let mut tally = ReceiverStats::new(name, "10.0.1.2:5514".parse().unwrap());
     for &number in sequence_numbers {
         tally.note(RUN, number, source(), 100);
     }
@@ -126,7 +126,7 @@ proptest! {
 
 #[test]
 fn tally_counts_only_first_arrivals_as_reordered() {
-    let mut run = RunTally::default();
+    let mut run = RunStats::default();
     for number in [1, 1, 0, 0] {
         run.note(number);
     }

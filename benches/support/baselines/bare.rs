@@ -1,10 +1,10 @@
-//! The floor under any userspace forwarder: the same system calls, and nothing else.
+//! The minimum for any userspace forwarder: the same system calls, and nothing else.
 //!
-//! A loop takes what has arrived, as the kernel has joined it (`UDP_GRO`), deals the datagrams out in turn, and sends each
-//! downstream its share (`UDP_SEGMENT`). It counts nothing, looks at no error, follows no change, and assumes that all
-//! datagrams of a message have the same length. Under replication, each downstream's share is everything.
+//! A loop receives GRO messages (`UDP_GRO`), assigns the datagrams round robin, and sends each downstream its share as GSO
+//! messages (`UDP_SEGMENT`). It counts nothing, ignores errors and changes, and assumes that all datagrams of a message have
+//! the same length. Under replication, each downstream's share is all datagrams.
 //!
-//! [`copier`] is the other extreme: one `recvfrom`, and one `sendto` for each downstream, as samplicator has it.
+//! [`copier`] is the other extreme: one `recvfrom`, and one `sendto` for each downstream, as in samplicator.
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -24,20 +24,20 @@ use crate::bench::baselines::{ForwardingTask, RunningBaseline};
 use crate::bench::cpu::{cpu_seconds, pin_thread};
 use crate::bench::testbed::{LISTENER, Testbed};
 
-/// Bytes of receive buffer, as every baseline gets.
+/// Receive buffer size in bytes, the same for every baseline.
 const RECEIVE_BUFFER: usize = 4 << 20;
-/// Datagrams of one message at most.
+/// Maximum number of datagrams per message.
 pub const SEGMENTS: usize = 64;
-/// Room for what the kernel joins at most.
+/// Size of the largest GRO message, in bytes.
 pub const ROOM: usize = 65_536;
 
-/// What the loop uses of what the kernel offers.
+/// Kernel features that the loop uses.
 #[derive(Debug, Clone, Copy)]
 pub struct Calls {
-    /// Messages taken in one call.
+    /// Messages received in one call.
     pub take: usize,
     /// `UDP_GRO` and `UDP_SEGMENT`; otherwise one message is one datagram.
-    pub joined: bool,
+    pub gro: bool,
 }
 
 struct Loop {
@@ -64,10 +64,10 @@ impl Drop for Loop {
 /// Starts the loop on the baseline's CPU.
 ///
 /// # Errors
-/// When a socket cannot be had.
+/// When a socket cannot be opened.
 pub fn start(testbed: &Testbed, task: &ForwardingTask, calls: Calls) -> Result<Box<dyn RunningBaseline>> {
     let replicate = task.replicate;
-    spawn(testbed, task, calls.joined, move |take, send, downstreams, stop| {
+    spawn(testbed, task, calls.gro, move |take, send, downstreams, stop| {
         forward(take, send, downstreams, (calls, replicate), stop);
     })
 }
@@ -75,20 +75,20 @@ pub fn start(testbed: &Testbed, task: &ForwardingTask, calls: Calls) -> Result<B
 /// Starts a loop that copies each datagram to each downstream, one system call each, on the baseline's CPU.
 ///
 /// # Errors
-/// When a socket cannot be had.
+/// When a socket cannot be opened.
 pub fn copier(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     spawn(testbed, task, false, copy)
 }
 
-/// Starts a loop that takes from the first socket and sends with the second, on the baseline's CPU, until it is told to
-/// stop. `joined` says whether what it takes may be joined.
+/// Starts a loop that receives from the first socket and sends with the second, on the baseline's CPU, until it is stopped.
+/// `gro` enables `UDP_GRO`.
 ///
 /// # Errors
-/// When a socket cannot be had.
+/// When a socket cannot be opened.
 pub fn spawn(
     testbed: &Testbed,
     task: &ForwardingTask,
-    joined: bool,
+    gro: bool,
     work: impl FnOnce(&Socket, &Socket, &[SocketAddr], &AtomicBool) + Send + 'static,
 ) -> Result<Box<dyn RunningBaseline>> {
     let (take, send) = testbed.gateway.run(|| {
@@ -96,7 +96,7 @@ pub fn spawn(
         take.bind(&LISTENER.into())?;
         setsockopt(&take, RcvBufForce, &RECEIVE_BUFFER)?;
         take.set_read_timeout(Some(Duration::from_millis(20)))?;
-        if joined {
+        if gro {
             setsockopt(&take, UdpGroSegment, &true)?;
         }
         let send = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
@@ -117,7 +117,7 @@ pub fn spawn(
     Ok(Box::new(Loop { stop, thread, task }))
 }
 
-/// Room for a control message with an integer.
+/// Buffer for a control message with an integer.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Control(pub [u8; 24]);
@@ -128,7 +128,7 @@ fn copy(take: &Socket, send: &Socket, downstreams: &[SocketAddr], stop: &AtomicB
     while !stop.load(Ordering::Relaxed) {
         let Ok(length) = io::Read::read(&mut &*take, &mut memory) else { continue };
         for name in &names {
-            // As such loops do: what cannot be sent is lost.
+            // As in such loops, a datagram that cannot be sent is lost.
             let _ = send.send_to(&memory[..length], name);
         }
     }
@@ -169,13 +169,13 @@ fn forward(
         let mut size = 1;
         for slot in 0..taken {
             let length = headers[slot].msg_len as usize;
-            let joined = headers[slot].msg_hdr.msg_controllen > 0;
-            size = if joined { segment_size(&controls[slot].0) } else { length.max(1) };
-            // SAFETY: within the memory, of which each slot has so much.
+            let gro = headers[slot].msg_hdr.msg_controllen > 0;
+            size = if gro { segment_size(&controls[slot].0) } else { length.max(1) };
+            // SAFETY: within the buffer, in which each slot has this many bytes.
             let start = unsafe { memory.as_mut_ptr().add(slot * ROOM) };
-            shares.deal(start, length, size);
+            shares.assign(start, length, size);
         }
-        send_all(send, shares.messages(size, if calls.joined { SEGMENTS } else { 1 }));
+        send_all(send, shares.messages(size, if calls.gro { SEGMENTS } else { 1 }));
         shares.clear();
     }
 }
@@ -183,14 +183,14 @@ fn forward(
 fn send_all(socket: &Socket, headers: &mut [libc::mmsghdr]) {
     let mut done = 0;
     while done < headers.len() {
-        // SAFETY: the headers point to names, vectors and payload that are still there.
+        // SAFETY: the headers point to names, vectors and payloads that outlive the call.
         let sent =
             unsafe { libc::sendmmsg(socket.as_raw_fd(), headers[done..].as_mut_ptr(), (headers.len() - done) as _, 0) };
         done += usize::try_from(sent).unwrap_or(1);
     }
 }
 
-/// What each downstream is about to get.
+/// The datagrams to send to each downstream.
 pub struct Shares {
     names: Vec<SockAddr>,
     shares: Vec<Vec<libc::iovec>>,
@@ -201,15 +201,15 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Nobody gets anything yet. Under replication, everybody will get everything.
+    /// Empty shares. Under replication, every downstream will get all datagrams.
     pub fn new(downstreams: &[SocketAddr], replicate: bool) -> Shares {
         let names: Vec<SockAddr> = downstreams.iter().map(|&address| address.into()).collect();
         let shares = names.iter().map(|_| Vec::with_capacity(4096)).collect();
         Shares { names, shares, replicate, turn: 0, headers: Vec::new(), control: Box::new(Control([0; 24])) }
     }
 
-    /// Deals out the datagrams of a message that begins there: of `size` bytes each, but for the last.
-    pub fn deal(&mut self, start: *mut u8, length: usize, size: usize) {
+    /// Assigns the datagrams of a message: each has `size` bytes, except for the last.
+    pub fn assign(&mut self, start: *mut u8, length: usize, size: usize) {
         let mut at = 0;
         while at < length {
             let this = size.min(length - at);
@@ -224,8 +224,8 @@ impl Shares {
         }
     }
 
-    /// What has been dealt out, in messages of up to `most` datagrams of `size` bytes. They are good until the next call of
-    /// this or of [`Shares::clear`].
+    /// The assigned datagrams, as messages of up to `most` datagrams of `size` bytes. They are valid until the next call of this
+    /// or of [`Shares::clear`].
     pub fn messages(&mut self, size: usize, most: usize) -> &mut [libc::mmsghdr] {
         set_segment_size(&mut self.control, size);
         self.headers.clear();
@@ -237,7 +237,7 @@ impl Shares {
         &mut self.headers
     }
 
-    /// Forgets what has been dealt out.
+    /// Removes all assigned datagrams.
     pub fn clear(&mut self) {
         self.shares.iter_mut().for_each(Vec::clear);
     }
@@ -257,7 +257,7 @@ fn header(name: &SockAddr, vectors: &mut [libc::iovec], control: &mut Control) -
     header
 }
 
-/// The length of joined datagrams, from the control message that the kernel has written.
+/// The segment size of a GRO message, from the kernel's control message.
 pub fn segment_size(control: &[u8]) -> usize {
     assert!(control.len() >= 20, "there is no whole control message");
     // SAFETY: there is room for a header and an integer after it.

@@ -22,7 +22,7 @@ impl RunningBaseline for Serving {
 /// Starts the daemon in a mode, with one worker on the baseline's CPU. `settings` are further lines of the listener's settings.
 ///
 /// # Errors
-/// When it does not become ready.
+/// When the daemon does not become ready.
 pub fn start(testbed: &Testbed, task: &ForwardingTask, mode: &str, settings: &str) -> Result<Box<dyn RunningBaseline>> {
     run(testbed, &config(task, mode, settings))
 }
@@ -30,7 +30,7 @@ pub fn start(testbed: &Testbed, task: &ForwardingTask, mode: &str, settings: &st
 /// As [`start`] in user space, with two more downstreams.
 ///
 /// # Errors
-/// When it does not become ready.
+/// When the daemon does not become ready.
 pub fn start_beside(
     testbed: &Testbed,
     task: &ForwardingTask,

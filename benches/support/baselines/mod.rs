@@ -24,7 +24,7 @@ use udp_fanout_lab::cleanup;
 /// The work of a forwarder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ForwardingTask {
-    /// How many downstreams there are.
+    /// Number of downstreams.
     pub downstreams: u32,
     /// Each downstream gets a copy. Otherwise, one of them does, in turn.
     pub replicate: bool,
@@ -39,7 +39,7 @@ impl ForwardingTask {
 
 /// A started forwarder. Dropping it stops it.
 pub trait RunningBaseline {
-    /// Its CPU time so far, in seconds, including system time. None for forwarders in the kernel.
+    /// CPU time so far, in seconds, including system time. None for forwarders in the kernel.
     fn cpu_seconds(&self) -> Option<f64>;
 }
 
@@ -48,13 +48,13 @@ pub type Start = Box<dyn Fn(&Testbed, &ForwardingTask) -> Result<Box<dyn Running
 
 /// A forwarder that is compared.
 pub struct Baseline {
-    /// Its name in reports.
+    /// The name in reports.
     pub name: String,
     /// The kernel forwards, on the forwarder's CPU.
     pub in_kernel: bool,
     /// Senders address the downstreams themselves, without any balancing.
     pub direct: bool,
-    /// It forwards payloads unchanged.
+    /// The forwarder does not change payloads.
     pub keeps: bool,
     pub start: Start,
 }
@@ -76,7 +76,7 @@ impl Baseline {
         Baseline { in_kernel: true, ..Baseline::program(name, start) }
     }
 
-    /// The kernel's own forwarding, for senders that name the downstreams themselves.
+    /// The kernel's own forwarding, for senders that address the downstreams.
     pub fn direct(name: &str) -> Baseline {
         Baseline { direct: true, ..Baseline::kernel(name, netfilter::nothing) }
     }
@@ -90,7 +90,7 @@ impl Baseline {
 /// A process on the forwarder's CPU. Dropping it sends SIGTERM and waits for its end.
 pub struct Process {
     child: Child,
-    /// Removed after its end.
+    /// A directory that is removed after the process has ended.
     _directory: Option<tempfile::TempDir>,
 }
 
@@ -101,10 +101,10 @@ impl RunningBaseline for Process {
 }
 
 impl Process {
-    /// Starts it. `directory`, which it may read from, is removed after its end.
+    /// Starts the process. `directory`, which it may read from, is removed after its end.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When the process cannot be started.
     pub fn start(testbed: &Testbed, command: &mut Command, directory: Option<tempfile::TempDir>) -> Result<Process> {
         let mut only = CpuSet::new();
         only.set(testbed.forwarder_cpu())?;
@@ -120,7 +120,7 @@ impl Process {
     /// Waits until a socket in its namespace is bound to the listener's port.
     ///
     /// # Errors
-    /// When it ends instead, or takes too long.
+    /// When the process ends, or takes too long.
     pub fn listens(&mut self) -> Result<()> {
         let table = format!("/proc/{}/net/udp", self.child.id());
         let port = format!(":{PORT:04X} ");
@@ -133,10 +133,10 @@ impl Process {
         Ok(())
     }
 
-    /// Fails if it has ended.
+    /// Fails if the process has ended.
     ///
     /// # Errors
-    /// Says how it ended.
+    /// With the exit status of the process.
     pub fn alive(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
             anyhow::bail!("it ended: {status}");
@@ -149,7 +149,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         let pid = Pid::from_raw(self.child.id().cast_signed());
         let _ = kill(pid, Signal::SIGTERM);
-        cleanup::registry().forget_child(pid);
+        cleanup::registry().unregister_child(pid);
         let _ = self.child.wait();
     }
 }

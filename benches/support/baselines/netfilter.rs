@@ -1,4 +1,4 @@
-//! What the kernel's packet filter does: destination NAT, rewriting without connection tracking, copying.
+//! The kernel's packet filter: destination NAT, rewriting without connection tracking, copying.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -9,10 +9,10 @@ use anyhow::{Context, Result, ensure};
 use crate::bench::baselines::{ForwardingTask, RunningBaseline};
 use crate::bench::testbed::{PORT, Testbed};
 
-/// The neighbour behind which all downstreams are.
+/// The next hop of all downstreams.
 const NEIGHBOUR: &str = "10.0.1.2";
 
-/// Rules, until it is dropped.
+/// Rules. Dropping it removes them.
 struct Rules {
     undo: Command,
 }
@@ -25,12 +25,12 @@ impl RunningBaseline for Rules {
 
 impl Drop for Rules {
     fn drop(&mut self) {
-        // The namespace is gone soon, too.
+        // An error is harmless: the namespace is removed soon, too.
         let _ = self.undo.status();
     }
 }
 
-/// Nothing at all: the kernel forwards to whom the senders name.
+/// No rules: the kernel forwards to the address that senders use.
 ///
 /// # Errors
 /// None.
@@ -41,35 +41,35 @@ pub fn nothing(testbed: &Testbed, _task: &ForwardingTask) -> Result<Box<dyn Runn
 /// nftables, destination NAT with connection tracking, which keeps a sender with one downstream.
 ///
 /// # Errors
-/// With nft's complaint.
+/// With the error output of nft.
 pub fn nft_nat(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let text = format!(
         "table ip bench {{ chain prerouting {{ type nat hook prerouting priority dstnat;
              udp dport {PORT} dnat to numgen inc mod {} map {{ {} }}; }}; }}",
         task.downstreams,
-        turns(task)
+        slot_map(task)
     );
     apply(testbed, &["nft", "-f", "-"], &text)
 }
 
-/// nftables without connection tracking: each datagram's destination is rewritten, the next downstream's in turn.
+/// nftables without connection tracking: each datagram's destination is rewritten, round robin.
 ///
 /// # Errors
-/// With nft's complaint.
+/// With the error output of nft.
 pub fn nft_stateless(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let text = format!(
         "table ip bench {{ chain prerouting {{ type filter hook prerouting priority raw;
              udp dport {PORT} notrack ip daddr set numgen inc mod {} map {{ {} }}; }}; }}",
         task.downstreams,
-        turns(task)
+        slot_map(task)
     );
     apply(testbed, &["nft", "-f", "-"], &text)
 }
 
-/// nftables' `dup`: copies to a gateway, with the destination as it is.
+/// nftables' `dup`: copies to a gateway, with unchanged destination.
 ///
 /// # Errors
-/// With nft's complaint.
+/// With the error output of nft.
 pub fn nft_dup(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let copies = format!("dup to {NEIGHBOUR} device \"out\" ").repeat(task.downstreams as usize);
     let text = format!(
@@ -79,10 +79,10 @@ pub fn nft_dup(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn Runni
     apply(testbed, &["nft", "-f", "-"], &text)
 }
 
-/// iptables' `statistic`: one rule for each downstream, which every so-many-th new flow meets.
+/// iptables' `statistic`: one rule for each downstream, which matches every nth new flow.
 ///
 /// # Errors
-/// With iptables' complaint.
+/// With the error output of iptables.
 pub fn iptables_statistic(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let mut text = "*nat\n".to_owned();
     for (before, downstream) in Testbed::downstreams(task.downstreams).into_iter().enumerate() {
@@ -96,10 +96,10 @@ pub fn iptables_statistic(testbed: &Testbed, task: &ForwardingTask) -> Result<Bo
     apply(testbed, &["iptables-nft-restore"], &(text + "COMMIT\n"))
 }
 
-/// iptables' `TEE`: copies to a gateway, with the destination as it is.
+/// iptables' `TEE`: copies to a gateway, with unchanged destination.
 ///
 /// # Errors
-/// With iptables' complaint.
+/// With the error output of iptables.
 pub fn iptables_tee(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let mut text = "*mangle\n".to_owned();
     for _ in 0..task.downstreams {
@@ -109,14 +109,14 @@ pub fn iptables_tee(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn 
     apply(testbed, &["iptables-nft-restore"], &text)
 }
 
-/// The elements of a map from turns to downstreams.
-fn turns(task: &ForwardingTask) -> String {
+/// The elements of a map from round-robin slots to downstreams.
+fn slot_map(task: &ForwardingTask) -> String {
     let downstreams = Testbed::downstreams(task.downstreams).into_iter().enumerate();
     downstreams.map(|(turn, downstream)| format!("{turn} : {}", downstream.ip())).collect::<Vec<_>>().join(", ")
 }
 
 fn guard(testbed: &Testbed) -> Box<Rules> {
-    // iptables' rules are nftables' ones, too.
+    // iptables-nft stores its rules in nftables.
     let mut undo = testbed.gateway.command("nft");
     undo.args(["flush", "ruleset"]);
     Box::new(Rules { undo })

@@ -8,11 +8,11 @@ use anyhow::Result;
 use crate::bench::baselines::{ForwardingTask, Process, RunningBaseline};
 use crate::bench::testbed::{PORT, Testbed};
 
-/// Starts nginx with one worker. Per packet, each datagram is a session of its own and goes to the next downstream; per
+/// Starts nginx with one worker. Per packet, each datagram is a separate session and goes to the next downstream; per
 /// session, a sender stays with one downstream.
 ///
 /// # Errors
-/// When it does not start.
+/// When nginx does not start.
 pub fn start(testbed: &Testbed, task: &ForwardingTask, per_packet: bool) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let mut servers = String::new();

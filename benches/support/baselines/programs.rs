@@ -1,4 +1,4 @@
-//! Programs that forward datagrams, each with a configuration as its manual suggests for speed.
+//! Programs that forward datagrams, each with the configuration that its manual recommends for speed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -9,10 +9,10 @@ use anyhow::Result;
 use crate::bench::baselines::{ForwardingTask, Process, RunningBaseline};
 use crate::bench::testbed::{LISTENER, PORT, Testbed};
 
-/// socat: from one port to one downstream; it knows no more.
+/// socat: from one port to one downstream, the most it supports.
 ///
 /// # Errors
-/// When it does not start.
+/// When the program does not start.
 pub fn socat(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let downstream = Testbed::downstreams(task.downstreams.min(1))[0];
     let mut command = testbed.gateway.command("socat");
@@ -22,10 +22,10 @@ pub fn socat(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn Running
     Ok(Box::new(process))
 }
 
-/// dnsdist: queries to downstreams in turn. Nobody answers them.
+/// dnsdist: queries to downstreams in turn. The downstreams do not answer.
 ///
 /// # Errors
-/// When it does not start.
+/// When the program does not start.
 pub fn dnsdist(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let mut text = format!("setLocal(\"{LISTENER}\")\nsetACL(\"0.0.0.0/0\")\nsetServerPolicy(roundrobin)\n");
@@ -42,10 +42,10 @@ pub fn dnsdist(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn Runni
     Ok(Box::new(process))
 }
 
-/// rsyslog: messages as they are to one downstream; Debian 12's has no pools of targets.
+/// rsyslog: unchanged messages to one downstream; Debian 12's version has no target pools.
 ///
 /// # Errors
-/// When it does not start.
+/// When the program does not start.
 pub fn rsyslog(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     let directory = tempfile::tempdir()?;
     let place = directory.path().display();

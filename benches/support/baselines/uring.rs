@@ -1,8 +1,8 @@
-//! The bare loop on `io_uring`: the same work as [`super::bare`], by what should be its quickest way.
+//! The bare loop on `io_uring`: the same work as [`super::bare`], on what should be its fastest interface.
 //!
-//! One request stays and takes whatever arrives into buffers that the ring has been given (multishot `recvmsg`); what is
-//! to be sent is handed in while the next arrivals are waited for, so that a batch is one system call rather than two.
-//! The ring's work is done by the caller (`DEFER_TASKRUN`) rather than by a polling thread, for there is one CPU.
+//! One request receives every message into provided buffers (multishot `recvmsg`). The same call submits the sends and waits
+//! for the next arrivals, so that a batch takes one system call instead of two. The caller does the ring's work
+//! (`DEFER_TASKRUN`) instead of a polling thread, because there is only one CPU.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,26 +19,26 @@ use super::bare::{self, Control, SEGMENTS, Shares};
 use super::{ForwardingTask, RunningBaseline};
 use crate::bench::testbed::Testbed;
 
-/// Buffers that the ring has for what arrives: those of the batch at hand and of the one that arrives meanwhile.
+/// Number of provided buffers: those of the current batch, and of the next one, which arrives meanwhile.
 const BUFFERS: u16 = 64;
-/// Bytes from one buffer to the next: what the kernel joins at most, and what it says about it, in cache lines of an odd
-/// number, as in udp-fanout.
+/// Bytes from one buffer to the next: the largest GRO message with its metadata, rounded up to an odd number of cache lines, as
+/// in udp-fanout.
 const STRIDE: usize = bare::ROOM + 64 * 3;
-/// Requests that can be handed in at once.
+/// Capacity of the submission queue.
 const REQUESTS: u32 = 4096;
-/// The places of the registered sockets.
+/// The indexes of the registered sockets.
 const TAKE: Fixed = Fixed(0);
 const SEND: Fixed = Fixed(1);
-/// What a completion belongs to.
+/// The request that a completion belongs to.
 const TAKEN: u64 = 0;
 const SENT: u64 = 1;
-/// How long a wait lasts at most, so that a stopped loop ends.
+/// Timeout of every wait, so that a stopped loop ends.
 const PATIENCE: Timespec = Timespec::new().nsec(20_000_000);
 
 /// Starts the loop on the baseline's CPU.
 ///
 /// # Errors
-/// When a socket cannot be had, or the kernel has no such ring for us.
+/// When a socket cannot be opened, or the kernel does not support such a ring.
 pub fn start(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn RunningBaseline>> {
     ring().context("no io_uring (see /proc/sys/kernel/io_uring_disabled)")?;
     let replicate = task.replicate;
@@ -49,7 +49,7 @@ pub fn start(testbed: &Testbed, task: &ForwardingTask) -> Result<Box<dyn Running
     })
 }
 
-/// A ring that does its work when it is asked to, by the thread that asks.
+/// A ring whose work is done by the calling thread.
 fn ring() -> io::Result<IoUring> {
     IoUring::builder()
         .setup_single_issuer()
@@ -62,23 +62,22 @@ fn ring() -> io::Result<IoUring> {
 fn forward(sockets: [&Socket; 2], downstreams: &[SocketAddr], replicate: bool, stop: &AtomicBool) -> io::Result<()> {
     let mut work = Work::new(sockets)?;
     let mut shares = Shares::new(downstreams, replicate);
-    // Buffers whose contents are about to be sent.
+    // Buffers whose contents are being sent.
     let mut held = Vec::with_capacity(BUFFERS.into());
     while !stop.load(Ordering::Relaxed) {
-        // With what is to be sent: all of it has to be done before its memory is used again, and the first message that
-        // arrives is waited for, too.
-        work.take()?;
+        // Submits the sends, and waits for all of them, because their memory is used again, and for the first arrival.
+        work.submit_receive()?;
         work.enter(work.sending + 1)?;
         while work.sending > 0 {
             work.enter(work.sending)?;
         }
         shares.clear();
-        work.buffers.give(&mut held);
+        work.buffers.provide(&mut held);
         let mut size = 1;
         for (buffer, length) in work.arrived.drain(..) {
             let (start, length, each) = work.buffers.contents(buffer, length, &work.room);
             size = each;
-            shares.deal(start, length, each);
+            shares.assign(start, length, each);
             held.push(buffer);
         }
         for message in shares.messages(size, SEGMENTS) {
@@ -90,18 +89,18 @@ fn forward(sockets: [&Socket; 2], downstreams: &[SocketAddr], replicate: bool, s
     work.end()
 }
 
-/// The ring and what is known about its requests.
+/// The ring and the state of its requests.
 struct Work {
-    // Dropped first: the kernel writes into the buffers as long as there is a ring.
+    // Dropped first: the kernel writes into the buffers while the ring exists.
     ring: IoUring,
     buffers: Buffers,
-    /// How much room for a name and for control messages each buffer has.
+    /// Layout of each buffer: space for a name and for control messages.
     room: Box<libc::msghdr>,
-    /// Whether the request that takes what arrives is in force.
+    /// The receive request is active.
     taking: bool,
-    /// Messages that are being sent.
+    /// Number of messages that are being sent.
     sending: usize,
-    /// Buffers that have been filled, and with how many bytes.
+    /// Filled buffers, with their number of bytes.
     arrived: Vec<(u16, usize)>,
 }
 
@@ -112,7 +111,7 @@ impl Work {
         let mut buffers = Buffers::new();
         // SAFETY: the list has as many entries, and outlives the ring.
         unsafe { ring.submitter().register_buf_ring_with_flags(buffers.list.0.as_ptr() as u64, BUFFERS, 0, 0)? };
-        buffers.give(&mut (0..BUFFERS).collect());
+        buffers.provide(&mut (0..BUFFERS).collect());
         // SAFETY: zero is a valid value for every field: integers and nullable pointers.
         let mut room: Box<libc::msghdr> = Box::new(unsafe { mem::zeroed() });
         room.msg_controllen = mem::size_of::<Control>() as _;
@@ -120,12 +119,12 @@ impl Work {
     }
 
     fn request(&mut self, request: &squeue::Entry) -> io::Result<()> {
-        // SAFETY: what the request points to stays until its completion has been seen.
+        // SAFETY: the memory that the request points to stays valid until its completion.
         unsafe { self.ring.submission().push(request) }.map_err(|_| io::ErrorKind::QuotaExceeded.into())
     }
 
-    /// Has what arrives taken, if nothing does so any more.
-    fn take(&mut self) -> io::Result<()> {
+    /// Submits the receive request, unless it is active.
+    fn submit_receive(&mut self) -> io::Result<()> {
         if self.taking {
             return Ok(());
         }
@@ -134,8 +133,8 @@ impl Work {
         self.request(&request)
     }
 
-    /// Waits until nothing is left that uses our memory or a socket: a ring goes some time after it has been closed, and
-    /// the next baseline needs the port.
+    /// Waits until no request uses this program's memory or a socket: the kernel frees a ring some time after it has been closed,
+    /// and the next baseline needs the port.
     fn end(mut self) -> io::Result<()> {
         while self.sending > 0 {
             self.enter(self.sending)?;
@@ -149,7 +148,7 @@ impl Work {
         self.ring.submitter().unregister_files()
     }
 
-    /// Hands requests in, waits for so many completions, though not for long, and notes what they say.
+    /// Submits requests, waits for this many completions or the timeout, and records their results.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         match self.ring.submitter().submit_with_args(want, &SubmitArgs::new().timespec(&PATIENCE)) {
             Err(error) if !matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR)) => return Err(error),
@@ -160,7 +159,7 @@ impl Work {
                 self.sending -= 1;
                 continue;
             }
-            // It ends when there are no buffers left, and when it has taken many.
+            // The receive request ends when no buffers are left, and after many messages.
             self.taking = cqueue::more(completion.flags());
             let buffer = cqueue::buffer_select(completion.flags());
             if let (Some(buffer), Ok(length)) = (buffer, usize::try_from(completion.result())) {
@@ -171,7 +170,7 @@ impl Work {
     }
 }
 
-/// The list of free buffers, as the kernel reads it: it begins a page.
+/// The ring of provided buffers, which the kernel reads. It is page-aligned.
 #[repr(C, align(4096))]
 struct List([u8; BUFFERS as usize * mem::size_of::<BufRingEntry>()]);
 
@@ -187,28 +186,27 @@ impl Buffers {
         Buffers { memory, list: Box::new(List([0; BUFFERS as usize * 16])), tail: 0 }
     }
 
-    /// Gives buffers to the kernel.
-    fn give(&mut self, numbers: &mut Vec<u16>) {
+    /// Provides buffers to the kernel.
+    fn provide(&mut self, numbers: &mut Vec<u16>) {
         let entries = self.list.0.as_mut_ptr().cast::<BufRingEntry>();
         for number in numbers.drain(..) {
-            // SAFETY: an entry of the list, which the kernel does not look at before the tail is behind it. All zeros are a
-            // valid entry.
+            // SAFETY: an entry of the ring, which the kernel does not read before the tail has passed it. All zeros are a valid
+            // entry.
             let entry = unsafe { &mut *entries.add(usize::from(self.tail % BUFFERS)) };
             entry.set_addr(self.memory.as_mut_ptr().wrapping_add(usize::from(number) * STRIDE) as u64);
             entry.set_len(STRIDE as u32);
             entry.set_bid(number);
             self.tail = self.tail.wrapping_add(1);
         }
-        // SAFETY: the tail is a field of the first entry, aligned, and everyone's accesses to it are atomic.
+        // SAFETY: the tail is a field of the first entry, aligned, and all accesses to it are atomic.
         let tail = unsafe { AtomicU16::from_ptr(BufRingEntry::tail(entries).cast_mut()) };
         tail.store(self.tail, Ordering::Release);
     }
 
-    /// Where the payload in a buffer begins that has been filled with so many bytes, its length, and that of each of its
-    /// datagrams.
+    /// Offset and length of the payload in a buffer that holds this many bytes, and its segment size.
     fn contents(&mut self, number: u16, length: usize, room: &libc::msghdr) -> (*mut u8, usize, usize) {
         let start = usize::from(number) * STRIDE;
-        // SAFETY: within the memory, and the kernel does not write there before the buffer is given to it again.
+        // SAFETY: within the memory, and the kernel does not write there before the buffer is provided again.
         let filled = unsafe { slice::from_raw_parts(self.memory.as_ptr().add(start), length.min(STRIDE)) };
         let Ok(message) = RecvMsgOut::parse(filled, room) else { return (ptr::null_mut(), 0, 1) };
         let (control, bytes) = (message.control_data(), message.payload_data().len());

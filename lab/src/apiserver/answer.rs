@@ -1,4 +1,4 @@
-//! Understands a request and answers it as kube-apiserver would.
+//! Parses requests and answers them as kube-apiserver does.
 
 use std::sync::Arc;
 
@@ -27,10 +27,10 @@ const PARAMETERS: &[&str] = &[
     "pretty",
 ];
 
-/// What a path of the API names.
+/// The object or collection that an API path names.
 struct Target {
     kind: Kind,
-    /// Of discovery.k8s.io.
+    /// API version, such as `v1`.
     version: String,
     namespace: Option<String>,
     name: Option<String>,
@@ -38,7 +38,7 @@ struct Target {
 
 pub async fn answer(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Feed> {
     let (pen, body) = feed(shared);
-    pen.thaw().await;
+    pen.wait_unfrozen().await;
     let path = request.uri().path().to_owned();
     let query = decode(request.uri().query().unwrap_or_default());
     let token = request.headers().get(AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
@@ -69,7 +69,7 @@ pub async fn answer(shared: &Arc<Shared>, request: &Request<Incoming>) -> Respon
             });
             Response::builder().status(200).header(CONTENT_TYPE, "application/json").body(body).unwrap()
         }
-        // kube-apiserver answers paths it does not serve in plain text.
+        // kube-apiserver answers unknown paths in plain text.
         Err((404, Value::Null)) => reply(404, "text/plain; charset=utf-8", pen, body, b"404 page not found\n".to_vec()),
         Err((code, object)) => reply(code, "application/json", pen, body, object.to_string().into_bytes()),
     }
@@ -123,13 +123,13 @@ fn decide(state: &mut State, path: &str, query: &[(String, String)], token: Opti
         (None, true) => "watch",
         (None, false) => "list",
     };
-    // Access to one namespace is decided by rules within it.
+    // RBAC rules within a namespace apply to the namespace object itself.
     let scope = if target.kind == Kind::Namespace { target.name.as_deref() } else { target.namespace.as_deref() };
     check(state, token, verb, target.kind, scope, target.name.as_deref())?;
     if let Some(name) = &target.name {
         let namespace = target.namespace.as_deref().unwrap_or_default();
         return match state.store.get(target.kind, namespace, name) {
-            Some(object) => Ok(Reply::Object(spell(object, &target, true))),
+            Some(object) => Ok(Reply::Object(to_version(object, &target, true))),
             None => Err((
                 404,
                 status(404, "NotFound", &format!("{} {name:?} not found", target.kind.resource()), Value::Null),
@@ -148,7 +148,7 @@ fn bad_request(state: &mut State, message: &str) -> Refusal {
     (400, status(400, "BadRequest", message, Value::Null))
 }
 
-/// `/apis/discovery.k8s.io` and its siblings.
+/// API discovery: `/apis/` and `/apis/discovery.k8s.io`. None for any other path.
 fn api_discovery(state: &State, path: &str) -> Option<Result<Value, Refusal>> {
     let versions =
         |version: &String| json!({"groupVersion": format!("discovery.k8s.io/{version}"), "version": version});
@@ -195,8 +195,8 @@ fn parse(state: &State, path: &str) -> Option<Target> {
     })
 }
 
-/// An object in the version asked for. The items of a list carry neither kind nor version.
-fn spell(object: &Value, target: &Target, alone: bool) -> Value {
+/// Converts an object to the requested version. The items of a list have neither kind nor version.
+fn to_version(object: &Value, target: &Target, alone: bool) -> Value {
     let mut object = object.clone();
     if target.kind == Kind::EndpointSlice && target.version == "v1beta1" {
         for endpoint in object["endpoints"].as_array_mut().into_iter().flatten() {
@@ -212,7 +212,7 @@ fn spell(object: &Value, target: &Target, alone: bool) -> Value {
     object
 }
 
-/// v1beta1 says by topology labels where an endpoint runs.
+/// Converts an endpoint: v1beta1 has node and zone in topology labels.
 fn to_v1beta1(endpoint: &mut Value) {
     let fields = endpoint.as_object_mut().unwrap();
     let mut topology = serde_json::Map::new();
@@ -229,7 +229,7 @@ fn to_v1beta1(endpoint: &mut Value) {
 
 fn matches(selector: &str, object: &Value) -> bool {
     selector.split(',').filter(|term| !term.is_empty()).all(|term| {
-        let (key, value) = term.split_once('=').expect("this server knows only key=value");
+        let (key, value) = term.split_once('=').expect("this server supports only the selector key=value");
         object["metadata"]["labels"][key] == value.trim_start_matches('=')
     })
 }
@@ -268,7 +268,7 @@ fn list<'q>(
         meta["remainingItemCount"] = json!(rest.len());
         meta["continue"] = json!(state.store.keep_page(version, rest));
     }
-    let items: Vec<Value> = items.iter().map(|item| spell(item, target, false)).collect();
+    let items: Vec<Value> = items.iter().map(|item| to_version(item, target, false)).collect();
     let group = target.kind.group();
     let api = if group.is_empty() { target.version.clone() } else { format!("{group}/{}", target.version) };
     Ok(Reply::Object(json!({
@@ -282,13 +282,13 @@ struct Watch {
     selector: String,
     bookmarks: bool,
     timeout: std::time::Duration,
-    /// Only changes newer than this.
+    /// Send only changes newer than this version.
     since: u64,
-    /// In the log.
+    /// Index of the next entry in the log.
     position: usize,
-    /// Signals from here on.
+    /// Index in the log from which signals apply.
     signals_from: usize,
-    /// Told at once that its version is gone.
+    /// The version has been compacted: the watch gets 410 immediately.
     too_old: bool,
 }
 
@@ -299,7 +299,7 @@ fn open_watch<'q>(
     get: &impl Fn(&str) -> Option<&'q str>,
 ) -> Result<Reply, Refusal> {
     let Some(Ok(since)) = get("resourceVersion").map(str::parse::<u64>) else {
-        return Err(bad_request(state, "a watch has to say from which resourceVersion"));
+        return Err(bad_request(state, "a watch needs a resourceVersion"));
     };
     let seconds = get("timeoutSeconds").map_or(1800, |seconds| seconds.parse().unwrap());
     let position = state.store.position(since);
@@ -379,12 +379,12 @@ impl Watch {
                 ("DELETED", before)
             }
         };
-        // Written by hand, because the type comes first on the real wire as well.
-        Some(format!(r#"{{"type":"{kind}","object":{}}}"#, spell(&object, &self.target, true)))
+        // Formatted by hand, because kube-apiserver writes the type first.
+        Some(format!(r#"{{"type":"{kind}","object":{}}}"#, to_version(&object, &self.target, true)))
     }
 
     fn bookmark(&self, version: u64) -> String {
         let empty = json!({"metadata": {"resourceVersion": version.to_string(), "creationTimestamp": null}});
-        format!(r#"{{"type":"BOOKMARK","object":{}}}"#, spell(&empty, &self.target, true))
+        format!(r#"{{"type":"BOOKMARK","object":{}}}"#, to_version(&empty, &self.target, true))
     }
 }

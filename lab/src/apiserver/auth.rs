@@ -1,4 +1,4 @@
-//! Who may do what.
+//! Authentication and authorisation.
 
 use serde_json::{Value, json};
 
@@ -6,14 +6,14 @@ use super::State;
 use super::USER;
 use super::store::Kind;
 
-/// One rule of RBAC.
+/// An RBAC rule.
 #[derive(Debug, Clone)]
 pub struct Rule {
     verbs: Vec<String>,
     resource: String,
-    /// None means in every namespace.
+    /// None: every namespace.
     namespace: Option<String>,
-    /// None means objects of any name.
+    /// None: objects of any name.
     names: Option<Vec<String>>,
 }
 
@@ -46,7 +46,7 @@ impl Rule {
     }
 }
 
-/// Refuses who is not known, and what is not allowed.
+/// Authenticates a request and checks it against the RBAC rules.
 pub fn check(
     state: &State,
     authorization: Option<&str>,
@@ -82,7 +82,7 @@ pub fn authenticate(state: &State, authorization: Option<&str>) -> Result<(), (u
     Err((401, status(401, "Unauthorized", "Unauthorized", Value::Null)))
 }
 
-/// The object that failures are answered with.
+/// The `Status` object of an error response.
 pub fn status(code: u16, reason: &str, message: &str, details: Value) -> Value {
     let mut status = json!({
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",

@@ -1,4 +1,4 @@
-//! A response body that is written bit by bit.
+//! A response body that is written incrementally.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -25,9 +25,9 @@ pub fn feed(shared: &Arc<Shared>) -> (Pen, Feed) {
 }
 
 impl Pen {
-    /// Writes, in pieces and with pauses if the server drips. False if the client is gone.
+    /// Writes bytes, in pieces and with pauses if the test has set that. False if the client has disconnected.
     pub async fn write(&self, bytes: Vec<u8>) -> bool {
-        self.thaw().await;
+        self.wait_unfrozen().await;
         let drip = self.shared.lock().drip;
         let Some((size, pause)) = drip else {
             return self.sender.send(bytes.into()).await.is_ok();
@@ -37,13 +37,13 @@ impl Pen {
                 return false;
             }
             tokio::time::sleep(pause).await;
-            self.thaw().await;
+            self.wait_unfrozen().await;
         }
         true
     }
 
     /// Waits while the server is frozen.
-    pub async fn thaw(&self) {
+    pub async fn wait_unfrozen(&self) {
         let mut version = self.shared.version.subscribe();
         while self.shared.lock().frozen {
             version.changed().await.unwrap();

@@ -1,4 +1,4 @@
-//! The server's certificates, and the files a client needs.
+//! The server's certificates, and the files that a client needs.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -52,7 +52,7 @@ impl Files {
     }
 }
 
-/// An authority in PEM, and a server with a certificate by it.
+/// Generates an authority, in PEM, and a TLS configuration with a certificate by it.
 fn certificates() -> (String, Arc<ServerConfig>) {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! Accepts connections, and ends them the way the test wants.
+//! Accepts connections and carries out the test's orders.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tokio_rustls::rustls::ServerConfig;
 use super::Shared;
 use super::answer::answer;
 
-/// Told when an order has been carried out.
+/// Notified when an order has been carried out.
 pub struct Done(pub std::sync::mpsc::Sender<()>);
 
 pub enum Order {
@@ -80,7 +80,7 @@ async fn accept(
                 stream.set_nodelay(true).unwrap();
                 let (acceptor, shared) = (acceptor.clone(), shared.clone());
                 connections.spawn(async move {
-                    // A client that does not trust us, or that is cut, is no failure of the test.
+                    // A client that rejects the certificate or is disconnected is no failure of the test.
                     let Ok(stream) = acceptor.accept(stream).await else { return };
                     let service = service_fn(|request| {
                         let shared = shared.clone();

@@ -21,7 +21,7 @@ impl Kind {
     /// Every kind.
     pub const ALL: [Kind; 4] = [Kind::EndpointSlice, Kind::Service, Kind::Namespace, Kind::Node];
 
-    /// The plural of paths and rules.
+    /// The plural used in paths and rules.
     pub fn resource(self) -> &'static str {
         match self {
             Kind::EndpointSlice => "endpointslices",
@@ -31,7 +31,7 @@ impl Kind {
         }
     }
 
-    /// The API group; empty for the core.
+    /// The API group; empty for the core group.
     pub fn group(self) -> &'static str {
         if self == Kind::EndpointSlice { "discovery.k8s.io" } else { "" }
     }
@@ -58,11 +58,11 @@ pub struct Change {
     pub version: u64,
     pub kind: Kind,
     pub before: Option<Value>,
-    /// For a deletion: none; `before` then has the version of the deletion.
+    /// None for a deletion; `before` then has the version of the deletion.
     pub after: Option<Value>,
 }
 
-/// Something the test wants everyone who watches to get.
+/// Sent on all watches at the test's request.
 #[derive(Debug, Clone)]
 pub enum Signal {
     /// All changes up to this version have been sent.
@@ -71,7 +71,7 @@ pub enum Signal {
     Line(String),
 }
 
-/// What a watch has to deal with next.
+/// An entry of the log that watches read.
 #[derive(Debug, Clone)]
 pub enum Entry {
     Change(Change),
@@ -83,9 +83,9 @@ pub struct Store {
     version: u64,
     objects: BTreeMap<(Kind, String, String), Value>,
     log: Vec<Entry>,
-    /// Changes up to this version have been forgotten.
+    /// Changes up to this version have been compacted.
     compacted: u64,
-    /// The rest of lists that are being read in pages.
+    /// The remaining items of paginated lists, by token.
     pages: BTreeMap<u64, (u64, Vec<Value>)>,
     page_tokens: u64,
 }
@@ -96,7 +96,7 @@ impl Store {
     }
 
     fn next(&mut self) -> u64 {
-        // Versions are opaque and skip: other objects of the cluster change as well.
+        // Versions are opaque and have gaps: other objects of a cluster change as well.
         self.version += 3;
         self.version
     }
@@ -148,25 +148,25 @@ impl Store {
         self.objects.iter().filter(|((k, ns, _), _)| *k == kind && within(ns)).map(|(_, object)| object).collect()
     }
 
-    /// Keeps the rest of a list under a token.
+    /// Stores the remaining items of a list and returns their token.
     pub fn keep_page(&mut self, version: u64, rest: Vec<Value>) -> String {
         self.page_tokens += 1;
         self.pages.insert(self.page_tokens, (version, rest));
         format!("page-{}", self.page_tokens)
     }
 
-    /// The rest of a list, unless it has been forgotten.
+    /// Takes the remaining items of a list; none if they have been compacted.
     pub fn take_page(&mut self, token: &str) -> Option<(u64, Vec<Value>)> {
         self.pages.remove(&token.strip_prefix("page-")?.parse().ok()?)
     }
 
-    /// Where in the log a watch from this version starts; none if it is too old.
+    /// Index in the log at which a watch from this version starts; none if the version is too old.
     pub fn position(&self, version: u64) -> Option<usize> {
         if version < self.compacted {
             return None;
         }
         let newer = |entry: &Entry| matches!(entry, Entry::Change(change) if change.version > version);
-        // Signals are for those who watch when they are given.
+        // Signals apply only to watches that are open when they are sent.
         Some(self.log.iter().position(newer).unwrap_or(self.log.len()))
     }
 

@@ -1,11 +1,11 @@
-//! `make soak`: both datapaths at work for as long as one likes, while what can change under them changes again and again,
-//! and the proof at the end that no datagram was lost or doubled and that nothing has grown.
+//! `make soak`: runs both datapaths for a given time under repeated changes, and checks that no datagram was lost or duplicated and that
+//! the daemon's memory, files and maps have not grown.
 //!
-//! One daemon with a listener in each mode, in network namespaces of the soak's own (the crate `lab`). Each round removes
-//! and returns receivers, changes weights and policy, takes down an interface that is not in use, and lets a receiver
-//! fail its health checks, though it still takes datagrams: all that loses nothing by promise. Needs root.
+//! One daemon with a listener in each mode runs in separate network namespaces (the crate `lab`). Each round removes and
+//! returns receivers, changes weights and policy, takes down an unused interface, and makes a receiver that still accepts
+//! datagrams fail its health checks. None of these changes may lose a datagram. Needs root.
 //!
-//! Exit code: 0 if all held, 1 otherwise.
+//! Exit code: 0 if every check passed, 1 otherwise.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,35 +21,36 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
-/// Where receivers answer health checks.
+/// Port on which receivers answer health checks.
 const HEALTH_PORT: u16 = 9999;
-/// In front of every configuration. Only SIGHUP is a reason to read it.
+/// The first lines of every configuration. The daemon reloads it only on SIGHUP.
 const HEAD: &str = "watch_config = false\n[health]\nenabled = true\nprotocol = \"tcp\"\nport = 9999\n\
                     interval_secs = 0.5\ntimeout_secs = 0.4\n";
-/// Each sender sends so many datagrams, waits for them, and rests; closed, so that what is lost was lost by the daemon.
+/// Each sender sends this many datagrams, waits until they have arrived, and pauses. With this closed loop, the daemon has lost every
+/// missing one.
 const BATCH: u64 = 20;
 const REST: Duration = Duration::from_millis(5);
-/// How long a sender waits for what it has sent.
+/// How long a sender waits for its datagrams to arrive.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long anything else may take.
+/// Timeout of every other wait.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Rounds until nothing is allocated for the first time any more.
+/// Rounds before the first measurement of resources: later rounds make no first-time allocations.
 const WARM_UP: u64 = 2;
-/// What resident memory may grow by after that, in KiB: an allocator's slack, which a leak in each round exceeds in time.
+/// Allowed growth of resident memory after that, in KiB: allocator slack. A leak in each round exceeds it eventually.
 const SLACK_KIB: u64 = 16 * 1024;
 
 /// Forwards in both modes for minutes, under changes, and checks that nothing is lost and nothing grows.
 #[derive(Parser)]
 struct Arguments {
-    /// For how long, in minutes.
+    /// Duration in minutes.
     #[arg(long, default_value_t = 10.0)]
     minutes: f64,
-    /// The daemon's binary.
+    /// Path of the daemon's binary.
     #[arg(long, default_value = "target/release/udp-fanout")]
     daemon: PathBuf,
 }
 
-/// What the daemon holds.
+/// Resources that the daemon holds.
 #[derive(Debug, Clone, Copy)]
 struct Resources {
     fds: usize,
@@ -57,12 +58,12 @@ struct Resources {
     rss_kib: u64,
 }
 
-/// All that runs.
+/// The network, the daemon and its traffic.
 struct Soak<'a> {
     lab: &'a Lab,
     daemon: Daemon,
     collectors: &'a Collectors,
-    /// Of each receiver; none while it is to fail.
+    /// Health check listener of each receiver; none while its health checks must fail.
     answering: &'a Mutex<Vec<Option<TcpListener>>>,
 }
 
@@ -106,7 +107,7 @@ fn soak(arguments: &Arguments) -> Result<()> {
     eprintln!("{report}");
     let end = || format!("the daemon's log ends:\n{}\n", last_lines(&log));
     held.with_context(end)?;
-    ensure!(report.is_complete(), "datagrams were lost, doubled or damaged; {}", end());
+    ensure!(report.is_complete(), "datagrams were lost, duplicated or damaged; {}", end());
     let (status, ..) = daemon.stop()?;
     ensure!(status.success(), "the daemon ended with {status}");
     eprintln!("soak: ok");
@@ -118,7 +119,7 @@ fn last_lines(log: &str) -> String {
     lines[lines.len().saturating_sub(30)..].join("\n")
 }
 
-/// A listener in each mode, with all receivers.
+/// A configuration with a listener in each mode and all receivers.
 fn everything(lab: &Lab) -> DaemonConfig {
     let mut config = DaemonConfig::for_lab(lab, "tc_ebpf");
     let mut sockets = DaemonConfig::for_lab(lab, "userspace").listeners.remove(0);
@@ -134,7 +135,7 @@ fn answer(lab: &Lab, site: usize) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Takes the health checks' connections off the queues, which would fill up.
+/// Accepts the health checks' connections, so that the queues do not fill up.
 fn accept(answering: &Mutex<Vec<Option<TcpListener>>>, stop: &AtomicBool) {
     while !stop.load(Ordering::SeqCst) {
         if let Ok(answering) = answering.lock() {
@@ -147,7 +148,7 @@ fn accept(answering: &Mutex<Vec<Option<TcpListener>>>, stop: &AtomicBool) {
 fn send(sender: &mut Sender, collectors: &Collectors, stop: &AtomicBool) -> Result<()> {
     while !stop.load(Ordering::SeqCst) {
         let took = sender.send(BATCH, collectors)?;
-        ensure!(took < PATIENCE, "a datagram is missing: for {PATIENCE:?} nothing has arrived while one was due");
+        ensure!(took < PATIENCE, "a datagram is lost: nothing has arrived for {PATIENCE:?} while one was due");
         thread::sleep(REST);
     }
     Ok(())
@@ -187,7 +188,7 @@ impl Soak<'_> {
         }))?;
         self.reload(&changed(&all, |config| config.listeners.swap(0, 1)))?;
         self.reload(&changed(&all, |config| config.listeners.iter_mut().for_each(|one| one.downstreams.truncate(2))))?;
-        // The interface to the first receiver, while it is none.
+        // The interface to the first receiver, which is not configured at the moment.
         self.reload(&changed(&all, |config| {
             config.listeners.iter_mut().for_each(|one| drop(one.downstreams.remove(0)))
         }))?;
@@ -218,14 +219,14 @@ impl Soak<'_> {
         self.traffic()
     }
 
-    /// Waits until datagrams that were sent after now have arrived, and so all that were sent before.
+    /// Waits until datagrams sent from now on have arrived, and therefore all earlier ones.
     fn traffic(&self) -> Result<()> {
         let arrived = self.collectors.progress().now().1;
-        ensure!(self.collectors.wait_for(arrived + 10 * BATCH, LIMIT), "nothing arrives any more");
+        ensure!(self.collectors.wait_for(arrived + 10 * BATCH, LIMIT), "datagrams have stopped arriving");
         Ok(())
     }
 
-    /// Waits until so many downstreams, counted for each listener, fail their health checks.
+    /// Waits until `count` downstreams are unhealthy, summed over the listeners.
     fn wait_for_unhealthy(&self, count: usize) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -234,12 +235,12 @@ impl Soak<'_> {
             if unhealthy == count {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "{unhealthy} downstreams are unhealthy, not {count}");
+            ensure!(Instant::now() < deadline, "timed out: {unhealthy} downstreams are unhealthy instead of {count}");
             thread::sleep(Duration::from_millis(50));
         }
     }
 
-    /// What the daemon holds when it is not just probing: the least of several looks.
+    /// Resources that the daemon holds between probes: the minimum of several samples.
     fn resources(&self) -> Result<Resources> {
         let process = PathBuf::from(format!("/proc/{}", self.daemon.pid()));
         let mut least = Resources { fds: usize::MAX, maps: usize::MAX, rss_kib: u64::MAX };
@@ -247,13 +248,13 @@ impl Soak<'_> {
             let (mut fds, mut maps) = (0, BTreeSet::new());
             for entry in fs::read_dir(process.join("fdinfo"))? {
                 fds += 1;
-                // It may have been closed since.
+                // It may have been closed in the meantime.
                 let info = fs::read_to_string(entry?.path()).unwrap_or_default();
                 maps.extend(info.lines().find_map(|line| line.strip_prefix("map_id:")).map(|id| id.trim().to_owned()));
             }
             let status = fs::read_to_string(process.join("status"))?;
             let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
-            let rss_kib = rss.context("the kernel does not tell the daemon's memory")?.trim().parse()?;
+            let rss_kib = rss.context("/proc has no VmRSS for the daemon")?.trim().parse()?;
             least.fds = least.fds.min(fds);
             least.maps = least.maps.min(maps.len());
             least.rss_kib = least.rss_kib.min(rss_kib);

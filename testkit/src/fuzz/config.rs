@@ -1,4 +1,4 @@
-//! Configuration files, in both notations.
+//! Configuration files, as TOML and as YAML.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub fn survives(text: &str, file: &str) {
     }
 }
 
-/// The configuration that this one's rendering gives when it is parsed.
+/// Renders a configuration and parses the result.
 fn again(config: &Config) -> Config {
     let rendered = config.render();
     let read = Config::parse(&rendered, Path::new("rendered.toml"));

@@ -1,4 +1,4 @@
-//! What targets of health checks answer: HTTP (its grammar is the crate `httparse`'s), and ICMP echo replies.
+//! Responses to health checks: HTTP, which the crate `httparse` parses, and ICMP echo replies.
 
 use udp_fanout::testing::health::probers::http::{MAX_HEAD, parse_response};
 use udp_fanout::testing::health::probers::icmp::{EchoMessage, without_ip_header};
@@ -6,7 +6,7 @@ use udp_fanout::testing::health::probers::icmp::{EchoMessage, without_ip_header}
 /// Types of echo messages: requests and replies, of ICMP and of ICMPv6.
 const TYPES: [u8; 4] = [8, 0, 128, 129];
 
-/// Reads an answer as each of them.
+/// Parses the bytes as HTTP and as each type of echo message.
 pub fn run(bytes: &[u8]) {
     http(bytes);
     for kind in TYPES {
@@ -18,7 +18,7 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// An answer that comes in pieces: what has been said of the first is not taken back, and the last has the last word.
+/// Parses every prefix of a response: a verdict, once reached, must not change, and must equal that for the whole response.
 fn http(bytes: &[u8]) {
     let whole = parse_response(bytes, true);
     assert!(whole.is_some());

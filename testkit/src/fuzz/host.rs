@@ -1,12 +1,12 @@
-//! Bytes from the kernel: netlink datagrams about the host, and events of the TC program's ring buffer.
+//! Bytes from the kernel: netlink datagrams, and events from the TC program's ring buffer.
 
 use udp_fanout::testing::datapath::kernel::events::DatagramEvent;
 use udp_fanout::testing::host::{Route, decode};
 
-/// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`: the same message twice is only one change.
+/// `RTM_NEWLINK`, `RTM_NEWADDR` and `RTM_NEWNEIGH` of `linux/rtnetlink.h`: a repeated message is no change.
 const STATES: [u16; 3] = [16, 20, 28];
 
-/// Reads the bytes with every netlink reader, and as an event.
+/// Parses the bytes as every kind of netlink message, and as an event.
 pub fn run(bytes: &[u8]) {
     for message in decode::datagram(bytes) {
         assert_eq!(message.changed.is_some(), message.changed_again.is_some(), "{message:?}");

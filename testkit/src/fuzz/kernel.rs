@@ -1,37 +1,39 @@
-//! Frames through the production TC program, beside the oracle of the tests: verdict, whole packet and counters. Takes root.
+//! Frames through the production TC program, compared with the oracle: verdict, whole packet and counters. Needs root.
 //!
-//! An input's bytes choose fields, so that most frames get past the first checks, and then damage some of them. What one input
-//! leaves behind is forgotten before the next, but for the places of the rounds.
+//! An input's bytes choose fields, so that most frames pass the first checks, and then damage some of them. The state that an input
+//! leaves is cleared before the next one, except for the round-robin cursors.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
 
 use super::bytes::Bytes;
+use crate::kernel::differential::{
+    DESTINATIONS, DESTINATIONS6, DifferentialTest, SENDERS, SENDERS6, fix_ip_checksum, set_ttl,
+};
 use crate::kernel::packet::{Checksum, Frame, fragmented};
 use crate::kernel::run::Gso;
-use crate::kernel::trial::{DESTINATIONS, DESTINATIONS6, SENDERS, SENDERS6, Trial, mend, set_ttl};
 
 thread_local! {
-    static TRIAL: RefCell<Option<Trial>> = const { RefCell::new(None) };
+    static TEST: RefCell<Option<DifferentialTest>> = const { RefCell::new(None) };
 }
 
 /// Runs the frames that the bytes describe.
 pub fn run(bytes: &[u8]) {
     let mut bytes = Bytes(bytes);
-    TRIAL.with_borrow_mut(|slot| {
-        // While it is out of its place, a failure leaves nothing there that would fail again.
-        let mut trial = slot.take().unwrap_or_else(Trial::begin);
+    TEST.with_borrow_mut(|slot| {
+        // Taken out during the run, so that a panic leaves no inconsistent state for the next input.
+        let mut test = slot.take().unwrap_or_else(DifferentialTest::begin);
         for _ in 0..8 {
             if bytes.ended() {
                 break;
             }
             for (frame, gso) in frames(&mut bytes) {
-                trial.frame(&frame, gso, "");
+                test.frame(&frame, gso, "");
             }
         }
-        trial.audit();
-        trial.forget();
-        *slot = Some(trial);
+        test.audit();
+        test.forget();
+        *slot = Some(test);
     });
 }
 
@@ -100,7 +102,7 @@ fn datagram(bytes: &mut Bytes<'_>, v6: bool) -> Frame {
     frame
 }
 
-/// The fragments as they may come: some twice, some not at all, in another order.
+/// Reorders, repeats and removes fragments.
 fn reordered(mut parts: Vec<Vec<u8>>, bytes: &mut Bytes<'_>, shuffled: bool) -> Vec<Vec<u8>> {
     parts.truncate(32);
     for _ in 0..if shuffled { bytes.byte() % 4 } else { 0 } {
@@ -115,7 +117,7 @@ fn reordered(mut parts: Vec<Vec<u8>>, bytes: &mut Bytes<'_>, shuffled: bool) -> 
     parts
 }
 
-/// Changes bytes of one of the frames, and its length; and makes its header's checksum right again, or not.
+/// Changes bytes and the length of one frame, and may then recompute its header's checksum.
 fn damage(parts: &mut [Vec<u8>], bytes: &mut Bytes<'_>) {
     let which = usize::from(bytes.byte()) % parts.len();
     let frame = &mut parts[which];
@@ -134,11 +136,11 @@ fn damage(parts: &mut [Vec<u8>], bytes: &mut Bytes<'_>) {
         frame.extend(std::iter::repeat_n(bytes.byte(), usize::from(bytes.byte())));
     }
     if how & 32 != 0 && frame.len() >= 34 && frame[12..14] == [8, 0] {
-        mend(frame);
+        fix_ip_checksum(frame);
     }
 }
 
-/// A test run refuses frames without a whole network header.
+/// Pads a frame to a whole network header, which a test run requires.
 fn whole_headers(mut frame: Vec<u8>) -> Vec<u8> {
     frame.resize(frame.len().max(15), 0);
     let least = match frame[12..14] {

@@ -1,4 +1,4 @@
-//! The UDP headers that are written for datagrams sent in their senders' names.
+//! The UDP headers of datagrams sent with their original source address (`preserve_source`).
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,7 +7,7 @@ use udp_fanout::testing::datapath::user::udp_header;
 use super::bytes::Bytes;
 use crate::kernel::packet::{pseudo_sum, sum};
 
-/// Writes the header of a datagram, which must be one that a receiver takes.
+/// Builds a datagram's header and asserts that a receiver accepts it.
 pub fn run(bytes: &[u8]) {
     let mut bytes = Bytes(bytes);
     let v6 = bytes.one_in(2);
@@ -25,7 +25,7 @@ pub fn run(bytes: &[u8]) {
     let header = udp_header((from.ip(), from.port()), to, &payload);
     let word = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
     assert_eq!((word(0), word(2), usize::from(word(4))), (from.port(), to.port(), 8 + payload.len()));
-    assert_ne!(word(6), 0, "would say that there is no checksum");
+    assert_ne!(word(6), 0, "zero means that the datagram has no checksum");
     let datagram = [&header[..], &payload].concat();
     assert_eq!(sum(&datagram, pseudo_sum(from.ip(), to.ip(), datagram.len())), 0xffff);
 }

@@ -1,5 +1,5 @@
-//! `EndpointSlices` as an API server may send them, one a line, and what becomes of them. (The framing of a watch and the types
-//! of `v1` are the crates' `kube` and `k8s-openapi`.)
+//! `EndpointSlices` as an API server may send them, one per line, and the downstreams selected from them. (The crates `kube` and
+//! `k8s-openapi` implement the framing of a watch and the types of `v1`.)
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use udp_fanout::testing::net::Family;
 
 const HERE: NodeLocation<'_> = NodeLocation { node: Some("here"), zone: Some("west") };
 
-/// Reads the lines, and decides upon the downstreams by every rule.
+/// Parses the lines and selects downstreams by every combination of rules.
 pub fn run(bytes: &[u8]) {
     let slices: Vec<Arc<Slice>> = bytes.split(|&byte| byte == b'\n').flat_map(read).map(Arc::new).collect();
     if slices.is_empty() {
@@ -29,7 +29,7 @@ pub fn run(bytes: &[u8]) {
                 let [all, node, preferred, zone] =
                     [Locality::Cluster, Locality::Node, Locality::PreferNode, Locality::PreferZone].map(of);
                 assert_eq!((preferred.is_empty(), zone.is_empty()), (all.is_empty(), all.is_empty()));
-                // By fallback, one that is shutting down here may stand for one that is ready elsewhere.
+                // With fallback, a terminating endpoint on this node may be selected instead of a ready one elsewhere.
                 if terminating != Terminating::Fallback {
                     assert!(node.is_subset(&all) && preferred.is_subset(&all) && zone.is_subset(&all));
                 }
@@ -38,14 +38,14 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// A line in both versions.
+/// Parses a line as both API versions.
 fn read(line: &[u8]) -> Vec<Slice> {
     let stable = serde_json::from_slice::<v1::EndpointSlice>(line).map(|slice| slice.to_slice());
     let beta = serde_json::from_slice::<BetaEndpointSlice>(line).map(|slice| slice.to_slice());
     stable.into_iter().chain(beta).collect()
 }
 
-/// The downstreams, which must be such that datagrams can be sent to them, and must not depend on the order of the slices.
+/// The selected downstreams. Asserts that their addresses are valid destinations and do not depend on the order of the slices.
 fn check(slices: &[Arc<Slice>], port: &PortRef, rules: EndpointRules) -> BTreeSet<SocketAddr> {
     let run = |slices: &[Arc<Slice>]| select_endpoints(&[ServiceSlices { slices, port }], &rules, &HERE);
     let outcome = run(slices);
@@ -64,7 +64,7 @@ fn check(slices: &[Arc<Slice>], port: &PortRef, rules: EndpointRules) -> BTreeSe
     outcome.downstreams.iter().map(|downstream| downstream.address).collect()
 }
 
-/// The best that is said of an endpoint.
+/// The best readiness of an endpoint in all slices.
 fn best(slices: &[Arc<Slice>], address: SocketAddr, rules: &EndpointRules) -> EndpointReadiness {
     let of_family = slices.iter().filter(|slice| slice.addresses == AddressType::Ip(rules.family));
     let endpoints = of_family.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.address == address.ip());

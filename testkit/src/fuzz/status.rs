@@ -1,4 +1,4 @@
-//! The status socket: requests and responses as either side reads them, and a client that sends anything, in pieces.
+//! The status socket: parsing of requests and responses, and a client that sends arbitrary bytes in several writes.
 
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read, Write};
@@ -11,10 +11,10 @@ use udp_fanout::testing::control::server::{StatusServer, TOKENS};
 use udp_fanout::testing::control::trace::TraceSubscription;
 use udp_fanout::testing::control::{rates, tables};
 
-/// Separates what the client writes at a time: a byte that does not occur in text.
+/// Separates the client's writes: a byte that does not occur in UTF-8.
 const CUT: u8 = 0xff;
 
-/// Reads the input as requests, responses and lines, and has a client send it.
+/// Parses the input as requests, responses and lines, and sends it from a client.
 pub fn run(bytes: &[u8]) {
     request(bytes);
     let _ = ResponseHead::parse(bytes).map_err(|error| assert!(!error.to_string().is_empty()));
@@ -22,7 +22,7 @@ pub fn run(bytes: &[u8]) {
         report(line);
         trace_line(line);
     }
-    WORLD.with_borrow_mut(|world| world.get_or_insert_with(World::new).converse(bytes));
+    FIXTURE.with_borrow_mut(|fixture| fixture.get_or_insert_with(Fixture::new).run_client(bytes));
 }
 
 fn request(bytes: &[u8]) {
@@ -48,7 +48,7 @@ fn report(line: &[u8]) {
     assert!(tables::render(&report, true).len() >= tables::render(&report, false).len());
 }
 
-/// Numbers may lose their last digit on the way, so records are not compared.
+/// Records are not compared: floating-point numbers may lose their last digit.
 fn trace_line(line: &[u8]) {
     let Ok(read) = TraceLine::from_line(line) else { return };
     let line = read.to_line();
@@ -60,38 +60,42 @@ fn trace_line(line: &[u8]) {
 }
 
 thread_local! {
-    static WORLD: RefCell<Option<World>> = const { RefCell::new(None) };
+    static FIXTURE: RefCell<Option<Fixture>> = const { RefCell::new(None) };
 }
 
-struct World {
+struct Fixture {
     server: StatusServer,
     _poll: Poll,
     directory: tempfile::TempDir,
 }
 
-impl World {
-    fn new() -> World {
+impl Fixture {
+    fn new() -> Fixture {
         let directory = tempfile::tempdir().unwrap();
         let poll = Poll::new().unwrap();
         let server = StatusServer::bind(&directory.path().join("socket"), poll.registry(), Token(0)).unwrap();
-        World { server, _poll: poll, directory }
+        Fixture { server, _poll: poll, directory }
     }
 
-    /// Whatever the client sends, it gets at most one response at a time, and a trace ends when it sends more.
-    fn converse(&mut self, bytes: &[u8]) {
+    /// Asserts that a client gets at most one response at a time, and that a trace ends when the client sends more.
+    fn run_client(&mut self, bytes: &[u8]) {
         let mut client = UnixStream::connect(self.directory.path().join("socket")).unwrap();
         client.set_nonblocking(true).unwrap();
         let (mut tracing, mut open) = (false, true);
         for piece in bytes.split(|&byte| byte == CUT) {
-            // The server has closed the connection, or does not read any more.
+            // The server has closed the connection, or has stopped reading.
             if !open || client.write_all(piece).is_err() {
                 break;
             }
-            let said = self.turn(&mut client, &mut open);
-            assert!(!said.windows(10).any(|start| start == b"\nHTTP/1.1 "), "{}", String::from_utf8_lossy(&said));
-            assert!(said.is_empty() || said.starts_with(b"HTTP/1.1 ") || said.starts_with(b"{"));
+            let received = self.turn(&mut client, &mut open);
+            assert!(
+                !received.windows(10).any(|start| start == b"\nHTTP/1.1 "),
+                "{}",
+                String::from_utf8_lossy(&received)
+            );
+            assert!(received.is_empty() || received.starts_with(b"HTTP/1.1 ") || received.starts_with(b"{"));
             if tracing {
-                assert!(piece.is_empty() || !open, "a trace goes on though the client has sent something");
+                assert!(piece.is_empty() || !open, "the trace continues after the client has sent something");
                 if open {
                     self.server.publish(&TraceLine::Note { note: "datagram".to_owned() }, |_| true);
                     let line = self.turn(&mut client, &mut open);
@@ -102,18 +106,18 @@ impl World {
         }
         drop(client);
         self.serve();
-        assert_eq!(self.server.subscriptions().count(), 0, "a client that has gone still has a trace");
+        assert_eq!(self.server.subscriptions().count(), 0, "a disconnected client still has a trace");
     }
 
-    /// Lets the server do what there is to do, and reads what it sends.
+    /// Lets the server handle its pending events, and reads what it sends.
     fn turn(&mut self, client: &mut UnixStream, open: &mut bool) -> Vec<u8> {
         self.serve();
-        let mut said = Vec::new();
-        match client.read_to_end(&mut said) {
+        let mut received = Vec::new();
+        match client.read_to_end(&mut received) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             _ => *open = false,
         }
-        said
+        received
     }
 
     fn serve(&mut self) {

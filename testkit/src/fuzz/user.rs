@@ -1,8 +1,8 @@
-//! Datagrams through the userspace datapath, one by one and joined, of any length: which receiver gets each, in which order, whole
-//! and once; from whom, where the sender's address is kept; and what is counted. Takes root, for a network namespace of its own
-//! and for raw sockets.
+//! Datagrams of any length through the userspace datapath, single and as GSO messages. Asserts that the right receiver gets each one,
+//! whole, once and in order, with the original source address if that is preserved, and that the counters agree. Needs root, for a
+//! network namespace and for raw sockets.
 //!
-//! All runs on one CPU, where loopback keeps the order of datagrams. The network's MTU is that of Ethernet, so longer ones come in
+//! Everything runs on one CPU, where loopback keeps the order of datagrams. The MTU is that of Ethernet, so longer datagrams arrive as
 //! fragments.
 
 use std::cell::RefCell;
@@ -21,35 +21,36 @@ use udp_fanout::testing::plan::hash;
 use super::bytes::Bytes;
 use crate::flow;
 
-/// Longest datagram that is taken.
+/// `max_packet_size` of the listeners, in bytes.
 const LONGEST: usize = 3_000;
-/// Messages of one input, and datagrams joined in one message.
+/// Maximum number of messages per input.
 const MESSAGES: usize = 12;
+/// Maximum number of datagrams per GSO message.
 const JOINED: usize = 16;
-/// Bytes of receive buffers: more than all of one input's datagrams take.
+/// Receive buffer size in bytes: larger than all datagrams of one input together.
 const BUFFER: usize = 4 << 20;
 
-/// Policy, and whether senders' addresses are kept.
+/// Policy and `preserve_source` of each listener.
 const LISTENERS: [(Policy, bool); 4] =
     [(Policy::RoundRobin, false), (Policy::GelfMessage, false), (Policy::Replicate, false), (Policy::RoundRobin, true)];
-/// Receivers of each listener.
+/// Number of receivers per listener.
 const SINKS: usize = 3;
 
 thread_local! {
-    static WORLD: RefCell<Option<World>> = const { RefCell::new(None) };
+    static FIXTURE: RefCell<Option<Fixture>> = const { RefCell::new(None) };
 }
 
 /// Sends the datagrams that the bytes describe.
 pub fn run(bytes: &[u8]) {
-    WORLD.with_borrow_mut(|slot| {
-        // While it is out of its place, a failure leaves nothing there that would fail again.
-        let mut world = slot.take().unwrap_or_else(World::begin);
-        world.play(&mut Bytes(bytes));
-        *slot = Some(world);
+    FIXTURE.with_borrow_mut(|slot| {
+        // Taken out during the run, so that a panic leaves no inconsistent state for the next input.
+        let mut fixture = slot.take().unwrap_or_else(Fixture::begin);
+        fixture.send_all(&mut Bytes(bytes));
+        *slot = Some(fixture);
     });
 }
 
-struct World {
+struct Fixture {
     datapath: UserDatapath,
     listeners: Vec<Listener>,
     sender: UdpSocket,
@@ -61,16 +62,16 @@ struct Listener {
     policy: Policy,
     keeps_sender: bool,
     sinks: Vec<UdpSocket>,
-    /// For each sink, what it must get next.
+    /// The datagrams that each sink must get next.
     expected: Vec<Vec<Vec<u8>>>,
-    /// The next place of the round.
+    /// The next round-robin slot.
     next: usize,
     taken: u64,
     too_long: u64,
 }
 
-impl World {
-    fn begin() -> World {
+impl Fixture {
+    fn begin() -> Fixture {
         unshare(CloneFlags::CLONE_NEWNET).expect("cannot make a network namespace: run this as root");
         udp_fanout_lab::ip("link set lo mtu 1500 up");
         let this = Pid::from_raw(0);
@@ -105,10 +106,10 @@ impl World {
             taken: 0,
             too_long: 0,
         });
-        World { listeners: listeners.collect(), datapath, sender: UdpSocket::bind("127.0.0.1:0").unwrap() }
+        Fixture { listeners: listeners.collect(), datapath, sender: UdpSocket::bind("127.0.0.1:0").unwrap() }
     }
 
-    fn play(&mut self, bytes: &mut Bytes<'_>) {
+    fn send_all(&mut self, bytes: &mut Bytes<'_>) {
         for _ in 0..MESSAGES {
             if bytes.ended() {
                 break;
@@ -129,7 +130,7 @@ impl World {
         self.audit();
     }
 
-    /// Waits until all is counted, and looks whether a receiver has got more than it should.
+    /// Waits until all datagrams are counted, and asserts that no receiver has got more than it should.
     fn audit(&mut self) {
         for listener in &self.listeners {
             let (id, datapath) = (listener.id, &mut self.datapath);
@@ -150,7 +151,7 @@ impl World {
 }
 
 impl Listener {
-    /// Notes who must get a datagram.
+    /// Records which sinks must get a datagram.
     fn expect(&mut self, datagram: &[u8]) {
         self.taken += 1;
         if datagram.len() > LONGEST {
@@ -181,9 +182,9 @@ impl Listener {
         let mut buffer = [0; 65_536];
         for (sink, expected) in self.sinks.iter().zip(&mut self.expected) {
             for datagram in expected.drain(..) {
-                let (length, from) = sink.recv_from(&mut buffer).expect("a datagram that should come");
+                let (length, from) = sink.recv_from(&mut buffer).expect("an expected datagram has not arrived");
                 let (got, lengths) = (&buffer[..length], (length, datagram.len()));
-                assert!(got == datagram, "{:?}: {lengths:?}, {got:02x?} came for {datagram:02x?}", self.policy);
+                assert!(got == datagram, "{:?}: {lengths:?}, got {got:02x?} instead of {datagram:02x?}", self.policy);
                 assert_eq!(from == sender, self.keeps_sender, "{from}");
             }
         }
@@ -201,7 +202,7 @@ fn sink() -> UdpSocket {
     sink
 }
 
-/// What is sent in one piece, and how long each datagram in it is if there may be several.
+/// The payload of one message, and the segment size if it is a GSO message.
 fn message(bytes: &mut Bytes<'_>) -> (Vec<u8>, Option<u16>) {
     let shape = bytes.byte();
     let length = if shape & 1 != 0 { usize::from(bytes.word()) % (LONGEST + 500) } else { usize::from(bytes.byte()) };
@@ -209,7 +210,7 @@ fn message(bytes: &mut Bytes<'_>) -> (Vec<u8>, Option<u16>) {
     let unit = usize::from(each.unwrap_or(u16::MAX)).min(length).max(1);
     let mut pattern = if shape & 4 != 0 { vec![0x1e, 0x0f] } else { Vec::new() };
     pattern.extend(bytes.take(usize::from(shape >> 3)));
-    // Each datagram begins with the pattern, so that each may be a chunk.
+    // Each datagram begins with the pattern, so that each may be a GELF chunk.
     let mut payload = vec![shape; length];
     for (number, datagram) in payload.chunks_mut(unit).enumerate() {
         let count = pattern.len().min(datagram.len());

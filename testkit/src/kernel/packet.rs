@@ -1,8 +1,8 @@
-//! Builds frames field by field, right by default, and says whether checksums hold.
+//! Builds frames field by field, valid by default, and computes checksums.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// A UDP datagram over Ethernet. `bytes` makes it whole: lengths and checksums are computed unless overridden.
+/// A UDP datagram over Ethernet. `bytes` serialises it: lengths and checksums are computed unless overridden.
 #[derive(Debug, Clone)]
 pub struct Frame {
     pub source: SocketAddr,
@@ -18,7 +18,7 @@ pub struct Frame {
     pub ip_checksum: Checksum,
 }
 
-/// What to write into a checksum field.
+/// The value to write into a checksum field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checksum {
     Right,
@@ -31,7 +31,7 @@ impl Frame {
         Frame {
             source: source.parse().unwrap(),
             destination: destination.parse().unwrap(),
-            // The address of the loopback device, in whose name test runs receive.
+            // The address of the loopback device, on which test runs receive.
             destination_mac: [0; 6],
             ttl: 64,
             protocol: 17,
@@ -92,8 +92,8 @@ impl Frame {
     }
 }
 
-/// A frame's datagram in fragments of at most so many bytes, a multiple of eight, as a sender or router makes them. IPv6
-/// frames get a fragment header.
+/// Splits a frame into fragments of at most `size` bytes, a multiple of eight, as a sender or router does. IPv6 fragments get a
+/// fragment header.
 pub fn fragmented(frame: &[u8], size: usize, number: u32) -> Vec<Vec<u8>> {
     assert!(size.is_multiple_of(8) && size > 0);
     let v6 = frame[12..14] == [0x86, 0xdd];

@@ -15,13 +15,13 @@ use udp_fanout::testing::datapath::kernel::{KernelDatapath, KernelSetup};
 use udp_fanout::testing::model::{Downstream, ListenerId, Mode, Policy};
 use udp_fanout::testing::plan::{Delivery, ListenerPlan, MacPair, Plan, PlanTarget};
 
-/// The production datapath, attached nowhere.
+/// The production datapath, not attached to any interface.
 pub struct Program {
     pub datapath: KernelDatapath,
     pub plan: Plan,
 }
 
-/// What the program made of a packet.
+/// The result of a test run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ran {
     pub verdict: i32,
@@ -40,13 +40,13 @@ impl Program {
         Self::load_with(listeners, |_| ())
     }
 
-    /// As [`Program::load`], on a kernel that lacks something.
+    /// As [`Program::load`], with a changed setup, such as that of an older kernel.
     pub fn load_with(listeners: Vec<ListenerPlan>, change: impl FnOnce(&mut KernelSetup)) -> Program {
-        // The cursor is per CPU, so one history needs one CPU.
+        // Round-robin cursors are per CPU, so the whole test runs on one CPU.
         let mut here = nix::sched::CpuSet::new();
         here.set(0).unwrap();
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
-        // A namespace of the test's own: no routes, no neighbours, nothing of the host's.
+        // A separate namespace, without the host's routes and neighbours.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         let limits = MapLimits { max_listeners: 32, max_downstreams: 256, max_sources: 256, max_senders: 1_024 };
         let mut setup = KernelSetup::new(&limits);
@@ -66,22 +66,22 @@ impl Program {
         run(self.datapath.program(), packet, gso)
     }
 
-    /// A packet of which somebody has written other things into the skb, such as a mark.
+    /// Runs a packet after `write` has set fields of its skb, such as the mark.
     pub fn run_as(&self, packet: &[u8], write: impl FnOnce(&mut __sk_buff)) -> Ran {
         run_with(self.datapath.program(), packet, write)
     }
 
-    /// The same from another thread, while the plan changes.
+    /// A handle to run packets from another thread while the plan changes.
     pub fn runner(&self) -> Runner {
         Runner(self.datapath.program().try_clone_to_owned().unwrap())
     }
 
-    /// Its map of this name.
+    /// The program's map of this name.
     pub fn map(&self, name: &str) -> MapHandle {
         maps_of(self.datapath.program()).find(|map| map.name() == name).expect("a map of this name")
     }
 
-    /// Raw counters of a listener: received, forwarded, dropped, passed, bytes received, bytes forwarded.
+    /// Raw counters of a listener: packets received, forwarded, dropped, passed; bytes received, forwarded.
     pub fn stats(&self, id: u32) -> [u64; 6] {
         let mut sum = [0; 6];
         for cpu in self.map("STATS").lookup_percpu(&id.to_ne_bytes(), MapFlags::ANY).unwrap().unwrap() {
@@ -92,12 +92,12 @@ impl Program {
         sum
     }
 
-    /// Runs one packet after the other.
+    /// Runs packets in order.
     pub fn run_all(&self, frames: &[Vec<u8>]) -> Vec<Ran> {
         frames.iter().map(|frame| self.run(frame, Gso::default())).collect()
     }
 
-    /// Strays and fragments lost.
+    /// Stray fragments and lost fragments.
     pub fn fragments(&mut self) -> (u64, u64) {
         let fragments = self.datapath.counters().unwrap().fragments;
         (fragments.strays, fragments.lost)
@@ -122,21 +122,21 @@ fn maps_of(program: BorrowedFd<'_>) -> impl Iterator<Item = MapHandle> {
     let mut length = size_of_val(&info) as u32;
     // SAFETY: `info` lives across the call and has the length given; the array it names has as many entries as it says.
     let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &raw mut info, &raw mut length) };
-    assert_eq!(err, 0, "cannot ask for the program's maps: {}", std::io::Error::last_os_error());
+    assert_eq!(err, 0, "cannot list the program's maps: {}", std::io::Error::last_os_error());
     ids.into_iter().take(info.nr_map_ids as usize).map(|id| MapHandle::from_map_id(id).unwrap())
 }
 
-/// The program alone.
+/// A file descriptor of the program, to run packets from any thread.
 pub struct Runner(OwnedFd);
 
-/// A runner that does the same thing over and over, on a thread of its own.
+/// A thread that repeats an action with a [`Runner`].
 pub struct Meanwhile {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
 }
 
 impl Meanwhile {
-    /// Has it come to an end, and says how often it was done.
+    /// Stops the thread and returns the number of repetitions.
     pub fn end(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap()
@@ -144,12 +144,12 @@ impl Meanwhile {
 }
 
 impl Runner {
-    /// Does something over and over while the test goes on.
+    /// Repeats `once` on a new thread while the test continues.
     pub fn meanwhile(self, once: impl Fn(&Runner) + Send + 'static) -> Meanwhile {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
-            // Truly at once, where there is another CPU than the one that the program was loaded on.
+            // Any CPU: in parallel with the test where the machine has more than one.
             let mut anywhere = nix::sched::CpuSet::new();
             (0..nix::sched::CpuSet::count()).for_each(|cpu| anywhere.set(cpu).unwrap());
             nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &anywhere).unwrap();
@@ -173,7 +173,7 @@ fn run(program: BorrowedFd<'_>, packet: &[u8], gso: Gso) -> Ran {
 }
 
 fn run_with(program: BorrowedFd<'_>, packet: &[u8], write: impl FnOnce(&mut __sk_buff)) -> Ran {
-    // SAFETY: a C struct of integers and pointers. The kernel wants every byte but those set to be zero, padding too.
+    // SAFETY: a C struct of integers and pointers. The kernel requires zeros in every byte that is not set, padding too.
     let mut context: __sk_buff = unsafe { std::mem::zeroed() };
     write(&mut context);
     let mut out = vec![0u8; packet.len() + 64];
@@ -194,7 +194,7 @@ fn run_with(program: BorrowedFd<'_>, packet: &[u8], write: impl FnOnce(&mut __sk
     Ran { verdict: opts.retval as i32, packet: out }
 }
 
-/// A listener in tc_ebpf mode, attached nowhere, with its targets in the order of the round.
+/// A listener in tc_ebpf mode without interfaces; its table has one slot for each target, in order.
 pub fn listener(id: u32, bind: &str, targets: Vec<PlanTarget>) -> ListenerPlan {
     let bind: SocketAddr = bind.parse().unwrap();
     ListenerPlan {
@@ -228,13 +228,13 @@ pub fn target(address: &str, delivery: Delivery) -> PlanTarget {
     }
 }
 
-/// Over link 77, which need not exist: a test run does not carry redirects out.
+/// By interface 77, which need not exist: a test run does not execute redirects.
 pub fn via(next_hop: &str, mtu: u32) -> Delivery {
     let next_hop = next_hop.parse::<IpAddr>().unwrap();
     Delivery::Neighbour { link: 77, next_hop, mtu, macs: None, into_pod: false }
 }
 
-/// The same, into a pod whose link-layer address is known: what goes there is always addressed to it.
+/// The same, into a pod with a known MAC address, which every frame to it gets.
 pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
     let next_hop = next_hop.parse::<IpAddr>().unwrap();
     let last = match next_hop {
@@ -246,7 +246,7 @@ pub fn pod(next_hop: &str, mtu: u32) -> Delivery {
 }
 
 impl Program {
-    /// Copies of a listener's datagrams that were dropped.
+    /// Dropped copies of a listener's datagrams, by reason.
     pub fn copies_dropped(&mut self, id: u32) -> udp_fanout::testing::model::Drops {
         self.datapath
             .counters()

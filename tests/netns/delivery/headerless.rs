@@ -7,7 +7,7 @@ use super::packets::{as_a_router_sends, towards, widen_ingress};
 use super::wire::{Wire, udp_errors};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::netns::End;
-use udp_fanout_lab::tun::Crossing;
+use udp_fanout_lab::tun::TunLink;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, LabBuilder, Namespace, Place, Sender};
 use udp_fanout_testkit::kernel::packet::Frame;
 
@@ -17,12 +17,12 @@ const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::P
 const KINDS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
 
 fn builder(ipv6: bool, ip_forward: bool) -> LabBuilder {
-    Lab::builder().receivers(PLACES).ipv6(ipv6).ip_forward(ip_forward).headerless(true)
+    Lab::builder().receivers(PLACES).ipv6(ipv6).ip_forward(ip_forward).l3_ingress(true)
 }
 
 /// One more receiver, behind another link without frames.
 struct Beyond {
-    _crossing: Crossing,
+    _crossing: TunLink,
     namespace: Namespace,
     address: SocketAddr,
 }
@@ -35,7 +35,7 @@ impl Beyond {
         let [near, far] = ["10.0.99.1/24 fd00:0:0:99::1/64", "10.0.99.2/24 fd00:0:0:99::2/64"];
         let gateway = End { namespace: &lab.gateway, device: "tun1", addresses: near };
         let crossing =
-            Crossing::between(gateway, End { namespace: &namespace, device: "eth0", addresses: far }).unwrap();
+            TunLink::between(gateway, End { namespace: &namespace, device: "eth0", addresses: far }).unwrap();
         let ip = if lab.sender_address().is_ipv6() { "fd00:0:0:99::2" } else { "10.0.99.2" };
         let (default4, default6) = ("route add default dev eth0", "-6 route add default dev eth0");
         namespace.ip_batch(default4).and_then(|()| namespace.ip(default6)).unwrap();
@@ -153,7 +153,7 @@ fn netns_checksums_of_what_comes_without_a_frame_arrive_right() {
 fn netns_what_comes_without_a_frame_leaves_as_a_router_would_have_sent_it() {
     for (ipv6, ip_forward) in KINDS {
         let places = [Place::OtherInterface, Place::Pod];
-        let lab = Lab::builder().receivers(places).port(9_000).ipv6(ipv6).ip_forward(ip_forward).headerless(true);
+        let lab = Lab::builder().receivers(places).port(9_000).ipv6(ipv6).ip_forward(ip_forward).l3_ingress(true);
         let lab = lab.build().unwrap();
         let _daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
         let wire = Wire::open(&lab.sender, "eth0").unwrap();
@@ -217,7 +217,7 @@ fn netns_a_groups_datagrams_go_round_that_come_without_frames() {
 #[test]
 fn netns_what_comes_without_a_frame_is_never_read_as_if_it_had_one() {
     for (ipv6, first) in [(false, 0x45), (true, 0x60)] {
-        let lab = Lab::builder().receiver(Place::OtherInterface).port(9_000).ipv6(ipv6).headerless(true);
+        let lab = Lab::builder().receiver(Place::OtherInterface).port(9_000).ipv6(ipv6).l3_ingress(true);
         let lab = lab.build().unwrap();
         let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
         let wire = Wire::open(&lab.sender, "eth0").unwrap();
@@ -243,7 +243,7 @@ fn netns_a_link_with_frames_may_take_the_place_of_one_without() {
     for (ipv6, first) in [(false, "46"), (true, "62")] {
         // None on the gateway, whose address comes later than the link.
         let places = [Place::OtherInterface, Place::Pod];
-        let mut lab = Lab::builder().receivers(places).ipv6(ipv6).headerless(true).build().unwrap();
+        let mut lab = Lab::builder().receivers(places).ipv6(ipv6).l3_ingress(true).build().unwrap();
         let mut daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
         let index = lab.gateway.link(INGRESS).unwrap().index;
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
