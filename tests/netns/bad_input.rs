@@ -1,5 +1,5 @@
-//! What cannot work is refused by the real program in one line that names what, where and the fix: exit code 1, and
-//! nothing left on the host. What can work with less is done with less, and the log says why.
+//! The real program refuses what cannot work in one line that names what, where and the fix, with exit code 1, and
+//! leaves nothing on the host. Where it can work with fewer features, it does, and the log says why.
 
 use std::fs::{self, Permissions};
 use std::net::{TcpListener, UdpSocket};
@@ -11,8 +11,8 @@ use tempfile::TempDir;
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
-/// A directory anyone can use, with a copy of the program that anyone can run: the one that cargo has built may be
-/// below a home that only its owner may enter.
+/// A directory that every account can use, with a copy of the program: the one that cargo has built may be
+/// below a home directory that only its owner may enter.
 struct Stage {
     directory: TempDir,
 }
@@ -25,7 +25,7 @@ impl Stage {
         Stage { directory }
     }
 
-    /// Writes a file that anyone can read.
+    /// Writes a file that every account can read.
     fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.directory.path().join(name);
         fs::write(&path, text).unwrap();
@@ -57,13 +57,13 @@ fn built() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
 }
 
-/// Runs the daemon on a configuration it must refuse, behind these words if any (a program that takes away privileges
-/// and runs the rest of its line). Checks the exit code, and that there is exactly one line besides those that only
-/// inform; returns that line from its level on.
+/// Runs the daemon on a configuration that it must refuse, with this command prefix (a program that drops privileges
+/// and runs the rest of its line), if any. Checks the exit code, and that there is exactly one line besides those that
+/// only inform; returns that line from its level on.
 fn refusal(namespace: &Namespace, before: &[&str], program: &Path, config: &Path) -> String {
     let mut words: Vec<&str> = before.to_vec();
     let (program, config) = (program.to_str().unwrap(), config.to_str().unwrap());
-    // Refusing takes no time; whoever runs on has not refused.
+    // A refusal is immediate; a daemon that still runs has not refused.
     let socket = Path::new(config).with_file_name("status.sock");
     words.extend(["timeout", "30", program, "run", "--config", config, "--status-socket", socket.to_str().unwrap()]);
     let mut command = namespace.command(words[0]);
@@ -73,13 +73,13 @@ fn refusal(namespace: &Namespace, before: &[&str], program: &Path, config: &Path
     assert_eq!(output.status.code(), Some(code), "{config}:\n{log}");
     assert!(output.stdout.is_empty(), "{output:?}");
     let mut lines = log.lines().filter(|line| !line.contains("  INFO "));
-    let line = lines.next().unwrap_or_else(|| panic!("{config} was refused without a word:\n{log}"));
+    let line = lines.next().unwrap_or_else(|| panic!("{config} was refused without a message:\n{log}"));
     assert_eq!(lines.next(), None, "{config}: more than one line:\n{log}");
     let (_, line) = line.split_once("Z ").unwrap_or_else(|| panic!("no time in front of {line:?}"));
     line.to_owned()
 }
 
-/// True if there is nothing of the daemon's on the gateway: no filter on any interface, no socket of its ports.
+/// True if the daemon has left nothing on the gateway: no filter on any interface, no socket of its ports.
 fn nothing_left(gateway: &Namespace) {
     for device in [INGRESS, "out1"] {
         let filters = gateway.tc(&format!("filter show dev {device} ingress")).unwrap();
@@ -103,10 +103,10 @@ interface = \"eth0\"
 address = \"10.0.10.2:5514\"
 ";
 
-/// What is wrong, a configuration made from [`GOOD`] that has it, and the line, which begins with the file's path.
+/// The mistake, a configuration made from [`GOOD`] with it, and the expected line, which begins with the file's path.
 type Faulty = (&'static str, String, &'static str);
 
-/// [`GOOD`] with this in place of that.
+/// [`GOOD`] with one text replaced by another.
 fn with(from: &str, to: &str) -> String {
     assert!(GOOD.contains(from), "{from}");
     GOOD.replace(from, to)
@@ -213,7 +213,7 @@ fn netns_files_that_cannot_be_read_are_refused() {
 
     let secret = stage.write("secret.toml", GOOD);
     fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
-    let line = refusal(&lab.gateway, &NOBODY, &stage.program(), &secret);
+    let line = refusal(&lab.gateway, &UNPRIVILEGED, &stage.program(), &secret);
     let fix = "permission denied; run as a user who may read it, or change its owner or mode";
     assert_eq!(line, format!("ERROR {}: {fix}", secret.display()));
     nothing_left(&lab.gateway);
@@ -259,7 +259,7 @@ fn netns_addresses_that_cannot_be_had_are_refused() {
         drop(taken);
         nothing_left(&lab.gateway);
     }
-    // In the other mode the TC program can take what arrives for an address that is nobody's.
+    // In the other mode the TC program can serve an address that no interface has.
     let text = GOOD.replace("tc_ebpf", "userspace").replace("10.0.0.1:5514", "10.0.0.99:5514");
     let elsewhere = stage.write("config.toml", &text);
     let line = refusal(&lab.gateway, &[], built(), &elsewhere);
@@ -268,7 +268,7 @@ fn netns_addresses_that_cannot_be_had_are_refused() {
 }
 
 /// Runs the rest of the line as a user without privileges.
-const NOBODY: [&str; 5] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"];
+const UNPRIVILEGED: [&str; 5] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"];
 
 #[test]
 fn netns_too_little_privilege_is_refused_by_name() {
@@ -278,7 +278,7 @@ fn netns_too_little_privilege_is_refused_by_name() {
                securityContext.capabilities.add), or set mode = \"userspace\"";
     let without = |bounding: &'static str| -> Vec<&'static str> { vec!["setpriv", "--inh-caps=-all", bounding] };
     let cases = [
-        (NOBODY.to_vec(), "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are"),
+        (UNPRIVILEGED.to_vec(), "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are"),
         (without("--bounding-set=-net_admin"), "CAP_NET_ADMIN is"),
         (without("--bounding-set=-sys_admin,-bpf"), "CAP_BPF is"),
         (without("--bounding-set=-sys_admin,-perfmon"), "CAP_PERFMON is"),
@@ -340,7 +340,11 @@ fn netns_auto_does_without_what_it_cannot_have_and_says_why() {
     let (lab, stage) = (lab(), Stage::new());
     let mut config = DaemonConfig::for_lab(&lab, "auto");
     let cases = [
-        (&NOBODY[..], "eth0", "reason=\"CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing: run as root, or grant"),
+        (
+            &UNPRIVILEGED[..],
+            "eth0",
+            "reason=\"CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are missing: run as root, or grant",
+        ),
         (&[], "eth9", "reason=\"interface not found: eth9 (this host has "),
         (&[], "auto", "reason=\"no interface carries a default route, so interface = "),
     ];

@@ -1,5 +1,5 @@
-//! The daemon as the DaemonSet's container runs it: root with the manifests' capabilities and no others, no way to more,
-//! and only the system calls of the shipped seccomp profile. What it may do must be enough for all that it does.
+//! The daemon as the DaemonSet's container runs it: root with only the manifests' capabilities, no way to gain others,
+//! and only the system calls of the shipped seccomp profile. These privileges must suffice for every feature.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,7 +25,7 @@ fn system_calls() -> BTreeMap<String, u32> {
     numbers.collect()
 }
 
-/// Loads a classic BPF program into seccomp, as a container runtime does, and becomes the rest of its line.
+/// Loads a classic BPF program into seccomp, as a container runtime does, and executes the rest of its command line.
 const LAUNCHER: &str = r#"
 import ctypes, os, struct, sys
 
@@ -45,14 +45,14 @@ if prctl(SET_SECCOMP, FILTER, ctypes.c_void_p(ctypes.addressof(header)), 0, 0) !
 os.execv(sys.argv[2], sys.argv[2:])
 "#;
 
-/// The words that make a container of the rest of their line.
+/// The command prefix that runs the rest of its line as in the container.
 struct Container {
     words: Vec<String>,
     _directory: TempDir,
 }
 
 impl Container {
-    /// With these capabilities and system calls.
+    /// Allows these capabilities and system calls.
     fn new(capabilities: &[String], names: &[String]) -> Container {
         let known = system_calls();
         // The profile is for more architectures and newer kernels than this one.
@@ -68,7 +68,7 @@ impl Container {
         Container { words, _directory: directory }
     }
 
-    /// As `k8s/` describes it.
+    /// The container of `k8s/`.
     fn shipped() -> Container {
         Container::new(&capabilities(), &allowed())
     }
@@ -125,7 +125,7 @@ fn netns_the_containers_privileges_are_enough_in_every_mode() {
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
         let mut sender = Sender::in_lab(&lab).unwrap();
         sender.send(600, &collectors).unwrap();
-        // A dead receiver is noticed, so probes go out and come back.
+        // A failed receiver is detected, so probes are sent and replies received.
         let receiver = lab.namespace_of(&lab.sites[1]);
         receiver.sysctl("net.ipv4.icmp_echo_ignore_all", "1").unwrap();
         daemon.wait_for_line("health check failed").unwrap();

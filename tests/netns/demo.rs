@@ -1,4 +1,4 @@
-//! `udp-fanout demo`: a short run in each mode, and what it says where it cannot run.
+//! `udp-fanout demo`: a short run in each mode, and its message where it cannot run.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -60,9 +60,15 @@ fn netns_demo_without_root_says_so() {
     let program = directory.path().join("udp-fanout");
     let mut install = Command::new("install");
     assert!(install.args(["--mode=755", env!("CARGO_BIN_EXE_udp-fanout")]).arg(&program).status().unwrap().success());
-    let mut nobody = Command::new("setpriv");
-    nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]).arg(&program).arg("demo");
-    assert_eq!(one_line(&mut nobody), "the demo needs root to make network namespaces: run `sudo udp-fanout demo`");
+    let mut unprivileged = Command::new("setpriv");
+    unprivileged
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"])
+        .arg(&program)
+        .arg("demo");
+    assert_eq!(
+        one_line(&mut unprivileged),
+        "the demo needs root to make network namespaces: run `sudo udp-fanout demo`"
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `udp-fanout doctor` on hosts that are well, and on hosts that are ill in one way each.
+//! `udp-fanout doctor` on healthy hosts, and on hosts with one problem each.
 
 use std::fs;
 use std::path::Path;
@@ -21,15 +21,15 @@ struct Findings {
 }
 
 impl Findings {
-    /// The one finding of this level and check.
-    fn the(&self, level: &str, check: &str) -> &str {
+    /// The only finding of this level and check.
+    fn finding(&self, level: &str, check: &str) -> &str {
         let mut found = self.all.iter().filter(|(l, c, _)| l == level && c == check).map(|(_, _, text)| text.as_str());
         let text = found.next().unwrap_or_else(|| panic!("no {level} {check} in {:#?}", self.all));
         assert_eq!(found.next(), None, "{level} {check} in {:#?}", self.all);
         text
     }
 
-    /// Nothing but these levels and checks is not ok, and the exit code says so.
+    /// Checks that only these levels and checks are not ok, and that the exit code agrees.
     fn only(&self, expected: &[(&str, &str)]) -> &Self {
         let bad: Vec<_> = self.all.iter().filter(|(level, ..)| level != "ok").collect();
         let kinds: Vec<_> = bad.iter().map(|(level, check, _)| (level.as_str(), check.as_str())).collect();
@@ -39,7 +39,7 @@ impl Findings {
     }
 }
 
-/// Runs the doctor in a namespace, behind these words if any.
+/// Runs the doctor in a namespace, with this command prefix, if any.
 fn doctor_behind(namespace: &Namespace, before: &[&str], config: &str, options: &[&str]) -> Findings {
     let directory = tempfile::tempdir().unwrap();
     let path = write(&directory, config);
@@ -59,7 +59,7 @@ fn doctor_behind(namespace: &Namespace, before: &[&str], config: &str, options: 
     Findings { all, well: output.status.success() }
 }
 
-/// The file's path. The status socket is one at which nobody answers, unless the configuration names another.
+/// The file's path. Unless the configuration sets one, the status socket is one without a daemon.
 fn write(directory: &TempDir, config: &str) -> String {
     let path = directory.path().join("config.toml");
     let socket = directory.path().join("status.sock");
@@ -76,8 +76,8 @@ fn config(lab: &Lab, mode: &str) -> String {
     DaemonConfig::for_lab(lab, mode).to_toml()
 }
 
-/// Neighbours that do not answer are given up after a tenth of a second instead of three.
-fn impatient(lab: &Lab, device: &str) {
+/// The kernel gives up on neighbours after 0.1 s instead of 3 s.
+fn shorten_neighbour_timeout(lab: &Lab, device: &str) {
     lab.gateway.sysctl(&format!("net.ipv4.neigh.{device}.retrans_time_ms"), "30").unwrap();
 }
 
@@ -87,15 +87,15 @@ fn netns_a_healthy_host_is_found_healthy_in_both_modes() {
     for mode in ["tc_ebpf", "userspace"] {
         let found = doctor(&lab, &(config(&lab, mode) + HEALTH));
         found.only(&[]);
-        assert!(found.the("ok", "route").contains("all 5 downstreams"), "{:#?}", found.all);
-        assert!(found.the("ok", "neighbour").contains("all 4 next hops are resolved"), "{:#?}", found.all);
-        found.the("ok", "ping");
-        assert!(found.the("ok", "daemon").contains("no udp-fanout answers"));
+        assert!(found.finding("ok", "route").contains("all 5 downstreams"), "{:#?}", found.all);
+        assert!(found.finding("ok", "neighbour").contains("all 4 next hops are resolved"), "{:#?}", found.all);
+        found.finding("ok", "ping");
+        assert!(found.finding("ok", "daemon").contains("no udp-fanout answers"));
         if mode == "tc_ebpf" {
-            found.the("ok", "kernel");
-            found.the("ok", "privileges");
-            found.the("ok", "filter");
-            found.the("ok", "interface");
+            found.finding("ok", "kernel");
+            found.finding("ok", "privileges");
+            found.finding("ok", "filter");
+            found.finding("ok", "interface");
         }
     }
     let v6 = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).ipv6(true).build().unwrap();
@@ -118,27 +118,27 @@ fn netns_it_prints_one_line_per_finding() {
 #[test]
 fn netns_egress_paths_that_lead_nowhere_are_found() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::BehindRouter]).build().unwrap();
-    impatient(&lab, "out1");
-    impatient(&lab, "rtr2");
+    shorten_neighbour_timeout(&lab, "out1");
+    shorten_neighbour_timeout(&lab, "rtr2");
     let mut nowhere = DaemonConfig::for_lab(&lab, "tc_ebpf");
     nowhere.listeners[0].downstreams.push(("nowhere".into(), "10.99.0.1:514".parse().unwrap(), 1));
     let found = doctor(&lab, &nowhere.to_toml());
-    assert!(found.only(&[("problem", "route")]).the("problem", "route").contains("nowhere (10.99.0.1)"));
+    assert!(found.only(&[("problem", "route")]).finding("problem", "route").contains("nowhere (10.99.0.1)"));
 
     let mut dead = DaemonConfig::for_lab(&lab, "tc_ebpf");
     dead.listeners[0].downstreams.push(("dead".into(), "10.0.10.77:514".parse().unwrap(), 1));
     let found = doctor(&lab, &dead.to_toml());
-    let text = found.only(&[("problem", "neighbour")]).the("problem", "neighbour");
+    let text = found.only(&[("problem", "neighbour")]).finding("problem", "neighbour");
     assert!(text.contains("nobody on out1 replies for 10.0.10.77") && text.contains("to dead"), "{text}");
 
     // The router of a receiver two hops away.
     lab.gateway.ip("route replace 10.1.11.0/24 via 10.0.11.78").unwrap();
     let found = doctor(&lab, &config(&lab, "userspace"));
-    let text = found.only(&[("problem", "neighbour")]).the("problem", "neighbour");
+    let text = found.only(&[("problem", "neighbour")]).finding("problem", "neighbour");
     assert!(text.contains("nobody on rtr2 replies for 10.0.11.78") && text.contains("to receiver-2"), "{text}");
 
     lab.gateway.ip("route replace unreachable 10.1.11.0/24").unwrap();
-    assert!(doctor(&lab, &config(&lab, "tc_ebpf")).the("problem", "route").contains("receiver-2"));
+    assert!(doctor(&lab, &config(&lab, "tc_ebpf")).finding("problem", "route").contains("receiver-2"));
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn netns_an_egress_mtu_below_the_ingress_mtu_is_found() {
     lab.gateway.ip("link set pod2 mtu 1400").unwrap();
     for mode in ["tc_ebpf", "userspace"] {
         let found = doctor(&lab, &config(&lab, mode));
-        let text = found.only(&[("warning", "mtu")]).the("warning", "mtu");
+        let text = found.only(&[("warning", "mtu")]).finding("warning", "mtu");
         assert!(text.contains("eth0 receives packets of 1500 bytes, but pod2 takes only 1400"), "{text}");
         assert!(text.contains("to receiver-2") && text.ends_with("keep payloads up to 1372 bytes"), "{text}");
     }
@@ -159,19 +159,19 @@ fn netns_source_validation_that_drops_datagrams_is_found() {
     lab.gateway.ip("route add default via 10.0.10.2").unwrap();
     let userspace = config(&lab, "userspace");
     let found = doctor(&lab, &userspace);
-    let text = found.only(&[("warning", "rp_filter")]).the("warning", "rp_filter");
+    let text = found.only(&[("warning", "rp_filter")]).finding("warning", "rp_filter");
     assert!(text.contains("rp_filter is 1 on eth0, but the default route uses out1"), "{text}");
 
     let ask = |config: &str, sender: &str| doctor_behind(&lab.gateway, &[], config, &["--sender", sender]);
     let refused = ask(&userspace, "192.0.2.7");
     refused.only(&[("warning", "rp_filter"), ("problem", "sender")]);
-    let text = refused.the("problem", "sender");
+    let text = refused.finding("problem", "sender");
     assert!(
         text.contains("drops datagrams of 192.0.2.7 that arrive on eth0") && text.contains("rp_filter=2"),
         "{text}"
     );
-    assert!(ask(&userspace, "10.0.0.2").the("ok", "sender").contains("accepts datagrams of 10.0.0.2"));
-    // The kernel program comes before it, so there it costs only what the socket gets.
+    assert!(ask(&userspace, "10.0.0.2").finding("ok", "sender").contains("accepts datagrams of 10.0.0.2"));
+    // The kernel program runs before it, so it affects only datagrams to the socket.
     ask(&config(&lab, "tc_ebpf"), "192.0.2.7").only(&[("warning", "rp_filter"), ("warning", "sender")]);
 
     for device in ["all", "eth0"] {
@@ -186,14 +186,14 @@ fn netns_interfaces_without_traffic_are_found() {
     let good = config(&lab, "tc_ebpf");
     lab.sender.ip("link set eth0 down").unwrap();
     let found = doctor(&lab, &good);
-    assert!(found.the("problem", "interface").contains("eth0 is up, but its other end is not"), "{:#?}", found.all);
+    assert!(found.finding("problem", "interface").contains("eth0 is up, but its other end is not"), "{:#?}", found.all);
     lab.gateway.ip("link set eth0 down").unwrap();
     let found = doctor(&lab, &good);
-    assert!(found.the("problem", "interface").contains("eth0 is down"), "{:#?}", found.all);
+    assert!(found.finding("problem", "interface").contains("eth0 is down"), "{:#?}", found.all);
     let found = doctor(&lab, &good.replace("\"eth0\"", "\"eth9\""));
-    assert!(found.the("problem", "interface").contains("interface not found: eth9"), "{:#?}", found.all);
+    assert!(found.finding("problem", "interface").contains("interface not found: eth9"), "{:#?}", found.all);
     let found = doctor(&lab, &good.replace("tc_ebpf", "auto").replace("\"eth0\"", "\"auto\""));
-    let text = found.the("warning", "interface");
+    let text = found.finding("warning", "interface");
     assert!(text.contains("selects userspace: no interface carries a default route"), "{text}");
 }
 
@@ -212,14 +212,14 @@ fn netns_foreign_programs_on_the_interface_are_found() {
     doctor(&lab, &good).only(&[]);
     add("pref 7");
     let found = doctor(&lab, &good);
-    let text = found.only(&[("warning", "filter")]).the("warning", "filter");
+    let text = found.only(&[("warning", "filter")]).finding("warning", "filter");
     assert!(text.contains("eth0: the filter bpf at pref 7 sees packets before udp-fanout"), "{text}");
-    // As a TCX program, ours comes before all filters.
+    // As a TCX program, ours runs before all filters.
     doctor(&lab, &format!("attach = \"tcx\"\n{good}")).only(&[]);
     lab.gateway.tc("filter del dev eth0 ingress pref 7").unwrap();
     add("pref 49152 handle 0x7566");
     let found = doctor(&lab, &good);
-    let text = found.only(&[("problem", "filter")]).the("problem", "filter");
+    let text = found.only(&[("problem", "filter")]).finding("problem", "filter");
     assert!(text.contains("has the pref 49152 and handle 0x7566 of udp-fanout"), "{text}");
 }
 
@@ -232,22 +232,22 @@ fn netns_missing_privileges_are_found_by_name() {
     };
     let good = config(&lab, "tc_ebpf");
     let found = without("-sys_admin,-bpf", &good);
-    let text = found.only(&[("problem", "privileges")]).the("problem", "privileges");
+    let text = found.only(&[("problem", "privileges")]).finding("problem", "privileges");
     assert!(text.starts_with("CAP_BPF is missing; run as root, or grant"), "{text}");
     without("-sys_admin,-bpf", &good.replace("tc_ebpf", "auto")).only(&[("warning", "privileges")]);
 
     let found = without("-net_raw", &(config(&lab, "userspace") + HEALTH));
-    let text = found.only(&[("problem", "ping")]).the("problem", "ping");
+    let text = found.only(&[("problem", "ping")]).finding("problem", "ping");
     assert!(text.contains("net.ipv4.ping_group_range, which is \"1 0\"") && text.contains("CAP_NET_RAW"), "{text}");
 
     let large = DaemonConfig::for_lab(&lab, "userspace").settings("recv_buf_size = 1073741823").to_toml();
     let found = without("-net_admin", &large);
-    let text = found.only(&[("warning", "buffer")]).the("warning", "buffer");
+    let text = found.only(&[("warning", "buffer")]).finding("warning", "buffer");
     assert!(text.contains("recv_buf_size is 1073741823") && text.contains("net.core.rmem_max"), "{text}");
 
     let low = config(&lab, "userspace").replace(":5514\"\nmode", ":514\"\nmode");
     let found = without("-net_bind_service", &low);
-    assert!(found.only(&[("problem", "bind")]).the("problem", "bind").contains("may not bind 10.0.0.1:514"));
+    assert!(found.only(&[("problem", "bind")]).finding("problem", "bind").contains("may not bind 10.0.0.1:514"));
 }
 
 #[test]
@@ -259,13 +259,16 @@ fn netns_addresses_that_cannot_be_bound_are_found() {
     assert!(
         found
             .only(&[("problem", "bind")])
-            .the("problem", "bind")
+            .finding("problem", "bind")
             .contains("another program has a socket on 10.0.0.1:5514")
     );
     drop(taken);
     let found = doctor(&lab, &good.replace("10.0.0.1:5514", "10.0.0.99:5514"));
     assert!(
-        found.only(&[("problem", "bind")]).the("problem", "bind").contains("10.0.0.99 is not an address of this host")
+        found
+            .only(&[("problem", "bind")])
+            .finding("problem", "bind")
+            .contains("10.0.0.99 is not an address of this host")
     );
 }
 
@@ -290,16 +293,16 @@ fn netns_problems_of_the_running_daemon_and_filters_of_a_stopped_one_are_found()
     };
     let found = doctor(&lab, &asking(&daemon, &specified));
     let pid = daemon.pid().to_string();
-    assert!(found.only(&[]).the("ok", "daemon").contains(&format!("runs as process {pid}, reports no problem")));
+    assert!(found.only(&[]).finding("ok", "daemon").contains(&format!("runs as process {pid}, reports no problem")));
 
     daemon.signal(Signal::SIGKILL).unwrap();
     daemon.wait().unwrap();
     let found = doctor(&lab, &asking(&daemon, &specified));
-    assert!(found.only(&[("warning", "filter")]).the("warning", "filter").contains("has left its filter"));
+    assert!(found.only(&[("warning", "filter")]).finding("warning", "filter").contains("has left its filter"));
 
     specified.listeners[0].downstreams.push(("nowhere".into(), "10.99.0.1:514".parse().unwrap(), 1));
     let daemon = Daemon::start(&lab.gateway, binary(), &specified).unwrap();
     let found = doctor(&lab, &asking(&daemon, &specified));
     found.only(&[("problem", "daemon"), ("problem", "route")]);
-    assert!(found.the("problem", "daemon").contains("no route to downstream 10.99.0.1:514"));
+    assert!(found.finding("problem", "daemon").contains("no route to downstream 10.99.0.1:514"));
 }

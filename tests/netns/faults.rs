@@ -1,9 +1,9 @@
-//! What happens around a daemon at work that should not: its log cannot be written, descriptors run out, the clock jumps, the
-//! kernel refuses what it is asked for or tells more than can be heard, the daemon is killed at the worst moment. Datagrams
-//! flow on and are counted once.
+//! Faults around a running daemon: its log cannot be written, descriptors run out, the clock jumps, the
+//! kernel refuses calls or sends more messages than a socket holds, the daemon is killed at the worst moment. Datagrams
+//! keep flowing and are counted once.
 //!
-//! Elsewhere: scrapers and clients that do not read in `http.rs` and `src/control/server/tests.rs`, a thousand reloads in
-//! `netns_reload/edits.rs`.
+//! Elsewhere: scrapers and clients that do not read in `http.rs` and `src/control/server/tests.rs`, a thousand reloads
+//! in `reload/edits.rs`.
 
 mod clock;
 mod descriptors;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Metrics, Pins, Place, Sender};
 
-/// How long anything may take before a test fails. Nothing waits that long otherwise.
+/// The timeout of every wait. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(30);
 const MODES: [&str; 2] = ["tc_ebpf", "userspace"];
 
@@ -31,7 +31,7 @@ fn lab() -> Lab {
     Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap()
 }
 
-/// The lab's usual configuration; only SIGHUP is a reason to read it again.
+/// The lab's usual configuration, which only SIGHUP reloads.
 fn config(lab: &Lab, mode: &str) -> DaemonConfig {
     let mut config = DaemonConfig::for_lab(lab, mode);
     config.head = "watch_config = false\n".to_owned();
@@ -43,7 +43,7 @@ fn start_behind(lab: &Lab, before: &[&str], config: &DaemonConfig) -> Daemon {
     Daemon::start_behind(&lab.gateway, before, binary(), config).unwrap()
 }
 
-/// Sends so many datagrams to the listener, all of which must arrive, once.
+/// Sends `count` datagrams to the listener, all of which must arrive once.
 fn exchange(lab: &Lab, count: u64) {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -56,7 +56,7 @@ fn metrics(lab: &Lab) -> Metrics {
     Metrics::scrape(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/metrics").unwrap()
 }
 
-/// What is counted of the lab's listener: received, forwarded; and its downstreams' sum.
+/// The counters of the lab's listener: received, forwarded, and the sum of its downstreams.
 fn counted(lab: &Lab) -> (u64, u64, u64) {
     let page = metrics(lab);
     let labels = [("listener", "lab")];
@@ -64,7 +64,7 @@ fn counted(lab: &Lab) -> (u64, u64, u64) {
     (sum("packets_received"), sum("packets_forwarded"), sum("downstream_packets"))
 }
 
-/// Waits until that many datagrams are counted as what they are. A worker writes a batch down once it has sent it, which may
+/// Waits until that many datagrams are counted. A worker counts a batch once it has sent it, which may
 /// be a moment after it has arrived.
 fn wait_until_counted(lab: &Lab, count: u64) {
     let deadline = std::time::Instant::now() + LIMIT;
@@ -73,8 +73,8 @@ fn wait_until_counted(lab: &Lab, count: u64) {
         if seen == (count, count, count) {
             return;
         }
-        assert!(seen.0 <= count && seen.1 <= count && seen.2 <= count, "{seen:?}, and {count} have been sent");
-        assert!(std::time::Instant::now() < deadline, "{seen:?}, and {count} have been sent");
+        assert!(seen.0 <= count && seen.1 <= count && seen.2 <= count, "counted {seen:?} of {count} sent");
+        assert!(std::time::Instant::now() < deadline, "counted {seen:?} of {count} sent");
     }
 }
 

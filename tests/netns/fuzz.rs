@@ -1,4 +1,4 @@
-//! Replays the inputs that are kept for fuzzing the userspace datapath.
+//! Replays the saved fuzzing inputs of the userspace datapath.
 
 use udp_fanout_testkit::fuzz::replay;
 

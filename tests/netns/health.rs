@@ -1,4 +1,4 @@
-//! Health checks in the real daemon: a receiver that stops answering leaves the round and comes back.
+//! Health checks in the real daemon: a receiver that stops replying is removed from the round robin, and comes back.
 mod kinds;
 mod settings;
 
@@ -26,7 +26,7 @@ fn active(lab: &Lab) -> u64 {
     metrics(lab).sum("udp_fanout_downstream_active", &[("listener", "lab")])
 }
 
-/// Waits until the page says so; it is as current as the daemon itself.
+/// Waits until the metrics page satisfies the condition.
 fn wait_for_metrics(lab: &Lab, what: &str, mut is_so: impl FnMut(&Metrics) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so(&metrics(lab)) {
@@ -35,12 +35,12 @@ fn wait_for_metrics(lab: &Lab, what: &str, mut is_so: impl FnMut(&Metrics) -> bo
     }
 }
 
-/// What `n` datagrams give each receiver.
+/// Sends `n` datagrams and returns how many each receiver got.
 fn shares(lab: &Lab, n: u64) -> Vec<u64> {
     shares_by(lab, lab.listener(), n)
 }
 
-/// The same of another listener.
+/// The same for another listener.
 fn shares_by(lab: &Lab, listener: SocketAddr, n: u64) -> Vec<u64> {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::open(&lab.sender, (lab.sender_address(), 0), listener).unwrap();
@@ -50,17 +50,17 @@ fn shares_by(lab: &Lab, listener: SocketAddr, n: u64) -> Vec<u64> {
     report.counts()
 }
 
-/// Makes a receiver deaf to pings, or lets it hear again. It goes on receiving datagrams all the while.
-fn deaf(lab: &Lab, receiver: usize, deaf: bool) {
+/// Blocks pings to a receiver, or unblocks them. Datagrams still arrive.
+fn ignore_pings(lab: &Lab, receiver: usize, ignored: bool) {
     let namespace = lab.namespace_of(&lab.sites[receiver]);
-    namespace.sysctl("net.ipv4.icmp_echo_ignore_all", u8::from(deaf).to_string().as_str()).unwrap();
+    namespace.sysctl("net.ipv4.icmp_echo_ignore_all", u8::from(ignored).to_string().as_str()).unwrap();
 }
 
 fn updated(mode: &str, endpoints: usize) -> String {
     format!("updated {mode} downstream set listener_id=0 endpoints={endpoints}")
 }
 
-fn comes_and_goes(mode: &str) {
+fn fails_and_recovers(mode: &str) {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod, Place::BehindRouter]).build().unwrap();
     let config = DaemonConfig::for_lab(&lab, mode).to_toml() + HEALTH;
     let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
@@ -69,7 +69,7 @@ fn comes_and_goes(mode: &str) {
     daemon.wait_for_line("serving metrics").unwrap();
     assert_eq!(shares(&lab, 300), [100, 100, 100]);
 
-    deaf(&lab, 1, true);
+    ignore_pings(&lab, 1, true);
     daemon.wait_for_line("health check failed").unwrap();
     daemon.wait_for_line(&updated(mode, 2)).unwrap();
     assert_eq!(shares(&lab, 300), [150, 0, 150]);
@@ -80,7 +80,7 @@ fn comes_and_goes(mode: &str) {
     assert_eq!(health(&endpoint), 0);
     assert_eq!(metrics(&lab).sum("udp_fanout_downstream_health", &[("listener", "lab")]), 2);
 
-    deaf(&lab, 1, false);
+    ignore_pings(&lab, 1, false);
     daemon.wait_for_line("health check passed again").unwrap();
     daemon.wait_for_line(&updated(mode, 3)).unwrap();
     assert_eq!(shares(&lab, 300), [100, 100, 100]);
@@ -91,13 +91,13 @@ fn comes_and_goes(mode: &str) {
         assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &labels), 1, "{to}");
     }
     let answered = page.sum("udp_fanout_health_probes_total", &[("protocol", "icmp"), ("result", "answered")]);
-    assert!(answered >= 5, "three at first, two to be back: {answered}");
+    assert!(answered >= 5, "three replies at first, two to recover: {answered}");
     let times = page.sum("udp_fanout_health_probe_round_trip_seconds_count", &[("protocol", "icmp")]);
     assert!((1..=answered).contains(&times), "{times} of {answered}");
 
-    // A firewall that eats pings must not stop the datagrams: with all of them deaf, all get their share.
+    // A firewall that drops pings must not stop the datagrams: if all receivers fail, all get their share.
     for receiver in 0..3 {
-        deaf(&lab, receiver, true);
+        ignore_pings(&lab, receiver, true);
     }
     for _ in 0..3 {
         daemon.wait_for_line("health check failed").unwrap();
@@ -109,10 +109,10 @@ fn comes_and_goes(mode: &str) {
 
 #[test]
 fn netns_a_failed_receiver_leaves_the_kernels_round() {
-    comes_and_goes("tc_ebpf");
+    fails_and_recovers("tc_ebpf");
 }
 
 #[test]
 fn netns_a_failed_receiver_leaves_the_sockets_round() {
-    comes_and_goes("userspace");
+    fails_and_recovers("userspace");
 }

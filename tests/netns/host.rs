@@ -103,7 +103,7 @@ fn netns_links_of_other_kinds() {
         ip("link set eth1 master br0");
         let monitor = &mut caught_up();
         ip("link set eth1 type bridge_slave priority 7");
-        assert!(!monitor.drain().unwrap(), "what a bridge says of its ports is no fact");
+        assert!(!monitor.drain().unwrap(), "a bridge reports its ports, which changes no fact");
     });
 }
 
@@ -347,7 +347,8 @@ fn netns_a_dump_longer_than_one_datagram_is_complete() {
     });
 }
 
-/// A monitor that has read all messages so far and knows each link, so that late messages about carriers are no changes.
+/// A monitor that has read all messages so far and knows each link, so that late messages about carriers are no
+/// changes.
 fn caught_up() -> HostMonitor {
     let mut monitor = HostMonitor::open().unwrap();
     for link in facts(&[]).links {
@@ -544,7 +545,7 @@ fn without<T: Send>(capabilities: &[Capability], work: impl FnOnce() -> T + Send
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             for &capability in capabilities {
-                caps::drop(None, CapSet::Effective, capability).expect("cannot give up a capability");
+                caps::drop(None, CapSet::Effective, capability).expect("cannot drop a capability");
             }
             work()
         });
@@ -617,7 +618,7 @@ fn netns_the_program_needs_the_documented_capabilities_and_no_others() {
     in_new_netns(|| {
         cable();
         let needless = needless(&features_without(&[]));
-        load_and_attach_without(&needless).expect("what we ask for is not enough");
+        load_and_attach_without(&needless).expect("the documented capabilities are not enough");
         for needed in [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN] {
             let lost = [needless.as_slice(), &[needed]].concat();
             assert!(load_and_attach_without(&lost).is_err(), "{needed} is not needed after all");

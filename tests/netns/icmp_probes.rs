@@ -24,29 +24,29 @@ fn address(ip: &str) -> SocketAddr {
     SocketAddr::new(ip.parse().unwrap(), 5514)
 }
 
-/// How the kernel lets this thread send pings from here on.
+/// By which kind of socket a thread may send pings.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Permit {
+enum PingSocket {
     Ping,
     Raw,
     Neither,
 }
 
-impl Permit {
-    const WORKING: [Permit; 2] = [Permit::Ping, Permit::Raw];
+impl PingSocket {
+    const WORKING: [PingSocket; 2] = [PingSocket::Ping, PingSocket::Raw];
 
     fn set(self) {
-        let groups = if self == Permit::Ping { "0 2147483647" } else { "1 0" };
+        let groups = if self == PingSocket::Ping { "0 2147483647" } else { "1 0" };
         fs::write("/proc/sys/net/ipv4/ping_group_range", groups).unwrap();
-        if self != Permit::Raw {
+        if self != PingSocket::Raw {
             caps::drop(None, CapSet::Effective, Capability::CAP_NET_RAW).unwrap();
         }
         for v6 in [false, true] {
             let access = open(v6).ok().map(|(_, access)| access);
             match self {
-                Permit::Ping => assert_eq!(access, Some(IcmpSocketKind::Ping)),
-                Permit::Raw => assert!(matches!(access, Some(IcmpSocketKind::Raw { .. })), "{access:?}"),
-                Permit::Neither => assert_eq!(access, None),
+                PingSocket::Ping => assert_eq!(access, Some(IcmpSocketKind::Ping)),
+                PingSocket::Raw => assert!(matches!(access, Some(IcmpSocketKind::Raw { .. })), "{access:?}"),
+                PingSocket::Neither => assert_eq!(access, None),
             }
         }
     }
@@ -59,7 +59,7 @@ fn nft(rule: &str) {
 
 #[test]
 fn netns_two_thousand_targets_are_probed_through_one_socket() {
-    for permit in Permit::WORKING {
+    for permit in PingSocket::WORKING {
         in_new_netns(|| {
             permit.set();
             let downstreams: Vec<SocketAddr> =
@@ -84,7 +84,7 @@ fn netns_two_thousand_targets_are_probed_through_one_socket() {
 
 #[test]
 fn netns_both_families_and_addresses_written_in_the_other() {
-    for permit in Permit::WORKING {
+    for permit in PingSocket::WORKING {
         in_new_netns(|| {
             permit.set();
             let downstreams = ["127.0.0.1", "::1", "::ffff:127.0.0.9"].map(address);
@@ -100,10 +100,10 @@ fn netns_both_families_and_addresses_written_in_the_other() {
 #[test]
 fn netns_without_permission_nothing_is_concluded_and_the_remedy_is_named() {
     in_new_netns(|| {
-        Permit::Neither.set();
+        PingSocket::Neither.set();
         let downstream = address("127.0.0.1");
         let mut bench = Bench::probing(&[downstream], ProbeProtocol::Icmp);
-        bench.until("there is trouble", |health| health.local_errors().count() > 0);
+        bench.until("a local error is reported", |health| health.local_errors().count() > 0);
         let (kind, reason) =
             bench.health.local_errors().next().map(|(kind, reason)| (kind, reason.to_owned())).unwrap();
         assert_eq!(kind, ProbeKind::Icmp);
@@ -125,14 +125,14 @@ fn netns_without_permission_nothing_is_concluded_and_the_remedy_is_named() {
 #[test]
 fn netns_what_this_hosts_own_firewall_refuses_says_nothing_of_the_receiver() {
     in_new_netns(|| {
-        Permit::Ping.set();
+        PingSocket::Ping.set();
         let downstream = address("127.0.0.1");
         let mut bench = Bench::probing(&[downstream], ProbeProtocol::Icmp);
         bench.until_healthy(downstream);
         nft("add table inet t");
         nft("add chain inet t out { type filter hook output priority 0 ; }");
         nft("add rule inet t out icmp type echo-request drop");
-        bench.until("there is trouble", |health| health.local_errors().count() > 0);
+        bench.until("a local error is reported", |health| health.local_errors().count() > 0);
         let reason = bench.health.local_errors().next().unwrap().1.to_owned();
         assert!(reason.contains("a packet filter on this host rejects probes"), "{reason}");
         bench.until_probed(5);
@@ -144,7 +144,7 @@ fn netns_what_this_hosts_own_firewall_refuses_says_nothing_of_the_receiver() {
 
 #[test]
 fn netns_no_route_is_known_at_once_and_a_blackhole_too() {
-    for permit in Permit::WORKING {
+    for permit in PingSocket::WORKING {
         in_new_netns(|| {
             permit.set();
             ip("link add eth0 type veth peer name eth1");
@@ -195,7 +195,7 @@ impl Path {
         path.receiver.ip("-6 route add default via fd01::fe").unwrap();
         path.router.sysctl("net.ipv4.ip_forward", "1").unwrap();
         path.router.sysctl("net.ipv6.conf.all.forwarding", "1").unwrap();
-        // Every error is reported, however many were before.
+        // Every error is reported, even after many others.
         path.router.sysctl("net.ipv4.icmp_ratelimit", "0").unwrap();
         path.router.sysctl("net.ipv6.icmp.ratelimit", "0").unwrap();
         path
@@ -206,7 +206,7 @@ const RECEIVER: [&str; 2] = ["10.0.1.2", "fd01::2"];
 
 #[test]
 fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
-    for permit in Permit::WORKING {
+    for permit in PingSocket::WORKING {
         let path = Path::build();
         let [v4, v6] = RECEIVER.map(address);
         path.prober
@@ -216,7 +216,7 @@ fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
                 let healthy = |bench: &mut Bench| [v4, v6].map(|downstream| drop(bench.until_healthy(downstream)));
                 healthy(&mut bench);
 
-                // A firewall that keeps silent.
+                // A firewall that drops without an error.
                 for rule in
                     ["add table inet t", "add chain inet t in { type filter hook input priority 0 ; policy drop ; }"]
                 {
@@ -228,7 +228,7 @@ fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
                 path.receiver.tool("nft", "flush ruleset")?;
                 healthy(&mut bench);
 
-                // The host is gone: nobody answers for its address, and in time the router says so.
+                // The host is gone: no ARP reply for its address, and eventually the router reports it.
                 path.receiver.ip("link set eth0 down")?;
                 for downstream in [v4, v6] {
                     bench.until_unhealthy(downstream);
@@ -239,7 +239,7 @@ fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
                 path.receiver.ip("-6 route replace default via fd01::fe")?;
                 healthy(&mut bench);
 
-                // The router has lost the way, and says so.
+                // The router has no route, and reports it.
                 path.router.ip("addr del 10.0.1.254/24 dev east")?;
                 path.router.ip("-6 route add unreachable fd01::2/128")?;
                 assert_eq!(bench.until_unhealthy(v4), "network unreachable, says 10.0.0.254");
@@ -256,10 +256,10 @@ fn netns_a_receiver_behind_a_router_dies_in_every_way_and_comes_back() {
 #[test]
 fn netns_a_hint_has_a_target_probed_before_its_turn() {
     in_new_netns(|| {
-        Permit::Ping.set();
+        PingSocket::Ping.set();
         let downstream = address("127.0.0.1");
         let mut bench = Bench::new();
-        // The next round of its own would come after the test has given up.
+        // The next regular round would come after the test's timeout.
         let mut settings: HealthSettings = settings(ProbeProtocol::Icmp);
         settings.probe.interval = Duration::from_secs(3600);
         bench.set(&[watch(&[downstream], &settings)]);
@@ -268,15 +268,15 @@ fn netns_a_hint_has_a_target_probed_before_its_turn() {
     });
 }
 
-/// Replies to echo requests in place of the kernel, in a way of its own.
-struct Impostor {
+/// Replies to echo requests in place of the kernel, with a defect.
+struct EchoResponder {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What an impostor does to the reply it ought to give.
+/// A defect of the reply.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Lie {
+enum ReplyDefect {
     Nonce,
     Sequence,
     Truncated,
@@ -285,18 +285,19 @@ enum Lie {
     None,
 }
 
-impl Impostor {
-    /// To be called in the receiver's namespace, whose kernel must not answer itself, by someone who may have raw sockets.
-    fn sockets(lie: Lie, of: Ipv4Addr) -> (Socket, Socket) {
+impl EchoResponder {
+    /// Must be called in the receiver's namespace, whose kernel must not reply itself, by a thread that may open raw
+    /// sockets.
+    fn sockets(defect: ReplyDefect, of: Ipv4Addr) -> (Socket, Socket) {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(IpProtocol::ICMPV4)).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
         let answering = Socket::new(Domain::IPV4, Type::RAW, Some(IpProtocol::ICMPV4)).unwrap();
-        let source = if lie == Lie::Source { Ipv4Addr::new(10, 0, 0, 2) } else { of };
+        let source = if defect == ReplyDefect::Source { Ipv4Addr::new(10, 0, 0, 2) } else { of };
         answering.bind(&SocketAddr::new(source.into(), 0).into()).unwrap();
         (socket, answering)
     }
 
-    fn spawn(lie: Lie, of: Ipv4Addr, (socket, answering): (Socket, Socket)) -> Impostor {
+    fn spawn(defect: ReplyDefect, of: Ipv4Addr, (socket, answering): (Socket, Socket)) -> EchoResponder {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -312,12 +313,12 @@ impl Impostor {
                 }
                 let mut message = message.to_vec();
                 message[0] = 0;
-                match lie {
-                    Lie::Nonce => message[10] ^= 1,
-                    Lie::Sequence => message[7] ^= 1,
-                    Lie::Truncated => message.truncate(12),
-                    Lie::Type => message[0] = 14,
-                    Lie::Source | Lie::None => {}
+                match defect {
+                    ReplyDefect::Nonce => message[10] ^= 1,
+                    ReplyDefect::Sequence => message[7] ^= 1,
+                    ReplyDefect::Truncated => message.truncate(12),
+                    ReplyDefect::Type => message[0] = 14,
+                    ReplyDefect::Source | ReplyDefect::None => {}
                 }
                 message[2..4].fill(0);
                 let sum = checksum(&message).to_be_bytes();
@@ -325,14 +326,14 @@ impl Impostor {
                 answering.send_to(&message, &from).unwrap();
             }
         });
-        Impostor { stop, thread: Some(thread) }
+        EchoResponder { stop, thread: Some(thread) }
     }
 }
 
-impl Drop for Impostor {
+impl Drop for EchoResponder {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().expect("the impostor has panicked");
+        self.thread.take().unwrap().join().expect("the responder has panicked");
     }
 }
 
@@ -344,7 +345,7 @@ fn checksum(message: &[u8]) -> u16 {
 
 #[test]
 fn netns_replies_that_are_not_to_the_probe_or_not_from_the_target_are_ignored() {
-    for permit in Permit::WORKING {
+    for permit in PingSocket::WORKING {
         let (prober, receiver) = (Namespace::create("prober").unwrap(), Namespace::create("receiver").unwrap());
         connect(
             End { namespace: &prober, device: "eth0", addresses: "10.0.0.1/24" },
@@ -352,13 +353,22 @@ fn netns_replies_that_are_not_to_the_probe_or_not_from_the_target_are_ignored() 
         )
         .unwrap();
         receiver.sysctl("net.ipv4.icmp_echo_ignore_all", "1").unwrap();
-        let lies = [Lie::Nonce, Lie::Sequence, Lie::Truncated, Lie::Type, Lie::Source, Lie::None];
+        let lies = [
+            ReplyDefect::Nonce,
+            ReplyDefect::Sequence,
+            ReplyDefect::Truncated,
+            ReplyDefect::Type,
+            ReplyDefect::Source,
+            ReplyDefect::None,
+        ];
         let addresses: Vec<Ipv4Addr> = (10..).take(lies.len()).map(|n| Ipv4Addr::new(10, 0, 0, n)).collect();
         for address in &addresses {
             receiver.ip(&format!("addr add {address}/24 dev eth0")).unwrap();
         }
-        let impostors: Vec<Impostor> = std::iter::zip(lies, &addresses)
-            .map(|(lie, &of)| receiver.run(|| Ok(Impostor::spawn(lie, of, Impostor::sockets(lie, of)))).unwrap())
+        let impostors: Vec<EchoResponder> = std::iter::zip(lies, &addresses)
+            .map(|(defect, &of)| {
+                receiver.run(|| Ok(EchoResponder::spawn(defect, of, EchoResponder::sockets(defect, of)))).unwrap()
+            })
             .collect();
         let downstreams: Vec<SocketAddr> = addresses.iter().map(|&of| SocketAddr::new(of.into(), 514)).collect();
         prober

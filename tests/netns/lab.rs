@@ -1,4 +1,4 @@
-//! The laboratory itself is proved here, without the daemon: a reckoning that misses a lost, doubled or overtaken
+//! Tests of the lab itself, without the daemon: a report that misses a lost, duplicated or reordered
 //! datagram would make every other network test worthless.
 
 use std::net::{SocketAddr, UdpSocket};
@@ -14,11 +14,11 @@ use udp_fanout_lab::daemon::{Daemon, DaemonConfig};
 use udp_fanout_lab::traffic::{PATIENCE, Sender, bind};
 use udp_fanout_lab::{Collectors, Expect, Lab, Namespace, Place, Report};
 
-/// What a stand-in for the daemon does with the datagrams it takes.
+/// A fault of the stand-in for the daemon.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fault {
     None,
-    /// Forgets every hundredth.
+    /// Drops every hundredth.
     Loses,
     /// Sends every hundredth twice.
     Doubles,
@@ -96,11 +96,11 @@ impl Drop for StandIn {
     }
 }
 
-/// Sends `count` datagrams of `payload` bytes through a stand-in and reckons up.
+/// Sends `count` datagrams of `payload` bytes through a stand-in and returns the report.
 fn run(lab: &Lab, fault: Fault, expect: Expect, payload: usize, count: u64) -> Result<Report> {
     let _stand_in = StandIn::start(lab, fault)?;
     let collectors = Collectors::start(lab, expect)?;
-    // Only what a fault has taken away is ever waited for in vain.
+    // Only a lost datagram makes this wait for the full time.
     let patience = if fault == Fault::None { PATIENCE } else { Duration::from_millis(300) };
     let mut sender = Sender::in_lab(lab)?.payload(payload).patience(patience);
     sender.send(count, &collectors)?;
@@ -233,7 +233,7 @@ fn netns_commands_run_inside_and_leave_no_trace_outside() {
     assert_eq!(namespace.link("lo").unwrap().index, 1);
 }
 
-/// A program that logs a line and then does as told, in place of the daemon.
+/// A stand-in for the daemon that logs a line and then runs `body`.
 fn script(body: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let (text, path) = (directory.path().join("text"), directory.path().join("stand-in"));

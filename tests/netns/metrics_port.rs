@@ -1,4 +1,5 @@
-//! The real daemon's metrics port while one host holds more connections than it may, and the check over the status socket.
+//! The real daemon's metrics port while one host has more connections than its limit, and the check over the status
+//! socket.
 
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -10,7 +11,7 @@ use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, scrape};
 
 /// More than every limit: of one host, of all hosts, and of this host.
 const IDLE: usize = 200;
-/// Connections that one other host may have.
+/// The limit of connections from one other host.
 const PER_SOURCE: usize = 8;
 
 fn check(lab: &Lab, daemon: &Daemon) -> Output {

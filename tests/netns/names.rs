@@ -1,5 +1,5 @@
-//! Receivers given by name, in the real daemon: found, changed, lost sight of, while numbered datagrams flow. The names are in
-//! a hosts file and a name server of the test's own, which the daemon sees in place of the machine's.
+//! Receivers given by name, in the real daemon: resolved, changed and lost, while numbered datagrams flow. The names
+//! are in a hosts file and a name server of the test's own, which replace the machine's for the daemon.
 
 use std::fs::{self, OpenOptions};
 use std::net::IpAddr;
@@ -11,10 +11,10 @@ use udp_fanout_lab::daemon::Surroundings;
 use udp_fanout_lab::dns_server::{Answer, DnsServer};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, scrape};
 
-/// Bytes of the hosts file: always as many, so that it can be changed in one write.
+/// The size of the hosts file in bytes: constant, so that one write can change it.
 const HOSTS: usize = 512;
 
-/// What the daemon's resolver goes by.
+/// The files of the daemon's resolver.
 struct Resolver {
     directory: TempDir,
 }
@@ -33,7 +33,7 @@ impl Resolver {
         self.directory.path().join(name)
     }
 
-    /// Makes these all that the hosts file says.
+    /// Replaces the entries of the hosts file.
     fn hosts(&self, entries: &[(IpAddr, &str)]) {
         let mut text: String = entries.iter().map(|(ip, name)| format!("{ip} {name}\n")).collect();
         text.extend(std::iter::repeat_n('\n', HOSTS - text.len()));
@@ -59,7 +59,7 @@ fn binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
 }
 
-/// One listener, whose receivers are what `name` stands for.
+/// One listener, whose receivers are the addresses of `name`.
 fn by_name(lab: &Lab, mode: &str, address: &str) -> DaemonConfig {
     let mut config = DaemonConfig::for_lab(lab, mode);
     config.listeners[0].downstreams.clear();
@@ -74,7 +74,7 @@ fn ready(lab: &Lab) -> scrape::Page {
     scrape::get(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/readyz").unwrap()
 }
 
-/// What `n` datagrams give each receiver.
+/// Sends `n` datagrams and returns how many each receiver got.
 fn shares(lab: &Lab, n: u64) -> Vec<u64> {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -91,7 +91,7 @@ fn netns_a_name_in_the_hosts_file_is_followed() {
     for mode in ["tc_ebpf", "userspace"] {
         let resolver = Resolver::new();
         let mut daemon = resolver.start(&lab, &by_name(&lab, mode, "collector:5514"));
-        // Nobody knows it yet, and nobody listens.
+        // The name does not resolve yet, so there is no receiver.
         let line =
             daemon.wait_for_logged("cannot resolve the name of a downstream: the listener waits for it").unwrap();
         assert!(line.contains("listener=\"lab\" name=\"collector\""), "{line}");
@@ -134,7 +134,7 @@ fn netns_a_name_in_dns_is_followed_and_an_outage_changes_nothing() {
         let half = matches!(outage, Answer::Addresses(_));
         server.set("collector.example.org", outage);
         if half {
-            // An answer, but nothing for an IPv6 listener: no outage, and no reason to change anything either.
+            // A reply without an address for an IPv6 listener: no outage, and nothing changes.
             server.wait_for_queries(4);
         } else {
             daemon.wait_for_line("the last known addresses stay in use").unwrap();
@@ -145,7 +145,7 @@ fn netns_a_name_in_dns_is_followed_and_an_outage_changes_nothing() {
             daemon.wait_for_line("name can be resolved again").unwrap();
         }
     }
-    // A reload to another name keeps the receivers until that one is known.
+    // A reload to another name keeps the receivers until that one is resolved.
     config.listeners[0].extra = config.listeners[0].extra.replace("Collector", "other");
     server.set("other.example.org", Answer::ServerFailure);
     daemon.reload(&config.to_toml()).unwrap();
@@ -154,7 +154,7 @@ fn netns_a_name_in_dns_is_followed_and_an_outage_changes_nothing() {
     server.set("other.example.org", Answer::Addresses(vec![second]));
     daemon.wait_for_line(&updated("userspace", 1)).unwrap();
     assert_eq!(shares(&lab, 50), [0, 50]);
-    // A name server that is gone is a reason to wait, not to end.
+    // Without a name server the daemon waits and does not end.
     drop(server);
     daemon.wait_for_line("the last known addresses stay in use").unwrap();
     assert_eq!(shares(&lab, 50), [0, 50]);

@@ -1,5 +1,5 @@
-//! Policies, and who may send, through the real daemon, the same cases in both modes: who gets what, and what it costs when something fails.
-//! `parity` runs one list of cases every way there is.
+//! Policies and admission through the real daemon, the same cases in both modes: who gets what, and the cost of
+//! failures. `parity` runs one list of cases on every delivery path.
 
 mod admission;
 mod choices;
@@ -16,13 +16,13 @@ fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
     Daemon::start(&lab.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), config).unwrap()
 }
 
-/// Ends the daemon in order. One that is killed leaves its filter behind, which would go on forwarding.
+/// Terminates the daemon. A killed one would leave its filter, which would go on forwarding.
 fn stop(daemon: Daemon) {
     let (status, _, log) = daemon.stop().unwrap();
     assert!(status.success(), "{log}");
 }
 
-/// Datagrams that the datapath asked for has forwarded itself. In `tc_ebpf` mode, none may have taken the socket.
+/// Datagrams that the mode's own datapath has forwarded. In `tc_ebpf` mode, the socket must have forwarded none.
 fn forwarded(lab: &Lab, daemon: &Daemon, mode: &str) -> u64 {
     let metrics = daemon.metrics(&lab.gateway).unwrap();
     assert_eq!(metrics.sum("udp_fanout_packets_passed_total", &[]), 0);

@@ -1,4 +1,4 @@
-//! Health probes in network namespaces: silent servers in numbers, and a receiver in another namespace.
+//! Health probes in network namespaces: hundreds of silent servers, and a receiver in another namespace.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -12,9 +12,9 @@ const ECHO: ProbeProtocol = ProbeProtocol::UdpEcho { port: None };
 const TCP: ProbeProtocol = ProbeProtocol::Tcp { port: None };
 
 #[test]
-fn netns_hundreds_of_silent_servers_hold_up_nobody_and_leave_no_socket_behind() {
+fn netns_hundreds_of_silent_servers_delay_no_others_and_leave_no_socket_behind() {
     in_new_netns(|| {
-        // Deaf on every loopback address.
+        // A server that never replies, on every loopback address.
         let (deaf, _sockets) = deaf_listener("0.0.0.0");
         let servers: Vec<Server> = (0..10).map(|_| Server::tcp(tcp_listener("127.0.0.1"), drop)).collect();
         let deaf = (0..=255).map(|n| SocketAddr::from(([127, 0, 1, n], deaf.port())));
@@ -55,7 +55,7 @@ fn netns_a_receiver_in_another_namespace_dies_with_its_process() {
             assert_eq!(bench.until_unhealthy(address), "port unreachable, says 10.0.0.2");
             let _server = echo(socket());
             bench.until_healthy(address);
-            // A firewall that keeps silent.
+            // A firewall that drops without an error.
             receiver.ip("link set lo up")?;
             for rule in ["add table inet t", "add chain inet t in { type filter hook input priority 0 ; }"] {
                 receiver.tool("nft", rule)?;

@@ -1,6 +1,6 @@
-//! DNS with real programs: dnsperf asks the listener, three unbound answer, and what they answer goes straight back to it,
-//! past the daemon. Clients insist on an answer from the address that they asked; so the servers answer in the listener's
-//! name, by the very rule that `docs/DEPLOYMENT.md` gives operators.
+//! DNS with real programs: dnsperf queries the listener, and three unbound servers reply directly to it,
+//! bypassing the daemon. Clients accept replies only from the address that they queried, so the servers reply with the
+//! listener's source address, by the rule in `docs/DEPLOYMENT.md`.
 //!
 //! Needs Debian's packages unbound and dnsperf.
 
@@ -19,10 +19,10 @@ use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Namespace, Place};
 
 const PORT: u16 = 53;
 const QUERIES: u64 = 6000;
-/// How long a program waits for an answer that will come.
+/// How long a program waits for a reply that will come.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// One unbound, ended when dropped. Each answers another address for every name below `test`.
+/// One unbound, ended when dropped. Each replies with another address for every name below `test`.
 struct Server<'a> {
     child: Child,
     site: &'a Site,
@@ -58,7 +58,7 @@ impl<'a> Server<'a> {
         server
     }
 
-    /// Queries that it has answered.
+    /// Queries that it has replied to.
     fn answered(&self) -> u64 {
         let output = Command::new("unbound-control").arg("-c").arg(&self.config).arg("stats_noreset").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -66,7 +66,7 @@ impl<'a> Server<'a> {
         count.unwrap_or_else(|| panic!("{output:?}")).parse().unwrap()
     }
 
-    /// Loads the document's rule, with the addresses of this network.
+    /// Loads the documented rule, with the addresses of this network.
     fn answer_as(&self, listener: SocketAddr) {
         let mut rule = documented("nft");
         let (listener, own) = (listener.ip(), self.site.address.ip());
@@ -100,9 +100,9 @@ fn nft(namespace: &Namespace, rules: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Has the clients' host refuse what does not come from the address that they asked. dnsperf leaves that to others: its
+/// Makes the clients' host refuse replies from another address than the queried one. dnsperf does not check that: its
 /// sockets are not connected.
-fn insist(namespace: &Namespace, listener: SocketAddr) {
+fn reject_other_sources(namespace: &Namespace, listener: SocketAddr) {
     let (ip, port) = (listener.ip(), listener.port());
     let rule = format!("udp sport {port} ip saddr != {ip} drop");
     nft(namespace, &format!("table ip t {{\n chain c {{\n type filter hook input priority 0\n {rule}\n }}\n}}\n"));
@@ -121,16 +121,17 @@ fn documented(kind: &str) -> String {
     block.to_owned()
 }
 
-/// Sets what the document says of a gateway that answers come back by, for one of its interfaces.
-fn let_answers_through(gateway: &Namespace, device: &str) {
+/// Applies the documented settings for a gateway that replies pass through, on one of its interfaces.
+fn allow_replies_through(gateway: &Namespace, device: &str) {
     let command = documented("bash").replace("DEVICE", device);
     let settings: Vec<_> = command.split_whitespace().filter_map(|word| word.split_once('=')).collect();
     assert!(settings.len() >= 3, "{command}");
     settings.iter().for_each(|(key, value)| gateway.sysctl(key, value).unwrap());
 }
 
-/// Asks once, from a socket that takes answers from anywhere or only from whom it asked; says who answered, and what.
-fn ask(from: &Namespace, whom: SocketAddr, insist: bool) -> (SocketAddr, Ipv4Addr) {
+/// Sends one query, from a socket that accepts replies from anywhere or only from its destination. Returns the reply
+/// and its source.
+fn query(from: &Namespace, whom: SocketAddr, insist: bool) -> (SocketAddr, Ipv4Addr) {
     let mut query = vec![0x75, 0x66, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     query.extend(b"\x03ask\x04test\x00\x00\x01\x00\x01");
     let answer = from.run(|| {
@@ -150,7 +151,7 @@ fn ask(from: &Namespace, whom: SocketAddr, insist: bool) -> (SocketAddr, Ipv4Add
     answer.unwrap()
 }
 
-/// What dnsperf says when it has asked the listener this often: how many queries were completed, lost and answered well.
+/// The report of dnsperf after this many queries: completed, lost, and replied to without error.
 fn dnsperf(lab: &Lab, listener: SocketAddr, queries: u64, timeout: Duration) -> [u64; 3] {
     let names = (0..queries).fold(String::new(), |mut names, number| {
         writeln!(names, "q{number}.test A").unwrap();
@@ -160,7 +161,7 @@ fn dnsperf(lab: &Lab, listener: SocketAddr, queries: u64, timeout: Duration) -> 
     file.write_all(names.as_bytes()).unwrap();
     let mut command = lab.sender.command("dnsperf");
     command.args(["-s", &listener.ip().to_string(), "-p", &listener.port().to_string(), "-d"]).arg(file.path());
-    // So few at a time that no socket's buffer is ever full.
+    // Few enough at a time that no socket's buffer overflows.
     command.args(["-n", "1", "-c", "4", "-T", "1", "-q", "20", "-l", "120", "-t", &timeout.as_secs().to_string()]);
     let output = command.stdin(Stdio::null()).output().expect("cannot run dnsperf; install its package");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -174,7 +175,7 @@ fn dnsperf(lab: &Lab, listener: SocketAddr, queries: u64, timeout: Duration) -> 
 }
 
 /// Datagrams handed to each downstream so far, once that is `total`.
-fn handed(lab: &Lab, daemon: &Daemon, mode: &str, total: u64) -> Vec<u64> {
+fn forwarded(lab: &Lab, daemon: &Daemon, mode: &str, total: u64) -> Vec<u64> {
     until("all is forwarded", || {
         let metrics = daemon.metrics(&lab.gateway).unwrap();
         metrics.sum("udp_fanout_packets_forwarded_total", &[("mode", mode)]) == total
@@ -185,12 +186,12 @@ fn handed(lab: &Lab, daemon: &Daemon, mode: &str, total: u64) -> Vec<u64> {
     lab.sites.iter().map(of).collect()
 }
 
-/// Lets clients ask, first as it is, then with the rule on the servers.
-fn answers_go_straight_back(mode: &str, settings: &str) {
-    // Two answer past the gateway, one by way of it, as a pod on its node must.
+/// Runs the clients, first without the rule on the servers, then with it.
+fn replies_go_directly_back(mode: &str, settings: &str) {
+    // Two reply past the gateway, one through it, as a pod on its node must.
     let places = [Place::SameInterface, Place::SameInterface, Place::Pod];
     let lab = Lab::builder().receivers(places).port(PORT).rp_filter(0).build().unwrap();
-    let_answers_through(&lab.gateway, "pod3");
+    allow_replies_through(&lab.gateway, "pod3");
     let directory = TempDir::new().unwrap();
     let start = |(site, n)| Server::start(&lab, site, Ipv4Addr::new(192, 0, 2, n), directory.path());
     let servers: Vec<Server> = lab.sites.iter().zip(1..).map(start).collect();
@@ -199,34 +200,34 @@ fn answers_go_straight_back(mode: &str, settings: &str) {
     config.listeners[0].bind = listener.to_string();
     let daemon = Daemon::start(&lab.gateway, Path::new(env!("CARGO_BIN_EXE_udp-fanout")), &config).unwrap();
 
-    // As it is, an answer bears the address of who gave it, and a client that insists never gets one.
-    let (who, what) = ask(&lab.sender, listener, false);
+    // Without the rule, a reply has its server's address, and a client that checks the source never gets one.
+    let (who, what) = query(&lab.sender, listener, false);
     assert!(servers.iter().any(|server| (server.site.address, server.answer) == (who, what)), "{mode}: {who} {what}");
-    insist(&lab.sender, listener);
+    reject_other_sources(&lab.sender, listener);
     assert_eq!(dnsperf(&lab, listener, 6, Duration::from_secs(1)), [0, 6, 0], "{mode}");
 
     servers.iter().for_each(|server| server.answer_as(listener));
-    assert_eq!(ask(&lab.sender, listener, true).0, listener, "{mode}");
-    // Who asks a server itself from the gateway, as its health checks do, goes on being answered by that.
+    assert_eq!(query(&lab.sender, listener, true).0, listener, "{mode}");
+    // Queries from the gateway to a server itself, such as health checks, still get replies from that server.
     for server in &servers {
-        assert_eq!(ask(&lab.gateway, server.site.address, true), (server.site.address, server.answer), "{mode}");
+        assert_eq!(query(&lab.gateway, server.site.address, true), (server.site.address, server.answer), "{mode}");
     }
     let asked = 1 + 6 + 1;
-    let before = handed(&lab, &daemon, mode, asked);
+    let before = forwarded(&lab, &daemon, mode, asked);
     let answered = || servers.iter().map(Server::answered).collect::<Vec<_>>();
-    // Beside what was forwarded, each has answered the gateway.
-    until("all is answered", || answered().iter().sum::<u64>() == asked + 3);
+    // Besides forwarded queries, each has replied to the gateway.
+    until("all is replied to", || answered().iter().sum::<u64>() == asked + 3);
     let (answered_before, received) = (answered(), udp_count(&lab.gateway, "InDatagrams"));
 
     assert_eq!(dnsperf(&lab, listener, QUERIES, PATIENCE), [QUERIES, 0, QUERIES], "{mode}");
     let since = |now: Vec<u64>, before: &[u64]| now.iter().zip(before).map(|(a, b)| a - b).collect::<Vec<_>>();
-    let each = since(handed(&lab, &daemon, mode, asked + QUERIES), &before);
+    let each = since(forwarded(&lab, &daemon, mode, asked + QUERIES), &before);
     assert_eq!(since(answered(), &answered_before), each, "{mode}");
     assert_eq!(each.iter().sum::<u64>(), QUERIES, "{mode}");
-    // Each CPU, or worker, takes turns by itself, and is at most one ahead for some.
+    // Each CPU or worker has its own round robin, so counts differ by at most one for each.
     let turns = fs::read_to_string("/proc/cpuinfo").unwrap().matches("processor\t").count() as u64;
     assert!(each.iter().max().unwrap() - each.iter().min().unwrap() <= turns, "{mode}: {each:?}");
-    // What sockets of the daemon's host received: not one answer. The kernel program leaves them no query either.
+    // Sockets of the daemon's host received no reply. The kernel program passes no query to them either.
     let queries = if mode == "userspace" { QUERIES } else { 0 };
     assert_eq!(udp_count(&lab.gateway, "InDatagrams") - received, queries, "{mode}");
     let (status, _, log) = daemon.stop().unwrap();
@@ -234,11 +235,11 @@ fn answers_go_straight_back(mode: &str, settings: &str) {
 }
 
 #[test]
-fn netns_answers_go_straight_back_past_the_kernel_program() {
-    answers_go_straight_back("tc_ebpf", "");
+fn netns_replies_go_directly_back_past_the_kernel_program() {
+    replies_go_directly_back("tc_ebpf", "");
 }
 
 #[test]
-fn netns_answers_go_straight_back_past_the_workers() {
-    answers_go_straight_back("userspace", "preserve_source = true");
+fn netns_replies_go_directly_back_past_the_workers() {
+    replies_go_directly_back("userspace", "preserve_source = true");
 }

@@ -1,5 +1,5 @@
-//! NetFlow v9 with real programs: softflowd exports, three nfcapd collect. A record can be read only where the exporter's
-//! template has arrived before it, so what is counted here is whether templates and records stay together.
+//! NetFlow v9 with real programs: softflowd exports, three nfcapd collect. A collector can read a record only if the
+//! exporter's template has arrived before it, so the count shows whether templates and records stay together.
 //!
 //! Needs Debian's packages softflowd and nfdump.
 
@@ -48,7 +48,7 @@ impl Collector {
         collector
     }
 
-    /// Makes it write what it has.
+    /// Makes it write its records to the file.
     fn stop(mut self) {
         kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM).unwrap();
         self.0.wait().unwrap();
@@ -63,7 +63,7 @@ impl Drop for Collector {
     }
 }
 
-/// Exports the capture once from each of several addresses; says how many datagrams that took.
+/// Exports the capture once from each of several addresses. Returns the number of datagrams.
 fn export(lab: &Lab, directory: &Path) -> u64 {
     let (file, before) = (directory.join("flows.pcap"), sockets::udp_count(&lab.sender, "OutDatagrams"));
     fs::write(&file, capture()).unwrap();
@@ -79,7 +79,7 @@ fn export(lab: &Lab, directory: &Path) -> u64 {
     sockets::udp_count(&lab.sender, "OutDatagrams") - before
 }
 
-/// Sends all exporters' records through the daemon and says how many each collector could read.
+/// Sends all exporters' records through the daemon. Returns how many each collector could read.
 fn records(lab: &Lab, mode: &str, extra: &str) -> Vec<usize> {
     let directory = TempDir::new().unwrap();
     let daemon = Daemon::start(
@@ -100,7 +100,7 @@ fn records(lab: &Lab, mode: &str, extra: &str) -> Vec<usize> {
         metrics.sum("udp_fanout_packets_forwarded_total", &[("mode", mode)]) == exported
     });
     for (site, _) in &places {
-        until("nfcapd has taken all", || waiting_at(lab.namespace_of(site), site.address.port()) == Some(0));
+        until("nfcapd has read everything", || waiting_at(lab.namespace_of(site), site.address.port()) == Some(0));
     }
     collectors.into_iter().for_each(Collector::stop);
     let (status, _, log) = daemon.stop().unwrap();
@@ -124,7 +124,7 @@ fn netns_no_record_comes_without_its_template() {
         assert_eq!(sticky.iter().sum::<usize>(), all, "{mode}: {sticky:?}");
         assert!(sticky.iter().filter(|&&count| count > 0).count() > 1, "{mode}: {sticky:?}");
         assert!(sticky.iter().all(|count| count.is_multiple_of(FLOWS.into())), "{mode}: {sticky:?}");
-        // What the warning about this combination is for.
+        // The reason for the warning about this combination.
         let parted = records(&lab, mode, "protocol = \"netflow\"\npolicy = \"round_robin\"");
         assert!(parted.iter().sum::<usize>() < all, "{mode}: {parted:?}");
     }

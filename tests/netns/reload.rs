@@ -1,5 +1,5 @@
-//! A configuration that changes under a daemon at work: no datagram is lost or doubled, on the listeners that change as on
-//! those that do not; and one that is wrong, or cannot be put in force, changes nothing at all.
+//! Reloads under load: no datagram is lost or duplicated, neither on the listeners that change nor on
+//! others. A configuration that is wrong or cannot be applied changes nothing.
 
 mod edits;
 mod refusals;
@@ -10,7 +10,7 @@ use std::path::Path;
 use udp_fanout_lab::scrape::Metrics;
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
-/// Only SIGHUP is a reason to read the file, so that every reload is one that the test has asked for.
+/// Only SIGHUP reloads the file, so that the test causes every reload.
 const ON_SIGNAL: &str = "watch_config = false\n";
 
 /// The program under test.

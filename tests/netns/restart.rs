@@ -1,10 +1,10 @@
-//! The daemon goes and comes back under traffic: with `on_exit = "keep"` no datagram is lost or doubled, counters go on, and
-//! what is left behind can be taken over, refused to go on for ever, and be removed.
+//! Restarts of the daemon under traffic: with `on_exit = "keep"` no datagram is lost or duplicated, counters continue,
+//! and an orphaned program is taken over, stops after a limit, and can be removed.
 
 mod detach;
 mod flow;
-mod headless;
 mod obstacles;
+mod orphaned;
 mod untrusted;
 mod upgrade;
 
@@ -35,7 +35,7 @@ fn end(mut daemon: Daemon, signal: Signal) -> String {
     daemon.log().to_owned()
 }
 
-/// Sends so many datagrams to the listener, all of which must arrive, once.
+/// Sends `count` datagrams to the listener, all of which must arrive once.
 fn exchange(lab: &Lab, count: u64) {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -44,13 +44,13 @@ fn exchange(lab: &Lab, count: u64) {
     assert!(report.is_perfect(), "{report}");
 }
 
-/// Our filter on the lab's ingress, as `tc` shows it.
+/// The daemon's filter on the lab's ingress, as `tc` shows it.
 fn filter(lab: &Lab) -> Option<String> {
     let shown = lab.gateway.tc(&format!("filter show dev {INGRESS} ingress")).unwrap();
     shown.lines().find(|line| line.contains("udp_fanout")).map(str::to_owned)
 }
 
-/// What the kernel datapath has counted of the lab's listener: received, forwarded; and its downstreams' sum.
+/// The kernel datapath's counters of the lab's listener: received, forwarded, and the sum of its downstreams.
 fn counted(lab: &Lab, daemon: &Daemon) -> (u64, u64, u64) {
     let page = daemon.metrics(&lab.gateway).unwrap();
     let labels = [("listener", "lab"), ("mode", "tc_ebpf")];

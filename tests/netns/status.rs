@@ -1,4 +1,4 @@
-//! `udp-fanout status` on a gateway at work: who gets what, by which way, who is ill, what is dropped and why.
+//! `udp-fanout status` on a busy gateway: shares, delivery paths, health, and drops with their reasons.
 
 use std::path::Path;
 use std::process::Output;
@@ -31,7 +31,7 @@ fn netns_status_tells_ways_drops_and_who_is_ill() {
     config.listeners[0].downstreams.push(("nowhere".into(), "10.99.0.1:514".parse().unwrap(), 1));
     let mut daemon = Daemon::spawn(&lab.gateway, binary(), &(config.to_toml() + HEALTH)).unwrap();
     daemon.wait_for_line("endpoints=4").unwrap();
-    // The one without a route cannot be probed, so it leaves the round.
+    // The one without a route cannot be probed, so it is removed from the round robin.
     let line = daemon.wait_for_line("health check failed").unwrap();
     assert!(line.contains("10.99.0.1:514"), "{line}");
     daemon.wait_for_line("endpoints=3").unwrap();
@@ -70,7 +70,7 @@ fn netns_status_names_what_is_wrong() {
     let daemon = Daemon::start(&lab.gateway, binary(), &config).unwrap();
     let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(&lab).unwrap();
-    // Half of them have nowhere to go.
+    // Half of them have no route.
     sender.burst(100, &collectors).unwrap();
     assert!(collectors.wait_for(50, udp_fanout_lab::traffic::PATIENCE));
 

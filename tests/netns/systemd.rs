@@ -1,7 +1,7 @@
-//! The service of the Debian package under a real systemd: confined as it is, it starts, forwards in both modes, follows its
-//! configuration, and keeps forwarding through restarts, kills and upgrades, until it is told not to.
+//! The service of the Debian package under a real systemd: in its sandbox it starts, forwards in both modes, follows
+//! its configuration, and keeps forwarding through restarts, kills and upgrades, until it is stopped for good.
 //!
-//! Installs the package of `make deb` on the machine it runs on. `make test-systemd` gives it one of its own, an emulated one,
+//! Installs the package of `make deb` on the machine it runs on. `make test-systemd` runs it on an emulated machine
 //! with systemd as its first process (`scripts/test-kernels.sh`).
 
 use std::fs;
@@ -19,28 +19,28 @@ use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Metrics, Place, Repo
 
 const CONFIG: &str = "/etc/udp-fanout/config.toml";
 const PINS: &str = "/sys/fs/bpf/udp-fanout";
-/// How long anything may take. Machines are emulated, and nothing waits that long otherwise.
+/// The timeout of every wait, long because machines are emulated.
 const LIMIT: Duration = Duration::from_secs(120);
-/// How often something is asked for that is waited for.
-const ASK_AGAIN: Duration = Duration::from_millis(200);
-/// Between one group of datagrams and the next, while they are sent without end.
+/// The polling interval.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// The pause between groups of datagrams in a continuous flow.
 const PACE: Duration = Duration::from_millis(10);
-/// An account that is nobody's, as the service's may have been once.
-const ANOTHER: u32 = 61_999;
+/// An unassigned user ID, as an earlier service account may have left.
+const OTHER_UID: u32 = 61_999;
 
 /// The machine, the package on it, and the network around it.
 struct Machine {
     lab: Lab,
 }
 
-/// What a command prints. Fails unless it succeeds.
+/// The command's standard output. Panics if the command fails.
 fn run(program: &str, arguments: &str) -> String {
     let (succeeded, said) = attempt(program, arguments);
     assert!(succeeded, "{program} {arguments}: {said}\n{}", journal());
     said
 }
 
-/// Whether it succeeds, and what it prints on both outputs.
+/// Whether the command succeeds, and both of its outputs.
 fn attempt(program: &str, arguments: &str) -> (bool, String) {
     let mut command = Command::new(program);
     let output = command.args(arguments.split_whitespace()).stdin(Stdio::null()).output().unwrap();
@@ -48,7 +48,7 @@ fn attempt(program: &str, arguments: &str) -> (bool, String) {
     (output.status.success(), said)
 }
 
-/// Without what other packages do then, such as to index manual pages.
+/// Without the triggers of other packages, such as indexing manual pages.
 fn dpkg(arguments: &str) -> String {
     run("dpkg", &format!("--no-triggers {arguments}"))
 }
@@ -57,9 +57,9 @@ fn journal() -> String {
     attempt("journalctl", "--no-pager --output=cat --lines=100 --unit=udp-fanout").1
 }
 
-/// Tells `scripts/test-kernels.sh`.
+/// Prints a line for `scripts/test-kernels.sh`.
 fn say(what: &str) {
-    // Past the harness, which keeps to itself what a test prints, and has begun a line.
+    // Bypasses the test harness, which captures output and has begun a line.
     io::stdout().write_all(format!("\n@@say {what}\n").as_bytes()).unwrap();
 }
 
@@ -67,18 +67,18 @@ fn property(name: &str) -> String {
     run("systemctl", &format!("show --value --property={name} udp-fanout")).trim().to_owned()
 }
 
-/// Waits for it, and fails with what the service has said if it does not come.
+/// Waits for the condition. Panics with the service's log on timeout.
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < LIMIT, "never happened: {what}\n{}", journal());
-        // To ask costs the emulated machine much.
-        thread::sleep(ASK_AGAIN);
+        // Polling is expensive on the emulated machine.
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
-/// The programs that are kept.
-fn kept() -> Vec<PathBuf> {
+/// The pinned programs.
+fn pinned_programs() -> Vec<PathBuf> {
     fs::read_dir(PINS).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
 }
 
@@ -94,7 +94,7 @@ fn package() -> PathBuf {
 impl Machine {
     fn new() -> Machine {
         let own = fs::read_to_string("/proc/cmdline").unwrap().contains(" udp_fanout.init=systemd");
-        assert!(own, "this installs a package and starts services; let it do that elsewhere: make test-systemd");
+        assert!(own, "this installs a package and starts services; run `make test-systemd` instead");
         let places = [Place::OtherInterface, Place::Pod, Place::Pod];
         Machine { lab: Lab::builder().receivers(places).on_machine(true).build().unwrap() }
     }
@@ -116,7 +116,7 @@ impl Machine {
         dpkg(&format!("--install {}", package().display()))
     }
 
-    /// Sends so many datagrams to the listener, all of which must arrive, once.
+    /// Sends `count` datagrams to the listener, all of which must arrive once.
     fn exchange(&self, count: u64) {
         let collectors = Collectors::start(&self.lab, Expect::OneOfThem).unwrap();
         let mut sender = Sender::in_lab(&self.lab).unwrap().patience(LIMIT);
@@ -135,7 +135,7 @@ impl Machine {
         Metrics::scrape(&self.lab.gateway, address, "/metrics").unwrap()
     }
 
-    /// What the kernel datapath has counted of the lab's listener: received and forwarded.
+    /// The kernel datapath's counters of the lab's listener: received and forwarded.
     fn counted(&self) -> (u64, u64) {
         let page = self.metrics();
         let labels = [("listener", "lab"), ("mode", "tc_ebpf")];
@@ -143,8 +143,9 @@ impl Machine {
         (sum("received"), sum("forwarded"))
     }
 
-    /// Installed with a configuration, it is started and enabled, with all that the kernel program takes and little else.
-    fn it_starts_confined(&self) {
+    /// Installed with a configuration, it is started and enabled, with few privileges beyond those of the kernel
+    /// program.
+    fn it_starts_sandboxed(&self) {
         self.write(&self.config("keep").to_toml());
         self.install();
         assert_eq!(property("ActiveState"), "active", "{}", journal());
@@ -156,7 +157,7 @@ impl Machine {
         assert_eq!(field("CapEff:"), field("CapBnd:"));
         self.exchange(300);
         assert_eq!(self.counted(), (300, 300));
-        let [program] = kept().try_into().unwrap();
+        let [program] = pinned_programs().try_into().unwrap();
         assert_eq!((fs::metadata(PINS).unwrap().uid(), fs::metadata(program).unwrap().uid()), (user, user));
 
         let (below, security) = attempt("systemd-analyze", "security --no-pager --threshold=20 udp-fanout.service");
@@ -165,8 +166,8 @@ impl Machine {
         assert!(below, "{security}");
     }
 
-    /// What it needs beside the kernel program is there: pings, names, low ports, its status, the watchdog.
-    fn nothing_is_missing(&self) {
+    /// Other features work in the sandbox: pings, names, low ports, status, the watchdog.
+    fn features_work_in_the_sandbox(&self) {
         let receiver = &self.lab.sites[1];
         let inside = self.lab.namespace_of(receiver);
         fs::write("/etc/hosts", format!("127.0.0.1 localhost\n{} receiver.test\n", receiver.address.ip())).unwrap();
@@ -181,12 +182,12 @@ impl Machine {
             extra: "downstream = [{ address = \"receiver.test:5600\" }]".into(),
             settings: "preserve_source = true\npin_cpus = true\nworkers = 1".into(),
         });
-        // Followed without being told.
+        // Changes are followed without a reload command.
         self.write(&low.to_toml());
         let well = "2 listeners (1 in the kernel, 1 in userspace), 4 downstreams";
-        until("two listeners and no complaint", || property("StatusText") == well);
+        until("two listeners and no problems", || property("StatusText") == well);
         let answered = [("protocol", "icmp"), ("result", "answered")];
-        until("pings that are answered", || self.metrics().sum("udp_fanout_health_probes_total", &answered) >= 4);
+        until("replies to pings", || self.metrics().sum("udp_fanout_health_probes_total", &answered) >= 4);
         let address = SocketAddr::new(receiver.address.ip(), 5600);
         let collectors = Collectors::start_at([("low", inside, address)], Expect::OneOfThem).unwrap();
         let target = "10.0.0.1:514".parse().unwrap();
@@ -200,12 +201,12 @@ impl Machine {
         let (_, found) = attempt("udp-fanout", &format!("doctor --config {CONFIG}"));
         assert!(found.contains("ok       daemon") && !found.contains("\nproblem"), "{found}");
         let fed = property("WatchdogTimestampMonotonic");
-        until("a fed watchdog", || property("WatchdogTimestampMonotonic") != fed);
+        until("a watchdog notification", || property("WatchdogTimestampMonotonic") != fed);
         let log = journal();
         assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
     }
 
-    /// A reload changes what is new, and nothing if that is wrong.
+    /// A reload applies changes, and nothing if one is wrong.
     fn it_reloads(&self) {
         let unwatched = self.config("keep").to_toml().replace("on_exit", "watch_config = false\non_exit");
         self.write(&unwatched);
@@ -215,7 +216,7 @@ impl Machine {
         assert!(!reloaded, "{said}");
         until("the reason", || journal().contains("wait"));
         assert_eq!(property("StatusText"), "1 listener in the kernel, 3 downstreams");
-        // The daemon itself refuses the file as well.
+        // The daemon itself refuses the file too.
         run("systemctl", "kill --signal=HUP --kill-who=main udp-fanout");
         until("a refusal", || property("StatusText").contains("1 problem") && property("StatusText").contains("wait"));
         self.exchange(100);
@@ -225,7 +226,7 @@ impl Machine {
         assert_eq!(property("ActiveState"), "active");
     }
 
-    /// Whatever becomes of the daemon, each of the datagrams arrives, once, and is counted.
+    /// Through all restarts and kills, each datagram arrives once and is counted.
     fn it_keeps_forwarding(&self) {
         let (before, _) = self.counted();
         let collectors = Collectors::start(&self.lab, Expect::OneOfThem).unwrap();
@@ -235,7 +236,7 @@ impl Machine {
             let traffic = scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     sender.send(20, &collectors).unwrap();
-                    // Not all that there is of two emulated CPUs, or everything else takes ever so long.
+                    // Leaves some time of the two emulated CPUs to everything else.
                     thread::sleep(PACE);
                 }
             });
@@ -257,13 +258,13 @@ impl Machine {
 
     fn another_takes_over(&self, turn: &str) {
         let (process, filter) = (property("MainPID"), self.filter());
-        // Not more than five starts a minute, or else it gives up.
+        // At most five starts a minute: systemd gives up otherwise.
         run("systemctl", "reset-failed udp-fanout");
         match turn {
             "restart" => drop(run("systemctl", "restart udp-fanout")),
             "upgrade" => drop(self.install()),
             _ => {
-                // Whoever hangs does not feed the watchdog.
+                // A stopped process does not notify the watchdog.
                 let signal = if turn == "hang" { "STOP" } else { "KILL" };
                 run("systemctl", &format!("kill --signal={signal} udp-fanout"));
                 until("started again", || property("MainPID") != process && property("ActiveState") == "active");
@@ -272,38 +273,39 @@ impl Machine {
         assert_eq!(property("ActiveState"), "active", "after {turn}: {}", journal());
         assert_ne!(property("MainPID"), process);
         assert_ne!(self.filter(), filter, "another program");
-        assert_eq!(kept().len(), 1);
+        assert_eq!(pinned_programs().len(), 1);
     }
 
-    /// Stopped, it forwards, until the next one takes over, which may be of another account.
+    /// When the daemon is stopped, the program forwards until the next daemon takes over, which may run as another
+    /// account.
     fn it_forwards_while_stopped(&self) {
         let (before, _) = self.counted();
         run("systemctl", "stop udp-fanout");
         assert_eq!(property("ActiveState"), "inactive");
         self.exchange(100);
-        run("chown", &format!("-R {ANOTHER}:{ANOTHER} {PINS}"));
+        run("chown", &format!("-R {OTHER_UID}:{OTHER_UID} {PINS}"));
         run("systemctl", "start udp-fanout");
         assert_eq!(self.counted(), (before + 100, before + 100), "{}", journal());
-        let [program] = kept().try_into().unwrap();
-        assert_ne!(fs::metadata(program).unwrap().uid(), ANOTHER);
+        let [program] = pinned_programs().try_into().unwrap();
+        assert_ne!(fs::metadata(program).unwrap().uid(), OTHER_UID);
     }
 
-    /// What it keeps may be taken away while it does without, and it can keep things again.
-    fn it_keeps_again(&self) {
+    /// Pins may be removed while the service runs without them, and it can pin again later.
+    fn it_pins_again(&self) {
         let user = DaemonConfig { head: "on_exit = \"keep\"".into(), ..DaemonConfig::for_lab(&self.lab, "userspace") };
         self.write(&user.to_toml());
         run("systemctl", "reload udp-fanout");
-        until("sockets alone", || property("StatusText") == "1 listener in userspace, 3 downstreams");
-        assert_eq!((self.filter(), kept().len()), (None, 0));
+        until("userspace mode only", || property("StatusText") == "1 listener in userspace, 3 downstreams");
+        assert_eq!((self.filter(), pinned_programs().len()), (None, 0));
         run("udp-fanout", "detach --all");
         self.write(&self.config("keep").to_toml());
         run("systemctl", "reload udp-fanout");
-        until("the kernel", || property("StatusText") == "1 listener in the kernel, 3 downstreams");
-        assert_eq!(kept().len(), 1, "{}", journal());
+        until("tc_ebpf mode", || property("StatusText") == "1 listener in the kernel, 3 downstreams");
+        assert_eq!(pinned_programs().len(), 1, "{}", journal());
         self.exchange(100);
     }
 
-    /// Told to, it ends for good.
+    /// With `on_exit = "detach"`, nothing remains.
     fn it_ends(&self) {
         run("systemctl", "stop udp-fanout");
         let said = run("udp-fanout", "detach --all");
@@ -313,8 +315,8 @@ impl Machine {
         self.exchange(100);
     }
 
-    /// With the lines that the documentation has for it, it keeps what it keeps in another place.
-    fn it_keeps_elsewhere(&self) {
+    /// With the documented drop-in, it pins in another directory.
+    fn it_pins_elsewhere(&self) {
         run("systemctl", "stop udp-fanout");
         run("udp-fanout", "detach --all");
         let (_, lines) = include_str!("../../docs/OPERATIONS.md").split_once("```ini\n").unwrap();
@@ -331,8 +333,8 @@ impl Machine {
         self.exchange(100);
     }
 
-    /// Removed, it takes all with it, and purged, even what it was configured with.
-    fn it_goes(&self) {
+    /// Removing the package removes everything but the configuration; purging removes that too.
+    fn it_is_removed_and_purged(&self) {
         dpkg("--remove udp-fanout");
         assert_eq!((self.filter(), Path::new("/sys/fs/bpf/edge").exists()), (None, false));
         dpkg("--purge udp-fanout");
@@ -343,7 +345,7 @@ impl Machine {
         assert_eq!(property("LoadState"), "not-found");
     }
 
-    /// Where nothing can be kept, it does without, if that is what it is told.
+    /// Without a BPF file system, it runs if the configuration asks for no pins.
     fn it_starts_without_a_bpf_file_system(&self) {
         run("umount", "/sys/fs/bpf");
         self.write(&self.config("detach").to_toml());
@@ -355,7 +357,7 @@ impl Machine {
         until("a refusal", || property("StatusText").contains("there is no BPF file system; mount one"));
         run("mount", "-t bpf bpf /sys/fs/bpf");
         run("systemctl", "restart udp-fanout");
-        assert_eq!(kept().len(), 1);
+        assert_eq!(pinned_programs().len(), 1);
         self.exchange(100);
         dpkg("--purge udp-fanout");
         assert_eq!((self.filter(), Path::new(PINS).exists()), (None, false));
@@ -366,16 +368,16 @@ impl Machine {
 #[ignore = "installs the package and starts its service, which is for the machine of make test-systemd"]
 fn netns_the_packaged_service_keeps_forwarding_under_systemd() {
     let machine = Machine::new();
-    machine.it_starts_confined();
-    machine.nothing_is_missing();
+    machine.it_starts_sandboxed();
+    machine.features_work_in_the_sandbox();
     machine.it_reloads();
     say("started and reloaded");
     machine.it_keeps_forwarding();
     machine.it_forwards_while_stopped();
-    machine.it_keeps_again();
+    machine.it_pins_again();
     machine.it_ends();
-    machine.it_keeps_elsewhere();
-    machine.it_goes();
+    machine.it_pins_elsewhere();
+    machine.it_is_removed_and_purged();
     say("stopped, taken over from another account, detached, started again, purged");
     machine.it_starts_without_a_bpf_file_system();
 }

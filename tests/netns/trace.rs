@@ -1,5 +1,5 @@
-//! `udp-fanout trace` on a gateway at work: what becomes of single datagrams, only of those asked for, and nothing more once
-//! nobody asks.
+//! `udp-fanout trace` on a busy gateway: the outcome of single datagrams that match the filter, and nothing more once
+//! the client has gone.
 
 use std::io::{BufRead, BufReader, Lines};
 use std::path::Path;
@@ -18,7 +18,7 @@ fn command(lab: &Lab, daemon: &Daemon, options: &[&str]) -> Command {
     command
 }
 
-/// A trace that has begun.
+/// A running trace.
 struct Trace {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
@@ -60,7 +60,7 @@ fn exchange(lab: &Lab, count: u64) -> Sender {
     sender
 }
 
-/// Whether the kernel program's switch is on.
+/// Whether tracing is on in the kernel program.
 fn is_on(daemon: &Daemon) -> bool {
     let fds = format!("/proc/{}/fd", daemon.pid());
     for entry in std::fs::read_dir(fds).unwrap().flatten() {
@@ -114,7 +114,7 @@ fn netns_a_trace_shows_each_datagram_and_ends_when_told() {
     names.dedup();
     assert_eq!(names.len(), 3);
     assert!(trace.child.wait().unwrap().success());
-    // The daemon notices in its own time that nobody reads on.
+    // The daemon notices after a while that the client has gone.
     while is_on(&daemon) {}
     daemon.stop().unwrap();
 }
@@ -155,7 +155,7 @@ fn netns_only_what_is_asked_for_is_shown_and_drops_have_their_reasons() {
         assert!(text.starts_with(reason), "{text}");
     }
     daemon.stop().unwrap();
-    // Its clients are told that it has ended.
+    // Its clients learn that the daemon has ended.
     let mut last = String::new();
     mine.notes.read_line(&mut last).unwrap();
     assert!(last.starts_with("the daemon has closed the connection"), "{last}");

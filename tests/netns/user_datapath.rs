@@ -1,4 +1,5 @@
-//! The userspace datapath in network namespaces of the tests' own: what the kernel refuses to send, and why.
+//! The userspace datapath in network namespaces of the tests' own: what the kernel refuses to send, and the counted
+//! reason.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -19,7 +20,7 @@ fn netns_an_unreachable_network_costs_only_its_own_datagrams() {
         let downstreams = [("240.0.0.1:514".parse().unwrap(), 1), flow.receivers()[0]];
         let mut datapath = serving(&[&listener(0, "syslog", LOCALHOST, &downstreams)]);
         flow.run(datapath.local_address(ID).unwrap(), 2000, 2);
-        until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 2000);
+        until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 2000);
         let totals = final_counters(&mut datapath).listeners[&ID];
         assert_eq!(flow.per_receiver(), [1000]);
         assert_eq!((totals.packets_forwarded, totals.dropped.get(DropReason::Unreachable)), (1000, 1000));
@@ -28,7 +29,7 @@ fn netns_an_unreachable_network_costs_only_its_own_datagrams() {
 
 /// Neighbours that do not answer hold datagrams in the send buffer while the kernel asks for them.
 #[test]
-fn netns_dead_neighbours_stall_nobody_and_are_counted_once_the_kernel_knows() {
+fn netns_dead_neighbours_stall_no_others_and_are_counted_once_the_kernel_knows() {
     in_new_netns(|| {
         ip("link add fo0 type veth peer name fo1");
         ip("address add 10.77.0.1/24 dev fo0");
@@ -46,7 +47,7 @@ fn netns_dead_neighbours_stall_nobody_and_are_counted_once_the_kernel_knows() {
             datapath.counters().unwrap().listeners[&ID].dropped.get(DropReason::Unreachable) > 100
         });
         let sent = flow.sent();
-        until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == sent);
+        until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == sent);
         assert_eq!(flow.per_receiver(), [sent / 5]);
         let counters = final_counters(&mut datapath);
         assert_eq!(counters.downstreams[&(ID, downstreams[0].0)].packets, sent / 5);
@@ -61,8 +62,8 @@ fn ethtool(arguments: &str) {
     assert!(output.status.success(), "ethtool {arguments}: {output:?}");
 }
 
-/// A downstream behind a device with this MTU, in the namespace of the calling thread. The kernel cuts messages apart
-/// before the device sees them, and has nothing to say on it by itself.
+/// A downstream behind a device with this MTU, in the namespace of the calling thread. The kernel segments messages
+/// before the device sees them, and does not report it.
 fn behind_mtu(mtu: u32) {
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
     ip(&format!("link add fo0 mtu {mtu} type veth peer name fo1"));
@@ -112,7 +113,7 @@ fn netns_datagrams_longer_than_the_mtu_go_out_one_by_one_and_cost_the_others_not
 fn netns_a_device_that_cannot_cut_messages_apart_still_gets_them_all() {
     in_new_netns(|| {
         behind_mtu(1500);
-        // Without checksums there is no cutting, so kernels before 6.11 refuse the message: EIO.
+        // Without checksums there is no segmentation, so kernels before 6.11 refuse the message: EIO.
         ethtool("-K fo0 tx off");
         let far: SocketAddr = "10.77.0.2:514".parse().unwrap();
         let mut syslog = listener(0, "syslog", "127.0.0.1:0", &[(far, 1)]);

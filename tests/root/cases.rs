@@ -122,7 +122,7 @@ fn root_a_super_packet_counts_as_its_datagrams() {
 }
 
 #[test]
-fn root_too_long_for_the_way_out_is_left_to_the_socket() {
+fn root_a_datagram_exceeding_the_egress_mtu_is_left_to_the_socket() {
     let fits = Frame::new(SENDER, "192.0.2.1:5000", &[7; 1472]);
     let mut out = Frame::new(SENDER, "198.51.100.7:6000", &[7; 1472]);
     out.ttl = 63;
@@ -141,7 +141,7 @@ fn root_a_groups_datagram_is_for_one_host_from_here_on() {
     for (id, from, group, to) in
         [(0, SENDER, "239.1.1.1:5000", "198.51.100.7:6000"), (1, SENDER6, "[ff05::1:3]:5000", "[2001:db8:9::7]:6000")]
     {
-        // How far the group reaches, most often not beyond the link, says nothing about a receiver.
+        // The TTL limits how far multicast reaches, not how far away a receiver may be.
         for ttl in [1, 0, 255] {
             let mut frame = Frame::new(from, group, b"hello");
             (frame.ttl, frame.destination_mac) = (ttl, [1, 0, 0x5e, 1, 1, 1]);
@@ -152,7 +152,7 @@ fn root_a_groups_datagram_is_for_one_host_from_here_on() {
             assert_eq!(program.run(&frame.bytes(), Gso::default()), Ran { verdict: REDIRECT, packet });
         }
         assert_eq!(program.stats(id), [3, 3, 0, 0, 15, 15]);
-        // A group in a frame to this host alone, or a host in a frame to a group, is for the stack to judge.
+        // A multicast address in a unicast frame, or a unicast address in a multicast frame, is left to the stack.
         let alone = Frame::new(from, group, b"hello").bytes();
         assert_eq!(program.run(&alone, Gso::default()), Ran { verdict: UNSPEC, packet: alone });
         assert_eq!(program.stats(id)[0], 3);
@@ -186,8 +186,9 @@ fn root_every_drop_has_its_reason() {
     let mut expired = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
     expired.ttl = 1;
     let unreachable = Frame::new(SENDER, "192.0.2.1:5002", b"hello");
-    let nobody = Frame::new(SENDER, "192.0.2.1:5003", b"hello");
-    for (frame, id, reason) in [(expired, 0, "ttl_expired"), (unreachable, 2, "no_route"), (nobody, 3, "no_downstream")]
+    let no_downstream = Frame::new(SENDER, "192.0.2.1:5003", b"hello");
+    for (frame, id, reason) in
+        [(expired, 0, "ttl_expired"), (unreachable, 2, "no_route"), (no_downstream, 3, "no_downstream")]
     {
         let mut program = Program::load(plan());
         assert_eq!(program.run(&frame.bytes(), Gso::default()).verdict, SHOT, "{reason}");
@@ -258,7 +259,7 @@ fn known_neighbour(into_pod: bool) -> Program {
     Program::load(vec![listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", delivery)])])
 }
 
-/// What must come out: as it was but for the destination and the TTL, addressed or not.
+/// The expected packet: only destination and TTL differ; with an Ethernet header if `addressed`.
 fn delivered(addressed: bool) -> Vec<u8> {
     let mut out = Frame::new(SENDER, "198.51.100.7:6000", b"hello");
     out.ttl = 63;
@@ -279,12 +280,15 @@ fn root_a_known_neighbour_is_addressed_and_now_and_then_left_to_the_kernel() {
         assert!(addressed || ran.packet == delivered(false));
         !addressed
     };
-    assert!(left(program.run(&frame, Gso::default())), "the first one makes the kernel check up on the neighbour");
-    // Again and again, some milliseconds later each time, and most are addressed.
+    assert!(
+        left(program.run(&frame, Gso::default())),
+        "the first one goes to the kernel, which verifies the neighbour"
+    );
+    // Repeatedly, some milliseconds apart; most are addressed.
     let (mut again, mut addressed, deadline) = (0, 0, Instant::now() + Duration::from_secs(30));
     while again < 5 {
         *if left(program.run(&frame, Gso::default())) { &mut again } else { &mut addressed } += 1;
-        assert!(Instant::now() < deadline, "the kernel is not asked any more");
+        assert!(Instant::now() < deadline, "no later datagram goes to the kernel");
     }
     assert!(addressed > 0);
 }
@@ -313,7 +317,7 @@ fn root_an_old_kernel_addresses_what_it_can_and_leaves_the_rest_to_the_socket() 
     assert_eq!(program.stats(0), [1, 0, 0, 1, 5, 0]);
 }
 
-/// Behind each table others lie, which a cursor that has been further must not reach.
+/// Other tables follow each table; a cursor from a longer table must not reach them.
 #[test]
 fn root_a_round_whose_table_becomes_shorter_stays_within_it() {
     let of_length = |id: u8, length: usize| {
@@ -327,7 +331,7 @@ fn root_a_round_whose_table_becomes_shorter_stays_within_it() {
     let judging = program.runner().meanwhile(move |runner| {
         for (id, frame) in frames.iter().enumerate() {
             let ran = runner.run(frame, Gso::default());
-            // The destination's first bytes.
+            // The first bytes of the destination address.
             assert_eq!((ran.verdict, &ran.packet[30..32]), (REDIRECT, &[10, id as u8][..]));
         }
     });
@@ -386,7 +390,7 @@ fn root_a_downstream_that_stays_keeps_its_count_while_ids_are_reused() {
     }
 }
 
-/// A listener from which all of these prefixes may send and nobody else.
+/// A listener that allows only these prefixes.
 fn allowing(prefixes: &[&str]) -> Vec<ListenerPlan> {
     let mut plan = listener(0, "192.0.2.1:5000", vec![target("198.51.100.7:6000", via("198.51.100.7", 1500))]);
     let allow = prefixes.iter().map(|prefix| Prefix::parse(prefix).unwrap()).collect();
@@ -402,7 +406,7 @@ fn root_changing_who_may_send_never_lets_in_the_wrong_or_keeps_out_the_right() {
         assert_eq!(runner.run(&right, Gso::default()).verdict, REDIRECT);
         assert_eq!(runner.run(&wrong, Gso::default()).verdict, SHOT);
     });
-    // More prefixes in all than there is room for at once, so that what is replaced must go.
+    // More prefixes in all than the map holds, so replaced ones must be deleted.
     for n in 0..1000 {
         let others: Vec<String> = (0..100).map(|i| format!("10.{}.{i}.0/24", n % 200)).collect();
         let own = ["203.0.113.0/24", "203.0.113.5/32", "203.0.0.0/16"][n % 3];
@@ -424,7 +428,7 @@ fn root_rules_that_do_not_fit_change_nothing() {
     assert!(format!("{error:#}").contains("raise limits.max_sources"), "{error:#}");
     let frame = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
     assert_eq!(program.run(&frame, Gso::default()).verdict, REDIRECT);
-    // And what had been written of them has gone.
+    // And the part of them that had been written is deleted.
     for n in 0..3 {
         program.apply(allowing(&many[n..n + 200]));
         assert_eq!(program.run(&frame, Gso::default()).verdict, SHOT);
@@ -434,12 +438,11 @@ fn root_rules_that_do_not_fit_change_nothing() {
 }
 
 #[test]
-fn root_a_rule_for_everybody_is_heeded() {
-    for (bind, sender, everybody) in [("192.0.2.1:5000", SENDER, "0.0.0.0/0"), ("[2001:db8::1]:5000", SENDER6, "::/0")]
-    {
-        let everybody = || vec![Prefix::parse(everybody).unwrap()];
+fn root_a_rule_for_every_address_applies() {
+    for (bind, sender, any) in [("192.0.2.1:5000", SENDER, "0.0.0.0/0"), ("[2001:db8::1]:5000", SENDER6, "::/0")] {
+        let any = || vec![Prefix::parse(any).unwrap()];
         let frame = Frame::new(sender, bind, b"x").bytes();
-        for (allow, deny, verdict) in [(everybody(), vec![], UNSPEC), (vec![], everybody(), SHOT)] {
+        for (allow, deny, verdict) in [(any(), vec![], UNSPEC), (vec![], any(), SHOT)] {
             let mut plan = listener(0, bind, vec![target(&bind.replace("5000", "6000"), Delivery::Local)]);
             plan.sources = SourceRules { allow, deny }.into();
             assert_eq!(Program::load(vec![plan]).run(&frame, Gso::default()).verdict, verdict, "{bind}");
@@ -453,7 +456,7 @@ fn limited(meter: Meter) -> Vec<ListenerPlan> {
     vec![plan]
 }
 
-/// A bucket that holds so many datagrams and does not fill while a test runs.
+/// A bucket of `burst` datagrams that does not refill while a test runs.
 fn slow(burst: u64) -> Meter {
     let interval = 3600 * TICKS_PER_SECOND;
     Meter { interval, depth: burst * interval, prefix: 32, senders: 1024 }
@@ -472,7 +475,7 @@ fn root_a_bucket_fills_at_its_rate() {
         passed += u64::from(passes());
         sent += 1;
     }
-    // A token's time is 0.5 ms. The last came no later than it was looked for, and none came too early.
+    // A token takes 0.5 ms. The loop ended with the last one, and none came too early.
     assert!(begun.elapsed() >= Duration::from_micros(990 * 500), "1000 datagrams took {:?}", begun.elapsed());
     assert_eq!(program.stats(0)[..4], [sent, 1000, sent - 1000, 0]);
 }
@@ -500,7 +503,7 @@ fn root_a_flood_of_senders_leaves_memory_alone_and_no_busy_one_forgotten() {
     let program = Program::load(limited(slow(5)));
     let busy = Frame::new(SENDER, "192.0.2.1:5000", b"x").bytes();
     let mut passed = 0;
-    // Far more senders than are kept apart, each with a full bucket, and one that goes on sending.
+    // Far more senders than the map has buckets, each with a full bucket, and one that continues to send.
     for n in 0..20_000u32 {
         let from = format!("198.18.{}.{}:9", n >> 8, n & 255);
         let other = Frame::new(&from, "192.0.2.1:5000", b"x").bytes();

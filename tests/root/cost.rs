@@ -1,11 +1,11 @@
-//! What the program costs the verifier, held under a budget: kernels give up at a million instructions looked at and at
-//! 512 bytes of stack. Older ones look at more instructions than newer ones, because they see less often that they have
-//! been there before.
+//! The verifier's cost of the program stays within a budget: kernels refuse more than a million processed instructions
+//! or 512 bytes of stack. Older kernels process more instructions than newer ones, because they prune fewer equivalent
+//! states.
 
 use udp_fanout::testing::config::MapLimits;
 use udp_fanout::testing::datapath::kernel::{KernelSetup, skel};
 
-/// Instructions looked at: a tenth of what kernels put up with. Each takes about a microsecond, at every start.
+/// Processed instructions: a tenth of the kernel's limit. Each takes about a microsecond at every start.
 const INSTRUCTIONS: u32 = 100_000;
 
 /// Bytes of the deepest stack of one function.
@@ -22,7 +22,7 @@ fn after(text: &str, words: &str) -> Option<String> {
     Some(rest.split_whitespace().next()?.to_owned())
 }
 
-/// Bytes of each function's stack: in a row, or, from Linux 7 on, on a line for each.
+/// Bytes of each function's stack: on one line, or, from Linux 7 on, one line per function.
 fn stack_depths(text: &str) -> Vec<u32> {
     let lines = text.lines().filter(|line| line.starts_with("subprog "));
     let each: Vec<u32> = lines.map(|line| after(line, " stack ").unwrap().parse().unwrap()).collect();
@@ -37,8 +37,8 @@ fn root_the_verifier_is_not_burdened_beyond_its_budget() {
     for (redirects, ring_buffer) in [(true, true), (true, false), (false, false)] {
         let text = skel::verifier_statistics(&setup(redirects, ring_buffer)).unwrap();
         println!("redirects {redirects}, ring buffer {ring_buffer}:\n{text}");
-        let looked_at: u32 = after(&text, "processed ").unwrap().parse().unwrap();
-        assert!(looked_at <= INSTRUCTIONS, "the verifier looks at {looked_at} instructions, more than {INSTRUCTIONS}");
+        let processed: u32 = after(&text, "processed ").unwrap().parse().unwrap();
+        assert!(processed <= INSTRUCTIONS, "the verifier processes {processed} instructions, more than {INSTRUCTIONS}");
         let deepest = stack_depths(&text).into_iter().max().unwrap();
         assert!(deepest <= STACK, "a function has {deepest} bytes of stack, more than {STACK}");
     }

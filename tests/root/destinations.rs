@@ -1,4 +1,4 @@
-//! Which datagrams are whose: destinations in great number, and such that change hands.
+//! Which listener gets a datagram: many destinations, and destinations that move to another listener.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -8,15 +8,15 @@ use udp_fanout_testkit::kernel::oracle::{REDIRECT, UNSPEC};
 use udp_fanout_testkit::kernel::packet::Frame;
 use udp_fanout_testkit::kernel::run::{Gso, Program, listener, pod, target, via};
 
-/// A listener for these addresses, and where it sends what it gets.
+/// A listener for these addresses, with one receiver.
 fn at(id: u32, port: u16, addresses: &[IpAddr]) -> ListenerPlan {
     let to = |v4: &str, v6: &str| if addresses[0].is_ipv4() { v4.to_owned() } else { v6.to_owned() };
     let receiver = to(&format!("198.51.100.{}:6000", 10 + id), &format!("[2001:db8:9::{id:x}]:6000"));
-    // Such as the short way takes, and such as only the long one does.
-    let way = if id.is_multiple_of(2) { pod } else { via };
-    let way = way(&to("198.51.100.254", "fe80::1"), 1500);
+    // One receiver for the fast path, and one that only the slow path serves.
+    let delivery = if id.is_multiple_of(2) { pod } else { via };
+    let delivery = delivery(&to("198.51.100.254", "fe80::1"), 1500);
     let bind = SocketAddr::new(addresses[0], port).to_string();
-    ListenerPlan { match_addresses: addresses.to_vec(), ..listener(id, &bind, vec![target(&receiver, way)]) }
+    ListenerPlan { match_addresses: addresses.to_vec(), ..listener(id, &bind, vec![target(&receiver, delivery)]) }
 }
 
 /// A datagram to this destination.
@@ -45,7 +45,7 @@ fn all_taken(program: &Program, id: u32, port: u16, addresses: &[IpAddr]) {
     assert_eq!(program.stats(id)[1] - before, addresses.len() as u64, "listener {id}");
 }
 
-/// Checks that none of these is anybody's.
+/// Checks that a datagram to any of these is foreign traffic.
 fn none_taken(program: &Program, port: u16, addresses: &[IpAddr]) {
     for &address in addresses {
         let ran = program.run(&frame(SocketAddr::new(address, port)), Gso::default());
@@ -53,7 +53,7 @@ fn none_taken(program: &Program, port: u16, addresses: &[IpAddr]) {
     }
 }
 
-/// So many that, wherever the program looks for them first, several must meet in one place.
+/// So many that several must share an entry of the listener cache.
 #[test]
 fn root_every_destination_is_its_listeners_however_many_there_are() {
     let (v4, v6) = (addresses(0..3000), addresses6(0..1500));
@@ -64,7 +64,7 @@ fn root_every_destination_is_its_listeners_however_many_there_are() {
     none_taken(&program, 5000, &v4[2500..]);
     none_taken(&program, 5001, &v4);
 
-    // Some go, some change hands, some come.
+    // Some are removed, some move to another listener, some are added.
     program.apply(vec![at(0, 5000, &v4[..700]), at(1, 5000, &v4[1000..3000]), at(2, 5001, &v6[..500])]);
     all_taken(&program, 0, 5000, &v4[..700]);
     all_taken(&program, 1, 5000, &v4[1000..]);
@@ -72,7 +72,7 @@ fn root_every_destination_is_its_listeners_however_many_there_are() {
     none_taken(&program, 5000, &v4[700..1000]);
     none_taken(&program, 5000, &v6);
 
-    // Few enough to be alone, most of them, where others have been.
+    // Few enough that most have a cache entry of their own, which others shared before.
     program.apply(vec![at(0, 5000, &v4[990..1030]), at(1, 5000, &v4[10..20]), at(2, 5000, &v6[40..60])]);
     all_taken(&program, 0, 5000, &v4[990..1030]);
     all_taken(&program, 1, 5000, &v4[10..20]);
@@ -86,9 +86,10 @@ fn root_every_destination_is_its_listeners_however_many_there_are() {
     none_taken(&program, 5000, &v6);
 }
 
-/// Two addresses change hands all the time; a third, and the many that come and go beside it, have nothing to do with it.
+/// Two addresses move between listeners all the time. That must not affect a third address, or the many that come and
+/// go.
 #[test]
-fn root_a_destination_that_changes_hands_is_always_somebodys_and_only_its_own() {
+fn root_a_reassigned_destination_always_belongs_to_exactly_one_listener() {
     let own = |n: u8| -> Vec<IpAddr> { vec![Ipv4Addr::new(192, 0, 2, n).into()] };
     let many = addresses(0..1200);
     let shared = |turn: usize| -> Vec<ListenerPlan> {

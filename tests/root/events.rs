@@ -1,4 +1,4 @@
-//! What the program tells of single datagrams: the first drops, and what is traced.
+//! Events for single datagrams: the first drops, and traces.
 
 use std::time::Instant;
 
@@ -37,7 +37,7 @@ fn send(program: &Program, source: &str, destination: &str) {
     program.run(&Frame::new(source, destination, b"hello").bytes(), Gso::default());
 }
 
-/// Copies for this host come in once more by the device that the packet came in by, in a test run the loopback interface.
+/// Copies for this host are received again on the packet's ingress device, in a test run the loopback interface.
 fn loopback_up() {
     let status = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
     assert!(status.success());
@@ -48,7 +48,7 @@ fn take(program: &mut Program) -> Vec<DatagramEvent> {
 }
 
 #[test]
-fn root_the_first_drop_of_each_reason_is_told_of() {
+fn root_the_first_drop_of_each_reason_is_reported() {
     let mut program = Program::load(plan());
     let mut expired = Frame::new(SENDER, "192.0.2.1:5000", b"hello");
     expired.ttl = 1;
@@ -70,12 +70,12 @@ fn root_the_first_drop_of_each_reason_is_told_of() {
         assert_eq!(event.source, SENDER.parse().unwrap());
         assert_eq!(event.destination, format!("192.0.2.1:{port}").parse().unwrap());
         assert_eq!((event.datagrams, event.bytes, event.logged, event.traced), (1, 5, Some(0), false));
-        assert_eq!(event.link, 1, "test runs come in by the loopback interface");
+        assert_eq!(event.link, 1, "test runs use the loopback interface");
     }
 }
 
 #[test]
-fn root_a_flood_of_drops_is_told_of_once_a_second_and_counted_whole() {
+fn root_a_flood_of_drops_is_reported_once_a_second_and_counted_whole() {
     let mut program = Program::load(plan());
     let start = Instant::now();
     for _ in 0..5_000 {
@@ -90,7 +90,7 @@ fn root_a_flood_of_drops_is_told_of_once_a_second_and_counted_whole() {
 }
 
 #[test]
-fn root_a_failed_copy_is_told_of_apart_from_its_datagram() {
+fn root_a_failed_copy_is_reported_apart_from_its_datagram() {
     let mut program = Program::load(plan());
     loopback_up();
     for _ in 0..4 {
@@ -104,7 +104,7 @@ fn root_a_failed_copy_is_told_of_apart_from_its_datagram() {
 }
 
 #[test]
-fn root_nothing_but_drops_is_told_of_unless_traced() {
+fn root_nothing_but_drops_is_reported_unless_traced() {
     let mut program = Program::load(plan());
     loopback_up();
     let everywhere = ["192.0.2.1:5000", "192.0.2.1:5001", "192.0.2.1:5004", "192.0.2.1:5006", "192.0.2.1:5007"]
@@ -120,15 +120,15 @@ fn root_nothing_but_drops_is_told_of_unless_traced() {
     everywhere().for_each(|(from, to)| send(&program, from, to));
     let events = take(&mut program);
     assert!(events.iter().all(|event| event.traced), "{events:?}");
-    let fates = |id: u32| -> Vec<DatagramOutcome> {
+    let outcomes = |id: u32| -> Vec<DatagramOutcome> {
         events.iter().filter(|event| event.listener == ListenerId(id)).map(|event| event.outcome).collect()
     };
-    assert_eq!(fates(0), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
-    assert_eq!(fates(1), [DatagramOutcome::Forwarded(DeliveryPath::Local)]);
-    assert_eq!(fates(4), [DatagramOutcome::Passed]);
-    assert_eq!(fates(5), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
-    assert_eq!(fates(6), [DatagramOutcome::Forwarded(DeliveryPath::Pod)]);
-    let copies = fates(7);
+    assert_eq!(outcomes(0), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
+    assert_eq!(outcomes(1), [DatagramOutcome::Forwarded(DeliveryPath::Local)]);
+    assert_eq!(outcomes(4), [DatagramOutcome::Passed]);
+    assert_eq!(outcomes(5), [DatagramOutcome::Forwarded(DeliveryPath::Neighbour)]);
+    assert_eq!(outcomes(6), [DatagramOutcome::Forwarded(DeliveryPath::Pod)]);
+    let copies = outcomes(7);
     assert_eq!(copies.last(), Some(&DatagramOutcome::Forwarded(DeliveryPath::None)), "{copies:?}");
     for copy in [DatagramOutcome::CopyDropped(DropReason::NoRoute), DatagramOutcome::Copied(DeliveryPath::Local)] {
         assert!(copies.contains(&copy), "{copies:?}");
@@ -184,7 +184,7 @@ fn root_what_the_ring_buffer_cannot_hold_is_counted() {
 }
 
 #[test]
-fn root_without_ring_buffers_nothing_is_told_and_all_else_is_as_ever() {
+fn root_without_ring_buffers_nothing_is_reported_and_all_else_is_as_ever() {
     let mut program = Program::load_with(plan(), |setup| setup.ring_buffer = false);
     send(&program, SENDER, "192.0.2.1:5002");
     assert!(program.datapath.events().descriptor().is_none());

@@ -1,4 +1,4 @@
-//! Hand-written datagrams that come in fragments.
+//! Hand-written fragmented datagrams.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use udp_fanout_testkit::kernel::run::{Gso, Program, Ran, listener, target, via};
 const SENDER: &str = "203.0.113.5:40000";
 const SENDER6: &str = "[2001:db8:5::5]:40000";
 
-/// Listeners with two receivers each, so that going on in the round would show.
+/// Listeners with two receivers each, so that a wrong step of the round robin would show.
 fn plan() -> Vec<ListenerPlan> {
     let both = |a: &str, b: &str, hop: &str| vec![target(a, via(hop, 1500)), target(b, via(hop, 1500))];
     vec![
@@ -30,12 +30,12 @@ fn payload() -> Vec<u8> {
     (0..4000u32).map(|n| (n * 7) as u8).collect()
 }
 
-/// A datagram that comes in four fragments of up to 1024 bytes.
+/// A datagram in four fragments of up to 1024 bytes.
 fn datagram(from: &str, to: &str) -> Vec<u8> {
     Frame::new(from, to, &payload()).bytes()
 }
 
-/// What must come out of the fragments: those of the rewritten datagram, whichever receiver it went to.
+/// The expected fragments of the rewritten datagram, for each of the two receivers.
 fn expected(from: &str, to: [&str; 2], number: u32) -> [Vec<Vec<u8>>; 2] {
     to.map(|to| {
         let mut frame = Frame::new(from, to, &payload());
@@ -56,7 +56,7 @@ fn root_all_fragments_follow_the_first_and_count_as_one_datagram() {
         (SENDER6, "[2001:db8::1]:5000", 1, ["[2001:db8:9::7]:6000", "[2001:db8:9::8]:6000"]),
     ] {
         let mut program = program();
-        // Two datagrams, whose fragments mix on the way.
+        // Two datagrams with interleaved fragments.
         let [one, two] = [7, 8].map(|number| fragmented(&datagram(from, to), 1024, number));
         let mixed: Vec<Vec<u8>> = one.iter().zip(&two).flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
         let out = redirected(&program.run_all(&mixed));
@@ -75,13 +75,13 @@ fn root_fragments_that_come_before_the_first_take_the_whole_datagram_up_the_stac
     let mut program = program();
     let mut fragments = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     fragments.rotate_left(1);
-    // Up to and with the first, and what comes after it.
+    // Up to the first fragment, and those after it.
     for ran in program.run_all(&fragments) {
         assert_eq!(ran.verdict, UNSPEC);
     }
     assert_eq!(program.stats(0), [1, 0, 0, 1, 4000, 0]);
     assert_eq!(program.fragments(), (1, 0));
-    // That number again, in order: what was known of it has gone with the last fragment.
+    // The same ID again, in order: the last fragment has deleted its map entry.
     let in_order = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     redirected(&program.run_all(&in_order));
     // The last one first.
@@ -93,7 +93,7 @@ fn root_fragments_that_come_before_the_first_take_the_whole_datagram_up_the_stac
 }
 
 #[test]
-fn root_somebody_elses_fragments_are_left_alone_also_at_a_listeners_address() {
+fn root_foreign_fragments_pass_even_at_a_listeners_address() {
     let mut program = program();
     for to in ["192.0.2.1:2049", "192.0.2.2:5000"] {
         let frames = fragmented(&datagram(SENDER, to), 1024, 7);
@@ -102,7 +102,7 @@ fn root_somebody_elses_fragments_are_left_alone_also_at_a_listeners_address() {
         }
     }
     assert_eq!(program.fragments(), (0, 0));
-    // The number may be that of an unfinished datagram of a listener's.
+    // The ID may be that of a listener's unfinished datagram.
     let ours = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 9);
     redirected(&program.run_all(&ours[..2]));
     let theirs = fragmented(&datagram(SENDER, "192.0.2.1:2049"), 1024, 9);
@@ -136,7 +136,7 @@ fn root_a_repeated_fragment_is_not_counted_and_goes_where_it_went() {
     assert!(out.chunks_exact(2).all(|pair| pair[0] == pair[1]));
     assert_eq!(out[2][30..34], out[0][30..34], "one receiver gets all");
     assert_eq!(program.stats(0), [1, 1, 0, 0, 4000, 4000]);
-    // Once it is complete, what follows is a stray.
+    // Once the datagram is complete, further fragments are strays.
     assert_eq!(program.run(&twice[7], Gso::default()).verdict, UNSPEC);
     assert_eq!(program.fragments(), (1, 0));
 }
@@ -147,7 +147,7 @@ fn root_fragments_that_cannot_follow_are_lost_and_counted() {
     let mut frame = Frame::new(SENDER, "192.0.2.1:5000", &payload());
     let first = fragmented(&frame.bytes(), 1024, 7).remove(0);
     redirected(&program.run_all(&[first]));
-    // One whose time is over, and one that is longer than the way out allows.
+    // One whose TTL has expired, and one longer than the egress MTU.
     frame.ttl = 1;
     let tired = fragmented(&frame.bytes(), 1024, 7).remove(1);
     frame.ttl = 64;
@@ -158,7 +158,7 @@ fn root_fragments_that_cannot_follow_are_lost_and_counted() {
 }
 
 #[test]
-fn root_a_first_fragment_too_long_for_the_way_out_takes_all_to_the_socket() {
+fn root_a_first_fragment_exceeding_the_egress_mtu_takes_all_to_the_socket() {
     let mut program = program();
     let frames = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 2048, 7);
     assert!(program.run_all(&frames).iter().all(|ran| ran.verdict == UNSPEC));
@@ -185,7 +185,7 @@ fn root_what_is_known_is_forgotten_after_a_while() {
     let frames = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     let verdicts: Vec<i32> = program.run_all(&frames).iter().map(|ran| ran.verdict).collect();
     assert_eq!(verdicts, [REDIRECT, UNSPEC, UNSPEC, UNSPEC]);
-    // Nothing is remembered of strays either.
+    // Strays leave no entry either.
     assert_eq!(program.fragments(), (3, 0));
 }
 
@@ -196,11 +196,11 @@ fn root_a_downstream_that_goes_or_moves_takes_no_fragment_to_another() {
         Program::load_with(one("198.51.100.7:6000"), |setup| setup.fragment_timeout = Duration::from_secs(3600));
     let frames = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 7);
     let first = redirected(&program.run_all(&frames[..1]));
-    // Whoever has gone still gets what is his.
+    // A removed downstream still gets the rest of its datagram.
     program.apply(one("198.51.100.8:6000"));
     let second = redirected(&program.run_all(&frames[1..2]));
     assert_eq!(second[0][30..34], first[0][30..34]);
-    // Until his number is another's.
+    // Until its ID belongs to another downstream.
     for n in 0..600 {
         program.apply(one(&format!("198.51.100.{}:6000", 9 + n % 200)));
     }
@@ -215,7 +215,7 @@ fn root_a_flood_of_fragments_leaves_memory_and_others_alone() {
         let ours = fragmented(&datagram(SENDER, "192.0.2.1:5000"), 1024, 10_000 + round);
         assert_eq!(ours.len(), 4);
         for (n, frame) in (0..).zip(&ours) {
-            // Between any two of one datagram, hundreds of others that come to nothing.
+            // Hundreds of fragments of incomplete datagrams between any two of one datagram.
             for flood in 0..200u32 {
                 let number = (round * 4 + n) * 200 + flood;
                 let from = format!("198.18.{}.{}:9", number >> 8 & 255, number & 255);

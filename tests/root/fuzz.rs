@@ -1,4 +1,4 @@
-//! Replays the inputs that are kept for fuzzing the kernel program.
+//! Replays the saved fuzzing inputs of the kernel program.
 
 use udp_fanout_testkit::fuzz::replay;
 

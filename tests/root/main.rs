@@ -1,9 +1,9 @@
 //! Whole packets through the kernel program (`BPF_PROG_TEST_RUN`), against an oracle in plain Rust. Needs root.
 //!
-//! - `cases`: hand-written packets, compared byte by byte; `fragments`: datagrams in fragments; `destinations`: whose they
-//!   are; `looks`: packets that only look like them.
-//! - `random`: a million random and mutated packets; `fuzz`: the inputs that are kept for fuzzing.
-//! - `events`: what the program reports of single datagrams; `cost`: what the verifier makes of it.
+//! - `cases`: hand-written packets, compared byte by byte; `fragments`: fragmented datagrams; `destinations`: which
+//!   listener gets them; `fast_path`: packets that the fast path must not take.
+//! - `random`: a million random and mutated packets; `fuzz`: the saved fuzzing inputs.
+//! - `events`: what the program reports of single datagrams; `cost`: the verifier's limits.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,7 +16,7 @@ mod cases;
 mod cost;
 mod destinations;
 mod events;
+mod fast_path;
 mod fragments;
 mod fuzz;
-mod looks;
 mod random;

@@ -1,4 +1,4 @@
-//! Random and mutated frames: the program and the oracle must agree on verdict, whole packet and counters.
+//! Random and mutated frames: the program and the oracle must agree on the verdict, the whole packet and the counters.
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -13,7 +13,7 @@ use udp_fanout_testkit::kernel::run::Gso;
 /// Cases per run; `ORACLE_CASES` and `ORACLE_SEED` override. A failure prints the seed of its case.
 const CASES: u64 = 1_000_000;
 
-/// Seeds that once failed. They stay.
+/// Seeds that have failed before.
 const KEPT: [u64; 0] = [];
 
 /// Where a datagram comes from and goes to.
@@ -50,7 +50,7 @@ fn frame(rng: &mut SmallRng) -> Vec<u8> {
     without_frame(rng, bytes)
 }
 
-/// Takes the frame away from every other packet that a test run shows the program without.
+/// Removes the Ethernet header from every other packet that a test run passes to the program without one.
 fn without_frame(rng: &mut SmallRng, mut frame: Vec<u8>) -> Vec<u8> {
     let least = if frame.get(14).is_some_and(|first| first >> 4 == 6) { 54 } else { 34 };
     if frame.len() >= 14 + least && framed(&frame[14..]).is_some() && rng.random() {
@@ -81,8 +81,8 @@ fn datagram(rng: &mut SmallRng, source: &str, destination: &str, length: usize) 
     frame
 }
 
-/// Datagrams in fragments, some of them under one number, which come out of order, twice, not at all or damaged.
-fn story(rng: &mut SmallRng, number: u32) -> Vec<Vec<u8>> {
+/// Fragmented datagrams, some with the same ID, whose fragments are reordered, duplicated, lost or damaged.
+fn fragmented_datagrams(rng: &mut SmallRng, number: u32) -> Vec<Vec<u8>> {
     let (source, destination) = addresses(rng);
     let mut frames = Vec::new();
     for _ in 0..rng.random_range(1..=3) {
@@ -121,8 +121,8 @@ fn story(rng: &mut SmallRng, number: u32) -> Vec<Vec<u8>> {
     frames.into_iter().map(|frame| without_frame(rng, frame)).collect()
 }
 
-/// Now and then flips bytes, cuts or lengthens the frame; half of the time mends the IPv4 header checksum after it, so
-/// that the damage gets past that check.
+/// Sometimes flips bytes, cuts or lengthens the frame; half of the time corrects the IPv4 header checksum afterwards,
+/// so that the damage gets past that check.
 fn mutate(rng: &mut SmallRng, bytes: &mut Vec<u8>) {
     if rng.random_bool(0.3) {
         for _ in 0..rng.random_range(1..4) {
@@ -156,8 +156,8 @@ fn gso(rng: &mut SmallRng) -> Gso {
     }
 }
 
-/// Seeds after which the program has to forget: so many datagrams without an end fit its memory for fragments, of which the
-/// oracle's has no bounds.
+/// Seeds after which the program's fragment map is reset: it holds that many incomplete datagrams, while the
+/// oracle's has no limit.
 const CHUNK: usize = 50_000;
 
 #[test]
@@ -175,7 +175,7 @@ fn run(trial: &mut DifferentialTest, seeds: &[u64]) {
     for &seed in seeds {
         let mut rng = SmallRng::seed_from_u64(seed);
         let (frames, gso) = match rng.random_bool(0.1) {
-            true => (story(&mut rng, seed as u32), Gso::default()),
+            true => (fragmented_datagrams(&mut rng, seed as u32), Gso::default()),
             false => (vec![frame(&mut rng)], gso(&mut rng)),
         };
         for bytes in frames {
@@ -186,5 +186,5 @@ fn run(trial: &mut DifferentialTest, seeds: &[u64]) {
     trial.forget();
 }
 
-/// Seeds start here; any fixed number will do.
+/// The first seed: an arbitrary fixed number.
 const BASE: u64 = 0x0fa0_0000;

@@ -1,5 +1,5 @@
-//! Every configuration the project shows loads: the files in `config/`, the snippets in the documentation and in the
-//! deployment guide. And what they say about keys is what the code says.
+//! Every configuration in the project loads: the files in `config/`, the snippets in the documentation and in the
+//! deployment guide. Their statements about keys agree with the code.
 //!
 //! (`src/config/tests/generated.rs` makes the tables of keys in `docs/CONFIGURATION.md` and `config/reference.toml`.)
 
@@ -62,7 +62,7 @@ fn the_examples_are_what_they_promise() {
     assert_eq!(
         syslog.handover,
         HandoverConfig { on_exit: OnExit::Keep, ..HandoverConfig::default() },
-        "the unit's place for pins"
+        "the unit's pin directory"
     );
     assert!(matches!(&syslog.listeners[0].source, DownstreamSource::Static(downstreams) if downstreams.len() == 3));
 
@@ -120,7 +120,7 @@ fn the_reference_holds_every_key() {
             WhenAbsent::Default(default) => {
                 assert_eq!(set.get(path), Some(default), "config/reference.toml: {path}");
             }
-            // Required in most files, and set in one place of the reference or another.
+            // Required in most files, and set somewhere in the reference.
             WhenAbsent::Means(_) if ["service", "port"].contains(&key.name.as_str()) && set.contains_key(path) => {}
             WhenAbsent::Means(_) => assert!(!set.contains_key(path), "config/reference.toml sets {path}: no default"),
             // Or the whole table that requires it is an example.
@@ -133,7 +133,7 @@ fn the_reference_holds_every_key() {
     });
 }
 
-/// Leaves of the keys of all health checks those that go with `udp`: some exclude each other.
+/// Keeps of the health check keys those of `udp`, because some exclude each other.
 fn probe_by_udp(table: &mut toml::Table) {
     for (key, value) in table.iter_mut() {
         match value {
@@ -162,7 +162,7 @@ fn uncomment(text: &str) -> String {
     text.lines().map(line).collect()
 }
 
-/// Every value that is no table, by its path; of lists of tables, the first one's that has it.
+/// Every value that is not a table, by its path; for lists of tables, the first one's that has it.
 fn leaves(table: &toml::Table) -> BTreeMap<String, String> {
     fn down(prefix: &str, value: &toml::Value, out: &mut BTreeMap<String, String>) {
         match value {
@@ -184,7 +184,7 @@ fn leaves(table: &toml::Table) -> BTreeMap<String, String> {
 
 // ---- The table of keys ----
 
-/// A file in which the key of this path has this value, and no other key is there that need not be.
+/// A file in which the key of this path has this value, with only the required keys besides.
 fn with(path: &str, value: &str) -> String {
     let mut text = MINIMAL.parse::<toml::Table>().unwrap();
     let parsed: toml::Table = format!("value = {value}").parse().unwrap();
@@ -208,7 +208,7 @@ fn with(path: &str, value: &str) -> String {
         };
     }
     at.insert(key.to_owned(), parsed["value"].clone());
-    // What goes with one policy only, unless it is its default.
+    // Keys of one policy only, unless it is the default.
     let needs = match key {
         "hash_on" => Some("hash"),
         "sample" if value != "1" => Some("replicate"),
@@ -217,7 +217,7 @@ fn with(path: &str, value: &str) -> String {
     if let (Some(policy), Some(listeners)) = (needs, text["listeners"].as_array_mut()) {
         listeners[0].as_table_mut().unwrap().insert("policy".to_owned(), policy.into());
     }
-    // What goes with one protocol of health checks only.
+    // Keys of one protocol of health checks only.
     let protocol = match key {
         "port" => Some("tcp"),
         "payload" | "expect" => Some("udp"),
@@ -312,8 +312,8 @@ fn every_range_in_the_table_is_the_real_one() {
 
 // ---- The JSON Schema ----
 
-/// Validates each instance by a schema, with the validator that `scripts/tools.sh` installs for manifests: true for those
-/// that are valid.
+/// Validates each instance by a schema, with the validator that `scripts/tools.sh` installs for manifests: true for
+/// those that are valid.
 fn valid_by_schema(schema: &str, instances: &[serde_json::Value]) -> Vec<bool> {
     const VALIDATE: &str = "import json, sys, jsonschema
 schema, instances = json.load(sys.stdin)
@@ -422,7 +422,7 @@ fn top_level_key(line: &str, notation: &str) -> Option<&'static str> {
     })
 }
 
-/// The whole file that a reader makes of a snippet: one without a listener is added to a file that has one, and
+/// Completes a snippet to a whole file: one without a listener is added to a file that has one, and
 /// `settings` go into that listener.
 fn completed(snippet: &Snippet) -> String {
     let keys: BTreeSet<_> = snippet.text.lines().filter_map(|line| top_level_key(line, &snippet.notation)).collect();

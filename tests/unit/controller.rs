@@ -1,8 +1,8 @@
-//! Seeded random histories for the controller, which does no I/O: after every step its invariants must hold. The host
-//! changes, sets of downstreams arrive, plans fail, health checks find things out, and the configuration is edited.
+//! Seeded random histories for the controller, which does no I/O. Its invariants must hold after every step. The host
+//! changes, sets of downstreams arrive, plans fail, health changes, and the configuration is edited.
 //!
 //! `CONTROLLER_SEED` runs one history again; a failure prints its seed.
-mod world;
+mod simulation;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,22 +12,22 @@ use udp_fanout::testing::controller::{Controller, ControllerAction, ControllerEv
 use udp_fanout::testing::host::{HostAddress, Route};
 use udp_fanout::testing::model::{Downstream, DownstreamSet, ListenerId};
 
-use world::{World, address, configurations};
+use simulation::{Simulation, address, configurations};
 
 const HISTORIES: u64 = 100_000;
 const STEPS: usize = 12;
-/// One in so many is much longer.
+/// One history in this many is much longer.
 const LONG: u64 = 1_000;
 
 fn history(seed: u64) {
-    let (mut world, mut controller) = World::new(seed);
-    let facts = world.facts.clone();
-    world.step(&mut controller, ControllerEvent::Host(facts));
-    world.check(&controller);
+    let (mut simulation, mut controller) = Simulation::new(seed);
+    let facts = simulation.facts.clone();
+    simulation.step(&mut controller, ControllerEvent::Host(facts));
+    simulation.check(&controller);
     for _ in 0..if seed.is_multiple_of(LONG) { 50 * STEPS } else { STEPS } {
-        let event = world.random_event(&controller);
-        world.step(&mut controller, event);
-        world.check(&controller);
+        let event = simulation.random_event(&controller);
+        simulation.step(&mut controller, event);
+        simulation.check(&controller);
     }
 }
 
@@ -56,13 +56,13 @@ fn random_histories_keep_the_invariants() {
 
 #[test]
 fn the_listener_itself_is_none_of_its_downstreams() {
-    let (mut world, mut controller) = World::at_the_reference(1);
-    let mut facts = world.facts.clone();
+    let (mut simulation, mut controller) = Simulation::at_the_reference(1);
+    let mut facts = simulation.facts.clone();
     let listener = ListenerId(2);
     let own: SocketAddr = "192.0.2.7:5002".parse().unwrap();
     let downstream = |address| Downstream { name: "d".into(), address, weight: 1, sample: Downstream::ALL };
     let set = DownstreamSet { generation: 2, downstreams: vec![downstream(address(1)), downstream(own)] };
-    world.step_surely(
+    simulation.step_surely(
         &mut controller,
         ControllerEvent::Downstreams { listener, origin: DownstreamOrigin::Kubernetes, set },
         true,
@@ -87,38 +87,38 @@ fn the_listener_itself_is_none_of_its_downstreams() {
 
 #[test]
 fn what_is_wrong_is_said_once() {
-    let (mut world, mut controller) = World::at_the_reference(1);
-    world.facts.routes.insert(address(1).ip(), Route::Unreachable { reason: "no".into() });
+    let (mut simulation, mut controller) = Simulation::at_the_reference(1);
+    simulation.facts.routes.insert(address(1).ip(), Route::Unreachable { reason: "no".into() });
     let warnings = |actions: Vec<ControllerAction>| {
         actions.iter().filter(|action| matches!(action, ControllerAction::Warn(_))).count()
     };
-    let first = warnings(controller.handle(ControllerEvent::Host(world.facts.clone()), Duration::ZERO));
+    let first = warnings(controller.handle(ControllerEvent::Host(simulation.facts.clone()), Duration::ZERO));
     assert!(first > 0);
-    assert_eq!(warnings(controller.handle(ControllerEvent::Host(world.facts.clone()), Duration::ZERO)), 0);
+    assert_eq!(warnings(controller.handle(ControllerEvent::Host(simulation.facts.clone()), Duration::ZERO)), 0);
 }
 
 #[test]
 fn a_configuration_that_cannot_be_put_in_force_leaves_the_one_before_in_force() {
-    let (mut world, mut controller) = World::at_the_reference(7);
-    world.step_surely(&mut controller, ControllerEvent::Host(world.facts.clone()), true);
+    let (mut simulation, mut controller) = Simulation::at_the_reference(7);
+    simulation.step_surely(&mut controller, ControllerEvent::Host(simulation.facts.clone()), true);
     let before = controller.plan().clone();
-    let prepared = controller.prepare(world.another(), &Ok(())).unwrap();
-    world.expect_refusal();
-    world.step_surely(&mut controller, ControllerEvent::Config(prepared), false);
+    let prepared = controller.prepare(simulation.another(), &Ok(())).unwrap();
+    simulation.expect_refusal();
+    simulation.step_surely(&mut controller, ControllerEvent::Config(prepared), false);
     assert_eq!(*controller.plan(), before);
     assert!(controller.readiness().iter().all(|(name, state)| state.is_ok() || name != "static"), "in force again");
 }
 
 #[test]
 fn a_listener_whose_interface_is_away_does_not_keep_another_from_changing() {
-    let (mut world, mut controller) = World::at_the_reference(3);
-    world.step_surely(&mut controller, ControllerEvent::Host(world.facts.clone()), true);
-    world.facts.links.retain(|link| link.name != "eth1");
-    world.step_surely(&mut controller, ControllerEvent::Host(world.facts.clone()), true);
-    let mut edited = world.config().clone();
+    let (mut simulation, mut controller) = Simulation::at_the_reference(3);
+    simulation.step_surely(&mut controller, ControllerEvent::Host(simulation.facts.clone()), true);
+    simulation.facts.links.retain(|link| link.name != "eth1");
+    simulation.step_surely(&mut controller, ControllerEvent::Host(simulation.facts.clone()), true);
+    let mut edited = simulation.config().clone();
     edited.listeners[0].policy = udp_fanout::testing::model::Policy::Replicate;
     assert!(controller.prepare(edited.clone(), &Ok(())).is_ok());
-    // But nobody can be moved to an interface that is not there.
+    // But no listener can move to a missing interface.
     edited.listeners[0].interfaces = udp_fanout::testing::config::Interfaces::Named(vec!["eth1".into()]);
     let refusal = controller.prepare(edited, &Ok(())).unwrap_err().to_string();
     assert!(refusal.contains("interface not found: eth1"), "{refusal}");

@@ -1,4 +1,4 @@
-//! The program as anyone may run it, without privileges: the example that `make run` starts, its end, its log, its
+//! The program without privileges: the example that `make run` starts, its shutdown, its log, its HTTP
 //! pages, and the commands beside `run`.
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ use udp_fanout_lab::{Metrics, scrape};
 
 use crate::loopback::own_address;
 
-/// How long anything may take before a test fails. Nothing waits that long otherwise.
+/// The timeout of every wait. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Where the example listens, where its receivers are, and where it serves metrics, on its own loopback address.
@@ -33,7 +33,7 @@ fn udp_fanout() -> Command {
     command
 }
 
-/// `config/udp-fanout.toml` in a directory of its own, with another address in place of 127.0.0.1.
+/// `config/udp-fanout.toml` in a temporary directory, with another address instead of 127.0.0.1.
 fn example(address: Ipv4Addr) -> (TempDir, PathBuf) {
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/udp-fanout.toml");
     let text = fs::read_to_string(shipped).unwrap();
@@ -43,7 +43,7 @@ fn example(address: Ipv4Addr) -> (TempDir, PathBuf) {
     (directory, path)
 }
 
-/// The example at work, with its receivers.
+/// The running example, with its receivers.
 struct Running {
     address: Ipv4Addr,
     child: Child,
@@ -65,7 +65,7 @@ impl Running {
         let mut child = command.spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let mut running = Running { address, child, log, receivers: receivers.into(), directory };
-        // The last thing it says at the start.
+        // The last log line of the start.
         running.read_log_until("serving metrics");
         running
     }
@@ -88,7 +88,7 @@ impl Running {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Sends so many datagrams, numbered.
+    /// Sends `count` numbered datagrams.
     fn send(&self, count: u8) {
         let sender = UdpSocket::bind((self.address, 0)).unwrap();
         for number in 0..count {
@@ -96,7 +96,7 @@ impl Running {
         }
     }
 
-    /// What each receiver gets: this many datagrams.
+    /// Waits until each receiver has got this many datagrams, and returns them.
     fn receive(&self, counts: [usize; 3]) -> BTreeSet<u8> {
         let mut seen = BTreeSet::new();
         for (receiver, count) in self.receivers.iter().zip(counts) {
@@ -110,7 +110,7 @@ impl Running {
         seen
     }
 
-    /// Checks that no receiver has got anything more.
+    /// Checks that no receiver gets another datagram.
     fn nothing_more(&self) {
         for receiver in &self.receivers {
             receiver.set_nonblocking(true).unwrap();
@@ -122,7 +122,7 @@ impl Running {
         scrape::fetch(SocketAddr::from((self.address, METRICS)), path).unwrap()
     }
 
-    /// Sends a signal and returns how it ends, and the rest of its log.
+    /// Sends a signal. Returns the exit status and the rest of the log.
     fn end(mut self, signal: Signal) -> (ExitStatus, Vec<String>) {
         kill(self.pid(), signal).unwrap();
         let rest: Vec<String> = self.log.by_ref().lines().map_while(Result::ok).collect();
@@ -146,7 +146,7 @@ fn the_example_forwards_and_serves_its_pages() {
     assert_eq!(running.page("/readyz"), scrape::Page { status: 200, body: "ready\n".into() });
     assert_eq!(running.page("/nowhere").status, 404);
     let labels = [("listener", "demo"), ("mode", "userspace")];
-    // A worker writes a batch down once it has sent it, which may be a moment after it has arrived.
+    // A worker counts a batch once it has sent it, which may be a moment after it has arrived.
     let metrics = loop {
         let metrics = Metrics::parse(&running.page("/metrics").body).unwrap();
         if metrics.sum("udp_fanout_packets_received_total", &labels) == 99 {
@@ -167,7 +167,7 @@ fn the_example_forwards_and_serves_its_pages() {
 fn signals_end_it_well_and_what_is_queued_is_forwarded_first() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let running = Running::start(&[]);
-        // Asleep, it cannot take the datagrams; awake again, it has both them and the signal to deal with.
+        // A stopped daemon reads no datagrams; when it continues, it has both them and the signal to handle.
         kill(running.pid(), Signal::SIGSTOP).unwrap();
         let stopped = waitpid(running.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
         assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
@@ -283,7 +283,7 @@ fn check_prints_what_a_configuration_amounts_to() {
         assert_eq!(output.status.code(), Some(0), "{name}: {}", stderr(&output));
         let effective = stdout(&output);
         assert!(effective.contains("[[listeners]]") && effective.contains("batch_size = "), "{name}: {effective}");
-        // What it prints is a configuration that amounts to itself.
+        // The printed configuration prints as itself.
         let directory = tempfile::tempdir().unwrap();
         let again = directory.path().join("effective.toml");
         fs::write(&again, effective).unwrap();
@@ -352,7 +352,7 @@ fn status_shows_what_the_daemon_does() {
     let running = Running::start(&[]);
     running.send(99);
     assert_eq!(running.receive([33; 3]).len(), 99);
-    // A worker writes a batch down once it has sent it, which may be a moment after it has arrived.
+    // A worker counts a batch once it has sent it, which may be a moment after it has arrived.
     let report = loop {
         let output = status(&running, &["--json"]).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
@@ -386,7 +386,7 @@ fn status_shows_what_the_daemon_does() {
 }
 
 #[test]
-fn status_goes_on_for_as_long_as_somebody_reads() {
+fn status_runs_until_its_reader_leaves() {
     let running = Running::start(&[]);
     let mut watching = status(&running, &["--watch", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
@@ -403,7 +403,7 @@ fn status_goes_on_for_as_long_as_somebody_reads() {
 #[test]
 fn status_without_a_daemon_says_what_to_do() {
     let (directory, path) = example(own_address());
-    // Also where the file is broken by now, it is asked where the socket is.
+    // `status` reads the socket's path even from a file that is invalid by now.
     let text = fs::read_to_string(&path).unwrap();
     let socket = directory.path().join("own.sock");
     fs::write(&path, format!("status_socket = {socket:?}\nwatch = \"the birds\"\n{text}")).unwrap();

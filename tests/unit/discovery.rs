@@ -1,4 +1,4 @@
-//! Discovery against an API server that speaks the real wire protocol: what is published when all goes well.
+//! Discovery against an API server that speaks the real wire protocol: the published sets without faults.
 
 use serde_json::json;
 use udp_fanout::testing::discovery::{DiscoveryRequest, DiscoveryTimeouts, Locality, PortRef, ServiceRef, Terminating};
@@ -180,7 +180,7 @@ fn a_zone_that_may_be_read_later_is_found_later() {
     let mut watching = Watching::with(&server.kubeconfig(), wanted, Some("late-node"), limits());
     watching.until(&["10.0.0.1:5514", "10.0.0.2:5514"]);
     logged(&["WARN", "may not get node \"late-node\""]);
-    // Allowed, but there is no such node yet.
+    // Allowed, but the node does not exist yet.
     server.allow(Rule::new(&["get"], "nodes"));
     logged(&["WARN", "there is no node \"late-node\""]);
     server.apply(Kind::Node, node("late-node", "east"));
@@ -222,7 +222,7 @@ fn a_missing_namespace_service_or_slice_is_told_once_and_picked_up() {
     logged(&["WARN EndpointSlice not found: namespace \"nowhere\" does not exist"]);
     logged(&["WARN EndpointSlice not found: service \"absent\" does not exist in namespace \"logging\""]);
     logged(&["WARN EndpointSlice not found: service logging/idle exists but has no EndpointSlices"]);
-    // A list again does not say it again.
+    // Another list does not log it again.
     server.wait_for_watches(3);
     server.compact();
     server.apply(Kind::EndpointSlice, slice("x", "unrelated", "unrelated", []));
@@ -287,7 +287,7 @@ fn requests_can_be_replaced_while_running() {
     assert_eq!(names, ["add", "keep"]);
     let keep =
         server.seen().into_iter().filter(|seen| seen.get("labelSelector") == Some("kubernetes.io/service-name=keep"));
-    assert_eq!(keep.count(), 2, "one list and one watch: it went on undisturbed");
+    assert_eq!(keep.count(), 2, "one list and one watch: the first watch continued");
     assert!(watching.discovery.update_requests(vec![of(0, "Bad.Name")]).is_err());
     server.apply(Kind::EndpointSlice, slice("logging", "keep", "keep", [ready("10.0.0.9")]));
     watching.until_listener(0, &["10.0.0.9:5514"]);
@@ -300,7 +300,7 @@ fn a_large_service_is_listed_in_pages_and_published_once() {
     let one = |n: usize| slice("logging", "large", &format!("large-{n:04}"), [ready(&udp_fanout_lab::cluster::nth(n))]);
     server.apply_all(Kind::EndpointSlice, (0..600).map(one));
     let mut watching = Watching::start(&server, vec![request("large")]);
-    assert_eq!(watching.next_update().set.downstreams.len(), 600, "a set is whole or is not");
+    assert_eq!(watching.next_update().set.downstreams.len(), 600, "a set is published only when complete");
     let lists: Vec<_> = server.seen().into_iter().filter(udp_fanout_lab::apiserver::Seen::is_list).collect();
     assert_eq!(lists.len(), 2);
     assert!(lists[1].get("continue").is_some() && lists[1].get("resourceVersion").is_none());
@@ -312,7 +312,7 @@ fn a_rolling_restart_of_a_thousand_pods_never_empties_the_set() {
     server.apply_all(Kind::EndpointSlice, slices_of("logging", "roll", 0, 1000));
     let mut watching = Watching::start(&server, vec![request("roll")]);
     assert_eq!(watching.next_update().set.downstreams.len(), 1000);
-    // Slice by slice the pods begin to leave and others take their place: 2,000 changes of endpoints.
+    // Slice by slice, pods terminate and others replace them: 2,000 changes of endpoints.
     for step in 0..10 {
         let name = format!("roll-{step:04}");
         for change in 0..100 {

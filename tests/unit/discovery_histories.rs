@@ -1,8 +1,8 @@
-//! Random histories of EndpointSlices: whatever happened on the way, the set that is published in the end must be
-//! what the final state calls for.
+//! Random histories of EndpointSlices: after any history, the set that is published in the end must be
+//! the one that follows from the final state.
 //!
 //! Once without I/O, thousands of histories straight into the pure core; once through the API server and the
-//! watcher, with connections cut, history forgotten and the server restarted in between. A failure names its seed.
+//! watcher, with cut connections, compacted history and server restarts in between. A failure prints its seed.
 
 mod history;
 
@@ -23,7 +23,7 @@ use udp_fanout::testing::model::ListenerId;
 use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule};
 use udp_fanout_testkit::watching::{Watching, limits};
 
-/// An object as either version of the API would give it to us.
+/// An object as either version of the API returns it.
 fn read(object: &Value, beta: bool) -> Slice {
     if !beta {
         return serde_json::from_value::<EndpointSlice>(object.clone()).unwrap().to_slice();
@@ -41,7 +41,7 @@ fn read(object: &Value, beta: bool) -> Slice {
     serde_json::from_value::<BetaEndpointSlice>(object).unwrap().to_slice()
 }
 
-/// All slices of one service, as its watch would report them.
+/// All slices of one Service, as its watch reports them.
 fn finding(history: &History, namespace: &str, service: &str, beta: bool) -> WatchEvent {
     let ours = |object: &&Value| {
         object["metadata"]["namespace"] == namespace
@@ -55,7 +55,7 @@ fn socket_addresses(update: &DiscoveryUpdate) -> Vec<SocketAddr> {
     update.set.downstreams.iter().map(|downstream| downstream.address).collect()
 }
 
-/// Takes updates over as the controller would, and checks the order of generations.
+/// Applies updates as the controller does, and checks the order of generations.
 fn publish(aggregator: &mut Aggregator, published: &mut BTreeMap<ListenerId, DiscoveryUpdate>) {
     for update in aggregator.flush().0 {
         let before = published.insert(update.listener, update.clone());
@@ -87,14 +87,14 @@ fn pure_history(seed: u64) {
                     text(&object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL]),
                 )
             }
-            // Slices of a service are called service-number.
+            // Slices are named SERVICE-NUMBER.
             Step::Delete { namespace, name } => (namespace.clone(), name.split_once('-').unwrap().0.to_owned()),
         };
         aggregator.handle_event(finding(&history, &namespace, &name, beta));
         if history.rng.random_range(0..8) == 0 {
             aggregator.handle_event(WatchEvent::Failed(ServiceKey::new(&namespace, &name)));
         }
-        // Publishing may come late, and gather several changes.
+        // One update may be late, and cover several changes.
         if history.rng.random() {
             publish(&mut aggregator, &mut published);
         }
@@ -112,7 +112,7 @@ fn the_final_state_decides_whatever_the_history() {
     (0..4000).for_each(pure_history);
 }
 
-/// One of the things that happen to servers.
+/// A random fault of the server.
 fn disturb(server: &ApiServer, history: &mut History) {
     match history.rng.random_range(0..8) {
         0 => server.cut(),

@@ -1,4 +1,4 @@
-//! Discovery when things go wrong: whatever happens between us and the API server, no endpoint is lost.
+//! Discovery under faults: whatever fails between the daemon and the API server, no endpoint is lost.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use udp_fanout_lab::apiserver::{ApiServer, Kind, Rule, Seen};
 use udp_fanout_lab::cluster::{namespace, ready, slice};
 use udp_fanout_testkit::watching::{Watching, limits, log_count, logged, request, waits};
 
-/// A service with one endpoint, followed.
+/// A watched Service with one endpoint.
 fn followed(name: &str, limits: DiscoveryTimeouts) -> (ApiServer, Watching) {
     let server = ApiServer::start();
     change(&server, name, "10.0.0.1");
@@ -23,7 +23,7 @@ fn change(server: &ApiServer, name: &str, address: &str) {
     server.apply(Kind::EndpointSlice, slice("logging", name, &format!("{name}-a"), [ready(address)]));
 }
 
-/// A change that the service's watch does not see.
+/// A change that the Service's watch does not report.
 fn change_elsewhere(server: &ApiServer) {
     server.apply(Kind::EndpointSlice, slice("elsewhere", "other", "other-a", [ready("10.9.9.9")]));
 }
@@ -39,7 +39,7 @@ fn failure(code: u16, reason: &str) -> (u16, Value) {
     )
 }
 
-/// The next update is this endpoint and nothing came before it.
+/// The next update has this endpoint, and no other update came before.
 fn becomes(watching: &mut Watching, address: &str) {
     assert_eq!(watching.next_addresses(), [format!("{address}:5514")]);
 }
@@ -56,7 +56,7 @@ fn the_last_set_survives_an_outage() {
     becomes(&mut watching, "10.0.0.2");
     watching.wait_status("sync", |status| status.synced);
     logged(&["INFO endpoints of logging/outage are being followed again"]);
-    assert_eq!(log_count(&["cannot follow the endpoints of logging/outage"]), 1, "told once");
+    assert_eq!(log_count(&["cannot follow the endpoints of logging/outage"]), 1, "logged once");
     assert_eq!(lists(&server), 1, "the history was long enough to resume");
     assert!(watching.errors(ErrorKind::Connect) >= 3);
 }
@@ -69,7 +69,7 @@ fn a_blip_after_a_long_outage_is_followed_as_soon_as_any_other() {
     watching.wait_status("an outage", |status| status.errors[ErrorKind::Connect as usize].1 >= 12);
     server.restart();
     watching.wait_status("sync", |status| status.synced);
-    // A watch that is not a short one.
+    // A watch that is not answered at once.
     std::thread::sleep(longest.short_watch * 2);
     let before = waits("blip").len();
     server.stop();
@@ -90,7 +90,7 @@ fn a_watch_is_followed_again_when_its_list_is_complete() {
     change(&server, "complete", "10.0.0.2");
     change_elsewhere(&server);
     server.compact();
-    // The old version is answered 410 in an accepted watch, and the list that follows is refused.
+    // The accepted watch reports 410 for the old version, and the server refuses the list that follows.
     server.set_rules(&[Rule::new(&["watch"], "endpointslices")]);
     server.restart();
     watching.wait_status("refusals", |status| status.errors[ErrorKind::Forbidden as usize].1 >= 3);
@@ -185,7 +185,7 @@ fn a_list_that_expires_between_two_pages_is_begun_again() {
     let server = ApiServer::start();
     let one = |n: usize| slice("logging", "pages", &format!("pages-{n:04}"), [ready(&udp_fanout_lab::cluster::nth(n))]);
     server.apply_all(Kind::EndpointSlice, (0..600).map(one));
-    // Version, first page; then, in place of the second:
+    // Version, first page; then, instead of the second:
     let mut watching = {
         server.drip(Some((4096, Duration::from_micros(200))));
         let watching = Watching::start(&server, vec![request("pages")]);
@@ -251,7 +251,7 @@ fn a_server_restored_from_a_backup_is_listed_anew() {
     server.stop();
     server.rewind();
     server.restart();
-    // Our version is far ahead of the server's now: the watch is accepted and would wait for ever.
+    // Our resource version is far ahead of the server's: it accepts the watch, which would wait forever.
     server.wait_for_watches(1);
     change(&server, "backup", "10.0.0.3");
     becomes(&mut watching, "10.0.0.3");
@@ -315,7 +315,7 @@ fn a_missing_rule_is_named_with_its_remedy() {
 fn refusals_of_a_server_that_starts_are_no_alarm() {
     let server = ApiServer::start();
     change(&server, "starting", "10.0.0.1");
-    // The question for the version, and lists.
+    // The version request, and lists.
     server.answer_next((0..5).map(|_| failure(403, "Forbidden")));
     let mut watching = Watching::start(&server, vec![request("starting")]);
     becomes(&mut watching, "10.0.0.1");
@@ -379,7 +379,7 @@ fn troubles_of_the_server_are_waited_out() {
     let mut watching = Watching::start(&server, vec![request("trouble")]);
     becomes(&mut watching, "10.0.0.1");
     assert_eq!((watching.errors(ErrorKind::Server), watching.errors(ErrorKind::Throttled)), (3, 1));
-    // None was retried unseen.
+    // Every retry was logged.
     assert_eq!(server.seen().iter().filter(|seen| seen.code >= 400).count(), 4);
 }
 
@@ -394,7 +394,7 @@ fn events_that_make_no_sense_lead_to_a_new_list() {
         format!(r#"{{"type":"ERROR","object":{error}}}"#),
     ];
     for (n, line) in nonsense.iter().enumerate() {
-        // Lines go to those who watch when they are sent.
+        // Only watches that are open at the time get an event.
         server.wait_for("a watch", |seen| seen.iter().filter(|seen| seen.is_watch()).count() == n + 1);
         server.send_line(line);
         server.wait_for("a list", |seen| seen.iter().filter(|seen| seen.is_list()).count() == n + 2);
@@ -423,7 +423,7 @@ fn connections_cut_in_the_middle_of_a_line_lose_nothing() {
     server.drip(Some((11, Duration::from_micros(300))));
     for round in 0..30 {
         change(&server, "middle", &format!("10.0.1.{round}"));
-        // Cut at whatever point the slow line has reached.
+        // Cut at an arbitrary point of the slow line.
         std::thread::yield_now();
         server.cut();
     }
@@ -458,7 +458,7 @@ fn api_discovery_that_is_forbidden_or_empty_is_no_obstacle() {
     let server = ApiServer::start();
     server.serve_versions(&["v1beta1"]);
     change(&server, "versions", "10.0.0.1");
-    // May not ask: v1 is tried, which is not served: v1beta1 is tried.
+    // The version request is forbidden, so v1 is tried; it is not served, so v1beta1 is tried.
     server.answer_next([failure(403, "Forbidden")]);
     let mut watching = Watching::start(&server, vec![request("versions")]);
     becomes(&mut watching, "10.0.0.1");

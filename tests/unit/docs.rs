@@ -1,5 +1,5 @@
-//! The documents against the code: every metric and every drop reason has its row and no other has, every file that is
-//! spoken of exists, every link leads somewhere.
+//! The documents against the code: exactly the metrics and the drop reasons have rows, every file that is
+//! mentioned exists, every link has a target.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -102,7 +102,7 @@ fn links(text: &str) -> impl Iterator<Item = &str> {
     text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
 }
 
-/// What a heading is linked to as.
+/// The anchor of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
     let kept = kept.chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
@@ -130,7 +130,7 @@ fn every_link_leads_somewhere() {
     assert!(followed >= 10, "only {followed} links were found");
 }
 
-/// Names in backquotes that can only be files of this repository.
+/// Names in backquotes that must be files of this repository.
 fn files_spoken_of(text: &str) -> impl Iterator<Item = &str> {
     let directories = [
         "src/",
@@ -165,7 +165,7 @@ fn every_file_spoken_of_is_there() {
     assert!(seen >= 20, "only {seen} names were found");
 }
 
-/// What a row of the table of events says: functions by the file that defines them.
+/// The functions in a row of the table of events, by the file that defines them.
 fn functions_named(cell: &str) -> Vec<(&str, &str)> {
     let mut file = None;
     let mut functions = Vec::new();

@@ -1,4 +1,4 @@
-//! `udp-fanout doctor` against an API server: may it list, may it watch, is there anything, and is it there at all.
+//! `udp-fanout doctor` against an API server: permissions to list and watch, missing endpoints, and no server.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ mode = "userspace"
 kubernetes = { namespace = "logging", service = "vector", port = 5514 }
 "#;
 
-/// What the doctor says about Kubernetes: level and text with fix; and of the routes to what it found.
+/// The doctor's findings about Kubernetes, level and text with fix, and about the routes to the endpoints.
 fn doctor(kubeconfig: &Path) -> (String, String, String) {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.toml");

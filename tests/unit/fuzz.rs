@@ -1,5 +1,5 @@
-//! Replays the inputs that are kept for fuzzing: the seeds, and those that have failed once. `make fuzz` looks for more.
-//! The targets that need root are replayed by the programs `root` and `netns`.
+//! Replays the saved fuzzing inputs: the seeds, and those that have failed before. `make fuzz` searches for more.
+//! The test programs `root` and `netns` replay the targets that need root.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -36,7 +36,7 @@ fn kept_inputs_of_the_status_socket() {
     replay("status");
 }
 
-/// Nothing is kept that no test replays, and no target goes without.
+/// Every directory of saved inputs has a test that replays it, and every target has saved inputs.
 #[test]
 fn every_target_is_replayed() {
     let targets: BTreeSet<String> = TARGETS.iter().map(|&target| target.to_owned()).collect();

@@ -192,7 +192,7 @@ fn read_path(text: &str, before: &[String], paths: &mut Vec<Vec<String>>) -> usi
         let Some(skip) = text[at..end - 1].find(|c: char| c.is_alphanumeric() || c == '_' || c == '{') else { break };
         at += skip;
         at += read_path(&text[at..end - 1], before, paths).max(1);
-        // What else there is of an item, such as `as NAME`.
+        // The rest of an item, such as `as NAME`.
         at += text[at..end - 1].find(',').unwrap_or(end - 1 - at);
     }
     end
@@ -216,8 +216,8 @@ fn a_module_imports_only_lower_modules() {
     let layer = |module: &str| LAYERS.iter().position(|known| *known == module);
     for source in sources() {
         let Some(own) = source.module.first() else { continue };
-        let place = layer(own);
-        assert!(place.is_some(), "{}: put `{own}` into LAYERS in {}, where it belongs", source.file, file!());
+        let position = layer(own);
+        assert!(position.is_some(), "{}: put `{own}` into LAYERS in {}, where it belongs", source.file, file!());
         for import in imports(&source).iter().filter(|import| import[0] != *own) {
             let (path, other) = (import.join("::"), layer(&import[0]));
             assert!(
@@ -228,13 +228,13 @@ fn a_module_imports_only_lower_modules() {
                 file!()
             );
             assert!(
-                other < place,
+                other < position,
                 "{} imports `{path}`, but `{}` is layer {} and `{own}` is layer {}: move what both need into a lower \
                  module (LAYERS in {})",
                 source.file,
                 import[0],
                 other.unwrap(),
-                place.unwrap(),
+                position.unwrap(),
                 file!()
             );
         }
@@ -265,7 +265,7 @@ fn submodules_do_not_import_each_other_in_a_circle() {
             for to in edges.get(module).into_iter().flatten() {
                 assert!(
                     to != start,
-                    "src/{}.rs and src/{}.rs import each other, perhaps by way of others: {:?}",
+                    "src/{}.rs and src/{}.rs import each other, directly or through others: {:?}",
                     start.join("/"),
                     module.join("/"),
                     reached.iter().map(|module| module.join("/")).collect::<Vec<_>>()
@@ -327,7 +327,7 @@ fn all_of_the_testing_facade_is_used() {
     }
 }
 
-/// A module's file is where its name says. The benchmarks alone share a directory of modules.
+/// A module's file has its default path. Only the benchmarks share a directory of modules.
 #[test]
 fn modules_are_where_their_names_say() {
     for directory in ["src", "tests", "lab", "testkit", "fuzz/fuzz_targets"] {

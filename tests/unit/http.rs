@@ -20,7 +20,7 @@ use udp_fanout::testing::metrics::{
 };
 use udp_fanout::testing::model::{DownstreamCounters, FragmentCounters, ListenerCounters, Mode};
 
-/// Long enough to count as never: a test that runs into it fails.
+/// The timeout of every wait. Only a failing test waits that long.
 const NEVER: Duration = Duration::from_secs(600);
 const PATIENT: HttpLimits = HttpLimits {
     answer: NEVER,
@@ -36,7 +36,7 @@ fn config(bind: &str, path: &str) -> MetricsConfig {
     MetricsConfig { bind: bind.parse().expect("an address"), path: path.to_owned() }
 }
 
-/// The event loop as the endpoint sees it: woken by a mio waker, it answers all that has arrived.
+/// A stand-in for the event loop: a mio waker wakes it, and it replies to all requests that have arrived.
 struct Loop {
     end: Arc<AtomicBool>,
     waker: Arc<Waker>,
@@ -73,7 +73,7 @@ impl Drop for Loop {
     }
 }
 
-/// An endpoint whose requests nobody reads yet.
+/// An endpoint whose requests are not read yet.
 fn endpoint(path: &str, limits: HttpLimits) -> (MetricsServer, Receiver<MainLoopRequest>, Poll, Arc<Waker>) {
     endpoint_at("127.0.0.1:0", path, limits)
 }
@@ -90,7 +90,7 @@ fn endpoint_at(
     (server, requests, poll, waker)
 }
 
-/// An endpoint with a loop that answers each request so.
+/// An endpoint with an event loop that replies to each request with `answer`.
 fn answered_by(answer: fn(MainLoopRequest), limits: HttpLimits) -> (MetricsServer, Loop) {
     let (server, requests, poll, waker) = endpoint("/metrics", limits);
     (server, Loop::start(poll, waker, requests, answer))
@@ -126,7 +126,7 @@ fn snapshot(downstreams: u32) -> MetricsSnapshot {
 
 fn healthy(request: MainLoopRequest) {
     match request {
-        // The client may have gone.
+        // The client may have disconnected.
         MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(2)))),
         MainLoopRequest::Readiness(reply) => drop(reply.send(ReadinessReport::default())),
         MainLoopRequest::Serving(reply) => {
@@ -140,7 +140,7 @@ fn healthy(request: MainLoopRequest) {
     }
 }
 
-/// A response as it came.
+/// A raw response.
 #[derive(Debug)]
 struct Answer {
     status: u16,
@@ -159,7 +159,7 @@ impl Answer {
 
 fn connect(server: &MetricsServer) -> TcpStream {
     let stream = TcpStream::connect(server.address()).expect("a connection");
-    // Only so that a test which would hang fails.
+    // Makes a hanging test fail.
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     stream
 }
@@ -194,8 +194,8 @@ fn metrics_come_from_the_loop_at_each_scrape() {
     for downstreams in [1, 3] {
         let client = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
         match requests.recv().expect("a request") {
-            MainLoopRequest::Scrape(reply) => reply.send(Ok(snapshot(downstreams))).expect("somebody waits"),
-            MainLoopRequest::Readiness(_) | MainLoopRequest::Serving(_) => panic!("not asked for"),
+            MainLoopRequest::Scrape(reply) => reply.send(Ok(snapshot(downstreams))).expect("a client waits"),
+            MainLoopRequest::Readiness(_) | MainLoopRequest::Serving(_) => panic!("unexpected request"),
         }
         let answer = read_answer(client);
         assert_eq!(answer.status, 200);
@@ -276,7 +276,7 @@ fn other_paths_are_404_and_other_methods_405() {
 }
 
 #[test]
-fn malformed_requests_are_refused_and_harm_nobody() {
+fn malformed_requests_are_refused_and_do_no_harm() {
     let (server, _loop) = answered_by(healthy, PATIENT);
     let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(7 << 10));
     assert_eq!(read_answer(send(&server, &long)).status, 200);
@@ -291,7 +291,7 @@ fn malformed_requests_are_refused_and_harm_nobody() {
     for (request, status) in cases {
         assert_eq!(read_answer(send(&server, &request)).status, status, "{request:?}");
     }
-    // Longer than the buffer: closed, with or without a word, since part of it was never read.
+    // Longer than the buffer: closed, with or without a response, since part of it was never read.
     let mut endless = connect(&server);
     let mut sink = Vec::new();
     let _ = endless.write_all(format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20)).as_bytes());
@@ -324,7 +324,7 @@ fn a_stalled_loop_is_reported_on_every_page_that_needs_it() {
         let answer = get(&server, path);
         assert_eq!(answer.status, 503, "{path}");
         assert_eq!(answer.body, "the main loop has not replied for 20ms\n");
-        // The loop, once it turns again, sees that nobody waits.
+        // The loop, once it runs again, sees that no client waits.
         assert!(requests.recv().expect("a request").abandoned());
     }
     assert_eq!(get(&server, "/").status, 200);
@@ -426,7 +426,7 @@ fn a_hundred_idle_clients_do_not_stop_a_scrape() {
 }
 
 #[test]
-fn clients_that_do_not_read_stop_nobody() {
+fn clients_that_do_not_read_block_no_others() {
     fn huge(request: MainLoopRequest) {
         match request {
             MainLoopRequest::Scrape(reply) => drop(reply.send(Ok(snapshot(5_000)))),
@@ -435,7 +435,7 @@ fn clients_that_do_not_read_stop_nobody() {
         }
     }
     let (server, _loop) = answered_by(huge, HttpLimits { own_host: 4, ..PATIENT });
-    let _deaf: Vec<_> = (0..8).map(|_| send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")).collect();
+    let _idle: Vec<_> = (0..8).map(|_| send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")).collect();
     assert_eq!(get(&server, "/healthz").status, 200);
     let page = get(&server, "/metrics");
     assert_eq!(page.body.matches("udp_fanout_downstream_packets_total{").count(), 5_000);
@@ -445,7 +445,7 @@ fn clients_that_do_not_read_stop_nobody() {
 fn a_client_whose_answer_is_being_made_is_not_pushed_out() {
     let (server, requests, _poll, _waker) = endpoint("/metrics", HttpLimits { own_host: 2, ..PATIENT });
     let scraper = send(&server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
-    let MainLoopRequest::Scrape(reply) = requests.recv().expect("a request") else { panic!("not asked for") };
+    let MainLoopRequest::Scrape(reply) = requests.recv().expect("a request") else { panic!("unexpected request") };
     let mut idle = connect(&server);
     let _pushes_it_out = connect(&server);
     assert_eq!(idle.read(&mut [0]).expect("end of stream"), 0);
@@ -483,7 +483,7 @@ fn probe_from(server: &MetricsServer, n: u8) -> TcpStream {
     stream
 }
 
-/// Waits until the server has closed the connection without a word.
+/// Waits until the server has closed the connection without a response.
 fn is_refused(mut stream: &TcpStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(read) => read == 0,
@@ -537,7 +537,7 @@ fn this_hosts_places_are_its_own() {
     let (server, requests, _poll, _waker) = endpoint("/metrics", limits);
     let busy = [2, 3].map(|n| probe_from(&server, n));
     let held = [(); 2].map(|()| requests.recv().expect("a request"));
-    assert!(is_refused(&connect_from(&server, 4)), "every place of other hosts waits for the event loop");
+    assert!(is_refused(&connect_from(&server, 4)), "every connection slot of other hosts waits for the event loop");
     let own = send(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
     healthy(requests.recv().expect("a request"));
     assert_eq!(read_answer(own).status, 200);
@@ -579,14 +579,14 @@ fn a_port_in_use_is_one_clear_line() {
 
 #[test]
 fn an_address_of_another_host_is_one_clear_line() {
-    // 192.0.2.0/24 is set aside for documentation.
+    // 192.0.2.0/24 is reserved for documentation.
     let error = MetricsListener::new(&config("192.0.2.1:9090", "/metrics")).expect_err("not ours").to_string();
     assert!(error.starts_with("cannot serve metrics on 192.0.2.1:9090: this host has no such address; "), "{error}");
 }
 
 #[test]
 fn shutdown_closes_connections_and_frees_the_port() {
-    // An address of its own, where no other test can take the port the moment it is free.
+    // An address of its own, so that no other test can take the port once it is free.
     let (server, requests, _poll, _waker) = endpoint_at("127.77.0.1:0", "/metrics", PATIENT);
     let address = server.address();
     let mut idle = connect(&server);

@@ -1,4 +1,4 @@
-//! The laboratory's arithmetic: a report that misses a lost, duplicated or reordered datagram would make every network
+//! The lab's arithmetic: a report that misses a lost, duplicated or reordered datagram would make every network
 //! test worthless.
 
 use std::collections::BTreeMap;
@@ -84,11 +84,11 @@ fn report_does_not_take_foreign_datagrams_for_ours() {
 }
 
 proptest! {
-    /// Whatever happens on the way, the report's sums are those of a straightforward count.
+    /// For any losses and duplicates, the report's sums are those of a straightforward count.
     #[test]
-    fn report_agrees_with_a_plain_count(fates in prop::collection::vec((0..3usize, 0..4usize), 0..200), seed: u64) {
+    fn report_agrees_with_a_plain_count(outcomes in prop::collection::vec((0..3usize, 0..4usize), 0..200), seed: u64) {
         let mut arrivals = [Vec::new(), Vec::new(), Vec::new()];
-        for (number, (receiver, copies)) in fates.iter().enumerate() {
+        for (number, (receiver, copies)) in outcomes.iter().enumerate() {
             arrivals[*receiver].extend(std::iter::repeat_n(number as u64, *copies));
         }
         for numbers in &mut arrivals {
@@ -96,9 +96,9 @@ proptest! {
             numbers.sort_by_key(|number| (number ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         }
         let [a, b, c] = &arrivals;
-        let report = report(fates.len() as u64, &[a, b, c], Expect::OneOfThem);
-        prop_assert_eq!(report.lost, fates.iter().filter(|(_, copies)| *copies == 0).count() as u64);
-        prop_assert_eq!(report.duplicated, fates.iter().map(|(_, copies)| copies.saturating_sub(1) as u64).sum::<u64>());
+        let report = report(outcomes.len() as u64, &[a, b, c], Expect::OneOfThem);
+        prop_assert_eq!(report.lost, outcomes.iter().filter(|(_, copies)| *copies == 0).count() as u64);
+        prop_assert_eq!(report.duplicated, outcomes.iter().map(|(_, copies)| copies.saturating_sub(1) as u64).sum::<u64>());
         let overtaken = |numbers: &Vec<u64>| {
             let first = |i: &usize| !numbers[..*i].contains(&numbers[*i]);
             let late = |i: &usize| numbers[..*i].iter().any(|before| *before > numbers[*i]);
@@ -107,7 +107,7 @@ proptest! {
         prop_assert_eq!(report.reordered, arrivals.iter().map(overtaken).sum::<u64>());
     }
 
-    /// A datagram reads as what was written, and as nothing once a byte is gone, added or changed.
+    /// A datagram parses as what was written, and does not parse once a byte is removed, added or changed.
     #[test]
     fn datagrams_are_recognised_and_damage_is_seen(run: u64, number in 0..1u64 << 28, size in 20..2000usize, at: usize) {
         let mut datagram = Vec::new();

@@ -1,11 +1,11 @@
-//! What is deployed to Kubernetes: the plain manifests, the kustomizations and the chart. All of them are valid for the
-//! oldest and the newest API, hold configurations that the daemon accepts, say the same, and ask for no more than it
-//! needs.
+//! The Kubernetes deployment: the plain manifests, the kustomizations and the chart. All of them are valid for the
+//! oldest and the newest API, contain configurations that the daemon accepts, agree with each other, and ask for no
+//! more than the daemon needs.
 //!
-//! - `render`: reads them, by the real helm and kubectl where that takes a program.
-//! - `valid`: against the published schemas.
-//! - `content`: what they say. `examples`: the ones for Vector and MetalLB.
-//! - `guide`: the deployment guide, whose commands and names are real.
+//! - `render`: renders them, with the real helm and kubectl.
+//! - `valid`: validates them against the published schemas.
+//! - `content`: checks their content. `examples`: those for Vector and MetalLB.
+//! - `guide`: the commands and names in the deployment guide.
 
 mod content;
 mod examples;

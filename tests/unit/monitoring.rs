@@ -1,9 +1,9 @@
-//! The alerts and the dashboard against the program: whatever they ask for is exported, under the names and with the
-//! labels and values that it has; alerts fire when they should, and only then; the documents say the same.
+//! The alerts and the dashboard against the program: every series that they query is exported, with the same names,
+//! labels and values; alerts fire when they should, and only then; the documents agree.
 //!
 //! - `promql`: the names in a query.
 //! - `dashboard`: `deploy/grafana/udp-fanout.json`.
-//! - `alerts`: `deploy/prometheus/udp-fanout.rules.yaml`, and what is written of it.
+//! - `alerts`: `deploy/prometheus/udp-fanout.rules.yaml`, and its documentation.
 
 mod alerts;
 mod dashboard;
@@ -23,7 +23,7 @@ fn promtool(arguments: &[&str], file: &Path) -> Output {
         .unwrap()
 }
 
-/// What it printed, to tell why it failed.
+/// Its output, for failure messages.
 fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }

@@ -1,7 +1,7 @@
-//! The Debian package: what is in it, and what installing, upgrading, removing and purging it do. dpkg does that to a
-//! directory that it takes for the root of a system (`dpkg --root`), without root and without touching this machine.
+//! The Debian package: its content, and the effects of install, upgrade, removal and purge. dpkg works on a
+//! directory as the root of a system (`dpkg --root`), without privileges and without changes to the host.
 //! The maintainer scripts find that directory in `DPKG_ROOT`, Debian's own `deb-systemd-helper` as well; systemctl and
-//! deb-systemd-invoke are stand-ins that write down what they are asked to do.
+//! deb-systemd-invoke are stand-ins that record their arguments.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 const BINARY: &str = env!("CARGO_BIN_EXE_udp-fanout");
 const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
 
-/// The package, made from the tested binary, and a later version of it, whose example configuration is another.
+/// The package, made from the tested binary, and a later version of it with another example configuration.
 struct Packages {
     _directory: TempDir,
     first: PathBuf,
@@ -55,7 +55,7 @@ fn inside(package: &Path, file: &str) -> Vec<u8> {
     output.stdout
 }
 
-/// A system that systemd runs on, and nothing else.
+/// A system with nothing but systemd.
 struct System {
     directory: TempDir,
 }
@@ -89,12 +89,12 @@ impl System {
         fs::write(self.path(absolute), text).unwrap();
     }
 
-    /// What dpkg says, on both outputs. Its questions are answered as unattended upgrades do.
+    /// Runs dpkg and returns both outputs. Prompts are answered as by unattended upgrades.
     fn dpkg(&self, arguments: &[&str]) -> String {
         let (stand_ins, path) = (self.directory.path().join("stand-ins"), std::env::var("PATH").unwrap());
         let mut command = Command::new("sh");
         command.args(["-c", r#"exec dpkg "$@" 2>&1"#, "dpkg"]).arg(format!("--root={}", self.path("/").display()));
-        // The packages that this one depends on are this machine's.
+        // The host has the packages that this one depends on.
         command.args([
             "--force-not-root",
             "--force-script-chrootless",
@@ -110,7 +110,7 @@ impl System {
         self.dpkg(&["--install", package.to_str().unwrap()])
     }
 
-    /// What was asked of systemd since the last time.
+    /// The calls of systemd's tools since the last call of this function.
     fn asked(&self) -> Vec<String> {
         let asked = self.directory.path().join("stand-ins/asked");
         let text = fs::read_to_string(&asked).unwrap_or_default();
@@ -122,7 +122,7 @@ impl System {
         self.path(ENABLED).is_symlink()
     }
 
-    /// Whatever bears our name, but for dpkg's own records.
+    /// All files with our name, except dpkg's own records.
     fn ours(&self) -> Vec<String> {
         let all = run(Command::new("find").arg(".").current_dir(self.path("/")));
         let ours = all.lines().filter(|path| path.contains("udp-fanout") && !path.starts_with("./var/lib/dpkg/"));
@@ -172,7 +172,7 @@ fn the_package_holds_what_make_install_installs_where_debian_wants_it() {
     assert_eq!(files, expected);
     let unit = String::from_utf8(inside(package, "/usr/lib/systemd/system/udp-fanout.service")).unwrap();
     assert!(unit.contains("\nExecStart=/usr/bin/udp-fanout run "), "{unit}");
-    // What it makes for the pins of its account is where the example, which says so, has them kept.
+    // The directory that it creates for the service account's pins is the one in the example.
     assert!(unit.contains("'mkdir -p -m 700 /sys/fs/bpf/udp-fanout && "), "{unit}");
     let example = String::from_utf8(inside(package, EXAMPLE)).unwrap();
     assert!(example.contains("\non_exit = \"keep\"\n") && !example.contains("pin_path"), "{example}");
@@ -189,7 +189,7 @@ fn the_package_says_what_it_is_and_what_it_needs() {
     assert_eq!(field("Package"), "udp-fanout");
     assert_eq!(field("Version"), format!("{}-1", env!("CARGO_PKG_VERSION").replace('-', "~")));
     assert_eq!(field("Architecture"), run(Command::new("dpkg").arg("--print-architecture")).trim_end());
-    // The C library and its unwinder, which README.md says is all.
+    // The C library and its unwinder, and nothing else, as README.md says.
     let depends = field("Depends");
     let mut names: Vec<_> = depends.split(", ").map(|one| one.split(' ').next().unwrap()).collect();
     names.sort_unstable();
@@ -199,11 +199,11 @@ fn the_package_says_what_it_is_and_what_it_needs() {
     assert_eq!(info, format!("{EXAMPLE}\n"));
 }
 
-/// What it would find fault with is on purpose, and why stands in `deploy/debian/lintian-overrides`.
+/// `deploy/debian/lintian-overrides` gives the reason for each intended violation.
 #[test]
 fn lintian_finds_no_fault_with_the_package() {
     let mut command = Command::new("lintian");
-    // Tests save the time for compressing.
+    // Tests skip compression to save time.
     let uncompressed = "uses-no-compression-for-control-tarball,uses-no-compression-for-data-tarball";
     command.args(["--fail-on", "error,warning", "--suppress-tags", uncompressed]).arg(&PACKAGES.first);
     assert_eq!(run(&mut command), "");
@@ -220,7 +220,7 @@ fn without_a_configuration_it_is_installed_but_neither_enabled_nor_started() {
     assert!(!system.path(CONFIG).exists());
     run(Command::new(system.path("/usr/bin/udp-fanout")).arg("--version"));
 
-    // An upgrade does not enable what the administrator has not.
+    // An upgrade does not enable a service that the administrator has not enabled.
     system.write(CONFIG, GOOD);
     system.install(&PACKAGES.later);
     assert!(!system.is_enabled());
@@ -245,7 +245,7 @@ fn an_upgrade_restarts_it_and_leaves_every_configuration_alone() {
 
     fs::remove_file(system.path(ENABLED)).unwrap();
     system.install(&PACKAGES.first);
-    assert!(!system.is_enabled(), "what the administrator has disabled stays so");
+    assert!(!system.is_enabled(), "a service that the administrator has disabled stays disabled");
 }
 
 #[test]

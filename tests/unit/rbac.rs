@@ -1,4 +1,4 @@
-//! `udp-fanout rbac`: what it prints is what the manifests have, and what cannot be printed is said.
+//! `udp-fanout rbac`: its output agrees with the manifests, and it reports what it cannot print.
 
 use std::fs;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// Runs `rbac` on a configuration with these further words.
+/// Runs `rbac` on a configuration with these further arguments.
 fn rbac(config: &str, more: &[&str]) -> Output {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.toml");
@@ -37,7 +37,7 @@ fn the_example_needs_what_its_manifest_grants() {
     let is_rbac = |object: &&Value| object["apiVersion"] == "rbac.authorization.k8s.io/v1";
     let granted: Vec<Value> = manifest("rbac.yaml").iter().filter(is_rbac).cloned().collect();
     assert_eq!(printed, granted);
-    // The account that is given the rights is the one that the pods have.
+    // The account that gets the permissions is the pods' account.
     let account = &granted.iter().find(|object| object["kind"] == "RoleBinding").unwrap()["subjects"][0];
     let daemonset = all.iter().find(|object| object["kind"] == "DaemonSet").unwrap();
     assert_eq!(account["name"], daemonset["spec"]["template"]["spec"]["serviceAccountName"]);

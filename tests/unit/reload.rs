@@ -1,4 +1,4 @@
-//! A configuration that changes under the program as anyone may run it, without privileges: in userspace mode, with
+//! Reloads of the program without privileges: in userspace mode, with
 //! receivers from a cluster.
 
 use std::collections::BTreeSet;
@@ -16,7 +16,7 @@ use udp_fanout_lab::cluster::{ready, slice};
 
 use crate::loopback::own_address;
 
-/// How long anything may take before a test fails. Nothing waits that long otherwise.
+/// The timeout of every wait. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(20);
 
 struct Running {
@@ -63,7 +63,7 @@ impl Drop for Running {
     }
 }
 
-/// Sends numbered datagrams and says which of the receivers got them; each must arrive once.
+/// Sends numbered datagrams and returns which of the receivers got them. Each must arrive once.
 fn who_gets(from: &UdpSocket, to: SocketAddr, receivers: &[UdpSocket]) -> Vec<usize> {
     let mut counts = vec![0; receivers.len()];
     for number in 0..30u8 {
@@ -108,7 +108,7 @@ fn a_listener_that_follows_another_service_is_never_without_receivers() {
     let sender = UdpSocket::bind((own_address(), 0)).unwrap();
     assert_eq!(who_gets(&sender, listener, &receivers), [0, 0, 30]);
 
-    // From known receivers to a Service, while the API server does not answer.
+    // From static receivers to a Service, while the API server does not reply.
     server.freeze(true);
     running.reload(&service("old"));
     assert_eq!(who_gets(&sender, listener, &receivers), [0, 0, 30], "those so far, until there are others");
@@ -118,12 +118,12 @@ fn a_listener_that_follows_another_service_is_never_without_receivers() {
     running.reload(&service("new"));
     running.read_log_until("updated userspace downstream set");
     assert_eq!(who_gets(&sender, listener, &receivers), [0, 30, 0]);
-    // Only the Service that is wanted is followed.
+    // Only the Service in use is watched.
     server.wait_for_watches(1);
     running.reload(&fixed);
     assert_eq!(who_gets(&sender, listener, &receivers), [0, 0, 30]);
     server.wait_for_watches(0);
-    // What becomes of the Service is no concern of the listener any more.
+    // Changes of the Service no longer affect the listener.
     server.apply(Kind::EndpointSlice, slice("logging", "new", "new-a", [pod(1)]));
     assert_eq!(who_gets(&sender, listener, &receivers), [0, 0, 30]);
 }

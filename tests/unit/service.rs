@@ -1,4 +1,4 @@
-//! What the program tells a service manager, and how it gets by with the limit of open files it is given: in userspace mode,
+//! Notifications to a service manager, and the limit of open files: in userspace mode,
 //! without privileges.
 
 use std::fs;
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::loopback::own_address;
 
-/// How long anything may take before a test fails. Nothing waits that long otherwise.
+/// The timeout of every wait. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// A service manager with one service.
@@ -62,7 +62,7 @@ impl Manager {
         fs::rename(new, self.config_path()).unwrap();
     }
 
-    /// Starts the program behind the words of another that becomes it.
+    /// Starts the program with a command prefix that executes it.
     fn start(&mut self, config: &str, before: &[&str], environment: &[(&str, &str)]) {
         self.write(config);
         let mut words = before.iter().copied().chain([env!("CARGO_BIN_EXE_udp-fanout")]);
@@ -87,8 +87,8 @@ impl Manager {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
-    /// The next message, as its lines.
-    fn hear(&self) -> Vec<String> {
+    /// The lines of the next message.
+    fn receive(&self) -> Vec<String> {
         let mut message = [0; 4096];
         let length = self.socket.recv(&mut message).unwrap_or_else(|error| panic!("{error}: {}", self.log()));
         str::from_utf8(&message[..length]).unwrap().lines().map(str::to_owned).collect()
@@ -97,16 +97,16 @@ impl Manager {
     /// The next message that is not about the watchdog.
     fn hear_news(&self) -> Vec<String> {
         loop {
-            let lines = self.hear();
+            let lines = self.receive();
             if lines != ["WATCHDOG=1"] {
                 return lines;
             }
         }
     }
 
-    /// The next message, that a reload has begun: when, in microseconds of the monotonic clock.
+    /// The next message, which reports a reload. Returns its time in microseconds of the monotonic clock.
     fn hear_reloading(&self) -> u64 {
-        let [reloading, time] = self.hear().try_into().unwrap();
+        let [reloading, time] = self.receive().try_into().unwrap();
         assert_eq!(reloading, "RELOADING=1");
         time.strip_prefix("MONOTONIC_USEC=").unwrap().parse().unwrap()
     }
@@ -140,8 +140,8 @@ fn the_service_manager_hears_of_start_reload_and_stop() {
     for in_abstract in [false, true] {
         let mut manager = Manager::new(in_abstract);
         manager.start(&manager.config(""), &[], &[]);
-        assert_eq!(manager.hear(), ["READY=1", READY]);
-        // What it says then is so: a datagram is forwarded.
+        assert_eq!(manager.receive(), ["READY=1", READY]);
+        // READY is true: a datagram is forwarded.
         let receiver = UdpSocket::bind((manager.address, 5515)).unwrap();
         receiver.set_read_timeout(Some(LIMIT)).unwrap();
         receiver.send_to(b"x", (manager.address, 5514)).unwrap();
@@ -156,26 +156,26 @@ fn the_service_manager_hears_of_start_reload_and_stop() {
         manager.write(&two);
         manager.signal(Signal::SIGHUP);
         let first = manager.hear_reloading();
-        assert_eq!(manager.hear(), ["READY=1", "STATUS=2 listeners in userspace, 3 downstreams"]);
+        assert_eq!(manager.receive(), ["READY=1", "STATUS=2 listeners in userspace, 3 downstreams"]);
 
-        // One that is refused ends as well, and the status says what is wrong.
+        // A refused reload ends as well, and the status says what is wrong.
         manager.write("listeners = 3\n");
         manager.signal(Signal::SIGHUP);
         let second = manager.hear_reloading();
         assert!(first < second);
-        let [ready, status] = manager.hear().try_into().unwrap();
+        let [ready, status] = manager.receive().try_into().unwrap();
         assert_eq!(ready, "READY=1");
         let expected = "STATUS=2 listeners in userspace, 3 downstreams; 1 problem: the configuration file has changed and \
                         cannot be put in force: ";
         assert!(status.starts_with(expected), "{status}");
-        // And so does one in which nothing is new.
+        // And so does one without a change.
         manager.write(&two);
         manager.signal(Signal::SIGHUP);
         manager.hear_reloading();
-        assert_eq!(manager.hear(), ["READY=1", "STATUS=2 listeners in userspace, 3 downstreams"]);
+        assert_eq!(manager.receive(), ["READY=1", "STATUS=2 listeners in userspace, 3 downstreams"]);
 
         manager.signal(Signal::SIGTERM);
-        assert_eq!(manager.hear()[0], "STOPPING=1");
+        assert_eq!(manager.receive()[0], "STOPPING=1");
         assert!(manager.wait().success(), "{}", manager.log());
     }
 }
@@ -185,34 +185,34 @@ fn a_change_of_the_file_is_a_reload_too_and_health_is_part_of_the_status() {
     let mut manager = Manager::new(false);
     let watched = manager.config("").replace("watch_config = false\n", "");
     manager.start(&watched, &[], &[]);
-    assert_eq!(manager.hear(), ["READY=1", READY]);
-    // Nobody listens there.
+    assert_eq!(manager.receive(), ["READY=1", READY]);
+    // Nothing listens there.
     let health = "[health]\nenabled = true\ninterval_secs = 0.2\ntimeout_secs = 0.2\nprotocol = \"tcp\"\nport = 9\n";
     manager.write(&format!("{watched}{health}"));
     manager.hear_reloading();
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
     let problem = "listener \"a\": all downstreams fail their health checks: still sending to all of them, since fail_open = true";
-    assert_eq!(manager.hear(), [format!("{READY} (1 unhealthy); 1 problem: {problem}")]);
+    assert_eq!(manager.receive(), [format!("{READY} (1 unhealthy); 1 problem: {problem}")]);
 }
 
 #[test]
 fn the_watchdog_is_fed_while_the_loop_turns_and_not_before_it_does() {
     let mut manager = Manager::new(false);
     manager.start(&manager.config(""), &[], &[("WATCHDOG_USEC", "60000")]);
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
     for _ in 0..10 {
-        assert_eq!(manager.hear(), ["WATCHDOG=1"]);
+        assert_eq!(manager.receive(), ["WATCHDOG=1"]);
     }
     manager.signal(Signal::SIGTERM);
     assert_eq!(manager.hear_news()[0], "STOPPING=1");
     assert!(manager.wait().success(), "{}", manager.log());
 
-    // A watchdog that is another process's is none of ours.
+    // A watchdog of another process is ignored.
     let mut manager = Manager::new(false);
     manager.start(&manager.config(""), &[], &[("WATCHDOG_USEC", "1000"), ("WATCHDOG_PID", "1")]);
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
     manager.signal(Signal::SIGTERM);
-    assert_eq!(manager.hear()[0], "STOPPING=1");
+    assert_eq!(manager.receive()[0], "STOPPING=1");
 }
 
 #[test]
@@ -251,16 +251,16 @@ fn a_manager_that_is_there_later_hears_all_the_same() {
     }
     manager.socket = UnixDatagram::bind(late).unwrap();
     manager.socket.set_read_timeout(Some(LIMIT)).unwrap();
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
 }
 
 #[test]
 fn the_limit_of_open_files_is_raised_to_what_the_workers_need() {
     let mut manager = Manager::new(false);
-    // 256 and 10 for each worker, and what the health checks may take.
+    // 256, 10 for each worker, and the health checks' maximum.
     let config = manager.config("settings.workers = 40");
     manager.start(&config, &["prlimit", "--nofile=100:20000"], &[]);
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
     let (soft, hard) = manager.open_files();
     assert_eq!((soft, hard), (256 + 400 + 16_384, 20_000));
     let open = fs::read_dir(format!("/proc/{}/fd", manager.pid())).unwrap().count();
@@ -272,11 +272,11 @@ fn the_limit_of_open_files_is_raised_to_what_the_workers_need() {
 fn a_limit_of_open_files_that_is_too_low_is_warned_about() {
     let mut manager = Manager::new(false);
     let config = manager.config("settings.workers = 4");
-    // Also where root runs the tests, it is not to raise the hard limit.
+    // The program must not raise the hard limit, even when root runs the tests.
     let root = nix::unistd::geteuid().is_root();
     let before = ["prlimit", "--nofile=100:200", "setpriv", "--bounding-set=-sys_resource"];
     manager.start(&config, if root { &before } else { &before[..2] }, &[]);
-    assert_eq!(manager.hear(), ["READY=1", READY]);
+    assert_eq!(manager.receive(), ["READY=1", READY]);
     assert_eq!(manager.open_files(), (200, 200));
     let log = manager.log();
     let expected = "the limit of open files is 200, and the listeners' workers may need 296, so that sockets may be missing; \

@@ -1,8 +1,8 @@
-//! The userspace datapath as its owner sees it: plans in, datagrams through, counters out. Everything on loopback, or in
+//! The userspace datapath through its public API: plans, datagrams, counters. Everything on loopback, or in
 //! network namespaces that the tests make themselves (`netns_*`, which need root).
 
 mod admission;
-mod joined;
+mod gro;
 mod policies;
 mod replicate;
 
@@ -78,7 +78,7 @@ fn datagrams_longer_than_the_limit_are_counted_and_never_forwarded_cut() {
     while flow.arrived() < 2 {
         flow.receive();
     }
-    until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 4);
+    until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 4);
     flow.collect();
     assert_eq!(flow.seen.keys().copied().collect::<Vec<_>>(), [1, 3]);
     let totals = final_counters(&mut datapath).listeners[&ID];
@@ -101,14 +101,14 @@ fn empty_datagrams_are_forwarded_too() {
 #[test]
 fn without_downstreams_datagrams_are_dropped_and_counted() {
     let mut flow = Flow::new("127.0.0.1", 1);
-    let nobody = listener(0, "syslog", LOCALHOST, &[]);
-    let mut datapath = serving(&[&nobody]);
+    let without_downstreams = listener(0, "syslog", LOCALHOST, &[]);
+    let mut datapath = serving(&[&without_downstreams]);
     let to = datapath.local_address(ID).unwrap();
     for _ in 0..10 {
         flow.send_one(to, 100);
     }
-    until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 10);
-    // Somebody comes.
+    until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 10);
+    // A downstream is added.
     datapath.apply(&plan(&[&listener(0, "syslog", LOCALHOST, &flow.receivers())])).unwrap();
     flow.run(to, 100, 1);
     let totals = final_counters(&mut datapath).listeners[&ID];
@@ -119,18 +119,18 @@ fn without_downstreams_datagrams_are_dropped_and_counted() {
 #[test]
 fn a_closed_port_costs_only_its_own_datagrams() {
     let mut flow = Flow::new("127.0.0.1", 1);
-    // Bound and closed again by the sink that nobody holds: a port of ours, and nothing listens there.
+    // The temporary sink has bound and closed this port, so nothing listens there.
     let closed = UdpSocket::bind("127.0.0.2:0").unwrap().local_addr().unwrap();
     let downstreams = [(closed, 1), flow.receivers()[0], (closed_port(), 1)];
     let mut datapath = serving(&[&listener(0, "syslog", LOCALHOST, &downstreams)]);
     flow.run(datapath.local_address(ID).unwrap(), 3000, 3);
-    until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 3000);
+    until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 3000);
     let counters = final_counters(&mut datapath);
     let totals = counters.listeners[&ID];
     let refused = totals.dropped.get(DropReason::Refused);
     assert_eq!(flow.per_receiver(), [1000]);
     assert_eq!(counters.downstreams[&(ID, flow.receivers()[0].0)].packets, 1000);
-    // A refusal that was still on its way at the end leaves its datagram counted as forwarded; each worker may have some.
+    // A datagram whose ICMP error is still in flight at the end counts as forwarded; each worker may have some.
     assert!(refused > 1000 && refused <= 2000, "{totals:?}");
     assert_eq!((totals.packets_received, totals.packets_forwarded + refused), (3000, 3000));
 }
@@ -147,7 +147,7 @@ fn a_send_that_is_not_permitted_costs_only_its_own_datagrams() {
     let downstreams = [flow.receivers()[0], (broadcast, 1)];
     let mut datapath = serving(&[&listener(0, "syslog", LOCALHOST, &downstreams)]);
     flow.run(datapath.local_address(ID).unwrap(), 1000, 2);
-    until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 1000);
+    until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 1000);
     let totals = final_counters(&mut datapath).listeners[&ID];
     let failed = totals.dropped.get(DropReason::SendFailed) + totals.dropped.get(DropReason::Unreachable);
     assert_eq!((totals.packets_forwarded, failed), (500, 500));
@@ -169,7 +169,7 @@ fn tables_swapped_while_datagrams_flow_lose_and_duplicate_nothing() {
     let mut last = datapath.counters().unwrap().listeners[&ID];
     for n in 0..1000 {
         let table = &tables[n % tables.len()];
-        // Some are on their way when the table changes.
+        // Some are in flight when the table changes.
         for _ in 0..10 {
             flow.send_one(to, 64);
         }
@@ -271,7 +271,7 @@ fn a_full_receive_queue_is_accounted_for_to_the_last_datagram() {
     for _ in 0..20_000 {
         sender.send_to(&[1; 100], to).unwrap();
     }
-    // Neither lost nor counted twice, however many the worker was in time for.
+    // Neither lost nor counted twice, however many the worker had handled in time.
     until("all are accounted for", || datapath.counters().unwrap().listeners[&ID].packets_received == 20_000);
     let totals = final_counters(&mut datapath).listeners[&ID];
     assert_eq!(totals.packets_forwarded + totals.dropped.get(DropReason::ReceiveQueueFull), 20_000);
@@ -312,7 +312,7 @@ fn ipv6_wildcards_leave_ipv4_to_others_and_refusals_are_attributed() {
     // An address that nothing else here uses.
     UdpSocket::bind(("127.0.0.4", port)).unwrap();
     flow.run(SocketAddr::new("::1".parse().unwrap(), port), 300, 3);
-    until("all are taken", || datapath.counters().unwrap().listeners[&ID].packets_received == 300);
+    until("all are received", || datapath.counters().unwrap().listeners[&ID].packets_received == 300);
     let totals = final_counters(&mut datapath).listeners[&ID];
     let refused = totals.dropped.get(DropReason::Refused);
     assert_eq!(flow.per_receiver(), [100]);
@@ -386,7 +386,7 @@ fn a_listener_moves_to_an_overlapping_address_and_keeps_its_counts() {
         assert_eq!(datapath.local_address(ID), Some(bind.parse().unwrap()));
         flow.run(to, 10, 1);
     }
-    // An address that cannot be had leaves it where it is.
+    // If the new address cannot be bound, the listener keeps the old one.
     let nowhere = listener(0, "syslog", "192.0.2.1:5514", &flow.receivers());
     let error = format!("{:#}", datapath.apply(&plan(&[&nowhere])).unwrap_err());
     assert!(error.contains("cannot bind 192.0.2.1:5514"), "{error}");

@@ -1,9 +1,9 @@
-//! The wall clock jumps, so only text for people may come from it.
+//! The wall clock jumps, so only text for people may use it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where the wall clock is read: for people to look at, and for nothing else.
+/// The places that read the wall clock, only for text that people read.
 const FOR_PEOPLE: [&str; 6] = [
     "src/event_loop.rs",
     "src/event_loop/reload.rs",
@@ -13,7 +13,7 @@ const FOR_PEOPLE: [&str; 6] = [
     "src/metrics/snapshot.rs",
 ];
 
-/// What reads the wall clock, or one that goes on while the machine sleeps, in user space and in the kernel program.
+/// Calls that read the wall clock, or a clock that includes suspend, in user space and in the kernel program.
 const WALL_CLOCKS: [&str; 8] = [
     "SystemTime",
     "CLOCK_REALTIME",

@@ -1,5 +1,5 @@
-//! The program among TCX programs: before or behind others, gone with its daemon, and from one hook to the other without
-//! losing a datagram or taking one twice.
+//! The program among TCX programs: before or after others, removed with its daemon, and moved between hooks without
+//! losing a datagram or processing one twice.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use libbpf_rs::{TC_INGRESS, TcHookBuilder, libbpf_sys};
 use nix::sys::signal::Signal;
 use udp_fanout::testing::host::programs::{self, Hook};
 
-use super::books::{Books, audit, binary, filters, start};
+use super::counters::{PacketCounts, binary, check_counters, filters, start};
 use super::filters::{Other, exchange};
 use super::packets::widen_ingress;
 use udp_fanout_lab::INGRESS;
@@ -28,7 +28,7 @@ fn config(lab: &Lab, head: &str) -> DaemonConfig {
     config
 }
 
-/// Ids of the TCX programs on the way in, in the order they run.
+/// IDs of the ingress TCX programs, in the order they run.
 fn chain_ids(lab: &Lab) -> Vec<u32> {
     let index = lab.gateway.link(INGRESS).unwrap().index;
     lab.gateway.run(|| Ok(programs::list(index, Hook::TcxIngress)?)).unwrap()
@@ -44,7 +44,7 @@ fn attach_other(lab: &Lab, name: &std::ffi::CStr) -> Other {
     other
 }
 
-fn ahead(daemon: &Daemon, lab: &Lab) -> u64 {
+fn preceding_programs(daemon: &Daemon, lab: &Lab) -> u64 {
     daemon.metrics(&lab.gateway).unwrap().sum("udp_fanout_programs_ahead", &[("interface", INGRESS)])
 }
 
@@ -57,7 +57,7 @@ fn netns_a_tcx_program_delivers_and_goes_with_the_daemon_however_that_ends() {
             assert_eq!(chain(&lab), ["udp_fanout"]);
             assert!(filters(&lab.gateway, INGRESS).is_empty());
             exchange(&lab, 400);
-            audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+            check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
             if killed {
                 daemon.signal(Signal::SIGKILL).unwrap();
                 daemon.wait().unwrap();
@@ -77,7 +77,7 @@ fn netns_where_the_kernel_has_no_tcx_a_filter_serves_or_the_start_says_so() {
     let daemon = Daemon::start_behind(&lab.gateway, &old, binary(), &config(&lab, "attach = \"auto\"")).unwrap();
     assert_eq!((chain(&lab).len(), filters(&lab.gateway, INGRESS).len()), (0, 1));
     exchange(&lab, 400);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
     daemon.stop().unwrap();
 
     let text = config(&lab, TCX).to_toml();
@@ -93,9 +93,9 @@ fn netns_a_tcx_program_is_where_it_is_wanted_and_says_who_is_before_it() {
     let _other = attach_other(&lab, c"other_tcx");
     let mut daemon = start(&lab, &config(&lab, TCX));
     assert_eq!(chain(&lab), ["udp_fanout", "other_tcx"]);
-    assert_eq!(ahead(&daemon, &lab), 0);
+    assert_eq!(preceding_programs(&daemon, &lab), 0);
     exchange(&lab, 200);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(200)), PacketCounts::NOTHING);
 
     let warning = "interface eth0: the TCX program other_tcx (program ";
     assert!(!daemon.log().contains(warning));
@@ -103,12 +103,12 @@ fn netns_a_tcx_program_is_where_it_is_wanted_and_says_who_is_before_it() {
     assert_eq!(chain(&lab), ["other_tcx", "udp_fanout"]);
     assert!(filters(&lab.gateway, INGRESS).is_empty());
     daemon.wait_for_logged(warning).unwrap();
-    assert_eq!(ahead(&daemon, &lab), 1);
+    assert_eq!(preceding_programs(&daemon, &lab), 1);
     exchange(&lab, 200);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
-    // And back: a list takes a program only once, so it has to be off it for a moment.
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
+    // And back. A hook holds a program only once, so it is detached for a moment.
     daemon.reload(&config(&lab, TCX).to_toml()).unwrap();
-    assert_eq!((chain(&lab), ahead(&daemon, &lab)), (vec!["udp_fanout".into(), "other_tcx".into()], 0));
+    assert_eq!((chain(&lab), preceding_programs(&daemon, &lab)), (vec!["udp_fanout".into(), "other_tcx".into()], 0));
 }
 
 #[test]
@@ -120,11 +120,11 @@ fn netns_who_comes_before_our_filter_is_warned_of_whenever_it_comes() {
     let mut daemon = start(&lab, &config(&lab, ""));
     daemon.wait_for_logged("interface eth0: the TCX program other_tcx (program ").unwrap();
     daemon.wait_for_logged("interface eth0: the filter other_first (bpf) at pref 10 sees packets before").unwrap();
-    assert_eq!(ahead(&daemon, &lab), 2);
+    assert_eq!(preceding_programs(&daemon, &lab), 2);
     let _later = attach_other(&lab, c"other_later");
-    // It is looked for every few seconds.
+    // The daemon lists other programs every few seconds.
     daemon.wait_for_logged("interface eth0: the TCX program other_later (program ").unwrap();
-    assert_eq!(ahead(&daemon, &lab), 3);
+    assert_eq!(preceding_programs(&daemon, &lab), 3);
     exchange(&lab, 200);
 }
 
@@ -138,17 +138,17 @@ fn netns_a_filter_left_by_a_killed_daemon_goes_when_a_tcx_program_takes_its_plac
     let daemon = start(&lab, &config(&lab, TCX));
     assert!(filters(&lab.gateway, INGRESS).is_empty());
     exchange(&lab, 400);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
 }
 
 #[test]
 fn netns_a_tcx_program_taken_off_is_put_back() {
     let lab = lab();
     let mut daemon = start(&lab, &config(&lab, TCX));
-    let links = super::books::bpftool(&["link", "list"]);
+    let links = super::counters::bpftool(&["link", "list"]);
     let [ours] = chain_ids(&lab)[..] else { panic!("one program") };
     let link = links.as_array().unwrap().iter().find(|link| link["prog_id"] == ours).unwrap();
-    super::books::bpftool(&["link", "detach", "id", &link["id"].to_string()]);
+    super::counters::bpftool(&["link", "detach", "id", &link["id"].to_string()]);
     assert!(chain(&lab).is_empty());
     exchange(&lab, 200);
     daemon.wait_for_line("removed by another program; attaching it again").unwrap();
@@ -157,7 +157,7 @@ fn netns_a_tcx_program_taken_off_is_put_back() {
     exchange(&lab, 200);
 }
 
-/// While it hangs on both hooks, what the first leaves to the stack comes by the second.
+/// While the program is on both hooks, the second one sees what the first passes to the stack.
 #[test]
 fn netns_on_both_hooks_each_datagram_is_taken_once() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod, Place::GatewayHost]).build().unwrap();
@@ -167,7 +167,7 @@ fn netns_on_both_hooks_each_datagram_is_taken_once() {
     // SAFETY: takes a number, touches no memory of ours.
     let fd = unsafe { libbpf_sys::bpf_prog_get_fd_by_id(chain_ids(&lab)[0]) };
     assert!(fd >= 0);
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     let program = unsafe { OwnedFd::from_raw_fd(fd) };
     libbpf_rs::set_print(None);
     let attach = || {
@@ -179,7 +179,7 @@ fn netns_on_both_hooks_each_datagram_is_taken_once() {
     };
     lab.gateway.run(attach).unwrap();
     exchange(&lab, 300);
-    // Too long for the way out, and longer than the way in: left to the stack, whole and in fragments.
+    // Longer than the egress MTU, and longer than the ingress MTU: passed to the stack, whole and in fragments.
     // No more of them in flight than the socket's buffer holds.
     for (bytes, window) in [(2_000, 6), (20_000, 2)] {
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
@@ -190,8 +190,8 @@ fn netns_on_both_hooks_each_datagram_is_taken_once() {
     }
     let page = daemon.metrics(&lab.gateway).unwrap();
     assert_eq!(page.sum("udp_fanout_fragments_stray_total", &[]), 0);
-    let kernel = Books { received: 360, forwarded: 320, dropped: 0, passed: 40 };
-    audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(40));
+    let kernel = PacketCounts { received: 360, forwarded: 320, dropped: 0, passed: 40 };
+    check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(40));
 }
 
 #[test]
@@ -209,14 +209,14 @@ fn netns_from_hook_to_hook_nothing_is_lost_or_taken_twice() {
                 sender.send(600, &collectors).unwrap();
             }
         });
-        let ways = [
+        let attachments = [
             TCX,
             "attach = \"tcx\"\ntcx_order = \"last\"",
             "attach = \"clsact\"",
             "tcx_order = \"last\"\nattach = \"auto\"",
             "",
         ];
-        for head in ways.iter().cycle().take(20) {
+        for head in attachments.iter().cycle().take(20) {
             daemon.reload(&config(&lab, head).to_toml()).unwrap();
         }
         done.store(true, Ordering::SeqCst);
@@ -225,6 +225,6 @@ fn netns_from_hook_to_hook_nothing_is_lost_or_taken_twice() {
     let report = collectors.finish(&[&sender]).unwrap();
     assert!(report.is_perfect(), "{report}");
     assert_eq!(report.counts(), vec![sender.sent() / 3; 3], "{report}");
-    // All of it by the kernel program, at one hook or the other.
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(sender.sent())), Books::NOTHING);
+    // The kernel program forwards all of it, at one hook or the other.
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sender.sent())), PacketCounts::NOTHING);
 }

@@ -1,9 +1,9 @@
-//! Neighbours, interfaces, addresses and routes that change under the daemon's feet.
+//! Neighbours, interfaces, addresses and routes that change while the daemon runs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::books::{Books, audit, start};
+use super::counters::{PacketCounts, check_counters, start};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::netns::{End, connect};
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender, scrape};
@@ -19,7 +19,8 @@ fn netns_nothing_is_lost_while_neighbours_are_resolved() {
             let mut sender = Sender::in_lab(&lab).unwrap();
             for _ in 0..2 {
                 lab.gateway.ip("neigh flush all").unwrap();
-                // For each neighbour fewer than the kernel holds while it asks: unres_qlen_bytes, at least 64 KiB.
+                // Fewer for each neighbour than the kernel queues while it resolves it: unres_qlen_bytes, at least 64
+                // KiB.
                 sender.burst(4 * 25, &collectors).unwrap();
                 assert!(collectors.wait_for(sender.sent(), udp_fanout_lab::traffic::PATIENCE));
             }
@@ -27,22 +28,24 @@ fn netns_nothing_is_lost_while_neighbours_are_resolved() {
             assert!(report.is_complete(), "{mode}: {report}");
             assert_eq!(report.counts(), [50; 4], "{mode}: {report}");
             match mode {
-                "tc_ebpf" => audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::NOTHING),
-                _ => audit(&daemon, &lab.gateway, None, Books::forwarded(200)),
+                "tc_ebpf" => {
+                    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(200)), PacketCounts::NOTHING)
+                }
+                _ => check_counters(&daemon, &lab.gateway, None, PacketCounts::forwarded(200)),
             }
             daemon.stop().unwrap();
         }
     }
 }
 
-/// The answer of the readiness probe.
+/// The HTTP status of the readiness probe.
 fn ready(lab: &Lab) -> u16 {
     scrape::get(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), "/readyz").unwrap().status
 }
 
 #[test]
 fn netns_an_interface_that_comes_back_is_served_again() {
-    // Here also by TCX, where the kernel has it.
+    // Also with TCX, where the kernel has it.
     for (bind, attach) in [("10.0.0.1:5514", "clsact"), ("0.0.0.0:5514", "clsact"), ("10.0.0.1:5514", "auto")] {
         let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
         let mut config = DaemonConfig::for_lab(&lab, "tc_ebpf");
@@ -69,7 +72,7 @@ fn netns_an_interface_that_comes_back_is_served_again() {
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_perfect(), "{report}");
         assert_eq!(report.counts(), [400; 2]);
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(800)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(800)), PacketCounts::NOTHING);
         let (status, _, log) = daemon.stop().unwrap();
         assert!(status.success(), "{log}");
     }
@@ -86,7 +89,7 @@ fn netns_a_pod_that_comes_back_gets_its_share_again() {
     lab.gateway.ip("link del pod1").unwrap();
     daemon.wait_for_line("no route to downstream 10.244.0.10:5514").unwrap();
     daemon.wait_for_line("updated tc_ebpf downstream set listener_id=0 endpoints=2").unwrap();
-    // Its turns are dropped, and nobody else's.
+    // Its datagrams are dropped, and no others.
     let mut meanwhile = Sender::in_lab(&lab).unwrap();
     meanwhile.burst(10, &collectors).unwrap();
     assert!(collectors.wait_for(105, udp_fanout_lab::traffic::PATIENCE));
@@ -109,8 +112,8 @@ fn netns_a_pod_that_comes_back_gets_its_share_again() {
     let report = collectors.finish(&[&sender, &meanwhile]).unwrap();
     assert_eq!((report.lost, report.duplicated, report.unexpected), (5, 0, 0), "{report}");
     assert_eq!(report.counts(), [100, 105], "{report}");
-    let kernel = Books { received: 210, forwarded: 205, dropped: 5, passed: 0 };
-    audit(&daemon, &lab.gateway, Some(kernel), Books::NOTHING);
+    let kernel = PacketCounts { received: 210, forwarded: 205, dropped: 5, passed: 0 };
+    check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::NOTHING);
     let page = daemon.metrics(&lab.gateway).unwrap();
     assert_eq!(page.sum("udp_fanout_packets_dropped_total", &[("mode", "tc_ebpf"), ("reason", "no_route")]), 5);
 }
@@ -124,7 +127,7 @@ fn netns_an_address_that_is_added_is_the_listeners_too() {
     lab.gateway.ip(&format!("address add 10.0.0.77/24 dev {INGRESS}")).unwrap();
     let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::open(&lab.sender, (lab.sender_address(), 0), "10.0.0.77:5514".parse().unwrap()).unwrap();
-    // The socket has the address at once; the kernel program as soon as the daemon has heard of it.
+    // The socket serves the address at once, the kernel program once netlink has notified the daemon.
     let by_kernel = || {
         let labels = [("mode", "tc_ebpf")];
         daemon.metrics(&lab.gateway).unwrap().sum("udp_fanout_packets_forwarded_total", &labels)
@@ -137,10 +140,10 @@ fn netns_an_address_that_is_added_is_the_listeners_too() {
     let by_kernel = sender.sent() - by_socket;
     let report = collectors.finish(&[&sender]).unwrap();
     assert!(report.is_complete(), "{report}");
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(by_kernel)), Books::forwarded(by_socket));
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(by_kernel)), PacketCounts::forwarded(by_socket));
 }
 
-/// Packets that have left by a device.
+/// Packets that a device has sent.
 pub fn sent_by(namespace: &Namespace, device: &str) -> u64 {
     let text = namespace.tool("cat", "/proc/thread-self/net/dev").unwrap();
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:"))).unwrap();
@@ -150,7 +153,7 @@ pub fn sent_by(namespace: &Namespace, device: &str) -> u64 {
 #[test]
 fn netns_datagrams_follow_a_route_that_moves() {
     for ip_forward in [false, true] {
-        // Two cables to one receiver, whose own address is behind either.
+        // Two links to one receiver, which has the same address behind each.
         let lab = Lab::builder().receiver(Place::OtherInterface).ip_forward(ip_forward).build().unwrap();
         let receiver = lab.namespace_of(&lab.sites[0]);
         connect(
@@ -163,7 +166,7 @@ fn netns_datagrams_follow_a_route_that_moves() {
             receiver.sysctl(&format!("net.ipv4.conf.{device}.rp_filter"), "2").unwrap();
         }
         for device in ["out1", "out2"] {
-            // What waits in a queue is not handed past the cable, which counts.
+            // With a queue, packets do not bypass the link, so the link counts them.
             lab.gateway.tc(&format!("qdisc add dev {device} root tbf rate 1gbit burst 1mb latency 1s")).unwrap();
         }
         let routes =
@@ -187,7 +190,7 @@ fn netns_datagrams_follow_a_route_that_moves() {
             });
             for n in 1..=6 {
                 lab.gateway.ip(&routes[n % 2]).unwrap();
-                // Written once the new next hop is in force.
+                // Logged once the new next hop is in force.
                 daemon.wait_for_line(updated).unwrap();
             }
             stop.store(true, Ordering::Relaxed);
@@ -200,6 +203,6 @@ fn netns_datagrams_follow_a_route_that_moves() {
         let sent = sender.sent();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(sent)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sent)), PacketCounts::NOTHING);
     }
 }

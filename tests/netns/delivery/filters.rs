@@ -1,5 +1,5 @@
-//! Our filter among others on the same interface: theirs are left alone, ours is found again, and there is one daemon
-//! to an interface.
+//! Our filter among others on the same interface: theirs stay unchanged, ours is found again, and there is one daemon
+//! per interface.
 
 use std::ffi::CStr;
 use std::io;
@@ -10,12 +10,12 @@ use anyhow::Context;
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHookBuilder, libbpf_sys};
 use nix::sys::signal::Signal;
 
-use super::books::{Books, audit, binary, bpftool, filters, start};
+use super::counters::{PacketCounts, binary, bpftool, check_counters, filters, start};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::traffic::bind;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
-/// A TC program of somebody else's that lets every packet go on to the next filter.
+/// A foreign TC program that passes every packet to the next filter.
 pub struct Other {
     program: OwnedFd,
     link: Option<OwnedFd>,
@@ -41,11 +41,11 @@ impl Other {
             )
         };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
-        // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+        // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
         Other { program: unsafe { OwnedFd::from_raw_fd(fd) }, link: None }
     }
 
-    /// Attaches it as a TCX program, behind those that are there, until it is dropped.
+    /// Attaches it as the last TCX program, until it is dropped.
     pub fn attach_tcx(&mut self, namespace: &Namespace, device: &str, hook: libbpf_sys::bpf_attach_type) {
         let index = i32::try_from(namespace.link(device).unwrap().index).unwrap();
         let program = self.program.as_raw_fd();
@@ -53,7 +53,7 @@ impl Other {
             // SAFETY: takes numbers; libbpf accepts null for options.
             let fd = unsafe { libbpf_sys::bpf_link_create(program, index, hook, std::ptr::null()) };
             anyhow::ensure!(fd >= 0, "cannot attach: {}", io::Error::from_raw_os_error(-fd));
-            // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+            // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
             Ok(unsafe { OwnedFd::from_raw_fd(fd) })
         };
         self.link = Some(namespace.run(attach).unwrap());
@@ -61,7 +61,7 @@ impl Other {
 
     pub fn attach(&self, namespace: &Namespace, hook: TcAttachPoint, (priority, handle): (u32, u32)) {
         let index = i32::try_from(namespace.link(INGRESS).unwrap().index).unwrap();
-        // That there is a clsact already is no news.
+        // Silences the message of libbpf about an existing clsact.
         libbpf_rs::set_print(None);
         let attached = namespace.run(|| {
             let mut builder = TcHookBuilder::new(self.program.as_fd());
@@ -72,14 +72,14 @@ impl Other {
         attached.unwrap();
     }
 
-    /// How often it has run, while `_stats` is held.
+    /// The number of its runs while `_stats` is held.
     fn runs(&self, _stats: &Stats) -> u64 {
         let id = libbpf_rs::Program::id_from_fd(self.program.as_fd()).unwrap().to_string();
         bpftool(&["prog", "show", "id", &id])["run_cnt"].as_u64().unwrap_or(0)
     }
 }
 
-/// The kernel counts runs of programs as long as this is held.
+/// Enables the kernel's run counters of BPF programs while it is held.
 struct Stats {
     _handle: OwnedFd,
 }
@@ -89,12 +89,12 @@ impl Stats {
         // SAFETY: takes a number, touches no memory of ours.
         let fd = unsafe { libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
-        // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+        // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
         Stats { _handle: unsafe { OwnedFd::from_raw_fd(fd) } }
     }
 }
 
-/// Sends so many datagrams to the listener, of which each receiver must get the same share.
+/// Sends `count` datagrams to the listener. Each receiver must get the same share.
 pub fn exchange(lab: &Lab, count: u64) {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -104,7 +104,7 @@ pub fn exchange(lab: &Lab, count: u64) {
     assert_eq!(report.counts(), vec![count / lab.sites.len() as u64; lab.sites.len()], "{report}");
 }
 
-/// The one filter of ours among these.
+/// The only filter of the daemon among these.
 fn ours(filters: &[String]) -> &str {
     let mut ours = filters.iter().filter(|line| line.contains("udp_fanout"));
     let line = ours.next().expect("our filter is there");
@@ -114,14 +114,14 @@ fn ours(filters: &[String]) -> &str {
     line
 }
 
-/// What `bpftool map dump name STATS` prints: of every map of that name on this machine, whose ever.
+/// What `bpftool map dump name STATS` prints: every map of that name on this machine.
 fn dump_by_name() -> String {
     loop {
         let mut command = Command::new("bpftool");
         let output =
             command.args(["map", "dump", "name", "STATS"]).output().expect("bpftool runs (Debian package bpftool)");
         let complaint = String::from_utf8_lossy(&output.stderr);
-        // Somebody else's map went while bpftool was looking through all there are.
+        // A foreign map was removed while bpftool listed all maps.
         if complaint.contains("can't get map by id") {
             continue;
         }
@@ -167,10 +167,10 @@ fn netns_filters_of_others_survive_start_stop_kill_and_restart() {
     assert_eq!(without_ours(), theirs);
     let stats = Stats::enable();
     exchange(&lab, 400);
-    // Whatever else came in, such as ARP, has run both; the listener's datagrams have not reached the last.
+    // Foreign packets, such as ARP, have run both; the listener's datagrams have not reached the last filter.
     let (runs, rest) = (first.runs(&stats), last.runs(&stats));
     assert!(runs >= 400 && rest <= runs - 400, "{runs} packets came in, {rest} of them reached the last filter");
-    // What is not the listener's does reach it.
+    // Foreign traffic does reach it.
     let stranger = bind(&lab.gateway, "10.0.0.1:7".parse().unwrap()).unwrap();
     let sender = bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
     for _ in 0..10 {
@@ -178,9 +178,9 @@ fn netns_filters_of_others_survive_start_stop_kill_and_restart() {
         stranger.recv(&mut [0; 32]).unwrap();
     }
     assert!(last.runs(&stats) >= rest + 10);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
 
-    // Killed, it leaves its filter behind, which goes on by itself until the next daemon takes its place.
+    // A killed daemon leaves its filter, which forwards until the next daemon replaces it.
     daemon.signal(Signal::SIGKILL).unwrap();
     let mut daemon = daemon;
     daemon.wait().unwrap();
@@ -190,7 +190,7 @@ fn netns_filters_of_others_survive_start_stop_kill_and_restart() {
     assert_ne!(ours(&filters(&lab.gateway, INGRESS)), before);
     assert_eq!(without_ours(), theirs);
     exchange(&lab, 400);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
 
     let (status, _, log) = daemon.stop().unwrap();
     assert!(status.success(), "{log}");
@@ -208,7 +208,7 @@ fn netns_what_a_killed_daemon_has_left_is_removed_by_one_that_does_not_take_its_
         killed.wait().unwrap();
         ours(&filters(&lab.gateway, INGRESS));
 
-        // Without the kernel program, and with it on another interface: either way all goes through the socket.
+        // Without the kernel program, and with it on another interface. In both cases the socket forwards everything.
         let mut config = DaemonConfig::for_lab(&lab, if interfaces.is_some() { "tc_ebpf" } else { "userspace" });
         config.listeners[0].interface = interfaces.map(str::to_owned);
         let mut daemon = start(&lab, &config);
@@ -220,7 +220,7 @@ fn netns_what_a_killed_daemon_has_left_is_removed_by_one_that_does_not_take_its_
         sender.send(400, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{report}");
-        audit(&daemon, &lab.gateway, interfaces.map(|_| Books::NOTHING), Books::forwarded(400));
+        check_counters(&daemon, &lab.gateway, interfaces.map(|_| PacketCounts::NOTHING), PacketCounts::forwarded(400));
         daemon.stop().unwrap();
     }
 }
@@ -242,7 +242,7 @@ fn netns_a_second_daemon_on_an_interface_is_refused() {
     assert!(second.log().lines().any(|line| line.contains("ERROR") && line.contains(refusal)), "{}", second.log());
     assert_eq!(filters(&lab.gateway, INGRESS), before);
     exchange(&lab, 400);
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn netns_a_filter_taken_off_is_put_back() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     let mut daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
     lab.gateway.tc(&format!("qdisc del dev {INGRESS} clsact")).unwrap();
-    // Until that is noticed, the socket forwards.
+    // Until the daemon notices, the socket forwards.
     exchange(&lab, 200);
     daemon.wait_for_line("the TC filter has been removed by another program; attaching it again").unwrap();
     daemon.wait_for_line("attached TC eBPF program to ingress interface=\"eth0\"").unwrap();
@@ -272,5 +272,5 @@ fn netns_a_filter_taken_off_is_put_back() {
     let mut sender = Sender::in_lab(&lab).unwrap();
     sender.send(200, &collectors).unwrap();
     assert!(collectors.finish(&[&sender]).unwrap().is_perfect());
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::forwarded(200));
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(200)), PacketCounts::forwarded(200));
 }

@@ -1,5 +1,5 @@
-//! What is not a whole, well-formed datagram of a listener's: the gateway's own stack must make the same of it whether
-//! the daemon is there or not.
+//! Frames that are not a whole, well-formed datagram of a listener: the gateway's stack must treat them alike whether
+//! the daemon runs or not.
 
 use std::collections::BTreeMap;
 use std::net::UdpSocket;
@@ -7,37 +7,37 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::books::{Books, audit_listener, bpftool, start, stats_map_id};
+use super::counters::{PacketCounts, bpftool, check_listener_counters, start, stats_map_id};
 use super::wire::{Wire, gateway_mac, snmp};
 use udp_fanout_lab::traffic::{Pinned, bind};
 use udp_fanout_lab::{DaemonConfig, Lab, ListenerSpec, Place};
 use udp_fanout_testkit::kernel::packet::{Checksum, Frame, sum};
 
-/// What becomes of a frame.
+/// What happens to a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// The kernel program does not know it, and the stack keeps it from the listener's socket.
+enum Outcome {
+    /// Foreign to the kernel program, and the stack does not deliver it to the listener's socket.
     Foreign,
-    /// The kernel program does not know it, but to the stack it is the listener's.
+    /// Foreign to the kernel program, but the stack delivers it to the listener's socket.
     Stack,
-    /// The kernel program leaves it to the socket, where it arrives.
+    /// The kernel program passes it to the socket, where it arrives.
     Passed,
-    /// The kernel program leaves it to the socket, but the stack refuses it.
+    /// The kernel program passes it to the socket, but the stack refuses it.
     Refused,
     /// The kernel program forwards it.
     Forwarded,
-    /// Its time to live is over.
+    /// Its TTL has expired.
     Expired,
 }
 
 const LISTENERS: [(&str, &str); 2] = [("four", "10.0.0.1:5514"), ("six", "[fd00::1]:5514")];
 const RECEIVERS: [&str; 2] = ["10.0.10.2:5514", "[fd00:0:0:a::2]:5514"];
-/// Where a datagram goes that shows that the frame before it has been dealt with.
+/// Destination of the marker datagram, whose arrival shows that the frame before it has been processed.
 const MARKER: &str = "10.0.0.1:7";
 
-/// The counters of the gateway's stack that tell what it made of a frame. Those of IPv6 that neighbour discovery moves
-/// are not among them.
-const TELLING: [&str; 19] = [
+/// The counters of the gateway's stack that show what it did with a frame. IPv6 counters that neighbour discovery moves
+/// are left out.
+const STACK_COUNTERS: [&str; 19] = [
     "Ip.InReceives",
     "Ip.InHdrErrors",
     "Ip.InAddrErrors",
@@ -71,7 +71,7 @@ fn six(change: impl FnOnce(&mut Frame)) -> Vec<u8> {
     frame.bytes()
 }
 
-/// An IPv4 frame with changed bytes and a header checksum that holds all the same.
+/// An IPv4 frame with changed bytes and a valid header checksum.
 fn mangled(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut frame = four(|_| {});
     change(&mut frame);
@@ -83,7 +83,7 @@ fn mangled(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     frame
 }
 
-/// A frame with bytes put in after the hardware addresses.
+/// A frame with `tags` inserted after the hardware addresses.
 fn tagged(mut frame: Vec<u8>, tags: &[u8]) -> Vec<u8> {
     frame.splice(12..12, tags.iter().copied());
     frame
@@ -98,20 +98,24 @@ fn extended(kind: u8, header: [u8; 8]) -> Vec<u8> {
     frame
 }
 
-fn listeners_own() -> Vec<(&'static str, Fate, Vec<u8>)> {
+fn listeners_own() -> Vec<(&'static str, Outcome, Vec<u8>)> {
     vec![
-        ("IPv4", Fate::Forwarded, four(|_| {})),
-        ("IPv6", Fate::Forwarded, six(|_| {})),
-        ("padded to the shortest Ethernet frame", Fate::Forwarded, [four(|f| f.payload.clear()), vec![0; 18]].concat()),
-        ("time to live 1", Fate::Expired, four(|f| f.ttl = 1)),
-        ("time to live 0", Fate::Expired, four(|f| f.ttl = 0)),
-        ("hop limit 1", Fate::Expired, six(|f| f.ttl = 1)),
-        ("with options", Fate::Passed, four(|f| f.options = vec![1; 8])),
-        ("source-routed", Fate::Refused, four(|f| f.options = vec![131, 7, 4, 10, 0, 10, 2, 0])),
+        ("IPv4", Outcome::Forwarded, four(|_| {})),
+        ("IPv6", Outcome::Forwarded, six(|_| {})),
+        (
+            "padded to the shortest Ethernet frame",
+            Outcome::Forwarded,
+            [four(|f| f.payload.clear()), vec![0; 18]].concat(),
+        ),
+        ("time to live 1", Outcome::Expired, four(|f| f.ttl = 1)),
+        ("time to live 0", Outcome::Expired, four(|f| f.ttl = 0)),
+        ("hop limit 1", Outcome::Expired, six(|f| f.ttl = 1)),
+        ("with options", Outcome::Passed, four(|f| f.options = vec![1; 8])),
+        ("source-routed", Outcome::Refused, four(|f| f.options = vec![131, 7, 4, 10, 0, 10, 2, 0])),
     ]
 }
 
-fn of_others() -> Vec<(&'static str, Fate, Vec<u8>)> {
+fn of_others() -> Vec<(&'static str, Outcome, Vec<u8>)> {
     let to = |address: &str| four(|f| f.destination = address.parse().unwrap());
     let from = |address: &str| four(|f| f.source = address.parse().unwrap());
     let mut broadcast = four(|_| {});
@@ -119,23 +123,23 @@ fn of_others() -> Vec<(&'static str, Fate, Vec<u8>)> {
     let mut elsewhere = four(|_| {});
     elsewhere[..6].copy_from_slice(&[2, 0, 0, 0, 0, 99]);
     vec![
-        ("another port", Fate::Foreign, to("10.0.0.1:5515")),
-        ("another address of the gateway", Fate::Foreign, to("10.0.10.1:5514")),
-        ("a host behind the gateway", Fate::Foreign, to("10.0.10.2:5514")),
-        ("the loopback address", Fate::Foreign, to("127.0.0.1:5514")),
-        ("from the loopback address", Fate::Foreign, from("127.0.0.1:4000")),
-        ("from nowhere", Fate::Foreign, from("0.0.0.0:4000")),
-        ("from a multicast group", Fate::Foreign, from("224.0.0.1:4000")),
-        ("from everywhere", Fate::Foreign, from("255.255.255.255:4000")),
-        ("TCP", Fate::Foreign, four(|f| f.protocol = 6)),
-        ("ICMP", Fate::Foreign, four(|f| f.protocol = 1)),
-        ("an unknown protocol", Fate::Foreign, four(|f| f.protocol = 253)),
-        ("to another hardware address", Fate::Foreign, elsewhere),
-        ("to every hardware address", Fate::Stack, broadcast),
-        ("in VLAN 5", Fate::Foreign, tagged(four(|_| {}), &[0x81, 0, 0, 5])),
-        ("with a priority tag", Fate::Stack, tagged(four(|_| {}), &[0x81, 0, 0x60, 0])),
-        ("in two VLANs", Fate::Foreign, tagged(four(|_| {}), &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 6])),
-        ("no IP at all", Fate::Foreign, {
+        ("another port", Outcome::Foreign, to("10.0.0.1:5515")),
+        ("another address of the gateway", Outcome::Foreign, to("10.0.10.1:5514")),
+        ("a host behind the gateway", Outcome::Foreign, to("10.0.10.2:5514")),
+        ("the loopback address", Outcome::Foreign, to("127.0.0.1:5514")),
+        ("from the loopback address", Outcome::Foreign, from("127.0.0.1:4000")),
+        ("from nowhere", Outcome::Foreign, from("0.0.0.0:4000")),
+        ("from a multicast group", Outcome::Foreign, from("224.0.0.1:4000")),
+        ("from everywhere", Outcome::Foreign, from("255.255.255.255:4000")),
+        ("TCP", Outcome::Foreign, four(|f| f.protocol = 6)),
+        ("ICMP", Outcome::Foreign, four(|f| f.protocol = 1)),
+        ("an unknown protocol", Outcome::Foreign, four(|f| f.protocol = 253)),
+        ("to another hardware address", Outcome::Foreign, elsewhere),
+        ("to every hardware address", Outcome::Stack, broadcast),
+        ("in VLAN 5", Outcome::Foreign, tagged(four(|_| {}), &[0x81, 0, 0, 5])),
+        ("with a priority tag", Outcome::Stack, tagged(four(|_| {}), &[0x81, 0, 0x60, 0])),
+        ("in two VLANs", Outcome::Foreign, tagged(four(|_| {}), &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 6])),
+        ("no IP at all", Outcome::Foreign, {
             let mut frame = four(|_| {});
             frame[12..14].copy_from_slice(&[0x88, 0xb5]);
             frame
@@ -143,50 +147,50 @@ fn of_others() -> Vec<(&'static str, Fate, Vec<u8>)> {
     ]
 }
 
-fn malformed() -> Vec<(&'static str, Fate, Vec<u8>)> {
+fn malformed() -> Vec<(&'static str, Outcome, Vec<u8>)> {
     vec![
-        ("the first fragment", Fate::Foreign, four(|f| f.fragment = 0x2000)),
-        ("a later fragment", Fate::Foreign, four(|f| f.fragment = 5)),
-        ("a wrong header checksum", Fate::Foreign, four(|f| f.ip_checksum = Checksum::Wrong)),
-        ("version 5", Fate::Foreign, mangled(|f| f[14] = 0x55)),
-        ("a header of 16 bytes", Fate::Foreign, mangled(|f| f[14] = 0x44)),
-        ("a header longer than the packet", Fate::Foreign, mangled(|f| f[14] = 0x4f)),
-        ("longer than it is", Fate::Foreign, mangled(|f| f[16..18].copy_from_slice(&1_000_u16.to_be_bytes()))),
-        ("too short for UDP", Fate::Foreign, mangled(|f| f[16..18].copy_from_slice(&24_u16.to_be_bytes()))),
-        ("UDP longer than IP", Fate::Foreign, mangled(|f| f[38..40].copy_from_slice(&500_u16.to_be_bytes()))),
-        ("UDP shorter than its header", Fate::Foreign, mangled(|f| f[38..40].copy_from_slice(&7_u16.to_be_bytes()))),
-        ("cut within IP", Fate::Foreign, four(|_| {})[..30].to_vec()),
-        ("cut within UDP", Fate::Foreign, four(|_| {})[..38].to_vec()),
-        ("nothing behind Ethernet", Fate::Foreign, four(|_| {})[..14].to_vec()),
+        ("the first fragment", Outcome::Foreign, four(|f| f.fragment = 0x2000)),
+        ("a later fragment", Outcome::Foreign, four(|f| f.fragment = 5)),
+        ("a wrong header checksum", Outcome::Foreign, four(|f| f.ip_checksum = Checksum::Wrong)),
+        ("version 5", Outcome::Foreign, mangled(|f| f[14] = 0x55)),
+        ("a header of 16 bytes", Outcome::Foreign, mangled(|f| f[14] = 0x44)),
+        ("a header longer than the packet", Outcome::Foreign, mangled(|f| f[14] = 0x4f)),
+        ("longer than it is", Outcome::Foreign, mangled(|f| f[16..18].copy_from_slice(&1_000_u16.to_be_bytes()))),
+        ("too short for UDP", Outcome::Foreign, mangled(|f| f[16..18].copy_from_slice(&24_u16.to_be_bytes()))),
+        ("UDP longer than IP", Outcome::Foreign, mangled(|f| f[38..40].copy_from_slice(&500_u16.to_be_bytes()))),
+        ("UDP shorter than its header", Outcome::Foreign, mangled(|f| f[38..40].copy_from_slice(&7_u16.to_be_bytes()))),
+        ("cut within IP", Outcome::Foreign, four(|_| {})[..30].to_vec()),
+        ("cut within UDP", Outcome::Foreign, four(|_| {})[..38].to_vec()),
+        ("nothing behind Ethernet", Outcome::Foreign, four(|_| {})[..14].to_vec()),
     ]
 }
 
-fn malformed_or_special_six() -> Vec<(&'static str, Fate, Vec<u8>)> {
+fn malformed_or_special_six() -> Vec<(&'static str, Outcome, Vec<u8>)> {
     let from = |address: &str| six(|f| f.source = address.parse().unwrap());
     vec![
-        ("IPv6 without checksum", Fate::Foreign, six(|f| f.udp_checksum = Checksum::Zero)),
-        ("IPv6 from the loopback address", Fate::Foreign, from("[::1]:4000")),
-        ("IPv6 from a multicast group", Fate::Foreign, from("[ff02::1]:4000")),
-        ("IPv6 longer than it is", Fate::Foreign, {
+        ("IPv6 without checksum", Outcome::Foreign, six(|f| f.udp_checksum = Checksum::Zero)),
+        ("IPv6 from the loopback address", Outcome::Foreign, from("[::1]:4000")),
+        ("IPv6 from a multicast group", Outcome::Foreign, from("[ff02::1]:4000")),
+        ("IPv6 longer than it is", Outcome::Foreign, {
             let mut frame = six(|_| {});
             frame[18] = 4;
             frame
         }),
-        ("IPv6 of version 4", Fate::Foreign, {
+        ("IPv6 of version 4", Outcome::Foreign, {
             let mut frame = six(|_| {});
             frame[14] = 0x45;
             frame
         }),
-        ("hop-by-hop options", Fate::Stack, extended(0, [17, 0, 1, 4, 0, 0, 0, 0])),
-        ("destination options", Fate::Stack, extended(60, [17, 0, 1, 4, 0, 0, 0, 0])),
-        ("a fragment that is the whole", Fate::Stack, extended(44, [17, 0, 0, 0, 0, 0, 0, 1])),
-        ("a fragment of more", Fate::Foreign, extended(44, [17, 0, 0, 1, 0, 0, 0, 2])),
+        ("hop-by-hop options", Outcome::Stack, extended(0, [17, 0, 1, 4, 0, 0, 0, 0])),
+        ("destination options", Outcome::Stack, extended(60, [17, 0, 1, 4, 0, 0, 0, 0])),
+        ("a fragment that is the whole", Outcome::Stack, extended(44, [17, 0, 0, 0, 0, 0, 0, 1])),
+        ("a fragment of more", Outcome::Foreign, extended(44, [17, 0, 0, 1, 0, 0, 0, 2])),
     ]
 }
 
-/// The sender's wire, and the way to know that what was sent on it has been dealt with.
+/// The sender's wire, and a marker that shows that what was sent on it has been processed.
 struct Probe<'a> {
-    /// What enters the network on one CPU stays in order.
+    /// Packets sent on one CPU stay in order.
     _pinned: Pinned,
     lab: &'a Lab,
     wire: Wire,
@@ -202,8 +206,8 @@ impl Probe<'_> {
         Probe { _pinned, lab, wire: Wire::open(&lab.sender, "eth0").unwrap(), mac: gateway_mac(lab), marker }
     }
 
-    /// Sends a frame, behind others and each to the gateway's hardware address unless it has one, and returns what they
-    /// moved among the [`TELLING`] counters.
+    /// Sends a frame after others, each to the gateway's hardware address unless it has one. Returns the changes that
+    /// they caused in the [`STACK_COUNTERS`].
     fn send(&self, others: &[Vec<u8>], frame: &[u8]) -> BTreeMap<&'static str, u64> {
         let address = |frame: &[u8]| {
             let mut frame = frame.to_vec();
@@ -218,7 +222,11 @@ impl Probe<'_> {
         self.wire.send(&address(&Frame::new("10.0.0.2:4000", MARKER, b"marker").bytes())).unwrap();
         self.marker.recv(&mut [0; 16]).unwrap();
         let after = snmp(&self.lab.gateway);
-        TELLING.iter().map(|&name| (name, after[name] - before[name])).filter(|(_, change)| *change > 0).collect()
+        STACK_COUNTERS
+            .iter()
+            .map(|&name| (name, after[name] - before[name]))
+            .filter(|(_, change)| *change > 0)
+            .collect()
     }
 }
 
@@ -253,37 +261,43 @@ fn netns_what_is_not_a_listeners_datagram_passes_as_if_nothing_were_there() {
 
     let daemon = start(&lab, &config(&lab));
     let map = stats_map_id(&daemon);
-    let counted = || -> [Books; 2] {
+    let counted = || -> [PacketCounts; 2] {
         let dump: Value = bpftool(&["map", "dump", "id", &map]);
-        [0, 1].map(|id| Books::of_dump(&dump, id))
+        [0, 1].map(|id| PacketCounts::of_dump(&dump, id))
     };
-    let (mut kernel, mut socket) = ([Books::NOTHING; 2], [0; 2]);
-    // So that the receivers' neighbours are known to the program when a frame comes, and nothing else keeps it from them.
+    let (mut kernel, mut socket) = ([PacketCounts::NOTHING; 2], [0; 2]);
+    // The program has to know the receivers' neighbours when a frame comes, so that nothing else stops the frame.
     let ours = [four(|_| {}), six(|_| {})];
-    for ((name, fate, frame), without) in cases.iter().zip(without) {
+    for ((name, outcome, frame), without) in cases.iter().zip(without) {
         let with = probe.send(&ours, frame);
-        for books in &mut kernel {
-            books.forwarded += 1;
-            books.received += 1;
+        for counts in &mut kernel {
+            counts.forwarded += 1;
+            counts.received += 1;
         }
         let family = usize::from(frame[12..14] == [0x86, 0xdd]);
-        let books = &mut kernel[family];
-        match fate {
-            Fate::Foreign | Fate::Stack => {}
-            Fate::Passed | Fate::Refused => books.passed += 1,
-            Fate::Forwarded => books.forwarded += 1,
-            Fate::Expired => books.dropped += 1,
+        let counts = &mut kernel[family];
+        match outcome {
+            Outcome::Foreign | Outcome::Stack => {}
+            Outcome::Passed | Outcome::Refused => counts.passed += 1,
+            Outcome::Forwarded => counts.forwarded += 1,
+            Outcome::Expired => counts.dropped += 1,
         }
-        books.received = books.forwarded + books.dropped + books.passed;
-        socket[family] += u64::from(matches!(fate, Fate::Stack | Fate::Passed));
+        counts.received = counts.forwarded + counts.dropped + counts.passed;
+        socket[family] += u64::from(matches!(outcome, Outcome::Stack | Outcome::Passed));
         assert_eq!(counted(), kernel, "{name}");
-        if !matches!(fate, Fate::Forwarded | Fate::Expired) {
+        if !matches!(outcome, Outcome::Forwarded | Outcome::Expired) {
             assert_eq!(with, without, "{name}");
         }
     }
     for (id, (name, _)) in (0..).zip(LISTENERS) {
         let (kernel, socket) = (kernel[id], socket[id]);
-        audit_listener(&daemon, &lab.gateway, (name, id as u64), Some(kernel), Books::forwarded(socket));
+        check_listener_counters(
+            &daemon,
+            &lab.gateway,
+            (name, id as u64),
+            Some(kernel),
+            PacketCounts::forwarded(socket),
+        );
         for _ in 0..kernel.forwarded + socket {
             receivers[id].recv(&mut [0; 100]).unwrap();
         }

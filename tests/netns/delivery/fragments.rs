@@ -1,15 +1,16 @@
-//! Datagrams in fragments: whole at one receiver, or at every one, in whatever order they come and whoever else sends some.
+//! Fragmented datagrams arrive whole at one receiver, or at every one, in any order of fragments and beside other
+//! senders'.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use super::books::{Books, audit, audit_downstreams, start};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
 use super::wire::{Wire, gateway_mac};
 use udp_fanout_lab::traffic::{Pinned, bind};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 use udp_fanout_testkit::kernel::packet::{Frame, fragmented};
 
-/// Everywhere but on the sender's network, whose switch would have to carry everything twice.
+/// All but the sender's network, whose switch would carry everything twice.
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
 const SIZES: [usize; 3] = [1_473, 5_000, 65_507];
 
@@ -34,8 +35,8 @@ fn netns_datagrams_in_fragments_arrive_whole_and_keep_their_source() {
         assert!(report.is_complete(), "{report}");
         assert_eq!(report.counts(), [30; 4], "{report}");
         assert!(report.all_from(lab.sender_address()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(120)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(120)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
         assert_eq!(fragments(&lab, &daemon), (0, 0));
     }
 }
@@ -50,7 +51,7 @@ fn netns_datagrams_in_fragments_arrive_whole_from_the_socket() {
         sender.send(40, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{report}");
-        audit(&daemon, &lab.gateway, None, Books::forwarded(40));
+        check_counters(&daemon, &lab.gateway, None, PacketCounts::forwarded(40));
     }
 }
 
@@ -65,8 +66,8 @@ fn netns_every_downstream_gets_all_fragments_of_what_is_replicated() {
         sender.send(60, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "ip_forward={ip_forward}: {report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(60)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(60)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
         assert_eq!(fragments(&lab, &daemon), (0, 0));
     }
 }
@@ -86,7 +87,7 @@ fn netns_a_sample_holds_whole_datagrams_or_nothing_of_them() {
     let report = everything.finish(&[&sender]).unwrap();
     assert!(report.is_complete(), "{report}");
     let report = sample.finish(&[&sender]).unwrap();
-    // As many as the program has counted there, each of them whole; of 200 coins seven standard deviations are 50.
+    // As many as the program has counted, each of them whole. For 200 coin flips, 50 is seven standard deviations.
     let arrived = report.receivers[0].received;
     assert!((50..150).contains(&arrived) && report.unexpected == 0, "{report}");
     let endpoint = lab.sites[1].address.to_string();
@@ -95,21 +96,21 @@ fn netns_a_sample_holds_whole_datagrams_or_nothing_of_them() {
     assert_eq!(page.sum("udp_fanout_downstream_packets_total", &labels), arrived);
 }
 
-/// A hand that sends frames, and what comes of them at the only receiver.
-struct Hand<'a> {
+/// Sends hand-made frames, and checks what arrives at the only receiver.
+struct FrameSender<'a> {
     _pinned: Pinned,
     lab: &'a Lab,
     wire: Wire,
     receiver: UdpSocket,
 }
 
-impl Hand<'_> {
-    fn new(lab: &Lab) -> Hand<'_> {
+impl FrameSender<'_> {
+    fn new(lab: &Lab) -> FrameSender<'_> {
         let _pinned = Pinned::here().unwrap();
         let site = &lab.sites[0];
         let receiver = bind(lab.namespace_of(site), site.address).unwrap();
         receiver.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        Hand { _pinned, lab, wire: Wire::open(&lab.sender, "eth0").unwrap(), receiver }
+        FrameSender { _pinned, lab, wire: Wire::open(&lab.sender, "eth0").unwrap(), receiver }
     }
 
     /// The fragments of a datagram of this many bytes to a port of the listener's address.
@@ -146,12 +147,12 @@ fn netns_in_whatever_order_fragments_come_the_datagram_arrives_whole() {
     for ipv6 in [false, true] {
         let lab = Lab::builder().receivers([Place::OtherInterface]).ipv6(ipv6).build().unwrap();
         let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
-        let hand = Hand::new(&lab);
+        let frame_sender = FrameSender::new(&lab);
         let port = lab.listener().port();
         // Every order of four.
         let (mut in_order, mut others) = (0, 0);
         for number in 0..24u32 {
-            let mut rest = hand.fragments(port, 5_000, number);
+            let mut rest = frame_sender.fragments(port, 5_000, number);
             let mut shuffled = Vec::new();
             let mut choice = number;
             while !rest.is_empty() {
@@ -160,13 +161,13 @@ fn netns_in_whatever_order_fragments_come_the_datagram_arrives_whole() {
                 choice /= count;
             }
             let first_comes_first = number % 4 == 0;
-            hand.send(&shuffled);
-            hand.expect(5_000, number);
+            frame_sender.send(&shuffled);
+            frame_sender.expect(5_000, number);
             *(if first_comes_first { &mut in_order } else { &mut others }) += 1;
         }
-        hand.expect_nothing();
-        let kernel = Books { received: 24, forwarded: in_order, dropped: 0, passed: others };
-        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(others));
+        frame_sender.expect_nothing();
+        let kernel = PacketCounts { received: 24, forwarded: in_order, dropped: 0, passed: others };
+        check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(others));
         assert_eq!((in_order, fragments(&lab, &daemon)), (6, (18, 0)));
     }
 }
@@ -176,36 +177,36 @@ fn netns_fragments_for_others_on_this_host_reach_them() {
     for ipv6 in [false, true] {
         let lab = Lab::builder().receivers([Place::OtherInterface]).ipv6(ipv6).build().unwrap();
         let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
-        let hand = Hand::new(&lab);
+        let frame_sender = FrameSender::new(&lab);
         let other = bind(&lab.gateway, SocketAddr::new(lab.listener().ip(), 2049)).unwrap();
         other.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         for number in 0..10u32 {
-            // Under the number of one of ours that never became complete.
-            let ours = hand.fragments(lab.listener().port(), 5_000, number);
-            hand.send(&ours[..2]);
-            let mut theirs = hand.fragments(2049, 4_000, number);
+            // With the ID of one of the listener's datagrams that never became complete.
+            let ours = frame_sender.fragments(lab.listener().port(), 5_000, number);
+            frame_sender.send(&ours[..2]);
+            let mut theirs = frame_sender.fragments(2049, 4_000, number);
             if number % 2 == 1 {
-                // Out of order; of another number, since nobody could tell these from ours.
-                theirs = hand.fragments(2049, 4_000, 1_000 + number);
+                // Out of order, and with another ID, since these could not be distinguished from the listener's.
+                theirs = frame_sender.fragments(2049, 4_000, 1_000 + number);
                 theirs.reverse();
             }
-            hand.send(&theirs);
+            frame_sender.send(&theirs);
             let mut buffer = vec![0; 65_536];
             assert_eq!(other.recv(&mut buffer).unwrap(), 4_000, "number {number}");
         }
-        hand.expect_nothing();
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(10)), Books::NOTHING);
+        frame_sender.expect_nothing();
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(10)), PacketCounts::NOTHING);
     }
 }
 
 #[test]
-fn netns_a_flood_of_fragments_costs_nobody_a_datagram() {
+fn netns_a_flood_of_fragments_loses_no_datagram() {
     let lab = Lab::builder().receivers([Place::OtherInterface]).build().unwrap();
     let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
-    let hand = Hand::new(&lab);
+    let frame_sender = FrameSender::new(&lab);
     let port = lab.listener().port();
-    // Later fragments of datagrams that never begin, more than are remembered.
-    let stray = hand.fragments(port, 2_000, 0).remove(1);
+    // Later fragments of datagrams without a first one, more than the map holds.
+    let stray = frame_sender.fragments(port, 2_000, 0).remove(1);
     let flood = |number: u32| {
         let mut frame = stray.clone();
         frame[18..20].copy_from_slice(&(number as u16).to_be_bytes());
@@ -217,15 +218,15 @@ fn netns_a_flood_of_fragments_costs_nobody_a_datagram() {
     };
     let mut sent = 0;
     for number in 0..100u32 {
-        for frame in hand.fragments(port, 5_000, number) {
+        for frame in frame_sender.fragments(port, 5_000, number) {
             for _ in 0..60 {
-                hand.wire.send(&flood(sent)).unwrap();
+                frame_sender.wire.send(&flood(sent)).unwrap();
                 sent += 1;
             }
-            hand.wire.send(&frame).unwrap();
+            frame_sender.wire.send(&frame).unwrap();
         }
-        hand.expect(5_000, number);
+        frame_sender.expect(5_000, number);
     }
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(100)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(100)), PacketCounts::NOTHING);
     assert_eq!(fragments(&lab, &daemon), (sent.into(), 0));
 }

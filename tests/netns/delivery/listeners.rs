@@ -1,10 +1,10 @@
-//! Several listeners, several interfaces, addresses and interfaces that the daemon finds out for itself.
+//! Several listeners and interfaces, and addresses and interfaces that the daemon detects.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 
-use super::books::{Books, audit, audit_listener, filters, start};
+use super::counters::{PacketCounts, check_counters, check_listener_counters, filters, start};
 use super::packets::widen_ingress;
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
@@ -40,13 +40,15 @@ fn netns_two_listeners_keep_to_their_own_receivers() {
         let first = first.finish(&[&to_first]).unwrap();
         let second = second.finish(&[&to_second]).unwrap();
         assert!(first.is_complete() && second.is_complete(), "{mode}: {first}{second}");
-        // Each sender stays on the CPU it began on, and each CPU's program keeps its own round.
+        // Each sender stays on its CPU, and each CPU has its own round robin.
         assert_eq!((first.counts(), second.counts()), (vec![1_000; 2], vec![1_000]), "{mode}: {first}{second}");
         for (listener, count) in [(("lab", 0), 2_000), (("second", 1), 1_000)] {
-            let forwarded = Books::forwarded(count);
+            let forwarded = PacketCounts::forwarded(count);
             match mode {
-                "tc_ebpf" => audit_listener(&daemon, &lab.gateway, listener, Some(forwarded), Books::NOTHING),
-                _ => audit_listener(&daemon, &lab.gateway, listener, None, forwarded),
+                "tc_ebpf" => {
+                    check_listener_counters(&daemon, &lab.gateway, listener, Some(forwarded), PacketCounts::NOTHING)
+                }
+                _ => check_listener_counters(&daemon, &lab.gateway, listener, None, forwarded),
             }
         }
         daemon.stop().unwrap();
@@ -69,7 +71,7 @@ fn netns_datagrams_come_in_through_several_interfaces() {
     assert!(attached(&lab.gateway, "eth0") && attached(&lab.gateway, "out1") && !attached(&lab.gateway, "pod2"));
     let places = lab.sites[1..].iter().map(|site| (site.name.as_str(), lab.namespace_of(site), site.address));
     let collectors = Collectors::start_at(places, Expect::OneOfThem).unwrap();
-    // The host's own address counts wherever a datagram comes in.
+    // The host's own address counts on every ingress interface.
     let mut senders = [
         (&lab.sender, "10.0.0.2", "10.0.0.1:5514"),
         (&lab.sender, "10.0.0.2", "10.0.10.1:5514"),
@@ -87,7 +89,7 @@ fn netns_datagrams_come_in_through_several_interfaces() {
     assert!(report.is_perfect(), "{report}");
     assert_eq!(report.counts(), [750; 2], "{report}");
     assert!(report.receivers.iter().all(|receiver| receiver.sources == sent_from), "{report}");
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(1_500)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(1_500)), PacketCounts::NOTHING);
     daemon.stop().unwrap();
     assert!(!attached(&lab.gateway, "eth0") && !attached(&lab.gateway, "out1"));
 }
@@ -111,14 +113,14 @@ fn netns_the_interfaces_of_default_routes_are_found_and_followed() {
     let target = "10.0.10.1:5514".parse().unwrap();
     let mut second = Sender::open(lab.namespace_of(&lab.sites[0]), (other, 0), target).unwrap();
     second.send(100, &collectors).unwrap();
-    // What comes in elsewhere goes through the socket.
+    // The socket forwards what arrives on other interfaces.
     sender.send(50, &collectors).unwrap();
     let report = collectors.finish(&[&sender, &second]).unwrap();
     assert!(report.is_perfect(), "{report}");
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::forwarded(50));
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(200)), PacketCounts::forwarded(50));
 }
 
-/// What a cluster's load balancer does for an address of its own: it answers ARP for it, and gives it to no interface.
+/// Announces an address as a cluster's load balancer does: it answers ARP, but no interface has the address.
 fn announce(lab: &Lab, vip: &str) {
     let mac = lab.gateway.link(INGRESS).unwrap().mac;
     lab.sender.ip(&format!("neigh add {vip} lladdr {mac} dev eth0 nud permanent")).unwrap();
@@ -127,7 +129,7 @@ fn announce(lab: &Lab, vip: &str) {
 #[test]
 fn netns_an_address_that_no_interface_has_is_served_all_the_same() {
     for (ipv6, vip) in [(false, "10.0.0.200"), (true, "fd00:0:0:0::200")] {
-        // As on a Kubernetes node, which forwards: what is not taken would go back out to the router.
+        // As on a Kubernetes node, which forwards: what the program does not take would go back to the router.
         let lab = Lab::builder()
             .receivers([Place::Pod, Place::OtherInterface, Place::GatewayHost])
             .ip_forward(true)
@@ -146,14 +148,14 @@ fn netns_an_address_that_no_interface_has_is_served_all_the_same() {
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_perfect(), "{report}");
         assert_eq!(report.counts(), [1_000; 3]);
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(3_000)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(3_000)), PacketCounts::NOTHING);
         let (status, _, log) = daemon.stop().unwrap();
         assert!(status.success(), "{log}");
     }
 }
 
-/// The second listener of `k8s/example-metallb.yaml`: what kube-proxy translates from the load balancer's address to the
-/// node's own, because the kernel program did not take it, arrives at a socket.
+/// The second listener of `k8s/example-metallb.yaml`: what kube-proxy translates from the load balancer's address to
+/// the node's own, because the kernel program did not take it, arrives at a socket.
 #[test]
 fn netns_what_kube_proxy_translates_reaches_a_listener_on_the_nodes_own_addresses() {
     let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).ip_forward(true).build().unwrap();
@@ -174,7 +176,7 @@ fn netns_what_kube_proxy_translates_reaches_a_listener_on_the_nodes_own_addresse
     let target = "10.0.0.200:5514".parse().unwrap();
     let mut sender = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap();
     sender.send(1_000, &collectors).unwrap();
-    // Too long for the way out, which the kernel program leaves alone.
+    // Longer than the egress MTU, which the kernel program passes.
     widen_ingress(&lab, 9_000);
     let mut large = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap().payload(4_000);
     large.send(100, &collectors).unwrap();

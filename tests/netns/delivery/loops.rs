@@ -1,16 +1,16 @@
-//! Two hosts that run the daemon and have each other as receiver, on the listener's own port: whatever is sent to one goes to and
-//! fro until its time to live is over, and is counted then.
+//! Two hosts that run the daemon and have each other as receiver, on the listener's own port: a datagram goes back and
+//! forth until its TTL expires, and is counted then.
 
 use std::time::{Duration, Instant};
 
-use super::books::{binary, start};
+use super::counters::{binary, start};
 use udp_fanout_lab::Site;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
-/// How long a datagram's last hop may take. Nothing waits that long unless a test fails.
+/// How long a datagram's last hop may take. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What both daemons together have counted, each in all modes; what the kernel program leaves to the socket is counted once.
+/// The sum of both daemons' counters over all modes; what the kernel program passes to the socket is counted once.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Sum {
     received: u64,
@@ -32,7 +32,7 @@ fn sum(daemons: [(&Daemon, &Namespace); 2]) -> Sum {
     sum
 }
 
-/// The second host: a receiver's place, whose daemon has the gateway's listener as its receiver.
+/// The second host: a receiver's namespace, whose daemon has the gateway's listener as its receiver.
 fn second(lab: &Lab, site: &Site, mode: &str) -> DaemonConfig {
     let mut config = DaemonConfig::for_lab(lab, mode);
     config.listeners[0].bind = site.address.to_string();
@@ -41,17 +41,17 @@ fn second(lab: &Lab, site: &Site, mode: &str) -> DaemonConfig {
     config
 }
 
-/// Sends datagrams of this size into the loop and waits until all of them have come to their end.
-fn go_round(mode: &str, ipv6: bool, payload: usize, count: u64) {
+/// Sends datagrams of this size into the loop and waits until all of them have expired.
+fn run_loop(mode: &str, ipv6: bool, payload: usize, count: u64) {
     let lab = Lab::builder().receiver(Place::SameInterface).ipv6(ipv6).build().unwrap();
     let site = &lab.sites[0];
     let there = lab.namespace_of(site);
     let first = start(&lab, &DaemonConfig::for_lab(&lab, mode));
     let second = Daemon::start(there, binary(), &second(&lab, site, mode)).unwrap();
     let mut sender = Sender::in_lab(&lab).unwrap().payload(payload);
-    let nobody = Collectors::start_at([], Expect::OneOfThem).unwrap();
-    sender.burst(count, &nobody).unwrap();
-    // Linux sends with a time to live of 64, and each of the two takes one off.
+    let no_receivers = Collectors::start_at([], Expect::OneOfThem).unwrap();
+    sender.burst(count, &no_receivers).unwrap();
+    // Linux sends with a TTL of 64, and each host decrements it.
     let expected = Sum { received: 64 * count, forwarded: 63 * count, expired: count, dropped: count };
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -69,13 +69,13 @@ fn go_round(mode: &str, ipv6: bool, payload: usize, count: u64) {
 #[test]
 fn netns_a_loop_through_two_kernel_programs_ends() {
     for ipv6 in [false, true] {
-        go_round("tc_ebpf", ipv6, 100, 20);
+        run_loop("tc_ebpf", ipv6, 100, 20);
     }
 }
 
 #[test]
 fn netns_a_loop_of_fragments_through_two_kernel_programs_ends() {
     for ipv6 in [false, true] {
-        go_round("tc_ebpf", ipv6, 4_000, 20);
+        run_loop("tc_ebpf", ipv6, 4_000, 20);
     }
 }

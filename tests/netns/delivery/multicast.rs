@@ -2,13 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::books::{Books, audit, audit_downstreams, start};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
 use super::wire::Wire;
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
 
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
-/// A group of each family, and one of IPv6 that means another one on each link.
+/// A group of each family, and a link-local one of IPv6.
 const GROUPS: [&str; 3] = ["239.1.1.1:9000", "[ff05::1:1]:9000", "[ff02::1:1]:9000"];
 const MODES: [&str; 2] = ["tc_ebpf", "userspace"];
 
@@ -24,7 +24,7 @@ fn config(lab: &Lab, group: &str, mode: &str) -> DaemonConfig {
     config
 }
 
-/// Somebody who sends to the group, from the sender's link-local address if it is a group of the link's.
+/// A sender to the group. For a link-local group, it sends from its link-local address.
 fn sender(lab: &Lab, group: &str) -> Sender {
     let mut group: SocketAddr = group.parse().unwrap();
     let link = lab.sender.link("eth0").unwrap().index;
@@ -53,10 +53,10 @@ fn netns_a_groups_datagrams_go_round() {
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{group} {mode}: {report}");
         assert_eq!(report.counts(), [500; 4], "{group} {mode}");
-        let kernel = (mode == "tc_ebpf").then_some(Books::forwarded(2_000));
-        let user = if kernel.is_some() { Books::NOTHING } else { Books::forwarded(2_000) };
-        audit(&daemon, &lab.gateway, kernel, user);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        let kernel = (mode == "tc_ebpf").then_some(PacketCounts::forwarded(2_000));
+        let user = if kernel.is_some() { PacketCounts::NOTHING } else { PacketCounts::forwarded(2_000) };
+        check_counters(&daemon, &lab.gateway, kernel, user);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
         if kernel.is_some() {
             assert!(report.all_from(lab.sender_address()), "{report}");
         }
@@ -83,7 +83,7 @@ fn netns_a_groups_datagrams_are_copied_to_everyone() {
     }
 }
 
-/// A group's time to live says how far the group reaches: by default not beyond the link. A receiver may be further off.
+/// The TTL of multicast limits how far it reaches, by default to the link. A receiver may be further away.
 #[test]
 fn netns_what_was_meant_for_the_link_has_the_life_of_a_new_datagram() {
     for group in &GROUPS[..2] {
@@ -100,14 +100,14 @@ fn netns_what_was_meant_for_the_link_has_the_life_of_a_new_datagram() {
             let ttl = if group.starts_with('[') { frame[21] } else { frame[22] };
             assert_eq!(ttl, 63);
         }
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(10)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(10)), PacketCounts::NOTHING);
     }
 }
 
 #[test]
 fn netns_other_groups_and_other_interfaces_are_left_alone() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
-    // On a second cable, from where the same group must not be taken.
+    // On a second link, where the same group must not be served.
     let inside = lab.namespace_of(&lab.sites[0]);
     for mode in MODES {
         let daemon = start(&lab, &config(&lab, GROUPS[0], mode));

@@ -1,12 +1,12 @@
-//! The way that datagrams take on kernels before 5.10, where the program cannot have neighbours looked for: it addresses
-//! frames itself, and leaves to the socket what it cannot address.
+//! The delivery path on kernels before 5.10, where the program cannot ask the kernel to resolve neighbours: it
+//! addresses frames itself, and passes to the socket what it cannot address.
 
 use std::collections::BTreeSet;
 
-use super::books::{Books, audit, audit_downstreams, binary};
+use super::counters::{PacketCounts, binary, check_counters, check_downstream_counters};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender, old_kernel};
 
-/// A daemon that takes this kernel for an old one, ready.
+/// A ready daemon that treats this kernel as an old one.
 fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
     Daemon::start_behind(&lab.gateway, &old_kernel(), binary(), config).unwrap()
 }
@@ -26,9 +26,9 @@ fn netns_an_old_kernel_delivers_everywhere() {
         assert_eq!(report.counts(), [400; 5], "{report}");
         let sources: BTreeSet<_> = report.receivers.iter().flat_map(|receiver| receiver.sources.iter()).collect();
         assert_eq!(sources, BTreeSet::from([&sender.address().unwrap()]), "{report}");
-        // The daemon has had all neighbours looked for before its program met the first datagram.
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(2_000)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        // The daemon has had all neighbours resolved before its program saw the first datagram.
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(2_000)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
@@ -43,19 +43,19 @@ fn netns_an_old_kernel_copies_to_everyone() {
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_perfect(), "{ip_forward}: {report}");
         assert_eq!(report.counts(), [1_000; 5], "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(1_000)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(1_000)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
-/// While neighbours are not known the socket takes over, and has the kernel find them.
+/// While neighbours are unknown, the socket forwards, so that the kernel resolves them.
 #[test]
 fn netns_an_old_kernel_loses_nothing_while_neighbours_are_resolved() {
     for ip_forward in [false, true] {
         let places = [Place::OtherInterface, Place::Pod, Place::BehindRouter, Place::SameInterface];
         let lab = Lab::builder().receivers(places).ip_forward(ip_forward).build().unwrap();
         for device in ["out1", "rtr3", "eth0"] {
-            // Into pods packets go whatever is known; behind a queue, they don't.
+            // Direct delivery over a link needs no known neighbour; a queue prevents it.
             lab.gateway.tc(&format!("qdisc add dev {device} root tbf rate 1gbit burst 1mb latency 1s")).unwrap();
         }
         let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
@@ -72,9 +72,10 @@ fn netns_an_old_kernel_loses_nothing_while_neighbours_are_resolved() {
         let page = daemon.metrics(&lab.gateway).unwrap();
         let count = |what: &str, mode: &str| page.sum(&format!("udp_fanout_packets_{what}_total"), &[("mode", mode)]);
         let passed = count("passed", "tc_ebpf");
-        // The kernel tells the program when it forwards; else the daemon has to hear of it first.
+        // With ip_forward, the FIB lookup reports a missing neighbour; without, the daemon has to tell the program
+        // first.
         assert!(passed > 0 || !ip_forward);
-        let kernel = Books { received: sent, forwarded: sent - passed, dropped: 0, passed };
-        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(passed));
+        let kernel = PacketCounts { received: sent, forwarded: sent - passed, dropped: 0, passed };
+        check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(passed));
     }
 }

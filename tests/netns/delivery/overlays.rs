@@ -1,10 +1,10 @@
 //! Receivers where network plugins put them: behind a bridge on the host, and on another host behind a VXLAN.
 
-use super::books::{Books, audit, start};
+use super::counters::{PacketCounts, check_counters, start};
 use udp_fanout_lab::netns::{End, connect};
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
-/// Sends `count` datagrams of this size to receivers at these addresses by way of the daemon and checks the shares.
+/// Sends `count` datagrams of this size to receivers at these addresses through the daemon and checks the shares.
 fn exchange(lab: &Lab, receivers: &[(String, &Namespace)], payload: usize, segments: u16, count: u64) {
     let places = receivers.iter().map(|(address, inside)| (address.as_str(), *inside, address.parse().unwrap()));
     let collectors = Collectors::start_at(places, Expect::OneOfThem).unwrap();
@@ -48,7 +48,7 @@ fn netns_pods_behind_a_bridge_on_the_host() {
         let daemon = start(&lab, &config(&lab, &receivers));
         exchange(&lab, &receivers, 100, 1, 900);
         exchange(&lab, &receivers, 400, 10, 900);
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(1_800)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(1_800)), PacketCounts::NOTHING);
     }
 }
 
@@ -72,17 +72,17 @@ fn netns_pods_on_other_hosts_behind_a_vxlan() {
                     ))
                     .unwrap();
             }
-            // The sender's network is behind the cable, not behind the VXLAN by which its datagrams come.
+            // The sender's network is behind the link, not behind the VXLAN through which its datagrams come.
             other.sysctl("net.ipv4.conf.all.rp_filter", "2").unwrap();
             receivers.push((format!("10.42.{n}.2:5514"), other));
         }
         let daemon = start(&lab, &config(&lab, &receivers));
         exchange(&lab, &receivers, 100, 1, 800);
         exchange(&lab, &receivers, 400, 10, 800);
-        // The longest that a VXLAN over a cable for 1,500 bytes carries, and the shortest that has to be cut.
+        // The longest that a VXLAN over a link with an MTU of 1,500 carries, and the shortest that is fragmented.
         exchange(&lab, &receivers, 1_422, 1, 200);
         exchange(&lab, &receivers, 1_423, 1, 200);
-        let kernel = Books { received: 2_000, forwarded: 1_800, dropped: 0, passed: 200 };
-        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(200));
+        let kernel = PacketCounts { received: 2_000, forwarded: 1_800, dropped: 0, passed: 200 };
+        check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(200));
     }
 }

@@ -1,19 +1,19 @@
-//! Straight into pods, past the link that leads there, for as long as nothing on that link wants to see packets.
+//! Direct delivery into pods, which bypasses the link, while nothing is attached to the link that has to see packets.
 
 use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 use libbpf_rs::libbpf_sys;
 
-use super::books::{Books, audit, audit_downstreams, start};
 use super::changes::sent_by;
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
 use super::filters::Other;
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::netns::{End, connect};
 use udp_fanout_lab::traffic::PATIENCE;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
-/// How long the daemon may take to notice what the kernel does not announce. Nothing waits that long unless a test fails.
+/// How long the daemon may take to notice changes without a kernel notification. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// One pod, a daemon, and a flow of datagrams through it.
@@ -29,18 +29,18 @@ impl<'a> Flow<'a> {
         Flow { lab, collectors, sender: Sender::in_lab(lab).unwrap() }
     }
 
-    /// Sends some datagrams. How many of them went through the link that leads into the pod.
+    /// Sends some datagrams. Returns how many of them went through the pod's link.
     fn through_the_link(&mut self) -> u64 {
         let before = sent_by(&self.lab.gateway, "pod1");
         self.sender.send(20, &self.collectors).unwrap();
         sent_by(&self.lab.gateway, "pod1") - before
     }
 
-    /// Sends until datagrams no longer go through the link, or do again.
-    fn until_straight(&mut self, straight: bool, why: &str) {
+    /// Sends until datagrams bypass the link (`direct`), or go through it again.
+    fn wait_for_direct(&mut self, direct: bool, why: &str) {
         let deadline = Instant::now() + LIMIT;
-        // Now and then the kernel itself asks the pod something, so a packet of its own may be among them.
-        while (self.through_the_link() < 20) != straight {
+        // The kernel sends the pod a few packets of its own, such as ARP requests, which are counted too.
+        while (self.through_the_link() < 20) != direct {
             assert!(Instant::now() < deadline, "not noticed: {why}");
         }
     }
@@ -54,13 +54,13 @@ impl<'a> Flow<'a> {
 }
 
 #[test]
-fn netns_pods_are_entered_past_their_links() {
+fn netns_pods_are_entered_bypassing_their_links() {
     for (ipv6, ip_forward) in [(false, false), (false, true), (true, false), (true, true)] {
         let lab = Lab::builder().receivers([Place::Pod; 2]).ipv6(ipv6).ip_forward(ip_forward).build().unwrap();
         let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
         let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
         let mut sender = Sender::in_lab(&lab).unwrap();
-        // The pod's own firewall sees them all the same.
+        // The pod's own firewall sees them nevertheless.
         let pod = lab.namespace_of(&lab.sites[0]);
         pod.tool("nft", "add table inet watch").unwrap();
         pod.tool("nft", "add chain inet watch in { type filter hook input priority 0 ; }").unwrap();
@@ -76,17 +76,17 @@ fn netns_pods_are_entered_past_their_links() {
         }
         let seen = pod.tool("nft", "list table inet watch").unwrap();
         assert!(seen.contains("packets 1000 "), "{seen}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(2_000)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(2_000)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
-/// Puts something on the way into the pod and takes it off again: while it is there, it must see every packet.
-fn guard(ip_forward: bool, put: &[&str], take: &[&str]) {
+/// Attaches a hook to the pod's link and removes it again: while attached, it must see every packet.
+fn check_link_hook(ip_forward: bool, put: &[&str], take: &[&str]) {
     let lab = Lab::builder().receiver(Place::Pod).ip_forward(ip_forward).build().unwrap();
     let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
     let mut flow = Flow::new(&lab);
-    flow.until_straight(true, "that nothing is there");
+    flow.wait_for_direct(true, "no hook on the link");
     let run = |lines: &[&str]| {
         for line in lines {
             let (program, words) = line.split_once(' ').unwrap();
@@ -95,49 +95,49 @@ fn guard(ip_forward: bool, put: &[&str], take: &[&str]) {
     };
     for _ in 0..2 {
         run(put);
-        flow.until_straight(false, put[0]);
+        flow.wait_for_direct(false, put[0]);
         run(take);
-        flow.until_straight(true, take[0]);
+        flow.wait_for_direct(true, take[0]);
     }
     let sent = flow.finish();
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(sent)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sent)), PacketCounts::NOTHING);
 }
 
 #[test]
 fn netns_a_pod_whose_rate_is_limited_is_entered_through_its_link() {
     let limit = "tc qdisc add dev pod1 root tbf rate 1gbit burst 1mb latency 1s";
-    guard(true, &[limit], &["tc qdisc del dev pod1 root"]);
+    check_link_hook(true, &[limit], &["tc qdisc del dev pod1 root"]);
 }
 
 #[test]
 fn netns_a_filter_on_the_way_into_a_pod_sees_every_packet() {
     let filter = "tc filter add dev pod1 egress protocol all u32 match u32 0 0";
-    guard(false, &["tc qdisc add dev pod1 clsact", filter], &["tc qdisc del dev pod1 clsact"]);
+    check_link_hook(false, &["tc qdisc add dev pod1 clsact", filter], &["tc qdisc del dev pod1 clsact"]);
 }
 
 #[test]
 fn netns_filters_that_several_links_share_count_as_each_ones() {
     let filter = "tc filter add block 22 protocol all u32 match u32 0 0";
     let shared = "tc qdisc add dev pod1 egress_block 22 clsact";
-    guard(true, &[shared, filter], &["tc filter del block 22", "tc qdisc del dev pod1 clsact"]);
+    check_link_hook(true, &[shared, filter], &["tc filter del block 22", "tc qdisc del dev pod1 clsact"]);
 }
 
 #[test]
 fn netns_a_firewall_on_the_way_into_a_pod_sees_every_packet() {
     let chain = "nft add chain netdev guard out { type filter hook egress device pod1 priority 0 ; }";
-    guard(false, &["nft add table netdev guard", chain], &["nft delete table netdev guard"]);
+    check_link_hook(false, &["nft add table netdev guard", chain], &["nft delete table netdev guard"]);
 }
 
 #[test]
-fn netns_a_link_that_joins_a_bridge_is_not_gone_past() {
-    guard(
+fn netns_a_link_that_joins_a_bridge_is_not_bypassed() {
+    check_link_hook(
         true,
         &["ip link add br9 type bridge", "ip link set br9 up", "ip link set pod1 master br9"],
         &["ip link set pod1 nomaster", "ip link del br9"],
     );
 }
 
-/// Loads a TCX program that lets everything pass, in the place given.
+/// Attaches a TCX program that passes everything.
 fn tcx(namespace: &Namespace, device: &str, name: &CStr) -> Other {
     let mut other = Other::load(name);
     other.attach_tcx(namespace, device, libbpf_sys::BPF_TCX_EGRESS);
@@ -149,13 +149,13 @@ fn netns_a_bpf_program_on_the_way_into_a_pod_sees_every_packet() {
     let lab = Lab::builder().receiver(Place::Pod).build().unwrap();
     let daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
     let mut flow = Flow::new(&lab);
-    flow.until_straight(true, "that nothing is there");
+    flow.wait_for_direct(true, "no hook on the link");
     let program = tcx(&lab.gateway, "pod1", c"pod_policy");
-    flow.until_straight(false, "a TCX program");
+    flow.wait_for_direct(false, "a TCX program");
     drop(program);
-    flow.until_straight(true, "that the TCX program has gone");
+    flow.wait_for_direct(true, "the TCX program is detached");
     let sent = flow.finish();
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(sent)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sent)), PacketCounts::NOTHING);
 }
 
 #[test]
@@ -168,9 +168,10 @@ fn netns_a_pod_replaced_under_its_address_gets_its_datagrams() {
         let mut sent = 0;
         for generation in 0..3 {
             let mut flow = Flow::new(&lab);
-            flow.until_straight(true, "the pod's link");
+            flow.wait_for_direct(true, "the pod's link");
             sent += flow.finish();
-            // As a network plugin does it: the new pod's link is there before the route moves, and the old one's goes last.
+            // As a network plugin does it: the new pod's link is there before the route moves, and the old one's goes
+            // last.
             let successor = Namespace::create("successor").unwrap();
             let device = format!("next{generation}");
             connect(
@@ -199,12 +200,12 @@ fn netns_a_pod_replaced_under_its_address_gets_its_datagrams() {
             lab.gateway.ip("route replace 10.244.0.10/32 dev pod1").unwrap();
             daemon.wait_for_line(updated).unwrap();
         }
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(sent)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sent)), PacketCounts::NOTHING);
     }
 }
 
-/// A receiver in this place takes another link-layer address and tells nobody. `queued` if packets for it wait in a queue,
-/// so that they are not handed to it directly.
+/// A receiver changes its link-layer address without an announcement. With `queued`, its link has a queue,
+/// so that packets are not delivered directly.
 fn change_silently(place: Place, ip_forward: bool, queued: bool) {
     let lab = Lab::builder().receiver(place).ip_forward(ip_forward).build().unwrap();
     let device = if place == Place::Pod { "pod1" } else { INGRESS };
@@ -222,12 +223,12 @@ fn change_silently(place: Place, ip_forward: bool, queued: bool) {
     let inside = lab.namespace_of(&lab.sites[0]);
     let (address, before) = (lab.sites[0].address.ip(), inside.link("eth0").unwrap().mac);
     inside.ip("link set eth0 address 02:75:66:ff:ff:01").unwrap();
-    // The kernel would take half a minute to come to this by itself.
+    // The kernel alone would take half a minute to reach this state.
     lab.gateway.ip(&format!("neigh change {address} dev {device} lladdr {before} nud stale")).unwrap();
     let arrived = || collectors.progress().now().1;
     let deadline = Instant::now() + LIMIT;
     let (mut lost, mut in_a_row) = (0, 0);
-    // One or two may get there by way of the kernel before the daemon has heard where that is.
+    // One or two may arrive through the kernel before the daemon learns the new address.
     while in_a_row < 10 {
         let before = arrived();
         sender.burst(1, &collectors).unwrap();
@@ -246,9 +247,9 @@ fn change_silently(place: Place, ip_forward: bool, queued: bool) {
     let sent = sender.sent();
     let report = collectors.finish(&[&sender]).unwrap();
     assert_eq!((report.lost, report.duplicated, report.unexpected), (lost, 0, 0), "{report}");
-    // Those who enter directly are not stopped at the door by an address.
+    // Direct delivery does not depend on the link-layer address.
     assert!(lost == 0 || place != Place::Pod || queued, "{report}");
-    audit(&daemon, &lab.gateway, Some(Books::forwarded(sent)), Books::NOTHING);
+    check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(sent)), PacketCounts::NOTHING);
 }
 
 #[test]

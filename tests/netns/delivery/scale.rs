@@ -1,19 +1,19 @@
-//! As many listeners and downstreams as there may be: everyone has their share, and a change of one of many is soon in
-//! force.
+//! The largest numbers of listeners and downstreams: each has its share, and a change of one of many takes effect
+//! soon.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Instant;
 
-use super::books::binary;
+use super::counters::binary;
 use udp_fanout_lab::{Collectors, Daemon, Expect, Lab, Metrics, Place, Sender};
 
 const MANY: u32 = 10_000;
 const LISTENERS: u32 = 256;
 const METRICS: &str = "127.0.0.1:9090";
 
-/// A network behind a neighbour of the gateway, all of whose addresses are one receiver's.
+/// A network behind a neighbour of the gateway. One receiver has all of its addresses.
 fn lab() -> Lab {
     let lab = Lab::builder().receiver(Place::OtherInterface).build().unwrap();
     let router = lab.sites[0].address.ip();
@@ -43,7 +43,7 @@ fn page(lab: &Lab) -> Metrics {
     Metrics::scrape(&lab.gateway, METRICS.parse().unwrap(), "/metrics").unwrap()
 }
 
-/// What each downstream has got, as the daemon counts it.
+/// The daemon's packet counters by downstream.
 fn shares(lab: &Lab) -> BTreeMap<SocketAddr, u64> {
     let page = page(lab);
     let samples = page.select("udp_fanout_downstream_packets_total", &[]);
@@ -93,8 +93,8 @@ fn netns_each_of_ten_thousand_downstreams_has_its_share() {
     }
 }
 
-/// Puts a new downstream in the place of one.
-#[expect(clippy::print_stdout, reason = "a figure to look at, on which no test depends")]
+/// Replaces one downstream.
+#[expect(clippy::print_stdout, reason = "informative output, on which no test depends")]
 fn replace_one(lab: &Lab, daemon: &mut Daemon, mode: &str, keys: &str) {
     let new = many(lab, mode, keys, Some(7_000));
     let begun = Instant::now();
@@ -129,7 +129,7 @@ fn listener_at(lab: &Lab, number: u32) -> SocketAddr {
     SocketAddr::new(lab.listener().ip(), port)
 }
 
-/// So many listeners with two downstreams each.
+/// Listeners with these numbers, with two downstreams each.
 fn listeners(lab: &Lab, numbers: impl Iterator<Item = u32>, mode: &str) -> String {
     let mut text = format!("limits = {{ max_listeners = {LISTENERS}, max_downstreams = {} }}\n", 2 * LISTENERS);
     for number in numbers {

@@ -1,5 +1,5 @@
-//! A listener's table changed a thousand times under traffic as fast as it goes, in each mode: what a datapath reads is one
-//! table or the next, whole, and never a place that has become another's.
+//! A listener's table changes a thousand times under full load, in each mode: a datapath reads one
+//! whole table or the next, and never a slot that another table has reused.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -22,10 +22,10 @@ use udp_fanout_lab::traffic::PATIENCE;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Place, Sender};
 
 const CHANGES: usize = 1_000;
-/// Datagrams that pass between two changes, at least.
+/// Minimum number of datagrams between two changes.
 const BETWEEN: u64 = 150;
 
-/// Each receiver's two addresses: to whichever a datagram is sent, the same socket gets it.
+/// Each receiver's two addresses, which lead to the same socket.
 type Addresses = Vec<[SocketAddr; 2]>;
 
 fn lab() -> (Lab, Addresses) {
@@ -56,8 +56,8 @@ fn collect(lab: &Lab, expect: Expect) -> Collectors {
     Collectors::start_at(places, expect).unwrap()
 }
 
-/// A datapath with one listener, without the rest of the daemon.
-struct Bare {
+/// A datapath with one listener and no daemon around it.
+struct DatapathOnly {
     datapath: Box<dyn Datapath>,
     mode: Mode,
     listener: ListenerConfig,
@@ -65,8 +65,8 @@ struct Bare {
     before: Option<ListenerPlan>,
 }
 
-impl Bare {
-    fn open(mode: Mode, lab: &Lab, addresses: &Addresses) -> Result<Bare> {
+impl DatapathOnly {
+    fn open(mode: Mode, lab: &Lab, addresses: &Addresses) -> Result<DatapathOnly> {
         let text = DaemonConfig::for_lab(lab, "tc_ebpf").to_toml() + "[limits]\nmax_downstreams = 16\n";
         let config = Config::parse(&text, Path::new("c.toml"))?;
         let mut host = HostNetwork::open()?;
@@ -76,19 +76,19 @@ impl Bare {
             Mode::TcEbpf => Box::new(KernelDatapath::new(&config.limits)?),
             Mode::Userspace => Box::new(UserDatapath::new()),
         };
-        Ok(Bare { datapath, mode, listener: config.listeners[0].clone(), facts, before: None })
+        Ok(DatapathOnly { datapath, mode, listener: config.listeners[0].clone(), facts, before: None })
     }
 
-    fn put_in_force(&mut self, policy: Policy, downstreams: Vec<Downstream>) -> Result<()> {
+    fn apply(&mut self, policy: Policy, downstreams: Vec<Downstream>) -> Result<()> {
         self.listener.policy = policy;
         let plan = compile(&self.listener, &downstreams, self.mode, &self.facts, self.before.as_ref());
         self.before = Some(plan.clone());
         self.datapath.apply(&Plan::from(vec![plan]))
     }
 
-    /// Received and forwarded datagrams, and all that any other counter says, once so many have been received: a worker
-    /// writes a batch down a moment after it has arrived.
-    fn books(&mut self, received: u64) -> Result<[u64; 3]> {
+    /// Received and forwarded datagrams, and the sum of all other counters, once `received` have been counted. A worker
+    /// counts a batch a moment after it has arrived.
+    fn counts(&mut self, received: u64) -> Result<[u64; 3]> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let counters = self.datapath.counters()?;
@@ -101,14 +101,14 @@ impl Bare {
     }
 }
 
-/// Numbers without order, the same ones in each run.
-fn scattered(n: usize) -> usize {
+/// A fixed pseudo-random sequence.
+fn pseudo_random(n: usize) -> usize {
     (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) + n
 }
 
-/// The receivers in an order of their own for each change, each under one or the other of its addresses.
+/// The receivers in a different order for each change, each with one of its two addresses.
 fn shuffled(addresses: &Addresses, change: usize) -> Vec<Downstream> {
-    let bits = scattered(change);
+    let bits = pseudo_random(change);
     let mut set: Vec<Downstream> = (0..addresses.len())
         .map(|index| Downstream {
             name: format!("r{index}").into(),
@@ -124,7 +124,7 @@ fn shuffled(addresses: &Addresses, change: usize) -> Vec<Downstream> {
     set
 }
 
-/// Makes the changes while numbered datagrams flow. Each must arrive as often as it should, all of it by the datapath.
+/// Makes the changes while numbered datagrams flow. Each must arrive as often as expected, through the datapath.
 fn change_under_load(mode: Mode, expect: Expect, set: impl Fn(&Addresses, usize) -> (Policy, Vec<Downstream>) + Send) {
     let (lab, addresses) = lab();
     let collectors = collect(&lab, expect);
@@ -134,22 +134,22 @@ fn change_under_load(mode: Mode, expect: Expect, set: impl Fn(&Addresses, usize)
     let (through, all_through) = mpsc::channel::<()>();
     let (reaches, begins, ends, networks) = (&collectors, &ready, &done, &lab);
     let changes = move || -> Result<[u64; 3]> {
-        let _stops = Raised(ends);
-        let _starts = Raised(begins);
-        let mut bare = Bare::open(mode, networks, &addresses)?;
+        let _stops = SetOnDrop(ends);
+        let _starts = SetOnDrop(begins);
+        let mut datapath = DatapathOnly::open(mode, networks, &addresses)?;
         for change in 0..CHANGES {
             let (policy, downstreams) = set(&addresses, change);
-            bare.put_in_force(policy, downstreams)?;
+            datapath.apply(policy, downstreams)?;
             begins.store(true, Ordering::SeqCst);
             let arrived = reaches.progress().now().1;
-            anyhow::ensure!(reaches.wait_for(arrived + BETWEEN * copies, PATIENCE), "nothing arrives any more");
+            anyhow::ensure!(reaches.wait_for(arrived + BETWEEN * copies, PATIENCE), "datagrams no longer arrive");
         }
         ends.store(true, Ordering::SeqCst);
-        // The datapath stays until the last datagram is through: then the other end of this goes.
+        // The datapath stays until the last datagram has arrived, when the other end of this channel is dropped.
         let _ = all_through.recv();
-        bare.books(reaches.progress().now().0)
+        datapath.counts(reaches.progress().now().0)
     };
-    let books = thread::scope(|scope| {
+    let counts = thread::scope(|scope| {
         let changing = scope.spawn(move || networks.gateway.run(changes));
         while !ready.load(Ordering::SeqCst) {
             thread::yield_now();
@@ -162,14 +162,14 @@ fn change_under_load(mode: Mode, expect: Expect, set: impl Fn(&Addresses, usize)
     });
     let report = collectors.finish(&[&sender]).unwrap();
     assert!(report.is_complete(), "{report}");
-    assert_eq!(books, [sender.sent(), sender.sent(), 0], "{report}");
+    assert_eq!(counts, [sender.sent(), sender.sent(), 0], "{report}");
     assert!(sender.sent() >= BETWEEN * CHANGES as u64);
 }
 
-/// Raised at the end, however that comes about.
-struct Raised<'a>(&'a AtomicBool);
+/// Sets the flag when dropped, also on a panic.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Raised<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }
@@ -177,8 +177,8 @@ impl Drop for Raised<'_> {
 
 fn to_one(addresses: &Addresses, change: usize) -> (Policy, Vec<Downstream>) {
     let mut set = shuffled(addresses, change);
-    // From one receiver to all of them, in turn and by hash.
-    set.truncate(1 + scattered(change) / 512 % 4);
+    // From one receiver to all of them, by round robin and by hash.
+    set.truncate(1 + pseudo_random(change) / 512 % 4);
     let policy = if change.is_multiple_of(3) { Policy::Hash(HashOn::SourceIp) } else { Policy::RoundRobin };
     (policy, set)
 }

@@ -1,9 +1,9 @@
-//! VLAN devices on the way in and on the way out. Not every kernel has them (8021q), so `make test` leaves these tests out and says
-//! so; `make test-kernels` runs them. Frames in VLANs that nobody untags are in `foreign`.
+//! VLAN devices as ingress and egress interfaces. Not every kernel has them (8021q), so `make test` skips these tests
+//! and says so; `make test-kernels` runs them. `foreign` tests frames in VLANs without a device.
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::books::{Books, audit, audit_downstreams, start};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
@@ -40,7 +40,7 @@ fn vlans(ipv6: bool) -> Vlans {
         let addresses = [format!("10.{id}.0.{host}/24"), format!("fd00:{id}::{host}/64")];
         add_vlan(namespace, device, id, &addresses[..if ipv6 { 2 } else { 1 }]);
     }
-    // Back to the sender on the way that the datagrams come, as source validation wants it.
+    // The route back to the sender is the forward path, as source validation requires.
     let inside = lab.namespace_of(&lab.sites[1]);
     inside.ip("route add 10.5.0.0/24 via 10.7.0.1").unwrap();
     if ipv6 {
@@ -55,8 +55,8 @@ fn vlans(ipv6: bool) -> Vlans {
     Vlans { lab, listener, sender: sender.ip(), receivers }
 }
 
-/// The other network's receiver has to know the way back as well.
-fn let_back(lab: &Lab, ipv6: bool) {
+/// The other network's receiver needs the route back as well.
+fn add_return_route(lab: &Lab, ipv6: bool) {
     let inside = lab.namespace_of(&lab.sites[0]);
     inside.ip("route replace 10.5.0.0/24 via 10.0.10.1").unwrap();
     if ipv6 {
@@ -69,10 +69,10 @@ fn let_back(lab: &Lab, ipv6: bool) {
 fn netns_datagrams_in_a_vlan_are_taken_where_they_are_untagged_and_go_out_into_another() {
     for (ipv6, mode) in [(false, "tc_ebpf"), (false, "userspace"), (true, "tc_ebpf")] {
         let Vlans { lab, listener, sender, receivers } = vlans(ipv6);
-        let_back(&lab, ipv6);
+        add_return_route(&lab, ipv6);
         let mut config = DaemonConfig::for_lab(&lab, mode);
         config.listeners[0].bind = listener.to_string();
-        // On the device below as well, which sees the same datagrams with their tags and must leave them alone.
+        // Also on the parent device, which sees the same datagrams tagged and must pass them.
         config.listeners[0].interface = None;
         if mode == "tc_ebpf" {
             config.listeners[0].extra = format!("interface = [\"{INGRESS}\", \"{INGRESS}.5\"]");
@@ -94,10 +94,10 @@ fn netns_datagrams_in_a_vlan_are_taken_where_they_are_untagged_and_go_out_into_a
         let report = collectors.finish(&[&small, &full, &long]).unwrap();
         assert!(report.is_complete(), "{mode} ipv6={ipv6}: {report}");
         assert_eq!(report.counts(), [600; 2], "{mode} ipv6={ipv6}");
-        let kernel = (mode == "tc_ebpf").then_some(Books::forwarded(1_200));
-        let user = if kernel.is_some() { Books::NOTHING } else { Books::forwarded(1_200) };
-        audit(&daemon, &lab.gateway, kernel, user);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        let kernel = (mode == "tc_ebpf").then_some(PacketCounts::forwarded(1_200));
+        let user = if kernel.is_some() { PacketCounts::NOTHING } else { PacketCounts::forwarded(1_200) };
+        check_counters(&daemon, &lab.gateway, kernel, user);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
         daemon.stop().unwrap();
     }
 }

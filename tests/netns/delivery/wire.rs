@@ -1,4 +1,4 @@
-//! Whole frames: sent and seen on a device of the laboratory as they are, and what the kernel says it made of them.
+//! Whole frames, sent and received unchanged on a device of the lab, and the kernel's counters for them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,17 +13,17 @@ use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Lab, Namespace};
 use udp_fanout_testkit::kernel::packet::Frame;
 
-/// How long a frame may take to arrive. Nothing waits that long unless a test fails.
+/// How long a frame may take to arrive. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// A device's wire.
+/// A packet socket on a device.
 #[derive(Debug)]
 pub struct Wire {
     socket: Socket,
 }
 
 impl Wire {
-    /// Opens the wire behind a device.
+    /// Opens a packet socket on a device.
     ///
     /// # Errors
     /// When there is no such device.
@@ -75,7 +75,7 @@ impl Wire {
     /// The next frames seen that hold a UDP datagram to this port in a packet without options or extension headers.
     ///
     /// # Errors
-    /// When they do not come.
+    /// When they do not arrive in time.
     pub fn udp_frames_to(&self, port: u16, count: usize) -> Result<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         let mut buffer = vec![0; 65_536];
@@ -112,7 +112,7 @@ pub fn mac(namespace: &Namespace, device: &str) -> [u8; 6] {
     bytes
 }
 
-/// Datagrams that a host's UDP has refused, of both families: bad checksum, cut short, no room.
+/// Datagrams that a host's UDP has refused, of both families: bad checksum, truncated, no buffer space.
 pub fn udp_errors(namespace: &Namespace) -> u64 {
     let counters = snmp(namespace);
     ["Udp.InErrors", "Udp6InErrors"].iter().filter_map(|name| counters.get(*name)).sum()

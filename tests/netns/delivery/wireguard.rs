@@ -1,5 +1,5 @@
-//! Datagrams that come through a WireGuard tunnel. Not every kernel has it, so `make test` leaves these tests out and says so;
-//! `make test-kernels` runs them. Other links without frames are in `headerless`.
+//! Datagrams that come through a WireGuard tunnel. Not every kernel has it, so `make test` skips these tests and says
+//! so; `make test-kernels` runs them. `l3_ingress` tests other L3 links.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::books::{Books, audit, audit_downstreams, start};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, Namespace, Place, Sender};
 
 /// One end of a tunnel.
@@ -25,7 +25,7 @@ impl Peer {
         Peer { private_key, public_key }
     }
 
-    /// Makes the device, which talks to another over the lab's own network.
+    /// Creates the device, whose peer is `other` on the lab's network.
     fn open(&self, namespace: &Namespace, addresses: &str, other: &Peer, endpoint: &str) {
         let mut lines = "link add wg0 type wireguard\n".to_owned();
         for address in addresses.split_whitespace() {
@@ -39,7 +39,7 @@ impl Peer {
     }
 }
 
-/// What `wg` prints for a file's content.
+/// The output of `wg` for a file's content as input.
 fn wg(word: &str, input: Option<&PathBuf>) -> String {
     let mut command = Command::new("wg");
     command.arg(word);
@@ -80,7 +80,7 @@ fn netns_datagrams_out_of_a_wireguard_tunnel_are_forwarded() {
         let report = collectors.finish(&[&small, &long]).unwrap();
         assert!(report.is_complete(), "{policy} ipv6={ipv6}: {report}");
         assert!(report.all_from(source.ip()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(330)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(330)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }

@@ -1,4 +1,4 @@
-//! The wall clock jumps: by years, there and back. Whatever waits or measures goes by a clock that does not.
+//! The wall clock jumps by years, forward and back. Timers and measurements must use a monotonic clock.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{MODES, Pins, binary, exchange, lab, metrics, status, wait_until_counted};
 use udp_fanout_lab::{Daemon, Lab, Surroundings};
 
-/// The library that shows a program another time (Debian package faketime).
+/// The library that changes a program's wall clock (Debian package faketime).
 fn library() -> PathBuf {
     let candidates = fs::read_dir("/usr/lib").unwrap().map(|entry| entry.unwrap().path().join("faketime"));
     let mut candidates = candidates.chain([PathBuf::from("/usr/lib/faketime")]);
@@ -18,7 +18,7 @@ fn library() -> PathBuf {
     directory.join("libfaketimeMT.so.1")
 }
 
-/// A wall clock for one daemon, which a file says how to set. The clocks that only go forward are the true ones.
+/// A wall clock for one daemon, set by a file. Monotonic clocks stay real.
 struct Clock(tempfile::TempDir);
 
 impl Clock {
@@ -32,7 +32,7 @@ impl Clock {
         self.0.path().join("time")
     }
 
-    /// Lets it be so much later or earlier than the true one.
+    /// Sets its offset from the real clock.
     fn set(&self, offset: &str) {
         let new = self.0.path().join("new");
         fs::write(&new, format!("{offset}\n")).unwrap();
@@ -51,7 +51,7 @@ impl Clock {
     }
 }
 
-/// The year in which the daemon believes to follow its configuration again.
+/// The year of the reload, by the daemon's wall clock.
 fn year(daemon: &mut Daemon) -> u32 {
     daemon.signal(Signal::SIGHUP).unwrap();
     daemon.wait_for_line("configuration reloaded").unwrap()[..4].parse().unwrap()
@@ -69,7 +69,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
         let (clock, pins) = (Clock::new(), Pins::new());
         let mut config = pins.config(&lab, "keep");
         config.listeners = super::config(&lab, mode).listeners;
-        // A rate that is never reached, so that time is measured for it.
+        // A rate limit that is never reached, so that the program measures time.
         config.listeners[0].extra = "rate_limit = { packets_per_second = 10000000, burst = 100000000 }".into();
         config.head += "max_headless_secs = 2\n[health]\nenabled = true\ninterval_secs = 0.5\ntimeout_secs = 0.4\n";
         let mut daemon = Daemon::spawn_in(&lab.gateway, binary(), &config, &clock.surroundings()).unwrap();
@@ -82,7 +82,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
             clock.set(offset);
             let believed = year(&mut daemon);
             assert!(believed.abs_diff(now.saturating_add_signed(years)) <= 1, "{offset}: {believed}");
-            // Long enough for a lease that is not renewed to end.
+            // Long enough for a heartbeat to expire if it is not renewed.
             let jumped = Instant::now();
             while jumped.elapsed() < Duration::from_millis(2_500) {
                 exchange(&lab, 100);
@@ -90,7 +90,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
             }
             wait_until_counted(&lab, sent);
             let page = metrics(&lab);
-            // Health checks go on, at their pace, and find everyone well.
+            // Health checks continue at their interval, and find every receiver healthy.
             let probed = page.sum("udp_fanout_health_probes_total", &[]);
             let rounds = u64::try_from(start.elapsed().as_millis() / 500).unwrap() + 1;
             assert!(probed > probes && probed <= 2 * 3 * rounds, "{offset}: {probed} probes in {rounds} rounds");
@@ -102,7 +102,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
                 "{offset}: up for {uptime} s"
             );
         }
-        // And who really does not answer is found out about.
+        // A receiver that does not reply is still detected.
         clock.set("-7300d");
         lab.namespace_of(&lab.sites[0]).sysctl("net.ipv4.icmp_echo_ignore_all", "1").unwrap();
         daemon.wait_for_line("health check failed").unwrap();
@@ -110,7 +110,7 @@ fn netns_a_clock_that_jumps_changes_nothing() {
         clock.set("+7300d");
         daemon.wait_for_line("health check passed again").unwrap();
         assert!(daemon.stop().unwrap().0.success());
-        // The program that stays ends by its own clock; so it does not end at once.
+        // The orphaned program stops by its own clock, so it does not stop at once.
         if mode == "tc_ebpf" {
             udp_fanout_lab::Daemon::start(&lab.gateway, binary(), &config).unwrap().stop().unwrap();
         }

@@ -1,5 +1,5 @@
-//! No file descriptor is left: what needs none goes on, what needs one says so once and takes itself up again, and a new
-//! configuration is followed whole or not at all.
+//! Out of file descriptors: what needs none continues, what needs one logs it once and retries, and a new
+//! configuration is applied whole or not at all.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,8 +15,8 @@ use nix::sys::signal::Signal;
 use super::{LIMIT, MODES, config, exchange, lab, metrics, start_behind, status, wait_until_counted};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
-/// Root may raise every limit, and the daemon does: as one that may not, it has to live with what it is given.
-const WITHOUT_THAT_RIGHT: [&str; 2] = ["setpriv", "--bounding-set=-sys_resource"];
+/// Root may raise every limit, and the daemon does. Without that privilege it has to keep the given limit.
+const WITHOUT_SYS_RESOURCE: [&str; 2] = ["setpriv", "--bounding-set=-sys_resource"];
 const FIX: &str = "raise the limit of open files";
 
 fn open(daemon: &Daemon) -> BTreeSet<u64> {
@@ -31,14 +31,14 @@ fn limit(daemon: &Daemon, files: &str) {
     assert!(done.success());
 }
 
-/// Leaves the daemon so many descriptors that it may open, for good.
-fn leave(daemon: &Daemon, count: usize) {
+/// Limits the daemon to `count` further descriptors for the rest of the test.
+fn limit_free_descriptors(daemon: &Daemon, count: usize) {
     let open = open(daemon);
     let files = (0..).filter(|number| !open.contains(number)).nth(count).unwrap();
     limit(daemon, &format!("{files}:{files}"));
 }
 
-/// A client that has asked for the metrics, and waits.
+/// A client that has requested the metrics, and waits.
 fn client(lab: &Lab) -> TcpStream {
     lab.gateway
         .run(|| {
@@ -56,8 +56,8 @@ fn is_answered(client: &mut TcpStream) {
     assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
-/// How often the daemon has tried to accept a connection in vain, by what strace has written.
-fn vain(trace: &Path) -> usize {
+/// How often the daemon has failed to accept a connection, from strace's output.
+fn failed_accepts(trace: &Path) -> usize {
     fs::read_to_string(trace)
         .unwrap()
         .lines()
@@ -75,19 +75,19 @@ fn netns_without_descriptors_datagrams_flow_and_all_else_comes_back() {
         let mut config = config(&lab, mode);
         let health = "[health]\nenabled = true\nprotocol = \"tcp\"\ninterval_secs = 0.5\ntimeout_secs = 0.4\n";
         config.head += health;
-        // What the probes reach. Nobody takes the connections, for which the kernel has room.
+        // The target of the probes. It never accepts; the kernel queues the connections.
         let _targets: Vec<TcpListener> = lab
             .sites
             .iter()
             .map(|site| lab.namespace_of(site).run(|| Ok(TcpListener::bind(site.address)?)).unwrap())
             .collect();
-        let mut daemon = start_behind(&lab, &[&tracer[..], &WITHOUT_THAT_RIGHT].concat(), &config);
+        let mut daemon = start_behind(&lab, &[&tracer[..], &WITHOUT_SYS_RESOURCE].concat(), &config);
         exchange(&lab, 300);
         wait_until_counted(&lab, 300);
         let mut sent = 600;
 
         let since = Instant::now();
-        // Of those below that, none is ever free. What is open stays open.
+        // Every descriptor below the limit is in use and stays open.
         limit(&daemon, "3:");
         let probes = daemon.wait_for_line("cannot send health probes").unwrap();
         assert!(probes.contains("too many open files") && probes.contains(FIX), "{probes}");
@@ -103,7 +103,7 @@ fn netns_without_descriptors_datagrams_flow_and_all_else_comes_back() {
             let refused = daemon.wait_for_line("cannot accept connections to the status socket").unwrap();
             assert!(refused.contains("Too many open files") && refused.contains(FIX), "{refused}");
             exchange(&lab, 300);
-            // It is looked every five seconds whether the program is still attached, which takes a descriptor.
+            // Every five seconds the daemon checks that the program is attached, which needs a descriptor.
             while since.elapsed() < Duration::from_secs(6) {
                 exchange(&lab, 100);
                 sent += 100;
@@ -118,21 +118,22 @@ fn netns_without_descriptors_datagrams_flow_and_all_else_comes_back() {
         daemon.wait_for_logged("connections to the status socket are accepted again").unwrap();
         wait_until_counted(&lab, sent);
         let page = metrics(&lab);
-        assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &[]), 0, "nobody is thought ill for it");
+        assert_eq!(page.sum("udp_fanout_downstream_health_transitions_total", &[]), 0, "no downstream is unhealthy");
         exchange(&lab, 300);
         wait_until_counted(&lab, sent + 300);
         assert!(!daemon.log().contains("taken off"), "{}", daemon.log());
-        // Told once, however often it was tried; and tried now and then, not for ever.
+        // Logged once, however often it was tried; and retried at intervals, not in a busy loop.
         let log = daemon.log().to_owned();
         for what in ["for metrics", "to the status socket"] {
             assert_eq!(log.matches(&format!("cannot accept connections {what}")).count(), 1, "{log}");
         }
-        assert!(vain(&trace) as u128 <= most, "{} times in vain, where {most} would do", vain(&trace));
+        let failed = failed_accepts(&trace);
+        assert!(failed as u128 <= most, "{failed} failed accepts, at most {most} expected");
         assert!(daemon.stop().unwrap().0.success());
     }
 }
 
-/// A configuration with more of everything that takes descriptors.
+/// A configuration with more of everything that needs descriptors.
 fn larger(lab: &Lab, mode: &str) -> DaemonConfig {
     let mut larger = config(lab, mode);
     let mut second = config(lab, "userspace").settings("workers = 2").listeners.remove(0);
@@ -142,11 +143,11 @@ fn larger(lab: &Lab, mode: &str) -> DaemonConfig {
     larger
 }
 
-/// What is open once no client is served any more.
+/// The open files once no client is served any more.
 fn wait_until_open(daemon: &Daemon, count: usize) {
     let deadline = Instant::now() + LIMIT;
     while open(daemon).len() != count {
-        assert!(Instant::now() < deadline, "{count} files were open, and now {:?}", open(daemon));
+        assert!(Instant::now() < deadline, "expected {count} open files, found {:?}", open(daemon));
     }
 }
 
@@ -158,14 +159,14 @@ fn netns_a_new_configuration_for_which_descriptors_are_missing_is_refused_whole(
         let mut at_rest = 0;
         let mut refusals = 0;
         for free in 0.. {
-            let mut daemon = start_behind(&lab, &WITHOUT_THAT_RIGHT, &small);
+            let mut daemon = start_behind(&lab, &WITHOUT_SYS_RESOURCE, &small);
             exchange(&lab, 100);
             wait_until_counted(&lab, 100);
-            // The scrapes' connections close when they like.
-            at_rest = if free == 0 { settled(&daemon) } else { at_rest };
+            // The scrapes' connections close at any time.
+            at_rest = if free == 0 { idle_open_files(&daemon) } else { at_rest };
             wait_until_open(&daemon, at_rest);
             daemon.write_config(&larger(&lab, mode).to_toml()).unwrap();
-            leave(&daemon, free);
+            limit_free_descriptors(&daemon, free);
             daemon.signal(Signal::SIGHUP).unwrap();
             let outcome = daemon.wait_for_line("reloaded").unwrap();
             let followed = !outcome.contains("configuration not reloaded");
@@ -176,7 +177,7 @@ fn netns_a_new_configuration_for_which_descriptors_are_missing_is_refused_whole(
                 let reason = log.lines().rev().nth(1).unwrap();
                 let words = ["ERROR", "oo many open files", FIX];
                 assert!(words.iter().all(|word| reason.contains(word)), "{log}");
-                // What is in force is what was, at the port where it was, and nothing is left open.
+                // The old configuration is in force, at the old port, and nothing is left open.
                 assert!(!lab.gateway.tool("cat", "/proc/thread-self/net/udp").unwrap().contains(":23A5 "), "{log}");
                 wait_until_open(&daemon, at_rest);
                 if free > 0 {
@@ -194,8 +195,8 @@ fn netns_a_new_configuration_for_which_descriptors_are_missing_is_refused_whole(
     }
 }
 
-/// How many files are open in a daemon that serves nobody at the moment.
-fn settled(daemon: &Daemon) -> usize {
+/// The number of the daemon's open files while it serves no client.
+fn idle_open_files(daemon: &Daemon) -> usize {
     let deadline = Instant::now() + LIMIT;
     while has_clients(daemon) {
         assert!(Instant::now() < deadline, "a connection stays open");

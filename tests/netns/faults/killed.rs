@@ -1,5 +1,5 @@
-//! The daemon is killed while it takes over from the one before, at every single step of that, and again the next time:
-//! every datagram has been counted once in the end, and nothing is left lying about.
+//! The daemon is killed while it takes over from its predecessor, at each step, and so is the next one:
+//! in the end every datagram has been counted once, and nothing is left behind.
 
 use std::fs;
 use std::path::Path;
@@ -9,9 +9,9 @@ use nix::sys::signal::Signal;
 use super::{Pins, binary, counted, exchange, lab, start_behind};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab};
 
-/// The calls that change something, of which a takeover consists.
+/// The system calls of a takeover that change something.
 const CALLS: [&str; 2] = ["bpf", "unlinkat"];
-/// How those begin that do, of the calls to `bpf`. Of the pins, the first and the last.
+/// The commands of `bpf` that change something. Of the pins, the first and the last.
 const CHANGES: [&str; 6] = [
     "bpf(BPF_MAP_UPDATE_ELEM",
     "bpf(BPF_MAP_DELETE_ELEM",
@@ -21,7 +21,7 @@ const CHANGES: [&str; 6] = [
     "/about\", bpf_fd=",
 ];
 
-/// A call that changes something: which of the calls of its kind, counted from 1, and what strace says of it.
+/// A call that changes something: its number among the calls of its kind, from 1, and its line from strace.
 #[derive(Debug)]
 struct Step {
     call: &'static str,
@@ -29,7 +29,7 @@ struct Step {
     what: String,
 }
 
-/// Those between start and readiness.
+/// The calls between start and readiness.
 fn steps(trace: &Path) -> Vec<Step> {
     let text = fs::read_to_string(trace).unwrap();
     let steps_of = |call: &'static str| {
@@ -42,7 +42,7 @@ fn steps(trace: &Path) -> Vec<Step> {
     CALLS.into_iter().flat_map(steps_of).collect()
 }
 
-/// The call and, of `bpf`, its command.
+/// The call's name and, of `bpf`, its command.
 fn named(line: &str) -> &str {
     let call = line.split_once(' ').unwrap().1.trim_start();
     let end = if call.starts_with("bpf(") { call.find([',', '"']) } else { call.find('(') };
@@ -51,12 +51,12 @@ fn named(line: &str) -> &str {
 
 fn traced(trace: &Path, fault: &str) -> Vec<String> {
     let calls = format!("trace={}", CALLS.join(","));
-    // Not with --seccomp-bpf, which has it send no signals.
+    // Not with --seccomp-bpf, with which strace sends no signals.
     let words = ["strace", "-D", "-f", "-e", &calls, "-e", fault, "-o", trace.to_str().unwrap()];
     words.map(str::to_owned).into()
 }
 
-/// Starts a daemon that is killed as it makes the nth such call. True if it had not been ready by then.
+/// Starts a daemon that is killed at the nth such call. True if it was not ready before.
 fn start_and_kill(lab: &Lab, config: &DaemonConfig, trace: &Path, step: &Step) -> bool {
     let Step { call, nth, .. } = step;
     let fault = format!("inject={call}:signal=SIGKILL:when={nth}");
@@ -81,7 +81,7 @@ fn netns_killed_at_any_step_of_taking_over_it_counts_nothing_twice() {
     let directory = tempfile::tempdir().unwrap();
     let trace = directory.path().join("trace");
     let config = pins.config(&lab, "keep");
-    // Once undisturbed, to know the steps; by then the ledger has entries, as it will have each time.
+    // Once undisturbed, to record the steps, with carried counters in the map, as in each later run.
     let words = traced(&trace, "inject=vhangup:signal=SIGKILL");
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     for before in [&[][..], &[], &words] {
@@ -97,7 +97,7 @@ fn netns_killed_at_any_step_of_taking_over_it_counts_nothing_twice() {
             if !again {
                 let text = fs::read_to_string(&trace).unwrap();
                 let last = text.lines().rev().find(|line| line.contains('(')).unwrap();
-                assert!(early && named(last) == step.what, "{step:?} was meant, and it was {last}");
+                assert!(early && named(last) == step.what, "killed at {last} instead of {step:?}");
             }
             exchange(&lab, 30);
             sent += 30;

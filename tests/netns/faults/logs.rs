@@ -1,4 +1,4 @@
-//! A log that cannot be written, or that nobody reads, costs its lines and nothing else.
+//! A log that cannot be written, or that is not read, loses lines and nothing else.
 
 use std::fs;
 use std::io::PipeWriter;
@@ -26,23 +26,23 @@ fn reloads(lab: &Lab) -> u64 {
     metrics(lab).sum("udp_fanout_config_reloads_total", &[("result", "success")])
 }
 
-/// Sends SIGHUP and waits until the daemon has followed: by its counter, as it cannot say so.
+/// Sends SIGHUP and waits for the reload counter, as the daemon cannot log.
 fn reload(lab: &Lab, daemon: &Daemon, config: &DaemonConfig) {
     let before = reloads(lab);
     daemon.write_config(&config.to_toml()).unwrap();
     daemon.signal(Signal::SIGHUP).unwrap();
     let deadline = Instant::now() + LIMIT;
     while reloads(lab) == before {
-        assert!(Instant::now() < deadline, "the new configuration is not followed");
+        assert!(Instant::now() < deadline, "the new configuration is not applied");
     }
 }
 
-/// Goes on as ever: forwards, counts, answers, follows changes, ends when told to.
-fn goes_on(lab: &Lab, mode: &str, daemon: Daemon) {
+/// Checks that the daemon works: it forwards, counts, replies, reloads, and ends on a signal.
+fn check_daemon_works(lab: &Lab, mode: &str, daemon: Daemon) {
     let mut config = config(lab, mode);
     exchange(lab, 300);
     wait_until_counted(lab, 300);
-    // Each says several things to the log.
+    // Each writes several lines to the log.
     for turn in 1..=10 {
         config.listeners[0].downstreams[0].2 = 1 + turn % 3;
         reload(lab, &daemon, &config);
@@ -59,8 +59,8 @@ fn goes_on(lab: &Lab, mode: &str, daemon: Daemon) {
 fn netns_a_full_disk_for_the_log_stops_nothing() {
     let lab = lab();
     for mode in MODES {
-        goes_on(&lab, mode, start_with(&lab, ">/dev/full 2>&1", &config(&lab, mode)));
-        // A file system that fills up while the daemon runs: one page, of which the log takes what is left.
+        check_daemon_works(&lab, mode, start_with(&lab, ">/dev/full 2>&1", &config(&lab, mode)));
+        // A file system that fills up while the daemon runs: one page, of which the log fills the rest.
         let script = "mount -t tmpfs -o size=4096 tmpfs /mnt && exec \"$@\" >/mnt/log 2>&1";
         let before = ["unshare", "--mount", "--", "sh", "-c", script, "sh"];
         let mut config = config(&lab, mode);
@@ -72,7 +72,7 @@ fn netns_a_full_disk_for_the_log_stops_nothing() {
             config.listeners[0].downstreams[0].2 = 1 + turn % 3;
             reload(&lab, &daemon, &config);
         }
-        goes_on(&lab, mode, daemon);
+        check_daemon_works(&lab, mode, daemon);
     }
 }
 
@@ -83,11 +83,11 @@ fn netns_a_log_whose_reader_has_gone_stops_nothing() {
         let (reader, writer) = std::io::pipe().unwrap();
         let daemon = start_into(&lab, &writer, &config(&lab, mode));
         drop(reader);
-        goes_on(&lab, mode, daemon);
+        check_daemon_works(&lab, mode, daemon);
     }
 }
 
-/// Its reader is there, but does not read: the pipe is full after a while.
+/// The reader exists, but does not read: the pipe fills up after a while.
 #[test]
 fn netns_a_log_that_is_not_read_stops_nothing() {
     let lab = lab();
@@ -95,6 +95,6 @@ fn netns_a_log_that_is_not_read_stops_nothing() {
         let (_reader, writer) = std::io::pipe().unwrap();
         nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
         let daemon = start_into(&lab, &writer, &config(&lab, mode));
-        goes_on(&lab, mode, daemon);
+        check_daemon_works(&lab, mode, daemon);
     }
 }

@@ -1,4 +1,4 @@
-//! The kernel refuses a call to `bpf`: whichever it is, a new configuration is followed whole or not at all, and what is too
+//! The kernel refuses any one call to `bpf`: a new configuration is applied whole or not at all, and one that is too
 //! large for the maps changes nothing.
 
 use std::fs;
@@ -12,14 +12,14 @@ use tempfile::TempDir;
 use super::{Pins, config, counted, lab, start_behind, wait_until_counted};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Sender};
 
-/// A tracer that has system calls of a daemon at work fail, or ends it at one. It lets go of the daemon when dropped.
+/// An strace that makes system calls of a running daemon fail, or kills it at one. Detaches when dropped.
 pub struct Tracer {
     strace: Child,
     directory: TempDir,
 }
 
 impl Tracer {
-    /// Has strace inject this, such as `bpf:error=ENOMEM:when=3`, counted from now on.
+    /// Injects a fault, such as `bpf:error=ENOMEM:when=3`, counted from now on.
     pub fn attach(daemon: &Daemon, fault: &str) -> Tracer {
         let (call, _) = fault.split_once(':').unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -31,12 +31,12 @@ impl Tracer {
         let mut stderr = BufReader::new(strace.stderr.take().unwrap());
         stderr.read_line(&mut said).unwrap();
         assert!(said.contains("attached"), "{said}");
-        // What it says at the end is taken in, so that it can say it.
+        // Its final output is read, so that it does not block.
         std::thread::spawn(move || stderr.read_to_string(&mut said));
         Tracer { strace, directory }
     }
 
-    /// Lets go of the daemon. True if a call has failed.
+    /// Detaches from the daemon. True if a call has failed.
     pub fn finish(mut self) -> bool {
         self.end();
         fs::read_to_string(self.directory.path().join("trace")).unwrap().contains("(INJECTED)")
@@ -56,10 +56,10 @@ impl Drop for Tracer {
     }
 }
 
-/// A configuration, and whom it lets have how many of 40 datagrams.
+/// A configuration, and how many of 40 datagrams each receiver gets under it.
 type Shares = (DaemonConfig, [u64; 2]);
 
-/// The usual one; and another policy, one receiver fewer, a rule about senders, a second listener.
+/// The usual one; and one with another policy, one receiver fewer, an admission rule and a second listener.
 fn small_and_large(lab: &Lab) -> (Shares, Shares) {
     let small = config(lab, "tc_ebpf");
     let mut large = small.clone();
@@ -71,7 +71,7 @@ fn small_and_large(lab: &Lab) -> (Shares, Shares) {
     ((small, [20, 20]), (large, [40, 0]))
 }
 
-/// Who gets how many of 40 datagrams, all of which must arrive.
+/// How many of 40 datagrams each receiver gets. All must arrive.
 fn shares(lab: &Lab) -> Vec<u64> {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -81,7 +81,7 @@ fn shares(lab: &Lab) -> Vec<u64> {
     report.counts()
 }
 
-/// Goes from one configuration to another as often as it takes for each call to be refused once. Returns how often the new
+/// Reloads from one configuration to the other until each call has been refused once. Returns how often the new
 /// configuration was refused.
 fn refuse_each_call(lab: &Lab, before: &Shares, after: &Shares) -> u32 {
     let mut daemon = start_behind(lab, &[], &before.0);
@@ -96,14 +96,14 @@ fn refuse_each_call(lab: &Lab, before: &Shares, after: &Shares) -> u32 {
         assert!(followed || failed, "call {nth}: {}", daemon.log());
         refused += u32::from(!followed);
         let mut expect = |daemon: &mut Daemon, shares_expected: [u64; 2]| {
-            // What had been put in force is taken back before the daemon does anything else, such as to answer.
+            // The daemon reverts what it had applied before it does anything else, such as reply.
             let (received, forwarded, _) = counted(lab);
             assert_eq!((received, forwarded), (sent, sent), "call {nth}: {}", daemon.log());
             assert_eq!(shares(lab), shares_expected, "call {nth}: {}", daemon.log());
             sent += 40;
         };
         expect(&mut daemon, if followed { after.1 } else { before.1 });
-        // Nothing of the attempt is in the way of the next ones.
+        // The failed attempt does not affect the next ones.
         daemon.reload(&after.0.to_toml()).unwrap();
         expect(&mut daemon, after.1);
         daemon.reload(&before.0.to_toml()).unwrap();
@@ -146,8 +146,8 @@ fn netns_what_does_not_fit_the_maps_changes_nothing() {
     assert!(daemon.stop().unwrap().0.success());
 }
 
-/// Downstreams change so often that their numbers are given to others, and what was counted under them is put elsewhere. The
-/// daemon is killed at any call of that; the next one knows all counts.
+/// Downstreams change so often that their IDs are reused, and their counters move to another map. The
+/// daemon is killed at each of these calls; the next one knows all counts.
 #[test]
 fn netns_killed_while_it_settles_what_numbers_have_counted_it_loses_and_doubles_nothing() {
     let (lab, pins) = (lab(), Pins::new());
@@ -168,7 +168,7 @@ fn netns_killed_while_it_settles_what_numbers_have_counted_it_loses_and_doubles_
             daemon.wait_for_logged("counters go on").unwrap();
         }
         assert_eq!(counted_copies(&lab), (sent, 2 * sent), "call {nth}: {}", daemon.log());
-        // Three times the two numbers of which there are four.
+        // Three times two IDs, of four in all.
         let mut ended = false;
         for turn in 0..3 {
             copies(&lab);
@@ -191,7 +191,7 @@ fn netns_killed_while_it_settles_what_numbers_have_counted_it_loses_and_doubles_
     assert!(killed > 5, "only {killed}");
 }
 
-/// Sends some datagrams, of which everyone gets a copy.
+/// Sends some datagrams, of which each receiver gets a copy.
 fn copies(lab: &Lab) {
     let collectors = Collectors::start(lab, Expect::EachOfThem).unwrap();
     let mut sender = Sender::in_lab(lab).unwrap();
@@ -200,7 +200,7 @@ fn copies(lab: &Lab) {
     assert!(report.is_complete(), "{report}");
 }
 
-/// Datagrams received, and copies handed to downstreams.
+/// Datagrams received, and copies forwarded.
 fn counted_copies(lab: &Lab) -> (u64, u64) {
     let (received, _, copies) = counted(lab);
     (received, copies)

@@ -1,4 +1,4 @@
-//! Interfaces flap and netlink has more to tell than its socket holds: what the host is like in the end is what counts.
+//! Interfaces flap, and netlink messages overflow the socket: the daemon must reach the host's final state.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -10,10 +10,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use super::{LIMIT, config, exchange, lab, metrics, start_behind};
 use udp_fanout_lab::{Collectors, Daemon, Expect, Lab, Sender};
 
-/// An address that the gateway gets as the last of all changes.
+/// An address that the gateway gets as the last change.
 const NEW: &str = "10.0.0.7";
 
-/// The way to a receiver comes and goes, and so do addresses.
+/// The route to a receiver, and addresses, come and go.
 fn storm() -> String {
     let mut lines = String::new();
     for n in 0..300 {
@@ -28,7 +28,7 @@ fn forwarded_by_the_kernel(lab: &Lab) -> u64 {
     metrics(lab).sum("udp_fanout_packets_forwarded_total", &[("mode", "tc_ebpf")])
 }
 
-/// Until the daemon has seen the last change, the socket serves the new address, and from then on the kernel program.
+/// The socket serves the new address until the daemon has seen the last change; then the kernel program does.
 fn wait_until_seen(lab: &Lab) {
     let before = forwarded_by_the_kernel(lab);
     let target: SocketAddr = format!("{NEW}:{}", lab.listener().port()).parse().unwrap();
@@ -36,7 +36,7 @@ fn wait_until_seen(lab: &Lab) {
     let mut sender = Sender::open(&lab.sender, (Lab::SENDER, 0), target).unwrap();
     let deadline = Instant::now() + LIMIT;
     while forwarded_by_the_kernel(lab) == before {
-        // Each has arrived before the next one is sent: none is on its way when this is over.
+        // Each arrives before the next one is sent, so none is in flight at the end.
         sender.send(1, &collectors).unwrap();
         assert!(Instant::now() < deadline, "the new address has not been noticed");
     }
@@ -44,7 +44,7 @@ fn wait_until_seen(lab: &Lab) {
     assert!(report.is_perfect(), "{report}");
 }
 
-/// How many messages the daemon's sockets have lost; those of nobody else are in its namespace.
+/// How many messages the daemon's netlink sockets have lost. No other process has any in its namespace.
 fn overruns(lab: &Lab) -> u64 {
     let table = lab.gateway.tool("cat", "/proc/thread-self/net/netlink").unwrap();
     table.lines().skip(1).map(|line| line.split_whitespace().nth(8).unwrap().parse::<u64>().unwrap()).sum()
@@ -74,7 +74,7 @@ fn netns_more_changes_than_netlink_can_tell_of_are_followed() {
     let daemon = start(&lab);
     exchange(&lab, 100);
     assert_eq!(overruns(&lab), 0);
-    // Asleep, the daemon takes none of the messages.
+    // The stopped daemon reads no messages.
     daemon.signal(Signal::SIGSTOP).unwrap();
     let stopped = waitpid(daemon.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
     assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");

@@ -1,9 +1,9 @@
-//! Every kind of probe through the daemon: a listener for each, with receivers that begin to answer and cease to.
+//! Every kind of probe through the daemon: a listener for each, with receivers that start and stop replying.
 
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
-use super::{deaf, metrics, shares_by, wait_for_metrics};
+use super::{ignore_pings, metrics, shares_by, wait_for_metrics};
 use udp_fanout_lab::servers::Server;
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, ListenerSpec, Place};
 
@@ -37,10 +37,10 @@ fn bind(lab: &Lab, index: usize) -> SocketAddr {
     SocketAddr::new(lab.listener().ip(), 9_200 + index)
 }
 
-/// Has a receiver answer probes of every kind, until the servers are dropped.
+/// Makes a receiver reply to probes of every kind, until the servers are dropped.
 fn answer(lab: &Lab, receiver: usize) -> Vec<Server> {
     let site = &lab.sites[receiver];
-    deaf_in(lab, receiver, false);
+    ignore_all_probes(lab, receiver, false);
     let udp = |port| lab.namespace_of(site).run(|| Ok(UdpSocket::bind((site.address.ip(), port))?)).unwrap();
     let tcp = |port| lab.namespace_of(site).run(|| Ok(TcpListener::bind((site.address.ip(), port))?)).unwrap();
     let echo = Server::udp(udp(KINDS[1].2), |socket, from, probe| drop(socket.send_to(probe, from)));
@@ -53,24 +53,24 @@ fn answer(lab: &Lab, receiver: usize) -> Vec<Server> {
     vec![echo, pong, accept, http]
 }
 
-/// Makes a receiver deaf to pings, or lets it hear again.
-fn deaf_in(lab: &Lab, receiver: usize, silent: bool) {
-    deaf(lab, receiver, silent);
+/// Blocks pings to a receiver, or unblocks them.
+fn ignore_all_probes(lab: &Lab, receiver: usize, silent: bool) {
+    ignore_pings(lab, receiver, silent);
     let namespace = lab.namespace_of(&lab.sites[receiver]);
     namespace.sysctl("net.ipv6.icmp.echo_ignore_all", u8::from(silent).to_string().as_str()).unwrap();
 }
 
 /// Waits until each listener's receivers are as given, and checks that datagrams go to those.
 fn expect_healthy(lab: &Lab, healthy: [bool; 2]) {
-    wait_for_metrics(lab, &format!("all say {healthy:?}"), |page| {
+    wait_for_metrics(lab, &format!("all are {healthy:?}"), |page| {
         KINDS.iter().all(|(name, _, _)| {
-            let says = |(site, healthy): (usize, bool)| {
+            let agrees = |(site, healthy): (usize, bool)| {
                 let labels = [("listener", *name), ("endpoint", &lab.sites[site].address.to_string())];
                 page.sum("udp_fanout_downstream_health", &labels) == u64::from(healthy)
             };
             let active = page.sum("udp_fanout_downstream_active", &[("listener", *name)]);
             let well = healthy.into_iter().filter(|healthy| *healthy).count();
-            healthy.into_iter().enumerate().all(says) && active == well as u64
+            healthy.into_iter().enumerate().all(agrees) && active == well as u64
         })
     });
     let expected: Vec<u64> = match healthy {
@@ -85,7 +85,7 @@ fn expect_healthy(lab: &Lab, healthy: [bool; 2]) {
 fn every_kind(mode: &str, ipv6: bool) {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).ipv6(ipv6).build().unwrap();
     let first = answer(&lab, 0);
-    deaf_in(&lab, 1, true);
+    ignore_all_probes(&lab, 1, true);
     let binary = Path::new(env!("CARGO_BIN_EXE_udp-fanout"));
     let mut daemon = Daemon::start(&lab.gateway, binary, &listeners(&lab, mode)).unwrap();
     expect_healthy(&lab, [true, false]);
@@ -97,7 +97,7 @@ fn every_kind(mode: &str, ipv6: bool) {
     let second = answer(&lab, 1);
     expect_healthy(&lab, [true, true]);
     drop(first);
-    deaf_in(&lab, 0, true);
+    ignore_all_probes(&lab, 0, true);
     expect_healthy(&lab, [false, true]);
     drop(second);
     assert_eq!(metrics(&lab).sum("udp_fanout_config_reloads_total", &[("result", "error")]), 0);

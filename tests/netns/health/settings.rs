@@ -1,8 +1,8 @@
-//! What is made of a receiver's failure: when all fail, when one comes back, when the settings change.
+//! The effect of a receiver's failure: when all fail, when one recovers, when the settings change.
 
 use std::path::Path;
 
-use super::{active, deaf, metrics, shares, updated, wait_for_metrics};
+use super::{active, ignore_pings, metrics, shares, updated, wait_for_metrics};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place, Sender};
 
 const QUICK: &str = "[health]\nenabled = true\ninterval_secs = 0.4\ntimeout_secs = 0.4\nhealthy_threshold = 1\n";
@@ -26,10 +26,10 @@ fn closed_when_all_fail(mode: &str) {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
     let mut daemon = start(&lab, &config(&lab, mode, &format!("{QUICK}fail_open = false\n")));
     assert_eq!(shares(&lab, 100), [50, 50]);
-    deaf(&lab, 0, true);
-    deaf(&lab, 1, true);
+    ignore_pings(&lab, 0, true);
+    ignore_pings(&lab, 1, true);
     daemon.wait_for_line("dropping all datagrams, since fail_open = false").unwrap();
-    wait_for_metrics(&lab, "nobody takes part", |page| {
+    wait_for_metrics(&lab, "no receiver is active", |page| {
         page.sum("udp_fanout_downstream_active", &[("listener", "lab")]) == 0
     });
     let sender = Sender::in_lab(&lab).unwrap();
@@ -37,7 +37,7 @@ fn closed_when_all_fail(mode: &str) {
         sender.socket().send_to(b"for nobody", lab.listener()).unwrap();
     }
     wait_for_metrics(&lab, "seven are dropped and counted", |_| no_downstream(&lab, mode) == 7);
-    deaf(&lab, 0, false);
+    ignore_pings(&lab, 0, false);
     daemon.wait_for_line("not all downstreams are unhealthy any more").unwrap();
     daemon.wait_for_line(&updated(mode, 1)).unwrap();
     assert_eq!(shares(&lab, 100), [100, 0]);
@@ -60,10 +60,10 @@ fn netns_one_that_is_back_starts_small() {
     let slow = format!("{QUICK}slow_start_secs = 3600\n");
     for mode in ["tc_ebpf", "userspace"] {
         let mut daemon = start(&lab, &config(&lab, mode, &slow));
-        deaf(&lab, 1, true);
+        ignore_pings(&lab, 1, true);
         daemon.wait_for_line("health check failed").unwrap();
         daemon.wait_for_line(&updated(mode, 1)).unwrap();
-        deaf(&lab, 1, false);
+        ignore_pings(&lab, 1, false);
         daemon.wait_for_line("health check passed again").unwrap();
         daemon.wait_for_line(&updated(mode, 2)).unwrap();
         // A tenth of the share of the other, for the first six minutes.
@@ -75,7 +75,7 @@ fn netns_one_that_is_back_starts_small() {
 #[test]
 fn netns_what_the_host_notices_is_looked_into_at_once() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::BehindRouter]).build().unwrap();
-    // Within the hour nothing would be probed.
+    // The interval is an hour, so nothing is probed meanwhile.
     let rare = "[health]\nenabled = true\ninterval_secs = 3600\ntimeout_secs = 0.4\nhealthy_threshold = 1\n";
     for mode in ["tc_ebpf", "userspace"] {
         let mut daemon = start(&lab, &config(&lab, mode, rare));
@@ -93,7 +93,7 @@ fn netns_what_the_host_notices_is_looked_into_at_once() {
 #[test]
 fn netns_a_reload_changes_who_is_checked_and_how() {
     let lab = Lab::builder().receivers([Place::OtherInterface, Place::Pod]).build().unwrap();
-    deaf(&lab, 1, true);
+    ignore_pings(&lab, 1, true);
     for mode in ["tc_ebpf", "userspace"] {
         let off = config(&lab, mode, "");
         let mut daemon = start(&lab, &off);
@@ -103,7 +103,7 @@ fn netns_a_reload_changes_who_is_checked_and_how() {
         daemon.wait_for_logged("health check failed").unwrap();
         wait_for_metrics(&lab, "one is left", |page| page.sum("udp_fanout_downstream_active", &[]) == 1);
         assert_eq!(shares(&lab, 100), [100, 0]);
-        // What is known of a receiver is kept when only the timing changes.
+        // A receiver's state is kept when only the timing changes.
         let slower = QUICK.replace("0.4", "3600");
         daemon.reload(&config(&lab, mode, &slower).to_toml()).unwrap();
         assert_eq!((active(&lab), shares(&lab, 100)), (1, vec![100, 0]));
@@ -118,7 +118,7 @@ fn netns_a_reload_changes_who_is_checked_and_how() {
         wait_for_metrics(&lab, "all are back", |page| page.sum("udp_fanout_downstream_active", &[]) == 2);
         assert_eq!(shares(&lab, 100), [50, 50]);
         assert!(!metrics(&lab).has("udp_fanout_downstream_health", &[]));
-        // And on again, by another kind of probe, which neither answers: all are kept.
+        // On again, with a kind of probe to which neither replies: all stay active.
         let tcp = "health = { protocol = \"tcp\", port = 7003 }";
         daemon.reload(&config(&lab, mode, QUICK).extra(tcp).to_toml()).unwrap();
         daemon.wait_for_logged("still sending to all of them, since fail_open = true").unwrap();

@@ -6,13 +6,13 @@ use udp_fanout_lab::apiserver::DEADLINE;
 use udp_fanout_lab::scrape::{self, Page};
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Place};
 
-use super::world::{World, binary};
+use super::kubernetes_lab::{KubernetesLab, binary};
 
 fn get(lab: &Lab, path: &str) -> Page {
     scrape::get(&lab.gateway, "127.0.0.1:9090".parse().unwrap(), path).unwrap()
 }
 
-/// Asks for all listeners until the answer is so, as nothing else tells of it. Then the page of the only listener is the
+/// Polls the page of all listeners until it is as expected. Then the page of the only listener must be the
 /// same.
 fn wait_for(lab: &Lab, status: u16, start: &str) {
     let is_so = |page: &Page| page.status == status && page.body.starts_with(&format!("listener lab: {start}"));
@@ -31,21 +31,21 @@ fn wait_for(lab: &Lab, status: u16, start: &str) {
 #[test]
 fn netns_a_node_without_endpoints_is_ready_but_not_serving() {
     for mode in ["tc_ebpf", "userspace"] {
-        let world = World::new(mode, [Place::OtherInterface]);
-        world.apply("a", Vec::new());
-        let mut daemon = world.spawn(&world.config(&World::by_number()));
-        daemon.wait_until_ready(&world.lab.gateway, 1).unwrap();
-        wait_for(&world.lab, 503, "no downstreams found\n");
-        assert_eq!(world.readyz(), 200);
+        let k8s = KubernetesLab::new(mode, [Place::OtherInterface]);
+        k8s.apply("a", Vec::new());
+        let mut daemon = k8s.spawn(&k8s.config(&KubernetesLab::by_number()));
+        daemon.wait_until_ready(&k8s.lab.gateway, 1).unwrap();
+        wait_for(&k8s.lab, 503, "no downstreams found\n");
+        assert_eq!(k8s.readyz(), 200);
 
-        world.apply("a", world.ready(&[0]));
-        daemon.wait_for_logged(&world.updated(1)).unwrap();
-        wait_for(&world.lab, 200, "serving, usable downstreams: 1\n");
-        let unknown = get(&world.lab, "/serving/other");
+        k8s.apply("a", k8s.ready(&[0]));
+        daemon.wait_for_logged(&k8s.updated(1)).unwrap();
+        wait_for(&k8s.lab, 200, "serving, usable downstreams: 1\n");
+        let unknown = get(&k8s.lab, "/serving/other");
         assert_eq!((unknown.status, unknown.body.as_str()), (404, "no listener \"other\"; there are: lab\n"));
 
-        world.apply("a", Vec::new());
-        wait_for(&world.lab, 503, "no downstreams found\n");
+        k8s.apply("a", Vec::new());
+        wait_for(&k8s.lab, 503, "no downstreams found\n");
         daemon.stop().unwrap();
     }
 }

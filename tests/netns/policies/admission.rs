@@ -1,5 +1,5 @@
-//! Who may send, and how fast: what comes from outside, what the kernel program leaves to the socket, and what the host
-//! itself sends, in both modes.
+//! Admission: allowed senders and rate limits, for datagrams from outside, those that the kernel program passes to the
+//! socket, and those of the host itself, in both modes.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use super::{MODES, start, stop};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
-/// How long the daemon may take to write down what it has dropped. Nothing waits that long unless a test fails.
+/// How long the daemon may take to count what it has dropped. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Nothing is to come of what is sent, so waiting for it is in vain.
-const IN_VAIN: Duration = Duration::from_millis(1);
+/// The wait for datagrams that must not arrive.
+const EXPECT_NOTHING: Duration = Duration::from_millis(1);
 
 /// Another address of the sender's host.
 fn second_address(lab: &Lab, ipv6: bool) -> IpAddr {
@@ -19,8 +19,8 @@ fn second_address(lab: &Lab, ipv6: bool) -> IpAddr {
     address.parse().unwrap()
 }
 
-/// What the listener has dropped for this reason, by mode, once it has received so many in all. What the kernel program
-/// leaves to the socket is counted once.
+/// The listener's drops for this reason, by mode, once it has received `received` datagrams in all. Those that the
+/// kernel program passes to the socket are counted once.
 fn dropped(lab: &Lab, daemon: &Daemon, reason: &str, received: u64) -> (u64, u64) {
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -32,7 +32,7 @@ fn dropped(lab: &Lab, daemon: &Daemon, reason: &str, received: u64) -> (u64, u64
             let of = |mode| sum("dropped", &[("mode", mode), ("reason", reason)]);
             return (of("tc_ebpf"), of("userspace"));
         }
-        assert!(Instant::now() < deadline && seen < received, "{seen} of {received} datagrams are in the books");
+        assert!(Instant::now() < deadline && seen < received, "{seen} of {received} datagrams are counted");
     }
 }
 
@@ -49,10 +49,10 @@ fn netns_only_those_who_may_send_are_forwarded_for() {
         denied.burst(100, &collectors).unwrap();
         let mut allowed = Sender::in_lab(&lab).unwrap().window(250);
         allowed.send(200, &collectors).unwrap();
-        // In fragments as well, which only the socket sees whole.
+        // Also fragmented datagrams, which only the socket sees whole.
         let mut long = Sender::open(&lab.sender, (second, 0), lab.listener()).unwrap().payload(4_000);
         long.burst(10, &collectors).unwrap();
-        // From the gateway itself, which only the socket sees at all.
+        // Also from the gateway itself, which only the socket sees.
         let mut host = Sender::open(&lab.gateway, (lab.listener().ip(), 0), lab.listener()).unwrap().window(150);
         host.send(20, &collectors).unwrap();
         let (kernel, user) = dropped(&lab, &daemon, "source_denied", 330);
@@ -78,10 +78,10 @@ fn netns_the_host_itself_may_be_denied() {
     }
 }
 
-/// Sends a burst and says how many of it were forwarded and how long the whole took.
+/// Sends a burst. Returns how many of its datagrams were forwarded, and how long that took.
 fn flood(lab: &Lab, daemon: &Daemon, from: SocketAddr, before: u64) -> (u64, Duration) {
     let collectors = Collectors::start(lab, Expect::OneOfThem).unwrap();
-    let mut sender = Sender::open(&lab.sender, from, lab.listener()).unwrap().patience(IN_VAIN);
+    let mut sender = Sender::open(&lab.sender, from, lab.listener()).unwrap().patience(EXPECT_NOTHING);
     let begun = Instant::now();
     sender.burst(200, &collectors).unwrap();
     dropped(lab, daemon, "rate_limited", before + 200);
@@ -125,14 +125,14 @@ fn netns_senders_of_one_network_share_their_rate() {
     }
 }
 
-/// What the kernel program passes up has taken its token there, and takes one of the socket's: neither lets through more
-/// than the other.
+/// A datagram that the kernel program passes takes a token there and another one at the socket: neither lets through
+/// more than the other.
 #[test]
 fn netns_what_goes_through_the_socket_has_no_rate_of_its_own() {
     let lab = Lab::builder().receivers([Place::GatewayHost]).build().unwrap();
     let mut config =
         DaemonConfig::for_lab(&lab, "tc_ebpf").extra("rate_limit = { packets_per_second = 1, burst = 40 }");
-    // A receiver on the loopback interface makes everything the socket's.
+    // With a receiver on the loopback interface, everything needs the socket.
     config.listeners[0].downstreams.push(("nobody".into(), "127.0.0.1:9".parse().unwrap(), 1));
     let daemon = start(&lab, &config);
     let mut sender = Sender::in_lab(&lab).unwrap();
@@ -146,7 +146,7 @@ fn netns_what_goes_through_the_socket_has_no_rate_of_its_own() {
         if of("received", "tc_ebpf") == 200 && of("received", "userspace") == of("passed", "tc_ebpf") {
             break page;
         }
-        assert!(Instant::now() < deadline, "the books are not complete");
+        assert!(Instant::now() < deadline, "the counters are not complete");
     };
     let most = 41 + begun.elapsed().as_secs();
     let limited = |mode| page.sum("udp_fanout_packets_dropped_total", &[("mode", mode), ("reason", "rate_limited")]);

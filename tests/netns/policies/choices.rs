@@ -1,4 +1,4 @@
-//! Policies that choose one receiver: by hash, or by message. Both datapaths must choose alike.
+//! Policies that choose one receiver: by hash, or by message. Both datapaths must make the same choice.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -30,7 +30,7 @@ fn senders(lab: &Lab) -> Vec<UdpSocket> {
     (1..=ADDRESSES).flat_map(|address| (0..PORTS).map(move |port| socket(address, port))).collect()
 }
 
-/// A socket at each receiver's place.
+/// A socket in each receiver's namespace.
 struct Receivers(Vec<UdpSocket>);
 
 impl Receivers {
@@ -39,7 +39,7 @@ impl Receivers {
         Receivers(sockets.inspect(|socket| socket.set_nonblocking(true).unwrap()).collect())
     }
 
-    /// Waits for so many datagrams and says who got which.
+    /// Waits for `count` datagrams. Returns each with its receiver's index.
     fn take(&self, count: usize) -> Vec<(usize, Vec<u8>)> {
         let mut taken = Vec::new();
         let mut buffer = [0; 2000];
@@ -58,7 +58,7 @@ impl Receivers {
     }
 }
 
-/// Runs the daemon, sends from every sender twice, and says which receiver each sender has. Fails if one has two.
+/// Runs the daemon, sends from every sender twice, and returns each sender's receiver. Fails if one has two.
 fn choices(lab: &Lab, config: &DaemonConfig, senders: &[UdpSocket]) -> Vec<usize> {
     let daemon = start(lab, config);
     let receivers = Receivers::new(lab);
@@ -117,10 +117,10 @@ fn netns_when_a_receiver_goes_hardly_any_sender_moves_but_its_own() {
             let after = choices(&lab, &fewer, &senders);
             assert!(!after.contains(&gone));
             let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
-            // At most the fifth that must, and two in a hundred.
+            // At most the fifth that must move, and 2%.
             assert!(moved * 100 <= senders.len() * 22, "{mode}: {moved} of {} moved", senders.len());
             let others = moved - shares(&before, 5)[gone];
-            assert!(others * 100 <= senders.len() * 2, "{mode}: {others} moved without need");
+            assert!(others * 100 <= senders.len() * 2, "{mode}: {others} moved needlessly");
         }
     }
 }
@@ -142,12 +142,13 @@ fn netns_weights_hold_for_hashed_senders() {
     }
 }
 
-/// A chunk as Graylog's documentation has it.
+/// A chunk as in Graylog's documentation.
 fn chunk(id: u64, number: u8, of: u8) -> Vec<u8> {
     [&[0x1e, 0x0f][..], &id.to_be_bytes(), &[number, of], &[number; 100]].concat()
 }
 
-/// Sends chunked and whole messages in turn; says who has got each chunked one, and how many whole ones everyone got.
+/// Sends chunked and whole messages in turn. Returns the receiver of each chunked one, and how many whole ones each
+/// got.
 fn gelf(lab: &Lab, mode: &str) -> (Vec<usize>, Vec<usize>) {
     let daemon = start(lab, &DaemonConfig::for_lab(lab, mode).extra("protocol = \"gelf\""));
     let receivers = Receivers::new(lab);
@@ -166,7 +167,10 @@ fn gelf(lab: &Lab, mode: &str) -> (Vec<usize>, Vec<usize>) {
         let mut numbers: Vec<u8> = chunks.iter().map(|(_, payload)| payload[10]).collect();
         numbers.sort_unstable();
         assert_eq!(numbers, [0, 1, 2]);
-        assert!(chunks.iter().all(|(receiver, _)| *receiver == chunks[0].0), "message {message} is torn apart");
+        assert!(
+            chunks.iter().all(|(receiver, _)| *receiver == chunks[0].0),
+            "message {message} is split between receivers"
+        );
         chunked.push(chunks[0].0);
     }
     assert_eq!(forwarded(lab, &daemon, mode), 720);
@@ -178,10 +182,10 @@ fn gelf(lab: &Lab, mode: &str) -> (Vec<usize>, Vec<usize>) {
 fn netns_chunks_of_a_message_meet_and_whole_messages_go_round() {
     let lab = lab(&[Place::OtherInterface, Place::Pod, Place::BehindRouter]);
     let [kernel, user] = MODES.map(|mode| gelf(&lab, mode));
-    assert_eq!(kernel.0, user.0, "both modes choose alike");
+    assert_eq!(kernel.0, user.0, "both modes make the same choice");
     assert!(shares(&user.0, 3).iter().all(|share| (25..=55).contains(share)), "{:?}", shares(&user.0, 3));
     assert_eq!(user.1, [120, 120, 120]);
-    // Each CPU has a round of its own, and begins and ends it anywhere.
+    // Each CPU has its own round robin, which begins and ends anywhere.
     let cpus = std::thread::available_parallelism().unwrap().get();
     assert!(kernel.1.iter().all(|&count| count.abs_diff(120) <= cpus), "{:?}", kernel.1);
 }

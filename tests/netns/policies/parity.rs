@@ -1,5 +1,5 @@
-//! One list of cases, each run every way there is: by the kernel program as a filter, as a TCX program and as on an old
-//! kernel, and by sockets alone. Whichever it is, everyone gets the same.
+//! One list of cases, each run on every delivery path: by the kernel program as a filter, as a TCX program and as on an
+//! old kernel, and by sockets alone. Every receiver gets the same on each.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -14,11 +14,11 @@ struct Case {
     weights: [u32; 3],
     /// Bytes of each datagram.
     payload: usize,
-    /// Datagrams that leave the sender in one piece.
+    /// Datagrams in one super-packet of the sender.
     segments: u16,
-    /// How many sockets send, each from a port of its own.
+    /// The number of sending sockets, each with its own port.
     senders: u16,
-    /// How many datagrams each sends.
+    /// The number of datagrams from each.
     count: u64,
 }
 
@@ -32,13 +32,13 @@ fn cases() -> Vec<Case> {
         ROUND,
         Case { name: "weights", weights: [1, 2, 3], ..ROUND },
         Case { name: "shortest", payload: 20, ..ROUND },
-        // As long as fits the way out, whole (IPv6, then IPv4), a byte more, and in many fragments.
+        // The longest that fits the egress MTU (IPv6, then IPv4), one byte more, and many fragments.
         Case { name: "fits-v6", payload: 1_452, ..ROUND },
         Case { name: "fits-v4", payload: 1_472, ..ROUND },
         Case { name: "too-long", payload: 1_473, count: 60, ..ROUND },
         Case { name: "fragments", payload: 8_000, count: 60, ..ROUND },
         Case { name: "many-fragments", payload: 40_000, count: 30, ..ROUND },
-        // As many pieces as everyone has turns.
+        // As many segments as one round robin has turns.
         Case { name: "joined", payload: 200, segments: 20, count: 1_200, ..ROUND },
         Case { keys: "policy = \"hash\"", name: "hash-source-ip", ..HASH },
         Case { keys: "policy = \"hash\"\nhash_on = \"source\"", name: "hash-source", ..HASH },
@@ -53,7 +53,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Mode, the first lines of the configuration, and whether the daemon finds an old kernel.
+/// Mode, the first lines of the configuration, and whether the daemon detects an old kernel.
 const MODES: [(&str, &str, bool); 4] = [
     ("tc_ebpf", "attach = \"clsact\"", false),
     ("tc_ebpf", "attach = \"auto\"", false),
@@ -83,7 +83,7 @@ fn config(lab: &Lab, mode: &str, head: &str) -> DaemonConfig {
     config
 }
 
-/// What each receiver has got of each sender, once all has arrived, once each.
+/// What each receiver got from each sender. All datagrams must arrive once.
 fn run(lab: &Lab, number: usize, case: &Case) -> Vec<Vec<u64>> {
     let expect = if case.keys == REPLICATE { Expect::EachOfThem } else { Expect::OneOfThem };
     let collectors = Collectors::start(lab, expect).unwrap();
@@ -101,9 +101,9 @@ fn run(lab: &Lab, number: usize, case: &Case) -> Vec<Vec<u64>> {
     senders.iter().map(|sender| report.counts_of(sender.run_id())).collect()
 }
 
-/// Whether what is counted agrees with what has arrived, whichever datapath has counted it. Worker write batches down a
-/// moment after they have arrived, which is waited for.
-fn audit(lab: &Lab, daemon: &Daemon, case: &Case, got: &[Vec<u64>]) {
+/// Checks that the counters of all datapaths agree with what has arrived. Workers count batches a
+/// moment after they have arrived, so this waits.
+fn check_counters(lab: &Lab, daemon: &Daemon, case: &Case, got: &[Vec<u64>]) {
     let deadline = std::time::Instant::now() + udp_fanout_lab::traffic::PATIENCE;
     let sent = u64::from(case.senders) * case.count;
     loop {
@@ -125,7 +125,7 @@ fn audit(lab: &Lab, daemon: &Daemon, case: &Case, got: &[Vec<u64>]) {
     }
 }
 
-fn alike_every_way(ipv6: bool) {
+fn check_parity(ipv6: bool) {
     let places = [Place::OtherInterface, Place::Pod, Place::BehindRouter];
     let lab = Lab::builder().receivers(places).ipv6(ipv6).build().unwrap();
     let mut first: Option<Vec<Vec<Vec<u64>>>> = None;
@@ -137,23 +137,23 @@ fn alike_every_way(ipv6: bool) {
         let mut outcomes = Vec::new();
         for (number, case) in cases().iter().enumerate() {
             let got = run(&lab, number, case);
-            audit(&lab, &daemon, case, &got);
+            check_counters(&lab, &daemon, case, &got);
             outcomes.push(got);
         }
         stop(daemon);
         let expected = first.get_or_insert_with(|| outcomes.clone());
         for ((case, got), expected) in cases().iter().zip(&outcomes).zip(expected) {
-            assert_eq!(got, expected, "{}: {mode} {head} {before:?} is not like the first way", case.name);
+            assert_eq!(got, expected, "{}: {mode} {head} {before:?} differs from the first mode", case.name);
         }
     }
 }
 
 #[test]
-fn netns_everyone_gets_the_same_whichever_way_it_goes() {
-    alike_every_way(false);
+fn netns_everyone_gets_the_same_on_every_path() {
+    check_parity(false);
 }
 
 #[test]
-fn netns_everyone_gets_the_same_over_ipv6_whichever_way_it_goes() {
-    alike_every_way(true);
+fn netns_everyone_gets_the_same_over_ipv6_on_every_path() {
+    check_parity(true);
 }

@@ -1,4 +1,4 @@
-//! One copy for everyone, wherever they are.
+//! One copy for every downstream, wherever it is.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ fn config(lab: &Lab, mode: &str) -> DaemonConfig {
     DaemonConfig::for_lab(lab, mode).extra(REPLICATE)
 }
 
-/// Collectors at these places, each of which is to get everything.
+/// Collectors at these sites, each of which must get everything.
 fn collect(lab: &Lab, sites: &[Site]) -> Collectors {
     let places = sites.iter().map(|site| (site.name.as_str(), lab.namespace_of(site), site.address));
     Collectors::start_at(places, Expect::EachOfThem).unwrap()
@@ -68,7 +68,7 @@ fn netns_order_is_kept_for_everyone() {
         let lab = Lab::builder().receivers(Place::ALL).ip_forward(ip_forward).build().unwrap();
         for mode in MODES {
             let daemon = start(&lab, &config(&lab, mode));
-            // Neighbours are found meanwhile, on whose account a datagram may be overtaken.
+            // Neighbours are resolved meanwhile, so one datagram may overtake another.
             assert!(send(&lab, collect(&lab, &lab.sites), 50).is_complete());
             let report = send(&lab, collect(&lab, &lab.sites), 2_000);
             assert!(report.is_perfect(), "{mode}, ip_forward={ip_forward}: {report}");
@@ -127,15 +127,15 @@ fn netns_every_size_that_fits_and_many_in_one_piece() {
         let mut sender = Sender::in_lab(&lab).unwrap().payload(200).segments(10).window(40);
         sender.send(500, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
-        assert!(report.is_complete(), "{mode}, ten at once: {report}");
+        assert!(report.is_complete(), "{mode}, super-packets of ten: {report}");
         stop(daemon);
     }
 }
 
-/// Adds a downstream where nobody is.
-fn with_nobody(mut config: DaemonConfig, address: &str) -> DaemonConfig {
-    let nobody: SocketAddr = address.parse().unwrap();
-    config.listeners[0].downstreams.insert(1, ("nobody".into(), nobody, 1));
+/// Adds a downstream at an address that no host has.
+fn with_unreachable(mut config: DaemonConfig, address: &str) -> DaemonConfig {
+    let unreachable: SocketAddr = address.parse().unwrap();
+    config.listeners[0].downstreams.insert(1, ("nobody".into(), unreachable, 1));
     config
 }
 
@@ -144,7 +144,7 @@ fn netns_a_receiver_without_a_route_costs_exactly_its_own_copies() {
     for ip_forward in [false, true] {
         let lab = Lab::builder().receivers(Place::ALL).ip_forward(ip_forward).build().unwrap();
         for (mode, reason) in [("tc_ebpf", "no_route"), ("userspace", "unreachable")] {
-            let daemon = start(&lab, &with_nobody(config(&lab, mode), "203.0.113.1:514"));
+            let daemon = start(&lab, &with_unreachable(config(&lab, mode), "203.0.113.1:514"));
             let report = send(&lab, collect(&lab, &lab.sites), 1_000);
             assert!(report.is_complete(), "{mode}, ip_forward={ip_forward}: {report}");
             assert_eq!(forwarded(&lab, &daemon, mode), 1_000);
@@ -156,12 +156,12 @@ fn netns_a_receiver_without_a_route_costs_exactly_its_own_copies() {
 }
 
 #[test]
-fn netns_a_receiver_that_does_not_answer_costs_nobody_else_anything() {
+fn netns_a_receiver_that_does_not_answer_costs_no_other_receiver_anything() {
     for ip_forward in [false, true] {
         let lab = Lab::builder().receivers(Place::ALL).ip_forward(ip_forward).build().unwrap();
         for mode in MODES {
-            // On the first receiver's network, where nobody has this address.
-            let daemon = start(&lab, &with_nobody(config(&lab, mode), "10.0.10.77:514"));
+            // On the first receiver's network, where no host has this address.
+            let daemon = start(&lab, &with_unreachable(config(&lab, mode), "10.0.10.77:514"));
             for count in [1, 50, 500] {
                 forget_neighbours(&lab);
                 let report = send(&lab, collect(&lab, &lab.sites), count);

@@ -1,4 +1,4 @@
-//! Good edits, while numbered datagrams flow.
+//! Valid edits, while numbered datagrams flow.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,7 +16,7 @@ use udp_fanout_lab::netns::{End, connect};
 use udp_fanout_lab::traffic::{PATIENCE, bind};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Sender};
 
-/// Edits of the first listener of two, one after the other, and the second has to bear them.
+/// Successive edits of the first of two listeners. The second must not be affected.
 fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
     let start = two_listeners(lab, mode);
     let mut all = Vec::new();
@@ -35,7 +35,7 @@ fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
     });
     edit(&|config| config.listeners[0].extra = "rate_limit = { packets_per_second = 5000000 }".into());
     edit(&|config| config.listeners.swap(0, 1));
-    // All of them let the sender in.
+    // All of them allow the sender.
     edit(&|config| config.listeners[0].extra = "sources = { allow = \"10.0.0.0/24\", deny = \"10.0.0.77\" }".into());
     edit(&|config| {
         let limit = "rate_limit = { packets_per_second = 10000000, burst = 100000000 }";
@@ -56,7 +56,7 @@ fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
         }
     });
     edit(&|config| config.head += "[health]\nenabled = true\n");
-    // From the one datapath to the other, and back with the next edit.
+    // To the other datapath, and back with the next edit.
     let other = if mode == "userspace" { "tc_ebpf" } else { "userspace" };
     edit(&|config| config.listeners[0] = DaemonConfig::for_lab(lab, other).listeners.remove(0));
     edit(&|_| {});
@@ -65,8 +65,8 @@ fn edits(lab: &Lab, mode: &str) -> Vec<DaemonConfig> {
 
 fn edits_cost_nothing(mode: &str) {
     let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface, Place::BehindRouter]).build().unwrap();
-    // The kernel drops what leaves by an interface in the instant in which it gets its first `clsact`, so the one that is
-    // added must be another than those to the receivers.
+    // The kernel drops packets that leave by an interface at the moment when it gets its first `clsact`, so the
+    // interface that is added must not lead to a receiver.
     connect(
         End { namespace: &lab.gateway, device: "spare", addresses: "" },
         End { namespace: &lab.sender, device: "spare", addresses: "" },
@@ -86,12 +86,12 @@ fn edits_cost_nothing(mode: &str) {
                 }
             });
         }
-        // An edit may well fail the test: the senders must end for the scope to end.
+        // An edit may fail the test: the senders must end for the scope to end.
         let edited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for (n, config) in edits.iter().enumerate() {
                 let before = collectors.progress().now().1;
                 daemon.reload(&config.to_toml()).unwrap_or_else(|error| panic!("edit {n}: {error:#}"));
-                // Each configuration gets its datagrams.
+                // Datagrams flow under each configuration.
                 assert!(collectors.wait_for(before + 200, PATIENCE), "edit {n}");
             }
         }));
@@ -102,7 +102,7 @@ fn edits_cost_nothing(mode: &str) {
     let report = collectors.finish(&[first, second]).unwrap();
     assert!(report.is_complete(), "{mode}: {report}");
     assert_eq!(reloads(&lab, "success"), edits.len() as u64);
-    // Of `second`, nothing has ever changed: its counters have gone on.
+    // `second` has never changed, so its counters have continued.
     let seen = metrics(&lab).sum("udp_fanout_packets_forwarded_total", &[("listener", "second")]);
     assert_eq!(seen, second.sent(), "{mode}");
     let (status, _, log) = daemon.stop().unwrap();
@@ -150,8 +150,8 @@ fn netns_edits_cost_the_sockets_listeners_nothing() {
     edits_cost_nothing("userspace");
 }
 
-/// A socket in a receiver's place with room for everything that a test sends.
-fn roomy(lab: &Lab, site: usize) -> UdpSocket {
+/// A socket in a receiver's namespace whose buffer holds everything that a test sends.
+fn large_buffer_socket(lab: &Lab, site: usize) -> UdpSocket {
     let site = &lab.sites[site];
     let socket = bind(lab.namespace_of(site), site.address).unwrap();
     setsockopt(&socket, RcvBufForce, &(32 << 20)).unwrap();
@@ -159,20 +159,20 @@ fn roomy(lab: &Lab, site: usize) -> UdpSocket {
     socket
 }
 
-/// From one to all and back: a datagram goes to one or to each once, and never twice to anyone.
+/// From one to all and back: a datagram goes to one receiver or to each, and never twice to the same.
 #[test]
 fn netns_a_policy_that_becomes_replicate_loses_and_doubles_nothing() {
     let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
     for mode in ["tc_ebpf", "userspace"] {
         let mut turns = two_listeners(&lab, mode).settings("recv_buf_size = 33554432");
         turns.listeners.truncate(1);
-        // With someone who has several places in the round.
+        // With a receiver that has several turns in the round.
         turns.listeners[0].downstreams[0].2 = 3;
         let mut copies = turns.clone();
         copies.listeners[0].downstreams[0].2 = 1;
         copies.listeners[0].extra = "policy = \"replicate\"".into();
         let mut daemon = start(&lab, &turns);
-        let receivers = [roomy(&lab, 0), roomy(&lab, 1)];
+        let receivers = [large_buffer_socket(&lab, 0), large_buffer_socket(&lab, 1)];
         let sender = bind(&lab.sender, (Lab::SENDER, 0).into()).unwrap();
         let stop = AtomicBool::new(false);
         let sent = thread::scope(|scope| {
@@ -206,7 +206,7 @@ fn netns_a_policy_that_becomes_replicate_loses_and_doubles_nothing() {
     }
 }
 
-/// The numbers of the sockets on a UDP port, as the kernel has them.
+/// The kernel's inode numbers of the sockets on a UDP port.
 fn sockets(lab: &Lab, port: u16) -> BTreeSet<String> {
     let table = lab.gateway.tool("cat", "/proc/thread-self/net/udp").unwrap();
     let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -231,7 +231,7 @@ fn netns_no_socket_is_opened_again_without_need() {
     config.listeners.remove(1);
     daemon.reload(&config.to_toml()).unwrap();
     assert_eq!(sockets(&lab, lab.listener().port()), before);
-    assert_eq!(sockets(&lab, second_listener().port()).len(), 0, "this one is gone");
+    assert_eq!(sockets(&lab, second_listener().port()).len(), 0, "the socket is closed");
     daemon.stop().unwrap();
 }
 
@@ -239,7 +239,7 @@ fn file_descriptors(daemon: &Daemon) -> usize {
     fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count()
 }
 
-/// Of the process: threads, and pages that are its own.
+/// The process's number of threads and of private pages.
 fn threads_and_pages(daemon: &Daemon) -> (u64, u64) {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let number = |key: &str| {
@@ -270,7 +270,7 @@ fn netns_a_thousand_reloads_leave_nothing_behind() {
     let (descriptors, (threads, pages)) = turn(50);
     let (descriptors_after, (threads_after, pages_after)) = turn(450);
     assert_eq!((descriptors_after, threads_after), (descriptors, threads));
-    // An allocator may keep some; 900 reloads that each left something behind would show.
+    // The allocator may keep some pages; a leak in each of 900 reloads would show.
     assert!(pages_after < pages + 900, "{pages} pages, then {pages_after}");
     assert_eq!(reloads(&lab, "success"), 1_000);
     daemon.stop().unwrap();
@@ -288,7 +288,7 @@ fn netns_a_file_that_changes_is_read_again() {
     daemon.wait_for_line("updated userspace downstream set listener_id=0 endpoints=1").unwrap();
     daemon.wait_for_line("configuration reloaded").unwrap();
 
-    // As a ConfigMap is mounted: links, of which one is turned.
+    // Symbolic links, of which one is replaced, as in a mounted ConfigMap.
     let directory = daemon.config_path().parent().unwrap().to_owned();
     let version = |name: &str, config: &DaemonConfig| {
         fs::create_dir(directory.join(name)).unwrap();
@@ -307,7 +307,7 @@ fn netns_a_file_that_changes_is_read_again() {
         fs::remove_dir_all(directory.join(format!("..{}", n - 1))).unwrap();
         daemon.wait_for_line("configuration reloaded").unwrap();
     }
-    // Written again without a change, it is no reason to do anything; and asked not to look, the daemon does not.
+    // A rewrite without a change has no effect, nor has any change with `watch_config = false`.
     daemon.write_config(&config.to_toml()).unwrap();
     config.head = super::ON_SIGNAL.to_owned();
     daemon.write_config(&config.to_toml()).unwrap();

@@ -1,4 +1,4 @@
-//! Edits that are refused: each says why, and nothing has changed, neither what is wrong nor the rest.
+//! Refused edits: the log says why, and nothing has changed, neither the wrong part nor the rest.
 
 use std::fs;
 use std::time::Duration;
@@ -39,7 +39,7 @@ fn netns_a_wrong_file_changes_nothing() {
         let config = two_listeners(&lab, mode);
         let mut daemon = start(&lab, &config);
         assert_eq!(metrics(&lab).sum("udp_fanout_config_last_reload_successful", &[]), 1);
-        // Right in one place, wrong in another.
+        // One right change and one wrong one.
         let mut half = config.clone();
         half.listeners[0].downstreams.pop();
         half.listeners[1].extra = "polcy = \"hash\"".into();
@@ -68,7 +68,7 @@ fn netns_what_needs_a_restart_says_so() {
     daemon.stop().unwrap();
 }
 
-/// A FIFO without a writer in place of the watched file: opening it in the usual way would never return.
+/// A FIFO without a writer replaces the watched file: a blocking open would never return.
 #[test]
 fn netns_a_fifo_as_configuration_is_refused_and_stops_nothing() {
     let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
@@ -84,7 +84,7 @@ fn netns_a_fifo_as_configuration_is_refused_and_stops_nothing() {
         daemon.wait_for_line("configuration not reloaded").unwrap();
         assert_eq!((reloads(&lab, "success"), reloads(&lab, "error")), (0, 1));
         all_listeners_serve(&lab, 4);
-        // The file is watched still.
+        // The file is still watched.
         daemon.write_config(&config.to_toml()).unwrap();
         daemon.wait_for_line("matches the configuration in force again").unwrap();
         fs::remove_file(daemon.config_path()).unwrap();
@@ -95,7 +95,7 @@ fn netns_a_fifo_as_configuration_is_refused_and_stops_nothing() {
     }
 }
 
-/// What only shows when it is tried: an address that another program has, an interface that is not there.
+/// Errors that show only when the plan is applied: an address in use, a missing interface.
 #[test]
 fn netns_a_configuration_that_cannot_be_put_in_force_is_taken_back_whole() {
     let lab = Lab::builder().receivers([Place::Pod, Place::OtherInterface]).build().unwrap();
@@ -105,7 +105,7 @@ fn netns_a_configuration_that_cannot_be_put_in_force_is_taken_back_whole() {
         let mut daemon = start(&lab, &config);
         let with = |edit: &dyn Fn(&mut DaemonConfig)| {
             let mut changed = config.clone();
-            // Someone goes, someone changes, and someone new cannot be had.
+            // One listener is removed, one changes, and a new one cannot be added.
             changed.listeners.remove(1);
             changed.listeners[0].downstreams.pop();
             let mut new = config.listeners[0].clone();
@@ -131,7 +131,7 @@ fn netns_a_configuration_that_cannot_be_put_in_force_is_taken_back_whole() {
         let log = refused(&mut daemon, &with(&|config| config.metrics = Some(busy.local_addr().unwrap())));
         assert!(log.contains("cannot serve metrics on 127.0.0.1:"), "{log}");
         all_listeners_serve(&lab, 4);
-        // Of the listeners that were tried, nothing is left.
+        // Nothing is left of the new listeners.
         for port in [9997, 9998] {
             drop(bind(&lab.gateway, ([10, 0, 0, 1], port).into()).unwrap());
         }

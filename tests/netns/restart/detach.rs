@@ -31,12 +31,12 @@ fn netns_detach_removes_what_is_left_and_says_so() {
 
 #[test]
 fn netns_detach_leaves_the_directory_to_the_user_whose_it_is_while_that_one_runs_anything() {
-    const ANOTHER: u32 = 61_998;
+    const OTHER_UID: u32 = 61_998;
     let (lab, pins) = (lab(), Pins::new());
     end(start(&lab, &pins.config(&lab, "keep")), Signal::SIGTERM);
-    // As the systemd unit does for its daemon, which could not make it again.
-    chown(pins.path(), Some(ANOTHER), None).unwrap();
-    let mut theirs = Command::new("cat").uid(ANOTHER).stdin(Stdio::piped()).spawn().unwrap();
+    // As the systemd unit does for its daemon, which could not create it again.
+    chown(pins.path(), Some(OTHER_UID), None).unwrap();
+    let mut theirs = Command::new("cat").uid(OTHER_UID).stdin(Stdio::piped()).spawn().unwrap();
     let text = printed(&run(&lab, &["detach"], &pins));
     assert!(text.ends_with(": removed the pinned program and its maps\n"), "{text}");
     assert!(pins.path().read_dir().unwrap().next().is_none());
@@ -60,7 +60,7 @@ fn netns_detach_refuses_while_a_daemon_runs_unless_forced() {
     assert_eq!(filter(&lab), before);
     let text = printed(&run(&lab, &["detach", "--force"], &pins));
     assert!(text.starts_with("eth0: removed the TC filter"), "{text}");
-    assert_eq!(text.lines().count(), 1, "a living daemon's pins stay: {text}");
+    assert_eq!(text.lines().count(), 1, "a running daemon's pins stay: {text}");
     daemon.wait_for_line("the TC filter has been removed by another program; attaching it again").unwrap();
     daemon.wait_for_line("attached TC eBPF program").unwrap();
     end(daemon, Signal::SIGTERM);

@@ -1,4 +1,4 @@
-//! Traffic that never stops, and daemons that do.
+//! Restarts and reloads under continuous traffic.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -69,7 +69,7 @@ fn netns_a_reload_changes_what_becomes_of_the_program() {
     assert_eq!(pins.programs().len(), 1);
     daemon.reload(&others.config(&lab, "keep").to_toml()).unwrap();
     assert_eq!((pins.programs().len(), others.programs().len()), (0, 1));
-    // What cannot be had changes nothing.
+    // A setting that cannot be applied changes nothing.
     let nowhere = pins.config(&lab, "keep").to_toml().replace("/sys/fs/bpf/", "/tmp/");
     daemon.write_config(&nowhere).unwrap();
     daemon.signal(Signal::SIGHUP).unwrap();
@@ -80,15 +80,15 @@ fn netns_a_reload_changes_what_becomes_of_the_program() {
     exchange(&lab, 300);
     let mut daemon = start(&lab, &others.config(&lab, "keep"));
     assert_eq!(counted(&lab, &daemon), (600, 600, 600));
-    // Without any listener in the kernel there is nothing to keep.
+    // Without a listener in tc_ebpf mode there is nothing to keep.
     let mut config = others.config(&lab, "keep");
     config.listeners[0].mode = "userspace".into();
     daemon.reload(&config.to_toml()).unwrap();
     assert_eq!((filter(&lab), others.path().exists()), (None, false));
 }
 
-/// The order in which daemons hang the program differently: as a filter, as a TCX program before or behind others.
-const WAYS: [(&str, &str); 6] =
+/// (`attach`, `tcx_order`) of successive daemons: a filter, or a TCX program before or after others.
+const ATTACH_MODES: [(&str, &str); 6] =
     [("tcx", "first"), ("tcx", "first"), ("tcx", "last"), ("clsact", "first"), ("clsact", "first"), ("tcx", "first")];
 
 #[test]
@@ -101,7 +101,7 @@ fn netns_restarts_lose_nothing_whatever_the_hook_before_and_after() {
     };
     let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
     let mut sender = Sender::in_lab(&lab).unwrap();
-    let mut daemon = start(&lab, &config(WAYS[0]));
+    let mut daemon = start(&lab, &config(ATTACH_MODES[0]));
     let done = AtomicBool::new(false);
     let (daemon, sender) = thread::scope(|scope| {
         let traffic = scope.spawn(|| {
@@ -110,11 +110,15 @@ fn netns_restarts_lose_nothing_whatever_the_hook_before_and_after() {
             }
             sender
         });
-        for (turn, way) in WAYS.into_iter().enumerate().skip(1) {
+        for (turn, attach_mode) in ATTACH_MODES.into_iter().enumerate().skip(1) {
             end(daemon, if turn % 2 == 0 { Signal::SIGTERM } else { Signal::SIGKILL });
-            daemon = start(&lab, &config(way));
+            daemon = start(&lab, &config(attach_mode));
             daemon.wait_for_logged("counters go on").unwrap();
-            assert_eq!((filter(&lab).is_some(), pins.programs().len()), (way.0 == "clsact", 1), "{way:?}");
+            assert_eq!(
+                (filter(&lab).is_some(), pins.programs().len()),
+                (attach_mode.0 == "clsact", 1),
+                "{attach_mode:?}"
+            );
         }
         done.store(true, Ordering::SeqCst);
         (daemon, traffic.join().unwrap())

@@ -38,7 +38,7 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
     assert_eq!(counted(&lab, &daemon), (300, 300, 300));
     assert_eq!(pins.programs().len(), 1);
 
-    // Half of them gone, as if the one who made them had been killed meanwhile.
+    // Half of them are missing, as if their daemon had been killed while it pinned them.
     end(daemon, Signal::SIGKILL);
     fs::remove_file(pins.programs()[0].join("stat_owners")).unwrap();
     let mut daemon = start(&lab, &config);
@@ -50,7 +50,7 @@ fn netns_pins_of_another_version_cost_the_counters_and_nothing_else() {
     assert_eq!(pins.programs().len(), 1);
 }
 
-/// A map that begins with the same counters and has nothing behind them, pinned in place of one that has.
+/// Replaces a pinned map by one whose entries have the same counters, but no fields after them.
 fn cut_down(pin: &Path, bytes: u32) {
     let (whole, options) = (
         MapHandle::from_pinned_path(pin).unwrap(),
@@ -95,7 +95,7 @@ fn netns_a_start_that_fails_leaves_the_program_before_in_force() {
     end(start(&lab, &config), Signal::SIGTERM);
     let before = filter(&lab);
     exchange(&lab, 300);
-    // The place on the other interface is somebody else's.
+    // A foreign filter has our preference and handle on the other interface.
     lab.gateway.tc("qdisc add dev out1 clsact").unwrap();
     let program = pins.programs()[0].join("program");
     let others = "filter add dev out1 ingress pref 49152 handle 0x7566 bpf da pinned";

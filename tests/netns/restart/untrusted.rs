@@ -1,4 +1,4 @@
-//! Other accounts on the host: what they make where pins are expected, and what they hold, hurts nobody.
+//! Other accounts on the host: the files that they create at the pin path, and the locks they hold, do no harm.
 
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsFd;
@@ -19,23 +19,23 @@ use udp_fanout_lab::{Daemon, INGRESS, Lab, Pins};
 
 use super::{binary, end, exchange, filter, lab, run, start};
 
-/// An account without any privileges.
-const STRANGER: u32 = 65_534;
+/// The user ID of `nobody`, an account without privileges.
+const NOBODY: u32 = 65_534;
 
 /// Runs `work` on a thread of an account without privileges.
-fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+fn as_unprivileged<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let inside = scope.spawn(|| {
             // The C library's function would change the account of all threads.
             // SAFETY: takes numbers, and changes only the credentials of this thread, which then ends.
-            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, STRANGER, STRANGER, STRANGER) }, 0);
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) }, 0);
             work()
         });
         inside.join().unwrap()
     })
 }
 
-/// The directory around the one for pins, where everybody may make things, as in a BPF file system of mode 1777.
+/// The parent of the pin directory, in which every account may create files, as in a BPF file system of mode 1777.
 fn open_to_all(pins: &Pins) -> File {
     let around = pins.path().parent().unwrap().to_owned();
     fs::set_permissions(&around, Permissions::from_mode(0o1777)).unwrap();
@@ -70,7 +70,7 @@ fn detach(lab: &Lab, pins: &Pins) -> (bool, String) {
 fn netns_links_in_a_directory_of_another_account_are_not_followed() {
     let (lab, pins, (directory, precious)) = (lab(), Pins::new(), victim());
     let around = open_to_all(&pins);
-    as_stranger(|| {
+    as_unprivileged(|| {
         mkdirat(&around, "pins", Mode::S_IRWXU).unwrap();
         symlinkat(directory.path(), &around, "pins/4711").unwrap();
     });
@@ -97,12 +97,12 @@ fn netns_detach_removes_only_what_a_daemon_makes() {
     let ours = Pins::new();
     let mut config = ours.config(&lab, "keep");
     config.head += "attach = \"tcx\"\n";
-    // Its program is attached by a pinned link, in a directory where only root gets.
+    // Its program is attached by a pinned link, in a directory that only root can enter.
     let daemon = start(&lab, &config);
     let pinned = ours.programs()[0].join(format!("link-{}", lab.gateway.link(INGRESS).unwrap().index));
     assert!(pinned.exists());
     let around = open_to_all(&pins);
-    as_stranger(|| {
+    as_unprivileged(|| {
         mkdirat(&around, "pins", Mode::S_IRWXU).unwrap();
         mkdirat(&around, "pins/4711", Mode::S_IRWXU).unwrap();
         symlinkat(&precious, &around, "pins/4711/program").unwrap();
@@ -134,7 +134,7 @@ fn netns_untrusted_places_for_pins_are_refused_with_owner_mode_and_fix() {
         let error = format!("ERROR cannot pin the TC program in {}: ", path.display());
         assert!(log.contains(&error) && parts.iter().all(|part| log.contains(part)), "{parts:?}: {log}");
     };
-    as_stranger(|| symlinkat(directory.path(), &around, "pins").unwrap());
+    as_unprivileged(|| symlinkat(directory.path(), &around, "pins").unwrap());
     refused(&["is a symbolic link (owner uid 65534, mode 0777); remove it (`rm ", "mode=0700"]);
     let (removed, said) = detach(&lab, &pins);
     assert!(!removed && said.contains("is a symbolic link"), "{said}");
@@ -144,7 +144,7 @@ fn netns_untrusted_places_for_pins_are_refused_with_owner_mode_and_fix() {
     fs::set_permissions(&path, Permissions::from_mode(0o770)).unwrap();
     refused(&["other accounts may write to ", "(owner uid 0, mode 0770); type `chmod go-w "]);
     fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
-    chown(&path, Some(STRANGER), None).unwrap();
+    chown(&path, Some(NOBODY), None).unwrap();
     refused(&["(owner uid 65534, mode 0700)", "or `chown 0 "]);
     chown(&path, Some(0), None).unwrap();
 
@@ -155,7 +155,7 @@ fn netns_untrusted_places_for_pins_are_refused_with_owner_mode_and_fix() {
     end(start(&lab, &pins.config(&lab, "keep")), Signal::SIGTERM);
     assert_eq!(pins.programs().len(), 1);
 
-    // What is no directory is not opened: a FIFO would block.
+    // Only directories are opened: a FIFO would block.
     let fifo = directory.path().join("fifo");
     nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
     let output = lab.gateway.command(binary()).arg("detach").arg("--pin-path").arg(&fifo).output().unwrap();
@@ -167,10 +167,10 @@ fn netns_untrusted_places_for_pins_are_refused_with_owner_mode_and_fix() {
 fn netns_a_lock_held_by_another_process_ends_the_start_with_its_pid() {
     let (lab, pins) = (lab(), Pins::new());
     fs::create_dir(pins.path()).unwrap();
-    // As with a directory made by hand: everybody may open it, and lock it.
+    // As with a manually created directory: every account may open and lock it.
     fs::set_permissions(pins.path(), Permissions::from_mode(0o755)).unwrap();
     let around = open_to_all(&pins);
-    let held = as_stranger(|| {
+    let held = as_unprivileged(|| {
         let flags = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;
         let directory = File::from(nix::fcntl::openat(around.as_fd(), "pins", flags, Mode::empty()).unwrap());
         directory.lock().unwrap();
@@ -190,7 +190,7 @@ fn netns_a_lock_held_by_another_process_ends_the_start_with_its_pid() {
     assert_eq!(pins.programs().len(), 1);
 }
 
-/// Binds the name of the claim on the lab's ingress.
+/// Binds the socket name that claims the lab's ingress.
 fn bind_claim(lab: &Lab) -> UnixDatagram {
     let index = lab.gateway.link(INGRESS).unwrap().index;
     let address = SocketAddr::from_abstract_name(format!("udp-fanout/tc/{index}")).unwrap();
@@ -210,14 +210,14 @@ fn netns_a_process_without_privileges_cannot_claim_an_interface() {
             assert_eq!(forced.is_err(), stranger, "{forced:?}");
             socket
         };
-        let squatter = lab.gateway.run(|| Ok(if stranger { as_stranger(bind) } else { bind() })).unwrap();
+        let squatter = lab.gateway.run(|| Ok(if stranger { as_unprivileged(bind) } else { bind() })).unwrap();
         let mut daemon = start(&lab, &pins.config(&lab, "keep"));
         let warning = daemon.wait_for_logged("ignored a process without CAP_NET_ADMIN").unwrap();
-        let uid = if stranger { STRANGER } else { 0 };
+        let uid = if stranger { NOBODY } else { 0 };
         assert!(warning.contains(&format!("(uid {uid}) that has bound @{name}, ")), "{warning}");
         exchange(&lab, 300);
 
-        // The daemon's own claim counts all the same.
+        // The daemon's own claim is still valid.
         let elsewhere = Pins::new();
         let mut second = elsewhere.config(&lab, "keep");
         second.metrics = None;
@@ -231,12 +231,12 @@ fn netns_a_process_without_privileges_cannot_claim_an_interface() {
         second_is_refused();
         let (removed, said) = detach(&lab, &pins);
         assert!(!removed && said.contains("a udp-fanout daemon is running and serves eth0"), "{said}");
-        // Even when the name has become free, and someone else takes it.
+        // Even when the name has become free and another process binds it.
         drop(squatter);
         second_is_refused();
 
-        // It stops no restart, which takes over, and no `detach`.
-        let squatter = lab.gateway.run(|| Ok(if stranger { as_stranger(bind) } else { bind() })).unwrap();
+        // It prevents neither a restart, which takes over, nor `detach`.
+        let squatter = lab.gateway.run(|| Ok(if stranger { as_unprivileged(bind) } else { bind() })).unwrap();
         end(daemon, Signal::SIGTERM);
         let mut daemon = start(&lab, &pins.config(&lab, "keep"));
         daemon.wait_for_logged("counters go on").unwrap();
@@ -253,7 +253,7 @@ fn netns_a_daemon_of_the_version_before_excludes_and_is_excluded() {
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("udp-fanout");
     fs::copy(Path::new("/bin/sleep"), &program).unwrap();
-    // It has the socket and the capabilities that such a daemon has, and nothing else.
+    // The stand-in has such a daemon's socket and capabilities, and nothing else.
     let mut command: Command = lab.gateway.command(&program);
     let mut old = command.arg("600").stdin(Stdio::from(std::os::fd::OwnedFd::from(bind_claim(&lab)))).spawn().unwrap();
     drop(command);

@@ -34,7 +34,7 @@ const PINNED: [&str; 11] = [
     "about",
 ];
 
-/// Datagrams that an even earlier program had forwarded to the first receiver, as the ledger says.
+/// Datagrams that an even earlier program had forwarded to the first receiver, according to the map `ledger`.
 const EARLIER: u64 = 100;
 
 const LISTENERS: u32 = 4;
@@ -93,7 +93,7 @@ fn fill(object: &Object, lab: &Lab) {
         update("table_slots", &id.to_ne_bytes(), &id.to_ne_bytes());
         update("owners", &id.to_ne_bytes(), &1u32.to_ne_bytes());
     }
-    // struct listener_state: the table's place and length in one word; round robin, the smallest MTU, no rules.
+    // struct listener_state: the table's offset and length in one word; round robin, the smallest MTU, no rules.
     let mut state = (lab.sites.len() as u64).to_ne_bytes().to_vec();
     state.extend([0u32, 1500].map(u32::to_ne_bytes).concat());
     state.resize(56, 0);
@@ -124,7 +124,7 @@ fn fill(object: &Object, lab: &Lab) {
     update("about", &0u32.to_ne_bytes(), &about);
 }
 
-/// What the old daemon has left: its pins and its filter.
+/// Leaves what the old daemon left: its pins and its filter.
 fn leave_version_2(lab: &Lab, pins: &Path) {
     let link = lab.gateway.link(INGRESS).unwrap().index;
     let work = || {

@@ -1,7 +1,7 @@
-//! Seeded random histories of EndpointSlices, and a model that says what must come of the final state.
+//! Seeded random histories of EndpointSlices, and a model that derives the expected set from the final state.
 //!
-//! The model is written from the rules alone and works on the JSON objects: for every address it collects what any
-//! slice says of it, then filters. It shares no code and no order of steps with the program.
+//! The model follows the specification and works on the JSON objects: for every address it collects what any
+//! slice contains about it, then filters. It shares no code and no algorithm with the program.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -20,7 +20,7 @@ pub const SERVICES: [&str; 2] = ["vector", "statsd"];
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
 const ZONES: [&str; 2] = ["west", "east"];
 const PORTS: [&str; 3] = ["", "syslog", "metrics"];
-/// Where the daemon of a history runs.
+/// The node and the zone of the daemon in a history.
 pub const NODE: &str = "n1";
 pub const ZONE: &str = "west";
 
@@ -31,10 +31,10 @@ pub enum Step {
     Delete { namespace: String, name: String },
 }
 
-/// What exists, by namespace and name.
+/// The existing objects, by namespace and name.
 pub type Cluster = BTreeMap<(String, String), Value>;
 
-/// A source of changes that are possible one after the other.
+/// A generator of valid successive changes.
 pub struct History {
     pub rng: StdRng,
     pub cluster: Cluster,
@@ -53,7 +53,7 @@ impl History {
         [None, Some(true), Some(false)][self.rng.random_range(0..3)]
     }
 
-    /// The next change, already made to `cluster`.
+    /// The next change, which is already applied to `cluster`.
     pub fn step(&mut self) -> Step {
         let number = self.cluster.len();
         if number > 0 && self.rng.random_range(0..4) == 0 {
@@ -109,7 +109,7 @@ impl History {
             let known = conditions.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?))));
             endpoint["conditions"] = Value::Object(known.collect());
         }
-        // A pod does not move: node and zone follow from the address, but not every slice tells them.
+        // A pod does not move: node and zone follow from the address, but not every slice contains them.
         if self.rng.random() {
             endpoint["nodeName"] = json!(NODES[last % 3]);
         }
@@ -120,7 +120,7 @@ impl History {
     }
 }
 
-/// Listeners of every taste.
+/// Listeners with every combination of settings.
 pub fn requests(rng: &mut StdRng) -> Vec<DiscoveryRequest> {
     let localities = [Locality::Cluster, Locality::PreferNode, Locality::Node, Locality::PreferZone];
     let terminatings = [Terminating::Never, Terminating::Fallback, Terminating::UntilGone];
@@ -144,49 +144,49 @@ pub fn requests(rng: &mut StdRng) -> Vec<DiscoveryRequest> {
         .collect()
 }
 
-/// What any slice says of an address.
+/// What the slices contain about an address.
 #[derive(Default)]
-struct Said {
+struct Observed {
     ready: bool,
     leaving: bool,
     nodes: BTreeSet<String>,
     zones: BTreeSet<String>,
 }
 
-/// What a listener must have, given everything there is.
+/// The endpoints that a listener must have, given all objects.
 pub fn expected(cluster: &Cluster, request: &DiscoveryRequest, node: &str, zone: &str) -> Vec<SocketAddr> {
-    let mut said: BTreeMap<SocketAddr, Said> = BTreeMap::new();
+    let mut observed: BTreeMap<SocketAddr, Observed> = BTreeMap::new();
     for service in &request.services {
         for ((namespace, _), object) in cluster {
             let ours = Some(namespace) == service.namespace.as_ref()
                 && object["metadata"]["labels"][udp_fanout_lab::cluster::LABEL] == service.service.as_str();
             if ours {
-                collect(object, service, request.family, &mut said);
+                collect(object, service, request.family, &mut observed);
             }
         }
     }
-    let good = |said: &Said| match request.terminating {
-        Terminating::UntilGone => said.ready || said.leaving,
-        _ => said.ready,
+    let good = |observed: &Observed| match request.terminating {
+        Terminating::UntilGone => observed.ready || observed.leaving,
+        _ => observed.ready,
     };
-    let mut usable: Vec<_> = said.iter().filter(|(_, said)| good(said)).collect();
-    let strict = |list: &[(&SocketAddr, &Said)]| {
-        request.locality == Locality::Node && !list.iter().any(|(_, said)| said.nodes.contains(node))
+    let mut usable: Vec<_> = observed.iter().filter(|(_, observed)| good(observed)).collect();
+    let strict = |list: &[(&SocketAddr, &Observed)]| {
+        request.locality == Locality::Node && !list.iter().any(|(_, observed)| observed.nodes.contains(node))
     };
     if request.terminating == Terminating::Fallback && (usable.is_empty() || strict(&usable)) {
-        usable = said.iter().filter(|(_, said)| said.leaving && !said.ready).collect();
+        usable = observed.iter().filter(|(_, observed)| observed.leaving && !observed.ready).collect();
     }
-    let near = |said: &Said| match request.locality {
+    let near = |observed: &Observed| match request.locality {
         Locality::Cluster => true,
-        Locality::Node | Locality::PreferNode => said.nodes.contains(node),
-        Locality::PreferZone => said.zones.contains(zone),
+        Locality::Node | Locality::PreferNode => observed.nodes.contains(node),
+        Locality::PreferZone => observed.zones.contains(zone),
     };
-    let none_near = !usable.iter().any(|(_, said)| near(said));
+    let none_near = !usable.iter().any(|(_, observed)| near(observed));
     let anywhere = none_near && request.locality != Locality::Node;
-    usable.into_iter().filter(|(_, said)| anywhere || near(said)).map(|(address, _)| *address).collect()
+    usable.into_iter().filter(|(_, observed)| anywhere || near(observed)).map(|(address, _)| *address).collect()
 }
 
-fn collect(object: &Value, service: &ServiceRef, family: Family, said: &mut BTreeMap<SocketAddr, Said>) {
+fn collect(object: &Value, service: &ServiceRef, family: Family, observed: &mut BTreeMap<SocketAddr, Observed>) {
     let wanted = if family == Family::V4 { "IPv4" } else { "IPv6" };
     if object["addressType"] != wanted {
         return;
@@ -203,14 +203,14 @@ fn collect(object: &Value, service: &ServiceRef, family: Family, said: &mut BTre
     let Some(port) = port else { return };
     for endpoint in object["endpoints"].as_array().into_iter().flatten() {
         let ip: IpAddr = endpoint["addresses"][0].as_str().unwrap().parse().unwrap();
-        let said = said.entry(SocketAddr::new(ip, u16::try_from(port).unwrap())).or_default();
+        let observed = observed.entry(SocketAddr::new(ip, u16::try_from(port).unwrap())).or_default();
         let is = |name: &str| endpoint["conditions"][name].as_bool();
         if is("ready") != Some(false) {
-            said.ready = true;
+            observed.ready = true;
         } else if is("serving") == Some(true) && is("terminating") == Some(true) {
-            said.leaving = true;
+            observed.leaving = true;
         }
-        said.nodes.extend(endpoint["nodeName"].as_str().map(str::to_owned));
-        said.zones.extend(endpoint["zone"].as_str().map(str::to_owned));
+        observed.nodes.extend(endpoint["nodeName"].as_str().map(str::to_owned));
+        observed.zones.extend(endpoint["zone"].as_str().map(str::to_owned));
     }
 }

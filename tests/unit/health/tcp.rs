@@ -77,7 +77,7 @@ fn http_statuses() {
 
 #[test]
 fn http_servers_that_never_end_are_given_up() {
-    // One accepts and says nothing, one never ends its headers.
+    // One accepts and sends nothing, one never ends its headers.
     let (send, streams) = mpsc::channel();
     let mute = Server::tcp(tcp_listener("127.0.0.1"), move |stream| drop(send.send(stream)));
     let endless = Server::tcp(tcp_listener("::1"), |mut stream| {

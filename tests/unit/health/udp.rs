@@ -41,7 +41,7 @@ fn echoes_are_healthy_over_both_families() {
     assert!(bench.health.probe_stats().of(ProbeKind::UdpEcho).round_trips.count() >= 2);
     assert_eq!(bench.health.open_sockets(), 2);
     bench.set(&[watch(&addresses[..1], &settings(ECHO))]);
-    assert_eq!(bench.health.open_sockets(), 1, "sockets that nobody needs are closed");
+    assert_eq!(bench.health.open_sockets(), 1, "unused sockets are closed");
 }
 
 #[test]
@@ -59,7 +59,7 @@ fn what_is_not_the_probe_come_back_is_ignored() {
         }),
         liar(|socket, from, _| drop(socket.send_to(b"", from))),
         liar(move |_, from, bytes| drop(elsewhere.send_to(bytes, from))),
-        // The probes of later rounds are answered with one of the first, which is no longer waited for.
+        // Probes of later rounds get the reply to an early one, which is no longer valid.
         Server::udp(udp_socket("127.0.0.1"), {
             let mut seen: Vec<Vec<u8>> = Vec::new();
             move |socket, from, bytes| {
@@ -163,6 +163,6 @@ fn listeners_with_equal_settings_share_probes_and_others_do_not_disturb() {
     bench.until("all four are healthy", |health| {
         health.downstreams().filter(|seen| seen.status.state.name() == "healthy").count() == 4
     });
-    // One socket for the echoes of three listeners, one for the question of the fourth.
+    // One socket for the echoes of three listeners, one for the request of the fourth.
     assert_eq!(bench.health.open_sockets(), 2);
 }

@@ -1,4 +1,4 @@
-//! What the manifests say: names, configurations, privileges; and that the chart says the same.
+//! The content of the manifests: names, configurations, privileges. The chart agrees with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -92,7 +92,7 @@ fn the_daemonset_carries_the_example_configuration() {
 #[test]
 fn the_chart_makes_what_the_plain_manifests_make() {
     let (plain, mut chart) = (manifests(), objects(&chart(None, "1.30")));
-    // It marks what it makes, its configuration is in YAML, and new pods come with a new one.
+    // It labels its objects, its configuration is in YAML, and a changed one replaces the pods.
     for object in &mut chart {
         let labels = object["metadata"]["labels"].as_object_mut().unwrap();
         labels.retain(|label, _| label == "app.kubernetes.io/name");
@@ -105,7 +105,7 @@ fn the_chart_makes_what_the_plain_manifests_make() {
     for kind in ["ServiceAccount", "Role", "RoleBinding", "DaemonSet"] {
         assert_eq!(only(&chart, kind), only(&plain, kind));
     }
-    // The namespace is helm's to make.
+    // Helm creates the namespace.
     assert_eq!(chart.len(), plain.len() - 1);
 }
 
@@ -137,7 +137,7 @@ fn the_chart_and_the_package_are_of_one_version() {
     assert_eq!((&chart["version"], &chart["appVersion"]), (&env!("CARGO_PKG_VERSION").into(), &chart["version"]));
 }
 
-/// The privileges that a pod may have, beyond which nothing is asked for unless one says so.
+/// The privileges that a pod may have unless the user asks for more.
 #[test]
 fn a_pod_may_do_no_more_than_it_needs() {
     let everything = everything("1.30");
@@ -184,7 +184,7 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName");
         assert_eq!(container["ports"][0]["containerPort"], metrics.bind.port());
         assert_eq!(container["readinessProbe"]["httpGet"], json!({ "path": "/serving", "port": "metrics" }));
-        // The daemon is alive or not whatever reaches the metrics port, and wherever the configuration puts the socket.
+        // The liveness probe depends neither on the metrics port nor on the configured path of the socket.
         assert!(container["livenessProbe"]["httpGet"].is_null());
         let [program, check @ .., option, socket] = &words(&container["livenessProbe"]["exec"]["command"])[..] else {
             panic!("{container}")
@@ -202,7 +202,7 @@ fn a_pod_has_what_the_daemon_looks_for() {
         assert_eq!(annotations["prometheus.io/port"], metrics.bind.port().to_string());
         assert_eq!(annotations["prometheus.io/path"], metrics.path);
         assert_eq!(daemonset(&all)["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"], 1);
-        // Where the program is kept is the node's.
+        // The pin directory is the node's.
         assert_eq!((config.handover.on_exit, config.handover.pin_path.parent()), (OnExit::Keep, Some(BPF_FS.as_ref())));
         let mounts = container["volumeMounts"].as_array().unwrap();
         let mount = mounts.iter().find(|mount| mount["mountPath"] == BPF_FS).unwrap();
@@ -216,12 +216,12 @@ fn a_pod_has_what_the_daemon_looks_for() {
     }
 }
 
-/// A list of texts.
+/// A list of strings.
 fn words(list: &Value) -> Vec<String> {
     list.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
 }
 
-/// Each Service that a configuration follows, as namespace and name.
+/// Each Service that a configuration watches, as namespace and name.
 pub fn services(config: &Config) -> BTreeSet<(String, String)> {
     let sources = config.listeners.iter().filter_map(|listener| match &listener.source {
         DownstreamSource::Kubernetes(source) => Some(&source.services),
@@ -233,7 +233,7 @@ pub fn services(config: &Config) -> BTreeSet<(String, String)> {
         .collect()
 }
 
-/// Roles and bindings of all kinds, by kind, namespace and name, without labels: what they allow, to whom.
+/// Roles and bindings of all kinds, by kind, namespace and name, without labels: the permissions and their subjects.
 fn rights(objects: &[Value]) -> BTreeMap<String, Value> {
     let rights = objects.iter().filter(|object| {
         ["Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"].iter().any(|kind| object["kind"] == *kind)
@@ -242,8 +242,8 @@ fn rights(objects: &[Value]) -> BTreeMap<String, Value> {
         .map(|object| {
             let mut object = object.clone();
             object["metadata"].as_object_mut().unwrap().remove("labels");
-            let place = format!("{} {}", object["kind"], object["metadata"]);
-            (place, object)
+            let key = format!("{} {}", object["kind"], object["metadata"]);
+            (key, object)
         })
         .collect()
 }
@@ -261,7 +261,7 @@ fn the_rights_are_exactly_those_that_the_configuration_needs() {
     }
     let everything = rights(&renders[3].1);
     assert_eq!(everything.len(), 8, "three namespaces, and nodes: {everything:#?}");
-    // And MetalLB's example needs no others than the DaemonSet's.
+    // MetalLB's example needs the same ones as the DaemonSet.
     let metallb = objects(&read("k8s/example-metallb.yaml"));
     assert_eq!(rights(&objects(&rbac(&metallb, "udp-fanout"))), rights(&manifests()));
 }

@@ -1,4 +1,4 @@
-//! The examples fit what they are examples for.
+//! The examples fit the projects that they are for.
 
 use serde_json::{Value, json};
 use udp_fanout::testing::config::{Config, DownstreamSource, RequestedMode};
@@ -66,7 +66,7 @@ fn metallb_announces_what_is_bound() {
     let plain = objects(&read("k8s/daemonset.yaml"));
     let pod = &only(&plain, "DaemonSet")["spec"]["template"];
     assert_eq!(service["spec"]["selector"], pod["metadata"]["labels"]);
-    // It takes the place of the DaemonSet's, and needs no other rights.
+    // It replaces the DaemonSet's, and needs no other permissions.
     assert_eq!(only(&all, "ConfigMap")["metadata"], only(&plain, "ConfigMap")["metadata"]);
     assert_eq!(services(&config), services(&daemonset()));
 }

@@ -1,4 +1,4 @@
-//! `docs/DEPLOYMENT.md` against everything it speaks of: its commands are tried as far as that goes without a cluster,
+//! `docs/DEPLOYMENT.md` against the project: its commands are tried as far as possible without a cluster,
 //! its log messages are the program's, its files and metrics exist.
 
 use std::fs;
@@ -13,7 +13,7 @@ fn guide() -> String {
     read("docs/DEPLOYMENT.md")
 }
 
-/// The bodies of its blocks of this kind.
+/// The bodies of its fenced blocks of this language.
 fn blocks(text: &str, kind: &str) -> Vec<String> {
     let mut blocks = Vec::new();
     let mut lines = text.lines();
@@ -37,7 +37,7 @@ fn commands() -> Vec<String> {
     text.lines().map(code).filter(|line| !line.is_empty()).collect()
 }
 
-/// A line's commands between pipes, as words. Quotes hold what has blanks in it, or bars.
+/// The commands of a pipeline, as words. Quoted words may contain blanks and pipes.
 fn words(line: &str) -> Vec<Vec<String>> {
     let (mut parts, mut word, mut quote) = (vec![Vec::new()], String::new(), None);
     for c in line.chars().chain([' ']) {
@@ -70,7 +70,7 @@ fn of(program: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// The project's own text, in which a message that is written on several lines is one.
+/// The project's source text, with string literals of several lines joined.
 fn sources() -> String {
     fn down(directory: &Path, text: &mut String) {
         for entry in fs::read_dir(directory).unwrap() {
@@ -166,7 +166,7 @@ fn every_message_it_explains_is_the_programs() {
     for row in rows {
         let message = row.split('`').nth(1).unwrap();
         for part in message.split('…') {
-            // What the message is made of may be code's to say.
+            // Code may insert parts of the message.
             let part = part.replace("/sys/kernel/btf/vmlinux", "{KERNEL_BTF}").replace("CAP_BPF ", "{capability} ");
             assert!(sources.contains(part.trim()), "{message}: {part:?}");
         }
@@ -192,7 +192,8 @@ fn kubectl_understands_every_command() {
     assert!(all.len() >= 30, "{}", all.len());
     for command in &all {
         let mut child = Command::new(kubectl);
-        // No cluster is to be asked, whatever this machine knows: what is understood ends in a refused connection.
+        // No real cluster may be contacted, whatever the host's configuration: a valid command ends in a refused
+        // connection.
         child.current_dir(repository()).env("KUBECONFIG", "/dev/null").env("HOME", "/nonexistent");
         child
             .arg("--server=http://127.0.0.1:1")
@@ -205,7 +206,7 @@ fn kubectl_understands_every_command() {
             assert!(!log.contains(unwanted), "{command:?}: {log}");
         }
     }
-    // What they are about is what the manifests make, with the container and the tools of the image.
+    // Their objects are those of the manifests, with the container and the tools of the image.
     let image = read("Dockerfile");
     for command in all.iter().filter(|command| command.iter().any(|word| word.starts_with("daemonset/"))) {
         assert!(command.contains(&"daemonset/udp-fanout".to_owned()), "{command:?}");
@@ -255,7 +256,7 @@ fn helm_makes_what_its_command_says() {
 fn the_kustomization_builds() {
     let snippet = blocks(&guide(), "yaml").into_iter().find(|block| block.starts_with("resources:\n")).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    // Beside the project, as the snippet has it.
+    // Beside the project, as in the snippet.
     let own = directory.path().join("own");
     fs::create_dir(&own).unwrap();
     let copy = directory.path().join("udp-fanout");

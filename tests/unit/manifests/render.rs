@@ -29,7 +29,7 @@ pub fn tool(tool: &str, program: &str) -> Vec<PathBuf> {
     programs
 }
 
-/// What a command prints. Anything but success and silence on standard error is a failure.
+/// The command's standard output. Panics if it fails or prints to standard error.
 pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let complaints = String::from_utf8_lossy(&output.stderr);
@@ -60,7 +60,7 @@ pub fn kustomize(directory: &Path) -> String {
     run(Command::new(kubectl).arg("kustomize").arg(directory))
 }
 
-/// An overlay of a user's: `k8s/` with these of its components, and an image from a registry.
+/// A user's overlay: `k8s/` with these of its components, and an image from a registry.
 pub fn overlay(components: &[&str]) -> String {
     let directory = tempfile::tempdir().unwrap();
     // kustomize knows relative paths only, and the temporary directory may be reached through links.
@@ -85,13 +85,13 @@ pub fn components() -> Vec<String> {
 }
 
 pub fn helm() -> Command {
-    // It looks for plugins and caches below its home; there are none.
+    // Helm searches its home directory for plugins and caches; there are none.
     let mut command = Command::new(&tool("helm-and-kubectl", "helm")[0]);
     command.current_dir(repository()).env("HELM_CONFIG_HOME", "/nonexistent").env("HELM_DATA_HOME", "/nonexistent");
     command
 }
 
-/// The chart as `helm install udp-fanout --namespace udp-fanout` would make it, for this version of Kubernetes.
+/// The chart as `helm install udp-fanout --namespace udp-fanout` renders it for this version of Kubernetes.
 pub fn chart(values: Option<&str>, kubernetes: &str) -> String {
     let mut command = helm();
     command.args(["template", "udp-fanout", CHART, "--namespace", "udp-fanout", "--kube-version", kubernetes]);
@@ -112,7 +112,7 @@ pub fn rbac(objects: &[Value], account: &str) -> String {
     run(command.arg("rbac").args(["--service-account", account, "--config"]).arg(file))
 }
 
-/// The files with values that the chart is tried with, beside its own.
+/// The files of values for which the chart is tested, besides its defaults.
 pub fn values() -> Vec<String> {
     let entries = fs::read_dir(repository().join(CHART).join("ci")).unwrap();
     let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -120,7 +120,7 @@ pub fn values() -> Vec<String> {
     names
 }
 
-/// Everything there is, by what it is called in messages.
+/// All sets of objects, by their names in messages.
 pub fn everything(kubernetes: &str) -> Vec<(String, String)> {
     let mut all = plain();
     all.push(("kubectl kustomize k8s".into(), kustomize(&repository().join("k8s"))));

@@ -1,5 +1,5 @@
 //! Against the schemas that Kubernetes publishes, by `kubernetes-validate --strict`, for the oldest version that is
-//! promised and the newest that the validator knows; and the chart against helm's own rules.
+//! supported and the newest that the validator knows; and the chart against helm's own rules.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ fn validate(validator: &Path, version: &str, file: &Path) -> Output {
 #[test]
 fn every_object_is_valid_for_the_oldest_and_the_newest_kubernetes() {
     for (version, validator) in versions() {
-        // Most of them are in more than one place.
+        // Most of them occur more than once.
         let mut distinct = BTreeMap::new();
         for (what, text) in everything(version) {
             let objects = objects(&text);
@@ -32,7 +32,7 @@ fn every_object_is_valid_for_the_oldest_and_the_newest_kubernetes() {
         fs::write(file.path(), distinct.keys().map(|object| format!("---\n{object}\n")).collect::<String>()).unwrap();
         let output = validate(&validator, version, file.path());
         let log = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        // An object of a kind that it does not know gets a warning only.
+        // For an object of an unknown kind it only prints a warning.
         let passed = log.lines().filter(|line| line.contains(" passed for resource ")).count();
         assert!(output.status.success() && passed == distinct.len(), "{passed} have passed: {log}\n{distinct:#?}");
     }

@@ -1,4 +1,4 @@
-//! The alerts: what they ask for, when they fire, and that the documents describe the same ones.
+//! The alerts: their queries, when they fire, and that the documents describe the same ones.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ fn name(rule: &Value) -> &str {
 }
 
 #[test]
-fn every_alert_asks_for_what_is_exported() {
+fn every_alert_queries_exported_series() {
     for rule in rules() {
         let names = Names::of(rule["expr"].as_str().unwrap());
         assert!(!names.metrics.is_empty(), "{rule}");
@@ -38,18 +38,21 @@ fn every_alert_asks_for_what_is_exported() {
         for text in annotations.values().map(|text| text.as_str().unwrap()) {
             for placeholder in placeholders(text) {
                 let label = placeholder.strip_prefix("$labels.");
-                assert!(label.is_some_and(|label| names.gives(label)) || placeholder.starts_with("$value"), "{text}");
+                assert!(
+                    label.is_some_and(|label| names.has_label(label)) || placeholder.starts_with("$value"),
+                    "{text}"
+                );
             }
         }
-        // Where it happens.
+        // The labels that locate the problem.
         let summary = annotations["summary"].as_str().unwrap();
         assert!(summary.contains("{{ $labels.instance }}") || name(&rule) == "UdpFanoutAbsent", "{summary}");
     }
 }
 
-/// What they say of documents, metrics and settings is there.
+/// The documents, metrics and settings that they mention exist.
 #[test]
-fn every_alert_speaks_of_what_there_is() {
+fn every_alert_mentions_existing_names() {
     let (configuration, help) = (read("docs/CONFIGURATION.md"), read("src/cli.rs"));
     for rule in rules() {
         let text = rule["annotations"]["description"].as_str().unwrap();
@@ -93,7 +96,7 @@ fn every_alert_is_tried_where_it_fires_and_where_it_does_not() {
         assert!(tries.iter().all(|&times| times > 0), "{}: not and firing: {tries:?}", name(&rule));
     }
     assert!(tried.is_empty(), "no such alerts: {tried:?}");
-    // Their series are those of the program too.
+    // The series in their tests are the program's too.
     for series in groups.iter().flat_map(|group| group["input_series"].as_array().unwrap()) {
         let series = series["series"].as_str().unwrap();
         if series.starts_with("up{") {
@@ -105,7 +108,7 @@ fn every_alert_is_tried_where_it_fires_and_where_it_does_not() {
     }
 }
 
-/// Each rule is needed for the tests to pass: without its threshold or its condition, they fail.
+/// The tests cover each rule: without its threshold or its condition, they fail.
 #[test]
 fn the_tests_fail_for_rules_that_are_wrong() {
     let good = read(RULES);

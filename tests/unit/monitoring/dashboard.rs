@@ -1,4 +1,4 @@
-//! Grafana's dashboard: what Grafana needs to read it, and that each of its queries has an answer.
+//! Grafana's dashboard: Grafana can load it, and each of its queries is valid.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -23,7 +23,7 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_else(|| panic!("no {key} in {value}"))
 }
 
-/// Everything with a query that Prometheus answers, with what it calls its results: panels and annotations.
+/// Every panel and annotation with a Prometheus query, and the legend of its results.
 fn queries(dashboard: &Value) -> Vec<(String, String)> {
     let targets = list(dashboard, "panels").iter().filter(|panel| panel["type"] != "row");
     let targets = targets.flat_map(|panel| list(panel, "targets")).map(|target| (target, "legendFormat"));
@@ -37,7 +37,7 @@ pub fn placeholders(text: &str) -> impl Iterator<Item = &str> {
 }
 
 #[test]
-fn every_query_asks_for_what_is_exported() {
+fn every_query_uses_exported_series() {
     let dashboard = dashboard();
     let queries = queries(&dashboard);
     assert!(queries.len() >= 30, "{}", queries.len());
@@ -48,7 +48,7 @@ fn every_query_asks_for_what_is_exported() {
         let of_listener = names.metrics.iter().any(|metric| metric.labels.contains(&"listener"));
         assert_eq!(of_listener, query.contains("listener=~\"$listener\""), "{query}");
         for label in placeholders(legend) {
-            assert!(names.gives(label), "{legend}: the result has no {label}: {query}");
+            assert!(names.has_label(label), "{legend}: the result has no {label}: {query}");
         }
         asked.extend(names.metrics.iter().map(|metric| metric.name));
     }
@@ -69,12 +69,12 @@ fn every_variable_is_asked_of_what_is_exported() {
         let query = text(&variable["query"], "query");
         let label = query.trim_end_matches(')').rsplit(", ").next().unwrap();
         assert_eq!(label, text(variable, "name"));
-        assert!(query.starts_with("label_values(") && Names::of(query).gives(label), "{query}");
+        assert!(query.starts_with("label_values(") && Names::of(query).has_label(label), "{query}");
         assert_eq!(variable["definition"], query);
     }
 }
 
-/// No place of its own for a data source is assumed: whoever looks at it chooses.
+/// The dashboard names no data source: the user selects it.
 #[test]
 fn everything_asks_the_data_source_that_is_chosen() {
     fn sources<'a>(value: &'a Value, found: &mut Vec<&'a Value>) {
@@ -101,16 +101,16 @@ fn everything_asks_the_data_source_that_is_chosen() {
 fn every_panel_has_a_number_a_title_a_unit_and_a_place() {
     let dashboard = dashboard();
     assert_eq!((text(&dashboard, "uid"), text(&dashboard, "title")), ("udp-fanout", "udp-fanout"));
-    assert!(dashboard["id"].is_null(), "Grafana's own to give");
+    assert!(dashboard["id"].is_null(), "Grafana assigns the ID");
     let panels = list(&dashboard, "panels");
-    let (mut numbers, mut places) = (BTreeSet::new(), BTreeSet::new());
+    let (mut numbers, mut cells) = (BTreeSet::new(), BTreeSet::new());
     for panel in panels {
         let title = text(panel, "title");
         assert!(!title.is_empty() && numbers.insert(panel["id"].as_u64().unwrap()), "{title}");
         let [x, y, w, h] = ["x", "y", "w", "h"].map(|key| panel["gridPos"][key].as_u64().unwrap());
         assert!(w > 0 && h > 0 && x + w <= 24, "{title}");
-        for place in (x..x + w).flat_map(|x| (y..y + h).map(move |y| (x, y))) {
-            assert!(places.insert(place), "{title} covers another one");
+        for cell in (x..x + w).flat_map(|x| (y..y + h).map(move |y| (x, y))) {
+            assert!(cells.insert(cell), "{title} overlaps another panel");
         }
         if panel["type"] != "row" {
             let unit = text(&panel["fieldConfig"]["defaults"], "unit");
@@ -133,7 +133,7 @@ fn every_panel_has_a_number_a_title_a_unit_and_a_place() {
     assert_eq!(rows, expected);
 }
 
-/// A rate is shown of what only grows, and of nothing else.
+/// Rates are of counters, and of nothing else.
 #[test]
 fn every_unit_is_that_of_the_metric() {
     let dashboard = dashboard();

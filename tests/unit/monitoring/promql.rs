@@ -1,4 +1,4 @@
-//! The names in a query of Prometheus: metrics, labels and their values. Whether it is a query at all, promtool says.
+//! The names in a query of Prometheus: metrics, labels and their values. promtool checks the syntax.
 
 use udp_fanout::testing::discovery::ErrorKind;
 use udp_fanout::testing::health::model::ProbeOutcome;
@@ -6,10 +6,10 @@ use udp_fanout::testing::health::settings::ProbeKind;
 use udp_fanout::testing::metrics::names::{self, Metric, MetricKind};
 use udp_fanout::testing::model::{DropReason, Mode};
 
-/// Labels that Prometheus gives to what it scrapes.
+/// Labels that Prometheus adds to scraped series.
 const TARGET: [&str; 2] = ["job", "instance"];
 
-/// What is no metric in our queries. A name that is misspelt is none of these.
+/// Names in our queries that are not metrics. A misspelt name is not among them.
 const WORDS: [&str; 20] = [
     "sum",
     "max",
@@ -49,11 +49,11 @@ fn tokens(query: &str) -> Vec<Token> {
             let end = length(|c| c.is_ascii_alphanumeric() || c == '_');
             (Token::Word(rest[..end].to_owned()), end)
         } else if first.is_ascii_digit() {
-            // With its unit, if it is a time.
+            // A duration, with its unit.
             let end = length(|c| c.is_ascii_alphanumeric() || c == '.');
             (Token::Sign(rest[..end].to_owned()), end)
         } else if first == '"' {
-            let end = rest[1..].find('"').unwrap_or_else(|| panic!("no end of text in {query}")) + 2;
+            let end = rest[1..].find('"').unwrap_or_else(|| panic!("unterminated string in {query}")) + 2;
             (Token::Text(rest[1..end - 1].to_owned()), end)
         } else {
             let end = length(|c| "=~!<>".contains(c)).max(1);
@@ -65,19 +65,19 @@ fn tokens(query: &str) -> Vec<Token> {
     tokens
 }
 
-/// What a query speaks of.
+/// The names in a query.
 #[derive(Debug, Default)]
 pub struct Names {
     /// The metrics, in order.
     pub metrics: Vec<&'static Metric>,
-    /// The labels by which its result is grouped, if it is.
+    /// The labels by which its result is grouped, if any.
     pub grouped: Vec<String>,
     /// The labels that its metrics have.
     pub labels: Vec<&'static str>,
 }
 
 impl Names {
-    /// Reads a query, and fails on any name that the program does not export.
+    /// Parses a query. Panics on any name that the program does not export.
     pub fn of(query: &str) -> Names {
         let tokens = tokens(query);
         let mut names = Names { labels: TARGET.to_vec(), ..Names::default() };
@@ -111,12 +111,12 @@ impl Names {
     }
 
     /// Whether its result can have the label.
-    pub fn gives(&self, label: &str) -> bool {
+    pub fn has_label(&self, label: &str) -> bool {
         if self.grouped.is_empty() { self.labels.contains(&label) } else { self.grouped.iter().any(|by| by == label) }
     }
 }
 
-/// The metric, and the labels that a series of it has beyond its own.
+/// The metric of a series name, and the labels that the suffix adds.
 fn metric(name: &str) -> Option<(&'static Metric, &'static [&'static str])> {
     let exact = names::ALL.into_iter().find(|metric| metric.name == name);
     let series = |suffix: &str| {
@@ -130,7 +130,7 @@ fn metric(name: &str) -> Option<(&'static Metric, &'static [&'static str])> {
     buckets.or_else(|| series("_sum").or_else(|| series("_count")).map(|metric| (metric, &[][..])))
 }
 
-/// Checks the matchers from there on, and says where they end.
+/// Checks the matchers from an offset on. Returns where they end.
 fn matchers(tokens: &[Token], mut at: usize, metric: &Metric, query: &str) -> usize {
     loop {
         let [Token::Word(label), Token::Sign(sign), Token::Text(value), Token::Sign(then)] = &tokens[at..at + 4] else {
@@ -151,7 +151,7 @@ fn matchers(tokens: &[Token], mut at: usize, metric: &Metric, query: &str) -> us
     }
 }
 
-/// The values that a label has, if they are known beforehand.
+/// The fixed values of a label, if it has any.
 pub fn values(metric: &Metric, label: &str) -> Option<Vec<&'static str>> {
     let values = match label {
         "mode" => [Mode::TcEbpf, Mode::Userspace].map(Mode::name).to_vec(),
@@ -185,5 +185,5 @@ fn names_that_are_not_exported_are_found() {
     let query = "sum by (listener) (rate(udp_fanout_packets_dropped_total{reason=~\"no_route|refused\"}[5m])) > 0.01";
     let names = Names::of(query);
     assert_eq!(names.metrics, [&names::PACKETS_DROPPED]);
-    assert!(names.gives("listener") && !names.gives("reason"));
+    assert!(names.has_label("listener") && !names.has_label("reason"));
 }

@@ -1,4 +1,4 @@
-//! Who may send, and how fast, while that changes: what is sent once a plan is in force follows it.
+//! Admission rules and rate limits that change: datagrams sent once a plan is in force follow it.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use udp_fanout::testing::plan::ListenerPlan;
 
 use udp_fanout_testkit::flow::{Flow, ID, final_counters, listener, plan, serving, until};
 
-/// A listener from which these may not send.
+/// A listener that denies these prefixes.
 fn denying(flow: &Flow, prefixes: &[&str]) -> ListenerPlan {
     let mut plan = listener(0, "syslog", "127.0.0.1:0", &flow.receivers());
     plan.settings.workers = 3;
@@ -27,7 +27,7 @@ fn no_datagram_is_judged_by_rules_of_before() {
     let to = datapath.local_address(ID).unwrap();
     let rounds = 100;
     for round in 0..rounds {
-        // Something on its way all the time, so that workers hold batches while the rules change.
+        // Continuous traffic, so that workers have batches in progress while the rules change.
         flow.send(to, 20);
         let rules: &[&str] = if round % 2 == 0 { &["127.0.0.2"] } else { &["127.0.0.2/31", "10.0.0.0/8"] };
         datapath.apply(&plan(&[&denying(&flow, rules)])).unwrap();
@@ -77,7 +77,7 @@ fn all_workers_take_from_one_bucket_which_outlives_tables_and_workers() {
 }
 
 #[test]
-fn whoever_copies_to_all_asks_first() {
+fn replication_checks_admission_first() {
     let flow = Flow::new("127.0.0.1", 2);
     let mut all = denying(&flow, &["127.0.0.2"]);
     all.policy = udp_fanout::testing::model::Policy::Replicate;

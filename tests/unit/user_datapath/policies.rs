@@ -1,5 +1,5 @@
-//! Policies other than round robin: which receiver gets what is worked out by hand from the plan's table, and must be the
-//! same as in the kernel program, whose tests work it out in the same way.
+//! Policies other than round robin: the test computes each receiver from the plan's table, which must be the
+//! same as in the kernel program, whose tests compute it in the same way.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,7 +12,7 @@ use udp_fanout::testing::plan::{ListenerPlan, hash, maglev};
 
 use udp_fanout_testkit::flow::{Flow, GUARD, ID, final_counters, listener, plan, serving};
 
-/// A listener with this policy, three workers, and the table that belongs to the policy.
+/// A listener with this policy, three workers, and the policy's table.
 fn with_policy(policy: Policy, bind: &str, receivers: &[(SocketAddr, u32)]) -> ListenerPlan {
     let mut listener = listener(0, "netflow", bind, receivers);
     listener.policy = policy;
@@ -35,11 +35,11 @@ impl Receivers {
         self.0.iter().map(|socket| (socket.local_addr().unwrap(), 1)).collect()
     }
 
-    /// Sends a datagram and says which receiver has got it.
+    /// Sends a datagram and returns the index of its receiver.
     fn who_gets(&self, from: &UdpSocket, to: SocketAddr, payload: &[u8]) -> usize {
         from.send_to(payload, to).unwrap();
         let mut ready: Vec<PollFd> = self.0.iter().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)).collect();
-        assert_eq!(poll(&mut ready, PollTimeout::try_from(GUARD).unwrap()), Ok(1), "who gets it");
+        assert_eq!(poll(&mut ready, PollTimeout::try_from(GUARD).unwrap()), Ok(1), "no receiver got the datagram");
         let index = ready.iter().position(|socket| socket.any() == Some(true)).unwrap();
         let mut buffer = [0; 1000];
         let length = self.0[index].recv(&mut buffer).unwrap();
@@ -48,7 +48,7 @@ impl Receivers {
     }
 }
 
-/// Sends from many addresses and ports, to each of the listener's addresses, and compares with what the plan's table says.
+/// Sends from many addresses and ports, to each of the listener's addresses, and compares with the plan's table.
 fn check_hash(on: HashOn, bind: &str, destinations: &[&str]) {
     let v6 = bind.starts_with('[');
     let receivers = Receivers::new(if v6 { "::1" } else { "127.0.0.1" });
@@ -98,11 +98,11 @@ fn chunks_of_a_gelf_message_stay_together_and_whole_messages_go_round() {
     let (mut whole, mut hit) = ([0; 3], BTreeSet::new());
     for message in 0..60u64 {
         let id = message.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
-        let place = hash::table_slot(hash::message_hash(id), listener.table.len() as u32);
-        let expected = listener.table[place as usize] as usize;
+        let slot = hash::table_slot(hash::message_hash(id), listener.table.len() as u32);
+        let expected = listener.table[slot as usize] as usize;
         for chunk in 0..3u8 {
             let payload = [&[0x1e, 0x0f][..], &id, &[chunk, 3], &b"some text"[..usize::from(chunk)]].concat();
-            // Whoever sends it: only the message's ID counts.
+            // From any sender: only the message's ID matters.
             let sender = &senders[usize::from(chunk)];
             assert_eq!(receivers.who_gets(sender, to, &payload), expected);
         }

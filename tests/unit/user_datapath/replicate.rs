@@ -1,4 +1,4 @@
-//! One copy for every downstream: each exactly once, in order, and a failing one at nobody else's cost.
+//! One copy for every downstream: exactly once, in order, and unaffected by failing downstreams.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ fn a_closed_port_costs_only_its_own_copies() {
     flow.assert_each_once_everywhere();
     let totals = totals(&mut datapath, 2000);
     assert_eq!((totals.packets_forwarded, totals.dropped.total()), (2000, 0));
-    // A refusal that was still on its way at the end leaves its copy counted as sent; ICMP is limited in rate.
+    // A copy whose ICMP error is still in flight at the end counts as sent; ICMP is rate-limited.
     let refused = totals.copies_dropped.get(DropReason::Refused);
     assert!(refused > 0 && refused <= 2000 && refused == totals.copies_dropped.total(), "{totals:?}");
 }
@@ -71,10 +71,10 @@ fn a_sample_is_of_the_size_asked_for_and_costs_the_others_nothing() {
 }
 
 #[test]
-fn a_datagram_in_nobodys_sample_counts_as_forwarded() {
+fn a_datagram_in_no_sample_counts_as_forwarded() {
     let mut flow = Flow::new("127.0.0.1", 1);
     let mut listener = replicating(&flow.receivers(), 16);
-    // One in four thousand million.
+    // A probability of one in 4 * 10^9.
     Arc::make_mut(&mut listener.targets)[0].downstream.sample = 0;
     let mut datapath = serving(&[&listener]);
     let to = datapath.local_address(ID).unwrap();

@@ -1,5 +1,5 @@
-//! What surrounds the controller in a history: a host, sources of downstreams, datapaths that fail now and then, and an
-//! operator who edits the configuration. It keeps its own account of what the controller must have made of all that.
+//! The simulated environment of the controller: a host, sources of downstreams, datapaths that sometimes fail, and an
+//! operator who edits the configuration. It computes independently what the controller must do.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -17,7 +17,7 @@ use udp_fanout::testing::host::{HostAddress, HostFacts, Link, Route};
 use udp_fanout::testing::model::{Downstream, DownstreamSet, ListenerId, Mode};
 use udp_fanout::testing::plan::{Delivery, ListenerPlan, Plan};
 
-/// The configuration that tests begin with which are not random.
+/// The initial configuration of scripted tests.
 const REFERENCE: &str = r#"
 [[listeners]]
 name = "static"
@@ -40,14 +40,14 @@ mode = "userspace"
 kubernetes = { namespace = "logs", service = "others", port = 1 }
 "#;
 
-/// As many different configurations as an operator may think of.
+/// Many different configurations.
 const CONFIGURATIONS: u64 = 300;
 
 pub fn address(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 1))
 }
 
-/// The configurations that histories are about.
+/// The configurations of random histories.
 pub fn configurations() -> &'static [Config] {
     static ALL: OnceLock<Vec<Config>> = OnceLock::new();
     ALL.get_or_init(|| (0..CONFIGURATIONS).map(|seed| random_config(&mut SmallRng::seed_from_u64(seed))).collect())
@@ -68,7 +68,7 @@ fn random_config(rng: &mut SmallRng) -> Config {
         let name = if rng.random_bool(0.05) { "renamed".to_owned() + &index.to_string() } else { format!("l{index}") };
         let mode = ["tc_ebpf", "userspace", "auto"][rng.random_range(0..3)];
         let policy = ["round_robin", "replicate"][rng.random_range(0..2)];
-        // Seldom, since its tables take much longer to make than everything else here.
+        // Rare, since its tables take much longer to compute than everything else here.
         let policy = if rng.random_bool(0.02) { "hash" } else { policy };
         let interface = ["\"eth0\"", "[\"eth0\", \"eth1\"]", "\"auto\""][rng.random_range(0..3)];
         let mut text = format!(
@@ -86,32 +86,32 @@ fn random_config(rng: &mut SmallRng) -> Config {
         listeners.insert(rng.random_range(0..=listeners.len()), text);
     }
     let fail_open = if rng.random_bool(0.5) { "[health]\nenabled = true\n" } else { "" };
-    // Few enough that numbers have to be given again.
+    // Few enough that IDs are reused.
     let text = format!("{fail_open}[limits]\nmax_listeners = 7\n{}", listeners.concat());
     Config::parse(&text, Path::new("random.toml")).unwrap()
 }
 
-/// What a history has come to, kept apart from the controller.
-pub struct World {
+/// The state of a history, independent of the controller.
+pub struct Simulation {
     rng: SmallRng,
     now: Duration,
     generation: u64,
     pub facts: HostFacts,
     believed: State,
-    /// What is to be in force again if the configuration under way is not taken.
+    /// The state to restore if the pending configuration is refused.
     fallback: Option<State>,
     numbers: ListenerIdAllocator,
-    /// The plan that was last to be applied, and whether it was.
+    /// The last plan, and whether it was applied.
     handed_out: Option<Plan>,
     in_force: bool,
     wake_at: Option<Duration>,
-    /// The host could not be looked at: to be tried again.
+    /// The host could not be read and must be read again.
     look_again: bool,
-    /// Whether the next plan can be applied; as chance has it where there is no word.
+    /// Whether the next plan can be applied; random if `None`.
     script: Vec<bool>,
 }
 
-/// What the controller goes by.
+/// The controller's settings.
 #[derive(Clone)]
 struct State {
     config: Config,
@@ -152,19 +152,19 @@ impl State {
     }
 }
 
-impl World {
-    pub fn new(seed: u64) -> (World, Controller) {
+impl Simulation {
+    pub fn new(seed: u64) -> (Simulation, Controller) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let config = configurations()[rng.random_range(0..configurations().len())].clone();
-        World::with(rng, config)
+        Simulation::with(rng, config)
     }
 
-    pub fn at_the_reference(seed: u64) -> (World, Controller) {
-        World::with(SmallRng::seed_from_u64(seed), Config::parse(REFERENCE, Path::new("random.toml")).unwrap())
+    pub fn at_the_reference(seed: u64) -> (Simulation, Controller) {
+        Simulation::with(SmallRng::seed_from_u64(seed), Config::parse(REFERENCE, Path::new("random.toml")).unwrap())
     }
 
-    fn with(rng: SmallRng, config: Config) -> (World, Controller) {
-        let mut world = World {
+    fn with(rng: SmallRng, config: Config) -> (Simulation, Controller) {
+        let mut simulation = Simulation {
             rng,
             now: Duration::ZERO,
             generation: 1,
@@ -178,16 +178,16 @@ impl World {
             look_again: false,
             script: Vec::new(),
         };
-        world.facts = world.random_facts(true);
-        let controller = Controller::new(config, &Ok(()), world.facts.clone()).unwrap();
-        (world, controller)
+        simulation.facts = simulation.random_facts(true);
+        let controller = Controller::new(config, &Ok(()), simulation.facts.clone()).unwrap();
+        (simulation, controller)
     }
 
     pub fn config(&self) -> &Config {
         &self.believed.config
     }
 
-    /// Another configuration, as the successor of this one.
+    /// A random successor of this configuration.
     pub fn another(&mut self) -> Config {
         let committed = self.fallback.as_ref().unwrap_or(&self.believed);
         let mut next = configurations()[self.rng.random_range(0..configurations().len())].clone();
@@ -232,7 +232,7 @@ impl World {
     }
 
     fn random_set(&mut self) -> DownstreamSet {
-        // Now and then an old set arrives late.
+        // Sometimes an old set arrives late.
         self.generation += 1;
         let generation = if self.rng.random_bool(0.1) { self.generation / 2 } else { self.generation };
         let downstreams = (1..=8)
@@ -257,7 +257,7 @@ impl World {
     pub fn random_event(&mut self, controller: &Controller) -> ControllerEvent {
         self.now += Duration::from_millis(self.rng.random_range(0..700));
         if std::mem::take(&mut self.look_again) {
-            return ControllerEvent::Host(self.look(&controller.route_addresses()));
+            return ControllerEvent::Host(self.read_host(&controller.route_addresses()));
         }
         match self.rng.random_range(0..10) {
             0 => ControllerEvent::Disturbed("filter gone".into()),
@@ -278,7 +278,7 @@ impl World {
                         self.fallback.get_or_insert(before);
                         ControllerEvent::Config(prepared)
                     }
-                    // An interface that a listener is to move to is away.
+                    // An interface that a listener should move to is missing.
                     Err(refusal) => {
                         assert!(refusal.to_string().contains("interface"), "{refusal}");
                         ControllerEvent::Tick
@@ -297,7 +297,7 @@ impl World {
         }
     }
 
-    /// Feeds an event and whatever follows from it, as the event loop does.
+    /// Feeds an event and all events that follow from it, as the event loop does.
     pub fn step(&mut self, controller: &mut Controller, event: ControllerEvent) {
         let mut events = vec![event];
         let mut rounds = 0;
@@ -311,7 +311,7 @@ impl World {
                         self.look_again = true;
                     }
                     ControllerAction::ReadHostFacts(addresses) => {
-                        events.push(ControllerEvent::Host(self.look(&addresses)))
+                        events.push(ControllerEvent::Host(self.read_host(&addresses)))
                     }
                     ControllerAction::WakeAt(at) => {
                         assert!(at > self.now, "woken in the past");
@@ -330,7 +330,7 @@ impl World {
         }
     }
 
-    /// As [`step`](Self::step), without accidents but those of the script.
+    /// As [`step`](Self::step), without faults other than scripted ones.
     pub fn step_surely(&mut self, controller: &mut Controller, event: ControllerEvent, success: bool) {
         if success {
             self.script = vec![true; 4];
@@ -339,9 +339,9 @@ impl World {
         self.script.clear();
     }
 
-    fn look(&mut self, addresses: &BTreeSet<IpAddr>) -> HostFacts {
+    fn read_host(&mut self, addresses: &BTreeSet<IpAddr>) -> HostFacts {
         let whole = self.random_facts(false);
-        // Scripted, the host is as it was.
+        // In a script, the host is unchanged.
         if self.script.is_empty() {
             self.facts.routes.extend(whole.routes);
         } else {
@@ -379,7 +379,7 @@ impl World {
             assert_eq!(self.wake_at.map(|at| at <= self.now + RETRY), Some(true), "a failed plan is tried again");
         }
         if self.look_again {
-            // What has changed since is not in the plan yet.
+            // Later changes are not in the plan yet.
             return;
         }
         assert!(self.fallback.is_none(), "an edited configuration has been decided on");
@@ -407,14 +407,14 @@ impl World {
         assert!(listener.table.iter().all(|&index| (index as usize) < targets));
         assert_eq!(listener.table.is_empty(), targets == 0);
         let in_table: BTreeSet<u32> = listener.table.iter().copied().collect();
-        assert_eq!(in_table.len(), targets, "every downstream has a place");
+        assert_eq!(in_table.len(), targets, "every downstream has a slot");
         let known: Vec<SocketAddr> = self.believed.sets[&listener.id].downstreams.iter().map(|to| to.address).collect();
         let planned: Vec<SocketAddr> = listener.targets.iter().map(|target| target.downstream.address).collect();
         if self.believed.config.health.is_none() {
             assert_eq!(planned, known, "the newest set is the one in the plan");
         } else {
-            assert!(planned.iter().all(|address| known.contains(address)), "nobody but those of the newest set");
-            assert_eq!(planned.is_empty(), known.is_empty(), "somebody of them takes part");
+            assert!(planned.iter().all(|address| known.contains(address)), "only downstreams of the newest set");
+            assert_eq!(planned.is_empty(), known.is_empty(), "at least one of them is active");
         }
         self.check_host(listener);
     }

@@ -1,4 +1,4 @@
-//! What the daemon has counted: on its metrics page, and in the kernel's map `STATS` as `bpftool` shows it.
+//! The daemon's counters: on its metrics page, and in the kernel's map `STATS` as `bpftool` shows it.
 
 use std::fs;
 use std::path::Path;
@@ -9,42 +9,47 @@ use serde_json::Value;
 
 use udp_fanout_lab::{Daemon, DaemonConfig, Lab, Metrics, Namespace, Report};
 
-/// How long the daemon may take to write down what has arrived. Nothing waits that long unless a test fails.
+/// How long the daemon may take to count what has arrived. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Datagrams of one listener as one datapath has counted them.
+/// One listener's counters in one datapath, in datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Books {
+pub struct PacketCounts {
     pub received: u64,
     pub forwarded: u64,
     pub dropped: u64,
     pub passed: u64,
 }
 
-impl Books {
-    pub const NOTHING: Books = Books { received: 0, forwarded: 0, dropped: 0, passed: 0 };
+impl PacketCounts {
+    pub const NOTHING: PacketCounts = PacketCounts { received: 0, forwarded: 0, dropped: 0, passed: 0 };
 
-    /// So many datagrams, all handed to downstreams.
-    pub fn forwarded(count: u64) -> Books {
-        Books { received: count, forwarded: count, ..Books::NOTHING }
+    /// `count` datagrams, all forwarded to downstreams.
+    pub fn forwarded(count: u64) -> PacketCounts {
+        PacketCounts { received: count, forwarded: count, ..PacketCounts::NOTHING }
     }
 
-    fn of_page(page: &Metrics, listener: &str, mode: &str) -> Books {
+    fn of_page(page: &Metrics, listener: &str, mode: &str) -> PacketCounts {
         let sum = |what: &str| {
             page.sum(&format!("udp_fanout_packets_{what}_total"), &[("listener", listener), ("mode", mode)])
         };
-        Books { received: sum("received"), forwarded: sum("forwarded"), dropped: sum("dropped"), passed: sum("passed") }
+        PacketCounts {
+            received: sum("received"),
+            forwarded: sum("forwarded"),
+            dropped: sum("dropped"),
+            passed: sum("passed"),
+        }
     }
 
     /// The sum over all CPUs of one entry of a dump by `bpftool`.
-    pub fn of_dump(dump: &Value, listener_id: u64) -> Books {
+    pub fn of_dump(dump: &Value, listener_id: u64) -> PacketCounts {
         let entries = dump.as_array().unwrap().iter().map(|entry| &entry["formatted"]);
         let entry = entries.into_iter().find(|entry| entry["key"] == listener_id).expect("an entry of the listener");
         let sum = |field: &str| {
             let values = entry["values"].as_array().unwrap();
             values.iter().map(|cpu| cpu["value"][field].as_u64().unwrap()).sum()
         };
-        Books {
+        PacketCounts {
             received: sum("pkts_received"),
             forwarded: sum("pkts_forwarded"),
             dropped: sum("pkts_dropped"),
@@ -63,50 +68,50 @@ pub fn start(lab: &Lab, config: &DaemonConfig) -> Daemon {
     Daemon::start(&lab.gateway, binary(), config).unwrap()
 }
 
-/// Checks that the daemon's books for its first listener are exactly these: the kernel program's (none where there is
-/// no kernel program) on the page and in the map, and the socket's on the page.
+/// Checks that the daemon's counters of its first listener are exactly these: the kernel program's (`None` where there
+/// is no kernel program) on the page and in the map, and the socket's on the page.
 ///
-/// The workers write a batch down once they have sent it, a moment after it may have arrived; that moment is waited for.
-pub fn audit(daemon: &Daemon, gateway: &Namespace, kernel: Option<Books>, user: Books) {
-    audit_listener(daemon, gateway, ("lab", 0), kernel, user);
+/// Workers count a batch after they have sent it, so this waits until all datagrams are counted.
+pub fn check_counters(daemon: &Daemon, gateway: &Namespace, kernel: Option<PacketCounts>, user: PacketCounts) {
+    check_listener_counters(daemon, gateway, ("lab", 0), kernel, user);
 }
 
-/// As [`audit`], for the listener of this name and number.
-pub fn audit_listener(
+/// As [`check_counters`], for the listener with this name and ID.
+pub fn check_listener_counters(
     daemon: &Daemon,
     gateway: &Namespace,
     (listener, id): (&str, u64),
-    kernel: Option<Books>,
-    user: Books,
+    kernel: Option<PacketCounts>,
+    user: PacketCounts,
 ) {
     let deadline = Instant::now() + LIMIT;
     let page = loop {
         let page = daemon.metrics(gateway).unwrap();
         for mode in ["tc_ebpf", "userspace"] {
-            let seen = Books::of_page(&page, listener, mode);
+            let seen = PacketCounts::of_page(&page, listener, mode);
             assert_eq!(seen.received, seen.forwarded + seen.dropped + seen.passed, "{mode} {seen:?}");
         }
-        if Books::of_page(&page, listener, "userspace").received == user.received || Instant::now() > deadline {
+        if PacketCounts::of_page(&page, listener, "userspace").received == user.received || Instant::now() > deadline {
             break page;
         }
     };
     let drops: Vec<_> =
         page.select("udp_fanout_packets_dropped_total", &[]).filter(|sample| sample.value > 0.0).collect();
-    assert_eq!(Books::of_page(&page, listener, "userspace"), user, "the socket's books; drops: {drops:?}");
+    assert_eq!(PacketCounts::of_page(&page, listener, "userspace"), user, "the socket's counters; drops: {drops:?}");
     assert_eq!(
-        Books::of_page(&page, listener, "tc_ebpf"),
+        PacketCounts::of_page(&page, listener, "tc_ebpf"),
         kernel.unwrap_or_default(),
-        "the program's; drops: {drops:?}"
+        "the kernel program's counters; drops: {drops:?}"
     );
     let has_series = page.has("udp_fanout_packets_received_total", &[("listener", listener), ("mode", "tc_ebpf")]);
     assert_eq!(has_series, kernel.is_some());
     if let Some(kernel) = kernel {
-        assert_eq!(Books::of_dump(&stats_map(daemon), id), kernel, "in the map STATS");
+        assert_eq!(PacketCounts::of_dump(&stats_map(daemon), id), kernel, "counters in the map STATS");
     }
 }
 
-/// Checks that the page counts for each downstream what its receiver got.
-pub fn audit_downstreams(daemon: &Daemon, gateway: &Namespace, report: &Report) {
+/// Checks that the metrics page counts for each downstream what its receiver got.
+pub fn check_downstream_counters(daemon: &Daemon, gateway: &Namespace, report: &Report) {
     let page = daemon.metrics(gateway).unwrap();
     for receiver in &report.receivers {
         let endpoint = receiver.address.unwrap().to_string();
@@ -121,7 +126,7 @@ fn stats_map(daemon: &Daemon) -> Value {
     bpftool(&["map", "dump", "id", &stats_map_id(daemon)])
 }
 
-/// The number of the daemon's own map `STATS`. Maps have no namespaces: others may have maps of that name too.
+/// The ID of the daemon's own map `STATS`. Maps have no namespaces, so others may have maps of that name.
 pub fn stats_map_id(daemon: &Daemon) -> String {
     let ids = map_ids(daemon);
     let list = bpftool(&["map", "list"]);
@@ -133,14 +138,14 @@ pub fn stats_map_id(daemon: &Daemon) -> String {
     ours.expect("the daemon has a map STATS")["id"].to_string()
 }
 
-/// The numbers of the maps that the daemon holds.
+/// The IDs of the maps that the daemon holds open.
 fn map_ids(daemon: &Daemon) -> Vec<u64> {
     let descriptors = fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
     let texts = descriptors.filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok());
     texts.filter_map(|text| text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok())).collect()
 }
 
-/// What `bpftool` answers, as JSON.
+/// The JSON output of `bpftool`.
 pub fn bpftool(words: &[&str]) -> Value {
     let output =
         Command::new("bpftool").arg("--json").args(words).output().expect("bpftool runs (Debian package bpftool)");

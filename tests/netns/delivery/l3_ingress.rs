@@ -1,9 +1,9 @@
-//! Datagrams that come by a link without frames (tun, WireGuard), and leave by links of either sort.
+//! Datagrams that arrive on an L3 link (tun, WireGuard), without link-layer headers, and leave by links of either kind.
 
 use std::net::SocketAddr;
 
-use super::books::{Books, audit, audit_downstreams, start};
-use super::packets::{as_a_router_sends, towards, widen_ingress};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, start};
+use super::packets::{device_to, routed_frame, widen_ingress};
 use super::wire::{Wire, udp_errors};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::netns::End;
@@ -11,7 +11,7 @@ use udp_fanout_lab::tun::TunLink;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, LabBuilder, Namespace, Place, Sender};
 use udp_fanout_testkit::kernel::packet::Frame;
 
-/// Behind links with frames, and on the gateway.
+/// Behind Ethernet links, and on the gateway.
 const PLACES: [Place; 4] = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
 /// Either family, on a gateway that forwards by itself and on one that does not.
 const KINDS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
@@ -20,26 +20,25 @@ fn builder(ipv6: bool, ip_forward: bool) -> LabBuilder {
     Lab::builder().receivers(PLACES).ipv6(ipv6).ip_forward(ip_forward).l3_ingress(true)
 }
 
-/// One more receiver, behind another link without frames.
-struct Beyond {
-    _crossing: TunLink,
+/// One more receiver, behind another L3 link.
+struct L3Receiver {
+    _link: TunLink,
     namespace: Namespace,
     address: SocketAddr,
 }
 
-impl Beyond {
+impl L3Receiver {
     const NAME: &str = "beyond";
 
-    fn of(lab: &Lab) -> Beyond {
+    fn of(lab: &Lab) -> L3Receiver {
         let namespace = Namespace::create(Self::NAME).unwrap();
         let [near, far] = ["10.0.99.1/24 fd00:0:0:99::1/64", "10.0.99.2/24 fd00:0:0:99::2/64"];
         let gateway = End { namespace: &lab.gateway, device: "tun1", addresses: near };
-        let crossing =
-            TunLink::between(gateway, End { namespace: &namespace, device: "eth0", addresses: far }).unwrap();
+        let link = TunLink::between(gateway, End { namespace: &namespace, device: "eth0", addresses: far }).unwrap();
         let ip = if lab.sender_address().is_ipv6() { "fd00:0:0:99::2" } else { "10.0.99.2" };
         let (default4, default6) = ("route add default dev eth0", "-6 route add default dev eth0");
         namespace.ip_batch(default4).and_then(|()| namespace.ip(default6)).unwrap();
-        Beyond { _crossing: crossing, namespace, address: SocketAddr::new(ip.parse().unwrap(), 7_000) }
+        L3Receiver { _link: link, namespace, address: SocketAddr::new(ip.parse().unwrap(), 7_000) }
     }
 
     /// A daemon for all the lab's receivers and this one.
@@ -59,17 +58,17 @@ impl Beyond {
 fn netns_what_comes_without_a_frame_reaches_receivers_everywhere() {
     for (ipv6, ip_forward) in KINDS {
         let lab = builder(ipv6, ip_forward).build().unwrap();
-        let beyond = Beyond::of(&lab);
-        let daemon = beyond.start(&lab, "");
-        let collectors = beyond.collect(&lab, Expect::OneOfThem);
+        let l3_receiver = L3Receiver::of(&lab);
+        let daemon = l3_receiver.start(&lab, "");
+        let collectors = l3_receiver.collect(&lab, Expect::OneOfThem);
         let mut sender = Sender::in_lab(&lab).unwrap();
         sender.send(1_000, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_perfect(), "{report}");
         assert_eq!(report.counts(), [200; 5], "{report}");
         assert!(report.all_from(lab.sender_address()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(1_000)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(1_000)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
@@ -77,18 +76,18 @@ fn netns_what_comes_without_a_frame_reaches_receivers_everywhere() {
 fn netns_what_comes_without_a_frame_is_copied_to_everyone() {
     for (ipv6, ip_forward) in KINDS {
         let lab = builder(ipv6, ip_forward).build().unwrap();
-        let beyond = Beyond::of(&lab);
-        let daemon = beyond.start(&lab, "policy = \"replicate\"");
-        // The first copies are sent around, until the neighbours are known.
+        let l3_receiver = L3Receiver::of(&lab);
+        let daemon = l3_receiver.start(&lab, "policy = \"replicate\"");
+        // The first copies are reinjected, until the neighbours are known.
         lab.gateway.ip("neigh flush all").unwrap();
-        let collectors = beyond.collect(&lab, Expect::EachOfThem);
+        let collectors = l3_receiver.collect(&lab, Expect::EachOfThem);
         let mut sender = Sender::in_lab(&lab).unwrap();
         sender.send(300, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "ip_forward={ip_forward}: {report}");
         assert!(report.all_from(lab.sender_address()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(300)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(300)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
@@ -96,16 +95,16 @@ fn netns_what_comes_without_a_frame_is_copied_to_everyone() {
 fn netns_fragments_that_come_without_frames_follow_each_other() {
     for (ipv6, policy) in [(false, "round_robin"), (true, "round_robin"), (false, "replicate"), (true, "replicate")] {
         let lab = builder(ipv6, false).build().unwrap();
-        let beyond = Beyond::of(&lab);
-        let daemon = beyond.start(&lab, &format!("policy = \"{policy}\""));
+        let l3_receiver = L3Receiver::of(&lab);
+        let daemon = l3_receiver.start(&lab, &format!("policy = \"{policy}\""));
         let expect = if policy == "replicate" { Expect::EachOfThem } else { Expect::OneOfThem };
-        let collectors = beyond.collect(&lab, expect);
+        let collectors = l3_receiver.collect(&lab, expect);
         let mut sender = Sender::in_lab(&lab).unwrap().payload(5_000);
         sender.send(50, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{policy}: {report}");
         assert!(report.all_from(lab.sender_address()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(50)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(50)), PacketCounts::NOTHING);
         let page = daemon.metrics(&lab.gateway).unwrap();
         let strays =
             page.sum("udp_fanout_fragments_stray_total", &[]) + page.sum("udp_fanout_fragments_lost_total", &[]);
@@ -123,8 +122,8 @@ fn netns_super_packets_that_come_without_a_frame_count_as_what_they_hold() {
         sender.send(800, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(800)), Books::NOTHING);
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(800)), PacketCounts::NOTHING);
+        check_downstream_counters(&daemon, &lab.gateway, &report);
     }
 }
 
@@ -133,11 +132,11 @@ fn netns_checksums_of_what_comes_without_a_frame_arrive_right() {
     for ipv6 in [false, true] {
         let lab = builder(ipv6, false).build().unwrap();
         let _daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
-        // Left to the last device, and computed by the sender.
+        // Computed by the last device, and by the sender.
         for offload in ["on", "off"] {
             lab.sender.ethtool(&format!("-K eth0 tx {offload}")).unwrap();
             for site in lab.sites.iter().filter(|site| matches!(site.place, Place::OtherInterface | Place::Pod)) {
-                lab.gateway.ethtool(&format!("-K {} tx {offload}", towards(site))).unwrap();
+                lab.gateway.ethtool(&format!("-K {} tx {offload}", device_to(site))).unwrap();
             }
             let collectors = Collectors::start(&lab, Expect::OneOfThem).unwrap();
             let mut sender = Sender::in_lab(&lab).unwrap().payload(101);
@@ -165,7 +164,7 @@ fn netns_what_comes_without_a_frame_leaves_as_a_router_would_have_sent_it() {
             wire.send(&sent.bytes()[14..]).unwrap();
         }
         for (tap, site) in taps.iter().zip(&lab.sites) {
-            let expected = as_a_router_sends(&sent, &lab, site);
+            let expected = routed_frame(&sent, &lab, site);
             for frame in tap.udp_frames_to(9_000, 4).unwrap() {
                 assert_eq!(frame, expected, "\n{frame:02x?}\n{expected:02x?}");
             }
@@ -173,9 +172,9 @@ fn netns_what_comes_without_a_frame_leaves_as_a_router_would_have_sent_it() {
     }
 }
 
-/// What the program leaves to the stack still begins with the IP header.
+/// What the program passes to the stack still begins with the IP header.
 #[test]
-fn netns_what_is_too_long_for_the_way_out_goes_through_the_socket_from_a_link_without_frames() {
+fn netns_datagrams_exceeding_the_egress_mtu_go_through_the_socket_from_a_link_without_frames() {
     for ipv6 in [false, true] {
         let lab = builder(ipv6, false).build().unwrap();
         widen_ingress(&lab, 9_000);
@@ -185,9 +184,9 @@ fn netns_what_is_too_long_for_the_way_out_goes_through_the_socket_from_a_link_wi
         sender.send(40, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{report}");
-        // All but the receiver on the gateway, to which no way is too narrow, get theirs from the socket.
-        let kernel = Books { received: 40, forwarded: 10, dropped: 0, passed: 30 };
-        audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(30));
+        // All but the receiver on the gateway, to which no MTU applies, get theirs from the socket.
+        let kernel = PacketCounts { received: 40, forwarded: 10, dropped: 0, passed: 30 };
+        check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(30));
     }
 }
 
@@ -209,11 +208,11 @@ fn netns_a_groups_datagrams_go_round_that_come_without_frames() {
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_complete(), "{group} {policy}: {report}");
         assert!(report.all_from(lab.sender_address()), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(400)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(400)), PacketCounts::NOTHING);
     }
 }
 
-/// One that would be a datagram for the listener if what it begins with were a frame's header.
+/// A packet that would be a datagram for the listener if its first bytes were an Ethernet header.
 #[test]
 fn netns_what_comes_without_a_frame_is_never_read_as_if_it_had_one() {
     for (ipv6, first) in [(false, 0x45), (true, 0x60)] {
@@ -232,16 +231,16 @@ fn netns_what_comes_without_a_frame_is_never_read_as_if_it_had_one() {
         }
         wire.send(&datagram[14..]).unwrap();
         tap.udp_frames_to(9_000, 51).unwrap();
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(51)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(51)), PacketCounts::NOTHING);
     }
 }
 
-/// A link with frames, under the name and the index of the one without, and addressed so that its frames begin like an IP
-/// packet of either version: what has been known of the index does not hold any more.
+/// An Ethernet link with the name and the index of the L3 link, with addresses that make its frames begin like an IP
+/// packet of either version: what the program knows of the index is out of date.
 #[test]
 fn netns_a_link_with_frames_may_take_the_place_of_one_without() {
     for (ipv6, first) in [(false, "46"), (true, "62")] {
-        // None on the gateway, whose address comes later than the link.
+        // None on the gateway, which gets its address later than the link.
         let places = [Place::OtherInterface, Place::Pod];
         let mut lab = Lab::builder().receivers(places).ipv6(ipv6).l3_ingress(true).build().unwrap();
         let mut daemon = start(&lab, &DaemonConfig::for_lab(&lab, "tc_ebpf"));
@@ -264,6 +263,6 @@ fn netns_a_link_with_frames_may_take_the_place_of_one_without() {
         sender.send(100, &collectors).unwrap();
         let report = collectors.finish(&[&sender]).unwrap();
         assert!(report.is_perfect(), "{report}");
-        audit(&daemon, &lab.gateway, Some(Books::forwarded(200)), Books::NOTHING);
+        check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(200)), PacketCounts::NOTHING);
     }
 }

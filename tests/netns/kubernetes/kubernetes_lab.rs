@@ -1,4 +1,4 @@
-//! A lab whose gateway has an API server and a daemon that follows it.
+//! A lab whose gateway runs an API server and a daemon that watches it.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -11,14 +11,14 @@ use udp_fanout_lab::apiserver::{ApiServer, Kind};
 use udp_fanout_lab::cluster::{ready, slice};
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Lab, Metrics, Place, Sender, Surroundings, scrape};
 
-/// The namespace and the Service that most tests follow.
+/// The namespace and the Service that most tests watch.
 pub const NAMESPACE: &str = "logging";
 pub const SERVICE: &str = "receivers";
 
 /// Divisible by every number of receivers here, so that equal shares are exact.
 pub const ROUNDS: u64 = 240;
 
-pub struct World {
+pub struct KubernetesLab {
     // Dropped first: its connections are in the lab.
     pub server: ApiServer,
     pub lab: Lab,
@@ -29,11 +29,11 @@ pub fn binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_udp-fanout"))
 }
 
-impl World {
-    pub fn new(mode: &'static str, places: impl IntoIterator<Item = Place>) -> World {
+impl KubernetesLab {
+    pub fn new(mode: &'static str, places: impl IntoIterator<Item = Place>) -> KubernetesLab {
         let lab = Lab::builder().receivers(places).build().unwrap();
         let server = lab.gateway.run(|| Ok(ApiServer::start())).unwrap();
-        World { server, lab, mode }
+        KubernetesLab { server, lab, mode }
     }
 
     /// The address of a receiver of the lab, without its port.
@@ -46,19 +46,19 @@ impl World {
         receivers.iter().map(|&receiver| ready(&self.ip(receiver))).collect()
     }
 
-    /// Creates or replaces a slice of the Service that is followed.
+    /// Creates or replaces a slice of the watched Service.
     pub fn apply(&self, name: &str, endpoints: Vec<Value>) {
         self.server.apply(Kind::EndpointSlice, slice(NAMESPACE, SERVICE, name, endpoints));
     }
 
-    /// One listener that takes its receivers from Kubernetes, as these keys of `kubernetes` say.
+    /// One listener with receivers from Kubernetes, with these keys of `kubernetes`.
     pub fn config(&self, kubernetes: &str) -> DaemonConfig {
         let mut config = DaemonConfig::for_lab(&self.lab, self.mode).extra(&format!("kubernetes = {{ {kubernetes} }}"));
         config.listeners[0].downstreams.clear();
         config
     }
 
-    /// The keys that follow the one Service by number.
+    /// The keys that watch the one Service, with a port number.
     pub fn by_number() -> String {
         format!("namespace = \"{NAMESPACE}\", service = \"{SERVICE}\", port = 5514")
     }
@@ -68,12 +68,12 @@ impl World {
         Surroundings { arguments: vec!["--kubeconfig".into(), kubeconfig], environment: Vec::new() }
     }
 
-    /// Starts the daemon and waits for nothing.
+    /// Starts the daemon without waiting.
     pub fn spawn(&self, config: &DaemonConfig) -> Daemon {
         Daemon::spawn_in(&self.lab.gateway, binary(), config, &self.surroundings()).unwrap()
     }
 
-    /// Starts the daemon and waits until it is ready with so many endpoints.
+    /// Starts the daemon and waits until it is ready with `endpoints` endpoints.
     pub fn start(&self, config: &DaemonConfig, endpoints: usize) -> Daemon {
         let mut daemon = self.spawn(config);
         daemon.wait_until_ready(&self.lab.gateway, config.listeners.len()).unwrap();
@@ -81,7 +81,7 @@ impl World {
         daemon
     }
 
-    /// What is logged once a table is in force.
+    /// The log line once a table is in force.
     pub fn updated(&self, endpoints: usize) -> String {
         format!("updated {} downstream set listener_id=0 endpoints={endpoints}", self.mode)
     }
@@ -98,7 +98,7 @@ impl World {
         SocketAddr::from(([127, 0, 0, 1], 9090))
     }
 
-    /// Asks for the metrics until they say this. Nothing else tells of it, so it asks again and again.
+    /// Polls the metrics until they satisfy the condition.
     pub fn wait_for_metrics(&self, what: &str, condition: impl Fn(&Metrics) -> bool) -> Metrics {
         let until = std::time::Instant::now() + udp_fanout_lab::apiserver::DEADLINE;
         loop {
@@ -106,16 +106,16 @@ impl World {
             if condition(&page) {
                 return page;
             }
-            assert!(std::time::Instant::now() < until, "{what} did not come about");
+            assert!(std::time::Instant::now() < until, "never happened: {what}");
         }
     }
 
-    /// How a Service is followed, as the metrics say: 1 or 0.
+    /// The metric that a Service is in sync: 1 or 0.
     pub fn synced(page: &Metrics, service: &str) -> u64 {
         page.sum("udp_fanout_discovery_synced", &[("namespace", NAMESPACE), ("service", service)])
     }
 
-    /// Keeps datagrams flowing while something changes, and returns their sender.
+    /// Sends datagrams while `change` runs, and returns their sender.
     pub fn while_flowing(&self, collectors: &Collectors, change: impl FnOnce()) -> Sender {
         let mut sender = Sender::in_lab(&self.lab).unwrap();
         let stop = AtomicBool::new(false);
@@ -140,7 +140,7 @@ impl World {
     }
 }
 
-/// What each of `of` receivers gets of [`ROUNDS`] datagrams when these share them equally.
+/// The counts of `of` receivers if those in `receivers` share [`ROUNDS`] datagrams equally.
 pub fn shares(of: usize, receivers: &[usize]) -> Vec<u64> {
     let each = ROUNDS / receivers.len() as u64;
     (0..of).map(|receiver| if receivers.contains(&receiver) { each } else { 0 }).collect()

@@ -1,4 +1,4 @@
-//! What the program does while no daemon is there, and for how long.
+//! How long an orphaned program goes on forwarding.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use super::{Pins, counted, end, exchange, lab, start};
 use udp_fanout_lab::traffic::bind;
 
-/// How long it may take until the program has noticed. Nothing waits that long unless the test fails.
+/// How long the program may take to stop forwarding. Only a failing test waits that long.
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
@@ -20,7 +20,8 @@ fn netns_without_a_daemon_the_program_goes_on_only_for_so_long() {
         let daemon = start(&lab, &config);
         exchange(&lab, 30);
         end(daemon, signal);
-        // Datagrams for the receivers, which nobody reads; once the program leaves them alone they come here.
+        // Collects datagrams for the receivers, which no one reads; once the program passes datagrams, they arrive
+        // here.
         let here = bind(&lab.gateway, lab.listener()).unwrap();
         here.set_nonblocking(true).unwrap();
         let sender = bind(&lab.sender, "10.0.0.2:0".parse().unwrap()).unwrap();
@@ -35,7 +36,7 @@ fn netns_without_a_daemon_the_program_goes_on_only_for_so_long() {
             assert!(Instant::now() < deadline, "the program still forwards");
         }
         drop(here);
-        // The next one takes over all the same.
+        // The next daemon takes over nevertheless.
         let daemon = start(&lab, &config);
         let before = counted(&lab, &daemon).0;
         exchange(&lab, 300);

@@ -1,28 +1,28 @@
-//! Receivers in every place, in every mode.
+//! Receivers in every location, in every mode.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use super::books::{Books, audit, audit_downstreams, filters, start};
+use super::counters::{PacketCounts, check_counters, check_downstream_counters, filters, start};
 use udp_fanout_lab::INGRESS;
 use udp_fanout_lab::{Collectors, DaemonConfig, Expect, Lab, LabBuilder, Place, Report, Sender};
 
 /// Datagrams of each run: a multiple of every table's length in this file.
 const COUNT: u64 = 1_500;
 
-/// Who did the work, as the books must show it.
+/// The datapath that forwarded, as the counters must show it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum By {
+enum ForwardedBy {
     Kernel,
     Socket,
 }
 
-/// Runs the daemon in this mode and sends [`COUNT`] datagrams through it. Checks that each arrived once, the shares, the
-/// source, the books, and that nothing stays behind.
-fn deliver(lab: &Lab, mode: &str, by: By) {
+/// Runs the daemon in this mode and sends [`COUNT`] datagrams through it. Checks that each arrived once, the shares,
+/// the source, the counters, and that nothing is left behind.
+fn deliver(lab: &Lab, mode: &str, by: ForwardedBy) {
     let mut daemon = start(lab, &DaemonConfig::for_lab(lab, mode));
-    if by == By::Kernel {
-        // In the words, and in the order of the fields, that the documents tell people to look for.
+    if by == ForwardedBy::Kernel {
+        // The wording and the order of fields that the documentation quotes.
         for said in [
             "updated tc_ebpf downstream set listener_id=0 endpoints=",
             "attached TC eBPF program to ingress interface=\"eth0\"",
@@ -35,21 +35,21 @@ fn deliver(lab: &Lab, mode: &str, by: By) {
     sender.send(COUNT, &collectors).unwrap();
     let report = collectors.finish(&[&sender]).unwrap();
     // Several workers may overtake each other; one CPU in the kernel cannot.
-    assert!(if by == By::Kernel { report.is_perfect() } else { report.is_complete() }, "{mode}: {report}");
+    assert!(if by == ForwardedBy::Kernel { report.is_perfect() } else { report.is_complete() }, "{mode}: {report}");
     assert_eq!(report.counts(), vec![COUNT / lab.sites.len() as u64; lab.sites.len()], "{mode}: {report}");
     match by {
-        By::Kernel => {
+        ForwardedBy::Kernel => {
             assert_eq!(sources(&report), BTreeSet::from([sender.address().unwrap()]), "{mode}: {report}");
-            audit(&daemon, &lab.gateway, Some(Books::forwarded(COUNT)), Books::NOTHING);
+            check_counters(&daemon, &lab.gateway, Some(PacketCounts::forwarded(COUNT)), PacketCounts::NOTHING);
         }
-        By::Socket => {
+        ForwardedBy::Socket => {
             let gateway: BTreeSet<IpAddr> = lab.gateway_addresses().unwrap().into_iter().collect();
             let seen: BTreeSet<IpAddr> = sources(&report).iter().map(SocketAddr::ip).collect();
             assert!(seen.is_subset(&gateway), "{mode}: {report}");
-            audit(&daemon, &lab.gateway, None, Books::forwarded(COUNT));
+            check_counters(&daemon, &lab.gateway, None, PacketCounts::forwarded(COUNT));
         }
     }
-    audit_downstreams(&daemon, &lab.gateway, &report);
+    check_downstream_counters(&daemon, &lab.gateway, &report);
     let (status, _, log) = daemon.stop().unwrap();
     assert!(status.success(), "{mode}: {status}\n{log}");
     assert!(filters(&lab.gateway, INGRESS).is_empty());
@@ -60,12 +60,12 @@ fn sources(report: &Report) -> BTreeSet<SocketAddr> {
 }
 
 /// Each mode, on a gateway that does not forward by itself and on one that does.
-fn everywhere(builder: &LabBuilder) {
+fn deliver_in_every_mode(builder: &LabBuilder) {
     for (ip_forward, rp_filter) in [(false, 1), (true, 1)] {
         let lab = builder.clone().ip_forward(ip_forward).rp_filter(rp_filter).build().unwrap();
-        deliver(&lab, "tc_ebpf", By::Kernel);
-        deliver(&lab, "userspace", By::Socket);
-        deliver(&lab, "auto", By::Kernel);
+        deliver(&lab, "tc_ebpf", ForwardedBy::Kernel);
+        deliver(&lab, "userspace", ForwardedBy::Socket);
+        deliver(&lab, "auto", ForwardedBy::Kernel);
     }
 }
 
@@ -75,41 +75,41 @@ fn three(place: Place) -> LabBuilder {
 
 #[test]
 fn netns_receivers_behind_other_interfaces() {
-    everywhere(&three(Place::OtherInterface));
+    deliver_in_every_mode(&three(Place::OtherInterface));
 }
 
 #[test]
 fn netns_receivers_on_the_senders_interface() {
-    everywhere(&three(Place::SameInterface));
+    deliver_in_every_mode(&three(Place::SameInterface));
 }
 
 #[test]
 fn netns_receivers_behind_routers() {
-    everywhere(&three(Place::BehindRouter));
+    deliver_in_every_mode(&three(Place::BehindRouter));
 }
 
 #[test]
 fn netns_receivers_in_local_pods() {
-    everywhere(&three(Place::Pod));
+    deliver_in_every_mode(&three(Place::Pod));
 }
 
 #[test]
 fn netns_receivers_on_the_host_itself() {
-    everywhere(&three(Place::GatewayHost));
+    deliver_in_every_mode(&three(Place::GatewayHost));
 }
 
 #[test]
 fn netns_receivers_in_all_places_at_once() {
-    everywhere(&Lab::builder().receivers(Place::ALL));
+    deliver_in_every_mode(&Lab::builder().receivers(Place::ALL));
 }
 
 #[test]
 fn netns_receivers_on_ports_other_than_the_listeners() {
-    everywhere(&Lab::builder().receivers(Place::ALL).port(9_000));
+    deliver_in_every_mode(&Lab::builder().receivers(Place::ALL).port(9_000));
 }
 
 #[test]
 fn netns_receivers_in_all_places_over_ipv6() {
-    everywhere(&Lab::builder().receivers(Place::ALL).ipv6(true));
-    everywhere(&Lab::builder().receivers(Place::ALL).ipv6(true).port(9_000));
+    deliver_in_every_mode(&Lab::builder().receivers(Place::ALL).ipv6(true));
+    deliver_in_every_mode(&Lab::builder().receivers(Place::ALL).ipv6(true).port(9_000));
 }

@@ -1,5 +1,5 @@
-//! Datagrams that the kernel hands over joined (`UDP_GRO`) and takes joined (`UDP_SEGMENT`): each counts, whatever it
-//! travels with. On loopback, what a sender gives the kernel in one piece arrives in one piece.
+//! Datagrams that the kernel delivers coalesced (`UDP_GRO`) and accepts coalesced (`UDP_SEGMENT`): each is handled
+//! alone, whatever it is coalesced with. On loopback, a coalesced message arrives as one.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -18,7 +18,7 @@ use udp_fanout_testkit::flow::{
 fn joined_datagrams_go_round_one_by_one_and_in_order() {
     let sinks = sinks(3);
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &addresses(&sinks));
-    // With one worker, where each goes is certain.
+    // With one worker, the receiver of each is deterministic.
     syslog.settings.workers = 1;
     let mut datapath = serving_in_order(&[&syslog]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
@@ -112,7 +112,7 @@ fn of_joined_datagrams_only_those_longer_than_the_limit_are_missing() {
     let sinks = sinks(1);
     let mut short = listener(0, "short", "127.0.0.1:0", &addresses(&sinks));
     short.settings.max_packet_size = 99;
-    // Two workers keep no order between what each of them took.
+    // There is no order between the datagrams of two workers.
     short.settings.workers = 1;
     let mut datapath = serving_in_order(&[&short]);
     let (to, from) = (datapath.local_address(ID).unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
@@ -143,8 +143,8 @@ fn chunks_of_gelf_messages_are_told_apart_within_what_was_joined() {
                 whole += 1;
             } else {
                 payload.extend([&[0x1e, 0x0f][..], &id, b"chunk!"].concat());
-                let place = hash::table_slot(hash::message_hash(id), gelf.table.len() as u32);
-                expected[gelf.table[place as usize] as usize] += 1;
+                let slot = hash::table_slot(hash::message_hash(id), gelf.table.len() as u32);
+                expected[gelf.table[slot as usize] as usize] += 1;
             }
         }
         send_joined(&from, to, &payload, 16);
@@ -161,7 +161,7 @@ fn chunks_of_gelf_messages_are_told_apart_within_what_was_joined() {
     }
     final_counters(&mut datapath);
     assert_eq!(chunks, expected);
-    // What is no chunk goes round.
+    // Whole messages go round robin.
     assert_eq!(round.iter().sum::<u64>(), whole);
     assert!(round.iter().all(|&count| count.abs_diff(whole / 3) <= 1), "{round:?}");
 }
@@ -225,7 +225,7 @@ fn a_closed_port_is_charged_for_every_datagram_of_a_message() {
         receive(&sinks[0], 32);
     }
     let totals = totals(&mut datapath, 3200);
-    // On this host nothing is on its way back at the end.
+    // On loopback no ICMP error is still in flight at the end.
     assert_eq!((totals.packets_forwarded, totals.dropped.get(DropReason::Refused)), (1600, 1600));
 }
 
@@ -250,7 +250,7 @@ fn joined_ipv6_datagrams_reach_downstreams_of_both_families() {
 
 #[test]
 fn receivers_that_join_what_arrives_get_what_was_sent_together_together() {
-    // What makes it fast: the datagrams for one downstream leave in one message.
+    // The datagrams for one downstream leave in one message, for speed.
     let sinks = sinks(2);
     sinks.iter().for_each(|sink| setsockopt(sink, UdpGroSegment, &true).unwrap());
     let mut syslog = listener(0, "syslog", "127.0.0.1:0", &addresses(&sinks));

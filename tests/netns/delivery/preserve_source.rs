@@ -1,9 +1,9 @@
-//! `preserve_source`: what goes through the socket keeps its sender's address and port.
+//! `preserve_source`: datagrams that the socket forwards keep their sender's address and port.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use super::books::{Books, audit, audit_downstreams, binary, start};
+use super::counters::{PacketCounts, binary, check_counters, check_downstream_counters, start};
 use super::packets::widen_ingress;
 use super::wire::udp_errors;
 use udp_fanout_lab::{Collectors, Daemon, DaemonConfig, Expect, Lab, Place, Report, Sender};
@@ -12,7 +12,7 @@ fn config(lab: &Lab, mode: &str) -> DaemonConfig {
     DaemonConfig::for_lab(lab, mode).settings("workers = 2\npreserve_source = true\n")
 }
 
-/// Two senders, each with datagrams of this size, one by one and in pieces. Says what arrived, and from whom it came.
+/// Sends datagrams of this size from two senders, single and as super-packets. Returns what arrived, and the senders.
 fn send(lab: &Lab, expect: Expect, payload: usize, count: u64) -> (Report, BTreeSet<SocketAddr>) {
     let collectors = Collectors::start(lab, expect).unwrap();
     let mut one = Sender::in_lab(lab).unwrap().payload(payload);
@@ -33,8 +33,8 @@ fn assert_from(report: &Report, senders: &BTreeSet<SocketAddr>) {
     }
 }
 
-/// Datagrams of these sizes, so many from each sender, to receivers in these places, over both families.
-fn see_senders(places: &[Place], runs: &[(usize, u64)]) {
+/// Runs (payload size, datagrams from each sender) to receivers in these places, over both families.
+fn check_sources(places: &[Place], runs: &[(usize, u64)]) {
     for ipv6 in [false, true] {
         let lab = Lab::builder().receivers(places.iter().copied()).ipv6(ipv6).build().unwrap();
         widen_ingress(&lab, 9_000);
@@ -50,20 +50,20 @@ fn see_senders(places: &[Place], runs: &[(usize, u64)]) {
         for site in &lab.sites {
             assert_eq!(udp_errors(lab.namespace_of(site)), 0, "{}: a checksum is wrong", site.name);
         }
-        audit(&daemon, &lab.gateway, None, Books::forwarded(sent));
+        check_counters(&daemon, &lab.gateway, None, PacketCounts::forwarded(sent));
         daemon.stop().unwrap();
     }
 }
 
 #[test]
 fn netns_receivers_everywhere_see_who_sent_what_they_get() {
-    see_senders(&Place::ALL, &[(20, 500), (100, 500), (1_372, 500)]);
+    check_sources(&Place::ALL, &[(20, 500), (100, 500), (1_372, 500)]);
 }
 
 #[test]
 fn netns_receivers_see_who_sent_what_takes_several_packets() {
     let places = [Place::OtherInterface, Place::BehindRouter, Place::Pod, Place::GatewayHost];
-    see_senders(&places, &[(1_473, 60), (8_001, 60), (60_000, 10)]);
+    check_sources(&places, &[(1_473, 60), (8_001, 60), (60_000, 10)]);
 }
 
 #[test]
@@ -74,8 +74,8 @@ fn netns_copies_keep_their_senders_too() {
         let (report, senders) = send(&lab, Expect::EachOfThem, 100, 1_200);
         assert_from(&report, &senders);
         assert_eq!(report.counts(), [2_400; 2], "{report}");
-        audit(&daemon, &lab.gateway, None, Books::forwarded(2_400));
-        audit_downstreams(&daemon, &lab.gateway, &report);
+        check_counters(&daemon, &lab.gateway, None, PacketCounts::forwarded(2_400));
+        check_downstream_counters(&daemon, &lab.gateway, &report);
         daemon.stop().unwrap();
     }
 }
@@ -87,8 +87,8 @@ fn netns_what_the_program_passes_to_the_socket_keeps_its_sender() {
     let daemon = start(&lab, &config(&lab, "tc_ebpf"));
     let (report, senders) = send(&lab, Expect::OneOfThem, 8_000, 50);
     assert_from(&report, &senders);
-    let kernel = Books { received: 100, forwarded: 0, dropped: 0, passed: 100 };
-    audit(&daemon, &lab.gateway, Some(kernel), Books::forwarded(100));
+    let kernel = PacketCounts { received: 100, forwarded: 0, dropped: 0, passed: 100 };
+    check_counters(&daemon, &lab.gateway, Some(kernel), PacketCounts::forwarded(100));
     daemon.stop().unwrap();
 }
 
