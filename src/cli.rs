@@ -56,6 +56,8 @@ pub enum Invocation {
         account: String,
         /// The service account's namespace.
         namespace: String,
+        /// The name of the Roles and bindings, if given.
+        name: Option<String>,
     },
     /// Show what the running daemon does.
     Status {
@@ -220,6 +222,9 @@ struct RbacArgs {
     /// Namespace of the service account, and of Services that name none
     #[arg(long, value_name = "NAMESPACE", default_value = rbac::DEFAULT_ACCOUNT)]
     service_account_namespace: String,
+    /// Name of the Roles and bindings [default: udp-fanout, or udp-fanout-NAMESPACE-ACCOUNT for another account]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -367,7 +372,7 @@ where
         Some(CliCommand::Rbac(after)) => {
             let config = only_config("rbac", before, after.file)?;
             let (account, namespace) = (after.service_account, after.service_account_namespace);
-            Invocation::Rbac { config: or_default(config), account, namespace }
+            Invocation::Rbac { config: or_default(config), account, namespace, name: after.name }
         }
         Some(CliCommand::Doctor(DoctorArgs { file, sender, kubeconfig, json })) => {
             let config = or_default(only_config("doctor", before, file)?);

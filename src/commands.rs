@@ -9,7 +9,7 @@ use crate::cli::{self, Invocation};
 use crate::config::{Config, ListenerConfig, keys};
 use crate::control::client::StatusClient;
 use crate::control::{status_command, trace_command};
-use crate::discovery::rbac::{self, ServiceAccount};
+use crate::discovery::rbac::{self, Installation, ServiceAccount};
 use crate::logging::LogOptions;
 use crate::{demo, detach, doctor, event_loop, logging, output, version};
 
@@ -23,7 +23,7 @@ pub fn main() -> ExitCode {
         Invocation::Doctor(options) => return report(doctor::run(&options)),
         Invocation::Demo(options) => return report(demo::run(options)),
         Invocation::Check { config } => check(&config),
-        Invocation::Rbac { config, account, namespace } => rbac(&config, &account, &namespace),
+        Invocation::Rbac { config, account, namespace, name } => rbac(&config, &account, &namespace, name.as_deref()),
         Invocation::Status { config, socket, json, watch, interval } => {
             let socket = status_command::socket(config.as_deref(), socket);
             status_command::run(&status_command::StatusOptions { socket, json, watch, interval })
@@ -77,14 +77,14 @@ fn run(config: &Path, log: LogOptions, options: event_loop::DaemonOptions) -> Ex
     }
 }
 
-fn rbac(config: &Path, account: &str, namespace: &str) -> Result<()> {
-    let account = ServiceAccount::new(account, namespace)?;
+fn rbac(config: &Path, account: &str, namespace: &str, name: Option<&str>) -> Result<()> {
+    let installation = Installation::new(ServiceAccount::new(account, namespace)?, name)?;
     let config = Config::load(config)?;
     let requests: Vec<_> = config.listeners.iter().filter_map(ListenerConfig::discovery_request).collect();
     if requests.is_empty() {
         eprintln!("{}: no listener follows a Kubernetes Service, so no permissions are needed", config.path.display());
     }
-    output::print(rbac::manifests(&requests, &account).as_bytes())
+    output::print(rbac::manifests(&requests, &installation).as_bytes())
 }
 
 /// The exit code of a command whose checks may fail.

@@ -10,7 +10,7 @@ pub(super) const ABOUT: &str = "Hand each UDP datagram that arrives at this host
 pub(super) const USAGE: &str = "\
 udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] [--status-socket PATH]
        udp-fanout check [-c FILE]
-       udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE]
+       udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE] [--name NAME]
        udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
        udp-fanout trace [-c FILE] [--socket PATH] [--listener NAME] [--source CIDR] [-n N] [--json]
        udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]

@@ -74,6 +74,13 @@ fn questions_mean_what_they_say() {
         config: config.into(),
         account: account.into(),
         namespace: namespace.into(),
+        name: None,
+    };
+    let named = Invocation::Rbac {
+        config: "a".into(),
+        account: "udp-fanout".into(),
+        namespace: "udp-fanout".into(),
+        name: Some("second".into()),
     };
     let status = |config: Option<&str>, socket: Option<&str>, json, watch, interval| Invocation::Status {
         config: config.map(Into::into),
@@ -90,6 +97,7 @@ fn questions_mean_what_they_say() {
         ("udp-fanout rbac", rbac(default, "udp-fanout", "udp-fanout")),
         ("udp-fanout -c a rbac --service-account b", rbac("a", "b", "udp-fanout")),
         ("udp-fanout rbac -c a --service-account-namespace b", rbac("a", "udp-fanout", "b")),
+        ("udp-fanout rbac -c a --name second", named),
         ("udp-fanout status", status(None, None, false, false, 1_000)),
         ("udp-fanout -c a status --json", status(Some("a"), None, true, false, 1_000)),
         ("udp-fanout status --socket s -w --interval 0.5", status(None, Some("s"), false, true, 500)),

@@ -1,6 +1,7 @@
 //! `udp-fanout rbac`: the Roles and bindings that discovery needs, as YAML. Pure text.
 //!
-//! Names and labels are those of `k8s/rbac.yaml`, so that applying one after the other changes the same objects.
+//! Names and labels are those of `k8s/rbac.yaml`, so that applying one after the other changes the same objects. Each
+//! installation has names of its own, so that a second one does not take over the bindings of the first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -11,10 +12,11 @@ use super::{DiscoveryRequest, Locality};
 
 /// The name of the daemon's service account in the shipped manifests, and of its namespace.
 pub const DEFAULT_ACCOUNT: &str = "udp-fanout";
-/// The name of each Role and RoleBinding.
-const NAME: &str = "udp-fanout";
-/// The name of the ClusterRole and its binding.
-const NODE_ROLE: &str = "udp-fanout-nodes";
+const NAME_LABEL: &str = "app.kubernetes.io/name";
+/// Tells installations apart. Its value is an installation's name.
+const INSTANCE_LABEL: &str = "app.kubernetes.io/instance";
+/// Longest name of an installation, in bytes: it is a label's value, which has at most 63 (Kubernetes, labels and selectors).
+const MAX_NAME: usize = 63;
 
 /// The service account that gets the rights.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +30,42 @@ pub struct ServiceAccount {
 impl Default for ServiceAccount {
     fn default() -> ServiceAccount {
         ServiceAccount { name: DEFAULT_ACCOUNT.to_owned(), namespace: DEFAULT_ACCOUNT.to_owned() }
+    }
+}
+
+/// Who gets the rights, and the name that its Roles have in the cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Installation {
+    account: ServiceAccount,
+    /// The name of each Role and RoleBinding; the ClusterRole's has `-nodes` appended.
+    name: String,
+}
+
+impl Installation {
+    /// Names the Roles `name`, or after the account: `udp-fanout` for the account of the shipped manifests, else
+    /// `udp-fanout-NAMESPACE-ACCOUNT`.
+    ///
+    /// # Errors
+    /// If the name is not valid in Kubernetes, or too long.
+    pub fn new(account: ServiceAccount, name: Option<&str>) -> Result<Installation> {
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None if account == ServiceAccount::default() => DEFAULT_ACCOUNT.to_owned(),
+            None => format!("{DEFAULT_ACCOUNT}-{}-{}", account.namespace, account.name),
+        };
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+        let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        if name.len() > MAX_NAME || !name.chars().all(fits) || !ends(name.chars().next()) || !ends(name.chars().last())
+        {
+            bail!(
+                "--name: {name:?} cannot name a Role; use 1 to {MAX_NAME} of a-z 0-9 - . and a letter or digit at both ends"
+            );
+        }
+        Ok(Installation { account, name })
+    }
+
+    fn node_role(&self) -> String {
+        format!("{}-nodes", self.name)
     }
 }
 
@@ -56,38 +94,57 @@ impl ServiceAccount {
 ///
 /// Each namespace gets a Role to list and watch EndpointSlices, and to get the Services by name: that tells a missing Service from
 /// one without endpoints. If a listener has `prefer_zone`, a `ClusterRole` allows reading Nodes, where the zone is. It covers all
-/// nodes, because each pod of a `DaemonSet` runs on another one.
+/// nodes, because each pod of a `DaemonSet` runs on another one. A comment says how to find the Roles of an earlier
+/// configuration in other namespaces, which applying these does not remove.
 #[must_use]
-pub fn manifests(requests: &[DiscoveryRequest], account: &ServiceAccount) -> String {
+pub fn manifests(requests: &[DiscoveryRequest], installation: &Installation) -> String {
     let mut services: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for service in requests.iter().flat_map(|request| &request.services) {
-        let namespace = service.namespace.as_deref().unwrap_or(&account.namespace);
+        let namespace = service.namespace.as_deref().unwrap_or(&installation.account.namespace);
         services.entry(namespace).or_default().insert(&service.service);
     }
     let mut text = String::new();
+    if !services.is_empty() {
+        let namespaces: Vec<&str> = services.keys().copied().collect();
+        text = leftovers(&namespaces, &installation.name);
+    }
     for (namespace, names) in &services {
-        role(&mut text, namespace, names);
-        binding(&mut text, Some(namespace), account);
+        role(&mut text, namespace, names, installation);
+        binding(&mut text, Some(namespace), installation);
     }
     if requests.iter().any(|request| request.locality == Locality::PreferZone) {
-        head(&mut text, "ClusterRole", NODE_ROLE, None);
+        head(&mut text, "ClusterRole", &installation.node_role(), None, installation);
         text += "rules:\n  - apiGroups: [\"\"]\n    resources: [nodes]\n    verbs: [get]\n";
-        binding(&mut text, None, account);
+        binding(&mut text, None, installation);
     }
     text
 }
 
-fn head(text: &mut String, kind: &str, name: &str, namespace: Option<&str>) {
+/// A comment on Roles that an earlier configuration of this installation needed.
+fn leftovers(namespaces: &[&str], name: &str) -> String {
+    format!(
+        "# Permissions of the installation {name:?} in {}. Roles that an earlier configuration needed elsewhere stay; to list them \
+         all:\n#   kubectl get roles,rolebindings,clusterroles,clusterrolebindings -A -l {NAME_LABEL}=udp-fanout,{INSTANCE_LABEL}={name}\n",
+        namespaces.join(", ")
+    )
+}
+
+fn head(text: &mut String, kind: &str, name: &str, namespace: Option<&str>, installation: &Installation) {
     // Writing to a String cannot fail, here and below.
-    let _ = write!(text, "---\napiVersion: rbac.authorization.k8s.io/v1\nkind: {kind}\nmetadata:\n  name: {name}\n");
+    let _ = write!(
+        text,
+        "---\napiVersion: rbac.authorization.k8s.io/v1\nkind: {kind}\nmetadata:\n  name: {}\n",
+        scalar(name)
+    );
     if let Some(namespace) = namespace {
         let _ = writeln!(text, "  namespace: {}", scalar(namespace));
     }
-    text.push_str("  labels:\n    app.kubernetes.io/name: udp-fanout\n");
+    let _ =
+        write!(text, "  labels:\n    {NAME_LABEL}: udp-fanout\n    {INSTANCE_LABEL}: {}\n", scalar(&installation.name));
 }
 
-fn role(text: &mut String, namespace: &str, services: &BTreeSet<&str>) {
-    head(text, "Role", NAME, Some(namespace));
+fn role(text: &mut String, namespace: &str, services: &BTreeSet<&str>, installation: &Installation) {
+    head(text, "Role", &installation.name, Some(namespace), installation);
     let names: Vec<String> = services.iter().map(|name| scalar(name)).collect();
     let _ = write!(
         text,
@@ -97,15 +154,20 @@ fn role(text: &mut String, namespace: &str, services: &BTreeSet<&str>) {
     );
 }
 
-fn binding(text: &mut String, namespace: Option<&str>, account: &ServiceAccount) {
-    let (kind, name) = if namespace.is_some() { ("Role", NAME) } else { ("ClusterRole", NODE_ROLE) };
-    head(text, &format!("{kind}Binding"), name, namespace);
+fn binding(text: &mut String, namespace: Option<&str>, installation: &Installation) {
+    let (kind, name) = if namespace.is_some() {
+        ("Role", installation.name.clone())
+    } else {
+        ("ClusterRole", installation.node_role())
+    };
+    head(text, &format!("{kind}Binding"), &name, namespace, installation);
     let _ = write!(
         text,
-        "roleRef:\n  apiGroup: rbac.authorization.k8s.io\n  kind: {kind}\n  name: {name}\nsubjects:\n  - kind: \
+        "roleRef:\n  apiGroup: rbac.authorization.k8s.io\n  kind: {kind}\n  name: {}\nsubjects:\n  - kind: \
          ServiceAccount\n    name: {}\n    namespace: {}\n",
-        scalar(&account.name),
-        scalar(&account.namespace)
+        scalar(&name),
+        scalar(&installation.account.name),
+        scalar(&installation.account.namespace)
     );
 }
 
@@ -143,16 +205,18 @@ mod tests {
             request(Locality::Cluster, &[(None, "own"), (Some("logging"), "loki"), (Some("logging"), "vector")]),
         ];
         let account = ServiceAccount { name: "fan".to_owned(), namespace: "edge".to_owned() };
+        let installation = Installation::new(account, Some("second")).unwrap();
         let expected = |namespace: &str, services: &str| {
             format!(
                 "---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
-  name: udp-fanout
+  name: second
   namespace: {namespace}
   labels:
     app.kubernetes.io/name: udp-fanout
+    app.kubernetes.io/instance: second
 rules:
   - apiGroups: [discovery.k8s.io]
     resources: [endpointslices]
@@ -165,14 +229,15 @@ rules:
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
-  name: udp-fanout
+  name: second
   namespace: {namespace}
   labels:
     app.kubernetes.io/name: udp-fanout
+    app.kubernetes.io/instance: second
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: Role
-  name: udp-fanout
+  name: second
 subjects:
   - kind: ServiceAccount
     name: fan
@@ -180,21 +245,44 @@ subjects:
 "
             )
         };
-        let all = expected("\"123\"", "\"on\"") + &expected("edge", "own") + &expected("logging", "loki, vector");
-        assert_eq!(manifests(&requests, &account), all);
-        assert_eq!(manifests(&[], &account), "");
+        let comment = "# Permissions of the installation \"second\" in 123, edge, logging. Roles that an earlier configuration \
+                       needed elsewhere stay; to list them all:\n#   kubectl get \
+                       roles,rolebindings,clusterroles,clusterrolebindings -A -l \
+                       app.kubernetes.io/name=udp-fanout,app.kubernetes.io/instance=second\n";
+        let all = comment.to_owned()
+            + &expected("\"123\"", "\"on\"")
+            + &expected("edge", "own")
+            + &expected("logging", "loki, vector");
+        assert_eq!(manifests(&requests, &installation), all);
+        assert_eq!(manifests(&[], &installation), "");
+    }
+
+    /// The installation of the shipped manifests.
+    fn shipped() -> Installation {
+        Installation::new(ServiceAccount::default(), None).unwrap()
+    }
+
+    #[test]
+    fn each_installation_has_names_of_its_own() {
+        assert_eq!(shipped().name, "udp-fanout");
+        let second = ServiceAccount::new("fan", "edge").unwrap();
+        assert_eq!(Installation::new(second.clone(), None).unwrap().name, "udp-fanout-edge-fan");
+        let long = "a".repeat(64);
+        for name in ["", "A", "-a", "a.", "a b", &long] {
+            assert!(Installation::new(second.clone(), Some(name)).is_err(), "{name:?}");
+        }
+        let long = ServiceAccount::new(&"a".repeat(60), "edge").unwrap();
+        assert!(Installation::new(long, None).unwrap_err().to_string().starts_with("--name: "));
     }
 
     #[test]
     fn the_zone_takes_a_right_to_read_nodes() {
-        let text = manifests(&[request(Locality::PreferZone, &[(Some("a"), "b")])], &ServiceAccount::default());
+        let text = manifests(&[request(Locality::PreferZone, &[(Some("a"), "b")])], &shipped());
         assert_eq!(text.matches("kind: ClusterRole\n").count(), 2, "{text}");
         assert!(text.contains("kind: ClusterRoleBinding\nmetadata:\n  name: udp-fanout-nodes\n  labels:"), "{text}");
         assert!(text.contains("    resources: [nodes]\n    verbs: [get]\n"), "{text}");
         for locality in [Locality::Cluster, Locality::PreferNode, Locality::Node] {
-            assert!(
-                !manifests(&[request(locality, &[(Some("a"), "b")])], &ServiceAccount::default()).contains("Cluster")
-            );
+            assert!(!manifests(&[request(locality, &[(Some("a"), "b")])], &shipped()).contains("Cluster"));
         }
     }
 

@@ -71,12 +71,12 @@ fn names_that_yaml_would_take_for_something_else_stay_names() {
     assert_eq!(
         shown,
         [
-            "\"Role\" \"1\" \"udp-fanout\"",
-            "\"RoleBinding\" \"1\" \"udp-fanout\"",
-            "\"Role\" \"7e1\" \"udp-fanout\"",
-            "\"RoleBinding\" \"7e1\" \"udp-fanout\"",
-            "\"ClusterRole\" null \"udp-fanout-nodes\"",
-            "\"ClusterRoleBinding\" null \"udp-fanout-nodes\"",
+            "\"Role\" \"1\" \"udp-fanout-7e1-fan\"",
+            "\"RoleBinding\" \"1\" \"udp-fanout-7e1-fan\"",
+            "\"Role\" \"7e1\" \"udp-fanout-7e1-fan\"",
+            "\"RoleBinding\" \"7e1\" \"udp-fanout-7e1-fan\"",
+            "\"ClusterRole\" null \"udp-fanout-7e1-fan-nodes\"",
+            "\"ClusterRoleBinding\" null \"udp-fanout-7e1-fan-nodes\"",
         ]
     );
     assert_eq!(printed[2]["rules"][1]["resourceNames"], serde_json::json!(["on"]));
@@ -84,6 +84,26 @@ fn names_that_yaml_would_take_for_something_else_stay_names() {
     for binding in printed.iter().skip(1).step_by(2) {
         assert_eq!(binding["subjects"], subjects);
     }
+}
+
+#[test]
+fn a_second_installation_leaves_the_first_ones_objects_alone() {
+    let names = |more: &[&str]| -> Vec<String> {
+        let all = printed(TWO, more);
+        assert!(all.iter().all(|object| {
+            let role = object["roleRef"]["name"].as_str();
+            role.is_none_or(|role| object["metadata"]["name"] == role)
+        }));
+        all.iter().map(|object| object["metadata"]["name"].to_string()).collect()
+    };
+    let first = names(&[]);
+    for second in [&["--service-account-namespace", "edge"][..], &["--name", "edge"]] {
+        assert!(names(second).iter().all(|name| !first.contains(name)), "{second:?}");
+    }
+    let output = rbac(TWO, &["--name", "edge"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let leftovers = "-l app.kubernetes.io/name=udp-fanout,app.kubernetes.io/instance=edge\n---\n";
+    assert!(text.starts_with("# ") && text.contains(leftovers), "{text}");
 }
 
 #[test]
@@ -102,6 +122,7 @@ fn what_cannot_be_printed_is_said_in_one_line() {
             &["--service-account-namespace", "a.b"],
             "--service-account-namespace: \"a.b\" is not a namespace's name; use",
         ),
+        (TWO, &["--name", "B"], "--name: \"B\" cannot name a Role; use"),
         ("", &[], "listeners: no listeners; add one"),
     ] {
         let output = rbac(config, more);
