@@ -91,11 +91,13 @@ fn the_daemonset_carries_the_example_configuration() {
 
 #[test]
 fn the_chart_makes_what_the_plain_manifests_make() {
-    let (plain, mut chart) = (manifests(), objects(&chart(None, "1.30")));
+    let (mut plain, mut chart) = (manifests(), objects(&chart(None, "1.30")));
     // It labels its objects, its configuration is in YAML, and a changed one replaces the pods.
-    for object in &mut chart {
+    for object in plain.iter_mut().chain(&mut chart) {
         let labels = object["metadata"]["labels"].as_object_mut().unwrap();
         labels.retain(|label, _| label == "app.kubernetes.io/name");
+    }
+    for object in &mut chart {
         if object["kind"] == "DaemonSet" {
             let template = &mut object["spec"]["template"];
             template["metadata"]["annotations"].as_object_mut().unwrap().remove("checksum/config").unwrap();

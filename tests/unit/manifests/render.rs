@@ -109,7 +109,8 @@ pub fn rbac(objects: &[Value], account: &str) -> String {
     let file = directory.path().join(name);
     fs::write(&file, text.as_str().unwrap()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_udp-fanout"));
-    run(command.arg("rbac").args(["--service-account", account, "--config"]).arg(file))
+    // The manifests and the chart name their Roles so, whatever the account.
+    run(command.args(["rbac", "--name", "udp-fanout", "--service-account", account, "--config"]).arg(file))
 }
 
 /// The files of values for which the chart is tested, besides its defaults.
