@@ -12,6 +12,7 @@ udp-fanout [run] [-c FILE] [-l LEVEL] [--log-format FORMAT] [--kubeconfig FILE] 
        udp-fanout check [-c FILE]
        udp-fanout rbac [-c FILE] [--service-account NAME] [--service-account-namespace NAMESPACE] [--name NAME]
        udp-fanout status [-c FILE] [--socket PATH] [--json] [--watch] [--interval SECS]
+       udp-fanout status [-c FILE] [--socket PATH] --check
        udp-fanout trace [-c FILE] [--socket PATH] [--listener NAME] [--source CIDR] [-n N] [--json]
        udp-fanout doctor [-c FILE] [--sender IP]... [--kubeconfig FILE] [--json]
        udp-fanout detach [-c FILE] [--all] [--pin-path PATH] [--force]

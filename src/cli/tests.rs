@@ -212,6 +212,13 @@ fn every_form_of_the_usage_is_accepted() {
         let mut forms = forms.clone().map(|form| form.replace(['[', ']'], ""));
         let start = format!("udp-fanout {}", sub.get_name());
         assert!(forms.any(|form| form.starts_with(&start)), "{start}");
+        let forms: Vec<&str> = prose::USAGE.lines().map(str::trim).filter(|form| form.starts_with(&start)).collect();
+        for option in sub.get_arguments().filter(|option| !option.is_positional() && option.get_id() != "help") {
+            let long = option.get_long().map(|long| format!("--{long}"));
+            let short = option.get_short().map(|short| format!("-{short} "));
+            let shown = |form: &&str| [&long, &short].into_iter().flatten().any(|name| form.contains(name.as_str()));
+            assert!(sub.get_name() == "run" || forms.iter().any(shown), "{start} has no {long:?}");
+        }
     }
 }
 
