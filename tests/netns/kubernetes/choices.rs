@@ -182,6 +182,7 @@ fn netns_locality_without_the_nodes_name_says_what_to_set() {
         let mut daemon = start_on(&k8s, None, &config(locality));
         let line = daemon.wait_for_line("NODE_NAME").unwrap();
         assert!(line.contains("WARN") && line.contains("treats all endpoints alike"), "{line}");
+        daemon.wait_until_ready(&k8s.lab.gateway, 1).unwrap();
         daemon.wait_for_logged(&k8s.updated(2)).unwrap();
         assert_eq!(at_lab(&k8s), shares(2, &[0, 1]), "{locality}");
         daemon.stop().unwrap();
