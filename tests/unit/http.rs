@@ -1,6 +1,6 @@
 //! The HTTP endpoint over real connections, with a stand-in for the event loop.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -470,7 +470,10 @@ fn clients_over_the_limit_wait_while_all_others_are_being_answered() {
 fn connect_from(server: &MetricsServer, n: u8) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     socket.bind(&SocketAddr::from(([127, 0, 0, n], 0)).into()).expect("an address of the loopback interface");
-    socket.connect(&server.address().into()).expect("a connection");
+    // A refused connection is reset, perhaps before `connect` returns.
+    if let Err(error) = socket.connect(&server.address().into()) {
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+    }
     socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     socket.into()
 }
@@ -483,11 +486,12 @@ fn probe_from(server: &MetricsServer, n: u8) -> TcpStream {
     stream
 }
 
-/// Waits until the server has closed the connection without a response.
+/// Waits until the server has closed the connection without a response. Of one that was reset within `connect`, reading says
+/// that it is not connected.
 fn is_refused(mut stream: &TcpStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(read) => read == 0,
-        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        Err(error) => matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::NotConnected),
     }
 }
 
